@@ -1,0 +1,36 @@
+"""Every error spinpass raises on purpose.
+
+All derive from :class:`SpinpassError`; a message names the value that was wrong and what to do about it.
+"""
+
+
+class SpinpassError(Exception):
+    """Base of all errors raised by spinpass."""
+
+
+class ConfigError(SpinpassError, ValueError):
+    """A value of the configuration cannot be used (unknown rotation, block size that does not divide, ...)."""
+
+
+class ProgramError(SpinpassError, TypeError):
+    """The input is not a program that spinpass can read (wrong type, training mode, ...)."""
+
+
+class QuantizedWeightError(ProgramError):
+    """A weight is quantized or packed: rotating it would need dequantizing, which is not done behind your back."""
+
+
+class RefusedError(SpinpassError):
+    """No requested rotation can be applied exactly; the message lists every reason. Nothing was changed."""
+
+
+class InvariantError(SpinpassError):
+    """A pass broke an invariant of the program: a bug in spinpass, never a user's fault. Please report it."""
+
+
+class VerificationError(SpinpassError):
+    """The transformed program does not compute the function of the original within the stated bound."""
+
+
+class ExportError(SpinpassError):
+    """Writing or reading an exported artefact failed; nothing was left half written."""
