@@ -1,0 +1,813 @@
+"""The basis analysis: which tensor axes must share one basis.
+
+A *space* grows from a seed axis through every operator that commutes with a rotation of that axis, in both directions, until each
+of its edges is accounted for: constants that lie in the space (they fold), contractions (they cancel), norm statistics (they do
+not change), and barriers. Where a value enters the space behind a barrier stands an :class:`Entry`, where one leaves it for an
+operator that needs the original basis an :class:`Exit`: there an online rotation makes the program right, whatever the
+configuration then decides. The analysis reads the graph and never edits it; ops.py says what each operator does.
+
+Two operators are crossed although no rotation passes them, because they can be moved into constants first:
+
+    x̂ · g (+ β) -> W    a norm's scale, if all that follows are linears:     x̂ -> W·diag(g), b + β Wᵀ
+    y = W x,  y · c     a per-channel scale on a writer alone:                y = diag(c)·W x
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+from torch.export.graph_signature import OutputKind
+from torch.fx import Node
+
+from .errors import InvariantError
+from .layout import Layout, LayoutError
+from .ops import (
+    Centring,
+    Concatenate,
+    Ignored,
+    Mean,
+    Movement,
+    Multilinear,
+    Normalization,
+    Opaque,
+    Operand,
+    Rule,
+    Several,
+    Square,
+    VectorNorm,
+    Zeros,
+    rule_of,
+    source_through,
+)
+from .program import ProgramEditor, arguments, is_float, is_op, op_name, shape
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A per-channel scale (and shift) that is being moved into constants.
+
+    ``after``: the original value is (this one)·scale + shift (behind a norm); otherwise this one is to be multiplied by
+    ``scale`` (in front of a layer scale). ``scale`` and ``shift`` are constant nodes, indexed by the space's coordinate.
+    """
+
+    after: bool
+    scale: Node | None
+    shift: Node | None = None
+    origin: Node | None = field(default=None, compare=False)
+
+
+@dataclass(frozen=True)
+class AxisType:
+    """The basis of an axis: where the space's vectors lie in the tensor, and what is pending on them.
+
+    ``centred``: the value stays the same when the whole stream is centred (it lies behind a LayerNorm's centring).
+    """
+
+    layout: Layout
+    pending: Pending | None = None
+    centred: bool = False
+
+
+@dataclass(frozen=True)
+class Entry:
+    """``node`` leaves a barrier in the original basis; all its users but ``keep`` read it in the space's basis."""
+
+    node: Node
+    layout: Layout
+    keep: tuple[Node, ...]
+    why: str
+    centre: bool = False
+
+
+@dataclass(frozen=True)
+class Exit:
+    """``users`` need ``node``, a value of the space, in the original basis."""
+
+    node: Node
+    layout: Layout
+    users: tuple[Node, ...]
+    why: str
+
+
+@dataclass(frozen=True)
+class ConstantUse:
+    """A constant with axes in the space. ``reads``: it contracts the space (a reader), else it writes into it."""
+
+    node: Node
+    type: AxisType
+    reads: bool
+
+
+@dataclass(frozen=True)
+class Carried:
+    """A KV cache that enters or leaves the program in the space's basis."""
+
+    node: Node
+    layout: Layout
+    output: int | None = None
+
+
+@dataclass(frozen=True)
+class ShiftUse:
+    """A linear operator whose input lost a constant shift: its result must gain ``shift`` contracted with its weight."""
+
+    node: Node
+    operand: Node
+    weight: Node
+    shift: Node
+
+
+@dataclass(frozen=True)
+class Space:
+    """All that shares one basis, with every edge accounted for."""
+
+    seed: Node
+    width: int
+    members: dict[Node, tuple[AxisType, ...]]
+    constants: tuple[ConstantUse, ...]
+    entries: tuple[Entry, ...]
+    exits: tuple[Exit, ...]
+    carried: tuple[Carried, ...]
+    scales: tuple[Node, ...]       # multiplications by a norm's or layer's scale, and norm operators with one, to be moved into constants
+    shifts: tuple[ShiftUse, ...]
+    centrings: tuple[Node, ...]    # x − mean(x), which are identities once all writers are centred
+    centred: bool
+    kept: dict[Node, str]          # constants that stay as they are, and why
+
+    @property
+    def is_offline(self) -> bool:
+        return not self.entries and not self.exits
+
+    @property
+    def writers(self) -> list[Node]:
+        return [c.node for c in self.constants if not c.reads]
+
+    @property
+    def readers(self) -> list[Node]:
+        return [c.node for c in self.constants if c.reads]
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why something was left as it is, and the nodes it is about."""
+
+    what: str
+    why: str
+    nodes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.what}: {self.why}" + (f" [{', '.join(self.nodes)}]" if self.nodes else "")
+
+
+class Barrier(Exception):
+    """The operator does not commute with a rotation of the axis."""
+
+
+class _Restart(Exception):
+    """An assumption of the walk turned out wrong; it was recorded and the walk starts again."""
+
+
+class Walk:
+    """One growth of a space from a seed. ``carries_cache``: program inputs and outputs may be in the space's basis.
+
+    ``local``: stay between the seed and the linears that read it (the seed is an entry, other readers keep the original).
+    """
+
+    def __init__(self, editor: ProgramEditor, *, carries_cache: bool = False, kept: dict[Node, str] | None = None) -> None:
+        self.editor = editor
+        self.carries_cache = carries_cache
+        self.kept: dict[Node, str] = dict(kept or {})
+        self._closed: dict[Node, str] = {}      # operators treated as barriers after a contradiction
+        self._uncrossed: dict[Node, str] = {}   # scales that cannot be moved into constants
+        self._rules: dict[Node, Rule] = {}
+
+    def grow(self, seed: Node, layout: Layout) -> Space:
+        """The space of ``seed``'s axes ``layout``. Always succeeds: what does not commute is an entry or an exit."""
+        for _ in range(len(self.editor.graph.nodes)):
+            try:
+                return self._grow_once(seed, layout)
+            except _Restart:
+                continue
+        raise InvariantError(f"the walk from {seed.name} does not settle")
+
+    # -- one attempt --------------------------------------------------------------------------------------------------
+
+    def _grow_once(self, seed: Node, layout: Layout) -> Space:
+        self._seed = seed
+        self.types: dict[Node, list[AxisType]] = {}
+        self._todo: deque[tuple[Node, AxisType]] = deque()
+        self._entries: dict[tuple[Node, tuple[int, ...]], str] = {}
+        self._exits: dict[tuple[Node, Node], tuple[AxisType, str]] = {}
+        self._reads: dict[Node, bool] = {}
+        self._carried: dict[tuple[Node, int | None], Layout] = {}
+        self._scales: dict[Node, None] = {}
+        self._shifts: dict[tuple[Node, Node], ShiftUse] = {}
+        self._centrings: dict[Node, None] = {}
+        self._uncentred_uses: list[tuple[Node, str]] = []
+        self._by: Node = seed
+        self._demand(seed, AxisType(layout))
+        while self._todo:
+            node, axis = self._todo.popleft()
+            if axis not in self.types[node]:
+                continue  # widened since
+            self._by = node
+            self._backward(node, axis)
+            for user in list(node.users):
+                self._by = user
+                self._forward(node, axis, user)
+        for node, user in self._exits:
+            if user in self.types and (user, self.types[user][0].layout.dims) not in self._entries:
+                self._closed[user] = self._exits[node, user][1]
+                raise _Restart
+        if self._centrings and self._uncentred_uses:
+            node, why = self._uncentred_uses[0]
+            for centring in self._centrings:
+                self._uncrossed[centring] = f"the stream cannot be centred: {node.name} {why}"
+            raise _Restart
+        return self._result(seed, layout)
+
+    def _demand(self, node: Node, axis: AxisType) -> None:
+        """``node`` must carry ``axis``."""
+        constant = self.editor.is_constant(node)
+        if constant and node in self.kept:
+            raise Barrier(self.kept[node])
+        known = self.types.setdefault(node, [])
+        for old in known:
+            if not set(old.layout.dims) & set(axis.layout.dims):
+                continue
+            if old.pending != axis.pending:
+                self._contradiction(node, "its uses need different scales folded in")
+            try:
+                layout = old.layout.joined(axis.layout)
+            except LayoutError as error:
+                self._contradiction(node, str(error))
+            both = AxisType(layout, old.pending, old.centred and axis.centred)
+            if both == old:
+                return
+            known.remove(old)
+            axis = both
+        known.append(axis)
+        self._todo.append((node, axis))
+
+    def _contradiction(self, node: Node, why: str) -> None:
+        if self.editor.is_constant(node):
+            self.kept[node] = why
+        elif self._by in self._closed:
+            raise InvariantError(f"{self._by.name} is closed and still contradicts")
+        else:
+            self._closed[self._by] = why
+        raise _Restart
+
+    def _leave_zone(self, axis: AxisType, why: str) -> None:
+        """Something other than a linear meets a value with a pending scale: the scale stays where it is."""
+        assert axis.pending is not None
+        if axis.pending.origin is None:
+            raise InvariantError("a pending scale without an origin")
+        self._uncrossed[axis.pending.origin] = why
+        raise _Restart
+
+    def _rule(self, node: Node) -> Rule:
+        if node not in self._rules:
+            self._rules[node] = rule_of(node)
+        return self._rules[node]
+
+    # -- towards the producers ------------------------------------------------------------------------------------------
+
+    def _backward(self, node: Node, axis: AxisType) -> None:
+        try:
+            self._produce(node, axis)
+        except (Barrier, LayoutError) as error:
+            if self.editor.is_constant(node):
+                return  # folded here, as a constant of its own
+            if axis.pending is not None:
+                self._leave_zone(axis, str(error))
+            self._entries[node, axis.layout.dims] = str(error)
+
+    def _produce(self, node: Node, axis: AxisType) -> None:
+        if node.op == "placeholder":
+            return self._placeholder(node, axis)
+        for here in (node, node.args[0] if op_name(node) == "getitem" else node):
+            if here in self._closed:
+                raise Barrier(self._closed[here])  # type: ignore[index]
+        rule = self._rule(node)
+        match rule:
+            case Movement():
+                self._demand(rule.source, replace(axis, layout=rule.backward(axis.layout)))
+            case Multilinear():
+                self._produce_product(node, rule, axis)
+            case Concatenate():
+                for source, part in self._pieces(node, rule, axis.layout):
+                    self._demand(source, replace(axis, layout=part))
+            case Centring() if node not in self._uncrossed and self._is_whole(rule.source, axis.layout):
+                self._centrings[node] = None
+                self._demand(rule.source, AxisType(axis.layout, axis.pending))
+            case Normalization():
+                self._produce_norm(node, rule, axis)
+            case Zeros():
+                pass
+            case _:
+                raise Barrier(_reason(rule, node))
+
+    def _placeholder(self, node: Node, axis: AxisType) -> None:
+        if self.editor.is_constant(node):
+            return
+        if node in self.editor.mutated_buffers:
+            if axis.pending is not None or not axis.layout.is_contiguous:
+                raise Barrier("a buffer that the program updates")
+            for _, kind, target, output in self.editor.output_values():
+                if kind == OutputKind.BUFFER_MUTATION and target == self.editor.fqn(node):
+                    self._demand(output, axis)
+            return
+        if not self.carries_cache or axis.pending is not None or not axis.layout.is_contiguous:
+            raise Barrier("a program input")
+        self._carried[node, None] = axis.layout
+
+    def _produce_product(self, node: Node, rule: Multilinear, axis: AxisType) -> None:
+        if axis.pending is not None and axis.pending.after:
+            crossed = self._crossable(node, rule, axis.layout)
+            if crossed is None or crossed[1] is not axis.pending.scale or axis.pending.shift is not None:
+                raise Barrier("the weight is read under different scales")
+            self._scales[node] = None
+            self._demand(crossed[0], AxisType(axis.layout, None, axis.centred))
+            return
+        try:
+            self._spread(rule, None, axis)
+        except Barrier:
+            crossed = self._crossable(node, rule, axis.layout)
+            if crossed is None or axis.pending is not None or crossed[0] in self.types or self.editor.is_constant(node):
+                raise
+            self._scales[node] = None
+            self._demand(crossed[0], AxisType(axis.layout, Pending(False, crossed[1], origin=node), axis.centred))
+
+    def _produce_norm(self, node: Node, rule: Normalization, axis: AxisType) -> None:
+        pending = Pending(True, rule.weight, rule.bias)
+        natural = pending if rule.weight is not None or rule.bias is not None else None
+        if node in self._uncrossed or axis.pending != natural or not self._is_whole(node, axis.layout):
+            raise Barrier("a norm with a scale per channel")
+        self._cross_norm(node, rule, axis.layout)
+        self._demand(rule.source, AxisType(axis.layout))
+
+    # -- towards the users ----------------------------------------------------------------------------------------------
+
+    def _forward(self, node: Node, axis: AxisType, user: Node) -> None:
+        try:
+            self._consume(node, axis, user)
+        except (Barrier, LayoutError) as error:
+            if self.editor.is_constant(node):
+                self.kept[node] = f"{user.name} needs it as it is: {error}"
+                raise _Restart from None
+            if axis.pending is not None:
+                self._leave_zone(axis, f"{user.name} reads it: {error}")
+            self._exits[node, user] = (axis, str(error))
+            if not (isinstance(self._rule_or_none(user), Normalization) and self._rule(user).centres):  # type: ignore[union-attr]
+                self._note_uncentred(node, axis, f"is read by {user.name} in the original basis")
+
+    def _rule_or_none(self, node: Node) -> Rule | None:
+        return self._rule(node) if node.op == "call_function" else None
+
+    def _note_uncentred(self, node: Node, axis: AxisType, why: str) -> None:
+        if not axis.centred and not self.editor.is_constant(node):
+            self._uncentred_uses.append((node, why))
+
+    def _consume(self, node: Node, axis: AxisType, user: Node) -> None:
+        if user.op == "output":
+            return self._leave_program(node, axis)
+        if user in self._closed:
+            raise Barrier(self._closed[user])
+        rule = self._rule(user)
+        match rule:
+            case Movement():
+                if rule.source is node:
+                    layout = rule.forward(axis.layout)
+                    if layout is not None:
+                        self._demand(user, replace(axis, layout=layout))
+            case Multilinear():
+                self._consume_product(node, axis, user, rule)
+            case Concatenate():
+                self._consume_cat(node, axis, user, rule)
+            case Square():
+                self._consume_square(node, axis, user)
+            case VectorNorm():
+                self._need_plain(axis, "a norm is taken of it")
+                if not axis.layout.mixing <= set(rule.dims):
+                    raise Barrier("a norm over another axis")
+                self._note_uncentred(node, axis, "is normed without centring")
+            case Mean():
+                self._consume_mean(node, axis, user)
+            case Centring():
+                self._consume_centring(node, axis, user, rule)
+            case Normalization():
+                self._consume_norm(node, axis, user, rule)
+            case Several():
+                self._consume_items(node, axis, user)
+            case Ignored() | Zeros():
+                pass
+            case _:
+                raise Barrier(_reason(rule, user))
+
+    def _consume_items(self, node: Node, axis: AxisType, user: Node) -> None:
+        """All results of a split, or none: a value cannot be restored for one of them alone."""
+        for item in list(user.users):
+            self._by = item
+            try:
+                self._consume(node, axis, item)
+            except (Barrier, LayoutError) as error:
+                self._closed[user] = str(error)
+                raise _Restart from None
+
+    def _leave_program(self, node: Node, axis: AxisType) -> None:
+        self._need_plain(axis, "it is a program output")
+        for index, kind, target, output in self.editor.output_values():
+            if output is not node:
+                continue
+            if kind == OutputKind.BUFFER_MUTATION:
+                self._demand(next(n for n in self.editor.mutated_buffers if self.editor.fqn(n) == target), axis)
+            elif kind == OutputKind.USER_INPUT_MUTATION:
+                self._demand(next(n for n in self.editor.user_inputs() if n.name == target), axis)
+            elif not self.carries_cache or not axis.layout.is_contiguous:
+                raise Barrier("a program output")
+            self._carried[node, index] = axis.layout
+            self._note_uncentred(node, axis, "is a program output")
+
+    def _need_plain(self, axis: AxisType, why: str) -> None:
+        if axis.pending is not None:
+            raise Barrier(why)
+
+    def _consume_product(self, node: Node, axis: AxisType, user: Node, rule: Multilinear) -> None:
+        if node in rule.opaque:
+            raise Barrier(f"{op_name(user)} uses it in another way than linearly")
+        ports = [o for term in rule.terms for o in term if o.node is node]
+        for port in ports:
+            try:
+                self._spread(rule, port, axis, user)
+            except Barrier as error:
+                if len(ports) > 1:
+                    self._closed[user] = str(error)
+                    raise _Restart from None
+                if not self._cross_forward(node, axis, user, rule):
+                    raise
+
+    def _cross_forward(self, node: Node, axis: AxisType, user: Node, rule: Multilinear) -> bool:
+        """x̂ -> x̂·g, or -> x̂·g + β: the scale or shift goes into the linears that follow."""
+        if self.editor.is_constant(node) or self.editor.is_constant(user):
+            return False
+        if axis.pending is not None and not axis.pending.after:
+            return axis.pending.origin is user
+        crossed = self._crossable(user, rule, axis.layout)
+        if crossed is None or crossed[0] is not node:
+            return False
+        if axis.pending is not None:
+            return False
+        self._scales[user] = None
+        self._demand(user, AxisType(axis.layout, Pending(True, crossed[1], origin=user), axis.centred))
+        return True
+
+    def _crossable(self, node: Node, rule: Rule, layout: Layout) -> tuple[Node, Node] | None:
+        """(value, constant) where ``node`` multiplies a value by one constant per coordinate of the space."""
+        if node in self._uncrossed or not isinstance(rule, Multilinear) or layout.count != 1 or not layout.is_contiguous:
+            return None
+        if len(rule.terms) != 1 or len(rule.terms[0]) != 2 or rule.opaque:
+            return None
+        a, b = rule.terms[0]
+        if self.editor.is_constant(a.node):
+            a, b = b, a
+        if self.editor.is_constant(a.node) or not self.editor.is_constant(b.node):
+            return None
+        carriers = {rule.out[d] for d in layout.dims}
+        if carriers - set(a.labels) or {label for label in b.labels if label is not None} != carriers:
+            return None
+        return (a.node, b.node) if len(layout.dims) == 1 else None
+
+    def _consume_cat(self, node: Node, axis: AxisType, user: Node, rule: Concatenate) -> None:
+        if axis.pending is not None:
+            raise Barrier("it is concatenated with other values")
+        if rule.dim not in axis.layout.dims:
+            self._demand(user, axis)
+            return
+        offset = 0
+        for source in rule.sources:
+            length = shape(source)[rule.dim]
+            total = shape(user)[rule.dim]
+            if not isinstance(length, int) or not isinstance(total, int):
+                raise Barrier("concatenated along an axis of dynamic size")
+            if source is node:
+                index = _range(offset, length)
+                self._demand(user, replace(axis, layout=axis.layout.untaken(rule.dim, index, total)))
+            offset += length
+
+    def _pieces(self, node: Node, rule: Concatenate, layout: Layout) -> Iterator[tuple[Node, Layout]]:
+        offset = 0
+        for source in rule.sources:
+            if rule.dim not in layout.dims:
+                yield source, layout
+                continue
+            length = shape(source)[rule.dim]
+            if not isinstance(length, int):
+                raise Barrier("concatenated along an axis of dynamic size")
+            part = layout.taken(rule.dim, _range(offset, length), shape(node)[rule.dim])
+            offset += length
+            if part is not None:
+                yield source, part
+
+    def _consume_square(self, node: Node, axis: AxisType, user: Node) -> None:
+        self._need_plain(axis, "its squares are summed")
+        for reader in user.users:
+            dims = _reduced_axes(reader)
+            if dims is None or not axis.layout.mixing <= dims:
+                raise Barrier(f"{user.name} squares it channel by channel")
+        self._note_uncentred(node, axis, "is squared and summed without centring")
+
+    def _consume_mean(self, node: Node, axis: AxisType, user: Node) -> None:
+        self._need_plain(axis, "its mean is taken")
+        readers = _through_identities(user)
+        if not readers or not all(isinstance(self._rule_or_none(r), Centring) and r not in self._uncrossed for r in readers):
+            raise Barrier("its mean over the channels is used")
+
+    def _consume_centring(self, node: Node, axis: AxisType, user: Node, rule: Centring) -> None:
+        self._need_plain(axis, "it is centred")
+        if user in self._uncrossed:
+            raise Barrier(self._uncrossed[user])
+        if not self._is_whole(user, axis.layout):
+            raise Barrier("its mean is taken over another axis")
+        self._centrings[user] = None
+        self._demand(user, AxisType(axis.layout, None, True))
+
+    def _consume_norm(self, node: Node, axis: AxisType, user: Node, rule: Normalization) -> None:
+        self._need_plain(axis, "a norm is taken of it")
+        if node is not rule.source:
+            raise Barrier("it is a norm's weight")
+        if user in self._uncrossed:
+            raise Barrier(self._uncrossed[user])
+        if not self._is_whole(user, axis.layout):
+            raise Barrier("the norm is taken over another axis")
+        if not rule.centres:
+            self._note_uncentred(node, axis, "is normed without centring")
+        pending = self._cross_norm(user, rule, axis.layout)
+        self._demand(user, AxisType(axis.layout, pending, rule.centres or axis.centred))
+
+    def _cross_norm(self, node: Node, rule: Normalization, layout: Layout) -> Pending | None:
+        self._scales[node] = None
+        if rule.centres:
+            self._centrings[node] = None
+        if rule.weight is None and rule.bias is None:
+            return None
+        return Pending(True, rule.weight, rule.bias, origin=node)
+
+    def _is_whole(self, node: Node, layout: Layout) -> bool:
+        """The space's one vector is the whole last axis."""
+        return layout.count == 1 and layout.is_contiguous and layout.dims == (len(shape(node)) - 1,)
+
+    # -- sums of products -----------------------------------------------------------------------------------------------
+
+    def _spread(self, rule: Multilinear, at: Operand | None, axis: AxisType, user: Node | None = None) -> None:
+        """From one port of a product (None: its result) to all others that must then be in the space.
+
+        Raises Barrier where the operator does not commute.
+        """
+        layout = axis.layout
+        labels = rule.out if at is None else at.labels
+        names = {d: labels[d] for d in layout.dims}
+        if None in names.values():
+            raise Barrier("the operator acts on the axis itself")
+        mixing = {names[d] for d in layout.mixing}
+        if mixing <= set(rule.out):
+            self._pass_through(rule, at, axis, names, mixing, user)
+        elif mixing & set(rule.out) or at is None or user is None:
+            raise Barrier("part of the axis is summed over")
+        else:
+            self._contract(rule, at, axis, names, mixing, user)
+
+    def _pass_through(self, rule: Multilinear, at: Operand | None, axis: AxisType, names: dict[int, object], mixing: set[object],
+                      user: Node | None) -> None:
+        demands: list[tuple[Node, dict[int, int]]] = []
+        for term in rule.terms:
+            holders = [o for o in term if mixing & set(o.labels)]
+            if not holders:
+                raise Barrier("it adds the same value to all channels")
+            if len(holders) > 1:
+                raise Barrier("it multiplies channel by channel")
+            if not set(names.values()) <= set(holders[0].labels):
+                raise Barrier("part of the axis is broadcast")
+            demands.append((holders[0].node, {d: holders[0].labels.index(n) for d, n in names.items()}))
+        if axis.pending is not None and axis.pending.after:
+            if at is not None and self.editor.is_constant(at.node):
+                self.kept[at.node] = "its uses need different scales folded in"
+                raise _Restart
+            self._pass_pending(rule, at, axis, demands, user)
+            return
+        if at is not None and user is not None:
+            self._demand(user, replace(axis, layout=axis.layout.renamed({d: rule.out.index(n) for d, n in names.items()})))
+        for node, to in demands:
+            if at is None or node is not at.node:
+                self._reads.setdefault(node, False)
+                self._demand(node, replace(axis, layout=axis.layout.renamed(to)))
+
+    def _pass_pending(self, rule: Multilinear, at: Operand | None, axis: AxisType, demands: list[tuple[Node, dict[int, int]]],
+                      user: Node | None) -> None:
+        """x̂·g -> x̂·g + β, the one sum that a value with a pending scale may enter."""
+        assert axis.pending is not None
+        added = [node for node, _ in demands if at is None or node is not at.node]
+        simple = user is not None and len(added) == 1 and self.editor.is_constant(added[0]) and op_name(user).startswith("aten::add")
+        if not simple or axis.pending.shift is not None or user in self._uncrossed or not axis.layout.is_contiguous:
+            raise Barrier("it is combined with other values")
+        assert user is not None
+        if len(shape(added[0])) and shape(added[0])[-1] != axis.layout.width:
+            raise Barrier("it is combined with other values")
+        self._scales[user] = None
+        self._demand(user, replace(axis, pending=replace(axis.pending, shift=added[0])))
+
+    def _contract(self, rule: Multilinear, at: Operand, axis: AxisType, names: dict[int, object], mixing: set[object],
+                  user: Node) -> None:
+        term = next(t for t in rule.terms if any(o is at for o in t))
+        partners = [o for o in term if o is not at and mixing & set(o.labels)]
+        if len(partners) != 1:
+            raise Barrier("it sums over the axis")
+        partner = partners[0]
+        if not set(names.values()) <= set(partner.labels):
+            raise Barrier("part of the axis is broadcast")
+        layout = axis.layout.renamed({d: partner.labels.index(n) for d, n in names.items()})
+        constant = self.editor.is_constant(partner.node)
+        if axis.pending is not None and not axis.pending.after:
+            raise Barrier("it is contracted before its scale")
+        if not constant and self.editor.is_constant(at.node):
+            self._check_partner(at.node, partner.node, axis)
+        if axis.pending is not None and not constant and not self.editor.is_constant(at.node):
+            raise Barrier("two computed values are contracted")
+        self._note_uncentred(at.node, axis, f"is read by {user.name}")
+        if constant:
+            self._reads[partner.node] = True
+        self._demand(partner.node, AxisType(layout, axis.pending if axis.pending is None else replace(axis.pending, shift=None),
+                                            axis.centred or constant or self.editor.is_constant(at.node)))
+        if axis.pending is not None and axis.pending.shift is not None and constant:
+            self._shift_reader(user, at, partner, axis.pending.shift)
+
+    def _check_partner(self, constant: Node, partner: Node, axis: AxisType) -> None:
+        """A second use of a constant must read a value with the same scale pending."""
+        if partner in self.types:
+            return
+        root = partner
+        while isinstance(rule := self._rule(root) if root.op == "call_function" else Opaque(""), Movement):
+            root = rule.source
+        natural = rule.weight if isinstance(rule, Normalization) else None
+        if natural is None and isinstance(rule, Multilinear):
+            rank = len(shape(root))
+            crossed = self._crossable(root, rule, Layout.full(rank - 1, axis.layout.width)) if axis.layout.count == 1 else None
+            natural = None if crossed is None else crossed[1]
+        expected = None if axis.pending is None else axis.pending.scale
+        if root not in self._uncrossed and natural is not expected:
+            self.kept[constant] = "its uses need different scales folded in"
+            raise _Restart
+
+    def _shift_reader(self, user: Node, at: Operand, partner: Operand, shift: Node) -> None:
+        if op_name(user) not in _BIASED or len(shape(partner.node)) != 2:
+            raise Barrier(f"{op_name(user)} has no place for the norm's bias")
+        self._shifts[user, at.node] = ShiftUse(user, at.node, partner.node, shift)
+
+    # -- the result -----------------------------------------------------------------------------------------------------
+
+    def _result(self, seed: Node, layout: Layout) -> Space:
+        constants = []
+        for node, types in self.types.items():
+            if not self.editor.is_constant(node) and node not in self.editor.mutated_buffers:
+                continue
+            if node.op == "placeholder" or not self._reaches_source(node):
+                reads = any(self._reads.get(n, False) for n in self._constant_cone(node))
+                constants += [ConstantUse(node, t, reads) for t in types]
+        entries = {node: self._layout_of(node, dims) for node, dims in self._entries}
+        raw = {(node, user) for node, user in self._exits if node in entries}
+        exits: dict[Node, list[Node]] = {}
+        for node, user in self._exits:
+            if (node, user) not in raw:
+                exits.setdefault(node, []).append(user)
+        space = Space(
+            seed=seed, width=layout.width, members={n: tuple(t) for n, t in self.types.items()}, constants=tuple(constants),
+            entries=tuple(
+                Entry(node, at, tuple(u for u in node.users if (node, u) in raw),
+                      next(w for (n, _), w in self._entries.items() if n is node), centre=bool(self._centrings))
+                for node, at in entries.items()),
+            exits=tuple(Exit(node, self._exits[node, users[0]][0].layout, tuple(users), self._exits[node, users[0]][1])
+                        for node, users in exits.items()),
+            carried=tuple(Carried(n, at, i) for (n, i), at in self._carried.items()),
+            scales=tuple(self._scales), shifts=tuple(self._shifts.values()), centrings=tuple(self._centrings),
+            centred=bool(self._centrings), kept=dict(self.kept),
+        )
+        return _hoisted(space, self._rule)
+
+    def _layout_of(self, node: Node, dims: tuple[int, ...]) -> Layout:
+        return next(t.layout for t in self.types[node] if set(t.layout.dims) & set(dims))
+
+    def _reaches_source(self, node: Node) -> bool:
+        return any(s in self.types for s in node.all_input_nodes)
+
+    def _constant_cone(self, node: Node) -> Iterator[Node]:
+        yield node
+        for user in node.users:
+            if self.editor.is_constant(user) and user in self.types:
+                yield from self._constant_cone(user)
+
+
+def _reason(rule: Rule, node: Node) -> str:
+    return rule.why if isinstance(rule, Opaque) else f"{op_name(node)} does not commute with a rotation"
+
+
+def _range(start: int, length: int) -> Tensor:
+    return torch.arange(start, start + length)
+
+
+def _through_identities(node: Node) -> list[Node]:
+    """The users of a value, casts and checks looked through."""
+    found: list[Node] = []
+    for user in node.users:
+        rule = rule_of(user) if user.op == "call_function" else None
+        if isinstance(rule, Ignored):
+            continue
+        if isinstance(rule, Movement) and rule.is_identity:
+            found += _through_identities(user)
+        else:
+            found.append(user)
+    return found
+
+
+def _reduced_axes(node: Node) -> frozenset[int] | None:
+    """The axes that a sum or mean runs over; None for other operators."""
+    if not is_op(node) or op_name(node) not in ("aten::mean", "aten::sum"):
+        return None
+    args = arguments(node)
+    rank, dims = len(shape(args["self"])), args.get("dim")
+    if dims is None or dims == []:
+        return frozenset(range(rank))
+    return frozenset(d % rank for d in ([dims] if isinstance(dims, int) else dims))
+
+
+def _hoisted(space: Space, rule: Callable[[Node], Rule]) -> Space:
+    """Fewer online rotations: where several entries meet in one operator and go nowhere else, rotate its result instead."""
+    entries = {e.node: e for e in space.entries}
+    inner: dict[Node, set[Node] | None] = {}   # member -> the entries it is made of alone, None if of anything else
+
+    def made_of(node: Node) -> set[Node] | None:
+        if node in entries:
+            return {node}
+        if node not in inner:
+            inner[node] = None
+            sources = [s for s in node.all_input_nodes if s in space.members] if node.op == "call_function" else []
+            parts = [made_of(s) for s in sources]
+            if sources and all(p is not None for p in parts):
+                inner[node] = set().union(*(p for p in parts if p is not None))
+        return inner[node]
+
+    for node in list(space.members):
+        if node in entries or len(space.members[node]) != 1 or not is_float(node):
+            continue
+        made = made_of(node)
+        if made is None or len(made) < 2 or not made <= set(entries):
+            continue
+        cone = _cone(node, made, space)
+        if not all(_leads_only_to(node, cone, n, entries, rule) for n in (*cone, *made)):
+            continue
+        if _weight(node) >= sum(_weight(e) for e in made):
+            continue
+        first = entries[next(iter(made))]
+        for e in made:
+            del entries[e]
+        leaving = tuple(u for x in space.exits if x.node is node for u in x.users)
+        entries[node] = Entry(node, space.members[node][0].layout, leaving, first.why, first.centre)
+        gone = cone | made
+        return _hoisted(replace(space, entries=tuple(entries.values()),
+                                members={n: t for n, t in space.members.items() if n not in gone},
+                                exits=tuple(x for x in space.exits if x.node is not node)), rule)
+    return space
+
+
+def _cone(node: Node, entries: set[Node], space: Space) -> set[Node]:
+    """Everything of the space strictly between ``entries`` and ``node``."""
+    found: set[Node] = set()
+    todo = [s for s in node.all_input_nodes if s in space.members and s not in entries]
+    while todo:
+        here = todo.pop()
+        if here not in found:
+            found.add(here)
+            todo += [s for s in here.all_input_nodes if s in space.members and s not in entries]
+    return found
+
+
+def _leads_only_to(node: Node, cone: set[Node], inner: Node, entries: dict[Node, Entry], rule: Callable[[Node], Rule]) -> bool:
+    """No reader of ``inner`` outside the cone needs it in the space's basis."""
+    keep = entries[inner].keep if inner in entries else ()
+    return all(u in cone or u is node or u in keep or (u.op == "call_function" and isinstance(rule(u), Ignored)) for u in inner.users)
+
+
+def _weight(node: Node) -> int:
+    total = 1
+    for size in shape(node):
+        total *= size if isinstance(size, int) else 1
+    return total
+
+
+_BIASED = {"aten::linear", "aten::mm", "aten::addmm", "aten::matmul"}
+
+__all__ = ["AxisType", "Barrier", "Carried", "ConstantUse", "Entry", "Exit", "Pending", "Refusal", "ShiftUse", "Space", "Walk",
+           "source_through"]

@@ -1,0 +1,237 @@
+"""From an exported program to an ``onnx_ir`` model: torch's own translation, without the parts that cost minutes.
+
+``torch.onnx.export`` retraces the program to decompose it and then tries every pattern of its optimizer on every node: some
+70 seconds of CPU for 30 layers, of which translating takes two. Here the program is decomposed only if it holds an op that
+needs it, and the optimizer runs constant folding and the rules that can apply to what torch emits. The resulting graph is the same.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import operator
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from onnx_ir.passes import common
+from onnxscript import opset18 as op
+from onnxscript import optimizer, rewriter
+from onnxscript.rewriter.rules import common as rules
+from torch.export import ExportedProgram
+from torch.fx import GraphModule, Node
+
+from spinpass.errors import ExportError
+
+from . import onnx_functions
+
+_RULES = (
+    rules.add_0_rule,
+    rules.sub_0_rule,
+    rules.mul_by_1_rule,
+    rules.div_by_1_rule,
+    rules.dropout_inference_rule,
+    rules.dropout_zero_rule,
+    rules.cast_cast_rule,
+    rules.no_op_cast_rule,
+    rules.no_op_expand_rule,
+    rules.no_op_transpose_rule,
+    rules.transpose_transpose_rule,
+    rules.unsqueeze_unsqueeze_rule,
+    rules.reshape_reshape_rule,
+    rules.squeeze_reshape_1d_rule,
+    rules.flatten_to_reshape_rule,
+    rules.collapse_slice_rule,
+    rules.collapse_slice2_rule,
+    rules.no_op_dynamic_scatter_nd_rule,
+    rules.no_op_static_scatter_nd_rule,
+)
+"""The general rules of onnxscript less those for convolutions and clips, and less SlicesSplit, which compares every pair of
+nodes: half of the whole export's time, for one Split instead of two Slices."""
+
+_ROUNDS = 2  # folding opens matches for the rules and the other way round; a third round finds nothing
+
+_COMPARISONS = frozenset({operator.le, operator.lt, operator.ge, operator.gt, operator.eq, operator.ne})
+
+
+def translate(ep: ExportedProgram, opset: int | None) -> ir.Model:
+    """The optimised model of ``ep`` with its online Hadamards still opaque. ``ep`` is not changed, constants are not copied.
+
+    Raises:
+        ExportError: an op that ONNX has no translation for, a program that writes to its inputs or buffers, fake weights.
+    """
+    _refuse_fake_weights(ep)
+    import spinpass.library  # noqa: F401  registers the op that the table names
+
+    table: dict[Callable[..., Any], Callable[..., Any]] = {
+        torch.ops.spinpass.hadamard.default: onnx_functions.translation(),
+        **_casts(),
+    }
+    try:
+        with _quiet():
+            program = torch.onnx.export(
+                _Program(ep), opset_version=opset, custom_translation_table=table, optimize=False, verbose=False
+            )
+    except torch.onnx.OnnxExporterError as error:
+        raise _export_error(error) from error
+    assert program is not None
+    _optimise(program.model)
+    return program.model
+
+
+# -- decomposing --------------------------------------------------------------------------------------------------------------
+
+
+class _Program(ExportedProgram):
+    """A copy of a program that decomposes itself only where it must, which is what ``torch.onnx.export`` asks of it first."""
+
+    def __init__(self, ep: ExportedProgram) -> None:
+        graph = copy.deepcopy(ep.graph)
+        super().__init__(
+            root=GraphModule(ep.graph_module, graph),
+            graph=graph,
+            graph_signature=copy.deepcopy(ep.graph_signature),
+            state_dict=ep.state_dict,
+            range_constraints=ep.range_constraints,
+            module_call_graph=copy.deepcopy(ep.module_call_graph),
+            example_inputs=ep.example_inputs,
+            constants=ep.constants,
+            verifiers=ep.verifiers,
+        )
+
+    def run_decompositions(
+        self, decomp_table: dict[Any, Any] | None = None, decompose_custom_triton_ops: bool = False
+    ) -> ExportedProgram:
+        table = dict(decomp_table or {})
+        program: ExportedProgram = self
+        if not all(_is_translatable(node, table) for node in self.graph.nodes):
+            own = torch.export.default_decompositions()
+            table |= {target: own[target] for target in _casts() if target in own}
+            program = super().run_decompositions(table, decompose_custom_triton_ops)
+        _refuse_mutation(program)
+        _fold_comparisons(program.graph_module)
+        return program
+
+
+def _is_translatable(node: Node, table: Mapping[Any, Any]) -> bool:
+    """The node has a translation of its own and leaves its arguments alone."""
+    if node.op != "call_function":
+        return node.op != "get_attr"  # the subgraph of a higher-order op
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return not isinstance(node.target, torch._ops.OperatorBase)
+    return node.target not in table and (node.target in _casts() or not node.target._schema.is_mutable)
+
+
+def _casts() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """Translations of the few ops that a fresh export holds and that torch translates only after decomposing."""
+
+    def to_dtype(self: Any, dtype: int, non_blocking: bool = False, copy: bool = False, memory_format: Any = None) -> Any:
+        return op.Cast(self, to=dtype)
+
+    def to_device(
+        self: Any, device: Any, dtype: int, non_blocking: bool = False, copy: bool = False, memory_format: Any = None
+    ) -> Any:
+        return op.Cast(self, to=dtype)
+
+    def detach(self: Any) -> Any:
+        return op.Identity(self)
+
+    aten = torch.ops.aten
+    return {aten.to.dtype: to_dtype, aten.to.device: to_device, aten.detach_.default: detach}
+
+
+def _fold_comparisons(module: GraphModule) -> None:
+    """Drop comparisons of sizes that nothing reads and decide those with an infinite bound, which ONNX cannot hold."""
+    for node in reversed(list(module.graph.nodes)):
+        if node.target not in _COMPARISONS:
+            continue
+        if node.users and not any(isinstance(arg, Node) for arg in node.args):
+            node.replace_all_uses_with(node.target(*node.args))
+        if not node.users:
+            module.graph.erase_node(node)
+    module.recompile()
+
+
+# -- optimising ---------------------------------------------------------------------------------------------------------------
+
+
+def _optimise(model: ir.Model) -> None:
+    """Fold constants, simplify and deduplicate, in place. Initializers above the folding limit stay what they are."""
+    common.InlinePass()(model)
+    for _ in range(_ROUNDS):
+        optimizer.fold_constants(model, onnx_shape_inference=True)
+        rewriter.rewrite(model, _RULES)
+    finish: Sequence[Any] = (
+        common.RemoveUnusedNodesPass(),
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        common.DeduplicateInitializersPass(),
+        common.CommonSubexpressionEliminationPass(),
+        common.OutputFixPass(),
+    )
+    for simplify in finish:
+        simplify(model)
+    _share_initializers(model.graph)
+
+
+def _share_initializers(graph: ir.Graph) -> None:
+    """One initializer for every tensor in memory: constants tied in the program stay one in the file."""
+    first: dict[tuple[Any, ...], ir.Value] = {}
+    for value in list(graph.initializers.values()):
+        raw = value.const_value.raw if isinstance(value.const_value, ir.Tensor) else None
+        if not isinstance(raw, torch.Tensor) or raw.numel() == 0:
+            continue
+        kept = first.setdefault((raw.data_ptr(), raw.dtype, tuple(raw.shape), raw.stride()), value)
+        if kept is not value and not value.is_graph_output():
+            ir.convenience.replace_all_uses_with(value, kept)
+            del graph.initializers[str(value.name)]
+
+
+# -- refusals -----------------------------------------------------------------------------------------------------------------
+
+
+def _refuse_fake_weights(ep: ExportedProgram) -> None:
+    for name, tensor in (*ep.state_dict.items(), *ep.constants.items()):
+        if isinstance(tensor, torch.Tensor) and type(tensor.data) is not torch.Tensor:
+            raise ExportError(
+                f"{name} is a {type(tensor.data).__name__}, not a tensor with values: load the weights into the program first"
+            )
+
+
+def _refuse_mutation(ep: ExportedProgram) -> None:
+    signature = ep.graph_signature
+    written = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
+    if written:
+        more = f" and {len(written) - 1} more" if len(written) > 1 else ""
+        raise ExportError(
+            f"the program writes to {written[0]}{more} in place, and an ONNX graph keeps no state between calls: export the"
+            " program with that state (a static cache, say) as inputs and outputs"
+        )
+
+
+def _export_error(error: BaseException) -> ExportError:
+    """Our own error if it caused this one, else the innermost reason."""
+    reasons = [error]
+    while (cause := reasons[-1].__cause__) is not None:
+        reasons.append(cause)
+    own = next((reason for reason in reasons if isinstance(reason, ExportError)), None)
+    if own is not None:
+        return own
+    last = str(reasons[-1]).strip().splitlines() or [type(reasons[-1]).__name__]
+    return ExportError(f"torch.onnx cannot translate the program: {last[0]}; replace that op or decompose it before the export")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence what torch.onnx says about packages that are not needed here."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        logger.setLevel(level)

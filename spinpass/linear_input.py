@@ -1,0 +1,65 @@
+"""The space between a value and the linear layers that read it: R1's online form, and any other input of linears.
+
+    y = z Wᵀ   ->   y = (z R)(W R)ᵀ      one rotation of z, shared by all its linears; whoever else reads z keeps the original
+"""
+
+from __future__ import annotations
+
+from torch.fx import Node
+
+from .basis import AxisType, Barrier, Walk, _Restart
+from .ops import Ignored, Movement, Multilinear, Zeros
+from .patterns.linear import as_linear
+
+
+class LinearInputWalk(Walk):
+    """Grows from a computed value towards the linears that read it and never further. Its seeds are entries."""
+
+    def _backward(self, node: Node, axis: AxisType) -> None:
+        if self.editor.is_constant(node):
+            return super()._backward(node, axis)
+        rule = self._rule(node) if node.op == "call_function" else None
+        reached = isinstance(rule, Movement) and rule.source in self.types and node is not self._seed
+        if not reached:
+            self._entries[node, axis.layout.dims] = "rotated online, at the input of the linears"
+
+    def _forward(self, node: Node, axis: AxisType, user: Node) -> None:
+        if self.editor.is_constant(node):
+            if not self.editor.is_constant(user) and not self._is_linear_weight(node, user):
+                self.kept[node] = f"{user.name} reads it otherwise than as a linear layer's weight"
+                raise _Restart
+            return super()._forward(node, axis, user)
+        if user.op == "call_function" and isinstance(self._rule(user), (Ignored, Zeros)):
+            return
+        if not self._serves(user, node):
+            self._exits[node, user] = (axis, "it keeps the original")
+            return
+        super()._forward(node, axis, user)
+
+    def _serves(self, user: Node, node: Node) -> bool:
+        """Everything behind ``user`` is a linear layer whose weight may be rotated."""
+        if user.op != "call_function":
+            return False
+        rule = self._rule(user)
+        if isinstance(rule, Movement):
+            if rule.source is not node:
+                return True
+            return bool(user.users) and all(
+                self._serves(u, user) for u in user.users
+                if not (u.op == "call_function" and isinstance(self._rule(u), (Ignored, Zeros))))
+        linear = as_linear(self.editor, user)
+        return linear is not None and linear.operand is node and not self._is_kept(linear.weight)
+
+    def _is_kept(self, weight: Node) -> bool:
+        return weight in self.kept or any(self._is_kept(s) for s in weight.all_input_nodes)
+
+    def _is_linear_weight(self, node: Node, user: Node) -> bool:
+        linear = as_linear(self.editor, user)
+        if linear is None or linear.weight is not node:
+            return False
+        rule = self._rule(user)
+        return isinstance(rule, Multilinear) and not any(
+            o.node is node for term in rule.terms for o in term if len(term) == 1)
+
+    def _leave_program(self, node: Node, axis: AxisType) -> None:
+        raise Barrier("a program output")

@@ -1,0 +1,45 @@
+"""Center:  LayerNorm(x) = RMSNorm(C x), C = I − 11ᵀ/n:  every writer W -> C W, b -> C b, and the norms stop centring.
+
+Exact where every reader of the stream centres it; the basis analysis has made sure of that.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import Node
+
+from ..basis import Space
+from ..layout import Layout
+from ..ops import Centring, Normalization, rule_of
+from ..program import ProgramEditor, shape
+from .fold import foldable
+
+
+def center(editor: ProgramEditor, space: Space, origin: str) -> None:
+    """Centre what is written into the stream (entries are centred where they are rotated) and drop the norms' centring."""
+    if not space.centred:
+        return
+    for use in space.constants:
+        if not use.reads and not use.type.centred:
+            layout = use.type.layout
+            editor.queue(foldable(editor, use.node), lambda tensor, at=layout: _centred(tensor, at))  # type: ignore[misc]
+    for node in space.centrings:
+        _stop_centring(editor, node, origin)
+
+
+def _centred(tensor: torch.Tensor, layout: Layout) -> torch.Tensor:
+    return layout.apply(tensor, lambda vectors: vectors - vectors.mean(-1, keepdim=True))
+
+
+def _stop_centring(editor: ProgramEditor, node: Node, origin: str) -> None:
+    rule = rule_of(node)
+    if isinstance(rule, Centring):
+        editor.replace(node, rule.source)
+        return
+    norm = editor.current(node)  # its scale may have been fused
+    plain = rule_of(norm)
+    assert isinstance(plain, Normalization)
+    width = int(shape(plain.source)[-1])  # type: ignore[call-overload]
+    rms = editor.call(torch.ops.aten.rms_norm.default, plain.source, [width], None, plain.eps, after=norm, origin=origin)
+    editor.replace(norm, rms)
+

@@ -1,0 +1,29 @@
+"""FoldRotations:  reader W -> W R;  writer W -> Rᵀ W, b -> Rᵀ b;  table E -> E R.   One step per constant, computed at the end.
+
+In row-vector form all of these are one operation: every vector of the space that lies in the constant is multiplied by R.
+"""
+
+from __future__ import annotations
+
+from torch.fx import Node
+
+from ..basis import Space
+from ..layout import Layout
+from ..program import ProgramEditor
+from ..rotation import Rotation
+
+
+def fold_rotation(editor: ProgramEditor, space: Space, rotation: Rotation) -> None:
+    """Queue the rotation on every constant of the space."""
+    for use in space.constants:
+        rotate_constant(editor, foldable(editor, use.node), use.type.layout, rotation)
+
+
+def rotate_constant(editor: ProgramEditor, node: Node, layout: Layout, rotation: Rotation) -> None:
+    """Queue ``v -> v R`` for the vectors of ``layout`` in the constant."""
+    editor.queue(node, lambda tensor: layout.apply(tensor, rotation.apply))
+
+
+def foldable(editor: ProgramEditor, node: Node) -> Node:
+    """The constant itself where it is stored; a computed one becomes a stored one."""
+    return node if editor.is_stored(node) else editor.materialize(node)

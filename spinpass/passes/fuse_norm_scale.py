@@ -1,0 +1,111 @@
+"""FuseNormScale:  (x̂·g + β) Wᵀ + b  ->  x̂ (W diag(g))ᵀ + (b + β Wᵀ);   (y·c) with y = W x  ->  (diag(c) W) x.
+
+Only for the scales that the basis analysis found to be read by linears alone (or written by them alone). Half of a norm operator's
+work is kept: ``layer_norm`` with a scale becomes ``layer_norm`` or ``rms_norm`` without one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from ..basis import AxisType, ShiftUse, Space
+from ..layout import Layout
+from ..ops import Multilinear, Normalization, rule_of
+from ..program import ProgramEditor, arguments, op_name, shape, value
+from .fold import foldable
+
+
+def fuse_norm_scale(editor: ProgramEditor, space: Space, origin: str) -> None:
+    """Move every pending scale and shift of the space into the constants that carry it."""
+    for use in space.shifts:
+        _shift_result(editor, use, origin)
+    for constant in space.constants:
+        if constant.type.pending is not None and constant.type.pending.scale is not None:
+            _scale(editor, foldable(editor, constant.node), constant.type)
+    for node in space.scales:
+        _unscale(editor, node, space, origin)
+
+
+def _scale(editor: ProgramEditor, node: Node, axis: AxisType) -> None:
+    assert axis.pending is not None and axis.pending.scale is not None
+    scale = editor.deferred(axis.pending.scale)
+    layout = axis.layout
+    editor.queue(node, lambda tensor: layout.apply(tensor, lambda vectors: vectors * _coordinates(scale(), layout)))
+
+
+def _coordinates(scale: Tensor, layout: Layout) -> Tensor:
+    return scale.flatten().expand(layout.width) if scale.numel() in (1, layout.width) else scale.flatten()
+
+
+def _unscale(editor: ProgramEditor, node: Node, space: Space, origin: str) -> None:
+    rule = rule_of(node)
+    if isinstance(rule, Normalization):
+        return _strip_norm(editor, node, rule, origin)
+    assert isinstance(rule, Multilinear)
+    source = next(o.node for term in rule.terms for o in term if not editor.is_constant(o.node))
+    editor.replace(node, _as_dtype(editor, source, node, origin))
+
+
+def _as_dtype(editor: ProgramEditor, source: Node, like: Node, origin: str) -> Node:
+    """Type promotion by the scale must not get lost with it."""
+    if value(source).dtype == value(like).dtype:
+        return source
+    return editor.call(torch.ops.aten.to.dtype, source, value(like).dtype, after=source, origin=origin)
+
+
+def _strip_norm(editor: ProgramEditor, node: Node, rule: Normalization, origin: str) -> None:
+    """norm(x)·g + β  ->  norm(x), in the same operator family."""
+    if rule.weight is None and rule.bias is None:
+        return
+    args = (rule.source, [int(shape(rule.source)[-1])])  # type: ignore[call-overload]
+    if rule.centres:
+        plain = editor.call(torch.ops.aten.layer_norm.default, *args, None, None, rule.eps, after=node, origin=origin)
+    else:
+        plain = editor.call(torch.ops.aten.rms_norm.default, *args, None, rule.eps, after=node, origin=origin)
+    editor.replace(node, _as_dtype(editor, plain, node, origin))
+
+
+def _shift_result(editor: ProgramEditor, use: ShiftUse, origin: str) -> None:
+    """b -> b + β Wᵀ, where there is no b: a new one."""
+    shift, weight = editor.deferred(use.shift), editor.deferred(use.weight)
+    contract: Callable[[], Tensor]
+    if op_name(use.node) == "aten::linear":
+        contract = lambda: weight() @ shift().flatten()  # noqa: E731
+    else:
+        contract = lambda: shift().flatten() @ weight()  # noqa: E731
+    args = arguments(use.node)
+    bias = args.get("bias") if op_name(use.node) == "aten::linear" else args.get("self") if op_name(use.node) == "aten::addmm" else None
+    if isinstance(bias, Node) and editor.is_stored(bias) and len(bias.users) == 1:
+        editor.queue(bias, lambda tensor: tensor + contract())
+        return
+    out = int(shape(use.node)[-1])  # type: ignore[call-overload]
+    name = _bias_name(editor, use.weight)
+    dtype, device = value(use.node).dtype, value(use.node).device
+    start = editor.deferred(bias) if isinstance(bias, Node) else None
+    zero = torch.zeros(out, dtype=dtype, device=device)
+    added = editor.add_constant(name, zero, steps=[lambda tensor: (tensor if start is None else tensor + start()) + contract()])
+    if op_name(use.node) == "aten::linear":
+        use.node.update_arg(2, added) if len(use.node.args) > 2 else _append(use.node, added)
+    elif isinstance(bias, Node):
+        use.node.replace_input_with(bias, added)
+    else:
+        users = list(use.node.users)
+        total = editor.call(torch.ops.aten.add.Tensor, use.node, added, after=use.node, origin=origin)
+        editor.replace(use.node, total, users)
+
+
+def _append(node: Node, bias: Node) -> None:
+    node.kwargs = {k: v for k, v in node.kwargs.items() if k != "bias"}
+    node.args = (*node.args[:2], bias)
+
+
+def _bias_name(editor: ProgramEditor, weight: Node) -> str:
+    stored = weight
+    while not editor.is_stored(stored) and stored.all_input_nodes:
+        stored = stored.all_input_nodes[0]
+    fqn = editor.fqn(stored)
+    return fqn[: -len("weight")] + "bias" if fqn.endswith("weight") else fqn + "_bias"

@@ -1,0 +1,89 @@
+"""InsertRotations:  an entry x -> x R,  an exit x' -> x' Rᵀ:  what could not be folded stands in the graph as Hadamard operators."""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import Node
+
+from .. import library  # noqa: F401  (registers torch.ops.spinpass)
+from ..basis import Space
+from ..layout import Layout
+from ..program import ProgramEditor, shape, value
+from ..rotation import Rotation
+
+
+def insert_rotations(editor: ProgramEditor, space: Space, rotation: Rotation, origin: str) -> None:
+    """Put the rotation at every entry of the space and its inverse at every exit."""
+    stored: dict[str, Node] = {}
+    for entry in space.entries:
+        node = editor.current(entry.node)
+        users = [u for u in node.users if u not in entry.keep]
+        rotated = node
+        if entry.centre:
+            mean = editor.call(torch.ops.aten.mean.dim, rotated, [entry.layout.dims[0]], True, after=rotated, origin=origin)
+            rotated = editor.call(torch.ops.aten.sub.Tensor, rotated, mean, after=mean, origin=origin)
+        rotated = rotate(editor, rotated, entry.layout, rotation, stored, origin)
+        editor.replace(node, rotated, users)
+    for leaving in space.exits:
+        node = editor.current(leaving.node)
+        restored = rotate(editor, node, leaving.layout, rotation, stored, origin, inverse=True)
+        editor.replace(node, restored, leaving.users)
+
+
+def rotate(editor: ProgramEditor, node: Node, layout: Layout, rotation: Rotation, stored: dict[str, Node], origin: str,
+           inverse: bool = False) -> Node:
+    """Nodes that compute ``x R`` (or ``x Rᵀ``) along the layout's one axis; returns the last."""
+    dim, rank = layout.dims[0], len(shape(node))
+    if dim != rank - 1:
+        node = editor.call(torch.ops.aten.transpose.int, node, dim, rank - 1, after=node, origin=origin)
+    apply = _dense if not rotation.is_structured else _hadamard
+    node = apply(editor, node, layout, rotation, stored, origin, inverse)
+    if dim != rank - 1:
+        node = editor.call(torch.ops.aten.transpose.int, node, dim, rank - 1, after=node, origin=origin)
+    return node
+
+
+def _hadamard(editor: ProgramEditor, node: Node, layout: Layout, rotation: Rotation, stored: dict[str, Node], origin: str,
+              inverse: bool) -> Node:
+    """x·diag(s)·H, or x·Hᵀ·diag(s)."""
+    signs = _signs(editor, node, layout, rotation, stored, origin)
+    if signs is not None and not inverse:
+        node = editor.call(torch.ops.aten.mul.Tensor, node, signs, after=node, origin=origin)
+    node = editor.call(torch.ops.spinpass.hadamard.default, node, rotation.order, inverse, after=node, origin=origin)
+    if signs is not None and inverse:
+        node = editor.call(torch.ops.aten.mul.Tensor, node, signs, after=node, origin=origin)
+    return node
+
+
+def _signs(editor: ProgramEditor, node: Node, layout: Layout, rotation: Rotation, stored: dict[str, Node], origin: str) -> Node | None:
+    signs = rotation.signs()
+    if signs is None:
+        return None
+    if "signs" not in stored:
+        tensor = signs.to(value(node).dtype).repeat(layout.count)
+        stored["signs"] = editor.add_constant(f"spinpass.{_identifier(origin)}.signs", tensor)
+    return stored["signs"]
+
+
+def _dense(editor: ProgramEditor, node: Node, layout: Layout, rotation: Rotation, stored: dict[str, Node], origin: str,
+           inverse: bool) -> Node:
+    """x·Q block by block, for rotations without structure."""
+    if "matrix" not in stored:
+        matrix = rotation.matrix()[: rotation.order, : rotation.order].to(value(node).dtype).contiguous()
+        stored["matrix"] = editor.add_constant(f"spinpass.{_identifier(origin)}.matrix", matrix)
+    matrix_node = stored["matrix"]
+    blocks = layout.sizes[0] // rotation.order
+    if blocks > 1:
+        node = editor.call(torch.ops.aten.unflatten.int, node, -1, [blocks, rotation.order], after=node, origin=origin)
+    if inverse:
+        matrix_node = editor.call(torch.ops.aten.t.default, matrix_node, after=node, origin=origin)
+        node = editor.call(torch.ops.aten.matmul.default, node, matrix_node, after=matrix_node, origin=origin)
+    else:
+        node = editor.call(torch.ops.aten.matmul.default, node, matrix_node, after=node, origin=origin)
+    if blocks > 1:
+        node = editor.call(torch.ops.aten.flatten.using_ints, node, -2, -1, after=node, origin=origin)
+    return node
+
+
+def _identifier(origin: str) -> str:
+    return "".join(c if c.isalnum() else "_" for c in origin)

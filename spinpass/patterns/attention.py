@@ -1,0 +1,113 @@
+"""Attention as the graph spells it: one operator, or scores -> softmax -> weighted sum."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch.fx import Node
+
+from ..layout import Layout
+from ..ops import Movement, Multilinear, Operand, rule_of
+from ..program import ProgramEditor, arguments, is_op, op_name, shape
+
+_FUSED = ("aten::scaled_dot_product_attention", "aten::_scaled_dot_product_flash_attention_for_cpu",
+          "aten::_scaled_dot_product_flash_attention", "aten::_scaled_dot_product_efficient_attention")
+_SOFTMAX = ("aten::softmax", "aten::_softmax", "aten::_safe_softmax")
+_TOWARDS_SCORES = ("aten::mul", "aten::div", "aten::add", "aten::sub", "aten::tanh", "aten::where", "aten::masked_fill", "aten::cat",
+                   "aten::clamp", "aten::amax", "aten::max", "aten::baddbmm")
+
+
+@dataclass(frozen=True)
+class Attention:
+    """``query`` and ``key`` contract over axes ``query_layout``, ``key_layout``; ``value``'s axis passes to the result."""
+
+    node: Node
+    query: Node
+    query_layout: Layout
+    value: Node
+    value_layout: Layout
+
+
+def find_attention(editor: ProgramEditor) -> list[Attention]:
+    """Every softmax(q kᵀ) v of the program, in graph order."""
+    found = []
+    for node in editor.nodes:
+        if not is_op(node):
+            continue
+        match = _fused(node) if op_name(node) in _FUSED else _spelled_out(editor, node) if op_name(node) in _SOFTMAX else None
+        if match is not None:
+            found.append(match)
+    return found
+
+
+def _fused(node: Node) -> Attention | None:
+    args = arguments(node)
+    query, value = args["query"], args["value"]
+    q_size, v_size = shape(query)[-1], shape(value)[-1]
+    if not isinstance(q_size, int) or not isinstance(v_size, int):
+        return None
+    return Attention(node, query, Layout.full(len(shape(query)) - 1, q_size), value, Layout.full(len(shape(value)) - 1, v_size))
+
+
+def _spelled_out(editor: ProgramEditor, softmax: Node) -> Attention | None:
+    scores = _scores(editor, softmax)
+    weighted = _weighted_sum(editor, softmax)
+    if scores is None or weighted is None:
+        return None
+    query = scores[0]
+    label = "k"
+    q_size = shape(query.node)[query.labels.index(label)]
+    value = weighted
+    v_at = next(d for d, name in enumerate(value.labels) if name in ("n", "m") and isinstance(shape(value.node)[d], int))
+    v_size = shape(value.node)[v_at]
+    if not isinstance(q_size, int) or not isinstance(v_size, int):
+        return None
+    return Attention(softmax, query.node, Layout.full(query.labels.index(label), q_size), value.node, Layout.full(v_at, v_size))
+
+
+def _scores(editor: ProgramEditor, softmax: Node) -> tuple[Operand, Operand] | None:
+    """The product of two computed values that the softmax is taken of, masks, scales and caps looked through."""
+    todo, seen = [softmax.args[0]], set()
+    while todo:
+        node = todo.pop()
+        if not isinstance(node, Node) or node in seen or node.op != "call_function" or editor.is_constant(node):
+            continue
+        seen.add(node)
+        product = _activations_product(editor, node)
+        if product is not None:
+            return product
+        rule = rule_of(node)
+        if isinstance(rule, Movement):
+            todo.append(rule.source)
+        elif op_name(node) in _TOWARDS_SCORES or op_name(node) == "getitem":
+            todo += [a for a in node.all_input_nodes if len(shape(a)) == len(shape(node)) or op_name(a) in _TOWARDS_SCORES]
+    return None
+
+
+def _weighted_sum(editor: ProgramEditor, softmax: Node) -> Operand | None:
+    """The values that the softmax weighs: the other operand of the product it goes into."""
+    todo, seen = [softmax], set()
+    while todo:
+        node = todo.pop()
+        for user in node.users:
+            if user in seen or user.op != "call_function":
+                continue
+            seen.add(user)
+            product = _activations_product(editor, user)
+            if product is not None:
+                return product[1] if product[0].node is node else product[0]
+            if isinstance(rule_of(user), Movement) or op_name(user) in ("aten::mul", "aten::where", "aten::masked_fill"):
+                todo.append(user)
+    return None
+
+
+def _activations_product(editor: ProgramEditor, node: Node) -> tuple[Operand, Operand] | None:
+    if op_name(node) not in ("aten::matmul", "aten::bmm", "aten::mm", "aten::baddbmm", "aten::einsum"):
+        return None
+    rule = rule_of(node)
+    if not isinstance(rule, Multilinear) or len(rule.terms[-1]) != 2 or op_name(node) == "aten::einsum":
+        return None
+    a, b = rule.terms[-1]
+    if editor.is_constant(a.node) or editor.is_constant(b.node):
+        return None
+    return a, b

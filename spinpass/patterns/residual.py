@@ -1,0 +1,39 @@
+"""The residual stream: sums of a running value and a linear layer's result."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch.fx import Node
+
+from ..ops import Multilinear, rule_of
+from ..program import ProgramEditor, is_float, is_op, op_name, shape
+from .linear import as_linear, root_of
+
+
+def find_residual_sums(editor: ProgramEditor) -> Iterator[Node]:
+    """Every ``x + f(x)`` whose summand is written by a linear layer, in graph order."""
+    for node in editor.nodes:
+        if not is_op(node) or op_name(node) != "aten::add" or not is_float(node) or not isinstance(shape(node)[-1:], tuple):
+            continue
+        rule = rule_of(node)
+        if not isinstance(rule, Multilinear) or len(rule.terms) != 2 or len(shape(node)) < 2:
+            continue
+        operands = [term[0].node for term in rule.terms if len(term) == 1]
+        if len(operands) != 2 or any(editor.is_constant(o) or shape(o) != shape(node) for o in operands):
+            continue
+        if isinstance(shape(node)[-1], int) and any(_is_written(editor, o) for o in operands):
+            yield node
+
+
+def _is_written(editor: ProgramEditor, node: Node, depth: int = 6) -> bool:
+    """A linear layer's result, scales, norms and biases on the way looked through."""
+    root = root_of(node)
+    if root.op != "call_function" or depth == 0:
+        return False
+    if as_linear(editor, root) is not None:
+        return True
+    rule = rule_of(root)
+    if not isinstance(rule, Multilinear) or op_name(root) not in ("aten::mul", "aten::add", "aten::div"):
+        return False
+    return any(_is_written(editor, o.node, depth - 1) for term in rule.terms for o in term if not editor.is_constant(o.node))

@@ -1,0 +1,443 @@
+"""From spaces to decisions: which rotation each space gets, in which form, and what is left alone and why."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch.fx import Node
+
+from .basis import Carried, Refusal, Space, Walk
+from .config import Role, RotationConfig
+from .errors import ConfigError
+from .layout import Layout
+from .linear_input import LinearInputWalk
+from .passes.untie import untie
+from .patterns.attention import Attention, find_attention
+from .patterns.linear import as_linear, find_linears, is_norm_output, root_of, whole_axis
+from .patterns.mlp import find_down_projections
+from .patterns.residual import find_residual_sums
+from .program import ProgramEditor, shape, value
+from .rotation import Rotation
+from .ops import tokens_per_call
+
+_UNTIE_BELOW = 0.01  # `tied="auto"` unties where that adds less than this share of the constants' bytes
+
+
+@dataclass(frozen=True)
+class OnlinePart:
+    """A rotation that stays in the graph: at ``node``, because of ``why``, at ``flops`` per token."""
+
+    node: str
+    why: str
+    flops: int
+    inverse: bool
+
+
+@dataclass(frozen=True)
+class PlannedSpace:
+    """One decision, in names and numbers."""
+
+    name: str
+    role: Role
+    size: int
+    form: str
+    rotation: Rotation
+    writers: tuple[str, ...]
+    readers: tuple[str, ...]
+    online: tuple[OnlinePart, ...]
+    cache: tuple[str, ...]
+    bytes_added: int
+    notes: tuple[str, ...] = ()
+
+    @property
+    def flops(self) -> int:
+        """Added floating-point operations per token."""
+        return sum(part.flops for part in self.online)
+
+
+@dataclass(frozen=True)
+class Site:
+    """A decision with the graph nodes it is about."""
+
+    planned: PlannedSpace
+    space: Space
+
+    @property
+    def name(self) -> str:
+        return self.planned.name
+
+
+@dataclass(frozen=True)
+class RotationPlan:
+    """Every decision about a program: what is rotated, in which form and at what cost, and what is refused and why."""
+
+    config: RotationConfig
+    spaces: tuple[PlannedSpace, ...]
+    refusals: tuple[Refusal, ...] = ()
+
+    @property
+    def flops(self) -> int:
+        """Added floating-point operations per token."""
+        return sum(s.flops for s in self.spaces)
+
+    @property
+    def bytes_added(self) -> int:
+        """Bytes of constants that the rotated program has and the original has not."""
+        return sum(s.bytes_added for s in self.spaces)
+
+    def without(self, *names: str) -> RotationPlan:
+        """The plan with some spaces left alone."""
+        unknown = set(names) - {s.name for s in self.spaces}
+        if unknown:
+            raise ConfigError(f"the plan has no space {sorted(unknown)[0]!r}; it has {', '.join(s.name for s in self.spaces)}")
+        left_out = tuple(Refusal(n, "left out of the plan") for n in names)
+        return replace(self, spaces=tuple(s for s in self.spaces if s.name not in names), refusals=self.refusals + left_out)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return {
+            "config": self.config.to_dict(), "flops_per_token": self.flops, "bytes_added": self.bytes_added,
+            "spaces": [{
+                "name": s.name, "rotation": s.role, "size": s.size, "form": s.form, "matrix": str(s.rotation),
+                "fingerprint": s.rotation.fingerprint(), "writers": list(s.writers), "readers": list(s.readers),
+                "cache": list(s.cache), "flops_per_token": s.flops, "bytes_added": s.bytes_added, "notes": list(s.notes),
+                "online": [{"node": p.node, "why": p.why, "flops_per_token": p.flops, "inverse": p.inverse} for p in s.online],
+            } for s in self.spaces],
+            "refusals": [{"what": r.what, "why": r.why, "nodes": list(r.nodes)} for r in self.refusals],
+        }
+
+    def __str__(self) -> str:
+        head = ("space", "size", "rotation", "form", "writers", "readers", "online", "FLOP/token", "bytes")
+        rows = [(s.name, str(s.size), str(s.rotation), s.form, _short(s.writers), _short(s.readers),
+                 _online_text(s), f"{s.flops:,}", f"{s.bytes_added:,}") for s in self.spaces]
+        lines = _table([head, *rows])
+        lines += [f"refused  {r}" for r in self.refusals]
+        lines.append(f"total: {len(self.spaces)} spaces, {self.flops:,} FLOP per token added, {self.bytes_added:,} bytes added")
+        return "\n".join(lines)
+
+
+class Planner:
+    """Finds the sites of one rotation at a time. Sites come one by one: apply each before taking the next."""
+
+    def __init__(self, editor: ProgramEditor, config: RotationConfig, only: RotationPlan | None = None) -> None:
+        self.editor = editor
+        self.config = config
+        self.only = None if only is None else {s.name: s for s in only.spaces}
+        self.planned: list[PlannedSpace] = []
+        self.refusals: list[Refusal] = []
+        self.carried: list[tuple[PlannedSpace, Carried]] = []
+        self._claims: dict[Node, list[tuple[str, Layout]]] = {}
+        self._tokens = tokens_per_call(editor.user_inputs())
+        self._bytes_untied = 0
+
+    def sites(self, role: Role) -> Iterator[Site]:
+        """The sites of one rotation; what is refused is noted in ``refusals``."""
+        finders: dict[Role, Callable[[], Iterator[Site]]] = {
+            "R1": self._residual, "R2": self._values, "R3": self._queries, "R4": self._down_projections}
+        found = False
+        for site in finders[role]():
+            found = True
+            yield site
+        if not found and not any(r.what.startswith(role) for r in self.refusals):
+            self.refusals.append(Refusal(role, _NOTHING[role]))
+
+    def plan(self) -> RotationPlan:
+        return RotationPlan(self.config, tuple(self.planned), tuple(self.refusals))
+
+    # -- R1 -------------------------------------------------------------------------------------------------------------
+
+    def _residual(self) -> Iterator[Site]:
+        widths, seen = set(), set()
+        for node in list(find_residual_sums(self.editor)):
+            node = self.editor.current(node)
+            if node in seen or node in self._claims:
+                continue
+            space = self._stream(node)
+            seen |= set(space.members)
+            if not space.readers and not space.exits:
+                continue
+            widths.add(space.width)
+            if self._takes_offline(space):
+                site = self._accept("R1", space, "offline")
+                if site is not None:
+                    yield site
+        if self.config.form != "offline":
+            yield from self._norm_outputs(widths)
+
+    def _stream(self, node: Node) -> Space:
+        """The residual stream through a sum; a table that its uses need in two bases is untied or kept, as configured."""
+        layout = whole_axis(node, len(shape(node)) - 1)
+        space = Walk(self.editor).grow(node, layout)
+        shared = [n for n in space.kept if len(_leaf(self.editor, n).users) > 1]
+        if self.config.form == "online" or not shared or not self._unties(shared):
+            return space
+        copies = untie(self.editor, shared)
+        self._bytes_untied += sum(value(n).numel() * value(n).element_size() for n in copies)
+        return Walk(self.editor).grow(node, layout)
+
+    def _unties(self, shared: list[Node]) -> bool:
+        if self.config.tied != "auto":
+            return self.config.tied == "untie"
+        added = sum(value(n).numel() * value(n).element_size() for n in shared)
+        return added < _UNTIE_BELOW * self.editor.nbytes()
+
+    def _takes_offline(self, space: Space) -> bool:
+        if self.config.form == "online" or not space.readers or not space.writers:
+            if self.config.form == "offline":
+                self.refusals.append(Refusal("R1", "no linear layer writes into the residual stream and reads it", (space.seed.name,)))
+            return False
+        if self.config.form == "offline":
+            return True
+        open_edges = [x for x in (*space.entries, *space.exits) if not any(why in x.why for why in space.kept.values())]
+        if open_edges:
+            first = open_edges[0]
+            self.refusals.append(Refusal(
+                "R1 offline", f"the residual stream needs {len(space.entries) + len(space.exits)} online parts "
+                f"(the first at {first.node.name}: {first.why}); rotated online at the linears' inputs instead", (first.node.name,)))
+        return not open_edges
+
+    def _norm_outputs(self, widths: set[int]) -> Iterator[Site]:
+        done: set[Node] = set()
+        for linear in list(find_linears(self.editor)):
+            root = root_of(linear.operand)
+            if root in done or root in self._claims or shape(root)[-1:] == () or shape(root)[-1] not in widths:
+                continue
+            if not is_norm_output(self.editor, root):
+                continue
+            done.add(root)
+            space = LinearInputWalk(self.editor).grow(root, whole_axis(root, len(shape(root)) - 1))
+            done |= {e.node for e in space.entries}
+            if not space.readers:
+                why = next(iter(space.kept.values()), "its linears cannot be rotated")
+                self._refuse("R1", Refusal(f"R1 at {root.name}", why, tuple(self.editor.fqn(n) for n in space.kept)))
+                continue
+            site = self._accept("R1", space, "online")
+            if site is not None:
+                yield site
+
+    # -- R2, R3, R4 -------------------------------------------------------------------------------------------------------
+
+    def _values(self) -> Iterator[Site]:
+        for attention in find_attention(self.editor):
+            if self._claimed(attention.value, attention.value_layout):
+                continue
+            space = self._cache_walk().grow(attention.value, attention.value_layout)
+            if not space.is_offline or not space.writers or not space.readers:
+                self._refuse("R2", _open_edge("R2", attention.node, space))
+                continue
+            site = self._accept("R2", space, "offline")
+            if site is not None:
+                yield site
+
+    def _queries(self) -> Iterator[Site]:
+        for attention in find_attention(self.editor):
+            if self._claimed(attention.query, attention.query_layout):
+                continue
+            space = self._cache_walk().grow(attention.query, attention.query_layout)
+            if space.exits:
+                self._refuse("R3", _open_edge("R3", attention.node, space))
+                continue
+            site = self._accept("R3", space, "online" if space.entries else "offline", self._attention_name(attention))
+            if site is not None:
+                yield site
+
+    def _down_projections(self) -> Iterator[Site]:
+        for linear in list(find_down_projections(self.editor)):
+            layout = whole_axis(linear.operand, linear.dim)
+            if self._claimed(linear.operand, layout) or not self._writes_on(linear.node):
+                continue
+            space = Walk(self.editor).grow(linear.operand, layout)
+            if space.exits or not space.readers:
+                self._refuse("R4", _open_edge("R4", linear.node, space))
+                continue
+            site = self._accept("R4", space, "online" if space.entries else "offline")
+            if site is not None:
+                yield site
+
+    def _cache_walk(self) -> Walk:
+        return Walk(self.editor, carries_cache=self.config.cache == "rotated")
+
+    def _writes_on(self, node: Node) -> bool:
+        """The result goes on into the model: it is summed with something, not normed and turned into logits."""
+        sums = getattr(self, "_sums", None)
+        if sums is None:
+            sums = self._sums = {s for n in find_residual_sums(self.editor) for s in _operands(n)}
+        return not sums or any(n in sums for n in _downstream(node))
+
+    # -- deciding one space -------------------------------------------------------------------------------------------------
+
+    def _accept(self, role: Role, space: Space, form: str, name: str | None = None) -> Site | None:
+        writers, readers = self._names(space.writers), self._names(space.readers)
+        name = self._unique(f"{role}:{name or self._common_name(role, space, writers, readers)}")
+        if self.only is not None and name not in self.only:
+            return None
+        why = self._objection(name, space, writers + readers)
+        if why is not None:
+            self._refuse(role, Refusal(name, why))
+            return None
+        rotation = self.only[name].rotation if self.only is not None else self._rotation(name, space.width)
+        if rotation.order == 1:
+            self._refuse(role, Refusal(name, f"no Hadamard order above 1 divides {space.width}"))
+            return None
+        parts = [OnlinePart(e.node.name, e.why, self._flops(e.node, rotation), False) for e in space.entries]
+        parts += [OnlinePart(x.node.name, x.why, self._flops(x.node, rotation), True) for x in space.exits]
+        planned = PlannedSpace(
+            name, role, space.width, form, rotation, tuple(writers), tuple(readers), tuple(parts),
+            tuple(c.node.name if c.output is None else f"output {c.output}" for c in space.carried),
+            self._bytes(space, rotation), tuple(f"{self.editor.fqn(n)} kept: {w}" for n, w in space.kept.items()))
+        self._bytes_untied = 0
+        self.planned.append(planned)
+        self.carried += [(planned, c) for c in space.carried]
+        for node, types in space.members.items():
+            self._claims.setdefault(node, []).extend((name, t.layout) for t in types)
+        return Site(planned, space)
+
+    def _refuse(self, role: Role, refusal: Refusal) -> None:
+        if refusal not in self.refusals:
+            self.refusals.append(refusal)
+
+    def _objection(self, name: str, space: Space, fqns: list[str]) -> str | None:
+        pattern = self.config.excludes(name, fqns)
+        if pattern is not None:
+            return f"excluded by {pattern!r}"
+        for node, types in space.members.items():
+            for other, layout in self._claims.get(node, ()):
+                if any(layout.overlaps(t.layout) for t in types):
+                    return f"{self.editor.fqn(node)} is already rotated by {other}"
+        for edge in (*space.entries, *space.exits):
+            if not edge.layout.is_contiguous:
+                return f"an online rotation at {edge.node.name} would have to gather its channels ({edge.layout})"
+        return None
+
+    def _rotation(self, name: str, size: int) -> Rotation:
+        matrix = self.config.matrix(name)
+        try:
+            if matrix is not None:
+                rotation = Rotation.from_matrix(matrix, identity=name)
+                if rotation.size != size:
+                    raise ConfigError(f"the matrix is {rotation.size}×{rotation.size}, the space has size {size}")
+                return rotation
+            chosen = self.config.settings(name)
+            assert chosen.kind is not None and chosen.seed is not None
+            return Rotation.create(chosen.kind, size, block_size=chosen.block_size, seed=chosen.seed, identity=name)
+        except ConfigError as error:
+            raise ConfigError(f"{name}: {error}") from error
+
+    def _flops(self, node: Node, rotation: Rotation) -> int:
+        elements = 1
+        for size in shape(node):
+            elements *= size if isinstance(size, int) else 1
+        return rotation.flops * max(1, elements // rotation.size // self._tokens)
+
+    def _bytes(self, space: Space, rotation: Rotation) -> int:
+        added = self._bytes_untied
+        if space.entries or space.exits:
+            item = value((*space.entries, *space.exits)[0].node).element_size()
+            added += 0 if rotation.is_structured else rotation.order**2 * item
+            added += rotation.size * item if rotation.signs() is not None else 0
+        return added
+
+    # -- names --------------------------------------------------------------------------------------------------------------
+
+    def _names(self, nodes: list[Node]) -> list[str]:
+        return sorted({self.editor.fqn(_leaf(self.editor, n)) for n in nodes})
+
+    def _common_name(self, role: Role, space: Space, writers: list[str], readers: list[str]) -> str:
+        if role == "R1" and writers:
+            return "residual"
+        return _common_prefix(readers if role in ("R1", "R4") else writers + readers) or space.seed.name
+
+    def _attention_name(self, attention: Attention) -> str:
+        """The parameters that the queries and keys are computed with name the space, in every program made of the model."""
+        found: list[str] = []
+        todo, seen = [attention.query], set()
+        while todo:
+            node = todo.pop(0)
+            if node in seen or node.op != "call_function":
+                continue
+            seen.add(node)
+            linear = as_linear(self.editor, node)
+            if linear is not None:
+                found.append(self.editor.fqn(_leaf(self.editor, linear.weight)))
+            else:
+                todo += [n for n in node.all_input_nodes if not self.editor.is_constant(n)]
+        return _common_prefix([os.path.splitext(found[0])[0].rsplit(".", 1)[0] + "."]) if found else attention.node.name
+
+    def _unique(self, name: str) -> str:
+        taken, k, unique = {s.name for s in self.planned}, 2, name
+        while unique in taken:
+            unique, k = f"{name}#{k}", k + 1
+        return unique
+
+    def _claimed(self, node: Node, layout: Layout) -> bool:
+        return any(held.overlaps(layout) for _, held in self._claims.get(node, ()))
+
+
+def _leaf(editor: ProgramEditor, node: Node) -> Node:
+    while not editor.is_stored(node) and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _operands(node: Node) -> list[Node]:
+    return [*node.all_input_nodes, node]
+
+
+def _downstream(node: Node, steps: int = 12) -> Iterator[Node]:
+    """The value and what becomes of it through views, scales and norms, within a few operators."""
+    todo, seen = [(node, steps)], set()
+    while todo:
+        here, left = todo.pop(0)
+        if here in seen or left == 0:
+            continue
+        seen.add(here)
+        yield here
+        todo += [(u, left - 1) for u in here.users if u.op == "call_function"]
+
+
+def _open_edge(role: Role, node: Node, space: Space) -> Refusal:
+    edge = next(iter((*space.exits, *space.entries)), None)
+    if edge is None:
+        missing = "writes into it" if not space.writers else "reads it"
+        return Refusal(f"{role} at {node.name}", f"no linear layer {missing}", (node.name,))
+    return Refusal(f"{role} at {node.name}", edge.why, (edge.node.name,))
+
+
+def _common_prefix(names: list[str]) -> str:
+    """The module that all the parameters belong to; a single parameter names its own module."""
+    paths = [n.split(".")[:-1] for n in names]
+    prefix: list[str] = []
+    for parts in zip(*paths):
+        if len(set(parts)) > 1:
+            break
+        prefix.append(parts[0])
+    return ".".join(prefix)
+
+
+def _short(names: tuple[str, ...]) -> str:
+    if len(names) <= 2:
+        return ", ".join(names) or "–"
+    return f"{names[0]}, … ({len(names)})"
+
+
+def _online_text(space: PlannedSpace) -> str:
+    parts = [f"{len(space.online)} Hadamard{'s' * (len(space.online) != 1)}: {space.online[0].why}"] if space.online else []
+    parts += [f"cache: {', '.join(space.cache)}"] if space.cache else []
+    return "; ".join(parts + list(space.notes)) or "none"
+
+
+def _table(rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+    return [lines[0], "  ".join("─" * width for width in widths), *lines[1:]]
+
+
+_NOTHING: dict[Role, str] = {
+    "R1": "the program has no residual stream that linear layers write into and read through norms",
+    "R2": "the program has no attention whose values come from and go to linear layers",
+    "R3": "the program has no attention that contracts queries with keys",
+    "R4": "the program has no linear layer that reads a nonlinearity",
+}

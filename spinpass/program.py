@@ -1,0 +1,464 @@
+"""ProgramEditor: a private copy of an exported program that passes edit. The only file that touches private torch API.
+
+Constants are lazy: a pass queues float64 arithmetic on a constant and nothing is computed until :meth:`ProgramEditor.finish`
+applies the whole queue to one constant at a time with a single cast at the end. So a plan costs no weight arithmetic, many folds
+that meet in one constant round once, and memory stays near one constant above the result.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.export.graph_signature import (
+    ConstantArgument,
+    ExportGraphSignature,
+    InputKind,
+    InputSpec,
+    OutputKind,
+    TensorArgument,
+)
+from torch.fx import Graph, GraphModule, Node
+
+from .errors import InvariantError, ProgramError, QuantizedWeightError
+from .layout import Size
+
+Step = Callable[[Tensor], Tensor]
+_CONSTANT_KINDS = {InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR}
+
+
+def is_op(node: Node) -> bool:
+    """The node calls an operator of torch (not a Python builtin on symbolic sizes, not ``getitem``)."""
+    return node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload)
+
+
+def op_name(node: Node) -> str:
+    """``aten::linear`` for operators, ``getitem`` and the like for builtins, the node kind for the rest."""
+    if node.op != "call_function":
+        return node.op
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.name
+    return getattr(node.target, "__name__", str(node.target))
+
+
+def arguments(node: Node) -> dict[str, Any]:
+    """The arguments of an operator call by the names of its schema, defaults filled in."""
+    assert isinstance(node.target, torch._ops.OpOverload)
+    schema = node.target._schema.arguments
+    bound = {a.name: a.default_value for a in schema}
+    bound.update(zip(bound, node.args))
+    bound.update(node.kwargs)
+    return bound
+
+
+def mutates(node: Node) -> bool:
+    """The operator writes into one of its arguments."""
+    return is_op(node) and node.target._schema.is_mutable  # type: ignore[union-attr]
+
+
+def value(node: Node) -> Any:
+    """The fake value that export recorded for the node, or None."""
+    return node.meta.get("val")
+
+
+def shape(node: Node) -> tuple[Size, ...]:
+    """Static sizes as ints, dynamic ones as symbolic expressions."""
+    val = value(node)
+    return tuple(_size(s) for s in val.shape) if isinstance(val, Tensor) else ()
+
+
+def _size(size: Any) -> Size:
+    if isinstance(size, int):
+        return size
+    expression = size.node.expr
+    return int(expression) if expression.is_number else expression  # type: ignore[no-any-return]
+
+
+def is_float(node: Node) -> bool:
+    val = value(node)
+    return isinstance(val, Tensor) and val.is_floating_point()
+
+
+@dataclass
+class Constant:
+    """A parameter, buffer or lifted tensor, with the arithmetic still to be done on it."""
+
+    fqn: str
+    tensor: Tensor
+    steps: list[Step] = field(default_factory=list)
+
+    def compute(self) -> Tensor:
+        """The queue applied in float64, cast once."""
+        if not self.steps:
+            return self.tensor
+        with torch.no_grad():
+            result = self.compute_float64().to(self.tensor.dtype).contiguous()
+        if result.shape != self.tensor.shape:
+            raise InvariantError(f"{self.fqn}: a fold changed its shape from {tuple(self.tensor.shape)} to {tuple(result.shape)}")
+        return result
+
+
+    def compute_float64(self) -> Tensor:
+        """The queue applied; an integer constant as it is."""
+        result = self.tensor.detach()
+        if not result.is_floating_point():
+            return result
+        with torch.no_grad():
+            result = result.to(torch.float64)
+            for step in self.steps:
+                result = step(result)
+        return result
+
+
+class ProgramEditor:
+    """A copy of ``program`` whose graph and constants can be edited; :meth:`finish` returns a new ExportedProgram.
+
+    Raises ProgramError for anything that is not an inference program over dense tensors.
+    """
+
+    def __init__(self, program: ExportedProgram) -> None:
+        check_program(program)
+        self._source = functionalized(program)
+        copied: dict[Node, Node] = {}
+        self.graph = Graph()
+        result = self.graph.graph_copy(self._source.graph, copied)
+        output = self.graph.output(result)
+        output.meta = copy.copy(next(iter(reversed(self._source.graph.nodes))).meta)
+        self.inputs: list[InputSpec] = copy.deepcopy(self._source.graph_signature.input_specs)
+        self.outputs = copy.deepcopy(self._source.graph_signature.output_specs)
+        by_name = {n.name: n for n in self.graph.nodes if n.op == "placeholder"}
+        self._constants: dict[Node, Constant] = {}
+        self._aliases: dict[Node, Node] = {}
+        mutated = {s.target for s in self.outputs if s.kind == OutputKind.BUFFER_MUTATION}
+        stored: dict[tuple[Any, ...], Node] = {}
+        for spec in self.inputs:
+            if spec.kind not in _CONSTANT_KINDS or spec.target is None:
+                continue
+            node = by_name[spec.arg.name]
+            tensor = self._stored(spec)
+            self._constants[node] = Constant(spec.target, tensor)
+            if spec.target in mutated:
+                continue
+            first = stored.setdefault(_storage_key(tensor), node)
+            if first is not node:
+                self._aliases[node] = first
+        self.mutated_buffers = {n for n, c in self._constants.items() if c.fqn in mutated}
+        self._merge_aliases()
+        self._constant_nodes: dict[Node, bool] = {}
+        self._successors: dict[Node, Node] = {}
+
+    # -- reading ------------------------------------------------------------------------------------------------------
+
+    @property
+    def nodes(self) -> Iterable[Node]:
+        return self.graph.nodes
+
+    @property
+    def output_node(self) -> Node:
+        return next(iter(reversed(self.graph.nodes)))
+
+    def is_constant(self, node: Node) -> bool:
+        """The value depends on parameters, buffers and lifted tensors only."""
+        known = self._constant_nodes.get(node)
+        if known is None:
+            if node.op == "placeholder":
+                known = node in self._constants and node not in self.mutated_buffers
+            else:
+                sources = node.all_input_nodes
+                known = is_op(node) and bool(sources) and all(self.is_constant(s) for s in sources)
+            self._constant_nodes[node] = known
+        return known
+
+    def is_stored(self, node: Node) -> bool:
+        """The node is the placeholder of a parameter, buffer or lifted tensor."""
+        return node in self._constants
+
+    def fqn(self, node: Node) -> str:
+        """The name of the constant in the model's state dict; the node's own name for a computed one."""
+        return self._constants[node].fqn if node in self._constants else node.name
+
+    def fqns(self, node: Node) -> list[str]:
+        """All names under which the constant is stored."""
+        return [self._constants[n].fqn for n in (node, *(a for a, first in self._aliases.items() if first is node))]
+
+    def nbytes(self) -> int:
+        """Bytes of all distinct constants."""
+        return sum(c.tensor.numel() * c.tensor.element_size() for n, c in self._constants.items() if n not in self._aliases)
+
+    def deferred(self, node: Node) -> Callable[[], Tensor]:
+        """Computes the float64 value that a constant node has now, whatever is queued later; nothing is computed yet.
+
+        Casts to lower precision inside the expression are lifted to float64 as well.
+        """
+        if node in self._constants:
+            constant = self._constants[node]
+            now = Constant(constant.fqn, constant.tensor, list(constant.steps))
+            return now.compute_float64
+        if not self.is_constant(node):
+            raise InvariantError(f"{node.name} is not a constant")
+        sources = {n: self.deferred(n) for n in node.all_input_nodes}
+        args, kwargs = lifted(node)
+        target = node.target
+
+        def compute() -> Tensor:
+            values = {n: source() for n, source in sources.items()}
+            actual_args, actual_kwargs = torch.fx.node.map_arg((args, kwargs), values.__getitem__)  # type: ignore[misc]
+            with torch.no_grad():
+                return target(*actual_args, **actual_kwargs)  # type: ignore[operator,no-any-return]
+
+        return compute
+
+    def user_inputs(self) -> list[Node]:
+        names = {s.arg.name for s in self.inputs if s.kind == InputKind.USER_INPUT}
+        return [n for n in self.graph.nodes if n.op == "placeholder" and n.name in names]
+
+    def output_values(self) -> Iterator[tuple[int, OutputKind, str | None, Node]]:
+        """(index, kind, mutation target, node) of every tensor that leaves the program."""
+        for i, (spec, node) in enumerate(zip(self.outputs, self.output_node.args[0])):  # type: ignore[arg-type]
+            if isinstance(node, Node):
+                yield i, spec.kind, spec.target, node
+
+    def user_output_index(self, index: int) -> int:
+        """The index among the user outputs of output ``index`` of the graph."""
+        return sum(s.kind == OutputKind.USER_OUTPUT for s in self.outputs[:index])
+
+    # -- editing the graph --------------------------------------------------------------------------------------------
+
+    def call(self, target: Callable[..., Any], *args: Any, after: Node, origin: str, **kwargs: Any) -> Node:
+        """Insert ``target(*args)`` right after a node; the fake value and the provenance are set."""
+        following = after.next
+        while following.op == "placeholder":
+            following = following.next
+        with self.graph.inserting_before(following):
+            node = self.graph.call_function(target, args, kwargs)
+        fake_args, fake_kwargs = torch.fx.node.map_arg((args, kwargs), value)  # type: ignore[misc]
+        with self.fake_mode():
+            node.meta["val"] = target(*fake_args, **fake_kwargs)
+        for key in ("nn_module_stack", "torch_fn", "source_fn_stack"):
+            if key in after.meta:
+                node.meta[key] = after.meta[key]
+        node.meta["stack_trace"] = f"inserted by spinpass: {origin}"
+        node.meta["custom"] = {"spinpass_origin": origin}
+        return node
+
+    def fake_mode(self) -> Any:
+        for node in self.graph.nodes:
+            val = value(node)
+            if isinstance(val, torch._subclasses.FakeTensor):
+                return val.fake_mode
+        raise ProgramError("the program has no tensor values recorded (meta['val']); export it with torch.export.export")
+
+    def current(self, node: Node) -> Node:
+        """What stands for a node that was replaced."""
+        while node in self._successors:
+            node = self._successors[node]
+        return node
+
+    def replace(self, node: Node, by: Node, users: Iterable[Node] | None = None) -> None:
+        """Let ``users`` (default: all) read ``by`` instead of ``node``."""
+        if users is None:
+            self._successors[node] = by
+        for user in list(node.users if users is None else users):
+            if user is not by:
+                user.replace_input_with(node, by)
+
+    # -- editing constants --------------------------------------------------------------------------------------------
+
+    def queue(self, node: Node, step: Step) -> None:
+        """``constant <- step(constant)`` in float64, when the program is finished."""
+        self._constants[node].steps.append(step)
+
+    def add_constant(self, name: str, tensor: Tensor, *, steps: Iterable[Step] = ()) -> Node:
+        """A new parameter, stored under ``name`` (made unique), placed among the parameters."""
+        taken = {c.fqn for c in self._constants.values()}
+        fqn, k = name, 1
+        while fqn in taken:
+            fqn, k = f"{name}_{k}", k + 1
+        specs_by_name = {s.arg.name: i for i, s in enumerate(self.inputs)}
+        anchor = max((n for n in self._constants if self._kind(n) == InputKind.PARAMETER), default=None,
+                     key=lambda n: specs_by_name[n.name])
+        at = 0 if anchor is None else specs_by_name[anchor.name] + 1
+        first = next(iter(self.graph.nodes))
+        with (self.graph.inserting_before(first) if anchor is None else self.graph.inserting_after(anchor)):
+            node = self.graph.placeholder("p_" + fqn.replace(".", "_"))
+        with self.fake_mode() as mode:
+            node.meta["val"] = mode.from_tensor(torch.nn.Parameter(tensor, requires_grad=False), static_shapes=True)
+        self.inputs.insert(at, InputSpec(InputKind.PARAMETER, TensorArgument(name=node.name), fqn))
+        self._constants[node] = Constant(fqn, tensor, list(steps))
+        return node
+
+    def materialize(self, node: Node) -> Node:
+        """A stored constant in place of a computed one, for all its readers."""
+        compute = self.deferred(node)
+        val = value(node)
+        empty = torch.empty(val.shape, dtype=val.dtype, device=val.device)
+        stored = self.add_constant(f"spinpass.{node.name}", empty, steps=[lambda _: compute()])
+        self.replace(node, stored)
+        return stored
+
+    def split(self, node: Node, users: Iterable[Node]) -> Node:
+        """Give ``users`` a constant of their own, equal to ``node`` (untying). Its stored alias is reused where there is one."""
+        spare = next((a for a, first in self._aliases.items() if first is node), None)
+        if spare is not None:
+            del self._aliases[spare]
+            self._constants[spare].tensor = self._constants[node].tensor
+            self._constants[spare].steps = list(self._constants[node].steps)
+        else:
+            spare = self.add_constant(self.fqn(node) + "_untied", self._constants[node].tensor,
+                                      steps=self._constants[node].steps)
+        self.replace(node, spare, users)
+        return spare
+
+    # -- the result ---------------------------------------------------------------------------------------------------
+
+    def cleanup(self) -> None:
+        """Remove what no longer reaches an output. Placeholders stay: they are the program's interface."""
+        for node in reversed(list(self.graph.nodes)):
+            dead = node.op == "call_function" and not node.users
+            if dead and not (is_op(node) and (node.target._schema.is_mutable or _is_check(node))):  # type: ignore[union-attr]
+                self.graph.erase_node(node)
+
+    def finish(self, progress: Callable[[int, int], None] | None = None) -> ExportedProgram:
+        """Compute the constants and build the program; torch's verifier checks it."""
+        self.cleanup()
+        self.graph.lint()
+        state_dict = dict(self._source.state_dict)
+        constants = dict(self._source.constants)
+        for done, (node, constant) in enumerate(self._constants.items()):
+            spec = next_spec = self._spec(node)
+            constant = self._constants[self._aliases.get(node, node)]
+            if constant.steps or next_spec.target not in {*state_dict, *constants}:
+                self._store(spec, constant.compute(), state_dict, constants)
+            if node in self._aliases:
+                state_dict[spec.target] = state_dict[self._constants[self._aliases[node]].fqn]  # type: ignore[index]
+            if progress is not None:
+                progress(done + 1, len(self._constants))
+        self._check_interface()
+        module = GraphModule({}, self.graph)
+        module.meta.update(self._source.graph_module.meta)
+        return ExportedProgram(
+            root=module, graph=self.graph,
+            graph_signature=ExportGraphSignature(input_specs=self.inputs, output_specs=self.outputs),
+            state_dict=state_dict, range_constraints=self._source.range_constraints,
+            module_call_graph=self._source.module_call_graph, example_inputs=self._source.example_inputs,
+            constants=constants, verifiers=self._source.verifiers,
+        )
+
+    # -- helpers ------------------------------------------------------------------------------------------------------
+
+    def _kind(self, node: Node) -> InputKind:
+        return self._spec(node).kind
+
+    def _spec(self, node: Node) -> InputSpec:
+        return next(s for s in self.inputs if s.arg.name == node.name)
+
+    def _stored(self, spec: InputSpec) -> Tensor:
+        assert spec.target is not None
+        found = self._source.state_dict.get(spec.target, self._source.constants.get(spec.target))
+        if not isinstance(found, Tensor):
+            raise ProgramError(f"the program names a constant {spec.target!r} that it does not hold")
+        return found
+
+    def _store(self, spec: InputSpec, tensor: Tensor, state_dict: dict[str, Any], constants: dict[str, Any]) -> None:
+        assert spec.target is not None
+        if spec.kind == InputKind.CONSTANT_TENSOR or (spec.kind == InputKind.BUFFER and not spec.persistent):
+            constants[spec.target] = tensor
+            return
+        old = self._source.state_dict.get(spec.target)
+        wrap = spec.kind == InputKind.PARAMETER
+        requires_grad = isinstance(old, torch.nn.Parameter) and old.requires_grad
+        state_dict[spec.target] = torch.nn.Parameter(tensor, requires_grad=requires_grad) if wrap else tensor
+
+    def _merge_aliases(self) -> None:
+        """One stored tensor under several names becomes one constant: all uses read its first placeholder that is used."""
+        groups: dict[Node, list[Node]] = {}
+        for alias, first in self._aliases.items():
+            groups.setdefault(first, [first]).append(alias)
+        self._aliases = {}
+        for members in groups.values():
+            chief = next((n for n in members if n.users), members[0])
+            for node in members:
+                if node is not chief:
+                    node.replace_all_uses_with(chief)
+                    self._aliases[node] = chief
+
+    def _check_interface(self) -> None:
+        placeholders = [n.name for n in self.graph.nodes if n.op == "placeholder"]
+        if placeholders != [s.arg.name for s in self.inputs]:
+            raise InvariantError("the placeholders are no longer in the order of the signature")
+        for spec, node in zip(self.outputs, self.output_node.args[0]):  # type: ignore[arg-type]
+            if isinstance(node, Node) and not isinstance(spec.arg, ConstantArgument):
+                spec.arg.name = node.name
+        for node in self.graph.nodes:
+            if node.op == "call_function" and "val" not in node.meta and node.users:
+                raise InvariantError(f"{node.name} has no recorded value")
+
+
+def lifted(node: Node) -> tuple[Any, Any]:
+    """The node's arguments with every floating dtype among them raised to float64 (complex64 to complex128)."""
+    def lift(arg: Any) -> Any:
+        if isinstance(arg, torch.dtype):
+            if arg.is_floating_point:
+                return torch.float64
+            return torch.complex128 if arg.is_complex else arg
+        if isinstance(arg, (list, tuple)):
+            return type(arg)(lift(a) for a in arg)
+        return arg
+    return lift(node.args), {k: lift(v) for k, v in node.kwargs.items()}
+
+
+def check_program(program: object) -> None:
+    """Raise ProgramError unless ``program`` is an inference program over dense floating-point weights."""
+    if not isinstance(program, ExportedProgram):
+        raise ProgramError(f"expected a torch.export.ExportedProgram, got {type(program).__name__}; "
+                           "export the model first: torch.export.export(model, args)")
+    for node in program.graph.nodes:
+        if not is_op(node):
+            continue
+        name = op_name(node)
+        if name in _DROPOUT and _is_active_dropout(node):
+            raise ProgramError(f"{node.name}: dropout is active (p={arguments(node).get('p')}), so the program computes no "
+                               "function that could be preserved; call model.eval() before exporting")
+        if name.split("::")[0] in _QUANTIZED_NAMESPACES or any(word in name for word in _QUANTIZED_WORDS):
+            raise QuantizedWeightError(f"{node.name} ({name}) works on quantized or packed weights; rotate the "
+                                       "floating-point program first and quantize the result")
+    for fqn, tensor in program.state_dict.items():
+        if tensor.is_quantized or type(tensor) not in (Tensor, torch.nn.Parameter, torch.nn.Buffer) or (
+                isinstance(tensor, torch.nn.Parameter) and not (tensor.is_floating_point() or tensor.is_complex())):
+            if not isinstance(tensor, torch._subclasses.FakeTensor):
+                raise QuantizedWeightError(f"{fqn} is a quantized or packed weight ({type(tensor).__name__}, {tensor.dtype}); "
+                                           "rotate the floating-point program first and quantize the result")
+
+
+def functionalized(program: ExportedProgram) -> ExportedProgram:
+    """The program without in-place operators. One that has none is returned as it is."""
+    if any(mutates(n) and op_name(n) != "aten::detach_" for n in program.graph.nodes):
+        return program.run_decompositions({})
+    return program
+
+
+_DROPOUT = {"aten::dropout", "aten::native_dropout", "aten::feature_dropout", "aten::alpha_dropout", "aten::bernoulli"}
+_QUANTIZED_NAMESPACES = {"quantized_decomposed", "torchao", "quantized", "bitsandbytes", "gptqmodel"}
+_QUANTIZED_WORDS = ("dequantize", "_weight_int8pack_mm", "_weight_int4pack_mm", "_scaled_mm", "fake_quantize", "qlinear")
+
+
+def _is_active_dropout(node: Node) -> bool:
+    bound = arguments(node)
+    return float(bound.get("p", 1.0)) > 0.0 and bool(bound.get("train", True))
+
+
+def _is_check(node: Node) -> bool:
+    """Assertions have no users and must stay."""
+    return "assert" in op_name(node) or "sym_constrain" in op_name(node)
+
+
+def _storage_key(tensor: Tensor) -> tuple[Any, ...]:
+    if isinstance(tensor, torch._subclasses.FakeTensor) or tensor.numel() == 0:
+        return (id(tensor),)
+    return (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device)
+

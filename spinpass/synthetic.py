@@ -1,0 +1,329 @@
+"""Inputs for a program, made from its own placeholder specs.
+
+Sizes: the example inputs of the program where they are small, else small numbers for the independent symbols of the input
+shapes, within the range constraints; sizes that are expressions of other symbols (a mask over past + new tokens) follow.
+Values: integers by what the graph does with them (see :class:`Role`), floats standard normal.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.export.graph_signature import ConstantArgument, InputKind
+from torch.fx import Node
+
+from .errors import ConfigError
+from .execution import flat_inputs, origin
+from .program import arguments, is_op, op_name, shape, value
+
+Sizes = dict[Any, int]  # sympy symbol -> value
+
+_BATCH = 2
+_LENGTHS = (5, 3, 7, 4, 6)
+_LARGE = 64  # example inputs with a longer dynamic axis are not used: the check should be cheap
+
+
+class Role(enum.Enum):
+    """What an integer input is for, read off its uses."""
+
+    LOOKUP = "looked up in a table of `bound` rows"
+    POSITION = "a position: written to, or multiplied as a number"
+    MASK = "compared, summed or turned into a boolean"
+    OTHER = "none of these"
+
+
+@dataclass(frozen=True)
+class UserInput:
+    """One tensor or number that the caller gives. `shape` holds ints and symbolic expressions."""
+
+    node: Node
+    shape: tuple[Any, ...]
+    dtype: torch.dtype | None
+    role: Role
+    bound: int | None
+
+    @property
+    def name(self) -> str:
+        return self.node.name
+
+
+def synthetic_inputs(ep: ExportedProgram, *, seed: int = 0) -> dict[str, Any]:
+    """{user placeholder name: value}, valid for `ep` and the same for the same seed.
+
+    Tensors have the dtype and device of the placeholder. Raises ConfigError where no size satisfies the constraints.
+    """
+    inputs = user_inputs(ep)
+    generator = torch.Generator().manual_seed(seed)
+    examples = _examples(ep, inputs)
+    sizes = bound_sizes(inputs, examples) if examples else _chosen_sizes(ep, inputs)
+    fixed = _specialised(ep)
+    return {i.name: fixed[i.name] if i.name in fixed else _value(i, sizes, examples, generator) for i in inputs}
+
+
+def user_inputs(ep: ExportedProgram) -> list[UserInput]:
+    """The user inputs in signature order, with their roles."""
+    nodes = {node.name: node for node in ep.graph.nodes if node.op == "placeholder"}
+    specs = ep.graph_signature.input_specs
+    return [_user_input(nodes[spec.arg.name]) for spec in specs if spec.kind is InputKind.USER_INPUT]
+
+
+def _user_input(node: Node) -> UserInput:
+    val = value(node)
+    if not isinstance(val, Tensor):
+        return UserInput(node, (), None, Role.OTHER, None)
+    role, bound = (Role.OTHER, None) if val.is_floating_point() else _role(node)
+    return UserInput(node, shape(node), val.dtype, role, bound)
+
+
+def _specialised(ep: ExportedProgram) -> dict[str, Any]:
+    args = [spec.arg for spec in ep.graph_signature.input_specs]
+    return {arg.name: arg.value for arg in args if isinstance(arg, ConstantArgument)}
+
+
+# -- sizes ----------------------------------------------------------------------------------------------------------------
+
+
+def bound_sizes(inputs: list[UserInput], values: Mapping[str, Any]) -> Sizes:
+    """The symbols that stand alone as a size of some input, with their value in `values`."""
+    sizes: Sizes = {}
+    for spec in inputs:
+        if spec.dtype is None and isinstance(value(spec.node), torch.SymInt):
+            sizes.setdefault(value(spec.node).node.expr, values[spec.name])
+        for expression, size in zip(spec.shape, getattr(values[spec.name], "shape", ()), strict=False):
+            if getattr(expression, "is_symbol", False):
+                sizes.setdefault(expression, size)
+    return sizes
+
+
+def concrete(size: Any, sizes: Sizes) -> int:
+    """A size or symbolic expression as a number. ConfigError if a symbol has none."""
+    if isinstance(size, int):
+        return size
+    result = size.subs(sizes)
+    if not result.is_number:
+        raise ConfigError(f"size {size} cannot be derived from the other input sizes; give the inputs explicitly")
+    return int(result)
+
+
+def out_of_range(ep: ExportedProgram, sizes: Sizes) -> str | None:
+    """The first range constraint that `sizes` break, or None."""
+    for symbol, allowed in ep.range_constraints.items():
+        result = symbol.subs(sizes)
+        if result.is_number and not allowed.lower <= result <= allowed.upper:
+            return f"{symbol} = {result} is outside {allowed.lower}..{allowed.upper}"
+    return None
+
+
+def _chosen_sizes(ep: ExportedProgram, inputs: list[UserInput]) -> Sizes:
+    lengths = iter(_LENGTHS * 16)
+    sizes: Sizes = {}
+    for symbol, axis in _symbols(inputs):
+        if symbol in sizes:
+            continue
+        wanted = _BATCH if axis == 0 else next(lengths)
+        allowed = ep.range_constraints.get(symbol)
+        sizes[symbol] = wanted if allowed is None else int(min(max(wanted, allowed.lower), allowed.upper))
+    broken = out_of_range(ep, sizes)
+    if broken is not None:
+        raise ConfigError(f"no small input sizes found: {broken}; give the inputs explicitly")
+    return sizes
+
+
+def _symbols(inputs: list[UserInput]) -> Iterator[tuple[Any, int]]:
+    for spec in inputs:
+        val = value(spec.node)
+        if isinstance(val, torch.SymInt):
+            yield val.node.expr, 1
+        for axis, size in enumerate(spec.shape):
+            if not isinstance(size, int):
+                yield from ((symbol, axis) for symbol in sorted(size.free_symbols, key=str))
+
+
+# -- values ---------------------------------------------------------------------------------------------------------------
+
+
+def _examples(ep: ExportedProgram, inputs: list[UserInput]) -> dict[str, Any]:
+    """The program's example inputs by name; nothing where it has none, they are fake, or a dynamic axis is long."""
+    if ep.example_inputs is None:
+        return {}
+    try:
+        values = flat_inputs(ep, ep.example_inputs)
+    except ConfigError:  # a container class that this process has not registered: make values from the specs
+        return {}
+    tensors = [(spec, values[spec.name]) for spec in inputs if spec.dtype is not None]
+    if any(type(v) not in (Tensor, torch.nn.Parameter) for _, v in tensors):
+        return {}
+    dynamic = [size for spec, v in tensors for known, size in zip(spec.shape, v.shape) if not isinstance(known, int)]
+    return {} if any(size > _LARGE for size in dynamic) else values
+
+
+def _value(spec: UserInput, sizes: Sizes, examples: Mapping[str, Any], generator: torch.Generator) -> Any:
+    val = value(spec.node)
+    example = examples.get(spec.name)
+    if isinstance(val, torch.SymInt):
+        return concrete(val.node.expr, sizes)
+    if not isinstance(val, Tensor):
+        return example if example is not None else val
+    if isinstance(example, Tensor) and not _is_blank(example):
+        return example.detach().clone()
+    return fresh(spec, tuple(concrete(size, sizes) for size in spec.shape), generator).to(val.device)
+
+
+def _is_blank(example: Tensor) -> bool:
+    """A float example of one repeated value (an empty cache, say) would hide a wrong rotation."""
+    return example.is_floating_point() and bool((example == example.flatten()[:1]).all())
+
+
+def fresh(spec: UserInput, size: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """New values of shape `size` according to the role, on the CPU."""
+    dtype = spec.dtype or torch.int64
+    if dtype.is_floating_point or dtype.is_complex:
+        return torch.randn(size, generator=generator, dtype=torch.float64).to(dtype)
+    if spec.role is Role.LOOKUP:
+        return torch.randint(0, spec.bound or 1, size, generator=generator, dtype=dtype)
+    if spec.role is Role.POSITION:
+        return torch.arange(size[-1] if size else 1, dtype=dtype).expand(size).clone()
+    return torch.ones(size, dtype=dtype)
+
+
+# -- the next step of a closed loop -----------------------------------------------------------------------------------------
+
+
+def next_inputs(
+    ep: ExportedProgram, values: Mapping[str, Any], state: Mapping[str, Tensor], *, seed: int
+) -> dict[str, Any] | str:
+    """Inputs of the step after one that was run with `values` and left `state` (by placeholder name).
+
+    The state is taken as it is; new ids are drawn, positions go on, masks grow by ones. A string says why there is no
+    next step (a size is fixed, a position would leave its table).
+    """
+    inputs = user_inputs(ep)
+    returned = {spec.name: state[spec.name] for spec in inputs if spec.name in state}
+    sizes = bound_sizes(inputs, values) | bound_sizes([spec for spec in inputs if spec.name in returned], returned)
+    broken = out_of_range(ep, sizes)
+    if broken is not None:
+        return broken
+    grown = max((sum(new.shape) - sum(values[name].shape) for name, new in returned.items()), default=0)
+    generator = torch.Generator().manual_seed(seed)
+    following = dict(values)
+    for spec in inputs:
+        size = tuple(concrete(s, sizes) for s in spec.shape)
+        if spec.name in returned and tuple(returned[spec.name].shape) != size:
+            return f"{spec.name} was returned as {list(returned[spec.name].shape)} but is taken as {list(size)}"
+        following[spec.name] = returned.get(spec.name)
+        if spec.name not in returned:
+            following[spec.name] = _continued(spec, values[spec.name], size, grown, generator)
+    return _past_end(inputs, following) or following
+
+
+def _continued(spec: UserInput, old: Any, size: tuple[int, ...], grown: int, generator: torch.Generator) -> Any:
+    if not isinstance(old, Tensor):
+        return old
+    if spec.role is Role.LOOKUP:
+        return fresh(spec, size, generator).to(old.device)
+    if spec.role is Role.POSITION:
+        start = old + (grown or (size[-1] if size else 1))
+        return start if tuple(old.shape) == size else start.max() + fresh(spec, size, generator).to(old.device)
+    if tuple(old.shape) == size:
+        return old
+    new = fresh(spec, size, generator).to(old.device)
+    region = tuple(slice(0, min(a, b)) for a, b in zip(old.shape, size, strict=True))
+    new[region] = old[region]
+    return new
+
+
+def _past_end(inputs: list[UserInput], values: Mapping[str, Any]) -> str | None:
+    for spec in inputs:
+        if spec.role is Role.POSITION and spec.bound is not None and int(values[spec.name].max()) >= spec.bound:
+            return f"{spec.name} would pass the end of a cache of {spec.bound} places"
+    return None
+
+
+# -- roles ----------------------------------------------------------------------------------------------------------------
+
+
+_TABLES = {"aten::embedding": "weight", "aten::index": "self", "aten::index_select": "self", "aten::gather": "self"}
+_WRITES = {"aten::index_copy": "index", "aten::index_put": "indices", "aten::scatter": "index", "aten::index_add": "index"}
+_COMPARISONS = frozenset({"aten::eq", "aten::ne", "aten::lt", "aten::le", "aten::gt", "aten::ge", "aten::logical_not",
+                          "aten::logical_and", "aten::bitwise_and", "aten::__and__", "aten::cumsum", "aten::sum",
+                          "aten::rsub", "aten::where", "aten::masked_fill"})  # fmt: skip
+_PRODUCTS = frozenset({"aten::mul", "aten::matmul", "aten::bmm", "aten::mm", "aten::einsum", "aten::outer"})
+
+
+def _role(node: Node) -> tuple[Role, int | None]:
+    """The role of an integer placeholder by the strongest of its uses, and the rows of the smallest table it indexes."""
+    uses = list(_uses(node))
+    rows = [n for n in (_rows(user, via) for user, via in uses) if n is not None]
+    if rows:
+        return Role.LOOKUP, min(rows)
+    places = [n for n in (_places(user, via) for user, via in uses) if n is not None]
+    if places:
+        return Role.POSITION, min(places)
+    if any(_base(user) in _PRODUCTS and _is_float(via) for user, via in uses):
+        return Role.POSITION, None
+    if any(_base(user) in _COMPARISONS or _is_bool(user) for user, _ in uses):
+        return Role.MASK, None
+    return Role.OTHER, None
+
+
+def _uses(node: Node) -> Iterator[tuple[Node, Node]]:
+    """(user, the node through which it reads) for every use of the placeholder, through views and casts."""
+    stack, seen = [node], {node}
+    while stack:
+        via = stack.pop()
+        for user in via.users:
+            yield user, via
+            if user not in seen and origin(user) is node:
+                seen.add(user)
+                stack.append(user)
+
+
+def _base(node: Node) -> str:
+    return op_name(node).removesuffix("_")
+
+
+def _is_bool(node: Node) -> bool:
+    val = value(node)
+    return isinstance(val, Tensor) and val.dtype is torch.bool
+
+
+def _is_float(node: Node) -> bool:
+    val = value(node)
+    return isinstance(val, Tensor) and val.is_floating_point()
+
+
+def _rows(user: Node, via: Node) -> int | None:
+    """Rows of the table that `user` looks `via` up in."""
+    table = _TABLES.get(_base(user))
+    if table is None or not is_op(user):
+        return None
+    args = arguments(user)
+    source = args[table]
+    if source is via or not isinstance(source, Node):
+        return None
+    axis = list(args["indices"]).index(via) if _base(user) == "aten::index" else args.get("dim", 0)
+    rows = shape(source)[axis]
+    return rows if isinstance(rows, int) else 1
+
+
+def _places(user: Node, via: Node) -> int | None:
+    """Places on the axis that `user` writes to at `via`."""
+    index = _WRITES.get(_base(user))
+    if index is None or not is_op(user):
+        return None
+    args = arguments(user)
+    at = args[index]
+    if at is via:
+        axis = args["dim"]
+    elif isinstance(at, list | tuple) and via in at:
+        axis = list(at).index(via)
+    else:
+        return None
+    places = shape(args["self"])[axis]
+    return places if isinstance(places, int) else None

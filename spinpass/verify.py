@@ -1,0 +1,336 @@
+"""The certificate: do two exported programs compute the same function?
+
+Both are run on the same inputs, lifted to float64 throughout (the proof) and in their own dtypes (what rounding does to it).
+Inputs and outputs that a program carries in a rotated basis, a KV cache, are rotated on the way in and back on the way out;
+then each program is fed the state it returned itself, step after step, so that a cache written in one basis and read in
+another shows even where a single step hides it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.export.graph_signature import OutputKind
+from torch.fx import GraphModule, Node
+
+from . import record
+from .certificate import BOUNDS, NOISE_FACTOR, Certificate, Difference, OutputCheck, compare
+from .errors import ConfigError, ProgramError, VerificationError
+from .execution import constants, execute, flat_inputs, origin, run, user_input_names
+from .program import op_name, value
+from .record import Carried
+from .synthetic import next_inputs, synthetic_inputs
+
+__all__ = ["Certificate", "OutputCheck", "run", "synthetic_inputs", "verify"]
+
+Progress = Callable[[int, int], None]
+Bound = float | Mapping[torch.dtype, float]
+
+_CACHE_WRITES = frozenset({"aten::cat", "aten::index_copy", "aten::index_put", "aten::slice_scatter", "aten::scatter",
+                           "aten::select_scatter", "aten::copy", "aten::index_add"})  # fmt: skip
+
+
+def verify(
+    before: ExportedProgram,
+    after: ExportedProgram,
+    inputs: object = None,
+    *,
+    bound: Bound | None = None,
+    steps: int = 2,
+    progress: Progress | None = None,
+) -> Certificate:
+    """Compare `after` with `before`; neither is modified.
+
+    `inputs`: positional arguments, keyword arguments, the pair of both, or values by placeholder name; None makes synthetic
+    ones from the specs of `before`. `bound`: the largest relative error allowed in float64, or bounds by dtype; the defaults
+    are `certificate.BOUNDS`. `steps`: closed-loop steps beyond the first, where the program returns state that it also takes.
+    `progress(done, total)` is called after every executed node.
+
+    Returns the certificate, failed or not. Raises ProgramError for something that is not an exported program or cannot be
+    run, ConfigError for inputs or bounds that do not fit, VerificationError where the programs do not even take and return
+    the same things.
+    """
+    bounds = _bounds(bound)
+    _check_programs(before, after)
+    values = synthetic_inputs(before) if inputs is None else flat_inputs(before, inputs)
+    ticker = _Ticker(progress, 2 * (1 + steps) * (len(before.graph.nodes) + len(after.graph.nodes)))
+    round_ = _Round(
+        *(_Session(ep, float64, ticker) for float64 in (True, False) for ep in (before, after)),
+        returned=_returned_state(before),
+    )
+    dtype = _working_dtype(before)
+    tally = _Tally(_output_names(before), bounds[torch.float64], bounds[dtype])
+    round_.run(values, tally)
+    loop_steps, loop = _closed_loop(before, values, round_, tally, steps)
+    ticker.finish()
+    described = tuple(_describe(name, given) for name, given in values.items())
+    return Certificate(tally.checks(), dtype, described, loop_steps, loop)
+
+
+def _bounds(bound: Bound | None) -> dict[torch.dtype, float]:
+    given = {} if bound is None else dict(bound) if isinstance(bound, Mapping) else {torch.float64: bound}
+    for dtype, limit in given.items():
+        if dtype not in BOUNDS or not limit >= 0:
+            raise ConfigError(f"bound {limit!r} for {dtype}: bounds are numbers >= 0 for {', '.join(map(str, BOUNDS))}")
+    return BOUNDS | given
+
+
+def _check_programs(before: ExportedProgram, after: ExportedProgram) -> None:
+    for ep in (before, after):
+        if not isinstance(ep, ExportedProgram):
+            raise ProgramError(f"verify compares two torch.export.ExportedProgram, got {type(ep).__name__}")
+    ours, theirs = user_input_names(before), user_input_names(after)
+    if ours != theirs:
+        raise VerificationError(f"the programs take different inputs: {', '.join(ours)} and {', '.join(theirs)}")
+    count, other = len(_output_names(before)), len(_output_names(after))
+    if count != other:
+        raise VerificationError(f"the programs return different numbers of outputs: {count} and {other}")
+
+
+def _working_dtype(ep: ExportedProgram) -> torch.dtype:
+    """The float type whose rounding decides the accuracy: the narrowest among the constants, or, in a float64 model, the
+    narrowest that it casts to on the way."""
+    modules = [m for m in ep.graph_module.modules() if isinstance(m, GraphModule)]
+    stored = _float_dtypes(constants(ep).values()) - {torch.float64}
+    computed = _float_dtypes(value(node) for module in modules for node in module.graph.nodes)
+    return max(stored or computed or {torch.float32}, key=lambda dtype: torch.finfo(dtype).eps)
+
+
+def _float_dtypes(values: Iterable[Any]) -> set[torch.dtype]:
+    return {v.dtype for v in values if isinstance(v, Tensor)} & BOUNDS.keys()
+
+
+def _describe(name: str, given: Any) -> str:
+    if not isinstance(given, Tensor):
+        return f"{name} = {given!r}"
+    return f"{name} {str(given.dtype).removeprefix('torch.')}{list(given.shape)}"
+
+
+class _Ticker:
+    """Counts executed nodes for the caller's progress callback."""
+
+    def __init__(self, progress: Progress | None, total: int) -> None:
+        self.progress, self.total, self.done = progress, total, 0
+
+    def __call__(self) -> None:
+        self.done += 1
+        if self.progress is not None:
+            self.progress(self.done, self.total)
+
+    def finish(self) -> None:
+        """The loop may have stopped early."""
+        if self.progress is not None and self.done < self.total:
+            self.progress(self.total, self.total)
+
+
+# -- running ----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Session:
+    """A program run step by step, each time with the state it returned itself. Values go in and come out in the basis of
+    the original; `state` is raw, by placeholder name."""
+
+    ep: ExportedProgram
+    float64: bool
+    tick: Callable[[], None]
+    state: dict[str, Any] = field(default_factory=dict)
+    changed: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        found = record.read(self.ep)
+        self.carried_in: Mapping[str, Carried] = found.inputs if found else {}
+        self.carried_out: Mapping[int, Carried] = found.outputs if found else {}
+        self.known = constants(self.ep)
+        self.raw: tuple[Any, ...] = ()
+
+    def step(self, values: Mapping[str, Any]) -> tuple[Any, ...]:
+        """The flat user outputs for `values`, except where the program has state of its own."""
+        fed = {name: _into(given, self.carried_in.get(name), self.float64) for name, given in values.items()} | self.state
+        result = execute(self.ep, fed, float64=self.float64, tick=self.tick)
+        self.raw = result.outputs
+        self.state |= result.state
+        self.changed |= result.state.keys()
+        self.known |= fed
+        return tuple(_back(out, self.carried_out.get(i)) for i, out in enumerate(result.outputs))
+
+    def current(self, name: str) -> Any:
+        """What the input or buffer `name` holds now; None if the program has none of that name."""
+        return _back(self.state.get(name, self.known.get(name)), self.carried_in.get(name))
+
+    def feed_back(self, returned: Mapping[int, str]) -> None:
+        """Outputs become inputs of the next step, raw."""
+        self.state |= {name: self.raw[i] for i, name in returned.items()}
+
+
+def _into(given: Any, carried: Carried | None, float64: bool) -> Any:
+    if carried is None or not isinstance(given, Tensor):
+        return given
+    rotated = _blockwise(given, carried, inverse=False)
+    return rotated if float64 else rotated.to(given.dtype)
+
+
+def _back(out: Any, carried: Carried | None) -> Any:
+    return out if carried is None or not isinstance(out, Tensor) else _blockwise(out, carried, inverse=True)
+
+
+def _blockwise(x: Tensor, carried: Carried, *, inverse: bool) -> Tensor:
+    """x R (or x Rᵀ) in float64 on each contiguous block of the axis that is as long as the rotation."""
+    last = x.detach().to(torch.float64).movedim(carried.dim, -1)
+    blocks = last.reshape(*last.shape[:-1], -1, carried.rotation.size)
+    return carried.rotation.apply(blocks, inverse=inverse).flatten(-2).movedim(-1, carried.dim)
+
+
+class _Round:
+    """The four sessions: both programs lifted, both native."""
+
+    def __init__(self, *sessions: _Session, returned: Mapping[int, str]) -> None:
+        self.exact_before, self.exact_after, self.before, self.after = self.sessions = sessions
+        self.returned = returned
+
+    def run(self, values: Mapping[str, Any], tally: _Tally) -> None:
+        """One step of all four; the comparison goes to `tally`."""
+        outputs = zip(*(session.step(values) for session in self.sessions), strict=True)
+        for i, results in enumerate(outputs):
+            tally.add(tally.names[i], _Results(*results), argmax=i not in self.returned)
+        for name in sorted(self.exact_before.changed | self.exact_after.changed):
+            tally.add(f"state {name}", _Results(*(s.current(name) for s in self.sessions)), argmax=False)
+
+
+class _Results(NamedTuple):
+    """One output of the four sessions."""
+
+    exact_before: Any
+    exact_after: Any
+    before: Any
+    after: Any
+
+
+def _closed_loop(
+    before: ExportedProgram, values: Mapping[str, Any], round_: _Round, tally: _Tally, steps: int
+) -> tuple[int, str]:
+    """Feed every program its own state up to `steps` times; how many, and a line about it."""
+    for done in range(steps):
+        for session in round_.sessions:
+            session.feed_back(round_.returned)
+        state = {name: round_.exact_before.current(name) for name in round_.exact_before.state}
+        if not state:
+            return 0, "none: the program returns no state that it also takes"
+        following = next_inputs(before, values, state, seed=done + 1)
+        if isinstance(following, str):
+            return done, f"{done} steps with {len(state)} tensors carried, then stopped: {following}"
+        values = following
+        round_.run(values, tally)
+    return steps, f"{steps} further steps, each program fed the {len(round_.exact_before.state)} tensors it returned itself"
+
+
+# -- comparing ----------------------------------------------------------------------------------------------------------------
+
+
+class _Tally:
+    """The worst comparison of every output over all steps."""
+
+    def __init__(self, names: list[str], bound64: float, bound_native: float) -> None:
+        self.names = names
+        self._bounds = (bound64, bound_native)
+        self._checks: dict[str, OutputCheck] = {}
+
+    def add(self, name: str, results: _Results, *, argmax: bool) -> None:
+        exact = compare(results.exact_before, results.exact_after, argmax=argmax)
+        native = compare(results.before, results.after, argmax=argmax)
+        noise = compare(results.exact_before, results.before, argmax=False).relative
+        self._merge(name, results, exact, native, noise)
+
+    def _merge(self, name: str, results: _Results, exact: Difference, native: Difference, noise: float) -> None:
+        mismatch = _mismatch(results.before, results.after)
+        old = self._checks.get(name)
+        if old is not None:
+            exact, native = exact.worst(old.float64), native.worst(old.native)
+            noise, mismatch = max(noise, old.noise), old.mismatch or mismatch
+        bound64, bound_native = self._bounds
+        if not _is_floating(results.before):
+            bound64 = bound_native = 0.0
+        elif noise < float("inf"):
+            bound_native = max(bound_native, NOISE_FACTOR * noise)
+        shape = tuple(getattr(results.before, "shape", ()))
+        self._checks[name] = OutputCheck(name, shape, exact, native, noise, bound64, bound_native, mismatch)
+
+    def checks(self) -> tuple[OutputCheck, ...]:
+        return tuple(self._checks.values())
+
+
+def _is_floating(x: Any) -> bool:
+    return isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())
+
+
+def _mismatch(before: Any, after: Any) -> str:
+    if not isinstance(before, Tensor) or not isinstance(after, Tensor):
+        return "" if type(before) is type(after) else f"{type(after).__name__} instead of {type(before).__name__}"
+    if before.shape != after.shape:
+        return f"shape {list(after.shape)} instead of {list(before.shape)}"
+    return "" if before.dtype == after.dtype else f"dtype {after.dtype} instead of {before.dtype}"
+
+
+# -- the structure of the original ------------------------------------------------------------------------------------------
+
+
+def _output_names(ep: ExportedProgram) -> list[str]:
+    """A name for every flat user output: its path in the returned structure, with the node's name where that is bare."""
+    specs = [s for s in ep.graph_signature.output_specs if s.kind is OutputKind.USER_OUTPUT]
+    paths = list(_paths(ep.call_spec.out_spec))
+    if len(paths) != len(specs):  # a program edited by hand
+        paths = [str(i) for i in range(len(specs))]
+    nodes = [getattr(s.arg, "name", "") for s in specs]
+    return [f"output {path} ({node})".replace(" ()", "") if path.isdigit() or not path else path
+            for path, node in zip(paths, nodes, strict=True)]  # fmt: skip
+
+
+def _paths(spec: Any, prefix: str = "") -> Iterator[str]:
+    if spec.is_leaf():
+        yield prefix
+        return
+    children = spec.children()
+    keys = spec.context if isinstance(spec.context, list) and len(spec.context) == len(children) else range(len(children))
+    for key, child in zip(keys, children, strict=True):
+        yield from _paths(child, f"{prefix}.{key}" if prefix else str(key))
+
+
+def _returned_state(ep: ExportedProgram) -> dict[int, str]:
+    """{user output index: user input} where the output is that input with something written into it or joined to it."""
+    nodes = {node.name: node for node in ep.graph.nodes}
+    users = set(user_input_names(ep))
+    outputs = [s.arg.name for s in ep.graph_signature.output_specs if s.kind is OutputKind.USER_OUTPUT]
+    found: dict[int, str] = {}
+    for i, name in enumerate(outputs):
+        source = _written_input(nodes[name]) if name in nodes else None
+        if source is not None and source.name in users - set(found.values()) and _same_kind(source, nodes[name]):
+            found[i] = source.name
+    return found
+
+
+def _written_input(node: Node) -> Node | None:
+    """The placeholder behind `node` if a cache write lies between."""
+    for writer in _chain(node):
+        if op_name(writer).removesuffix("_") in _CACHE_WRITES:
+            roots = [origin(source) for source in writer.all_input_nodes]
+            return next((root for root in roots if root.op == "placeholder" and _is_floating(value(root))), None)
+    return None
+
+
+def _chain(node: Node) -> Iterator[Node]:
+    """`node` and what it shows, step by step, to the origin."""
+    end = origin(node)
+    while node is not end:
+        yield node
+        node = node.all_input_nodes[0]
+    yield end
+
+
+def _same_kind(a: Node, b: Node) -> bool:
+    x, y = value(a), value(b)
+    return isinstance(x, Tensor) and isinstance(y, Tensor) and x.ndim == y.ndim and x.dtype == y.dtype
