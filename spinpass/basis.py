@@ -208,6 +208,7 @@ class Walk:
         self._shifts: dict[tuple[Node, Node], ShiftUse] = {}
         self._centrings: dict[Node, None] = {}
         self._uncentred_uses: list[tuple[Node, str]] = []
+        self._same_scale: list[tuple[Node, Node, Node | None]] = []
         self._by: Node = seed
         self._demand(seed, AxisType(layout))
         while self._todo:
@@ -219,6 +220,10 @@ class Walk:
             for user in list(node.users):
                 self._by = user
                 self._forward(node, axis, user)
+        for weight, operand, scale in self._same_scale:
+            if not any(t.pending is not None and t.pending.scale is scale for t in self.types.get(operand, ())):
+                self.kept[weight] = "its uses need different scales folded in"
+                raise _Restart
         for node, user in self._exits:
             if user in self.types and (user, self.types[user][0].layout.dims) not in self._entries:
                 self._closed[user] = self._exits[node, user][1]
@@ -449,7 +454,7 @@ class Walk:
                     self._closed[user] = str(error)
                     raise _Restart from None
                 if not self._cross_forward(node, axis, user, rule):
-                    raise
+                    raise Barrier(self._uncrossed.get(user, str(error))) from error
 
     def _cross_forward(self, node: Node, axis: AxisType, user: Node, rule: Multilinear) -> bool:
         """x̂ -> x̂·g, or -> x̂·g + β: the scale or shift goes into the linears that follow."""
@@ -637,6 +642,9 @@ class Walk:
             self._check_partner(at.node, partner.node, axis)
         if axis.pending is not None and not constant and not self.editor.is_constant(at.node):
             raise Barrier("two computed values are contracted")
+        if axis.pending is not None and not constant:
+            self._same_scale.append((at.node, partner.node, axis.pending.scale))
+            return
         self._note_uncentred(at.node, axis, f"is read by {user.name}")
         if constant:
             self._reads[partner.node] = True

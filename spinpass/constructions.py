@@ -24,7 +24,7 @@ LARGEST = 2048
 
 # Turyn-type sequences X, Y, Z of length n and W of length n - 1, keyed by the order 4 (3n - 1). Digit i holds their
 # elements i, X in the highest bit and W in the lowest, 1 for -1; the last digit has no W. Published by Kharaghani and
-# Tayfeh-Rezaie (n = 36) and by D. Best, D. Djokovic, H. Kharaghani and H. Ramp, J. Combin. Des. 21, 2013.
+# Tayfeh-Rezaie, 2005 (n = 36), and by D. Best, D. Djokovic, H. Kharaghani and H. Ramp, arXiv 1206.4107 (the others).
 _TURYN_TYPE = {
     92: "06e5c4d1",
     116: "0001f4a961",
@@ -36,8 +36,8 @@ _TURYN_TYPE = {
 }
 
 # Williamson's symmetric rows of odd length m, keyed by the order 4 m: the bits are elements 1 .. (m - 1) / 2, highest
-# first, 1 for -1; element 0 is +1 and element m - i equals element i. Published in M. Hall, Combinatorial Theory, 1986
-# (m = 43) and I. Kotsireas, J. Lond. Math. Soc. surveys, 2013 (m = 39).
+# first, 1 for -1; element 0 is +1 and element m - i equals element i. Published in M. Hall, Combinatorial Theory, 2nd
+# edition, 1983 (m = 43), and S. London, PhD thesis, University of Illinois at Chicago, 2013 (m = 39).
 _WILLIAMSON = {
     156: (0x1AFB3, 0x1975B, 0x0ECF5, 0x72BE2),
     172: (0x0E16CF, 0x05350B, 0x081EB2, 0x1CC289),

@@ -9,6 +9,7 @@ each axis is multiplied by its own small matrix. Matrix products with a few bala
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -52,8 +53,7 @@ def kronecker_factors(order: int) -> tuple[int, ...]:
     """The orders ``f1 ≤ f2 ≤ ...`` whose Kronecker product, in this order, is ``matrix(order)``.
 
     Of all splittings the one with the least ``f1 + f2 + ... + 64 · (number of factors)``: one factor up to 80, two
-    balanced ones up to about 2800 (1536 → 32 × 48), three beyond (14336 → 16 × 28 × 32). Depends on ``order`` alone.
-    Raises ConfigError where no construction is known.
+    balanced ones up to about 2800 (1536 → 32 × 48), three beyond (14336 → 16 × 28 × 32). A function of the order alone.
     """
     _check_order(order)
     return min(_splittings(order, 1), key=lambda factors: (sum(factors) + _PASS_COST * len(factors), factors))
@@ -67,7 +67,7 @@ def matrix(order: int, dtype: torch.dtype = torch.float64, device: torch.device 
 
 
 def factor_matrices(order: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
-    """``matrix(f)`` for each of ``kronecker_factors(order)``: their Kronecker product is ``matrix(order)``, ±1, unscaled."""
+    """``matrix(f)`` for each of ``kronecker_factors(order)``, ±1: their Kronecker product is ``matrix(order)``."""
     return tuple(matrix(factor, dtype) for factor in kronecker_factors(order))
 
 
@@ -104,20 +104,44 @@ def transform(
         ConfigError: unknown order, a size it does not divide, a dtype that is not floating point.
     """
     check(x, order, dim)
+    left = _scaled_factors(order, precision_of(x, compute), x, transpose)
+    before, after = (None, signs) if transpose else (signs, None)
+    return multiply(x, left, dim=dim, before=before, after=after, compute=compute)
+
+
+def multiply(
+    x: Tensor,
+    left: Sequence[Tensor],
+    *,
+    dim: int = -1,
+    before: Tensor | None = None,
+    after: Tensor | None = None,
+    compute: torch.dtype | None = None,
+) -> Tensor:
+    """``x · diag(before) · (I ⊗ F1 ⊗ F2 ...) · diag(after)`` along ``dim`` for any square factors.
+
+    ``left`` are F1ᵀ, F2ᵀ, ... in the precision of the arithmetic (:func:`precision_of`); the product of their sizes
+    divides the size of ``dim``. ``before`` and ``after`` have one element for each of ``dim``; None stands for ones.
+    Result and temporaries as for :func:`transform`.
+    """
     dim %= x.dim()
+    precision, device = precision_of(x, compute), x.device
     source = x.reshape(math.prod(x.shape[:dim]), x.shape[dim], math.prod(x.shape[dim + 1 :]))
-    precision = compute or (torch.float64 if x.dtype == torch.float64 else torch.float32)
-    factors = _scaled_factors(order, precision, x, transpose)
-    column = None if signs is None else signs.to(device=x.device, dtype=precision)[:, None]
+    first, last = (None if d is None else d.to(device, precision)[:, None] for d in (before, after))
 
-    def rotate(part: Tensor) -> Tensor:
-        part = part.to(precision)
-        if column is None:
-            return _multiply(part, factors)
-        return _multiply(part, factors) * column if transpose else _multiply(part * column, factors)
+    def product(part: Tensor) -> Tensor:
+        part = part.to(precision) if first is None else part.to(precision) * first
+        part = _multiply(part, left)
+        return part if last is None else part * last
 
-    with torch.autocast(x.device.type, enabled=False):
-        return _in_chunks(source, rotate, precision).view(x.shape)
+    has_autocast = torch.amp.is_autocast_available(device.type)
+    with torch.autocast(device.type, enabled=False) if has_autocast else contextlib.nullcontext():
+        return _in_chunks(source, product, precision).view(x.shape)
+
+
+def precision_of(x: Tensor, compute: torch.dtype | None = None) -> torch.dtype:
+    """The dtype of the arithmetic on ``x``: ``compute``, or that of ``x`` but never less than float32."""
+    return compute or (torch.float64 if x.dtype == torch.float64 else torch.float32)
 
 
 def check(x: Tensor, order: int, dim: int = -1) -> None:
@@ -132,17 +156,17 @@ def check(x: Tensor, order: int, dim: int = -1) -> None:
 # The product with the factors.
 
 
-def _in_chunks(source: Tensor, rotate: Callable[[Tensor], Tensor], precision: torch.dtype) -> Tensor:
-    """``rotate`` applied to ``source`` (before, size, after), a chunk of the first and last axes at a time."""
+def _in_chunks(source: Tensor, product: Callable[[Tensor], Tensor], precision: torch.dtype) -> Tensor:
+    """``product`` of ``source`` (before, size, after), a chunk of the first and last axes at a time."""
     before, size, after = source.shape
     chunk = _CHUNK_BYTES.get(source.device.type, _CHUNK_BYTES_ELSEWHERE) // precision.itemsize
     if source.numel() <= chunk or (source.requires_grad and torch.is_grad_enabled()):
-        return rotate(source).to(source.dtype)
+        return product(source).to(source.dtype)
     columns = min(after, max(1, chunk // size))
     rows = max(1, chunk // (size * columns))
     out = torch.empty(source.shape, dtype=source.dtype, device=source.device)
     for i, j in itertools.product(range(0, before, rows), range(0, after, columns)):
-        out[i : i + rows, :, j : j + columns] = rotate(source[i : i + rows, :, j : j + columns])
+        out[i : i + rows, :, j : j + columns] = product(source[i : i + rows, :, j : j + columns])
     return out
 
 

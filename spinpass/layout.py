@@ -159,17 +159,21 @@ class Layout:
 
     # -- applying a function to the vectors ---------------------------------------------------------------------------
 
-    def apply(self, tensor: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
-        """Replace every vector of the space in ``tensor`` by ``function`` of it; ``function`` maps (..., n) to (..., n)."""
+    def apply(self, tensor: Tensor, function: Callable[[Tensor, int], Tensor]) -> Tensor:
+        """Replace every vector of the space in ``tensor`` by ``function`` of it.
+
+        ``function(x, dim)`` maps the vectors along axis ``dim`` (of length n) of ``x`` and keeps its shape.
+        """
         if self.is_contiguous:
-            moved = tensor.movedim(self.dims[0], -1)
-            flat = moved.reshape(*moved.shape[:-1], self.count, self.width)
-            return function(flat).reshape(moved.shape).movedim(-1, self.dims[0])
-        tail = range(-len(self.dims), 0)
-        moved = tensor.movedim(self.dims, tuple(tail))
+            dim = self.dims[0]
+            if self.count == 1:
+                return function(tensor, dim)
+            return function(tensor.unflatten(dim, (self.count, self.width)), dim + 1).flatten(dim, dim + 1)
+        tail = tuple(range(-len(self.dims), 0))
+        moved = tensor.movedim(self.dims, tail)
         flat = moved.reshape(*moved.shape[: moved.ndim - len(self.dims)], math.prod(self.sizes)).clone()
-        flat[..., self.blocks] = function(flat[..., self.blocks])
-        return flat.reshape(moved.shape).movedim(tuple(tail), self.dims)
+        flat[..., self.blocks] = function(flat[..., self.blocks], -1)
+        return flat.reshape(moved.shape).movedim(tail, self.dims)
 
     # -- helpers ------------------------------------------------------------------------------------------------------
 

@@ -20,13 +20,15 @@ NAME = "spinpass::hadamard"
 @torch.library.custom_op(NAME, mutates_args=(), schema="(Tensor x, int order, bool transpose=False) -> Tensor")
 def hadamard_op(x: Tensor, order: int, transpose: bool = False) -> Tensor:
     """``x · (I ⊗ H) / √order`` along the last axis, see :func:`spinpass.hadamard.transform`."""
-    return hadamard.transform(x, order, transpose=transpose)
+    result = hadamard.transform(x, order, transpose=transpose)
+    kept = torch.empty_like(x)  # the strides of x: a view that could be taken of x can be taken of the result
+    return result if result.stride() == kept.stride() else kept.copy_(result)
 
 
 @hadamard_op.register_fake
 def _fake(x: Tensor, order: int, transpose: bool = False) -> Tensor:
     hadamard.check(x, order)
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+    return torch.empty_like(x)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Tensor, int, bool], output: Tensor) -> None:
@@ -44,5 +46,6 @@ hadamard_op.register_autograd(_backward, setup_context=_setup_context)
 def reference(x: Tensor, order: int, transpose: bool = False) -> Tensor:
     """The op by its definition, one dense product per block in the dtype of ``x``: slow, for tests and comparisons."""
     dense = hadamard.matrix(order, x.dtype, x.device) / math.sqrt(order)
-    blocks = x.reshape(*x.shape[:-1], -1, order)
-    return (blocks @ (dense.t() if transpose else dense)).reshape(x.shape)
+    blocks = x.reshape(*x.shape[:-1], x.shape[-1] // order, order)
+    product = blocks @ (dense.t() if transpose else dense)
+    return product.reshape(x.shape)

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from .layout import Layout, LayoutError
-from .program import arguments, is_float, is_op, op_name, shape, value
+from .program import arguments, is_float, is_op, known_integers, op_name, shape, value
 
 Label = Hashable
 
@@ -458,6 +458,10 @@ def _index(node: Node, args: dict[str, Any]) -> Rule:
     at = [d for d, i in enumerate(indices) if i is not None]
     if not at or at != list(range(at[0], at[0] + len(at))):
         return Opaque("index with separated index tensors")
+    index = known_integers(indices[at[0]])
+    size = shape(source)[at[0]]
+    if len(at) == 1 and index is not None and index.ndim == 1 and isinstance(size, int) and index.unique().numel() == index.numel():
+        return _selection(node, source, at[0], index % size)
     drawn = max(len(shape(indices[d])) for d in at)
     rank = len(shape(source))
     labels = tuple(None if d in at else f"x{d}" for d in range(rank))

@@ -132,6 +132,8 @@ class Planner:
         self._claims: dict[Node, list[tuple[str, Layout]]] = {}
         self._tokens = tokens_per_call(editor.user_inputs())
         self._bytes_untied = 0
+        self._streams = list(find_residual_sums(editor))
+        self._sums = {n for s in self._streams for n in (s, *s.all_input_nodes)}
 
     def sites(self, role: Role) -> Iterator[Site]:
         """The sites of one rotation; what is refused is noted in ``refusals``."""
@@ -151,14 +153,14 @@ class Planner:
 
     def _residual(self) -> Iterator[Site]:
         widths, seen = set(), set()
-        for node in list(find_residual_sums(self.editor)):
+        for node in self._streams:
             node = self.editor.current(node)
             if node in seen or node in self._claims:
                 continue
             space = self._stream(node)
             seen |= set(space.members)
-            if not space.readers and not space.exits:
-                continue
+            if not space.readers:
+                continue  # a sum inside attention or an activation
             widths.add(space.width)
             if self._takes_offline(space):
                 site = self._accept("R1", space, "offline")
@@ -185,9 +187,7 @@ class Planner:
         return added < _UNTIE_BELOW * self.editor.nbytes()
 
     def _takes_offline(self, space: Space) -> bool:
-        if self.config.form == "online" or not space.readers or not space.writers:
-            if self.config.form == "offline":
-                self.refusals.append(Refusal("R1", "no linear layer writes into the residual stream and reads it", (space.seed.name,)))
+        if self.config.form == "online":
             return False
         if self.config.form == "offline":
             return True
@@ -205,7 +205,7 @@ class Planner:
             root = root_of(linear.operand)
             if root in done or root in self._claims or shape(root)[-1:] == () or shape(root)[-1] not in widths:
                 continue
-            if not is_norm_output(self.editor, root):
+            if self._claimed(linear.weight, whole_axis(linear.weight, linear.weight_dim)) or not is_norm_output(self.editor, root):
                 continue
             done.add(root)
             space = LinearInputWalk(self.editor).grow(root, whole_axis(root, len(shape(root)) - 1))
@@ -262,10 +262,7 @@ class Planner:
 
     def _writes_on(self, node: Node) -> bool:
         """The result goes on into the model: it is summed with something, not normed and turned into logits."""
-        sums = getattr(self, "_sums", None)
-        if sums is None:
-            sums = self._sums = {s for n in find_residual_sums(self.editor) for s in _operands(n)}
-        return not sums or any(n in sums for n in _downstream(node))
+        return not self._sums or any(n in self._sums for n in _downstream(node))
 
     # -- deciding one space -------------------------------------------------------------------------------------------------
 
@@ -382,11 +379,7 @@ def _leaf(editor: ProgramEditor, node: Node) -> Node:
     return node
 
 
-def _operands(node: Node) -> list[Node]:
-    return [*node.all_input_nodes, node]
-
-
-def _downstream(node: Node, steps: int = 12) -> Iterator[Node]:
+def _downstream(node: Node, steps: int = 20) -> Iterator[Node]:
     """The value and what becomes of it through views, scales and norms, within a few operators."""
     todo, seen = [(node, steps)], set()
     while todo:

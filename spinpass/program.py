@@ -24,6 +24,7 @@ from torch.export.graph_signature import (
     TensorArgument,
 )
 from torch.fx import Graph, GraphModule, Node
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .errors import InvariantError, ProgramError, QuantizedWeightError
 from .layout import Size
@@ -66,10 +67,26 @@ def value(node: Node) -> Any:
     return node.meta.get("val")
 
 
+def known_integers(node: Node) -> Tensor | None:
+    """The value of a small lifted index tensor, copies looked through; None where it is only known at run time."""
+    while op_name(node) in _COPIES:
+        node = node.all_input_nodes[0]
+    known = node.meta.get(_KNOWN)
+    return known if isinstance(known, Tensor) else None
+
+
 def shape(node: Node) -> tuple[Size, ...]:
     """Static sizes as ints, dynamic ones as symbolic expressions."""
     val = value(node)
-    return tuple(_size(s) for s in val.shape) if isinstance(val, Tensor) else ()
+    if not isinstance(val, Tensor):
+        return ()
+    known = _SHAPES.get(val)
+    if known is None:
+        known = _SHAPES[val] = tuple(_size(s) for s in val.shape)
+    return known
+
+
+_SHAPES: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # reading symbolic sizes is slow
 
 
 def _size(size: Any) -> Size:
@@ -141,6 +158,8 @@ class ProgramEditor:
                 continue
             node = by_name[spec.arg.name]
             tensor = self._stored(spec)
+            if tensor.dtype == torch.int64 and tensor.numel() <= _SMALL and not isinstance(tensor, torch._subclasses.FakeTensor):
+                node.meta[_KNOWN] = tensor
             self._constants[node] = Constant(spec.target, tensor)
             if spec.target in mutated:
                 continue
@@ -442,6 +461,8 @@ def functionalized(program: ExportedProgram) -> ExportedProgram:
     return program
 
 
+_KNOWN, _SMALL = "spinpass_known", 4096
+_COPIES = {"aten::lift_fresh_copy", "aten::lift_fresh", "aten::detach", "aten::detach_", "aten::clone", "aten::alias"}
 _DROPOUT = {"aten::dropout", "aten::native_dropout", "aten::feature_dropout", "aten::alpha_dropout", "aten::bernoulli"}
 _QUANTIZED_NAMESPACES = {"quantized_decomposed", "torchao", "quantized", "bitsandbytes", "gptqmodel"}
 _QUANTIZED_WORDS = ("dequantize", "_weight_int8pack_mm", "_weight_int4pack_mm", "_scaled_mm", "fake_quantize", "qlinear")

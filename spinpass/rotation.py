@@ -95,8 +95,8 @@ class Rotation:
         Raises ConfigError where it is not square, has another dtype, or is not orthogonal: max |M Mᵀ - I| above 1e-4
         for float32, 1e-8 for float64.
         """
-        if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1]:
-            raise ConfigError(f"a rotation matrix must be square, got shape {tuple(matrix.shape)}")
+        if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1] or not len(matrix):
+            raise ConfigError(f"a rotation matrix must be square and not empty, got shape {tuple(matrix.shape)}")
         if matrix.dtype not in _ORTHOGONAL_WITHIN:
             raise ConfigError(f"a rotation matrix must be float32 or float64, got {matrix.dtype}")
         exact = matrix.detach().to(device="cpu", dtype=torch.float64, copy=True)
@@ -121,13 +121,13 @@ class Rotation:
         """The ±1 of ``diag(signs)``, int8 of shape (size,); None where all are +1."""
         if self.kind != "random-hadamard":
             return None
-        return torch.frombuffer(bytearray(self._sign_octets), dtype=torch.int8)
+        return torch.tensor(self._signs, dtype=torch.int8, device="cpu")
 
     @cached_property
-    def _sign_octets(self) -> bytes:
-        # One bit each; kept as bytes, since a tensor made under a tracing mode would be fake and must not be kept.
+    def _signs(self) -> tuple[int, ...]:
+        # One bit each; kept as integers, since a tensor made under a tracing mode would be fake and must not be kept.
         stream = _random_bytes(-(-self.size // 8), self.seed, self.identity)
-        return bytes(255 if stream[i >> 3] >> (i & 7) & 1 else 1 for i in range(self.size))
+        return tuple(1 - 2 * (stream[i >> 3] >> (i & 7) & 1) for i in range(self.size))
 
     def matrix(self, dtype: torch.dtype = torch.float64) -> Tensor:
         """R as a dense (size, size) matrix. For inspection and for what has no cheaper way: prefer :meth:`apply`."""
@@ -141,29 +141,17 @@ class Rotation:
         precision of the arithmetic; None is that of ``x``, and float32 for float16 and bfloat16. Rounded once.
         Raises ConfigError for another size or a dtype that is not floating point.
         """
-        if x.dim() == 0 or x.shape[dim] % self.size:
-            raise ConfigError(f"axis {dim} of a tensor of shape {tuple(x.shape)} holds no vectors of size {self.size}")
-        if not self.is_structured:
-            return self._apply_dense(x, dim % x.dim(), inverse, compute)
-        signs = self.signs()
-        if signs is not None:
-            signs = signs.repeat(x.shape[dim] // self.size)
-        return hadamard.transform(x, self.order, transpose=inverse, dim=dim, signs=signs, compute=compute)
-
-    def _apply_dense(self, x: Tensor, dim: int, inverse: bool, compute: torch.dtype | None) -> Tensor:
         if not x.dtype.is_floating_point:
             raise ConfigError(f"only floating point tensors can be rotated, got {x.dtype}")
-        precision = compute or (torch.float64 if x.dtype == torch.float64 else torch.float32)
-        block = (self.matrix_ if self.matrix_ is not None else _haar(self.order, self.seed, self.identity)).to(
-            x.device, precision
-        )
-        after = math.prod(x.shape[dim + 1 :])
-        with torch.autocast(x.device.type, enabled=False):
-            if after == 1:
-                rows = x.reshape(-1, self.order).to(precision)
-                return (rows @ (block.t() if inverse else block)).to(x.dtype).view(x.shape)
-            columns = x.reshape(-1, self.order, after).to(precision)
-            return ((block if inverse else block.t()) @ columns).to(x.dtype).view(x.shape)
+        if x.dim() == 0 or x.shape[dim] % self.size:
+            raise ConfigError(f"axis {dim} of a tensor of shape {tuple(x.shape)} holds no vectors of size {self.size}")
+        if self.is_structured:
+            signs = self.signs()
+            signs = None if signs is None else signs.repeat(x.shape[dim] // self.size)
+            return hadamard.transform(x, self.order, transpose=inverse, dim=dim, signs=signs, compute=compute)
+        block = self.matrix_ if self.matrix_ is not None else _haar(self.order, self.seed, self.identity)
+        block = block.to(x.device, hadamard.precision_of(x, compute))
+        return hadamard.multiply(x, [block if inverse else block.t()], dim=dim, compute=compute)
 
     def to_dict(self) -> dict[str, Any]:
         """What JSON can hold, without loss; a learned matrix as base64 of its float64 rows, little-endian."""
@@ -214,10 +202,12 @@ def _haar(order: int, seed: int, identity: str) -> Tensor:
     Q of the QR decomposition of a Gaussian matrix, with the signs of R's diagonal taken out (F. Mezzadri, Notices of
     the AMS 54, 2007); Gaussians by Box and Muller, two uniform variables each.
     """
-    words = torch.frombuffer(_random_bytes(16 * order * order, seed, identity), dtype=torch.int64)
-    first, second = ((words >> 11 & (1 << 53) - 1).double() + 0.5).mul_(2.0**-53).view(2, order, order)
-    q, r = torch.linalg.qr((-2 * first.log()).sqrt() * (2 * math.pi * second).cos())
-    return _nearest_orthogonal(q * r.diagonal().sign())
+    with torch.inference_mode(False):  # kept for later callers, who may want gradients
+        words = torch.frombuffer(_random_bytes(16 * order * order, seed, identity), dtype=torch.int64)
+        first, second = ((words >> 11 & (1 << 53) - 1).double() + 0.5).mul_(2.0**-53).view(2, order, order)
+        q, r = torch.linalg.qr((-2 * first.log()).sqrt() * (2 * math.pi * second).cos())
+        haar: Tensor = q * r.diagonal().sign()
+    return haar
 
 
 def _random_bytes(count: int, seed: int, identity: str) -> bytearray:

@@ -66,7 +66,7 @@ def verify(
     dtype = _working_dtype(before)
     tally = _Tally(_output_names(before), bounds[torch.float64], bounds[dtype])
     round_.run(values, tally)
-    loop_steps, loop = _closed_loop(before, values, round_, tally, steps)
+    loop_steps, loop = _closed_loop(values, round_, tally, steps)
     ticker.finish()
     described = tuple(_describe(name, given) for name, given in values.items())
     return Certificate(tally.checks(), dtype, described, loop_steps, loop)
@@ -195,11 +195,17 @@ class _Round:
 
     def run(self, values: Mapping[str, Any], tally: _Tally) -> None:
         """One step of all four; the comparison goes to `tally`."""
-        outputs = zip(*(session.step(values) for session in self.sessions), strict=True)
-        for i, results in enumerate(outputs):
+        for i, results in enumerate(zip(*(session.step(values) for session in self.sessions), strict=True)):
             tally.add(tally.names[i], _Results(*results), argmax=i not in self.returned)
         for name in sorted(self.exact_before.changed | self.exact_after.changed):
             tally.add(f"state {name}", _Results(*(s.current(name) for s in self.sessions)), argmax=False)
+
+    def next_values(self, values: Mapping[str, Any], seed: int) -> dict[str, Any] | str:
+        """Hand every program its own state; the other inputs of the next step, or why there is none."""
+        for session in self.sessions:
+            session.feed_back(self.returned)
+        original = self.exact_before
+        return next_inputs(original.ep, values, {n: original.current(n) for n in original.state}, seed=seed)
 
 
 class _Results(NamedTuple):
@@ -211,19 +217,14 @@ class _Results(NamedTuple):
     after: Any
 
 
-def _closed_loop(
-    before: ExportedProgram, values: Mapping[str, Any], round_: _Round, tally: _Tally, steps: int
-) -> tuple[int, str]:
-    """Feed every program its own state up to `steps` times; how many, and a line about it."""
+def _closed_loop(values: Mapping[str, Any], round_: _Round, tally: _Tally, steps: int) -> tuple[int, str]:
+    """Up to `steps` further steps on returned state; how many were run, and a line about it."""
+    if not round_.returned and not round_.exact_before.changed:
+        return 0, "none: the program returns no state that it also takes"
     for done in range(steps):
-        for session in round_.sessions:
-            session.feed_back(round_.returned)
-        state = {name: round_.exact_before.current(name) for name in round_.exact_before.state}
-        if not state:
-            return 0, "none: the program returns no state that it also takes"
-        following = next_inputs(before, values, state, seed=done + 1)
+        following = round_.next_values(values, seed=done + 1)
         if isinstance(following, str):
-            return done, f"{done} steps with {len(state)} tensors carried, then stopped: {following}"
+            return done, f"{done} further steps, then stopped: {following}"
         values = following
         round_.run(values, tally)
     return steps, f"{steps} further steps, each program fed the {len(round_.exact_before.state)} tensors it returned itself"

@@ -118,23 +118,11 @@ def sample_inputs(name: str = "", *, batch: int = BATCH, seq: int = SEQ, mask: b
 
 
 def export_plain(model: nn.Module, inputs: Mapping[str, Tensor] | None = None, *, dynamic: bool = False) -> ExportedProgram:
-    """torch.export.export of the logits alone, no cache; `dynamic` marks batch and sequence."""
+    """torch.export.export without cache; `dynamic` marks batch and sequence."""
     inputs = dict(inputs if inputs is not None else sample_inputs(mask=False))
-    axes = {name: {0: Dim.AUTO, 1: Dim.AUTO} for name in inputs} if dynamic else None
+    axes = {name: {0: Dim.AUTO, 1: Dim.AUTO} for name in inputs} | {"use_cache": None} if dynamic else None
     with torch.no_grad():
-        return torch.export.export(_Logits(model), (), inputs, dynamic_shapes=axes and {"inputs": axes}, strict=False)
-
-
-class _Logits(nn.Module):
-    """The model without cache and without output class."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, **inputs: Tensor) -> Tensor:
-        logits: Tensor = self.model(**inputs, use_cache=False).logits
-        return logits
+        return torch.export.export(model, (), inputs | {"use_cache": False}, dynamic_shapes=axes, strict=False)
 
 
 def export_hf(model: nn.Module, inputs: Mapping[str, Tensor] | None = None, *, dynamic: bool = True) -> ExportedProgram:
@@ -155,7 +143,7 @@ def export_hf_generation(model: nn.Module, *, multi_token_decode: bool = False, 
     from transformers import GenerationConfig
     from transformers.exporters import DynamoConfig, DynamoExporter
 
-    settings = GenerationConfig(cache_implementation="static", max_new_tokens=5, do_sample=False) if static else None
+    settings = GenerationConfig(cache_implementation="static", max_cache_len=16, do_sample=False) if static else None
     exported = DynamoExporter().export_for_generation(
         model, dict(sample_inputs(mask=False)), DynamoConfig(dynamic=not static), multi_token_decode=multi_token_decode,
         generation_config=settings,

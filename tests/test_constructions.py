@@ -15,10 +15,8 @@ def test_constructed_matrices_are_hadamard(order: int) -> None:
     assert torch.equal(h.float() @ h.float().t(), order * torch.eye(order))
 
 
-@pytest.mark.parametrize("order", [BUILT[-1], 1332, 1684, 1850])
+@pytest.mark.parametrize("order", BUILT[-3:])
 def test_the_largest_constructions_are_hadamard(order: int) -> None:
-    if not constructions.is_constructible(order):
-        order = max(n for n in BUILT if n < order)
     h = constructions.construct(order).float()
     assert torch.equal(h @ h.t(), order * torch.eye(order))
 
@@ -33,7 +31,7 @@ def test_what_cannot_be_built_is_not_claimed(order: int) -> None:
     assert not constructions.is_constructible(order)
 
 
-@pytest.mark.parametrize("q", [9, 25, 27, 49, 81, 121, 125, 169, 343, 243, 289, 343, 361, 529, 625, 729, 841, 961])
+@pytest.mark.parametrize("q", [9, 25, 27, 49, 81, 121, 125, 169, 343, 243, 289, 361, 529, 625, 729, 841, 961])
 def test_prime_power_characters_count_as_many_squares_as_other_elements(q: int) -> None:
     power = constructions._prime_power(q)
     assert power is not None and power[1] > 1

@@ -19,7 +19,8 @@ class Rotated(nn.Module):
         self.linear = nn.Linear(96, 7)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear(torch.ops.spinpass.hadamard(x.sin(), 96))
+        rotated: Tensor = self.linear(torch.ops.spinpass.hadamard(x.sin(), 96))
+        return rotated
 
 
 @pytest.fixture
@@ -99,7 +100,7 @@ def test_one_node_survives_every_journey_of_a_program(exported: Any, tmp_path: P
 def test_compiled_module_agrees(exported: Any) -> None:
     x = torch.randn(9, 96)
     compiled = torch.compile(exported.module(), backend="aot_eager", fullgraph=True)
-    assert torch.allclose(compiled(x), exported.module()(x), atol=1e-6)
+    assert torch.allclose(compiled(x), exported.module()(x), atol=1e-6)  # type: ignore[no-untyped-call]  # GraphModule
 
 
 def test_compiled_gradient_agrees() -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from spinpass import rotation as rotation_module
 from spinpass.errors import ConfigError
@@ -41,7 +42,8 @@ def test_apply_is_the_product_with_the_matrix(
     shape.insert(dim, repeats * size)
     x, dense = torch.randn(shape, dtype=torch.float64), rotation.matrix()
     result = rotation.apply(x, dim)
-    vectors = x.movedim(dim, -1).unflatten(-1, (repeats, size))
+    last = x.movedim(dim, -1)
+    vectors = last.reshape(*last.shape[:-1], repeats, size)
     assert torch.allclose(result, (vectors @ dense).flatten(-2).movedim(-1, dim), atol=1e-12)
     assert result.is_contiguous() and result.shape == x.shape
     assert torch.allclose(rotation.apply(result, dim - len(shape), inverse=True), x, atol=1e-12)
@@ -81,7 +83,7 @@ def test_signs_are_the_same_on_every_machine_and_version() -> None:
     assert signs.tolist() == PINNED_SIGNS
 
 
-PINNED_SIGNS = [1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1]
+PINNED_SIGNS = [1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1]
 
 
 @pytest.mark.parametrize("kind", ["random-hadamard", "random-matrix"])
@@ -173,14 +175,14 @@ def test_from_matrix_leaves_its_argument_alone() -> None:
 @pytest.mark.parametrize(
     ("matrix", "message"),
     [
-        (torch.ones(2, 3), r"a rotation matrix must be square, got shape \(2, 3\)"),
-        (torch.ones(2, 2, 2), r"must be square, got shape \(2, 2, 2\)"),
+        (torch.ones(2, 3), r"a rotation matrix must be square and not empty, got shape \(2, 3\)"),
+        (torch.ones(2, 2, 2), r"must be square and not empty, got shape \(2, 2, 2\)"),
         (torch.eye(2, dtype=torch.bfloat16), r"must be float32 or float64, got torch\.bfloat16"),
         (torch.eye(2, dtype=torch.int64), r"must be float32 or float64, got torch\.int64"),
         (torch.eye(2) * 1.001, r"the matrix is not orthogonal: max \|M Mᵀ - I\| is 2\.0e-03, above 1e-04"),
         (torch.eye(2).double() * (1 + 1e-7), r"is 2\.0e-07, above 1e-08"),
         (torch.full((2, 2), torch.nan), "is nan, above 1e-04"),
-        (torch.ones(0, 0), "a rotation matrix must be square"),
+        (torch.ones(0, 0), r"got shape \(0, 0\)"),
     ],
 )
 def test_unfit_matrices_are_refused(matrix: torch.Tensor, message: str) -> None:
@@ -243,6 +245,24 @@ def test_unfit_dictionaries_are_refused(change: dict[str, Any], message: str) ->
         Rotation.from_dict(Rotation.from_matrix(torch.eye(3)).to_dict() | change)
     with pytest.raises(ConfigError, match="this is no description of a rotation: KeyError"):
         Rotation.from_dict({})
+
+
+@pytest.mark.parametrize("kind", ["hadamard", "random-hadamard"])
+def test_what_a_tracing_mode_built_is_not_kept(kind: str) -> None:
+    rotation, x = Rotation.create(kind, 60, identity="fake"), torch.randn(2, 60)
+    with FakeTensorMode() as mode:
+        assert rotation.apply(mode.from_tensor(x)).shape == x.shape
+    assert torch.allclose(rotation.apply(x), x @ rotation.matrix(torch.float32), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", DRAWN)
+def test_what_inference_mode_built_can_be_differentiated_later(kind: str) -> None:
+    rotation = Rotation.create(kind, 60, identity="inference")
+    with torch.inference_mode():
+        rotation.apply(torch.randn(2, 60))
+    x = torch.randn(2, 60, requires_grad=True)
+    (gradient,) = torch.autograd.grad(rotation.apply(x).sum(), x)
+    assert torch.allclose(gradient, rotation.apply(torch.ones(2, 60), inverse=True), atol=1e-5)
 
 
 def test_rotating_never_builds_the_dense_matrix(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,11 +27,12 @@ _ADVICE = {
 
 
 @contextmanager
-def staged(folder: Path) -> Iterator[Path]:
+def staged(folder: Path, size: int = 0) -> Iterator[Path]:
     """A new empty folder next to the destination; on leaving, its files move into ``folder`` by rename.
 
     ``folder`` is created if it is missing (and removed again if nothing gets there). If the body or a rename fails, files
-    that were replaced are put back and the staging folder is deleted: ``folder`` is as it was before.
+    that were replaced are put back and the staging folder is deleted: ``folder`` is as it was before. ``size`` is what is
+    going to be written, in bytes: a disk that cannot hold it is refused before anything is written.
 
     Raises:
         ExportError: the operating system refused to write; the message says why and what to do.
@@ -41,13 +42,18 @@ def staged(folder: Path) -> Iterator[Path]:
     done = False
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(folder).free
+        if free < size:
+            raise OSError(errno.ENOSPC, f"{size:,} bytes are needed and {free:,} are free")
         staging = Path(tempfile.mkdtemp(prefix=".spinpass-", dir=folder))
         yield staging
         _publish(staging, folder)
         done = True
     except OSError as error:
         advice = _ADVICE.get(error.errno or 0, "check the path and the disk")
-        raise ExportError(f"cannot write to {folder}: {error.strerror or error} ({advice}); nothing was written") from error
+        raise ExportError(
+            f"cannot write to {folder}: {error.strerror or error} ({advice}); nothing was written"
+        ) from error
     finally:
         if staging is not None:
             shutil.rmtree(staging, ignore_errors=True)

@@ -18,6 +18,7 @@ import onnxscript
 import torch
 
 from spinpass import hadamard
+from spinpass.errors import ExportError
 
 DOMAIN = "spinpass"
 VERSION = 1
@@ -39,25 +40,27 @@ def translation() -> Callable[..., Any]:
     return hadamard_node
 
 
-def attach(model: ir.Model, opset: int) -> int:
+def attach(model: ir.Model) -> int:
     """Give every opaque node of ``model`` its function, changing the model in place; the number of such nodes.
 
     The function is called ``Hadamard_<order>[x<blocks>][_transposed]_rank<rank>_<dtype>``, ``blocks`` being how many blocks of
-    ``order`` lie side by side on the last axis.
+    ``order`` lie side by side on the last axis. Raises ExportError where the size of that axis is dynamic.
     """
+    opset = model.opset_imports[""]
     nodes = list(calls(model))
     for node in nodes:
-        x = node.inputs[0]
-        if x is None or x.shape is None or x.dtype is None:
-            raise TypeError(f"the input of {node.name} has no known shape and dtype")
+        y = node.outputs[0]
+        assert y.shape is not None and y.dtype is not None  # torch.onnx sets both from the program's own values
         order, transpose = node.attributes["order"].as_int(), bool(node.attributes["transpose"].as_int())
-        size = x.shape[-1]
+        size, rank, dtype = y.shape[-1], len(y.shape), y.dtype
         if not isinstance(size, int):
-            raise TypeError(f"the last axis of the input of {node.name} has the unknown size {size}")
-        name = function_name(order, size // order, len(x.shape), x.dtype, transpose=transpose)
+            raise ExportError(
+                f"an online Hadamard of order {order} runs along an axis of the dynamic size {size}: make it static"
+            )
+        name = function_name(order, size // order, rank, dtype, transpose=transpose)
         node.op_type = name
         if (DOMAIN, name, "") not in model.functions:
-            function = _function(name, order, size // order, len(x.shape), x.dtype, transpose, opset)
+            function = _function(name, order, size // order, rank, dtype, transpose, opset)
             model.functions[function.identifier()] = function
     if nodes:
         model.opset_imports[DOMAIN] = VERSION
@@ -122,7 +125,9 @@ def _function(
     graph = ir.Graph([x], [y], nodes=body.nodes, opset_imports={"": opset}, name=name)
     attributes = [ir.Attr(key, ir.AttributeType.INT, None) for key in ("order", "transpose")]
     function = ir.Function(DOMAIN, name, "", graph=graph, attributes=attributes)
-    function.doc_string = f"x (I ⊗ {'Hᵀ' if transpose else 'H'})/√{order}, H the Hadamard matrix of order {order}, {blocks} blocks"
+    function.doc_string = (
+        f"x (I ⊗ {'Hᵀ' if transpose else 'H'})/√{order}, H the Hadamard matrix of order {order}, {blocks} blocks"
+    )
     return function
 
 

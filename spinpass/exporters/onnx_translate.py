@@ -25,6 +25,7 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
 from spinpass.errors import ExportError
+from spinpass.program import is_op, mutates
 
 from . import onnx_functions
 
@@ -118,17 +119,17 @@ class _Program(ExportedProgram):
 
 def _is_translatable(node: Node, table: Mapping[Any, Any]) -> bool:
     """The node has a translation of its own and leaves its arguments alone."""
-    if node.op != "call_function":
+    if not is_op(node):
         return node.op != "get_attr"  # the subgraph of a higher-order op
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return not isinstance(node.target, torch._ops.OperatorBase)
-    return node.target not in table and (node.target in _casts() or not node.target._schema.is_mutable)
+    return node.target not in table and (node.target in _casts() or not mutates(node))
 
 
 def _casts() -> dict[Callable[..., Any], Callable[..., Any]]:
     """Translations of the few ops that a fresh export holds and that torch translates only after decomposing."""
 
-    def to_dtype(self: Any, dtype: int, non_blocking: bool = False, copy: bool = False, memory_format: Any = None) -> Any:
+    def to_dtype(
+        self: Any, dtype: int, non_blocking: bool = False, copy: bool = False, memory_format: Any = None
+    ) -> Any:
         return op.Cast(self, to=dtype)
 
     def to_device(
@@ -220,7 +221,9 @@ def _export_error(error: BaseException) -> ExportError:
     if own is not None:
         return own
     last = str(reasons[-1]).strip().splitlines() or [type(reasons[-1]).__name__]
-    return ExportError(f"torch.onnx cannot translate the program: {last[0]}; replace that op or decompose it before the export")
+    return ExportError(
+        f"torch.onnx cannot translate the program: {last[0]}; replace that op or decompose it before the export"
+    )
 
 
 @contextmanager

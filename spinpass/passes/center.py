@@ -28,7 +28,7 @@ def center(editor: ProgramEditor, space: Space, origin: str) -> None:
 
 
 def _centred(tensor: torch.Tensor, layout: Layout) -> torch.Tensor:
-    return layout.apply(tensor, lambda vectors: vectors - vectors.mean(-1, keepdim=True))
+    return layout.apply(tensor, lambda vectors, dim: vectors - vectors.mean(dim, keepdim=True))
 
 
 def _stop_centring(editor: ProgramEditor, node: Node, origin: str) -> None:

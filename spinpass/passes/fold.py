@@ -21,7 +21,7 @@ def fold_rotation(editor: ProgramEditor, space: Space, rotation: Rotation) -> No
 
 def rotate_constant(editor: ProgramEditor, node: Node, layout: Layout, rotation: Rotation) -> None:
     """Queue ``v -> v R`` for the vectors of ``layout`` in the constant."""
-    editor.queue(node, lambda tensor: layout.apply(tensor, rotation.apply))
+    editor.queue(node, lambda tensor: layout.apply(tensor, lambda vectors, dim: rotation.apply(vectors, dim)))
 
 
 def foldable(editor: ProgramEditor, node: Node) -> Node:

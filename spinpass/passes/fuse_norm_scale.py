@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.fx import Node
 
 from ..basis import AxisType, ShiftUse, Space
-from ..layout import Layout
 from ..ops import Multilinear, Normalization, rule_of
 from ..program import ProgramEditor, arguments, op_name, shape, value
 from .fold import foldable
@@ -34,11 +33,12 @@ def _scale(editor: ProgramEditor, node: Node, axis: AxisType) -> None:
     assert axis.pending is not None and axis.pending.scale is not None
     scale = editor.deferred(axis.pending.scale)
     layout = axis.layout
-    editor.queue(node, lambda tensor: layout.apply(tensor, lambda vectors: vectors * _coordinates(scale(), layout)))
+    editor.queue(node, lambda tensor: layout.apply(tensor, lambda vectors, dim: vectors * _along(scale(), dim, vectors.ndim)))
 
 
-def _coordinates(scale: Tensor, layout: Layout) -> Tensor:
-    return scale.flatten().expand(layout.width) if scale.numel() in (1, layout.width) else scale.flatten()
+def _along(scale: Tensor, dim: int, rank: int) -> Tensor:
+    """The scale's coordinates on axis ``dim`` of a tensor of ``rank`` axes."""
+    return scale.flatten().view(tuple(-1 if d == dim % rank else 1 for d in range(rank)))
 
 
 def _unscale(editor: ProgramEditor, node: Node, space: Space, origin: str) -> None:

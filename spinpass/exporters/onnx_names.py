@@ -1,0 +1,112 @@
+"""Names of a graph's inputs and outputs, from the program's signature."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch.export import ExportedProgram
+from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
+
+from spinpass.errors import ConfigError
+
+Names = Mapping[str, str] | Sequence[str] | None
+
+_CACHE = "past_key_values"
+
+
+@dataclass(frozen=True)
+class GraphNames:
+    """One name per tensor that goes in or comes out; values that export specialised to a constant have none. ``input_index`` and
+    ``output_index`` say where a placeholder, and where which of the program's user outputs, is found in the lists."""
+
+    inputs: list[str]
+    outputs: list[str]
+    input_index: Mapping[str, int]
+    output_index: Mapping[int, int]
+
+
+def signature_names(ep: ExportedProgram) -> GraphNames:
+    """Inputs by their placeholders. Outputs by their keys in the returned structure, like ``past_key_values_0``; by the program's own
+    name where they have no key; with ``output.`` in front where an input has that name."""
+    signature = ep.graph_signature
+    taken = [spec.arg for spec in signature.input_specs if spec.kind is InputKind.USER_INPUT]
+    inputs = [arg.name for arg in taken if not isinstance(arg, ConstantArgument)]
+    returned = [spec.arg for spec in signature.output_specs if spec.kind is OutputKind.USER_OUTPUT]
+    keys = [] if ep.call_spec.out_spec is None else list(_keys(ep.call_spec.out_spec, ""))
+    if len(keys) != len(returned):  # a program edited by hand
+        keys = [""] * len(returned)
+    kept = [i for i, arg in enumerate(returned) if not isinstance(arg, ConstantArgument)]
+    outputs = [keys[i] or returned[i].name for i in kept]
+    return GraphNames(
+        inputs,
+        [f"output.{name}" if name in inputs else name for name in outputs],
+        {name: index for index, name in enumerate(inputs)},
+        {i: index for index, i in enumerate(kept)},
+    )
+
+
+def cache_names(ep: ExportedProgram) -> dict[str, dict[str, str]]:
+    """``input_names`` and ``output_names`` under which today's runtimes look for a KV cache: ``past_key_values.<layer>.key`` and
+    ``.value`` go in, ``present.<layer>.key`` and ``.value`` come out.
+
+    A cache is what the program calls ``past_key_values``, its tensors being key and value of each layer in turn. Empty for a
+    program without one or with another layout.
+    """
+    names = signature_names(ep)
+    return {
+        "input_names": _layered(names.inputs, _CACHE, _CACHE),
+        "output_names": _layered(names.outputs, rf"(?:output\.)?{_CACHE}", "present"),
+    }
+
+
+def renamed(names: GraphNames, inputs: Names, outputs: Names) -> GraphNames:
+    """``names`` with the user's overrides. Raises ConfigError for unknown, missing and repeated names."""
+    result = replace(
+        names, inputs=_override(names.inputs, inputs, "input"), outputs=_override(names.outputs, outputs, "output")
+    )
+    both = [*result.inputs, *result.outputs]
+    repeated = sorted({name for name in both if both.count(name) > 1})
+    if repeated:
+        raise ConfigError(f"two inputs or outputs would have the name {repeated[0]!r}: give each its own")
+    return result
+
+
+def _override(names: list[str], override: Names, what: str) -> list[str]:
+    if override is None:
+        return names
+    if isinstance(override, Mapping):
+        unknown = [name for name in override if name not in names]
+        if unknown:
+            raise ConfigError(f"there is no {what} {unknown[0]!r} to rename; the {what}s are {', '.join(names)}")
+        return [override.get(name, name) for name in names]
+    if isinstance(override, str) or len(override) != len(names):
+        given = repr(override) if isinstance(override, str) else f"{len(override)} names"
+        raise ConfigError(f"{what}_names: {given} for the {len(names)} {what}s {', '.join(names)}")
+    return list(override)
+
+
+def _layered(names: list[str], prefix: str, new: str) -> dict[str, str]:
+    found = {name: int(match[1]) for name in names if (match := re.fullmatch(rf"{prefix}_(\d+)", name))}
+    if sorted(found.values()) != list(range(len(found))) or len(found) % 2:
+        return {}
+    return {name: f"{new}.{i // 2}.{'value' if i % 2 else 'key'}" for name, i in found.items()}
+
+
+def _keys(spec: Any, prefix: str) -> Iterator[str]:
+    """The path of every leaf of an output structure, its keys and indices joined by ``_``; '' where no key is on the path."""
+    if spec.is_leaf():
+        yield prefix
+        return
+    children = spec.children()
+    for i, child in enumerate(children):
+        key = _key(spec.context, i, len(children))
+        name = f"{prefix}_{key}" if prefix else ("" if key.isdigit() else key)
+        yield from _keys(child, name)
+
+
+def _key(context: Any, index: int, count: int) -> str:
+    named = isinstance(context, list) and len(context) == count and all(isinstance(key, str) for key in context)
+    return str(context[index]) if named else str(index)

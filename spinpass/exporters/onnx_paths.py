@@ -1,0 +1,27 @@
+"""Where the files of an ONNX model are."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+
+PROTOBUF_LIMIT = 2**31 - 2**26
+"""Bytes of weights a single file holds: protobuf ends at 2 GiB, and the graph itself needs room too."""
+
+
+def model_path(path: str | Path) -> Path:
+    """``path`` if it names an ``.onnx`` file, else ``model.onnx`` in that folder."""
+    path = Path(path)
+    return path if path.suffix == ".onnx" else path / "model.onnx"
+
+
+def data_name(model: Path) -> str:
+    """The file for external data, in the same folder."""
+    return f"{model.name}.data"
+
+
+def remove_stale_data(model: Path, written: Collection[Path]) -> None:
+    """Delete the external data of an older model of that name which the new one no longer refers to."""
+    data = model.with_name(data_name(model))
+    if data not in written:
+        data.unlink(missing_ok=True)

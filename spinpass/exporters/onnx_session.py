@@ -1,0 +1,80 @@
+"""ONNX Runtime behind torch tensors, every float type included, with errors that say what failed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort  # type: ignore[import-untyped]  # ships without types
+import torch
+from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as MissingKernel  # type: ignore[import-untyped]  # no types
+from torch import Tensor
+
+from spinpass.errors import ConfigError, ExportError
+
+_BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16, which numpy has no type for
+
+DTYPES = {
+    "tensor(float)": torch.float32,
+    "tensor(double)": torch.float64,
+    "tensor(float16)": torch.float16,
+    "tensor(bfloat16)": torch.bfloat16,
+    "tensor(int64)": torch.int64,
+    "tensor(int32)": torch.int32,
+    "tensor(bool)": torch.bool,
+}
+"""What ONNX Runtime calls the types of a graph's inputs."""
+
+
+class NoKernelError(ExportError):
+    """The file is valid, but this build of ONNX Runtime has no kernel for an op in the type it comes in."""
+
+
+def open_session(
+    path: Path, provider: str = "CPUExecutionProvider", threads: int | None = None
+) -> ort.InferenceSession:
+    """A session with the default optimisations that prints errors only.
+
+    Raises:
+        ConfigError: this build of ONNX Runtime does not have ``provider``.
+        NoKernelError: an op of the graph cannot run there in its type (bfloat16 on a CPU, mostly).
+        ExportError: it cannot load the file.
+    """
+    available = ort.get_available_providers()
+    if provider not in available:
+        raise ConfigError(f"ONNX Runtime has no provider {provider!r} here; there are {', '.join(available)}")
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    try:
+        return ort.InferenceSession(str(path), options, providers=[provider])
+    except MissingKernel as error:
+        raise NoKernelError(f"ONNX Runtime {ort.__version__} lacks a kernel on {provider}: {error}") from error
+    except Exception as error:  # ONNX Runtime's exceptions have no common base below Exception
+        raise ExportError(f"ONNX Runtime {ort.__version__} cannot load {path.name}: {error}") from error
+
+
+def run(session: ort.InferenceSession, inputs: Mapping[str, ort.OrtValue]) -> list[ort.OrtValue]:
+    """All outputs of the graph. Raises ExportError where ONNX Runtime fails."""
+    try:
+        return list(session.run_with_ort_values(None, dict(inputs)))
+    except Exception as error:  # see open_session
+        raise ExportError(f"ONNX Runtime {ort.__version__} cannot run the model: {error}") from error
+
+
+def to_ort(value: Tensor) -> ort.OrtValue:
+    """A value on the CPU; shares no memory with a tensor that may change."""
+    plain = value.detach().cpu().contiguous()
+    if plain.dtype is torch.bfloat16:
+        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(plain.view(torch.uint16).numpy(), _BFLOAT16)
+    return ort.OrtValue.ortvalue_from_numpy(plain.numpy())
+
+
+def from_ort(value: ort.OrtValue) -> Tensor:
+    """A tensor on the CPU."""
+    array = value.numpy()
+    if value.element_type() == _BFLOAT16:
+        return torch.from_numpy(np.ascontiguousarray(array).view(np.uint16).copy()).view(torch.bfloat16)
+    return torch.from_numpy(array)
