@@ -286,8 +286,11 @@ class Walk:
         try:
             self._produce(node, axis)
         except (Barrier, LayoutError) as error:
-            if self.editor.is_constant(node):
+            if self.editor.is_computable(node):
                 return  # folded here, as a constant of its own
+            if self.editor.is_constant(node):
+                self.kept[node] = str(error)
+                raise _Restart from None
             if axis.pending is not None:
                 self._leave_zone(axis, str(error))
             self._entries[node, axis.layout.dims] = str(error)

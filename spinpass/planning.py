@@ -321,7 +321,7 @@ class Planner:
             assert chosen.kind is not None and chosen.seed is not None
             return Rotation.create(chosen.kind, size, block_size=chosen.block_size, seed=chosen.seed, identity=name)
         except ConfigError as error:
-            raise ConfigError(f"{name}: {error}") from error
+            raise ConfigError(f"{name}: {error}; give this space settings of its own in `overrides`, or leave it out with `exclude`") from error
 
     def _flops(self, node: Node, rotation: Rotation) -> int:
         elements = 1

@@ -11,6 +11,7 @@ import copy
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -24,7 +25,6 @@ from torch.export.graph_signature import (
     TensorArgument,
 )
 from torch.fx import Graph, GraphModule, Node
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from .errors import InvariantError, ProgramError, QuantizedWeightError
 from .layout import Size
@@ -80,13 +80,13 @@ def shape(node: Node) -> tuple[Size, ...]:
     val = value(node)
     if not isinstance(val, Tensor):
         return ()
-    known = _SHAPES.get(val)
+    known = _SHAPES.get(node)
     if known is None:
-        known = _SHAPES[val] = tuple(_size(s) for s in val.shape)
+        known = _SHAPES[node] = tuple(_size(s) for s in val.shape)
     return known
 
 
-_SHAPES: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # reading symbolic sizes is slow
+_SHAPES: WeakKeyDictionary[Node, tuple[Size, ...]] = WeakKeyDictionary()  # reading symbolic sizes is slow
 
 
 def _size(size: Any) -> Size:
@@ -182,16 +182,20 @@ class ProgramEditor:
         return next(iter(reversed(self.graph.nodes)))
 
     def is_constant(self, node: Node) -> bool:
-        """The value depends on parameters, buffers and lifted tensors only."""
+        """The value depends on parameters, buffers and lifted tensors only (its shape perhaps on dynamic sizes)."""
         known = self._constant_nodes.get(node)
         if known is None:
             if node.op == "placeholder":
                 known = node in self._constants and node not in self.mutated_buffers
             else:
-                sources = node.all_input_nodes
-                known = is_op(node) and bool(sources) and all(self.is_constant(s) for s in sources)
+                tensors = [s for s in node.all_input_nodes if not isinstance(value(s), (int, torch.SymInt))]
+                known = is_op(node) and bool(tensors) and all(self.is_constant(s) for s in tensors)
             self._constant_nodes[node] = known
         return known
+
+    def is_computable(self, node: Node) -> bool:
+        """The value of a constant is known without running the program: no dynamic size goes into it."""
+        return self.is_stored(node) or (self.is_constant(node) and all(self.is_computable(s) for s in node.all_input_nodes))
 
     def is_stored(self, node: Node) -> bool:
         """The node is the placeholder of a parameter, buffer or lifted tensor."""

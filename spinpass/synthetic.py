@@ -200,8 +200,8 @@ def next_inputs(
 ) -> dict[str, Any] | str:
     """Inputs of the step after one that was run with `values` and left `state` (by placeholder name).
 
-    The state is taken as it is; new ids are drawn, positions go on, masks grow by ones. A string says why there is no
-    next step (a size is fixed, a position would leave its table).
+    The state is taken as it is; new ids are drawn, positions go on, and masks become all ones, so that what the program wrote
+    itself is seen. A string says why there is no next step (a size is fixed, a position would leave its table).
     """
     inputs = user_inputs(ep)
     returned = {spec.name: state[spec.name] for spec in inputs if spec.name in state}
@@ -230,12 +230,9 @@ def _continued(spec: UserInput, old: Any, size: tuple[int, ...], grown: int, gen
     if spec.role is Role.POSITION:
         start = old + (grown or (size[-1] if size else 1))
         return start if tuple(old.shape) == size else start.max() + fresh(spec, size, generator).to(old.device)
-    if tuple(old.shape) == size:
-        return old
-    new = fresh(spec, size, generator).to(old.device)
-    region = tuple(slice(0, min(a, b)) for a, b in zip(old.shape, size, strict=True))
-    new[region] = old[region]
-    return new
+    if spec.role is Role.MASK or spec.dtype is torch.bool or tuple(old.shape) != size:
+        return fresh(spec, size, generator).to(old.device)
+    return old
 
 
 def _past_end(inputs: list[UserInput], values: Mapping[str, Any]) -> str | None:

@@ -7,8 +7,10 @@ its constant with the embedding, and other tools skip it; here the transpose is 
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,10 +19,6 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
-from onnxruntime.quantization.matmul_nbits_quantizer import (  # type: ignore[import-untyped]  # ships without types
-    DefaultWeightOnlyQuantConfig,
-    DefaultWeightOnlyQuantizer,
-)
 
 from spinpass.errors import ConfigError, ExportError
 
@@ -71,8 +69,8 @@ def quantize_4bit(
     """Write a weight-only quantized copy of an ONNX model.
 
     A table tied to the head is the largest constant of a small model, so what happens to the two decides the file's size. With
-    ``head_bits == table_bits`` one packed constant serves both and the float table goes (SmolLM2-sized models: 4.3 times smaller than with the
-    float table kept beside a quantized head). Eight bits are the default for both because the head is where four bits cost most.
+    ``head_bits == table_bits`` one packed constant serves both and the float table goes (538 MB become 99 MB for a model of 135M
+    parameters with 49k tokens; 212 MB with the float table kept beside an 8-bit head, 180 MB with one float constant for both). Eight bits are the default for both because the head is where four bits cost most.
 
     Args:
         source, destination: an ``.onnx`` file, or a folder with ``model.onnx``, whose other files (tokenizer, configuration) are copied.
@@ -250,8 +248,7 @@ class _Work:
         assert constant.const_value is not None
         array = constant.const_value.numpy()
         matrix = np.ascontiguousarray((array.T if by_column else array).astype(np.float32))
-        config = DefaultWeightOnlyQuantConfig(block_size=self.block_size, is_symmetric=self.symmetric, bits=bits)
-        data, scales, zero_points = DefaultWeightOnlyQuantizer(config).qbits_block_quant(matrix)
+        data, scales, zero_points = _round_to_nearest(matrix, self.block_size, self.symmetric, bits)
         kind = ml_dtypes.bfloat16 if constant.dtype == ir.DataType.BFLOAT16 else array.dtype
         name = f"{constant.name}{'.T' if by_column else ''}.q{bits}"
         inputs = [self._constant(name, data), self._constant(f"{name}.scales", scales.astype(kind))]
@@ -264,9 +261,7 @@ class _Work:
         while unique in self.graph.initializers:
             unique += "_"
         tensor = ir.tensor(array, name=unique)
-        value = ir.Value(
-            name=unique, const_value=tensor, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype)
-        )
+        value = ir.Value(name=unique, const_value=tensor, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype))
         self.graph.register_initializer(value)
         return value
 
@@ -274,6 +269,30 @@ class _Work:
         listed = [ir.AttrInt64(key, value) for key, value in attributes.items()]
         new = ir.Node(_DOMAIN, op, inputs, listed, name=node.name)
         ir.convenience.replace_nodes_and_values(self.graph, node, [node], [new], node.outputs, new.outputs)
+
+
+def _round_to_nearest(
+    matrix: np.ndarray[Any, Any], block_size: int, symmetric: bool, bits: int
+) -> tuple[Any, Any, Any]:
+    """ONNX Runtime's packing of a (K, N) matrix: data (N, blocks, bytes), scales (N, blocks), zero points."""
+    with _root_logger_kept():  # importing the module below sets up the process's logging
+        from onnxruntime.quantization import (  # type: ignore[import-untyped]  # ships without types
+            matmul_nbits_quantizer as quantizer,
+        )
+    config = quantizer.DefaultWeightOnlyQuantConfig(block_size=block_size, is_symmetric=symmetric, bits=bits)
+    data, scales, zero_points = quantizer.DefaultWeightOnlyQuantizer(config).qbits_block_quant(matrix)
+    return data, scales, zero_points
+
+
+@contextmanager
+def _root_logger_kept() -> Iterator[None]:
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    try:
+        yield
+    finally:
+        root.handlers[:] = handlers
+        root.setLevel(level)
 
 
 def _matrix(value: ir.Value | None) -> tuple[ir.Value | None, bool]:

@@ -71,16 +71,21 @@ def translate(ep: ExportedProgram, opset: int | None) -> ir.Model:
         torch.ops.spinpass.hadamard.default: onnx_functions.translation(),
         **_casts(),
     }
-    try:
-        with _quiet():
-            program = torch.onnx.export(
-                _Program(ep), opset_version=opset, custom_translation_table=table, optimize=False, verbose=False
-            )
-    except torch.onnx.OnnxExporterError as error:
-        raise _export_error(error) from error
+    with _quiet():
+        program = _convert(_Program(ep), opset, table) or _convert(_Program(ep, decompose=True), opset, table)
     assert program is not None
     _optimise(program.model)
     return program.model
+
+
+def _convert(ep: _Program, opset: int | None, table: dict[Any, Any]) -> Any:
+    """What torch.onnx makes of the program. None where that fails and decomposing the program first may help."""
+    try:
+        return torch.onnx.export(ep, opset_version=opset, custom_translation_table=table, optimize=False, verbose=False)
+    except torch.onnx.OnnxExporterError as error:
+        if ep.decompose or (own := _own_error(error)) is not None:
+            raise own or _export_error(error) from error
+        return None
 
 
 # -- decomposing --------------------------------------------------------------------------------------------------------------
@@ -89,7 +94,8 @@ def translate(ep: ExportedProgram, opset: int | None) -> ir.Model:
 class _Program(ExportedProgram):
     """A copy of a program that decomposes itself only where it must, which is what ``torch.onnx.export`` asks of it first."""
 
-    def __init__(self, ep: ExportedProgram) -> None:
+    def __init__(self, ep: ExportedProgram, *, decompose: bool = False) -> None:
+        self.decompose = decompose
         graph = copy.deepcopy(ep.graph)
         super().__init__(
             root=GraphModule(ep.graph_module, graph),
@@ -108,7 +114,8 @@ class _Program(ExportedProgram):
     ) -> ExportedProgram:
         table = dict(decomp_table or {})
         program: ExportedProgram = self
-        if not all(_is_translatable(node, table) for node in self.graph.nodes):
+        self.decompose |= not all(_is_translatable(node, table) for node in self.graph.nodes)
+        if self.decompose:
             own = torch.export.default_decompositions()
             table |= {target: own[target] for target in _casts() if target in own}
             program = super().run_decompositions(table, decompose_custom_triton_ops)

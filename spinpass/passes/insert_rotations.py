@@ -71,7 +71,7 @@ def _dense(editor: ProgramEditor, node: Node, layout: Layout, rotation: Rotation
     if "matrix" not in stored:
         matrix = rotation.matrix()[: rotation.order, : rotation.order].to(value(node).dtype).contiguous()
         stored["matrix"] = editor.add_constant(f"spinpass.{_identifier(origin)}.matrix", matrix)
-    matrix_node = stored["matrix"]
+    matrix_node, start = stored["matrix"], node
     blocks = layout.sizes[0] // rotation.order
     if blocks > 1:
         node = editor.call(torch.ops.aten.unflatten.int, node, -1, [blocks, rotation.order], after=node, origin=origin)
@@ -82,7 +82,9 @@ def _dense(editor: ProgramEditor, node: Node, layout: Layout, rotation: Rotation
         node = editor.call(torch.ops.aten.matmul.default, node, matrix_node, after=node, origin=origin)
     if blocks > 1:
         node = editor.call(torch.ops.aten.flatten.using_ints, node, -2, -1, after=node, origin=origin)
-    return node
+    # a matrix product returns other strides than its operand had: copy into those, so that views that follow stay possible
+    like = editor.call(torch.ops.aten.empty_like.default, start, after=node, origin=origin)
+    return editor.call(torch.ops.aten.copy.default, like, node, after=like, origin=origin)
 
 
 def _identifier(origin: str) -> str:
