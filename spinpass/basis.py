@@ -70,6 +70,7 @@ class AxisType:
     layout: Layout
     pending: Pending | None = None
     centred: bool = False
+    reads: bool = field(default=False, compare=False)   # of a constant: it contracts the space along this axis
 
 
 @dataclass(frozen=True)
@@ -95,11 +96,14 @@ class Exit:
 
 @dataclass(frozen=True)
 class ConstantUse:
-    """A constant with axes in the space. ``reads``: it contracts the space (a reader), else it writes into it."""
+    """A constant with an axis in the space: a reader, which contracts it, or a writer."""
 
     node: Node
     type: AxisType
-    reads: bool
+
+    @property
+    def reads(self) -> bool:
+        return self.type.reads
 
 
 @dataclass(frozen=True)
@@ -202,7 +206,6 @@ class Walk:
         self._todo: deque[tuple[Node, AxisType]] = deque()
         self._entries: dict[tuple[Node, tuple[int, ...]], str] = {}
         self._exits: dict[tuple[Node, Node], tuple[AxisType, str]] = {}
-        self._reads: dict[Node, bool] = {}
         self._carried: dict[tuple[Node, int | None], Layout] = {}
         self._scales: dict[Node, None] = {}
         self._shifts: dict[tuple[Node, Node], ShiftUse] = {}
@@ -224,10 +227,7 @@ class Walk:
             if not any(t.pending is not None and t.pending.scale is scale for t in self.types.get(operand, ())):
                 self.kept[weight] = "its uses need different scales folded in"
                 raise _Restart
-        for node, user in self._exits:
-            if user in self.types and (user, self.types[user][0].layout.dims) not in self._entries:
-                self._closed[user] = self._exits[node, user][1]
-                raise _Restart
+        self._check_all_or_none()
         if self._centrings and self._uncentred_uses:
             node, why = self._uncentred_uses[0]
             for centring in self._centrings:
@@ -235,11 +235,35 @@ class Walk:
             raise _Restart
         return self._result(seed, layout)
 
+    def _check_all_or_none(self) -> None:
+        """An operator is linked to the space through all its ports or through none."""
+        entered = {node for node, _ in self._entries}
+        for node, user in self._exits:
+            if user in self.types and user not in entered:
+                self._closed[user] = self._exits[node, user][1]
+                raise _Restart
+        for node in entered - self._closed.keys():
+            for source in node.all_input_nodes:
+                if source in self.types and not self.editor.is_constant(source) and (source, node) not in self._exits and \
+                        not self._is_statistic(source, node):
+                    self._closed[node] = next(why for (n, _), why in self._entries.items() if n is node)
+                    raise _Restart
+
+    def _is_statistic(self, node: Node, user: Node) -> bool:
+        """``user`` reads nothing of ``node`` that a rotation would change."""
+        if user.op != "call_function":
+            return False
+        rule = self._rule(user)
+        return isinstance(rule, (Ignored, Zeros)) or (isinstance(rule, Movement) and rule.source is not node)
+
     def _demand(self, node: Node, axis: AxisType) -> None:
         """``node`` must carry ``axis``."""
         constant = self.editor.is_constant(node)
         if constant and node in self.kept:
             raise Barrier(self.kept[node])
+        sizes = shape(node)
+        if any(d >= len(sizes) or sizes[d] != size for d, size in zip(axis.layout.dims, axis.layout.sizes)):
+            raise Barrier(f"{node.name} has no axis that could hold {axis.layout}")
         known = self.types.setdefault(node, [])
         for old in known:
             if not set(old.layout.dims) & set(axis.layout.dims):
@@ -250,13 +274,20 @@ class Walk:
                 layout = old.layout.joined(axis.layout)
             except LayoutError as error:
                 self._contradiction(node, str(error))
-            both = AxisType(layout, old.pending, old.centred and axis.centred)
-            if both == old:
+            both = AxisType(layout, old.pending, old.centred and axis.centred, old.reads or axis.reads)
+            if both == old and both.reads == old.reads:
                 return
             known.remove(old)
+            self._forget(node, old)
             axis = both
         known.append(axis)
         self._todo.append((node, axis))
+
+    def _forget(self, node: Node, axis: AxisType) -> None:
+        """The type was widened: what stopped the narrower one need not stop it."""
+        self._entries.pop((node, axis.layout.dims), None)
+        for key in [k for k in self._exits if k[0] is node]:
+            del self._exits[key]
 
     def _contradiction(self, node: Node, why: str) -> None:
         if self.editor.is_constant(node):
@@ -592,6 +623,8 @@ class Walk:
     def _pass_through(self, rule: Multilinear, at: Operand | None, axis: AxisType, names: dict[int, object], mixing: set[object],
                       user: Node | None) -> None:
         demands: list[tuple[Node, dict[int, int]]] = []
+        if not set(names.values()) <= set(rule.out):
+            raise Barrier("part of the axis is summed over")
         for term in rule.terms:
             holders = [o for o in term if mixing & set(o.labels)]
             if not holders:
@@ -605,20 +638,22 @@ class Walk:
             if at is not None and self.editor.is_constant(at.node):
                 self.kept[at.node] = "its uses need different scales folded in"
                 raise _Restart
-            self._pass_pending(rule, at, axis, demands, user)
+            self._pass_pending(rule, at, axis, demands, user, names)
             return
         if at is not None and user is not None:
             self._demand(user, replace(axis, layout=axis.layout.renamed({d: rule.out.index(n) for d, n in names.items()})))
         for node, to in demands:
             if at is None or node is not at.node:
-                self._reads.setdefault(node, False)
-                self._demand(node, replace(axis, layout=axis.layout.renamed(to)))
+                self._demand(node, replace(axis, layout=axis.layout.renamed(to), reads=False))
 
     def _pass_pending(self, rule: Multilinear, at: Operand | None, axis: AxisType, demands: list[tuple[Node, dict[int, int]]],
-                      user: Node | None) -> None:
-        """x̂·g -> x̂·g + β, the one sum that a value with a pending scale may enter."""
+                      user: Node | None, names: dict[int, object]) -> None:
+        """x̂·g -> c·x̂·g with a scalar c, or -> x̂·g + β: all that may become of a value with a pending scale."""
         assert axis.pending is not None
         added = [node for node, _ in demands if at is None or node is not at.node]
+        if user is not None and not added and axis.pending.shift is None and len(rule.terms) == 1:
+            self._demand(user, replace(axis, layout=axis.layout.renamed({d: rule.out.index(n) for d, n in names.items()})))
+            return
         simple = user is not None and len(added) == 1 and self.editor.is_constant(added[0]) and op_name(user).startswith("aten::add")
         if not simple or axis.pending.shift is not None or user in self._uncrossed or not axis.layout.is_contiguous:
             raise Barrier("it is combined with other values")
@@ -649,10 +684,8 @@ class Walk:
             self._same_scale.append((at.node, partner.node, axis.pending.scale))
             return
         self._note_uncentred(at.node, axis, f"is read by {user.name}")
-        if constant:
-            self._reads[partner.node] = True
         self._demand(partner.node, AxisType(layout, axis.pending if axis.pending is None else replace(axis.pending, shift=None),
-                                            axis.centred or constant or self.editor.is_constant(at.node)))
+                                            axis.centred or constant or self.editor.is_constant(at.node), reads=constant))
         if axis.pending is not None and axis.pending.shift is not None and constant:
             self._shift_reader(user, at, partner, axis.pending.shift)
 
@@ -661,8 +694,9 @@ class Walk:
         if partner in self.types:
             return
         root = partner
-        while isinstance(rule := self._rule(root) if root.op == "call_function" else Opaque(""), Movement):
-            root = rule.source
+        while (source := self._only_source(root)) is not None:
+            root = source
+        rule = self._rule(root) if root.op == "call_function" else Opaque("")
         natural = rule.weight if isinstance(rule, Normalization) else None
         if natural is None and isinstance(rule, Multilinear):
             rank = len(shape(root))
@@ -672,6 +706,16 @@ class Walk:
         if root not in self._uncrossed and natural is not expected:
             self.kept[constant] = "its uses need different scales folded in"
             raise _Restart
+
+    def _only_source(self, node: Node) -> Node | None:
+        """The value that a movement or a multiplication by a scalar was applied to."""
+        rule = self._rule_or_none(node)
+        if isinstance(rule, Movement):
+            return rule.source
+        if isinstance(rule, Multilinear) and len(rule.terms) == 1:
+            operands = [o for o in rule.terms[0] if any(label is not None for label in o.labels)]
+            return operands[0].node if len(operands) == 1 else None
+        return None
 
     def _shift_reader(self, user: Node, at: Operand, partner: Operand, shift: Node) -> None:
         if op_name(user) not in _BIASED or len(shape(partner.node)) != 2:
@@ -686,8 +730,7 @@ class Walk:
             if not self.editor.is_constant(node) and node not in self.editor.mutated_buffers:
                 continue
             if node.op == "placeholder" or not self._reaches_source(node):
-                reads = any(self._reads.get(n, False) for n in self._constant_cone(node))
-                constants += [ConstantUse(node, t, reads) for t in types]
+                constants += [ConstantUse(node, t) for t in types]
         entries = {node: self._layout_of(node, dims) for node, dims in self._entries}
         raw = {(node, user) for node, user in self._exits if node in entries}
         exits: dict[Node, list[Node]] = {}
@@ -713,12 +756,6 @@ class Walk:
 
     def _reaches_source(self, node: Node) -> bool:
         return any(s in self.types for s in node.all_input_nodes)
-
-    def _constant_cone(self, node: Node) -> Iterator[Node]:
-        yield node
-        for user in node.users:
-            if self.editor.is_constant(user) and user in self.types:
-                yield from self._constant_cone(user)
 
 
 def _reason(rule: Rule, node: Node) -> str:

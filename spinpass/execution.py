@@ -55,7 +55,7 @@ class Execution:
 
 
 def run(ep: ExportedProgram, inputs: object = None, *, float64: bool = False) -> list[Any]:
-    """Flat user outputs of `ep` for `inputs` (see :func:`flat_inputs`); tensors, or the plain value of a non-tensor output.
+    """Flat user outputs of `ep` for `inputs` (see :func:`flat_inputs`): tensors, or the plain value where one is not.
 
     With `float64` the program is lifted throughout: all floating outputs are float64. The inputs are not modified.
     Raises ConfigError where `inputs` do not fit the program, ProgramError naming the node that could not be run.

@@ -203,11 +203,6 @@ def _view(node: Node, args: dict[str, Any]) -> Rule:
                     is_identity=before == after)
 
 
-def _expand(node: Node, args: dict[str, Any]) -> Rule:
-    lead = len(shape(node)) - len(shape(args["self"]))
-    return _renaming(args["self"], {d: d + lead for d in range(len(shape(args["self"])))})
-
-
 def _selection(node: Node, source: Node, dim: int, index: Tensor | None, keeps_axis: bool = True) -> Rule:
     """Elements ``index`` of axis ``dim``; without ``keeps_axis`` the axis disappears."""
     before = shape(source)
@@ -573,8 +568,8 @@ def _table() -> dict[str, Callable[[Node, dict[str, Any]], Rule]]:
                 "positive feature_dropout"), (_negate, "neg neg_"),
         (_permute, "permute"), (_transpose, "transpose swapaxes"), (_reverse_axes, "t numpy_T"),
         (_view, "view reshape _unsafe_view flatten unflatten unsqueeze squeeze view_as _reshape_alias"),
-        (_expand, "expand expand_as broadcast_to"), (_slice, "slice"), (_narrow, "narrow"), (_select, "select"), (_flip, "flip"),
-        (_repeat, "repeat tile"), (_repeat_interleave, "repeat_interleave"), (_cat, "cat concat concatenate"),
+        (_slice, "slice"), (_narrow, "narrow"), (_select, "select"), (_flip, "flip"),
+        (_repeat, "repeat tile expand expand_as broadcast_to"), (_repeat_interleave, "repeat_interleave"), (_cat, "cat concat concatenate"),
         (_add, "add sub add_ sub_"), (_mul, "mul multiply mul_"), (_div, "div divide true_divide div_"), (_pow, "pow square"),
         (_where, "where"), (_masked_fill, "masked_fill"), (_linear, "linear"), (_matmul, "matmul mm bmm mv dot"),
         (_addmm, "addmm baddbmm"), (_einsum, "einsum"), (_embedding, "embedding"), (_index, "index"),

@@ -1,7 +1,8 @@
 """Text out of an exported folder: a decoder with a KV cache in ONNX Runtime.
 
-``OrtDecoder`` reads the names and shapes of the graph and nothing about the model: which inputs are the cache, which output continues
-which of them, which axis grows. It is for trying an export and for measuring it, one sequence at a time.
+``OrtDecoder`` reads the names and shapes of the graph and nothing about the model: which inputs are the cache, which
+output continues which of them, which axis grows. It is for trying an export and for measuring it, one sequence at a
+time.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ _PREFIX = re.compile(r"^(input\.|output\.)?(past_key_values|present_key_values|p
 class Generation:
     """What :meth:`OrtDecoder.generate` returns: the new tokens without the prompt, and wall-clock times.
 
-    ``decode_seconds`` covers the calls of one token each, ``decoded`` how many there were; ``finished`` is whether an end token came.
+    ``decode_seconds`` covers the calls of one token each, ``decoded`` how many there were; ``finished`` is whether an
+    end token came.
     """
 
     tokens: tuple[int, ...]
@@ -51,7 +53,8 @@ class Generation:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen. ``temperature`` 0 takes the likeliest; ``top_k`` 0 and ``top_p`` 1 restrict nothing.
+    """How the next token is chosen. ``temperature`` 0 takes the likeliest; ``top_k`` 0 and ``top_p`` 1 restrict
+    nothing.
 
     Raises ConfigError for values out of range.
     """
@@ -83,10 +86,11 @@ class Sampling:
 
 
 class OrtDecoder:
-    """A model folder (``model.onnx``, and for text a tokenizer and ``generation_config.json`` or ``config.json``) ready to run.
+    """A model folder (``model.onnx``, and for text a tokenizer and ``generation_config.json`` or ``config.json``) ready
+    to run.
 
-    The graph takes token ids, optionally ``position_ids``, ``cache_position`` and ``attention_mask``, and a cache of dynamic length; it
-    returns logits first and then the cache.
+    The graph takes token ids, optionally ``position_ids``, ``cache_position`` and ``attention_mask``, and a cache of
+    dynamic length; it returns logits first and then the cache.
 
     Raises:
         ExportError: no model there, ONNX Runtime cannot load it, or the graph has no cache of dynamic length.
@@ -111,7 +115,8 @@ class OrtDecoder:
         return self.path.parent
 
     def logits(self, ids: Sequence[int]) -> Tensor:
-        """Logits (length, vocabulary) of every position, float32, from an empty cache. ConfigError for an empty sequence."""
+        """Logits (length, vocabulary) of every position, float32, from an empty cache. ConfigError for an empty
+        sequence."""
         state = self._empty(ids)
         return torch.cat([self._step(part, state) for part in _chunks(ids)]).float()
 
@@ -124,10 +129,11 @@ class OrtDecoder:
         end: Collection[int] | None = None,
         on_token: Callable[[int], None] | None = None,
     ) -> Generation:
-        """Continue ``ids``, greedily unless ``sampling`` says otherwise, up to an end token (included in the result) or the limit.
+        """Continue ``ids``, greedily unless ``sampling`` says otherwise, up to an end token (included in the result) or
+        the limit.
 
-        ``end`` defaults to :attr:`end_tokens`; ``on_token`` is called with every new token as it comes. Raises ConfigError for an empty
-        prompt or a limit below 1.
+        ``end`` defaults to :attr:`end_tokens`; ``on_token`` is called with every new token as it comes. Raises
+        ConfigError for an empty prompt or a limit below 1.
         """
         if max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens {max_new_tokens} is less than 1")
@@ -217,7 +223,8 @@ class _Slot:
 
 @dataclass(frozen=True)
 class _Graph:
-    """The roles of a decoder graph's inputs and outputs. ``plain`` maps the inputs that are made anew at every call to their types."""
+    """The roles of a decoder graph's inputs and outputs. ``plain`` maps the inputs that are made anew at every call to
+    their types."""
 
     ids: str
     plain: dict[str, torch.dtype]

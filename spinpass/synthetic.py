@@ -1,7 +1,7 @@
 """Inputs for a program, made from its own placeholder specs.
 
-Sizes: the example inputs of the program where they are small, else small numbers for the independent symbols of the input
-shapes, within the range constraints; sizes that are expressions of other symbols (a mask over past + new tokens) follow.
+Sizes: the example inputs of the program where they are small, else small numbers for the independent symbols of the
+input shapes, within the range constraints; sizes that are expressions of others (a mask over past + new tokens) follow.
 Values: integers by what the graph does with them (see :class:`Role`), floats standard normal.
 """
 
@@ -86,7 +86,7 @@ def _specialised(ep: ExportedProgram) -> dict[str, Any]:
     return {arg.name: arg.value for arg in args if isinstance(arg, ConstantArgument)}
 
 
-# -- sizes ----------------------------------------------------------------------------------------------------------------
+# -- sizes -----------------------------------------------------------------------------------------------------------
 
 
 def bound_sizes(inputs: list[UserInput], values: Mapping[str, Any]) -> Sizes:
@@ -145,7 +145,7 @@ def _symbols(inputs: list[UserInput]) -> Iterator[tuple[Any, int]]:
                 yield from ((symbol, axis) for symbol in sorted(size.free_symbols, key=str))
 
 
-# -- values ---------------------------------------------------------------------------------------------------------------
+# -- values ----------------------------------------------------------------------------------------------------------
 
 
 def _examples(ep: ExportedProgram, inputs: list[UserInput]) -> dict[str, Any]:
@@ -192,7 +192,7 @@ def fresh(spec: UserInput, size: tuple[int, ...], generator: torch.Generator) ->
     return torch.ones(size, dtype=dtype)
 
 
-# -- the next step of a closed loop -----------------------------------------------------------------------------------------
+# -- the next step of a closed loop ----------------------------------------------------------------------------------
 
 
 def next_inputs(
@@ -200,8 +200,8 @@ def next_inputs(
 ) -> dict[str, Any] | str:
     """Inputs of the step after one that was run with `values` and left `state` (by placeholder name).
 
-    The state is taken as it is; new ids are drawn, positions go on, and masks become all ones, so that what the program wrote
-    itself is seen. A string says why there is no next step (a size is fixed, a position would leave its table).
+    The state is taken as it is; new ids are drawn, positions go on, and masks become all ones, so that what the program
+    wrote itself is seen. A string says why there is no next step (a size is fixed, a position would leave its table).
     """
     inputs = user_inputs(ep)
     returned = {spec.name: state[spec.name] for spec in inputs if spec.name in state}
@@ -242,11 +242,16 @@ def _past_end(inputs: list[UserInput], values: Mapping[str, Any]) -> str | None:
     return None
 
 
-# -- roles ----------------------------------------------------------------------------------------------------------------
+# -- roles -----------------------------------------------------------------------------------------------------------
 
 
 _TABLES = {"aten::embedding": "weight", "aten::index": "self", "aten::index_select": "self", "aten::gather": "self"}
-_WRITES = {"aten::index_copy": "index", "aten::index_put": "indices", "aten::scatter": "index", "aten::index_add": "index"}
+_WRITES = {
+    "aten::index_copy": "index",
+    "aten::index_put": "indices",
+    "aten::scatter": "index",
+    "aten::index_add": "index",
+}
 _COMPARISONS = frozenset({"aten::eq", "aten::ne", "aten::lt", "aten::le", "aten::gt", "aten::ge", "aten::logical_not",
                           "aten::logical_and", "aten::bitwise_and", "aten::__and__", "aten::cumsum", "aten::sum",
                           "aten::rsub", "aten::where", "aten::masked_fill"})  # fmt: skip
@@ -254,14 +259,14 @@ _PRODUCTS = frozenset({"aten::mul", "aten::matmul", "aten::bmm", "aten::mm", "at
 
 
 def _role(node: Node) -> tuple[Role, int | None]:
-    """The role of an integer placeholder by the strongest of its uses, and the rows of the smallest table it indexes."""
+    """The role of an integer placeholder by the strongest of its uses, and the size of the smallest axis it indexes."""
     uses = list(_uses(node))
     rows = [n for n in (_rows(user, via) for user, via in uses) if n is not None]
-    if rows:
-        return Role.LOOKUP, min(rows)
     places = [n for n in (_places(user, via) for user, via in uses) if n is not None]
     if places:
-        return Role.POSITION, min(places)
+        return Role.POSITION, min((n for n in places + rows if n), default=None)
+    if rows:
+        return Role.LOOKUP, min(rows)
     if any(_base(user) in _PRODUCTS and _is_float(via) for user, via in uses):
         return Role.POSITION, None
     if any(_base(user) in _COMPARISONS or _is_bool(user) for user, _ in uses):
@@ -310,7 +315,7 @@ def _rows(user: Node, via: Node) -> int | None:
 
 
 def _places(user: Node, via: Node) -> int | None:
-    """Places on the axis that `user` writes to at `via`."""
+    """Places on the axis that `user` writes to at `via`; 0 where the axis is dynamic."""
     index = _WRITES.get(_base(user))
     if index is None or not is_op(user):
         return None
@@ -323,4 +328,4 @@ def _places(user: Node, via: Node) -> int | None:
     else:
         return None
     places = shape(args["self"])[axis]
-    return places if isinstance(places, int) else None
+    return places if isinstance(places, int) else 0

@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 
 from torch.export import ExportedProgram
 
 from . import record
+from .basis import Space
 from .config import RotationConfig
 from .errors import ConfigError, RefusedError
 from .passes.center import center
@@ -23,10 +25,10 @@ from .verify import verify
 VERIFY_LIMIT = 50_000_000  # parameters up to which `transform` certifies its result unless told otherwise
 log = logging.getLogger("spinpass")
 
-PASSES: list[tuple[str, Callable[[ProgramEditor, Site], None]]] = [
+PASSES: list[tuple[str, Callable[[ProgramEditor, Site], Space]]] = [
     # before anything is rotated: a scale can only be moved in the basis it was written in
-    ("FuseNormScale", lambda editor, site: fuse_norm_scale(editor, site.space, site.name) if _is_stream(site) else None),
-    # after the scales: a writer's scale comes before the centring of what it writes
+    ("FuseNormScale", lambda editor, site: fuse_norm_scale(editor, site.space, site.name)),
+    # after the scales: what a writer writes is scaled before it is centred
     ("Center", lambda editor, site: center(editor, site.space, site.name)),
     ("InsertRotations", lambda editor, site: insert_rotations(editor, site.space, site.planned.rotation, site.name)),
     # last: whatever the passes before have queued on a constant happens in the original basis
@@ -86,15 +88,11 @@ def _rotated(program: ExportedProgram, config: RotationConfig, plan: RotationPla
         for site in planner.sites(role):
             for name, run in PASSES:
                 started = time.perf_counter()
-                run(editor, site)
+                site = replace(site, space=run(editor, site))
                 log.debug("%-16s %-48s %7.1f ms", name, site.name, 1e3 * (time.perf_counter() - started))
     if plan is not None and (missing := {s.name for s in plan.spaces} - {s.name for s in planner.planned}):
         raise ConfigError(f"the plan has a space {sorted(missing)[0]!r} that this program has not; plan and program do not belong together")
     return editor, planner
-
-
-def _is_stream(site: Site) -> bool:
-    return bool(site.space.scales)
 
 
 def _config(config: RotationConfig | None, plan: RotationPlan | None) -> RotationConfig:

@@ -1,9 +1,9 @@
 """The certificate: do two exported programs compute the same function?
 
-Both are run on the same inputs, lifted to float64 throughout (the proof) and in their own dtypes (what rounding does to it).
-Inputs and outputs that a program carries in a rotated basis, a KV cache, are rotated on the way in and back on the way out;
-then each program is fed the state it returned itself, step after step, so that a cache written in one basis and read in
-another shows even where a single step hides it.
+Both are run on the same inputs, lifted to float64 throughout (the proof) and in their own dtypes (what rounding does to
+it). Inputs and outputs that a program carries in a rotated basis, a KV cache, are rotated on the way in and back on the
+way out; then each program is fed the state it returned itself, step after step, so that a cache written in one basis
+and read in another shows even where a single step hides it.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ def verify(
 ) -> Certificate:
     """Compare `after` with `before`; neither is modified.
 
-    `inputs`: positional arguments, keyword arguments, the pair of both, or values by placeholder name; None makes synthetic
-    ones from the specs of `before`. `bound`: the largest relative error allowed in float64, or bounds by dtype; the defaults
-    are `certificate.BOUNDS`. `steps`: closed-loop steps beyond the first, where the program returns state that it also takes.
-    `progress(done, total)` is called after every executed node.
+    `inputs`: positional arguments, keyword arguments, the pair of both, or values by placeholder name; None makes
+    synthetic ones from the specs of `before`. `bound`: the largest relative error allowed in float64, or bounds by
+    dtype; the defaults are `certificate.BOUNDS`. `steps`: closed-loop steps beyond the first, where the program returns
+    state that it also takes. `progress(done, total)` is called after every executed node.
 
-    Returns the certificate, failed or not. Raises ProgramError for something that is not an exported program or cannot be
-    run, ConfigError for inputs or bounds that do not fit, VerificationError where the programs do not even take and return
-    the same things.
+    Returns the certificate, failed or not. Raises ProgramError for something that is not an exported program or cannot
+    be run, ConfigError for inputs or bounds that do not fit, VerificationError where the programs do not even take and
+    return the same things.
     """
     bounds = _bounds(bound)
     _check_programs(before, after)
@@ -93,8 +93,8 @@ def _check_programs(before: ExportedProgram, after: ExportedProgram) -> None:
 
 
 def _working_dtype(ep: ExportedProgram) -> torch.dtype:
-    """The float type whose rounding decides the accuracy: the narrowest among the constants, or, in a float64 model, the
-    narrowest that it casts to on the way."""
+    """The float type whose rounding decides the accuracy: the narrowest among the constants, or, in a float64 model,
+    the narrowest that it casts to on the way."""
     modules = [m for m in ep.graph_module.modules() if isinstance(m, GraphModule)]
     stored = _float_dtypes(constants(ep).values()) - {torch.float64}
     computed = _float_dtypes(value(node) for module in modules for node in module.graph.nodes)
@@ -128,13 +128,13 @@ class _Ticker:
             self.progress(self.total, self.total)
 
 
-# -- running ----------------------------------------------------------------------------------------------------------------
+# -- running ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class _Session:
-    """A program run step by step, each time with the state it returned itself. Values go in and come out in the basis of
-    the original; `state` is raw, by placeholder name."""
+    """A program run step by step, each time with the state it returned itself. Values go in and come out in the basis
+    of the original; `state` is raw, by placeholder name."""
 
     ep: ExportedProgram
     float64: bool
@@ -151,7 +151,9 @@ class _Session:
 
     def step(self, values: Mapping[str, Any]) -> tuple[Any, ...]:
         """The flat user outputs for `values`, except where the program has state of its own."""
-        fed = {name: _into(given, self.carried_in.get(name), self.float64) for name, given in values.items()} | self.state
+        fed = {
+            name: _into(given, self.carried_in.get(name), self.float64) for name, given in values.items()
+        } | self.state
         result = execute(self.ep, fed, float64=self.float64, tick=self.tick)
         self.raw = result.outputs
         self.state |= result.state
@@ -227,10 +229,13 @@ def _closed_loop(values: Mapping[str, Any], round_: _Round, tally: _Tally, steps
             return done, f"{done} further steps, then stopped: {following}"
         values = following
         round_.run(values, tally)
-    return steps, f"{steps} further steps, each program fed the {len(round_.exact_before.state)} tensors it returned itself"
+    return (
+        steps,
+        f"{steps} further steps, each program fed the {len(round_.exact_before.state)} tensors it returned itself",
+    )
 
 
-# -- comparing ----------------------------------------------------------------------------------------------------------------
+# -- comparing -------------------------------------------------------------------------------------------------------
 
 
 class _Tally:
@@ -277,17 +282,17 @@ def _mismatch(before: Any, after: Any) -> str:
     return "" if before.dtype == after.dtype else f"dtype {after.dtype} instead of {before.dtype}"
 
 
-# -- the structure of the original ------------------------------------------------------------------------------------------
+# -- the structure of the original -----------------------------------------------------------------------------------
 
 
 def _output_names(ep: ExportedProgram) -> list[str]:
-    """A name for every flat user output: its path in the returned structure, with the node's name where that is bare."""
+    """A name for every flat user output: its path in the returned structure, with the node's name where it is bare."""
     specs = [s for s in ep.graph_signature.output_specs if s.kind is OutputKind.USER_OUTPUT]
     paths = list(_paths(ep.call_spec.out_spec))
     if len(paths) != len(specs):  # a program edited by hand
         paths = [str(i) for i in range(len(specs))]
     nodes = [getattr(s.arg, "name", "") for s in specs]
-    return [f"output {path} ({node})".replace(" ()", "") if path.isdigit() or not path else path
+    return [path if path[:1].isalpha() else f"output {path} ({node})".replace("  ", " ").removesuffix(" ()")
             for path, node in zip(paths, nodes, strict=True)]  # fmt: skip
 
 
@@ -296,7 +301,9 @@ def _paths(spec: Any, prefix: str = "") -> Iterator[str]:
         yield prefix
         return
     children = spec.children()
-    keys = spec.context if isinstance(spec.context, list) and len(spec.context) == len(children) else range(len(children))
+    keys = (
+        spec.context if isinstance(spec.context, list) and len(spec.context) == len(children) else range(len(children))
+    )
     for key, child in zip(keys, children, strict=True):
         yield from _paths(child, f"{prefix}.{key}" if prefix else str(key))
 

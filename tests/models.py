@@ -1,7 +1,7 @@
 """Tiny random-weight decoders of transformers, no parameter trivial, and the ways users export them.
 
-`build("llama")` gives a model, `export_plain`, `export_hf`, `export_hf_cache`, `export_hf_static` and `export_hf_prefill`
-give programs; `NAMES` lists all models. transformers is imported on first use.
+`build("llama")` gives a model, `export_plain`, `export_hf`, `export_hf_cache` and `export_hf_generation` give programs;
+`NAMES` lists all models, `DECODERS` those without an encoder. transformers is imported on first use.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gpt2": ("GPT2LMHeadModel", "GPT2Config", _GPT),
     "gpt_neox": ("GPTNeoXForCausalLM", "GPTNeoXConfig", _NO_GROUPS | dict(use_parallel_residual=True)),
     "gpt_neox_sequential": ("GPTNeoXForCausalLM", "GPTNeoXConfig", _NO_GROUPS | dict(use_parallel_residual=False)),
-    "opt": ("OPTForCausalLM", "OPTConfig", dict(vocab_size=VOCAB, hidden_size=HIDDEN, ffn_dim=FFN, num_hidden_layers=LAYERS,
-            num_attention_heads=HEADS, max_position_embeddings=64, word_embed_proj_dim=HIDDEN, pad_token_id=0,
-            do_layer_norm_before=True)),
+    "opt": ("OPTForCausalLM", "OPTConfig", dict(vocab_size=VOCAB, hidden_size=HIDDEN, ffn_dim=FFN,
+            num_hidden_layers=LAYERS, num_attention_heads=HEADS, max_position_embeddings=64,
+            word_embed_proj_dim=HIDDEN, pad_token_id=0, do_layer_norm_before=True)),
     "falcon": ("FalconForCausalLM", "FalconConfig", _FALCON | dict(multi_query=True, parallel_attn=True, bias=False)),
     "falcon_new": ("FalconForCausalLM", "FalconConfig", _FALCON | dict(new_decoder_architecture=True, num_kv_heads=KV)),
     "falcon_alibi": ("FalconForCausalLM", "FalconConfig",
@@ -56,10 +56,10 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "olmo": ("OlmoForCausalLM", "OlmoConfig", _COMMON),
     "olmo2": ("Olmo2ForCausalLM", "Olmo2Config", _COMMON),
     "cohere": ("CohereForCausalLM", "CohereConfig", _COMMON | dict(logit_scale=0.25)),
-    "granite": ("GraniteForCausalLM", "GraniteConfig", _COMMON | dict(embedding_multiplier=12.0, residual_multiplier=0.22,
-                logits_scaling=8.0, attention_multiplier=0.05)),
-    "bloom": ("BloomForCausalLM", "BloomConfig", dict(vocab_size=VOCAB, hidden_size=HIDDEN, n_layer=LAYERS, n_head=HEADS,
-              bos_token_id=1, eos_token_id=2)),
+    "granite": ("GraniteForCausalLM", "GraniteConfig", _COMMON | dict(embedding_multiplier=12.0,
+                residual_multiplier=0.22, logits_scaling=8.0, attention_multiplier=0.05)),
+    "bloom": ("BloomForCausalLM", "BloomConfig", dict(vocab_size=VOCAB, hidden_size=HIDDEN, n_layer=LAYERS,
+              n_head=HEADS, bos_token_id=1, eos_token_id=2)),
     "phi": ("PhiForCausalLM", "PhiConfig", _COMMON | dict(partial_rotary_factor=0.5)),
     "gptj": ("GPTJForCausalLM", "GPTJConfig", _GPT | dict(rotary_dim=8)),
     "codegen": ("CodeGenForCausalLM", "CodeGenConfig", _GPT | dict(rotary_dim=8)),
@@ -70,7 +70,9 @@ NAMES = tuple(MODELS)
 DECODERS = tuple(name for name in NAMES if name != "t5")
 
 
-def build(name: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, attention: str | None = None, **config: Any) -> nn.Module:
+def build(
+    name: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, attention: str | None = None, **config: Any
+) -> nn.Module:
     """A randomised model in eval mode; `config` overrides entries of its tiny configuration."""
     import transformers
 
@@ -105,7 +107,9 @@ def _random_value(name: str, p: Tensor, z: Tensor, owner: nn.Module) -> Tensor:
     return z / math.sqrt(fan_in)
 
 
-def sample_inputs(name: str = "", *, batch: int = BATCH, seq: int = SEQ, mask: bool = True, seed: int = 1) -> dict[str, Tensor]:
+def sample_inputs(
+    name: str = "", *, batch: int = BATCH, seq: int = SEQ, mask: bool = True, seed: int = 1
+) -> dict[str, Tensor]:
     """Token ids (never the padding id), a mask with right padding in the second row; decoder ids for t5."""
     generator = torch.Generator().manual_seed(seed)
     inputs = {"input_ids": torch.randint(3, VOCAB, (batch, seq), generator=generator)}
@@ -117,7 +121,9 @@ def sample_inputs(name: str = "", *, batch: int = BATCH, seq: int = SEQ, mask: b
     return inputs
 
 
-def export_plain(model: nn.Module, inputs: Mapping[str, Tensor] | None = None, *, dynamic: bool = False) -> ExportedProgram:
+def export_plain(
+    model: nn.Module, inputs: Mapping[str, Tensor] | None = None, *, dynamic: bool = False
+) -> ExportedProgram:
     """torch.export.export without cache; `dynamic` marks batch and sequence."""
     inputs = dict(inputs if inputs is not None else sample_inputs(mask=False))
     axes = {name: {0: Dim.AUTO, 1: Dim.AUTO} for name in inputs} | {"use_cache": None} if dynamic else None
@@ -134,12 +140,14 @@ def export_hf(model: nn.Module, inputs: Mapping[str, Tensor] | None = None, *, d
 
 
 def export_hf_cache(model: nn.Module) -> ExportedProgram:
-    """One graph with the cache as input and output that serves prefill and decode (transformers' multi-token decode)."""
+    """One graph with the cache as input and output that serves prefill and decode."""
     return export_hf_generation(model, multi_token_decode=True)["decode"]
 
 
-def export_hf_generation(model: nn.Module, *, multi_token_decode: bool = False, static: bool = False) -> dict[str, ExportedProgram]:
-    """The graphs 'prefill' and 'decode' of transformers' export for generation; `static` makes the cache of fixed size."""
+def export_hf_generation(
+    model: nn.Module, *, multi_token_decode: bool = False, static: bool = False
+) -> dict[str, ExportedProgram]:
+    """The graphs 'prefill' and 'decode' of transformers' export for generation; `static`: a cache of fixed size."""
     from transformers import GenerationConfig
     from transformers.exporters import DynamoConfig, DynamoExporter
 
@@ -155,3 +163,37 @@ def _program(exported: Any) -> ExportedProgram:
     program = getattr(exported, "program", exported)
     assert isinstance(program, ExportedProgram)
     return program
+
+
+def next_ids(steps: int) -> Tensor:
+    """The ids that :func:`prefill_then_decode` feeds after the prompt, (BATCH, steps)."""
+    return torch.randint(3, VOCAB, (BATCH, steps), generator=torch.Generator().manual_seed(7))
+
+
+def prefill_then_decode(
+    prefill: ExportedProgram, decode: ExportedProgram, *, steps: int = 3, float64: bool = True
+) -> list[Tensor]:
+    """Logits of the closed loop over two graphs: prefill the sample prompt, then decode fixed ids on the cache that the
+    graphs themselves returned. Two pairs of graphs transformed apart are equivalent if all their logits are."""
+    from spinpass.execution import user_input_names
+    from spinpass.verify import run
+
+    prompt = sample_inputs(mask=False)["input_ids"]
+    known = {
+        "input_ids": prompt,
+        "position_ids": torch.arange(SEQ).expand(BATCH, SEQ),
+        "attention_mask": torch.ones_like(prompt),
+    }
+    logits, *cache = run(prefill, {name: known[name] for name in user_input_names(prefill)}, float64=float64)
+    results = [logits]
+    names = user_input_names(decode)
+    for i, ids in enumerate(next_ids(steps).split(1, 1)):
+        past = [name for name in names if name.startswith("past_key_values")]
+        inputs = dict(zip(past, cache, strict=True)) | {
+            "input_ids": ids,
+            "position_ids": torch.full((BATCH, 1), SEQ + i),
+        }
+        inputs["attention_mask"] = torch.ones(BATCH, SEQ + i + 1, dtype=torch.long)
+        logits, *cache = run(decode, {name: inputs[name] for name in names}, float64=float64)
+        results.append(logits)
+    return results

@@ -1,7 +1,7 @@
 """Plain decoders without transformers, one option per hazard, every parameter far from trivial.
 
-`decoder(qkv="fused", tied=True)` builds one, `export(...)` builds and exports it; `HAZARDS` names the cases in which tools
-that match by name corrupt a model silently.
+`decoder(qkv="fused", tied=True)` builds one, `export(...)` builds and exports it; `HAZARDS` names the cases in which
+tools that match by name corrupt a model silently, `LAYOUTS` the ways in which weights are laid out.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Options:
     sliced: bool = False  # half of the hidden axis is read by itself
     shared_norm: bool = False  # one weight for both norms of a layer
     shared_mlp: bool = False  # layers after the first read the first one's MLP: parameters under several names
-    named_twice: bool = False  # the down projection of the first layer stands in the state dict under a second name
+    named_twice: bool = False  # the head stands in the state dict under a second name, and is used by both
     cache: bool = False  # past keys and values in, joined ones out
     static_cache: int = 0  # places of a cache that is written at `positions`; 0 for none
 
@@ -110,14 +110,16 @@ def decoder(*, seed: int = 0, dtype: torch.dtype = torch.float32, **options: Any
     return model.eval().to(dtype)
 
 
-def export(*, seed: int = 0, dtype: torch.dtype = torch.float32, dynamic: bool = False, **options: Any) -> ExportedProgram:
+def export(
+    *, seed: int = 0, dtype: torch.dtype = torch.float32, dynamic: bool = False, **options: Any
+) -> ExportedProgram:
     """The exported program of :func:`decoder`; `dynamic` marks batch and lengths."""
     model = decoder(seed=seed, dtype=dtype, **options)
     return export_module(model, sample_args(model.options, dtype), dynamic=dynamic)
 
 
 def export_module(model: nn.Module, args: tuple[Any, ...], *, dynamic: bool = False) -> ExportedProgram:
-    """torch.export.export with every axis of every tensor argument dynamic (which fixes those that cannot be) or none."""
+    """torch.export.export with every axis of every tensor argument dynamic (those that can be) or none."""
     shapes = tuple(_automatic(a) for a in args) if dynamic else None
     with torch.no_grad():
         return torch.export.export(model, args, dynamic_shapes=shapes)
@@ -129,7 +131,9 @@ def _automatic(arg: Any) -> Any:
     return [_automatic(a) for a in arg]
 
 
-def sample_args(o: Options, dtype: torch.dtype = torch.float32, *, batch: int = 2, seq: int = 5, past: int = 3) -> tuple[Any, ...]:
+def sample_args(
+    o: Options, dtype: torch.dtype = torch.float32, *, batch: int = 2, seq: int = 5, past: int = 3
+) -> tuple[Any, ...]:
     """Arguments of :meth:`Decoder.forward`."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(0, o.vocab, (batch, seq), generator=generator)
@@ -157,13 +161,12 @@ class Decoder(nn.Module):
         if o.value_head:
             self.value_head = nn.Linear(o.hidden, 1)
         if o.sliced:
-            self.half = nn.Linear(o.hidden // 2, 3)
+            self.first_half = nn.Linear(o.hidden // 2, 3)
         if o.shared_mlp:
             for layer in list(self.layers)[1:]:
                 layer.mlp = self.layers[0].mlp
         if o.named_twice:
-            self.second_name = self.layers[0].mlp.down
-            self.register_buffer("scale", torch.tensor(0.5))
+            self.second_name = self.head
 
     def forward(self, ids: Tensor, positions: Tensor | None = None, caches: Sequence[Tensor] = ()) -> Any:
         o = self.options
@@ -181,20 +184,15 @@ class Decoder(nn.Module):
         if o.value_head:
             extra.append(self.value_head(x))
         if o.sliced:
-            extra.append(self.half(x[..., : o.hidden // 2]))
+            extra.append(self.first_half(x[..., : o.hidden // 2]))
         if o.returns_stream:
             extra.append(x)
         if o.named_twice:
-            extra.append(F.linear(extra_input(x, o), self.second_name.weight) * self.scale)
+            extra.append(self.second_name(self.norm(x * 0.5)))
         logits = self.head(self.norm(x))
         if joined:
             return logits, *extra, joined
         return (logits, *extra) if extra else logits
-
-
-def extra_input(x: Tensor, o: Options) -> Tensor:
-    """The first channels of the stream, padded to the MLP width: something for the parameter with two names to read."""
-    return F.pad(x, (0, o.ffn - o.hidden)).tanh()
 
 
 class Layer(nn.Module):
@@ -285,7 +283,11 @@ class Attention(nn.Module):
         self.options = o
         q, kv = o.heads * o.head_dim, o.kv_heads * o.head_dim
         if o.qkv == "separate":
-            self.q, self.k, self.v = _linear(o, o.hidden, q, "q"), _linear(o, o.hidden, kv, "k"), _linear(o, o.hidden, kv, "v")
+            self.q, self.k, self.v = (
+                _linear(o, o.hidden, q, "q"),
+                _linear(o, o.hidden, kv, "k"),
+                _linear(o, o.hidden, kv, "v"),
+            )
         else:
             self.qkv = _linear(o, o.hidden, q + 2 * kv, "qkv")
         self.o = _linear(o, q, o.hidden, "o")
@@ -382,4 +384,6 @@ def _randomise(model: Decoder, seed: int) -> None:
             elif name in ("embed.weight", "places.weight"):
                 p.copy_(z)
             else:
-                p.copy_(z / math.sqrt(p.shape[0] if model.options.linear == "conv1d" and "head" not in name else p.shape[1]))
+                p.copy_(
+                    z / math.sqrt(p.shape[0] if model.options.linear == "conv1d" and "head" not in name else p.shape[1])
+                )

@@ -30,9 +30,9 @@ _ADVICE = {
 def staged(folder: Path, size: int = 0) -> Iterator[Path]:
     """A new empty folder next to the destination; on leaving, its files move into ``folder`` by rename.
 
-    ``folder`` is created if it is missing (and removed again if nothing gets there). If the body or a rename fails, files
-    that were replaced are put back and the staging folder is deleted: ``folder`` is as it was before. ``size`` is what is
-    going to be written, in bytes: a disk that cannot hold it is refused before anything is written.
+    ``folder`` is created if it is missing (and removed again if nothing gets there). If the body or a rename fails,
+    files that were replaced are put back and the staging folder is deleted: ``folder`` is as it was before. ``size`` is
+    what is going to be written, in bytes: a disk that cannot hold it is refused before anything is written.
 
     Raises:
         ExportError: the operating system refused to write; the message says why and what to do.

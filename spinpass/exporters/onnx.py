@@ -1,7 +1,7 @@
 """``export``: an exported program becomes an ONNX file that stock ONNX Runtime runs, online Hadamards included.
 
-The Hadamards stay recognisable as calls of functions of the domain ``spinpass`` (see :mod:`.onnx_functions`). The file is compared
-with the program before it appears under its name, and appears by rename.
+The Hadamards stay recognisable as calls of functions of the domain ``spinpass`` (see :mod:`.onnx_functions`). The file
+is compared with the program before it appears under its name, and appears by rename.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ VERIFY_LIMIT = 2**31
 class OnnxReport:
     """What :func:`export` wrote.
 
-    ``bytes`` is the size of all ``files`` together, ``hadamards`` the number of online Hadamards in the graph. Without a
-    ``certificate``, ``uncertified`` says why. ``seconds`` maps the steps to wall-clock time.
+    ``bytes`` is the size of all ``files`` together, ``hadamards`` the number of online Hadamards in the graph. Without
+    a ``certificate``, ``uncertified`` says why. ``seconds`` maps the steps to wall-clock time.
     """
 
     path: Path
@@ -85,13 +85,14 @@ def export(
     Args:
         ep: an inference program; dtypes float32, float64, float16, and bfloat16 where ONNX Runtime has kernels.
         path: ``.../name.onnx``, or a folder, which then gets ``model.onnx``. Existing files are replaced.
-        input_names, output_names: a sequence for all of them or {name in the program: new name}. By default inputs have the names of
-            the program's placeholders and outputs the keys of the returned structure (``logits``, ``past_key_values_0``), or the
-            program's own names where it has no keys; ``output.`` in front where an input has that name.
+        input_names, output_names: a sequence for all of them or {name in the program: new name}. By default inputs have
+            the names of the program's placeholders and outputs the keys of the returned structure (``logits``,
+            ``past_key_values_0``), or the program's own names where it has no keys; ``output.`` in front where an input
+            has that name.
         opset: ONNX opset; None takes the one torch translates to.
         external_data: weights in ``name.onnx.data`` beside the file; None does that above ``external_threshold`` bytes.
-        verify: compare ONNX Runtime's outputs with the program's. None does so up to 2 GiB of weights and where ONNX Runtime has
-            the kernels on a CPU; True insists.
+        verify: compare ONNX Runtime's outputs with the program's. None does so up to 2 GiB of weights and where ONNX
+            Runtime has the kernels on a CPU; True insists.
         inputs: what to compare on; None makes small inputs from the program's own specs.
         metadata: further ``metadata_props`` of the model.
         progress: called with the name of each step before it starts.
@@ -99,7 +100,8 @@ def export(
     Raises:
         ProgramError: not an ExportedProgram.
         ConfigError: names or options that do not fit.
-        ExportError: an op without translation, state written in place, ONNX Runtime cannot run the result, nothing can be written there.
+        ExportError: an op without translation, state written in place, ONNX Runtime cannot run the result, nothing can
+            be written there.
         VerificationError: the file would not compute what the program computes. In every case nothing is left behind.
     """
     if not isinstance(ep, ExportedProgram):

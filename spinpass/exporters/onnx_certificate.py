@@ -22,8 +22,8 @@ from .onnx_session import from_ort, open_session, run, to_ort
 
 @dataclass(frozen=True)
 class OnnxOutput:
-    """One output: ONNX Runtime's value against the program's. ``bound`` is on the error relative to ``difference.scale``; it is 0
-    for integers."""
+    """One output: ONNX Runtime's value against the program's. ``bound`` is on the error relative to
+    ``difference.scale``; it is 0 for integers."""
 
     name: str
     shape: tuple[int, ...]
@@ -37,8 +37,8 @@ class OnnxOutput:
 
 @dataclass(frozen=True)
 class OnnxCertificate:
-    """How far the file is from the program. ``dtype`` is the narrowest float type the program computes in, which sets the
-    bound (:data:`spinpass.certificate.BOUNDS`); ``inputs`` says what both were given."""
+    """How far the file is from the program. ``dtype`` is the narrowest float type the program computes in, which sets
+    the bound (:data:`spinpass.certificate.BOUNDS`); ``inputs`` says what both were given."""
 
     outputs: tuple[OnnxOutput, ...]
     dtype: torch.dtype
@@ -92,8 +92,8 @@ class OnnxCertificate:
 def certify(ep: ExportedProgram, path: Path, inputs: object = None) -> OnnxCertificate:
     """Run the file at ``path`` (CPU, default optimisations) and ``ep`` on ``inputs`` and compare.
 
-    ``inputs`` as in :func:`spinpass.execution.flat_inputs`; None makes them from the program's own specs. Inputs and outputs of
-    the file are matched to the program's by position.
+    ``inputs`` as in :func:`spinpass.execution.flat_inputs`; None makes them from the program's own specs. Inputs and
+    outputs of the file are matched to the program's by position.
 
     Raises:
         ExportError: ONNX Runtime cannot load or run the file.

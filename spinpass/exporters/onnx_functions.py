@@ -1,8 +1,8 @@
 """The online Hadamard in ONNX: one call of a model-local function per op, whose body is a few standard ops.
 
 A runtime that knows nothing of spinpass inlines the function and runs Reshape and MatMul; a tool that knows recognises
-the domain ``spinpass``, the function's name and the node's attributes ``order`` and ``transpose``. While the graph is optimised the
-call is an opaque node without a body, so that nothing can look inside, inline it or fold it away.
+the domain ``spinpass``, the function's name and the node's attributes ``order`` and ``transpose``. While the graph is
+optimised the call is an opaque node without a body, so that nothing can look inside, inline it or fold it away.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def translation() -> Callable[..., Any]:
 def attach(model: ir.Model) -> int:
     """Give every opaque node of ``model`` its function, changing the model in place; the number of such nodes.
 
-    The function is called ``Hadamard_<order>[x<blocks>][_transposed]_rank<rank>_<dtype>``, ``blocks`` being how many blocks of
-    ``order`` lie side by side on the last axis. Raises ExportError where the size of that axis is dynamic.
+    The function is called ``Hadamard_<order>[x<blocks>][_transposed]_rank<rank>_<dtype>``, ``blocks`` being how many
+    blocks of ``order`` lie side by side on the last axis. Raises ExportError where the size of that axis is dynamic.
     """
     opset = model.opset_imports[""]
     nodes = list(calls(model))
@@ -97,8 +97,8 @@ def _schema() -> onnx.defs.OpSchema:
 def _function(
     name: str, order: int, blocks: int, rank: int, dtype: ir.DataType, transpose: bool, opset: int
 ) -> ir.Function:
-    """``y = x (I ⊗ H) / √order`` with ``H = F1 ⊗ F2 ⊗ ...``: the last axis is viewed as (blocks, f1, f2, ...) and each of the
-    axes multiplied by its factor, the last one from the right, the others (transposed) from the left.
+    """``y = x (I ⊗ H) / √order`` with ``H = F1 ⊗ F2 ⊗ ...``: the last axis is viewed as (blocks, f1, f2, ...) and each
+    of the axes multiplied by its factor, the last one from the right, the others (transposed) from the left.
 
     Reshape copies the leading axes (size 0), so no Shape op is needed. Half types are computed in float32 as in
     :func:`spinpass.hadamard.transform`.

@@ -19,8 +19,9 @@ _CACHE = "past_key_values"
 
 @dataclass(frozen=True)
 class GraphNames:
-    """One name per tensor that goes in or comes out; values that export specialised to a constant have none. ``input_index`` and
-    ``output_index`` say where a placeholder, and where which of the program's user outputs, is found in the lists."""
+    """One name per tensor that goes in or comes out; values that export specialised to a constant have none.
+    ``input_index`` and ``output_index`` say where a placeholder, and where which of the program's user outputs, is
+    found in the lists."""
 
     inputs: list[str]
     outputs: list[str]
@@ -29,8 +30,8 @@ class GraphNames:
 
 
 def signature_names(ep: ExportedProgram) -> GraphNames:
-    """Inputs by their placeholders. Outputs by their keys in the returned structure, like ``past_key_values_0``; by the program's own
-    name where they have no key; with ``output.`` in front where an input has that name."""
+    """Inputs by their placeholders. Outputs by their keys in the returned structure, like ``past_key_values_0``; by the
+    program's own name where they have no key; with ``output.`` in front where an input has that name."""
     signature = ep.graph_signature
     taken = [spec.arg for spec in signature.input_specs if spec.kind is InputKind.USER_INPUT]
     inputs = [arg.name for arg in taken if not isinstance(arg, ConstantArgument)]
@@ -49,11 +50,11 @@ def signature_names(ep: ExportedProgram) -> GraphNames:
 
 
 def cache_names(ep: ExportedProgram) -> dict[str, dict[str, str]]:
-    """``input_names`` and ``output_names`` under which today's runtimes look for a KV cache: ``past_key_values.<layer>.key`` and
-    ``.value`` go in, ``present.<layer>.key`` and ``.value`` come out.
+    """``input_names`` and ``output_names`` under which today's runtimes look for a KV cache:
+    ``past_key_values.<layer>.key`` and ``.value`` go in, ``present.<layer>.key`` and ``.value`` come out.
 
-    A cache is what the program calls ``past_key_values``, its tensors being key and value of each layer in turn. Empty for a
-    program without one or with another layout.
+    A cache is what the program calls ``past_key_values``, its tensors being key and value of each layer in turn. Empty
+    for a program without one or with another layout.
     """
     names = signature_names(ep)
     return {
@@ -96,7 +97,8 @@ def _layered(names: list[str], prefix: str, new: str) -> dict[str, str]:
 
 
 def _keys(spec: Any, prefix: str) -> Iterator[str]:
-    """The path of every leaf of an output structure, its keys and indices joined by ``_``; '' where no key is on the path."""
+    """The path of every leaf of an output structure, its keys and indices joined by ``_``; '' where no key is on the
+    path."""
     if spec.is_leaf():
         yield prefix
         return

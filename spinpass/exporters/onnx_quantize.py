@@ -1,8 +1,9 @@
 """4-bit weights for ONNX Runtime: constant MatMuls become ``MatMulNBits``, token tables ``GatherBlockQuantized``.
 
-Rounding is ONNX Runtime's own round-to-nearest per block of ``block_size`` weights along the contracted axis; the Hadamards' factors live
-in functions and are not touched. The output head is left as ``Transpose(constant) -> MatMul`` by every exporter as long as it shares
-its constant with the embedding, and other tools skip it; here the transpose is folded into the packing.
+Rounding is ONNX Runtime's own round-to-nearest per block of ``block_size`` weights along the contracted axis; the
+Hadamards' factors live in functions and are not touched. The output head is left as ``Transpose(constant) -> MatMul``
+by every exporter as long as it shares its constant with the embedding, and other tools skip it; here the transpose is
+folded into the packing.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from spinpass.errors import ConfigError, ExportError
 
 from .files import staged
 from .onnx_paths import PROTOBUF_LIMIT, data_name, model_path, remove_stale_data
+from .onnx_session import open_session
 
 _DOMAIN = "com.microsoft"
 _FLOATS = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
@@ -35,8 +37,9 @@ _BLOCKS = (16, 32, 64, 128, 256)
 class QuantizeReport:
     """What :func:`quantize_4bit` did.
 
-    ``matmuls`` counts the 4-bit ones without the heads; ``heads`` and ``tables`` those quantized, ``shared`` the tables that are read
-    from a head's constant; ``kept`` says of every other float matrix product and table with a constant why it stayed.
+    ``matmuls`` counts the 4-bit ones without the heads; ``heads`` and ``tables`` those quantized, ``shared`` the tables
+    that are read from a head's constant; ``kept`` says of every other float matrix product and table with a constant
+    why it stayed.
     """
 
     path: Path
@@ -68,23 +71,28 @@ def quantize_4bit(
 ) -> QuantizeReport:
     """Write a weight-only quantized copy of an ONNX model.
 
-    A table tied to the head is the largest constant of a small model, so what happens to the two decides the file's size. With
-    ``head_bits == table_bits`` one packed constant serves both and the float table goes (538 MB become 99 MB for a model of 135M
-    parameters with 49k tokens; 212 MB with the float table kept beside an 8-bit head, 180 MB with one float constant for both). Eight bits are the default for both because the head is where four bits cost most.
+    A table tied to the head is the largest constant of a small model, so what happens to the two decides the file's
+    size. With ``head_bits == table_bits`` one packed constant serves both and the float table goes (538 MB become 99 MB
+    for a model of 135M parameters with 49k tokens; 212 MB with the float table kept beside an 8-bit head, 180 MB with
+    one float constant for both). Eight bits are the default for both because the head is where four bits cost most.
 
     Args:
-        source, destination: an ``.onnx`` file, or a folder with ``model.onnx``, whose other files (tokenizer, configuration) are copied.
+        source, destination: an ``.onnx`` file, or a folder with ``model.onnx``, whose other files (tokenizer,
+            configuration) are copied.
         block_size: weights per scale, 16 to 256.
         symmetric: no zero points; else one per block.
-        accuracy_level: how ``MatMulNBits`` computes, 0 to 4; 4 rounds activations to int8 per block and is fastest on a CPU.
-        head_bits: 4 or 8 for the constant products that yield a graph output, through elementwise ops at most; None keeps them.
+        accuracy_level: how ``MatMulNBits`` computes, 0 to 4; 4 rounds activations to int8 per block and is fastest on a
+            CPU.
+        head_bits: 4 or 8 for the constant products that yield a graph output, through elementwise ops at most; None
+            keeps them.
         table_bits: 4 or 8 for tables that are looked up by row; None keeps them.
         keep: names of constants to leave as they are.
         external_data: as in :func:`spinpass.exporters.onnx.export`.
 
     Raises:
         ConfigError: an option out of its range.
-        ExportError: no readable model at ``source``, nothing in it to quantize, ``destination`` cannot be written; nothing is left behind.
+        ExportError: no readable model at ``source``, nothing in it to quantize, ONNX Runtime cannot load the result,
+            ``destination`` cannot be written; nothing is left behind.
     """
     _check_options(block_size, accuracy_level, head_bits, table_bits)
     origin, target = model_path(source), model_path(destination)
@@ -99,8 +107,11 @@ def quantize_4bit(
     before = _size(origin, model)
     weights = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
     external = weights > PROTOBUF_LIMIT if external_data is None else external_data
+    if not external:  # else the tensors that stayed would go on naming the source's data file
+        ir.external_data.load_to_model(model)
     with staged(target.parent, weights) as staging:
         ir.save(model, staging / target.name, external_data=data_name(target) if external else None)
+        open_session(staging / target.name)
         written = sorted(staging.iterdir())
         after = sum(file.stat().st_size for file in written)
         for file in _companions(source, origin) if origin.parent.resolve() != target.parent.resolve() else ():
@@ -238,7 +249,8 @@ class _Work:
         return f"its shape {list(shape)} is smaller than a block" if max(shape) < self.block_size else ""
 
     def _pack(self, constant: ir.Value, by_column: bool, bits: int) -> _Packed:
-        """Quantize along the contracted axis: rows, or the columns of a constant that is used transposed. Once per constant."""
+        """Quantize along the contracted axis: rows, or the columns of a constant that is used transposed. Once per
+        constant."""
         key = (str(constant.name), by_column, bits)
         if key not in self._packed:
             self._packed[key] = self._quantize(constant, by_column, bits)
@@ -276,7 +288,7 @@ def _round_to_nearest(
 ) -> tuple[Any, Any, Any]:
     """ONNX Runtime's packing of a (K, N) matrix: data (N, blocks, bytes), scales (N, blocks), zero points."""
     with _root_logger_kept():  # importing the module below sets up the process's logging
-        from onnxruntime.quantization import (  # type: ignore[import-untyped]  # ships without types
+        from onnxruntime.quantization import (
             matmul_nbits_quantizer as quantizer,
         )
     config = quantizer.DefaultWeightOnlyQuantConfig(block_size=block_size, is_symmetric=symmetric, bits=bits)
@@ -296,7 +308,8 @@ def _root_logger_kept() -> Iterator[None]:
 
 
 def _matrix(value: ir.Value | None) -> tuple[ir.Value | None, bool]:
-    """The constant behind the right operand of a MatMul, and whether it is used transposed; (None, False) if there is none."""
+    """The constant behind the right operand of a MatMul, and whether it is used transposed; (None, False) if there is
+    none."""
     if value is None:
         return None, False
     if value.is_initializer():

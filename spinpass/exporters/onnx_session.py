@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
-import onnxruntime as ort  # type: ignore[import-untyped]  # ships without types
+import onnxruntime as ort
 import torch
-from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as MissingKernel  # type: ignore[import-untyped]  # no types
+from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as MissingKernel
 from torch import Tensor
 
 from spinpass.errors import ConfigError, ExportError
@@ -74,7 +74,8 @@ def to_ort(value: Tensor) -> ort.OrtValue:
 
 def from_ort(value: ort.OrtValue) -> Tensor:
     """A tensor on the CPU."""
-    array = value.numpy()
-    if value.element_type() == _BFLOAT16:
-        return torch.from_numpy(np.ascontiguousarray(array).view(np.uint16).copy()).view(torch.bfloat16)
-    return torch.from_numpy(array)
+    if value.element_type() != _BFLOAT16:
+        return torch.from_numpy(value.numpy())
+    raw = bytearray(ctypes.string_at(value.data_ptr(), value.tensor_size_in_bytes()))
+    shape = value.shape()
+    return torch.frombuffer(raw, dtype=torch.bfloat16).view(shape) if raw else torch.empty(shape, dtype=torch.bfloat16)

@@ -1,15 +1,15 @@
 """From an exported program to an ``onnx_ir`` model: torch's own translation, without the parts that cost minutes.
 
-``torch.onnx.export`` retraces the program to decompose it and then tries every pattern of its optimizer on every node: some
-70 seconds of CPU for 30 layers, of which translating takes two. Here the program is decomposed only if it holds an op that
-needs it, and the optimizer runs constant folding and the rules that can apply to what torch emits. The resulting graph is the same.
+``torch.onnx.export`` retraces the program to decompose it and then tries every pattern of its optimizer on every node:
+some 70 seconds of CPU for 30 layers, of which translating takes two. Here the program is decomposed only if it holds an
+op that needs it, and the optimizer runs constant folding and the rules that can apply to what torch emits. The
+resulting graph is the same.
 """
 
 from __future__ import annotations
 
 import copy
 import logging
-import operator
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -50,32 +50,32 @@ _RULES = (
     rules.no_op_dynamic_scatter_nd_rule,
     rules.no_op_static_scatter_nd_rule,
 )
-"""The general rules of onnxscript less those for convolutions and clips, and less SlicesSplit, which compares every pair of
-nodes: half of the whole export's time, for one Split instead of two Slices."""
+"""The general rules of onnxscript less those for convolutions and clips, and less SlicesSplit, which compares every
+pair of nodes: half of the whole export's time, for one Split instead of two Slices."""
 
 _ROUNDS = 2  # folding opens matches for the rules and the other way round; a third round finds nothing
 
-_COMPARISONS = frozenset({operator.le, operator.lt, operator.ge, operator.gt, operator.eq, operator.ne})
-
 
 def translate(ep: ExportedProgram, opset: int | None) -> ir.Model:
-    """The optimised model of ``ep`` with its online Hadamards still opaque. ``ep`` is not changed, constants are not copied.
+    """The optimised model of ``ep`` with its online Hadamards still opaque. ``ep`` is not changed, constants are not
+    copied.
 
     Raises:
-        ExportError: an op that ONNX has no translation for, a program that writes to its inputs or buffers, fake weights.
+        ExportError: an op that ONNX has no translation for, a program that writes to its inputs or buffers, fake
+            weights.
     """
     _refuse_fake_weights(ep)
     import spinpass.library  # noqa: F401  registers the op that the table names
 
-    table: dict[Callable[..., Any], Callable[..., Any]] = {
+    table: dict[Any, Callable[..., Any]] = {
         torch.ops.spinpass.hadamard.default: onnx_functions.translation(),
-        **_casts(),
+        **_CASTS,
     }
     with _quiet():
         program = _convert(_Program(ep), opset, table) or _convert(_Program(ep, decompose=True), opset, table)
-    assert program is not None
-    _optimise(program.model)
-    return program.model
+    model: ir.Model = program.model
+    _optimise(model)
+    return model
 
 
 def _convert(ep: _Program, opset: int | None, table: dict[Any, Any]) -> Any:
@@ -83,16 +83,20 @@ def _convert(ep: _Program, opset: int | None, table: dict[Any, Any]) -> Any:
     try:
         return torch.onnx.export(ep, opset_version=opset, custom_translation_table=table, optimize=False, verbose=False)
     except torch.onnx.OnnxExporterError as error:
-        if ep.decompose or (own := _own_error(error)) is not None:
-            raise own or _export_error(error) from error
+        refusal = _refusal(error)
+        if refusal is not None:
+            raise refusal from error
+        if ep.decompose:
+            raise _untranslatable(error) from error
         return None
 
 
-# -- decomposing --------------------------------------------------------------------------------------------------------------
+# -- decomposing ------------------------------------------------------------------------------------------------------
 
 
 class _Program(ExportedProgram):
-    """A copy of a program that decomposes itself only where it must, which is what ``torch.onnx.export`` asks of it first."""
+    """A copy of a program that decomposes itself only where it must, which is what ``torch.onnx.export`` asks of it
+    first."""
 
     def __init__(self, ep: ExportedProgram, *, decompose: bool = False) -> None:
         self.decompose = decompose
@@ -117,10 +121,9 @@ class _Program(ExportedProgram):
         self.decompose |= not all(_is_translatable(node, table) for node in self.graph.nodes)
         if self.decompose:
             own = torch.export.default_decompositions()
-            table |= {target: own[target] for target in _casts() if target in own}
+            table |= {target: own[target] for target in _CASTS if target in own}
             program = super().run_decompositions(table, decompose_custom_triton_ops)
         _refuse_mutation(program)
-        _fold_comparisons(program.graph_module)
         return program
 
 
@@ -128,47 +131,42 @@ def _is_translatable(node: Node, table: Mapping[Any, Any]) -> bool:
     """The node has a translation of its own and leaves its arguments alone."""
     if not is_op(node):
         return node.op != "get_attr"  # the subgraph of a higher-order op
-    return node.target not in table and (node.target in _casts() or not mutates(node))
+    return node.target not in table and (node.target in _CASTS or not mutates(node))
 
 
-def _casts() -> dict[Callable[..., Any], Callable[..., Any]]:
-    """Translations of the few ops that a fresh export holds and that torch translates only after decomposing."""
-
-    def to_dtype(
-        self: Any, dtype: int, non_blocking: bool = False, copy: bool = False, memory_format: Any = None
-    ) -> Any:
-        return op.Cast(self, to=dtype)
-
-    def to_device(
-        self: Any, device: Any, dtype: int, non_blocking: bool = False, copy: bool = False, memory_format: Any = None
-    ) -> Any:
-        return op.Cast(self, to=dtype)
-
-    def detach(self: Any) -> Any:
-        return op.Identity(self)
-
-    aten = torch.ops.aten
-    return {aten.to.dtype: to_dtype, aten.to.device: to_device, aten.detach_.default: detach}
+def _to_dtype(self: Any, dtype: int, non_blocking: bool = False, copy: bool = False, memory_format: Any = None) -> Any:
+    return op.Cast(self, to=dtype)
 
 
-def _fold_comparisons(module: GraphModule) -> None:
-    """Drop comparisons of sizes that nothing reads and decide those with an infinite bound, which ONNX cannot hold."""
-    for node in reversed(list(module.graph.nodes)):
-        if node.target not in _COMPARISONS:
-            continue
-        if node.users and not any(isinstance(arg, Node) for arg in node.args):
-            node.replace_all_uses_with(node.target(*node.args))
-        if not node.users:
-            module.graph.erase_node(node)
-    module.recompile()
+def _to_device(
+    self: Any, device: Any, dtype: int, non_blocking: bool = False, copy: bool = False, memory_format: Any = None
+) -> Any:
+    return op.Cast(self, to=dtype)
 
 
-# -- optimising ---------------------------------------------------------------------------------------------------------------
+def _detach(self: Any) -> Any:
+    return op.Identity(self)
+
+
+_CASTS: dict[Any, Callable[..., Any]] = {
+    torch.ops.aten.to.dtype: _to_dtype,
+    torch.ops.aten.to.device: _to_device,
+    torch.ops.aten.detach_.default: _detach,
+}
+"""Translations of the few ops that a fresh export holds and that torch translates only after decomposing."""
+
+
+# -- optimising -------------------------------------------------------------------------------------------------------
 
 
 def _optimise(model: ir.Model) -> None:
-    """Fold constants, simplify and deduplicate, in place. Initializers above the folding limit stay what they are."""
+    """Fold constants, simplify and deduplicate, in place.
+
+    A weight's transpose is folded where nothing else reads the weight, whatever its size; a tied table, shared first,
+    stays one.
+    """
     common.InlinePass()(model)
+    _share_initializers(model.graph)
     for _ in range(_ROUNDS):
         optimizer.fold_constants(model, onnx_shape_inference=True)
         rewriter.rewrite(model, _RULES)
@@ -181,7 +179,6 @@ def _optimise(model: ir.Model) -> None:
     )
     for simplify in finish:
         simplify(model)
-    _share_initializers(model.graph)
 
 
 def _share_initializers(graph: ir.Graph) -> None:
@@ -197,14 +194,15 @@ def _share_initializers(graph: ir.Graph) -> None:
             del graph.initializers[str(value.name)]
 
 
-# -- refusals -----------------------------------------------------------------------------------------------------------------
+# -- refusals ---------------------------------------------------------------------------------------------------------
 
 
 def _refuse_fake_weights(ep: ExportedProgram) -> None:
     for name, tensor in (*ep.state_dict.items(), *ep.constants.items()):
         if isinstance(tensor, torch.Tensor) and type(tensor.data) is not torch.Tensor:
             raise ExportError(
-                f"{name} is a {type(tensor.data).__name__}, not a tensor with values: load the weights into the program first"
+                f"{name} is a {type(tensor.data).__name__}, not a tensor with values:"
+                " load the weights into the program first"
             )
 
 
@@ -214,23 +212,28 @@ def _refuse_mutation(ep: ExportedProgram) -> None:
     if written:
         more = f" and {len(written) - 1} more" if len(written) > 1 else ""
         raise ExportError(
-            f"the program writes to {written[0]}{more} in place, and an ONNX graph keeps no state between calls: export the"
-            " program with that state (a static cache, say) as inputs and outputs"
+            f"the program writes to {written[0]}{more} in place, and an ONNX graph keeps no state between calls:"
+            " export the program with that state (a static cache, say) as inputs and outputs"
         )
 
 
-def _export_error(error: BaseException) -> ExportError:
-    """Our own error if it caused this one, else the innermost reason."""
-    reasons = [error]
-    while (cause := reasons[-1].__cause__) is not None:
-        reasons.append(cause)
-    own = next((reason for reason in reasons if isinstance(reason, ExportError)), None)
-    if own is not None:
-        return own
-    last = str(reasons[-1]).strip().splitlines() or [type(reasons[-1]).__name__]
+def _refusal(error: BaseException) -> ExportError | None:
+    """The refusal of our own that torch.onnx wrapped in ``error``."""
+    return next((cause for cause in _causes(error) if isinstance(cause, ExportError)), None)
+
+
+def _untranslatable(error: BaseException) -> ExportError:
+    innermost = list(_causes(error))[-1]
+    reason = (str(innermost).strip() or type(innermost).__name__).splitlines()[0]
     return ExportError(
-        f"torch.onnx cannot translate the program: {last[0]}; replace that op or decompose it before the export"
+        f"torch.onnx cannot translate the program: {reason}; replace that op or decompose it before the export"
     )
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__
 
 
 @contextmanager

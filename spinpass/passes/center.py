@@ -15,16 +15,17 @@ from ..program import ProgramEditor, shape
 from .fold import foldable
 
 
-def center(editor: ProgramEditor, space: Space, origin: str) -> None:
+def center(editor: ProgramEditor, space: Space, origin: str) -> Space:
     """Centre what is written into the stream (entries are centred where they are rotated) and drop the norms' centring."""
     if not space.centred:
-        return
+        return space
     for use in space.constants:
-        if not use.reads and not use.type.centred:
+        if not use.type.centred:
             layout = use.type.layout
             editor.queue(foldable(editor, use.node), lambda tensor, at=layout: _centred(tensor, at))  # type: ignore[misc]
     for node in space.centrings:
         _stop_centring(editor, node, origin)
+    return space
 
 
 def _centred(tensor: torch.Tensor, layout: Layout) -> torch.Tensor:

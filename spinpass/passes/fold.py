@@ -13,10 +13,11 @@ from ..program import ProgramEditor
 from ..rotation import Rotation
 
 
-def fold_rotation(editor: ProgramEditor, space: Space, rotation: Rotation) -> None:
+def fold_rotation(editor: ProgramEditor, space: Space, rotation: Rotation) -> Space:
     """Queue the rotation on every constant of the space."""
     for use in space.constants:
         rotate_constant(editor, foldable(editor, use.node), use.type.layout, rotation)
+    return space
 
 
 def rotate_constant(editor: ProgramEditor, node: Node, layout: Layout, rotation: Rotation) -> None:

@@ -7,26 +7,33 @@ work is kept: ``layer_norm`` with a scale becomes ``layer_norm`` or ``rms_norm``
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 
-from ..basis import AxisType, ShiftUse, Space
+from ..basis import AxisType, ConstantUse, ShiftUse, Space
 from ..ops import Multilinear, Normalization, rule_of
 from ..program import ProgramEditor, arguments, op_name, shape, value
 from .fold import foldable
 
 
-def fuse_norm_scale(editor: ProgramEditor, space: Space, origin: str) -> None:
-    """Move every pending scale and shift of the space into the constants that carry it."""
-    for use in space.shifts:
-        _shift_result(editor, use, origin)
+def fuse_norm_scale(editor: ProgramEditor, space: Space, origin: str) -> Space:
+    """Move every pending scale and shift of the space into the constants that carry it.
+
+    Returns the space with the biases that had to be made, where they write into it.
+    """
+    made = [(use.node, _shift_result(editor, use, origin)) for use in space.shifts]
     for constant in space.constants:
         if constant.type.pending is not None and constant.type.pending.scale is not None:
             _scale(editor, foldable(editor, constant.node), constant.type)
     for node in space.scales:
         _unscale(editor, node, space, origin)
+    written = tuple(
+        ConstantUse(bias, replace(axis, layout=axis.layout.renamed({d: 0 for d in axis.layout.dims})))
+        for node, bias in made if bias is not None for axis in space.members.get(node, ()))
+    return replace(space, constants=space.constants + written)
 
 
 def _scale(editor: ProgramEditor, node: Node, axis: AxisType) -> None:
@@ -69,8 +76,8 @@ def _strip_norm(editor: ProgramEditor, node: Node, rule: Normalization, origin: 
     editor.replace(node, _as_dtype(editor, plain, node, origin))
 
 
-def _shift_result(editor: ProgramEditor, use: ShiftUse, origin: str) -> None:
-    """b -> b + β Wᵀ, where there is no b: a new one."""
+def _shift_result(editor: ProgramEditor, use: ShiftUse, origin: str) -> Node | None:
+    """b -> b + β Wᵀ. Where there is no b, or it has other users, a new one, which is returned."""
     shift, weight = editor.deferred(use.shift), editor.deferred(use.weight)
     contract: Callable[[], Tensor]
     if op_name(use.node) == "aten::linear":
@@ -81,7 +88,7 @@ def _shift_result(editor: ProgramEditor, use: ShiftUse, origin: str) -> None:
     bias = args.get("bias") if op_name(use.node) == "aten::linear" else args.get("self") if op_name(use.node) == "aten::addmm" else None
     if isinstance(bias, Node) and editor.is_stored(bias) and len(bias.users) == 1:
         editor.queue(bias, lambda tensor: tensor + contract())
-        return
+        return None
     out = int(shape(use.node)[-1])  # type: ignore[call-overload]
     name = _bias_name(editor, use.weight)
     dtype, device = value(use.node).dtype, value(use.node).device
@@ -96,6 +103,7 @@ def _shift_result(editor: ProgramEditor, use: ShiftUse, origin: str) -> None:
         users = list(use.node.users)
         total = editor.call(torch.ops.aten.add.Tensor, use.node, added, after=use.node, origin=origin)
         editor.replace(use.node, total, users)
+    return added
 
 
 def _append(node: Node, bias: Node) -> None:

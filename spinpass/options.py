@@ -1,0 +1,72 @@
+"""The options that several commands share, and the configuration they amount to."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import typer
+
+from .config import ROLES, Cache, Form, Kind, RotationConfig, Tied
+
+ALL = ",".join(ROLES)
+
+Rotations = Annotated[
+    str, typer.Option(help="Comma-separated; in export, none writes the model as it is, to compare with.", metavar=ALL)
+]
+KindOption = Annotated[Kind, typer.Option(help="Of the rotation matrices.")]
+BlockSize = Annotated[
+    int | None,
+    typer.Option(
+        help="Rotate in diagonal blocks of this size; it must divide every space.", show_default="whole spaces"
+    ),
+]
+Seed = Annotated[int, typer.Option(help="Of the random kinds.")]
+TiedOption = Annotated[
+    Tied, typer.Option(help="A table shared by embedding and head: keep it, or give the head one of its own.")
+]
+FormOption = Annotated[Form, typer.Option(help="Of R1: in the residual stream, or at the linears' inputs.")]
+CacheOption = Annotated[Cache, typer.Option(help="Let the KV cache travel rotated, or leave out what would rotate it.")]
+Exclude = Annotated[
+    list[str] | None,
+    typer.Option(help="Pattern of spaces or parameters to leave alone; may be repeated.", metavar="PATTERN"),
+]
+Dtype = Annotated[
+    Literal["float32", "float16", "bfloat16", "auto"], typer.Option(help="Of the weights; auto: as stored.")
+]
+NoCache = Annotated[bool, typer.Option("--no-cache", help="Export the prompt's pass alone, without a KV cache.")]
+NoVerify = Annotated[bool, typer.Option("--no-verify", help="Do not certify the result.")]
+Int4 = Annotated[bool, typer.Option("--int4", help="Pack the weights to 4 bits (MatMulNBits).")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+Verbose = Annotated[
+    int, typer.Option("-v", "--verbose", count=True, help="Log every pass, show every line; -vv: tracebacks.")
+]
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A model folder, a name on the hub, a GGUF file or a .pt2 file.")
+]
+
+
+def configuration(
+    rotations: str,
+    kind: Kind,
+    block_size: int | None,
+    seed: int,
+    tied: Tied,
+    form: Form,
+    cache: Cache,
+    exclude: list[str] | None,
+) -> RotationConfig | None:
+    """What the options ask for; None for ``--rotations none``. The commands certify by themselves, with progress."""
+    if rotations.strip().lower() == "none":
+        return None
+    chosen: Any = tuple(name.strip() for name in rotations.split(","))
+    return RotationConfig(
+        rotations=chosen,
+        kind=kind,
+        block_size=block_size,
+        seed=seed,
+        tied=tied,
+        form=form,
+        cache=cache,
+        exclude=tuple(exclude or ()),
+        verify=False,
+    )
