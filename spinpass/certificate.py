@@ -18,6 +18,9 @@ _ROWS = 12
 BOUNDS = {torch.float64: 1e-9, torch.float32: 2e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 # An original that is itself noisier than that (its own error against float64) excuses this multiple of its noise.
 NOISE_FACTOR = 4.0
+# Constants that were changed and stored again in a narrower type carry one rounding each, which the float64 comparison
+# sees: as many roundoff units of that type are allowed, or the same multiple of the original's noise as above.
+STORED_UNITS = 8.0
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,7 @@ class OutputCheck:
         if self.mismatch:
             return self.mismatch
         if not self.float64.relative <= self.bound64:
-            return f"relative error {self.float64.relative:.2e} in float64, bound {self.bound64:.0e}"
+            return f"relative error {self.float64.relative:.2e} in float64, bound {self.bound64:.1e}"
         if not self.native.relative <= self.bound_native:
             return f"relative error {self.native.relative:.2e} in the model's dtype, bound {self.bound_native:.1e}"
         return ""
@@ -102,13 +105,16 @@ class OutputCheck:
 class Certificate:
     """The result of comparing two programs. `print(certificate)` shows a table.
 
-    `dtype` is the float type whose rounding limits the original; `inputs` describes what both programs were given;
-    `closed_loop_steps` counts the further steps in which each program was fed its own returned state, and
-    `closed_loop` says what was carried or why there was no loop.
+    `dtype` is the float type whose rounding limits the original; `exact`: the float64 comparison used the changed
+    constants before their cast to the stored type, so that it judges the transformation alone; `constants` says so in
+    words; `inputs` describes what both programs were given; `closed_loop_steps` counts the further steps in which each
+    program was fed its own returned state, and `closed_loop` says what was carried or why there was no loop.
     """
 
     outputs: tuple[OutputCheck, ...]
     dtype: torch.dtype
+    exact: bool
+    constants: str
     inputs: tuple[str, ...]
     closed_loop_steps: int
     closed_loop: str
@@ -147,6 +153,8 @@ class Certificate:
             "ok": self.ok,
             "verdict": self.verdict,
             "dtype": _short(self.dtype),
+            "exact": self.exact,
+            "constants": self.constants,
             "inputs": list(self.inputs),
             "closed_loop_steps": self.closed_loop_steps,
             "closed_loop": self.closed_loop,
@@ -155,17 +163,15 @@ class Certificate:
 
     def __str__(self) -> str:
         shown = sorted(self.outputs, key=lambda o: (not o.failure, o.float64.argmax is None))[:_ROWS]
+        dtype = _short(self.dtype)
         hidden = [o for o in self.outputs if o not in shown]
         lines = [self.verdict, *_table([_HEADER, *map(_cells, shown)])]
         if hidden:
             error = max(o.float64.relative for o in hidden)
             native = max(o.native.relative for o in hidden)
-            lines.append(
-                f"and {len(hidden)} more outputs, relative error at most {error:.1e} in float64, {native:.1e} native"
-            )
-        lines.append(
-            f"native: {_short(self.dtype)}; noise: the original in {_short(self.dtype)} against itself in float64"
-        )
+            lines.append(f"and {len(hidden)} more outputs, at most {error:.1e} in float64, {native:.1e} in {dtype}")
+        lines.append(f"f64: both programs lifted throughout; {self.constants}")
+        lines.append(f"native: {dtype}; noise: the original in {dtype} against itself in float64")
         lines.append(f"closed loop: {self.closed_loop}")
         lines.append(f"inputs: {_shortened(self.inputs)}")
         return "\n".join(lines)

@@ -126,12 +126,12 @@ def export(
 ) -> None:
     """Load MODEL, rotate it, certify it, and write a folder that ONNX Runtime runs."""
     screen = _screen(ctx, as_json, verbose)
-    config = configuration(rotations, kind, block_size, seed, tied, form, cache, exclude)
+    config = configuration(rotations, kind, block_size, seed, tied, form, cache, exclude, no_verify)
     onnx, quantize = _onnx()
     _check_writable(out)
     with screen.steps() as steps:
         loaded = load_model(model, dtype=dtype, cache=not no_cache, progress=steps.begin)
-        result = _rotated(loaded.program, config, not no_verify, steps)
+        result = _rotated(loaded.program, config, steps)
         report = onnx.export(result.program, out, verify=False if no_verify else None,
                              progress=lambda step: steps.begin(f"onnx: {step}"))  # fmt: skip
         packed = None
@@ -166,7 +166,7 @@ def rotate(
 ) -> None:
     """Rotate an exported program, certify it, and save it."""
     screen = _screen(ctx, as_json, verbose)
-    config = configuration(rotations, kind, block_size, seed, tied, form, cache, exclude)
+    config = configuration(rotations, kind, block_size, seed, tied, form, cache, exclude, no_verify)
     if config is None:
         raise ConfigError("rotate needs a rotation; choose from " + ALL)
     if target.suffix != ".pt2":
@@ -175,7 +175,7 @@ def rotate(
     with screen.steps() as steps:
         steps.start("load")
         program = load_program(source)
-        result = _rotated(program, config, not no_verify, steps)
+        result = _rotated(program, config, steps)
         steps.start("save")
         save_program(result.program, target)
     if as_json:
@@ -253,7 +253,7 @@ def verify(
     if as_json:
         screen.document(certificate.to_dict())
     elif isinstance(certificate, Certificate):
-        screen.show(certificate_table(certificate, every_output=screen.verbose))
+        screen.show(certificate_table(certificate.to_dict(), every_output=screen.verbose))
     else:
         screen.show(certificate.verdict)
     if not certificate.ok:
@@ -262,34 +262,40 @@ def verify(
 
 @dataclass(frozen=True)
 class _Result:
-    """A program and how it came about; without plan and certificate where nothing was asked for."""
+    """A program and how it came about; without a plan where nothing was asked for."""
 
     program: ExportedProgram
     plan: RotationPlan | None = None
-    certificate: Certificate | None = None
+
+    @property
+    def certificate(self) -> dict[str, Any] | None:
+        """As the program's record holds it; None where it was not certified."""
+        found = record.read(self.program)
+        return found.certificate if found is not None else None
 
     def to_dict(self) -> dict[str, Any]:
         found = record.read(self.program)
         return {
             "versions": {name: _version(name) for name in _PACKAGES} | {"python": platform.python_version()},
             "plan": self.plan and self.plan.to_dict(),
-            "certificate": self.certificate and self.certificate.to_dict(),
             "record": found and found.to_dict(),
         }
 
 
-def _rotated(program: ExportedProgram, config: RotationConfig | None, certify: bool, steps: Steps) -> _Result:
-    """Plan, rotate and certify. Raises VerificationError where the certificate fails."""
+def _rotated(program: ExportedProgram, config: RotationConfig | None, steps: Steps) -> _Result:
+    """Plan, rotate and certify."""
     if config is None:
         return _Result(program)
     steps.start("plan")
     decided = make_plan(program, config)
-    rotated = transform(program, plan=decided, progress=steps.start("rotate"))
-    if not certify:
-        return _Result(rotated, decided)
-    certificate = make_certificate(program, rotated, progress=steps.start("certify"))
-    certificate.raise_if_failed()
-    return _Result(rotated, decided, certificate)
+    tick = steps.start("rotate")
+
+    def progress(done: int, total: int) -> None:
+        tick(done, total)
+        if done == total and config.verify:
+            steps.start("certify")
+
+    return _Result(transform(program, plan=decided, progress=progress), decided)
 
 
 def _screen(ctx: typer.Context, as_json: bool, verbose: int) -> Screen:

@@ -7,7 +7,7 @@ import logging
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,11 +16,11 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from .certificate import Certificate, OutputCheck
 from .planning import PlannedSpace, RotationPlan
 
 Tick = Callable[[int, int], None]
 _OUTPUTS_SHOWN = 8
+_PIPE_WIDTH = 140  # where there is no terminal to ask
 
 
 class Screen:
@@ -28,8 +28,9 @@ class Screen:
 
     def __init__(self, *, as_json: bool = False, verbose: bool = False) -> None:
         self.as_json, self.verbose = as_json, verbose
-        self.out = Console(file=sys.stdout)
-        self.err = Console(file=sys.stderr)
+        self.out, self.err = (
+            Console(file=file, width=None if file.isatty() else _PIPE_WIDTH) for file in (sys.stdout, sys.stderr)
+        )
         if verbose:
             log = logging.getLogger("spinpass")
             log.setLevel(logging.DEBUG)
@@ -104,27 +105,16 @@ class Steps:
 
 def plan_table(plan: RotationPlan, *, every_space: bool = False) -> Table:
     """The decisions of a plan; spaces that differ only in the layer share a line unless ``every_space``."""
-    table = Table(
-        "space",
-        "size",
-        "rotation",
-        "form",
-        "online",
-        "FLOP/token",
-        "bytes added",
-        title="Rotations",
-        title_justify="left",
-    )
-    for column in (1, 5, 6):
-        table.columns[column].justify = "right"
+    table = Table(title="Rotations", title_justify="left", caption_justify="left")
+    for name in ("space", "rotation", "form", "online"):
+        table.add_column(name, no_wrap=name in ("space", "rotation"))
+    table.add_column("FLOP/token", justify="right")
     for name, spaces in _groups(plan.spaces, every_space).items():
         first = spaces[0]
-        flops, added = sum(s.flops for s in spaces), sum(s.bytes_added for s in spaces)
         label = f"{name} ({len(spaces)}×)" if len(spaces) > 1 else name
-        decision = (str(first.size), str(first.rotation), first.form, _online(spaces))
-        table.add_row(label, *decision, f"{flops:,}", f"{added:,}")
-    table.caption = f"{len(plan.spaces)} spaces, {plan.flops:,} FLOP per token and {plan.bytes_added:,} bytes added"
-    table.caption_justify = "left"
+        table.add_row(label, str(first.rotation), first.form, _online(spaces), f"{sum(s.flops for s in spaces):,}")
+    total = f"{len(plan.spaces)} spaces, {plan.flops:,} FLOP per token and {plan.bytes_added:,} bytes added"
+    table.caption = "\n".join([total, *_notes(plan)])
     return table
 
 
@@ -142,29 +132,22 @@ def refusal_table(plan: RotationPlan, *, every_space: bool = False) -> Table | N
     return table
 
 
-def certificate_table(certificate: Certificate, *, every_output: bool = False) -> Table:
-    """Errors per output: the worst first, the rest in one line unless ``every_output``."""
-    native = str(certificate.dtype).removeprefix("torch.")
-    table = Table(
-        "output",
-        "max |ref|",
-        "float64 error",
-        "argmax",
-        f"{native} error",
-        "argmax",
-        "",
-        title="Certificate",
-        title_justify="left",
-    )
+def certificate_table(certificate: Mapping[str, Any], *, every_output: bool = False) -> Table:
+    """Errors per output of ``Certificate.to_dict()``: the worst first, the rest counted unless ``every_output``."""
+    native = certificate["dtype"]
+    headings = ("output", "max |ref|", "float64 error", "argmax", f"{native} error", "argmax", "")
+    table = Table(*headings, title="Certificate", title_justify="left", caption_justify="left")
     for column in table.columns[1:6]:
         column.justify = "right"
-    ordered = sorted(certificate.outputs, key=lambda o: (not o.failure, o.float64.argmax is None, -o.float64.relative))
-    shown = ordered if every_output else ordered[:_OUTPUTS_SHOWN]
+    outputs = sorted(certificate["outputs"], key=lambda o: (o["ok"], o["float64"]["argmax"] is None))
+    shown = outputs if every_output else outputs[:_OUTPUTS_SHOWN]
     for output in shown:
-        table.add_row(*_output_cells(output), "[red]FAIL[/]" if output.failure else "[green]ok[/]")
-    rest = f" ({len(ordered) - len(shown)} more outputs)" if len(ordered) > len(shown) else ""
-    table.caption = f"{certificate.verdict}{rest}\nclosed loop: {certificate.closed_loop}"
-    table.caption_justify = "left"
+        verdict = "[green]ok[/]" if output["ok"] else "[red]FAIL[/]"
+        table.add_row(
+            output["name"], *_difference(output["float64"], scale=True), *_difference(output["native"]), verdict
+        )
+    rest = f" ({len(outputs) - len(shown)} more outputs)" if len(outputs) > len(shown) else ""
+    table.caption = f"{certificate['verdict']}{rest}\nclosed loop: {certificate['closed_loop']}"
     return table
 
 
@@ -179,6 +162,10 @@ def _groups(spaces: tuple[PlannedSpace, ...], every_space: bool) -> dict[str, li
     return named
 
 
+def _notes(plan: RotationPlan) -> list[str]:
+    return sorted({note for space in plan.spaces for note in space.notes})
+
+
 def _pattern(name: str) -> str:
     return re.sub(r"(?<=[._])\d+(?=[._:]|$)", "*", name)
 
@@ -190,10 +177,7 @@ def _online(spaces: list[PlannedSpace]) -> str:
     return f"{len(parts)} Hadamard{'s' * (len(parts) != 1)}: {parts[0].why}"
 
 
-def _output_cells(output: OutputCheck) -> tuple[str, ...]:
-    return (output.name, f"{output.float64.scale:.3g}", f"{output.float64.error:.1e}", _share(output.float64.argmax),
-            f"{output.native.error:.1e}", _share(output.native.argmax))  # fmt: skip
-
-
-def _share(agreement: float | None) -> str:
-    return "" if agreement is None else f"{agreement:.1%}"
+def _difference(data: Mapping[str, Any], *, scale: bool = False) -> tuple[str, ...]:
+    argmax = "" if data["argmax"] is None else f"{data['argmax']:.1%}"
+    cells = (f"{float(data['error']):.1e}", argmax)
+    return (f"{float(data['scale']):.3g}", *cells) if scale else cells

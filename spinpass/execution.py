@@ -43,6 +43,13 @@ _NODE_ERRORS = (RuntimeError, TypeError, ValueError, IndexError, KeyError, Attri
 
 
 @dataclass(frozen=True)
+class Deferred:
+    """A constant that is computed where a lifted run uses it, and released again."""
+
+    compute: Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
 class Execution:
     """What one run returned.
 
@@ -117,7 +124,8 @@ def _constant(ep: ExportedProgram, spec: InputSpec) -> Any:
 def execute(
     ep: ExportedProgram, values: Mapping[str, Any], *, float64: bool = False, tick: Tick | None = None
 ) -> Execution:
-    """Run `ep` with `values` by placeholder name; a value for a buffer replaces the stored one.
+    """Run `ep` with `values` by placeholder name; a value for a constant replaces the stored one, and may be
+    :class:`Deferred` in a lifted run.
 
     `tick` is called after every node. Nothing in `values` or in the program is modified: what the program writes in
     place is cloned first.
@@ -155,15 +163,20 @@ def _split_outputs(ep: ExportedProgram, results: Sequence[Any], state: dict[str,
             state[spec.target] = value
         else:
             raise ProgramError(f"output {spec.arg} of kind {spec.kind.name} is not supported: export for inference")
-    return Execution(tuple(outputs), state)
+    return Execution(tuple(map(_computed, outputs)), state)
 
 
 def lift(value: Any) -> Any:
     """float64 for a narrower float, tensor or dtype (complex likewise); anything else as it is."""
+    value = _computed(value)
     if isinstance(value, Tensor):
         wider = _WIDER.get(value.dtype)
         return value if wider is None else value.detach().to(wider)
     return _WIDER.get(value, value) if isinstance(value, torch.dtype) else value
+
+
+def _computed(value: Any) -> Any:
+    return value.compute() if isinstance(value, Deferred) else value
 
 
 def origin(node: Node) -> Node:
@@ -226,6 +239,7 @@ class _Runner(Interpreter):
         if name == _DTYPE_ASSERTION:
             return None
         if name in _LOOKUPS:
+            args, kwargs = map_aggregate(args, _computed), map_aggregate(kwargs, _computed)
             return lift(super().call_function(target, args, kwargs))
         args, kwargs = map_aggregate(args, self._lift), map_aggregate(kwargs, self._lift)
         if name in _SCOPES:

@@ -54,8 +54,9 @@ def configuration(
     form: Form,
     cache: Cache,
     exclude: list[str] | None,
+    no_verify: bool = False,
 ) -> RotationConfig | None:
-    """What the options ask for; None for ``--rotations none``. The commands certify by themselves, with progress."""
+    """What the options ask for; None for ``--rotations none``. Certifies programs of any size unless told otherwise."""
     if rotations.strip().lower() == "none":
         return None
     chosen: Any = tuple(name.strip() for name in rotations.split(","))
@@ -68,5 +69,5 @@ def configuration(
         form=form,
         cache=cache,
         exclude=tuple(exclude or ()),
-        verify=False,
+        verify=not no_verify,
     )

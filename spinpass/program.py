@@ -337,6 +337,11 @@ class ProgramEditor:
         self.replace(node, spare, users)
         return spare
 
+    def exact_constants(self) -> dict[str, Callable[[], Tensor]]:
+        """By placeholder name, what computes each edited constant in float64, before the cast to its stored type."""
+        chiefs = {n: self._constants[self._aliases.get(n, n)] for n in self._constants}
+        return {n.name: chief.compute_float64 for n, chief in chiefs.items() if chief.steps}
+
     # -- the result ---------------------------------------------------------------------------------------------------
 
     def cleanup(self) -> None:

@@ -42,16 +42,17 @@ class Record:
     outputs: dict[int, Carried] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     rotations: dict[str, str] = field(default_factory=dict)   # space name -> fingerprint
+    certificate: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return {"version": self.version, "inputs": {k: v.to_dict() for k, v in self.inputs.items()},
                 "outputs": {str(k): v.to_dict() for k, v in self.outputs.items()}, "config": self.config,
-                "rotations": self.rotations}
+                "rotations": self.rotations, "certificate": self.certificate}
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> Record:
         return Record(data["version"], {k: Carried.from_dict(v) for k, v in data["inputs"].items()},
-                      {int(k): Carried.from_dict(v) for k, v in data["outputs"].items()}, data["config"], data["rotations"])
+                      {int(k): Carried.from_dict(v) for k, v in data["outputs"].items()}, data["config"], data["rotations"], data.get("certificate"))
 
 
 def read(program: ExportedProgram) -> Record | None:
@@ -64,7 +65,7 @@ def read(program: ExportedProgram) -> Record | None:
 
 
 def write(graph: Graph, record: Record) -> None:
-    """Attach the record to every operator whose result leaves the program."""
+    """Attach the record to every operator whose result leaves the program, in place of an earlier one."""
     output = next(iter(reversed(graph.nodes)))
     data = record.to_dict()
     for node in output.all_input_nodes:

@@ -63,10 +63,13 @@ def transform(program: ExportedProgram, config: RotationConfig | None = None, *,
     decided = planner.plan()
     if not decided.spaces:
         raise RefusedError("nothing was rotated:\n" + "\n".join(f"  {r}" for r in decided.refusals))
-    record.write(editor.graph, _record(planner))
+    made = _record(planner)
+    record.write(editor.graph, made)
     result = editor.finish(progress)
     if config.verify or (config.verify is None and _parameters(program) <= VERIFY_LIMIT):
-        verify(program, result).raise_if_failed()
+        certificate = verify(program, result, exact=editor.exact_constants())
+        certificate.raise_if_failed()
+        record.write(result.graph, replace(made, certificate=certificate.to_dict()))
     elif config.verify is None:
         log.info("not certified: more than %s parameters; call spinpass.verify(before, after)", f"{VERIFY_LIMIT:,}")
     return result

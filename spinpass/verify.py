@@ -19,9 +19,9 @@ from torch.export.graph_signature import OutputKind
 from torch.fx import GraphModule, Node
 
 from . import record
-from .certificate import BOUNDS, NOISE_FACTOR, Certificate, Difference, OutputCheck, compare
+from .certificate import BOUNDS, NOISE_FACTOR, STORED_UNITS, Certificate, OutputCheck, compare
 from .errors import ConfigError, ProgramError, VerificationError
-from .execution import constants, execute, flat_inputs, origin, run, user_input_names
+from .execution import Deferred, constants, execute, flat_inputs, origin, run, user_input_names
 from .program import op_name, value
 from .record import Carried
 from .synthetic import next_inputs, synthetic_inputs
@@ -41,6 +41,7 @@ def verify(
     inputs: object = None,
     *,
     bound: Bound | None = None,
+    exact: Mapping[str, Callable[[], Tensor]] | None = None,
     steps: int = 2,
     progress: Progress | None = None,
 ) -> Certificate:
@@ -48,8 +49,10 @@ def verify(
 
     `inputs`: positional arguments, keyword arguments, the pair of both, or values by placeholder name; None makes
     synthetic ones from the specs of `before`. `bound`: the largest relative error allowed in float64, or bounds by
-    dtype; the defaults are `certificate.BOUNDS`. `steps`: closed-loop steps beyond the first, where the program returns
-    state that it also takes. `progress(done, total)` is called after every executed node.
+    dtype; the defaults are `certificate.BOUNDS`. `exact`: the float64 values that constants of `after` had before they
+    were rounded to their dtype, by placeholder name, each computed where it is used; without this mapping the float64
+    comparison sees that rounding, and its bound is raised to it. `steps`: closed-loop steps beyond the first, where the
+    program returns state that it also takes. `progress(done, total)` is called after every executed node.
 
     Returns the certificate, failed or not. Raises ProgramError for something that is not an exported program or cannot
     be run, ConfigError for inputs or bounds that do not fit, VerificationError where the programs do not even take and
@@ -57,19 +60,29 @@ def verify(
     """
     bounds = _bounds(bound)
     _check_programs(before, after)
+    deferred = _deferred(after, exact or {})
     values = synthetic_inputs(before) if inputs is None else flat_inputs(before, inputs)
     ticker = _Ticker(progress, 2 * (1 + steps) * (len(before.graph.nodes) + len(after.graph.nodes)))
-    round_ = _Round(
-        *(_Session(ep, float64, ticker) for float64 in (True, False) for ep in (before, after)),
-        returned=_returned_state(before),
-    )
+    exact_pair = (_Session(before, True, ticker), _Session(after, True, ticker, deferred))
+    native_pair = (_Session(before, False, ticker), _Session(after, False, ticker))
+    round_ = _Round(*exact_pair, *native_pair, returned=_returned_state(before))
     dtype = _working_dtype(before)
-    tally = _Tally(_output_names(before), bounds[torch.float64], bounds[dtype])
+    stored = _stored_again(before, after) if exact is None else None
+    roundoff = STORED_UNITS * torch.finfo(stored).eps / 2 if stored and not _gives(bound, torch.float64) else None
+    tally = _Tally(_output_names(before), bounds[torch.float64], bounds[dtype], roundoff)
     round_.run(values, tally)
     loop_steps, loop = _closed_loop(values, round_, tally, steps)
     ticker.finish()
     described = tuple(_describe(name, given) for name, given in values.items())
-    return Certificate(tally.checks(), dtype, described, loop_steps, loop)
+    return Certificate(
+        outputs=tally.checks(),
+        dtype=dtype,
+        exact=exact is not None,
+        constants=_about_constants(stored, deferred),
+        inputs=described,
+        closed_loop_steps=loop_steps,
+        closed_loop=loop,
+    )
 
 
 def _bounds(bound: Bound | None) -> dict[torch.dtype, float]:
@@ -78,6 +91,10 @@ def _bounds(bound: Bound | None) -> dict[torch.dtype, float]:
         if dtype not in BOUNDS or not limit >= 0:
             raise ConfigError(f"bound {limit!r} for {dtype}: bounds are numbers >= 0 for {', '.join(map(str, BOUNDS))}")
     return BOUNDS | given
+
+
+def _gives(bound: Bound | None, dtype: torch.dtype) -> bool:
+    return dtype in bound if isinstance(bound, Mapping) else bound is not None
 
 
 def _check_programs(before: ExportedProgram, after: ExportedProgram) -> None:
@@ -90,6 +107,33 @@ def _check_programs(before: ExportedProgram, after: ExportedProgram) -> None:
     count, other = len(_output_names(before)), len(_output_names(after))
     if count != other:
         raise VerificationError(f"the programs return different numbers of outputs: {count} and {other}")
+
+
+def _deferred(after: ExportedProgram, exact: Mapping[str, Callable[[], Tensor]]) -> dict[str, Deferred]:
+    unknown = sorted(exact.keys() - constants(after).keys())
+    if unknown:
+        raise ConfigError(f"exact values for {', '.join(unknown)}: the program has no such constants")
+    return {name: Deferred(compute) for name, compute in exact.items()}
+
+
+def _stored_again(before: ExportedProgram, after: ExportedProgram) -> torch.dtype | None:
+    """The narrowest type below float64 of the constants of `after` that are not constants of `before`; None if none."""
+    old = constants(before)
+    changed = (value for name, value in constants(after).items() if _differs(old, name, value))
+    return max(_float_dtypes(changed) - {torch.float64}, key=lambda dtype: torch.finfo(dtype).eps, default=None)
+
+
+def _differs(old: Mapping[str, Any], name: str, new: Any) -> bool:
+    then = old.get(name)
+    if not isinstance(new, Tensor) or new is then:
+        return False
+    return not isinstance(then, Tensor) or then.dtype != new.dtype or not torch.equal(then, new)
+
+
+def _about_constants(stored: torch.dtype | None, deferred: Mapping[str, Any]) -> str:
+    if stored is not None:
+        return f"the changed constants as stored, rounded to {str(stored).removeprefix('torch.')}"
+    return "the changed constants before their final rounding" if deferred else "no constant was rounded again"
 
 
 def _working_dtype(ep: ExportedProgram) -> torch.dtype:
@@ -139,6 +183,7 @@ class _Session:
     ep: ExportedProgram
     float64: bool
     tick: Callable[[], None]
+    deferred: Mapping[str, Deferred] = field(default_factory=dict)
     state: dict[str, Any] = field(default_factory=dict)
     changed: set[str] = field(default_factory=set)
 
@@ -151,19 +196,25 @@ class _Session:
 
     def step(self, values: Mapping[str, Any]) -> tuple[Any, ...]:
         """The flat user outputs for `values`, except where the program has state of its own."""
-        fed = {
-            name: _into(given, self.carried_in.get(name), self.float64) for name, given in values.items()
-        } | self.state
-        result = execute(self.ep, fed, float64=self.float64, tick=self.tick)
+        given = {name: _into(value, self.carried_in.get(name), self.float64) for name, value in values.items()}
+        fed = given | self.state
+        result = execute(self.ep, {**self.deferred, **fed}, float64=self.float64, tick=self.tick)
         self.raw = result.outputs
         self.state |= result.state
         self.changed |= result.state.keys()
         self.known |= fed
-        return tuple(_back(out, self.carried_out.get(i)) for i, out in enumerate(result.outputs))
+        return tuple(self._plain(out, self.carried_out.get(i)) for i, out in enumerate(result.outputs))
 
     def current(self, name: str) -> Any:
         """What the input or buffer `name` holds now; None if the program has none of that name."""
-        return _back(self.state.get(name, self.known.get(name)), self.carried_in.get(name))
+        return self._plain(self.state.get(name, self.known.get(name)), self.carried_in.get(name))
+
+    def _plain(self, out: Any, carried: Carried | None) -> Any:
+        """In the basis of the original, in the type that the program returned."""
+        if carried is None or not isinstance(out, Tensor):
+            return out
+        restored = _blockwise(out, carried, inverse=True)
+        return restored if self.float64 else restored.to(out.dtype)
 
     def feed_back(self, returned: Mapping[int, str]) -> None:
         """Outputs become inputs of the next step, raw."""
@@ -175,10 +226,6 @@ def _into(given: Any, carried: Carried | None, float64: bool) -> Any:
         return given
     rotated = _blockwise(given, carried, inverse=False)
     return rotated if float64 else rotated.to(given.dtype)
-
-
-def _back(out: Any, carried: Carried | None) -> Any:
-    return out if carried is None or not isinstance(out, Tensor) else _blockwise(out, carried, inverse=True)
 
 
 def _blockwise(x: Tensor, carried: Carried, *, inverse: bool) -> Tensor:
@@ -241,30 +288,32 @@ def _closed_loop(values: Mapping[str, Any], round_: _Round, tally: _Tally, steps
 class _Tally:
     """The worst comparison of every output over all steps."""
 
-    def __init__(self, names: list[str], bound64: float, bound_native: float) -> None:
+    def __init__(self, names: list[str], bound64: float, bound_native: float, roundoff: float | None) -> None:
         self.names = names
         self._bounds = (bound64, bound_native)
+        self._roundoff = roundoff  # of constants that were stored again
         self._checks: dict[str, OutputCheck] = {}
 
     def add(self, name: str, results: _Results, *, argmax: bool) -> None:
         exact = compare(results.exact_before, results.exact_after, argmax=argmax)
         native = compare(results.before, results.after, argmax=argmax)
         noise = compare(results.exact_before, results.before, argmax=False).relative
-        self._merge(name, results, exact, native, noise)
-
-    def _merge(self, name: str, results: _Results, exact: Difference, native: Difference, noise: float) -> None:
         mismatch = _mismatch(results.before, results.after)
         old = self._checks.get(name)
         if old is not None:
             exact, native = exact.worst(old.float64), native.worst(old.native)
             noise, mismatch = max(noise, old.noise), old.mismatch or mismatch
-        bound64, bound_native = self._bounds
-        if not _is_floating(results.before):
-            bound64 = bound_native = 0.0
-        elif noise < float("inf"):
-            bound_native = max(bound_native, NOISE_FACTOR * noise)
         shape = tuple(getattr(results.before, "shape", ()))
-        self._checks[name] = OutputCheck(name, shape, exact, native, noise, bound64, bound_native, mismatch)
+        limits = self._limits(noise) if _is_floating(results.before) else (0.0, 0.0)
+        self._checks[name] = OutputCheck(name, shape, exact, native, noise, *limits, mismatch)
+
+    def _limits(self, noise: float) -> tuple[float, float]:
+        """The bounds in float64 and in the model's dtype of an output whose original has this noise."""
+        bound64, bound_native = self._bounds
+        noise = noise if noise < float("inf") else 0.0
+        if self._roundoff is not None:
+            bound64 = max(bound64, self._roundoff, NOISE_FACTOR * noise)
+        return bound64, max(bound_native, NOISE_FACTOR * noise)
 
     def checks(self) -> tuple[OutputCheck, ...]:
         return tuple(self._checks.values())

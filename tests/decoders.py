@@ -18,7 +18,7 @@ from torch.nn import functional as F
 import spinpass
 from spinpass.errors import RefusedError
 
-from .models import randomise
+from tests.models import randomise
 
 VOCAB, HIDDEN, FFN, HEADS, KV, HEAD = 40, 24, 40, 4, 2, 8
 BATCH, SEQ = 2, 5

@@ -20,9 +20,9 @@ from spinpass.errors import ConfigError, ProgramError, QuantizedWeightError, Ref
 from spinpass.rotation import Rotation
 from spinpass.verify import run, synthetic_inputs
 
-from . import models
-from .decoders import Decoder, exported, flat, made, outcome, relative_error, snapshot, tokens
-from .programs import program
+from tests import models
+from tests.decoders import Decoder, exported, flat, made, outcome, relative_error, snapshot, tokens
+from tests.programs import program
 
 EXACT = 1e-9
 SANDWICH = {"gemma2", "gemma3_text"}   # norms on both sides of a block

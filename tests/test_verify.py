@@ -92,16 +92,47 @@ def failing(before: ExportedProgram, after: ExportedProgram, match: str, **optio
 
 
 def test_perturbed_weight_fails() -> None:
-    model = modules.decoder()
-    before = modules.export_module(model, modules.sample_args(model.options))
-    changed = modules.decoder()
+    model, changed = (modules.decoder(dtype=torch.float64) for _ in range(2))
     with torch.no_grad():
-        changed.layers[1].mlp.down.weight[3, 5] += 1e-5
-    failing(
-        before,
-        modules.export_module(changed, modules.sample_args(model.options)),
-        "relative error .* in float64, bound 1e-09",
-    )
+        changed.layers[1].mlp.down.weight[3, 5] += 1e-7
+    args = modules.sample_args(model.options)
+    before, after = modules.export_module(model, args), modules.export_module(changed, args)
+    failing(before, after, "relative error .* in float64, bound 1.0e-09")
+
+
+def test_rounding_of_stored_constants_is_told_from_the_transformation() -> None:
+    """float32 weights that were multiplied and stored again: exact before the rounding, one roundoff off as stored."""
+
+    class Scaled(nn.Module):
+        def __init__(self, factor: float) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.weight = nn.Parameter((torch.randn(8, 16).double() * factor).float())
+            self.factor = factor
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.weight) / self.factor
+
+    x = torch.randn(2, 16)
+    before, after = exported(Scaled(1.0), x), exported(Scaled(3.0), x)
+    as_stored = verify(before, after)
+    assert as_stored.ok and 1e-9 < as_stored.outputs[0].float64.relative < as_stored.outputs[0].bound64 < 1e-6
+    assert as_stored.constants == "the changed constants as stored, rounded to float32"
+    calls = []
+
+    def exact() -> Tensor:
+        calls.append(1)
+        return before.state_dict["weight"].double() * 3.0
+
+    certificate = verify(before, after, exact={"p_weight": exact})
+    assert certificate.ok and certificate.outputs[0].float64.relative < 1e-15 and calls
+    assert certificate.outputs[0].bound64 == 1e-9
+    assert certificate.constants == "the changed constants before their final rounding"
+    assert verify(before, before).constants == "no constant was rounded again"
+    failing(before, after, "in float64, bound 1.0e-09", exact={"p_weight": lambda: exact() * (1 + 1e-8)})
+    failing(before, after, "in float64, bound 1.0e-09", bound=1e-9)
+    with pytest.raises(ConfigError, match="exact values for nothing: the program has no such constants"):
+        verify(before, after, exact={"nothing": exact})
 
 
 def test_dropped_bias_fails() -> None:
@@ -144,8 +175,8 @@ def test_wrong_rotation_fails_and_the_right_one_passes() -> None:
     wrong = Rotation.create("random-hadamard", 16, seed=2).matrix(torch.float32)
     ids = torch.randint(0, 20, (2, 5))
     before = exported(Stream(torch.eye(16), torch.eye(16)), ids)
-    assert verify(before, exported(Stream(right, right), ids), bound=1e-6).ok  # the fold is rounded to float32
-    failing(before, exported(Stream(right, wrong), ids), "in float64", bound=1e-6)
+    assert verify(before, exported(Stream(right, right), ids)).ok
+    failing(before, exported(Stream(right, wrong), ids), "in float64")
 
 
 def test_native_bound_catches_what_float64_does_not() -> None:
@@ -188,7 +219,7 @@ def test_integer_outputs_must_be_equal() -> None:
             return x + self.more
 
     x = torch.tensor([[10**12, 3]])
-    failing(exported(Count(0), x), exported(Count(1), x), "in float64, bound 0e", inputs=(x,))
+    failing(exported(Count(0), x), exported(Count(1), x), "in float64, bound 0.0e", inputs=(x,))
 
 
 def test_nonfinite_values_must_agree() -> None:

@@ -170,6 +170,7 @@ def _optimise(model: ir.Model) -> None:
     for _ in range(_ROUNDS):
         optimizer.fold_constants(model, onnx_shape_inference=True)
         rewriter.rewrite(model, _RULES)
+    _drop_reshapes(model.graph)
     finish: Sequence[Any] = (
         common.RemoveUnusedNodesPass(),
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
@@ -179,6 +180,17 @@ def _optimise(model: ir.Model) -> None:
     )
     for simplify in finish:
         simplify(model)
+
+
+def _drop_reshapes(graph: ir.Graph) -> None:
+    """Reshape(x) -> x where both have the same shape, symbols included: what ``reshape`` of a fresh export often is."""
+    for node in list(graph):
+        x, y = node.inputs[0] if node.inputs else None, node.outputs[0]
+        if node.op_type != "Reshape" or x is None or x.shape is None or x.shape != y.shape or y.is_graph_output():
+            continue
+        if all(isinstance(size, int) or size.value is not None for size in x.shape):
+            ir.convenience.replace_all_uses_with(y, x)
+            graph.remove(node, safe=True)
 
 
 def _share_initializers(graph: ir.Graph) -> None:

@@ -28,7 +28,8 @@ _TORCH_LOGGERS = ("torch.export", "torch.export.pt2_archive._package", "torch._e
 def load_program(path: str | Path) -> ExportedProgram:
     """The program in a ``.pt2`` file, with the sharing of tied weights it was saved with.
 
-    Programs that take a KV cache of transformers name its class; it is registered first, which needs transformers. The example inputs in the file are unpickled by torch: load only files that you trust.
+    Programs that take a KV cache of transformers name its class; it is registered first, which needs transformers. The
+    example inputs in the file are unpickled by torch: load only files that you trust.
 
     Raises:
         ConfigError: there is no such file.

@@ -70,8 +70,9 @@ def _dense(editor: ProgramEditor, node: Node, layout: Layout, rotation: Rotation
            inverse: bool) -> Node:
     """x·Q block by block, for rotations without structure."""
     if "matrix" not in stored:
-        matrix = rotation.matrix()[: rotation.order, : rotation.order].to(value(node).dtype).contiguous()
-        stored["matrix"] = editor.add_constant(f"spinpass.{_identifier(origin)}.matrix", matrix)
+        matrix = rotation.matrix()[: rotation.order, : rotation.order].contiguous()
+        stored["matrix"] = editor.add_constant(f"spinpass.{_identifier(origin)}.matrix", matrix.to(value(node).dtype),
+                                               steps=[lambda _: matrix])
     matrix_node, start = stored["matrix"], node
     blocks = layout.sizes[0] // rotation.order
     if blocks > 1:
