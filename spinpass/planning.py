@@ -15,7 +15,7 @@ from .errors import ConfigError
 from .layout import Layout
 from .linear_input import LinearInputWalk
 from .passes.untie import untie
-from .patterns.attention import Attention, find_attention
+from .patterns.attention import Attention, cache_values, find_attention
 from .patterns.linear import as_linear, find_linears, is_norm_output, root_of, whole_axis
 from .patterns.mlp import find_down_projections
 from .patterns.residual import find_residual_sums
@@ -224,7 +224,7 @@ class Planner:
         for attention in find_attention(self.editor):
             if self._claimed(attention.value, attention.value_layout):
                 continue
-            space = self._cache_walk().grow(attention.value, attention.value_layout)
+            space = self._cache_walk(attention.value).grow(attention.value, attention.value_layout)
             if not space.is_offline or not space.writers or not space.readers:
                 self._refuse("R2", _open_edge("R2", attention.node, space))
                 continue
@@ -236,7 +236,7 @@ class Planner:
         for attention in find_attention(self.editor):
             if self._claimed(attention.query, attention.query_layout):
                 continue
-            space = self._cache_walk().grow(attention.query, attention.query_layout)
+            space = self._cache_walk(attention.key).grow(attention.query, attention.query_layout)
             if space.exits:
                 self._refuse("R3", _open_edge("R3", attention.node, space))
                 continue
@@ -257,8 +257,8 @@ class Planner:
             if site is not None:
                 yield site
 
-    def _cache_walk(self) -> Walk:
-        return Walk(self.editor, carries_cache=self.config.cache == "rotated")
+    def _cache_walk(self, operand: Node) -> Walk:
+        return Walk(self.editor, cache=cache_values(self.editor, operand) if self.config.cache == "rotated" else ())
 
     def _writes_on(self, node: Node) -> bool:
         """The result goes on into the model: it is summed with something, not normed and turned into logits."""
@@ -304,6 +304,10 @@ class Planner:
             for other, layout in self._claims.get(node, ()):
                 if any(layout.overlaps(t.layout) for t in types):
                     return f"{self.editor.fqn(node)} is already rotated by {other}"
+        edges = [e.node for e in (*space.entries, *space.exits)]
+        for node in edges:
+            if edges.count(node) > 1:
+                return f"two axes of {node.name} would have to be rotated online"
         for edge in (*space.entries, *space.exits):
             if not edge.layout.is_contiguous:
                 return f"an online rotation at {edge.node.name} would have to gather its channels ({edge.layout})"

@@ -170,6 +170,7 @@ class ProgramEditor:
         self._merge_aliases()
         self._constant_nodes: dict[Node, bool] = {}
         self._successors: dict[Node, Node] = {}
+        self._expressions: dict[str, Node] = {}
 
     # -- reading ------------------------------------------------------------------------------------------------------
 
@@ -196,6 +197,13 @@ class ProgramEditor:
     def is_computable(self, node: Node) -> bool:
         """The value of a constant is known without running the program: no dynamic size goes into it."""
         return self.is_stored(node) or (self.is_constant(node) and all(self.is_computable(s) for s in node.all_input_nodes))
+
+    def canonical(self, node: Node) -> Node:
+        """The first node that computes the same constant expression: two ``1 + g`` of one ``g`` are one scale."""
+        if not self.is_constant(node) or node in self._constants:
+            return node
+        key = (node.target, torch.fx.node.map_arg((node.args, node.kwargs), lambda n: _Ref(self.canonical(n))))  # type: ignore[misc]
+        return self._expressions.setdefault(repr(key), node)
 
     def is_stored(self, node: Node) -> bool:
         """The node is the placeholder of a parameter, buffer or lifted tensor."""
@@ -425,6 +433,13 @@ class ProgramEditor:
         for node in self.graph.nodes:
             if node.op == "call_function" and "val" not in node.meta and node.users:
                 raise InvariantError(f"{node.name} has no recorded value")
+
+
+@dataclass(frozen=True)
+class _Ref:
+    """Stands for a node in the key of a constant expression."""
+
+    node: Node
 
 
 def lifted(node: Node) -> tuple[Any, Any]:

@@ -18,6 +18,7 @@ from .passes.center import center
 from .passes.fold import fold_rotation
 from .passes.fuse_norm_scale import fuse_norm_scale
 from .passes.insert_rotations import insert_rotations
+from .passes.materialize import materialize
 from .planning import Planner, RotationPlan, Site
 from .program import ProgramEditor, shape
 from .verify import verify
@@ -26,6 +27,8 @@ VERIFY_LIMIT = 50_000_000  # parameters up to which `transform` certifies its re
 log = logging.getLogger("spinpass")
 
 PASSES: list[tuple[str, Callable[[ProgramEditor, Site], Space]]] = [
+    # first, with the values that the expressions have before anything is queued
+    ("Materialize", lambda editor, site: materialize(editor, site.space)),
     # before anything is rotated: a scale can only be moved in the basis it was written in
     ("FuseNormScale", lambda editor, site: fuse_norm_scale(editor, site.space, site.name)),
     # after the scales: what a writer writes is scaled before it is centred

@@ -12,7 +12,6 @@ from ..basis import Space
 from ..layout import Layout
 from ..ops import Centring, Normalization, rule_of
 from ..program import ProgramEditor, shape
-from .fold import foldable
 
 
 def center(editor: ProgramEditor, space: Space, origin: str) -> Space:
@@ -22,7 +21,7 @@ def center(editor: ProgramEditor, space: Space, origin: str) -> Space:
     for use in space.constants:
         if not use.type.centred:
             layout = use.type.layout
-            editor.queue(foldable(editor, use.node), lambda tensor, at=layout: _centred(tensor, at))  # type: ignore[misc]
+            editor.queue(editor.current(use.node), lambda tensor, at=layout: _centred(tensor, at))  # type: ignore[misc]
     for node in space.centrings:
         _stop_centring(editor, node, origin)
     return space

@@ -16,15 +16,10 @@ from ..rotation import Rotation
 def fold_rotation(editor: ProgramEditor, space: Space, rotation: Rotation) -> Space:
     """Queue the rotation on every constant of the space."""
     for use in space.constants:
-        rotate_constant(editor, foldable(editor, use.node), use.type.layout, rotation)
+        rotate_constant(editor, editor.current(use.node), use.type.layout, rotation)
     return space
 
 
 def rotate_constant(editor: ProgramEditor, node: Node, layout: Layout, rotation: Rotation) -> None:
     """Queue ``v -> v R`` for the vectors of ``layout`` in the constant."""
     editor.queue(node, lambda tensor: layout.apply(tensor, lambda vectors, dim: rotation.apply(vectors, dim)))
-
-
-def foldable(editor: ProgramEditor, node: Node) -> Node:
-    """The constant itself where it is stored; a computed one becomes a stored one."""
-    return node if editor.is_stored(node) else editor.materialize(node)

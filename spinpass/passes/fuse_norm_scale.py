@@ -16,7 +16,6 @@ from torch.fx import Node
 from ..basis import AxisType, ConstantUse, ShiftUse, Space
 from ..ops import Multilinear, Normalization, rule_of
 from ..program import ProgramEditor, arguments, op_name, shape, value
-from .fold import foldable
 
 
 def fuse_norm_scale(editor: ProgramEditor, space: Space, origin: str) -> Space:
@@ -27,7 +26,7 @@ def fuse_norm_scale(editor: ProgramEditor, space: Space, origin: str) -> Space:
     made = [(use.node, _shift_result(editor, use, origin)) for use in space.shifts]
     for constant in space.constants:
         if constant.type.pending is not None and constant.type.pending.scale is not None:
-            _scale(editor, foldable(editor, constant.node), constant.type)
+            _scale(editor, editor.current(constant.node), constant.type)
     for node in space.scales:
         _unscale(editor, node, space, origin)
     written = tuple(

@@ -9,6 +9,7 @@ from torch.fx import Node
 from ..layout import Layout
 from ..ops import Movement, Multilinear, Operand, rule_of
 from ..program import ProgramEditor, arguments, is_op, op_name, shape
+from .linear import as_linear
 
 _FUSED = ("aten::scaled_dot_product_attention", "aten::_scaled_dot_product_flash_attention_for_cpu",
           "aten::_scaled_dot_product_flash_attention", "aten::_scaled_dot_product_efficient_attention")
@@ -24,6 +25,7 @@ class Attention:
     node: Node
     query: Node
     query_layout: Layout
+    key: Node
     value: Node
     value_layout: Layout
 
@@ -46,7 +48,7 @@ def _fused(node: Node) -> Attention | None:
     q_size, v_size = shape(query)[-1], shape(value)[-1]
     if not isinstance(q_size, int) or not isinstance(v_size, int):
         return None
-    return Attention(node, query, Layout.full(len(shape(query)) - 1, q_size), value, Layout.full(len(shape(value)) - 1, v_size))
+    return Attention(node, query, Layout.full(len(shape(query)) - 1, q_size), args["key"], value, Layout.full(len(shape(value)) - 1, v_size))
 
 
 def _spelled_out(editor: ProgramEditor, softmax: Node) -> Attention | None:
@@ -54,7 +56,7 @@ def _spelled_out(editor: ProgramEditor, softmax: Node) -> Attention | None:
     weighted = _weighted_sum(editor, softmax)
     if scores is None or weighted is None:
         return None
-    query = scores[0]
+    query, key = scores
     label = "k"
     q_size = shape(query.node)[query.labels.index(label)]
     value = weighted
@@ -62,7 +64,7 @@ def _spelled_out(editor: ProgramEditor, softmax: Node) -> Attention | None:
     v_size = shape(value.node)[v_at]
     if not isinstance(q_size, int) or not isinstance(v_size, int):
         return None
-    return Attention(softmax, query.node, Layout.full(query.labels.index(label), q_size), value.node, Layout.full(v_at, v_size))
+    return Attention(softmax, query.node, Layout.full(query.labels.index(label), q_size), key.node, value.node, Layout.full(v_at, v_size))
 
 
 def _scores(editor: ProgramEditor, softmax: Node) -> tuple[Operand, Operand] | None:
@@ -111,3 +113,21 @@ def _activations_product(editor: ProgramEditor, node: Node) -> tuple[Operand, Op
     if editor.is_constant(a.node) or editor.is_constant(b.node):
         return None
     return a, b
+
+
+def cache_values(editor: ProgramEditor, operand: Node) -> set[Node]:
+    """What a KV cache may hold of an attention's key or value operand: everything between the linear layer and the attention."""
+    found: set[Node] = set()
+    todo = [operand]
+    while todo:
+        node = todo.pop()
+        if node in found or editor.is_constant(node):
+            continue
+        found.add(node)
+        if node.op == "call_function" and as_linear(editor, node) is None and not _mixes_tokens(editor, node):
+            todo += node.all_input_nodes
+    return found
+
+
+def _mixes_tokens(editor: ProgramEditor, node: Node) -> bool:
+    return is_op(node) and (op_name(node) in _FUSED or _activations_product(editor, node) is not None)

