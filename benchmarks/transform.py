@@ -1,9 +1,9 @@
 """What planning and transforming cost: ``python benchmarks/transform.py [PROGRAM.pt2]``.
 
-Two tables. The first takes a real program (without an argument: SmolLM2-135M from its package, exported with its KV cache)
-and shows CPU seconds and the peak of memory above what was loaded, as a multiple of the weights' bytes. The second
-takes decoders of 8 to 64 layers and shows how the time grows, with a straight line fitted to it. Every figure comes
-from a process of its own, in which the program is loaded or exported first.
+Two tables. The first takes a real program (without an argument: SmolLM2-135M from its package, exported with its KV
+cache) and shows CPU seconds and the peak of memory above what was loaded, as a multiple of the weights' bytes. The
+second takes decoders of 8 to 64 layers and shows how the time grows, with a straight line fitted to it. Every figure
+comes from a process of its own, in which the program is loaded or exported first.
 """
 
 from __future__ import annotations

@@ -17,6 +17,20 @@ from .transform import plan, transform
 from .verify import Certificate, verify
 
 __all__ = [
-    "Certificate", "ConfigError", "ExportError", "InvariantError", "Override", "ProgramError", "QuantizedWeightError",
-    "RefusedError", "Rotation", "RotationConfig", "RotationPlan", "SpinpassError", "VerificationError", "plan", "transform", "verify",
+    "Certificate",
+    "ConfigError",
+    "ExportError",
+    "InvariantError",
+    "Override",
+    "ProgramError",
+    "QuantizedWeightError",
+    "RefusedError",
+    "Rotation",
+    "RotationConfig",
+    "RotationPlan",
+    "SpinpassError",
+    "VerificationError",
+    "plan",
+    "transform",
+    "verify",
 ]

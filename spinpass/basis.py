@@ -1,10 +1,11 @@
 """The basis analysis: which tensor axes must share one basis.
 
-A *space* grows from a seed axis through every operator that commutes with a rotation of that axis, in both directions, until each
-of its edges is accounted for: constants that lie in the space (they fold), contractions (they cancel), norm statistics (they do
-not change), and barriers. Where a value enters the space behind a barrier stands an :class:`Entry`, where one leaves it for an
-operator that needs the original basis an :class:`Exit`: there an online rotation makes the program right, whatever the
-configuration then decides. The analysis reads the graph and never edits it; ops.py says what each operator does.
+A *space* grows from a seed axis through every operator that commutes with a rotation of that axis, in both
+directions, until each of its edges is accounted for: constants that lie in the space (they fold), contractions (they
+cancel), norm statistics (they do not change), and barriers. Where a value enters the space behind a barrier stands an
+:class:`Entry`, where one leaves it for an operator that needs the original basis an :class:`Exit`: there an online
+rotation makes the program right, whatever the configuration then decides. The analysis reads the graph and never
+edits it; ops.py says what each operator does.
 
 Two operators are crossed although no rotation passes them, because they can be moved into constants first:
 
@@ -51,7 +52,8 @@ class Pending:
     """A per-channel scale (and shift) that is being moved into constants.
 
     ``after``: the original value is (this one)·scale + shift (behind a norm); otherwise this one is to be multiplied by
-    ``scale`` (in front of a layer scale). ``scale`` and ``shift`` are constant nodes, indexed by the space's coordinate.
+    ``scale`` (in front of a layer scale). ``scale`` and ``shift`` are constant nodes, indexed by the space's
+    coordinate.
     """
 
     after: bool
@@ -70,7 +72,7 @@ class AxisType:
     layout: Layout
     pending: Pending | None = None
     centred: bool = False
-    reads: bool = field(default=False, compare=False)   # of a constant: it contracts the space along this axis
+    reads: bool = field(default=False, compare=False)  # of a constant: it contracts the space along this axis
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,9 @@ class Carried:
 
 @dataclass(frozen=True)
 class ShiftUse:
-    """A linear operator whose input lost a constant shift: its result must gain ``shift`` contracted with its weight."""
+    """A linear operator whose input lost a constant shift: its result must gain ``shift`` contracted with its
+    weight.
+    """
 
     node: Node
     operand: Node
@@ -136,15 +140,22 @@ class Space:
     entries: tuple[Entry, ...]
     exits: tuple[Exit, ...]
     carried: tuple[Carried, ...]
-    scales: tuple[Node, ...]       # multiplications by a norm's or layer's scale, and norm operators with one, to be moved into constants
+    scales: tuple[
+        Node, ...
+    ]  # multiplications by a norm's or layer's scale, and norm operators with one, to be moved into constants
     shifts: tuple[ShiftUse, ...]
-    centrings: tuple[Node, ...]    # x − mean(x), which are identities once all writers are centred
+    centrings: tuple[Node, ...]  # x − mean(x), which are identities once all writers are centred
     centred: bool
-    kept: dict[Node, str]          # constants that stay as they are, and why
+    kept: dict[Node, str]  # constants that stay as they are, and why
+
+    @property
+    def online(self) -> tuple[Entry | Exit, ...]:
+        """Where a rotation, or its inverse, has to stand in the graph."""
+        return (*self.entries, *self.exits)
 
     @property
     def is_offline(self) -> bool:
-        return not self.entries and not self.exits
+        return not self.online
 
     @property
     def writers(self) -> list[Node]:
@@ -176,16 +187,16 @@ class _Restart(Exception):
 
 
 class Walk:
-    """The growth of a space from a seed. ``cache``: the values that a KV cache may hold; program inputs and outputs among them, or
-    moved from them, may be in the space's basis."""
+    """The growth of a space from a seed. ``cache``: the values that a KV cache may hold; program inputs and outputs
+    among them, or moved from them, may be in the space's basis."""
 
     def __init__(self, editor: ProgramEditor, *, cache: Collection[Node] = ()) -> None:
         self.editor = editor
         self.cache = cache
         self.kept: dict[Node, str] = {}
-        self._closed: dict[Node, str] = {}      # operators treated as barriers after a contradiction
-        self._uncrossed: dict[Node, str] = {}   # scales that cannot be moved into constants
-        self._computed: set[Node] = set()       # constant expressions that fold as a whole, all axes of them
+        self._closed: dict[Node, str] = {}  # operators treated as barriers after a contradiction
+        self._uncrossed: dict[Node, str] = {}  # scales that cannot be moved into constants
+        self._computed: set[Node] = set()  # constant expressions that fold as a whole, all axes of them
         self._rules: dict[Node, Rule] = {}
 
     def grow(self, seed: Node, layout: Layout) -> Space:
@@ -244,8 +255,12 @@ class Walk:
                 raise _Restart
         for node in entered - self._closed.keys():
             for source in node.all_input_nodes:
-                if source in self.types and not self.editor.is_constant(source) and (source, node) not in left and \
-                        not self._is_statistic(source, node):
+                if (
+                    source in self.types
+                    and not self.editor.is_constant(source)
+                    and (source, node) not in left
+                    and not self._is_statistic(source, node)
+                ):
                     self._closed[node] = next(why for (n, _), why in self._entries.items() if n is node)
                     raise _Restart
 
@@ -311,7 +326,8 @@ class Walk:
             self._rules[node] = rule_of(node)
         return self._rules[node]
 
-    # -- towards the producers ------------------------------------------------------------------------------------------
+    # -- towards the producers
+    # ------------------------------------------------------------------------------------------
 
     def _backward(self, node: Node, axis: AxisType) -> None:
         if node in self._computed:
@@ -393,7 +409,8 @@ class Walk:
         self._cross_norm(node, rule, axis.layout)
         self._demand(rule.source, AxisType(axis.layout))
 
-    # -- towards the users ----------------------------------------------------------------------------------------------
+    # -- towards the users
+    # ----------------------------------------------------------------------------------------------
 
     def _forward(self, node: Node, axis: AxisType, user: Node) -> None:
         try:
@@ -480,7 +497,9 @@ class Walk:
         if node in self.cache:
             return True
         rule = self._rule_or_none(node)
-        sources = (rule.source,) if isinstance(rule, Movement) else rule.sources if isinstance(rule, Concatenate) else ()
+        sources = (
+            (rule.source,) if isinstance(rule, Movement) else rule.sources if isinstance(rule, Concatenate) else ()
+        )
         return bool(sources) and all(self._is_cache(s) for s in sources)
 
     def _need_plain(self, axis: AxisType, why: str) -> None:
@@ -518,7 +537,12 @@ class Walk:
 
     def _crossable(self, node: Node, rule: Rule, layout: Layout) -> tuple[Node, Node] | None:
         """(value, constant) where ``node`` multiplies a value by one constant per coordinate of the space."""
-        if node in self._uncrossed or not isinstance(rule, Multilinear) or layout.count != 1 or not layout.is_contiguous:
+        if (
+            node in self._uncrossed
+            or not isinstance(rule, Multilinear)
+            or layout.count != 1
+            or not layout.is_contiguous
+        ):
             return None
         if len(rule.terms) != 1 or len(rule.terms[0]) != 2 or rule.opaque:
             return None
@@ -574,7 +598,9 @@ class Walk:
     def _consume_mean(self, node: Node, axis: AxisType, user: Node) -> None:
         self._need_plain(axis, "its mean is taken")
         readers = _through_identities(user)
-        if not readers or not all(isinstance(self._rule_or_none(r), Centring) and r not in self._uncrossed for r in readers):
+        if not readers or not all(
+            isinstance(self._rule_or_none(r), Centring) and r not in self._uncrossed for r in readers
+        ):
             raise Barrier("its mean over the channels is used")
 
     def _consume_centring(self, node: Node, axis: AxisType, user: Node, rule: Centring) -> None:
@@ -614,7 +640,8 @@ class Walk:
         """The space's one vector is the whole last axis."""
         return layout.count == 1 and layout.is_contiguous and layout.dims == (len(shape(node)) - 1,)
 
-    # -- sums of products -----------------------------------------------------------------------------------------------
+    # -- sums of products
+    # -----------------------------------------------------------------------------------------------
 
     def _spread(self, rule: Multilinear, at: Operand | None, axis: AxisType, user: Node | None = None) -> None:
         """From one port of a product (None: its result) to all others that must then be in the space.
@@ -634,8 +661,15 @@ class Walk:
         else:
             self._contract(rule, at, axis, names, mixing, user)
 
-    def _pass_through(self, rule: Multilinear, at: Operand | None, axis: AxisType, names: dict[int, object], mixing: set[object],
-                      user: Node | None) -> None:
+    def _pass_through(
+        self,
+        rule: Multilinear,
+        at: Operand | None,
+        axis: AxisType,
+        names: dict[int, object],
+        mixing: set[object],
+        user: Node | None,
+    ) -> None:
         demands: list[tuple[Node, dict[int, int]]] = []
         if not set(names.values()) <= set(rule.out):
             raise Barrier("part of the axis is summed over")
@@ -655,21 +689,37 @@ class Walk:
             self._pass_pending(rule, at, axis, demands, user, names)
             return
         if at is not None and user is not None:
-            self._demand(user, replace(axis, layout=axis.layout.renamed({d: rule.out.index(n) for d, n in names.items()})))
+            self._demand(
+                user, replace(axis, layout=axis.layout.renamed({d: rule.out.index(n) for d, n in names.items()}))
+            )
         for node, to in demands:
             if at is None or node is not at.node:
                 self._demand(node, replace(axis, layout=axis.layout.renamed(to), reads=False))
 
-    def _pass_pending(self, rule: Multilinear, at: Operand | None, axis: AxisType, demands: list[tuple[Node, dict[int, int]]],
-                      user: Node | None, names: dict[int, object]) -> None:
+    def _pass_pending(
+        self,
+        rule: Multilinear,
+        at: Operand | None,
+        axis: AxisType,
+        demands: list[tuple[Node, dict[int, int]]],
+        user: Node | None,
+        names: dict[int, object],
+    ) -> None:
         """x̂·g -> c·x̂·g with a scalar c, or -> x̂·g + β: all that may become of a value with a pending scale."""
         assert axis.pending is not None
         added = [node for node, _ in demands if at is None or node is not at.node]
         if user is not None and not added and axis.pending.shift is None and len(rule.terms) == 1:
-            self._demand(user, replace(axis, layout=axis.layout.renamed({d: rule.out.index(n) for d, n in names.items()})))
+            self._demand(
+                user, replace(axis, layout=axis.layout.renamed({d: rule.out.index(n) for d, n in names.items()}))
+            )
             return
-        simple = user is not None and len(added) == 1 and self.editor.is_constant(added[0]) and op_name(user) == "aten::add" and \
-            arguments(user)["alpha"] == 1
+        simple = (
+            user is not None
+            and len(added) == 1
+            and self.editor.is_constant(added[0])
+            and op_name(user) == "aten::add"
+            and arguments(user)["alpha"] == 1
+        )
         if not simple or axis.pending.shift is not None or user in self._uncrossed or not axis.layout.is_contiguous:
             raise Barrier("it is combined with other values")
         assert user is not None
@@ -678,8 +728,9 @@ class Walk:
         self._scales[user] = None
         self._demand(user, replace(axis, pending=replace(axis.pending, shift=added[0])))
 
-    def _contract(self, rule: Multilinear, at: Operand, axis: AxisType, names: dict[int, object], mixing: set[object],
-                  user: Node) -> None:
+    def _contract(
+        self, rule: Multilinear, at: Operand, axis: AxisType, names: dict[int, object], mixing: set[object], user: Node
+    ) -> None:
         term = next(t for t in rule.terms if any(o is at for o in t))
         partners = [o for o in term if o is not at and mixing & set(o.labels)]
         if len(partners) != 1:
@@ -699,8 +750,15 @@ class Walk:
             self._same_scale.append((at.node, partner.node, axis.pending.scale))
             return
         self._note_uncentred(at.node, axis, f"is read by {user.name}")
-        self._demand(partner.node, AxisType(layout, axis.pending if axis.pending is None else replace(axis.pending, shift=None),
-                                            axis.centred or constant or self.editor.is_constant(at.node), reads=constant))
+        self._demand(
+            partner.node,
+            AxisType(
+                layout,
+                axis.pending if axis.pending is None else replace(axis.pending, shift=None),
+                axis.centred or constant or self.editor.is_constant(at.node),
+                reads=constant,
+            ),
+        )
         if axis.pending is not None and axis.pending.shift is not None and constant:
             self._shift_reader(user, at, partner, axis.pending.shift)
 
@@ -715,7 +773,11 @@ class Walk:
         natural = self._canonical(rule.weight) if isinstance(rule, Normalization) else None
         if natural is None and isinstance(rule, Multilinear):
             rank = len(shape(root))
-            crossed = self._crossable(root, rule, Layout.full(rank - 1, axis.layout.width)) if axis.layout.count == 1 else None
+            crossed = (
+                self._crossable(root, rule, Layout.full(rank - 1, axis.layout.width))
+                if axis.layout.count == 1
+                else None
+            )
             natural = None if crossed is None else crossed[1]
         expected = None if axis.pending is None else axis.pending.scale
         if root not in self._uncrossed and natural is not expected:
@@ -740,11 +802,16 @@ class Walk:
             raise Barrier(f"{op_name(user)} has no place for the norm's bias")
         self._shifts[user, at.node] = ShiftUse(user, at.node, partner.node, shift)
 
-    # -- the result -----------------------------------------------------------------------------------------------------
+    # -- the result
+    # -----------------------------------------------------------------------------------------------------
 
     def _result(self, seed: Node, layout: Layout) -> Space:
-        constants = [ConstantUse(n, t) for n, types in self.types.items() for t in types
-                     if n in self._computed or (n.op == "placeholder" and self.editor.is_stored(n))]
+        constants = [
+            ConstantUse(n, t)
+            for n, types in self.types.items()
+            for t in types
+            if n in self._computed or (n.op == "placeholder" and self.editor.is_stored(n))
+        ]
         entered = {node for node, _ in self._entries}
         exits: dict[tuple[Node, tuple[int, ...]], tuple[AxisType, str, list[Node]]] = {}
         kept: dict[tuple[Node, tuple[int, ...]], list[Node]] = {}
@@ -754,13 +821,21 @@ class Walk:
             else:
                 exits.setdefault((node, dims), (axis, why, []))[2].append(user)
         space = Space(
-            seed=seed, width=layout.width, members={n: tuple(t) for n, t in self.types.items()}, constants=tuple(constants),
-            entries=tuple(Entry(node, self._layout_of(node, dims), tuple(kept.get((node, dims), ())), why, bool(self._centrings))
-                          for (node, dims), why in self._entries.items()),
+            seed=seed,
+            width=layout.width,
+            members={n: tuple(t) for n, t in self.types.items()},
+            constants=tuple(constants),
+            entries=tuple(
+                Entry(node, self._layout_of(node, dims), tuple(kept.get((node, dims), ())), why, bool(self._centrings))
+                for (node, dims), why in self._entries.items()
+            ),
             exits=tuple(Exit(node, axis.layout, tuple(users), why) for (node, _), (axis, why, users) in exits.items()),
             carried=tuple(Carried(n, at, i) for (n, i), at in self._carried.items()),
-            scales=tuple(self._scales), shifts=tuple(self._shifts.values()), centrings=tuple(self._centrings),
-            centred=bool(self._centrings), kept=dict(self.kept),
+            scales=tuple(self._scales),
+            shifts=tuple(self._shifts.values()),
+            centrings=tuple(self._centrings),
+            centred=bool(self._centrings),
+            kept=dict(self.kept),
         )
         return _hoisted(space, self._rule)
 
@@ -802,9 +877,11 @@ def _reduced_axes(node: Node) -> frozenset[int] | None:
 
 
 def _hoisted(space: Space, rule: Callable[[Node], Rule]) -> Space:
-    """Fewer online rotations: where several entries meet in one operator and go nowhere else, rotate its result instead."""
+    """Fewer online rotations: where several entries meet in one operator and go nowhere else, rotate its result
+    instead.
+    """
     entries = {e.node: e for e in space.entries}
-    inner: dict[Node, set[Node] | None] = {}   # member -> the entries it is made of alone, None if of anything else
+    inner: dict[Node, set[Node] | None] = {}  # member -> the entries it is made of alone, None if of anything else
 
     def made_of(node: Node) -> set[Node] | None:
         if node in entries:
@@ -834,9 +911,15 @@ def _hoisted(space: Space, rule: Callable[[Node], Rule]) -> Space:
         leaving = tuple(u for x in space.exits if x.node is node for u in x.users)
         entries[node] = Entry(node, space.members[node][0].layout, leaving, first.why, first.centre)
         gone = cone | made
-        return _hoisted(replace(space, entries=tuple(entries.values()),
-                                members={n: t for n, t in space.members.items() if n not in gone},
-                                exits=tuple(x for x in space.exits if x.node is not node)), rule)
+        return _hoisted(
+            replace(
+                space,
+                entries=tuple(entries.values()),
+                members={n: t for n, t in space.members.items() if n not in gone},
+                exits=tuple(x for x in space.exits if x.node is not node),
+            ),
+            rule,
+        )
     return space
 
 
@@ -852,10 +935,15 @@ def _cone(node: Node, entries: set[Node], space: Space) -> set[Node]:
     return found
 
 
-def _leads_only_to(node: Node, cone: set[Node], inner: Node, entries: dict[Node, Entry], rule: Callable[[Node], Rule]) -> bool:
+def _leads_only_to(
+    node: Node, cone: set[Node], inner: Node, entries: dict[Node, Entry], rule: Callable[[Node], Rule]
+) -> bool:
     """No reader of ``inner`` outside the cone needs it in the space's basis."""
     keep = entries[inner].keep if inner in entries else ()
-    return all(u in cone or u is node or u in keep or (u.op == "call_function" and isinstance(rule(u), Ignored)) for u in inner.users)
+    return all(
+        u in cone or u is node or u in keep or (u.op == "call_function" and isinstance(rule(u), Ignored))
+        for u in inner.users
+    )
 
 
 def _weight(node: Node) -> int:
@@ -867,5 +955,17 @@ def _weight(node: Node) -> int:
 
 _BIASED = {"aten::linear", "aten::mm", "aten::addmm", "aten::matmul"}
 
-__all__ = ["AxisType", "Barrier", "Carried", "ConstantUse", "Entry", "Exit", "Pending", "Refusal", "ShiftUse", "Space", "Walk",
-           "source_through"]
+__all__ = [
+    "AxisType",
+    "Barrier",
+    "Carried",
+    "ConstantUse",
+    "Entry",
+    "Exit",
+    "Pending",
+    "Refusal",
+    "ShiftUse",
+    "Space",
+    "Walk",
+    "source_through",
+]

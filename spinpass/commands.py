@@ -88,6 +88,8 @@ class _Commands(TyperGroup):
                 raise typer.Exit(1) from error
             state.screen.error(_one_line(error), type(error).__name__)
             raise typer.Exit(2 if isinstance(error, _USAGE_ERRORS) else 1) from error
+        finally:
+            state.screen.close()
 
 
 app = typer.Typer(

@@ -21,7 +21,9 @@ ROLES: tuple[Role, ...] = get_args(Role)
 
 @dataclass(frozen=True)
 class Override:
-    """Settings of one rotation (``R2``) or one space (``R4:model.layers.3.mlp.down_proj``, patterns allowed). None: as configured."""
+    """Settings of one rotation (``R2``) or one space (``R4:model.layers.3.mlp.down_proj``, patterns allowed). None:
+    as configured.
+    """
 
     kind: Kind | None = None
     block_size: int | None = None
@@ -37,24 +39,30 @@ class RotationConfig:
     """Which rotations to insert, in which form.
 
     Args:
-        rotations: any subset of R1 (residual stream), R2 (value heads), R3 (query and key heads), R4 (input of the down projection).
-        kind: ``hadamard`` (deterministic), ``random-hadamard`` (with random signs) or ``random-matrix`` (random orthogonal,
+        rotations: any subset of R1 (residual stream), R2 (value heads), R3 (query and key heads), R4 (input of the
+        down projection). kind: ``hadamard`` (deterministic), ``random-hadamard`` (with random signs) or
+        ``random-matrix`` (random orthogonal,
             dense: slow where it stays online).
         block_size: rotate in diagonal blocks of this size; it must divide the size of every space. None: whole spaces.
-        seed: of the random kinds. The rotation of a space depends on the seed and the space's name only, so that the prefill and
+        seed: of the random kinds. The rotation of a space depends on the seed and the space's name only, so that the
+        prefill and
             decode programs of one model get the same bases.
-        tied: an embedding table shared with the head: ``keep`` leaves the table as it is and rotates online after the lookup and
+        tied: an embedding table shared with the head: ``keep`` leaves the table as it is and rotates online after
+        the lookup and
             before the final norm's scale (no bytes), ``untie`` gives the head a table of its own (vocab × hidden more
             parameters, nothing online), ``auto`` unties only where that adds less than 1% to the program's constants.
-        form: of R1. ``offline``: in the residual stream, norm scales folded into the linears. ``online``: one Hadamard after each
-            norm, shared by the linears that read it, norm scales left in place. ``auto``: offline where the stream closes
-            without online parts (those at the two ends of a tied table aside), else online.
-        cache: ``rotated`` lets a KV cache enter and leave the program in the rotated basis; ``plain`` keeps it as it was, and leaves
+        form: of R1. ``offline``: in the residual stream, norm scales folded into the linears. ``online``: one
+        Hadamard after each
+            norm, shared by the linears that read it, norm scales left in place. ``auto``: offline where the stream
+            closes without online parts (those at the two ends of a tied table aside), else online.
+        cache: ``rotated`` lets a KV cache enter and leave the program in the rotated basis; ``plain`` keeps it as it
+        was, and leaves
             out the rotations that would change it.
         overrides: settings per rotation or per space name.
         matrices: rotation matrices of your own, per rotation or per space name: (n, n), orthogonal, float32 or float64.
         exclude: patterns of space names or of parameter names; a space that matches is left alone.
-        verify: certify the result. None: where the program is small (:data:`spinpass.transform.VERIFY_LIMIT` parameters).
+        verify: certify the result. None: where the program is small (:data:`spinpass.transform.VERIFY_LIMIT`
+        parameters).
 
     Raises:
         ConfigError: for a value that cannot be used.
@@ -73,7 +81,11 @@ class RotationConfig:
     verify: bool | None = None
 
     def __post_init__(self) -> None:
-        chosen = tuple(r.strip() for r in self.rotations.split(",")) if isinstance(self.rotations, str) else tuple(self.rotations)
+        chosen = (
+            tuple(r.strip() for r in self.rotations.split(","))
+            if isinstance(self.rotations, str)
+            else tuple(self.rotations)
+        )
         unknown = [r for r in chosen if r not in ROLES]
         if unknown:
             raise ConfigError(f"unknown rotation {unknown[0]!r}; choose from {', '.join(ROLES)}")
@@ -83,16 +95,21 @@ class RotationConfig:
         object.__setattr__(self, "exclude", (self.exclude,) if isinstance(self.exclude, str) else tuple(self.exclude))
         _check_kind(self.kind)
         _check_block_size(self.block_size)
-        for name, value, allowed in (("tied", self.tied, get_args(Tied)), ("form", self.form, get_args(Form)),
-                                     ("cache", self.cache, get_args(Cache))):
+        for name, value, allowed in (
+            ("tied", self.tied, get_args(Tied)),
+            ("form", self.form, get_args(Form)),
+            ("cache", self.cache, get_args(Cache)),
+        ):
             if value not in allowed:
                 raise ConfigError(f"{name}={value!r} is not one of {', '.join(allowed)}")
         if not isinstance(self.seed, int):
             raise ConfigError(f"seed={self.seed!r} is not an integer")
         for key in (*self.overrides, *self.matrices):
             if key.split(":")[0] not in ROLES:
-                raise ConfigError(f"{key!r} names neither a rotation nor a space; a space's name begins with its rotation, as in "
-                                  "'R2:model.layers.0.self_attn' (see spinpass.plan)")
+                raise ConfigError(
+                    f"{key!r} names neither a rotation nor a space; a space's name begins with its rotation, as in "
+                    "'R2:model.layers.0.self_attn' (see spinpass.plan)"
+                )
         for key, matrix in self.matrices.items():
             if not isinstance(matrix, Tensor):
                 raise ConfigError(f"the matrix for {key!r} is a {type(matrix).__name__}, not a torch.Tensor")
@@ -102,7 +119,9 @@ class RotationConfig:
         chosen = Override(self.kind, self.block_size, self.seed)
         for key in sorted((k for k in self.overrides if _covers(k, name)), key=len):
             given = self.overrides[key]
-            chosen = replace(chosen, **{f.name: getattr(given, f.name) for f in fields(given) if getattr(given, f.name) is not None})
+            chosen = replace(
+                chosen, **{f.name: getattr(given, f.name) for f in fields(given) if getattr(given, f.name) is not None}
+            )
         return chosen
 
     def matrix(self, name: str) -> Tensor | None:
@@ -118,9 +137,13 @@ class RotationConfig:
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; the user's matrices by name only."""
         plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("overrides", "matrices")}
-        return {**plain, "rotations": list(self.rotations), "exclude": list(self.exclude),
-                "overrides": {k: {f.name: getattr(v, f.name) for f in fields(v)} for k, v in self.overrides.items()},
-                "matrices": sorted(self.matrices)}
+        return {
+            **plain,
+            "rotations": list(self.rotations),
+            "exclude": list(self.exclude),
+            "overrides": {k: {f.name: getattr(v, f.name) for f in fields(v)} for k, v in self.overrides.items()},
+            "matrices": sorted(self.matrices),
+        }
 
 
 def _covers(key: str, name: str) -> bool:
@@ -129,7 +152,9 @@ def _covers(key: str, name: str) -> bool:
 
 def _check_kind(kind: object) -> None:
     if kind is not None and kind not in get_args(Kind):
-        raise ConfigError(f"kind={kind!r} is not one of {', '.join(get_args(Kind))}; pass a matrix of your own in `matrices`")
+        raise ConfigError(
+            f"kind={kind!r} is not one of {', '.join(get_args(Kind))}; pass a matrix of your own in `matrices`"
+        )
 
 
 def _check_block_size(block_size: object) -> None:

@@ -20,6 +20,7 @@ from .planning import PlannedSpace, RotationPlan
 
 Tick = Callable[[int, int], None]
 _OUTPUTS_SHOWN = 8
+_LOG = logging.getLogger("spinpass")
 _PIPE_WIDTH = 140  # where there is no terminal to ask
 
 
@@ -31,10 +32,16 @@ class Screen:
         self.out, self.err = (
             Console(file=file, width=None if file.isatty() else _PIPE_WIDTH) for file in (sys.stdout, sys.stderr)
         )
-        if verbose:
-            log = logging.getLogger("spinpass")
-            log.setLevel(logging.DEBUG)
-            log.handlers[:] = [RichHandler(console=self.err, show_path=False, rich_tracebacks=False)]
+        self._handler = RichHandler(console=self.err, show_path=False) if verbose else None
+        if self._handler is not None:
+            _LOG.addHandler(self._handler)
+            _LOG.setLevel(logging.DEBUG)
+
+    def close(self) -> None:
+        """Stop logging."""
+        if self._handler is not None:
+            _LOG.removeHandler(self._handler)
+            _LOG.setLevel(logging.NOTSET)
 
     @contextmanager
     def steps(self) -> Iterator[Steps]:

@@ -1,9 +1,10 @@
 """Where the coordinates of a space sit inside a tensor.
 
-A :class:`Layout` says: along these axes of the tensor (its *carriers*) there are ``k`` blocks of ``n`` elements, and element
-``j`` of every block is coordinate ``j`` of the space. All other axes are free: the same holds at each of their positions.
-Positions are C-order offsets over the carriers, so a layout follows views, transposes, slices and concatenations by
-running those same data movements on offsets. Fused qkv, interleaved heads and repeated kv heads are then all one case.
+A :class:`Layout` says: along these axes of the tensor (its *carriers*) there are ``k`` blocks of ``n`` elements, and
+element ``j`` of every block is coordinate ``j`` of the space. All other axes are free: the same holds at each of their
+positions. Positions are C-order offsets over the carriers, so a layout follows views, transposes, slices and
+concatenations by running those same data movements on offsets. Fused qkv, interleaved heads and repeated kv heads
+are then all one case.
 """
 
 from __future__ import annotations
@@ -47,20 +48,29 @@ class Layout:
 
     @cached_property
     def mixing(self) -> frozenset[int]:
-        """The axes along which a rotation mixes elements; along the other carriers every block stays at one position."""
-        return frozenset(d for d in self.dims if not _constant_rows(self._coordinate(d)))
+        """The axes along which a rotation mixes elements; along the other carriers every block stays at one
+        position.
+        """
+        return frozenset(d for d in self.dims if not _constant_rows(self.coordinate(d)))
 
     @cached_property
     def is_contiguous(self) -> bool:
         """One axis, tiled from its first to its last element by blocks in order."""
-        return len(self.dims) == 1 and self.blocks.numel() == self.sizes[0] and bool(
-            torch.equal(self.blocks.flatten(), torch.arange(self.sizes[0])))
+        return (
+            len(self.dims) == 1
+            and self.blocks.numel() == self.sizes[0]
+            and bool(torch.equal(self.blocks.flatten(), torch.arange(self.sizes[0])))
+        )
 
     def __eq__(self, other: object) -> bool:
         if self is other:
             return True
-        return (isinstance(other, Layout) and self.dims == other.dims and self.sizes == other.sizes
-                and torch.equal(self.blocks, other.blocks))
+        return (
+            isinstance(other, Layout)
+            and self.dims == other.dims
+            and self.sizes == other.sizes
+            and torch.equal(self.blocks, other.blocks)
+        )
 
     def __hash__(self) -> int:
         return hash((self.dims, self.sizes, self.blocks.shape))
@@ -72,14 +82,16 @@ class Layout:
     # -- data movement ------------------------------------------------------------------------------------------------
 
     def renamed(self, to: Mapping[int, int]) -> Layout:
-        """Axis ``d`` becomes axis ``to[d]`` (transpose, permute, unsqueeze, squeeze, alignment of broadcast operands)."""
+        """Axis ``d`` becomes axis ``to[d]`` (transpose, permute, unsqueeze, squeeze, alignment of broadcast
+        operands).
+        """
         if all(to[d] == d for d in self.dims):
             return self
         order = sorted(self.dims, key=lambda d: to[d])
         if tuple(order) == self.dims:
             return Layout(tuple(to[d] for d in self.dims), self.sizes, self.blocks)
         sizes = tuple(self._size(d) for d in order)
-        return _make(tuple(to[d] for d in order), sizes, _ravel([self._coordinate(d) for d in order], sizes))
+        return _make(tuple(to[d] for d in order), sizes, _ravel([self.coordinate(d) for d in order], sizes))
 
     def regrouped(self, before: Sequence[Size], after: Sequence[Size]) -> Layout:
         """Follow a view or reshape from shape ``before`` to shape ``after``."""
@@ -90,7 +102,9 @@ class Layout:
         for group_in, group_out in _view_groups(before, after):
             if not any(d in self.dims for d in group_in):
                 continue
-            if not all(isinstance(before[d], int) for d in group_in) or not all(isinstance(after[d], int) for d in group_out):
+            if not all(isinstance(before[d], int) for d in group_in) or not all(
+                isinstance(after[d], int) for d in group_out
+            ):
                 raise LayoutError("a view merges the axis with one of dynamic size")
             old += group_in
             new += group_out
@@ -99,13 +113,14 @@ class Layout:
         return _make(tuple(new), sizes, wide.blocks)
 
     def taken(self, dim: int, index: Tensor, size: Size) -> Layout | None:
-        """Follow a selection: element ``p`` of the result's axis is element ``index[p]`` of this one. None: no block is left.
+        """Follow a selection: element ``p`` of the result's axis is element ``index[p]`` of this one. None: no block
+        is left.
 
         ``size`` is the axis' length before. Raises LayoutError where a block is cut.
         """
         if dim not in self.dims:
             return self
-        position = self._coordinate(dim)
+        position = self.coordinate(dim)
         count = torch.zeros(self._size(dim), dtype=torch.long).scatter_add_(0, index, torch.ones_like(index))
         if bool((count > 1).any()):
             raise LayoutError("a selection repeats elements of the axis")
@@ -118,10 +133,13 @@ class Layout:
         if not bool(kept.any()):
             return None
         sizes = tuple(int(index.numel()) if d == dim else s for d, s in zip(self.dims, self.sizes))
-        return _make(self.dims, sizes, _ravel([(found if d == dim else self._coordinate(d))[kept] for d in self.dims], sizes))
+        return _make(
+            self.dims, sizes, _ravel([(found if d == dim else self.coordinate(d))[kept] for d in self.dims], sizes)
+        )
 
     def untaken(self, dim: int, index: Tensor | None, size: Size) -> Layout:
-        """The inverse of :meth:`taken`: where the blocks sit in the axis of length ``size`` that the selection was made from.
+        """The inverse of :meth:`taken`: where the blocks sit in the axis of length ``size`` that the selection was
+        made from.
 
         ``index`` None: a selection of unknown positions (dynamic); then the whole axis must carry the layout.
         """
@@ -131,7 +149,7 @@ class Layout:
             raise LayoutError("a selection with unknown positions along the axis")
         wide = self._widened({dim: int(index.numel())})
         sizes = tuple(size if d == dim else s for d, s in zip(wide.dims, wide.sizes))
-        coordinates = [index[wide._coordinate(d)] if d == dim else wide._coordinate(d) for d in wide.dims]
+        coordinates = [index[wide.coordinate(d)] if d == dim else wide.coordinate(d) for d in wide.dims]
         return _make(wide.dims, sizes, _ravel(coordinates, sizes))
 
     def joined(self, other: Layout) -> Layout:
@@ -168,7 +186,7 @@ class Layout:
             dim = self.dims[0]
             if self.count == 1:
                 return function(tensor, dim)
-            return function(tensor.unflatten(dim, (self.count, self.width)), dim + 1).flatten(dim, dim + 1)
+            return function(torch.unflatten(tensor, dim, (self.count, self.width)), dim + 1).flatten(dim, dim + 1)
         tail = tuple(range(-len(self.dims), 0))
         moved = tensor.movedim(self.dims, tail)
         flat = moved.reshape(*moved.shape[: moved.ndim - len(self.dims)], math.prod(self.sizes)).clone()
@@ -180,10 +198,10 @@ class Layout:
     def _size(self, dim: int) -> int:
         return self.sizes[self.dims.index(dim)]
 
-    def _coordinate(self, dim: int) -> Tensor:
+    def coordinate(self, dim: int) -> Tensor:
         """Position along axis ``dim`` of every element of every block, shape (k, n)."""
         at = self.dims.index(dim)
-        return (self.blocks // math.prod(self.sizes[at + 1:])) % self.sizes[at]
+        return (self.blocks // math.prod(self.sizes[at + 1 :])) % self.sizes[at]
 
     def _widened(self, carriers: Mapping[int, int]) -> Layout:
         """The same layout with the free axes among ``carriers`` (axis -> size) written out."""
@@ -200,7 +218,7 @@ class Layout:
                 stride //= extra[d]
                 coordinates.append(((grid // stride) % extra[d]).view(-1, 1, 1).expand(repeats, self.count, self.width))
             else:
-                coordinates.append(self._coordinate(d).unsqueeze(0).expand(repeats, self.count, self.width))
+                coordinates.append(self.coordinate(d).unsqueeze(0).expand(repeats, self.count, self.width))
         return Layout(dims, sizes, _ravel(coordinates, sizes).reshape(-1, self.width))
 
 
@@ -217,18 +235,20 @@ def merged(layouts: Iterable[Layout]) -> Layout:
 def _make(dims: tuple[int, ...], sizes: tuple[int, ...], blocks: Tensor) -> Layout:
     """Normal form: blocks ordered by first element, and no axis listed along which the layout just repeats."""
     for dim, size in zip(dims, sizes):
-        stride = math.prod(sizes[dims.index(dim) + 1:])
+        stride = math.prod(sizes[dims.index(dim) + 1 :])
         position = (blocks // stride) % size
         if blocks.shape[0] % size or not _constant_rows(position):
             continue
         rest = (blocks // (stride * size)) * stride + blocks % stride
         order = torch.argsort(position[:, 0] * math.prod(sizes) + rest[:, 0])
         by_position = rest[order].view(size, -1, blocks.shape[1])
-        if not torch.equal(torch.sort(position[:, 0]).values, torch.arange(size).repeat_interleave(blocks.shape[0] // size)):
+        if not torch.equal(
+            torch.sort(position[:, 0]).values, torch.arange(size).repeat_interleave(blocks.shape[0] // size)
+        ):
             continue
         if torch.equal(by_position, by_position[:1].expand_as(by_position)):
             at = dims.index(dim)
-            return _make(dims[:at] + dims[at + 1:], sizes[:at] + sizes[at + 1:], by_position[0])
+            return _make(dims[:at] + dims[at + 1 :], sizes[:at] + sizes[at + 1 :], by_position[0])
     return Layout(dims, sizes, blocks[torch.argsort(blocks[:, 0])])
 
 
@@ -244,7 +264,9 @@ def _ravel(coordinates: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
 
 
 def _view_groups(before: Sequence[Size], after: Sequence[Size]) -> list[tuple[list[int], list[int]]]:
-    """Split a view into the smallest runs of axes that hold the same elements: (4, 6, s) -> (24, s) is [0,1]->[0], [2]->[1]."""
+    """Split a view into the smallest runs of axes that hold the same elements: (4, 6, s) -> (24, s) is [0,1]->[0],
+    [2]->[1].
+    """
     groups: list[tuple[list[int], list[int]]] = []
     i = j = 0
     while i < len(before) and j < len(after):

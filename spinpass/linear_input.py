@@ -1,6 +1,7 @@
 """The space between a value and the linear layers that read it: R1's online form, and any other input of linears.
 
-    y = z Wᵀ   ->   y = (z R)(W R)ᵀ      one rotation of z, shared by all its linears; whoever else reads z keeps the original
+y = z Wᵀ   ->   y = (z R)(W R)ᵀ      one rotation of z, shared by all its linears; whoever else reads z keeps the
+original
 """
 
 from __future__ import annotations
@@ -45,8 +46,10 @@ class LinearInputWalk(Walk):
             if rule.source is not node:
                 return True
             return bool(user.users) and all(
-                self._serves(u, user) for u in user.users
-                if not (u.op == "call_function" and isinstance(self._rule(u), (Ignored, Zeros))))
+                self._serves(u, user)
+                for u in user.users
+                if not (u.op == "call_function" and isinstance(self._rule(u), (Ignored, Zeros)))
+            )
         linear = as_linear(self.editor, user)
         return linear is not None and linear.operand is node and not self._is_kept(linear.weight)
 
@@ -59,7 +62,8 @@ class LinearInputWalk(Walk):
             return False
         rule = self._rule(user)
         return isinstance(rule, Multilinear) and not any(
-            o.node is node for term in rule.terms for o in term if len(term) == 1)
+            o.node is node for term in rule.terms for o in term if len(term) == 1
+        )
 
     def _leave_program(self, node: Node, axis: AxisType) -> None:
         raise Barrier("a program output")

@@ -2,9 +2,11 @@
 
 A rule is a value. Nearly every operator is one of three kinds:
 
-- :class:`Multilinear`: a sum of products of operands, written like an einsum. A label that stands in one operand of a term and in
-  the result passes a rotation through; one that stands in two operands of a term and not in the result is contracted, and a
-  rotation of both cancels; one that stands in two operands and in the result is a per-channel product, where no rotation passes.
+- :class:`Multilinear`: a sum of products of operands, written like an einsum. A label that stands in one operand of
+a term and in
+  the result passes a rotation through; one that stands in two operands of a term and not in the result is
+  contracted, and a rotation of both cancels; one that stands in two operands and in the result is a per-channel
+  product, where no rotation passes.
 - :class:`Movement`: the result holds elements of one operand, moved (view, transpose, slice, cast).
 - :class:`Opaque`: anything else, unknown operators included. No rotation passes.
 """
@@ -20,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from .layout import Layout, LayoutError
+from .layout import Layout, LayoutError, Size
 from .program import arguments, is_float, is_op, known_integers, op_name, shape, value
 
 Label = Hashable
@@ -45,7 +47,9 @@ class Multilinear:
 
 @dataclass(frozen=True)
 class Movement:
-    """The result's elements are elements of ``source``. ``forward`` returns None where no block of the layout is left."""
+    """The result's elements are elements of ``source``. ``forward`` returns None where no block of the layout is
+    left.
+    """
 
     source: Node
     forward: Callable[[Layout], Layout | None] = field(compare=False)
@@ -126,8 +130,20 @@ class Opaque:
     why: str
 
 
-Rule = (Multilinear | Movement | Concatenate | Square | VectorNorm | Mean | Centring | Normalization | Zeros | Several
-        | Ignored | Opaque)
+Rule = (
+    Multilinear
+    | Movement
+    | Concatenate
+    | Square
+    | VectorNorm
+    | Mean
+    | Centring
+    | Normalization
+    | Zeros
+    | Several
+    | Ignored
+    | Opaque
+)
 
 
 def rule_of(node: Node) -> Rule:
@@ -156,7 +172,8 @@ def source_through(node: Node) -> Node:
         node = rule.source
 
 
-# -- movements ----------------------------------------------------------------------------------------------------------
+# -- movements
+# ----------------------------------------------------------------------------------------------------------
 
 
 def _identity(source: Node) -> Rule:
@@ -201,8 +218,12 @@ def _view(node: Node, args: dict[str, Any]) -> Rule:
     if "dtype" in args:
         return Opaque("a view of the bits as another type")
     before, after = shape(args["self"]), shape(node)
-    return Movement(args["self"], lambda layout: layout.regrouped(before, after), lambda layout: layout.regrouped(after, before),
-                    is_identity=before == after)
+    return Movement(
+        args["self"],
+        lambda layout: layout.regrouped(before, after),
+        lambda layout: layout.regrouped(after, before),
+        is_identity=before == after,
+    )
 
 
 def _selection(node: Node, source: Node, dim: int, index: Tensor | None, keeps_axis: bool = True) -> Rule:
@@ -224,8 +245,14 @@ def _selection(node: Node, source: Node, dim: int, index: Tensor | None, keeps_a
         at = layout.renamed(restore)
         return at.untaken(dim, index, before[dim])
 
-    whole = keeps_axis and index is not None and isinstance(before[dim], int) and torch.equal(index, torch.arange(before[dim]))
-    return Movement(source, forward, backward, is_identity=whole or (keeps_axis and before == shape(node) and index is None))
+    whole = keeps_axis and index is not None and _is_everything(index, before[dim])
+    return Movement(
+        source, forward, backward, is_identity=whole or (keeps_axis and before == shape(node) and index is None)
+    )
+
+
+def _is_everything(index: Tensor, size: Size) -> bool:
+    return isinstance(size, int) and torch.equal(index, torch.arange(size))
 
 
 def _unknown(node: Node) -> Exception:
@@ -247,7 +274,9 @@ def _slice(node: Node, args: dict[str, Any]) -> Rule:
 def _narrow(node: Node, args: dict[str, Any]) -> Rule:
     known = isinstance(args["start"], int) and isinstance(args["length"], int)
     end = args["start"] + args["length"] if known else None
-    return _slice(node, {**args, "end": end, "step": 1} if known else {**args, "start": value(node), "end": None, "step": 1})
+    return _slice(
+        node, {**args, "end": end, "step": 1} if known else {**args, "start": value(node), "end": None, "step": 1}
+    )
 
 
 def _bounded(size: int, start: int | None, end: int | None, step: int) -> tuple[int, int, int]:
@@ -258,7 +287,9 @@ def _select(node: Node, args: dict[str, Any]) -> Rule:
     size = shape(args["self"])[args["dim"]]
     dim = args["dim"] % len(shape(args["self"]))
     known = isinstance(size, int) and isinstance(args["index"], int)
-    return _selection(node, args["self"], dim, torch.tensor([args["index"] % size]) if known else None, keeps_axis=False)  # type: ignore[operator]
+    return _selection(
+        node, args["self"], dim, torch.tensor([args["index"] % size]) if known else None, keeps_axis=False
+    )
 
 
 def _flip(node: Node, args: dict[str, Any]) -> Rule:
@@ -266,7 +297,7 @@ def _flip(node: Node, args: dict[str, Any]) -> Rule:
     if len(args["dims"]) != 1 or not isinstance(shape(args["self"])[args["dims"][0]], int):
         return Opaque("flip over several or dynamic axes")
     dim = args["dims"][0] % rank
-    return _selection(node, args["self"], dim, torch.arange(int(shape(args["self"])[dim])).flip(0))  # type: ignore[call-overload]
+    return _selection(node, args["self"], dim, torch.arange(int(shape(args["self"])[dim])).flip(0))
 
 
 def _item(node: Node) -> Rule:
@@ -330,14 +361,17 @@ def _cat(node: Node, args: dict[str, Any]) -> Rule:
     return Concatenate(sources, args["dim"] % len(shape(node)))
 
 
-# -- sums of products -----------------------------------------------------------------------------------------------------
+# -- sums of products
+# -----------------------------------------------------------------------------------------------------
 
 
 def _aligned(operand: Node, out: Sequence[object]) -> Operand:
     """Labels of an operand broadcast to the result, whose axes are labelled by their index."""
     sizes = shape(operand)
     lead = len(out) - len(sizes)
-    return Operand(operand, tuple(d + lead if size != 1 or out[d + lead] == 1 else None for d, size in enumerate(sizes)))
+    return Operand(
+        operand, tuple(d + lead if size != 1 or out[d + lead] == 1 else None for d, size in enumerate(sizes))
+    )
 
 
 def _elementwise(node: Node, *terms: Sequence[Any], opaque: Sequence[Any] = ()) -> Rule:
@@ -361,7 +395,11 @@ def _centring(node: Node, args: dict[str, Any]) -> Rule | None:
     if not isinstance(x, Node) or not isinstance(other, Node):
         return None
     mean = rule_of(source_through(other))
-    if isinstance(mean, Mean) and source_through(mean.source) is source_through(x) and len(shape(other)) == len(shape(x)):
+    if (
+        isinstance(mean, Mean)
+        and source_through(mean.source) is source_through(x)
+        and len(shape(other)) == len(shape(x))
+    ):
         return Centring(x, source_through(other), mean.dims)
     return None
 
@@ -398,7 +436,12 @@ def _masked_fill(node: Node, args: dict[str, Any]) -> Rule:
 def _linear(node: Node, args: dict[str, Any]) -> Rule:
     rank = len(shape(args["input"]))
     batch = tuple(range(rank - 1))
-    terms = [(Operand(args["input"], (*batch, "i")), Operand(args["weight"], ("o", "i") if len(shape(args["weight"])) == 2 else ("i",)))]
+    terms: list[tuple[Operand, ...]] = [
+        (
+            Operand(args["input"], (*batch, "i")),
+            Operand(args["weight"], ("o", "i") if len(shape(args["weight"])) == 2 else ("i",)),
+        )
+    ]
     if args["bias"] is not None:
         terms.append((Operand(args["bias"], ("o",)),))
     return Multilinear(tuple(terms), (*batch, "o"))
@@ -457,12 +500,18 @@ def _index(node: Node, args: dict[str, Any]) -> Rule:
         return Opaque("index with separated index tensors")
     index = known_integers(indices[at[0]])
     size = shape(source)[at[0]]
-    if len(at) == 1 and index is not None and index.ndim == 1 and isinstance(size, int) and index.unique().numel() == index.numel():
+    if (
+        len(at) == 1
+        and index is not None
+        and index.ndim == 1
+        and isinstance(size, int)
+        and torch.unique(index).numel() == index.numel()
+    ):
         return _selection(node, source, at[0], index % size)
     drawn = max(len(shape(indices[d])) for d in at)
     rank = len(shape(source))
     labels = tuple(None if d in at else f"x{d}" for d in range(rank))
-    out = (*labels[: at[0]], *(f"i{k}" for k in range(drawn)), *labels[at[-1] + 1:])
+    out = (*labels[: at[0]], *(f"i{k}" for k in range(drawn)), *labels[at[-1] + 1 :])
     return Multilinear(((Operand(source, labels),),), out, tuple(indices[d] for d in at))
 
 
@@ -505,7 +554,11 @@ def _reduce(node: Node, args: dict[str, Any]) -> Rule:
     source = args["self"]
     rank = len(shape(source))
     dims = args.get("dim")
-    dims = tuple(range(rank)) if dims is None or dims == [] else tuple(d % rank for d in ([dims] if isinstance(dims, int) else dims))
+    dims = (
+        tuple(range(rank))
+        if dims is None or dims == []
+        else tuple(d % rank for d in ([dims] if isinstance(dims, int) else dims))
+    )
     if op_name(node) == "aten::mean" and dims == (rank - 1,):
         return Mean(source, dims)
     labels = tuple(None if d in dims else d for d in range(rank))
@@ -530,7 +583,8 @@ def _attention(node: Node, args: dict[str, Any]) -> Rule:
     return Multilinear((term,), (*batch, None, "e"), tuple(m for m in mask if isinstance(m, Node)))
 
 
-# -- norms ----------------------------------------------------------------------------------------------------------------
+# -- norms
+# ----------------------------------------------------------------------------------------------------------------
 
 
 def _last_axis_only(source: Node, normalized_shape: Sequence[int]) -> bool:
@@ -540,7 +594,9 @@ def _last_axis_only(source: Node, normalized_shape: Sequence[int]) -> bool:
 def _layer_norm(node: Node, args: dict[str, Any]) -> Rule:
     if not _last_axis_only(args["input"], args["normalized_shape"]):
         return Opaque("a norm over several axes")
-    return Normalization(args["input"], args.get("weight"), args.get("bias"), args.get("eps"), "layer_norm" in op_name(node))
+    return Normalization(
+        args["input"], args.get("weight"), args.get("bias"), args.get("eps"), "layer_norm" in op_name(node)
+    )
 
 
 def _native_norm(node: Node, args: dict[str, Any]) -> Rule:
@@ -566,34 +622,79 @@ def _zeros(node: Node, args: dict[str, Any]) -> Rule:
 
 def _table() -> dict[str, Callable[[Node, dict[str, Any]], Rule]]:
     groups: list[tuple[Callable[[Node, dict[str, Any]], Rule], str]] = [
-        (_same, "to _to_copy clone contiguous alias detach detach_ dropout native_dropout type_as lift_fresh_copy lift_fresh "
-                "positive feature_dropout"), (_negate, "neg neg_"),
-        (_permute, "permute"), (_transpose, "transpose swapaxes"), (_reverse_axes, "t numpy_T"),
+        (
+            _same,
+            "to _to_copy clone contiguous alias detach detach_ dropout native_dropout type_as lift_fresh_copy "
+            "lift_fresh positive feature_dropout",
+        ),
+        (_negate, "neg neg_"),
+        (_permute, "permute"),
+        (_transpose, "transpose swapaxes"),
+        (_reverse_axes, "t numpy_T"),
         (_view, "view reshape _unsafe_view flatten unflatten unsqueeze squeeze view_as _reshape_alias"),
-        (_slice, "slice"), (_narrow, "narrow"), (_select, "select"), (_flip, "flip"),
-        (_repeat, "repeat tile expand expand_as broadcast_to"), (_repeat_interleave, "repeat_interleave"), (_cat, "cat concat concatenate"),
-        (_add, "add sub add_ sub_"), (_mul, "mul multiply mul_"), (_div, "div divide true_divide div_"), (_pow, "pow square"),
-        (_where, "where"), (_masked_fill, "masked_fill"), (_linear, "linear"), (_matmul, "matmul mm bmm mv dot"),
-        (_addmm, "addmm baddbmm"), (_einsum, "einsum"), (_embedding, "embedding"), (_index, "index"),
-        (_index_select, "index_select"), (_index_copy, "index_copy"), (_index_put, "index_put _unsafe_index_put"),
-        (_slice_scatter, "slice_scatter"), (_reduce, "sum mean"), (_cumsum, "cumsum"), (_attention, "scaled_dot_product_attention"),
-        (_layer_norm, "layer_norm rms_norm"), (_vector_norm, "linalg_vector_norm norm"),
-        (_full, "full full_like new_full"), (_zeros, "zeros zeros_like new_zeros"),
+        (_slice, "slice"),
+        (_narrow, "narrow"),
+        (_select, "select"),
+        (_flip, "flip"),
+        (_repeat, "repeat tile expand expand_as broadcast_to"),
+        (_repeat_interleave, "repeat_interleave"),
+        (_cat, "cat concat concatenate"),
+        (_add, "add sub add_ sub_"),
+        (_mul, "mul multiply mul_"),
+        (_div, "div divide true_divide div_"),
+        (_pow, "pow square"),
+        (_where, "where"),
+        (_masked_fill, "masked_fill"),
+        (_linear, "linear"),
+        (_matmul, "matmul mm bmm mv dot"),
+        (_addmm, "addmm baddbmm"),
+        (_einsum, "einsum"),
+        (_embedding, "embedding"),
+        (_index, "index"),
+        (_index_select, "index_select"),
+        (_index_copy, "index_copy"),
+        (_index_put, "index_put _unsafe_index_put"),
+        (_slice_scatter, "slice_scatter"),
+        (_reduce, "sum mean"),
+        (_cumsum, "cumsum"),
+        (_attention, "scaled_dot_product_attention"),
+        (_layer_norm, "layer_norm rms_norm"),
+        (_vector_norm, "linalg_vector_norm norm"),
+        (_full, "full full_like new_full"),
+        (_zeros, "zeros zeros_like new_zeros"),
     ]
     return {f"aten::{name}": builder for builder, names in groups for name in names.split()}
 
 
 _TABLE = _table()
-_CHECKS = {"aten::_assert_tensor_metadata", "aten::sym_size", "aten::sym_numel", "aten::sym_stride", "aten::_assert_scalar"}
-_SEVERAL = {"aten::split", "aten::split_with_sizes", "aten::chunk", "aten::unbind", "aten::unsafe_split", "aten::unsafe_chunk",
-            "aten::native_layer_norm", "aten::_fused_rms_norm", "aten::_scaled_dot_product_flash_attention_for_cpu",
-            "aten::_scaled_dot_product_flash_attention", "aten::_scaled_dot_product_efficient_attention"}
+_CHECKS = {
+    "aten::_assert_tensor_metadata",
+    "aten::sym_size",
+    "aten::sym_numel",
+    "aten::sym_stride",
+    "aten::_assert_scalar",
+}
+_SEVERAL = {
+    "aten::split",
+    "aten::split_with_sizes",
+    "aten::chunk",
+    "aten::unbind",
+    "aten::unsafe_split",
+    "aten::unsafe_chunk",
+    "aten::native_layer_norm",
+    "aten::_fused_rms_norm",
+    "aten::_scaled_dot_product_flash_attention_for_cpu",
+    "aten::_scaled_dot_product_flash_attention",
+    "aten::_scaled_dot_product_efficient_attention",
+}
 _NATIVE_NORMS = {"aten::native_layer_norm", "aten::_fused_rms_norm"}
 _NATIVE_ATTENTION = {name for name in _SEVERAL if "attention" in name}
 
 
 def tokens_per_call(inputs: Sequence[Node]) -> int:
-    """How many tokens one call of a static program processes (1 along dynamic axes): the elements of its integer input."""
+    """How many tokens one call of a static program processes (1 along dynamic axes): the elements of its integer
+    input.
+    """
     for node in inputs:
         val = value(node)
         if isinstance(val, Tensor) and not val.is_floating_point() and val.ndim >= 1:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch.fx import Node
@@ -14,6 +14,7 @@ from .config import Role, RotationConfig
 from .errors import ConfigError
 from .layout import Layout
 from .linear_input import LinearInputWalk
+from .ops import tokens_per_call
 from .passes.untie import untie
 from .patterns.attention import Attention, cache_values, find_attention
 from .patterns.linear import as_linear, find_linears, is_norm_output, root_of, whole_axis
@@ -21,7 +22,6 @@ from .patterns.mlp import find_down_projections
 from .patterns.residual import find_residual_sums
 from .program import ProgramEditor, shape, value
 from .rotation import Rotation
-from .ops import tokens_per_call
 
 _UNTIE_BELOW = 0.01  # `tied="auto"` unties where that adds less than this share of the constants' bytes
 
@@ -92,30 +92,65 @@ class RotationPlan:
         """The plan with some spaces left alone."""
         unknown = set(names) - {s.name for s in self.spaces}
         if unknown:
-            raise ConfigError(f"the plan has no space {sorted(unknown)[0]!r}; it has {', '.join(s.name for s in self.spaces)}")
+            raise ConfigError(
+                f"the plan has no space {sorted(unknown)[0]!r}; it has {', '.join(s.name for s in self.spaces)}"
+            )
         left_out = tuple(Refusal(n, "left out of the plan") for n in names)
-        return replace(self, spaces=tuple(s for s in self.spaces if s.name not in names), refusals=self.refusals + left_out)
+        return replace(
+            self, spaces=tuple(s for s in self.spaces if s.name not in names), refusals=self.refusals + left_out
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
         return {
-            "config": self.config.to_dict(), "flops_per_token": self.flops, "bytes_added": self.bytes_added,
-            "spaces": [{
-                "name": s.name, "rotation": s.role, "size": s.size, "form": s.form, "matrix": str(s.rotation),
-                "fingerprint": s.rotation.fingerprint(), "writers": list(s.writers), "readers": list(s.readers),
-                "cache": list(s.cache), "flops_per_token": s.flops, "bytes_added": s.bytes_added, "notes": list(s.notes),
-                "online": [{"node": p.node, "why": p.why, "flops_per_token": p.flops, "inverse": p.inverse} for p in s.online],
-            } for s in self.spaces],
+            "config": self.config.to_dict(),
+            "flops_per_token": self.flops,
+            "bytes_added": self.bytes_added,
+            "spaces": [
+                {
+                    "name": s.name,
+                    "rotation": s.role,
+                    "size": s.size,
+                    "form": s.form,
+                    "matrix": str(s.rotation),
+                    "fingerprint": s.rotation.fingerprint(),
+                    "writers": list(s.writers),
+                    "readers": list(s.readers),
+                    "cache": list(s.cache),
+                    "flops_per_token": s.flops,
+                    "bytes_added": s.bytes_added,
+                    "notes": list(s.notes),
+                    "online": [
+                        {"node": p.node, "why": p.why, "flops_per_token": p.flops, "inverse": p.inverse}
+                        for p in s.online
+                    ],
+                }
+                for s in self.spaces
+            ],
             "refusals": [{"what": r.what, "why": r.why, "nodes": list(r.nodes)} for r in self.refusals],
         }
 
     def __str__(self) -> str:
         head = ("space", "size", "rotation", "form", "writers", "readers", "online", "FLOP/token", "bytes")
-        rows = [(s.name, str(s.size), str(s.rotation), s.form, _short(s.writers), _short(s.readers),
-                 _online_text(s), f"{s.flops:,}", f"{s.bytes_added:,}") for s in self.spaces]
+        rows = [
+            (
+                s.name,
+                str(s.size),
+                str(s.rotation),
+                s.form,
+                _short(s.writers),
+                _short(s.readers),
+                _online_text(s),
+                f"{s.flops:,}",
+                f"{s.bytes_added:,}",
+            )
+            for s in self.spaces
+        ]
         lines = _table([head, *rows])
         lines += [f"refused  {r}" for r in self.refusals]
-        lines.append(f"total: {len(self.spaces)} spaces, {self.flops:,} FLOP per token added, {self.bytes_added:,} bytes added")
+        lines.append(
+            f"total: {len(self.spaces)} spaces, {self.flops:,} FLOP per token added, {self.bytes_added:,} bytes added"
+        )
         return "\n".join(lines)
 
 
@@ -132,13 +167,18 @@ class Planner:
         self._claims: dict[Node, list[tuple[str, Layout]]] = {}
         self._tokens = tokens_per_call(editor.user_inputs())
         self._bytes_untied = 0
+        editor.check_weights(linear.weight for linear in find_linears(editor))
         self._streams = list(find_residual_sums(editor))
         self._sums = {n for s in self._streams for n in (s, *s.all_input_nodes)}
 
     def sites(self, role: Role) -> Iterator[Site]:
         """The sites of one rotation; what is refused is noted in ``refusals``."""
         finders: dict[Role, Callable[[], Iterator[Site]]] = {
-            "R1": self._residual, "R2": self._values, "R3": self._queries, "R4": self._down_projections}
+            "R1": self._residual,
+            "R2": self._values,
+            "R3": self._queries,
+            "R4": self._down_projections,
+        }
         found = False
         for site in finders[role]():
             found = True
@@ -149,7 +189,8 @@ class Planner:
     def plan(self) -> RotationPlan:
         return RotationPlan(self.config, tuple(self.planned), tuple(self.refusals))
 
-    # -- R1 -------------------------------------------------------------------------------------------------------------
+    # -- R1
+    # -------------------------------------------------------------------------------------------------------------
 
     def _residual(self) -> Iterator[Site]:
         widths, seen = set(), set()
@@ -170,7 +211,9 @@ class Planner:
             yield from self._norm_outputs(widths)
 
     def _stream(self, node: Node) -> Space:
-        """The residual stream through a sum; a table that its uses need in two bases is untied or kept, as configured."""
+        """The residual stream through a sum; a table that its uses need in two bases is untied or kept, as
+        configured.
+        """
         layout = whole_axis(node, len(shape(node)) - 1)
         space = Walk(self.editor).grow(node, layout)
         shared = [n for n in space.kept if len(_leaf(self.editor, n).users) > 1]
@@ -183,7 +226,7 @@ class Planner:
     def _unties(self, shared: list[Node]) -> bool:
         if self.config.tied != "auto":
             return self.config.tied == "untie"
-        added = sum(value(n).numel() * value(n).element_size() for n in shared)
+        added: int = sum(value(n).numel() * value(n).element_size() for n in shared)
         return added < _UNTIE_BELOW * self.editor.nbytes()
 
     def _takes_offline(self, space: Space) -> bool:
@@ -191,12 +234,17 @@ class Planner:
             return False
         if self.config.form == "offline":
             return True
-        open_edges = [x for x in (*space.entries, *space.exits) if not any(why in x.why for why in space.kept.values())]
+        open_edges = [x for x in space.online if not any(why in x.why for why in space.kept.values())]
         if open_edges:
             first = open_edges[0]
-            self.refusals.append(Refusal(
-                "R1 offline", f"the residual stream needs {len(space.entries) + len(space.exits)} online parts "
-                f"(the first at {first.node.name}: {first.why}); rotated online at the linears' inputs instead", (first.node.name,)))
+            self.refusals.append(
+                Refusal(
+                    "R1 offline",
+                    f"the residual stream needs {len(space.online)} online parts "
+                    f"(the first at {first.node.name}: {first.why}); rotated online at the linears' inputs instead",
+                    (first.node.name,),
+                )
+            )
         return not open_edges
 
     def _norm_outputs(self, widths: set[int]) -> Iterator[Site]:
@@ -205,7 +253,9 @@ class Planner:
             root = root_of(linear.operand)
             if root in done or root in self._claims or shape(root)[-1:] == () or shape(root)[-1] not in widths:
                 continue
-            if self._claimed(linear.weight, whole_axis(linear.weight, linear.weight_dim)) or not is_norm_output(self.editor, root):
+            if self._claimed(linear.weight, whole_axis(linear.weight, linear.weight_dim)) or not is_norm_output(
+                self.editor, root
+            ):
                 continue
             done.add(root)
             space = LinearInputWalk(self.editor).grow(root, whole_axis(root, len(shape(root)) - 1))
@@ -218,7 +268,8 @@ class Planner:
             if site is not None:
                 yield site
 
-    # -- R2, R3, R4 -------------------------------------------------------------------------------------------------------
+    # -- R2, R3, R4
+    # -------------------------------------------------------------------------------------------------------
 
     def _values(self) -> Iterator[Site]:
         for attention in find_attention(self.editor):
@@ -264,7 +315,8 @@ class Planner:
         """The result goes on into the model: it is summed with something, not normed and turned into logits."""
         return not self._sums or any(n in self._sums for n in _downstream(node))
 
-    # -- deciding one space -------------------------------------------------------------------------------------------------
+    # -- deciding one space
+    # -------------------------------------------------------------------------------------------------
 
     def _accept(self, role: Role, space: Space, form: str, name: str | None = None) -> Site | None:
         writers, readers = self._names(space.writers), self._names(space.readers)
@@ -282,9 +334,18 @@ class Planner:
         parts = [OnlinePart(e.node.name, e.why, self._flops(e.node, rotation), False) for e in space.entries]
         parts += [OnlinePart(x.node.name, x.why, self._flops(x.node, rotation), True) for x in space.exits]
         planned = PlannedSpace(
-            name, role, space.width, form, rotation, tuple(writers), tuple(readers), tuple(parts),
+            name,
+            role,
+            space.width,
+            form,
+            rotation,
+            tuple(writers),
+            tuple(readers),
+            tuple(parts),
             tuple(c.node.name if c.output is None else f"output {c.output}" for c in space.carried),
-            self._bytes(space, rotation), tuple(f"{self.editor.fqn(n)} kept: {w}" for n, w in space.kept.items()))
+            self._bytes(space, rotation),
+            tuple(f"{self.editor.fqn(n)} kept: {w}" for n, w in space.kept.items()),
+        )
         self._bytes_untied = 0
         self.planned.append(planned)
         self.carried += [(planned, c) for c in space.carried]
@@ -304,11 +365,11 @@ class Planner:
             for other, layout in self._claims.get(node, ()):
                 if any(layout.overlaps(t.layout) for t in types):
                     return f"{self.editor.fqn(node)} is already rotated by {other}"
-        edges = [e.node for e in (*space.entries, *space.exits)]
+        edges = [e.node for e in space.online]
         for node in edges:
             if edges.count(node) > 1:
                 return f"two axes of {node.name} would have to be rotated online"
-        for edge in (*space.entries, *space.exits):
+        for edge in space.online:
             if not edge.layout.is_contiguous:
                 return f"an online rotation at {edge.node.name} would have to gather its channels ({edge.layout})"
         return None
@@ -325,7 +386,9 @@ class Planner:
             assert chosen.kind is not None and chosen.seed is not None
             return Rotation.create(chosen.kind, size, block_size=chosen.block_size, seed=chosen.seed, identity=name)
         except ConfigError as error:
-            raise ConfigError(f"{name}: {error}; give this space settings of its own in `overrides`, or leave it out with `exclude`") from error
+            raise ConfigError(
+                f"{name}: {error}; give this space settings of its own in `overrides`, or leave it out with `exclude`"
+            ) from error
 
     def _flops(self, node: Node, rotation: Rotation) -> int:
         elements = 1
@@ -335,13 +398,14 @@ class Planner:
 
     def _bytes(self, space: Space, rotation: Rotation) -> int:
         added = self._bytes_untied
-        if space.entries or space.exits:
-            item = value((*space.entries, *space.exits)[0].node).element_size()
+        if space.online:
+            item = value(space.online[0].node).element_size()
             added += 0 if rotation.is_structured else rotation.order**2 * item
             added += rotation.size * item if rotation.signs() is not None else 0
         return added
 
-    # -- names --------------------------------------------------------------------------------------------------------------
+    # -- names
+    # --------------------------------------------------------------------------------------------------------------
 
     def _names(self, nodes: list[Node]) -> list[str]:
         return sorted({self.editor.fqn(_leaf(self.editor, n)) for n in nodes})
@@ -352,7 +416,9 @@ class Planner:
         return _common_prefix(readers if role in ("R1", "R4") else writers + readers) or space.seed.name
 
     def _attention_name(self, attention: Attention) -> str:
-        """The parameters that the queries and keys are computed with name the space, in every program made of the model."""
+        """The parameters that the queries and keys are computed with name the space, in every program made of the
+        model.
+        """
         found: list[str] = []
         todo, seen = [attention.query], set()
         while todo:
@@ -396,7 +462,7 @@ def _downstream(node: Node, steps: int = 20) -> Iterator[Node]:
 
 
 def _open_edge(role: Role, node: Node, space: Space) -> Refusal:
-    edge = next(iter((*space.exits, *space.entries)), None)
+    edge = next(iter(space.online), None)
     if edge is None:
         missing = "writes into it" if not space.writers else "reads it"
         return Refusal(f"{role} at {node.name}", f"no linear layer {missing}", (node.name,))
@@ -421,7 +487,9 @@ def _short(names: tuple[str, ...]) -> str:
 
 
 def _online_text(space: PlannedSpace) -> str:
-    parts = [f"{len(space.online)} Hadamard{'s' * (len(space.online) != 1)}: {space.online[0].why}"] if space.online else []
+    parts = (
+        [f"{len(space.online)} Hadamard{'s' * (len(space.online) != 1)}: {space.online[0].why}"] if space.online else []
+    )
     parts += [f"cache: {', '.join(space.cache)}"] if space.cache else []
     return "; ".join(parts + list(space.notes)) or "none"
 

@@ -1,14 +1,15 @@
 """ProgramEditor: a private copy of an exported program that passes edit. The only file that touches private torch API.
 
-Constants are lazy: a pass queues float64 arithmetic on a constant and nothing is computed until :meth:`ProgramEditor.finish`
-applies the whole queue to one constant at a time with a single cast at the end. So a plan costs no weight arithmetic, many folds
-that meet in one constant round once, and memory stays near one constant above the result.
+Constants are lazy: a pass queues float64 arithmetic on a constant and nothing is computed until
+:meth:`ProgramEditor.finish` applies the whole queue to one constant at a time with a single cast at the end. So a
+plan costs no weight arithmetic, many folds that meet in one constant round once, and memory stays near one constant
+above the result.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -25,6 +26,7 @@ from torch.export.graph_signature import (
     TensorArgument,
 )
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
 
 from .errors import InvariantError, ProgramError, QuantizedWeightError
 from .layout import Size
@@ -93,7 +95,7 @@ def _size(size: Any) -> Size:
     if isinstance(size, int):
         return size
     expression = size.node.expr
-    return int(expression) if expression.is_number else expression  # type: ignore[no-any-return]
+    return int(expression) if expression.is_number else expression
 
 
 def is_float(node: Node) -> bool:
@@ -116,9 +118,10 @@ class Constant:
         with torch.no_grad():
             result = self.compute_float64().to(self.tensor.dtype).contiguous()
         if result.shape != self.tensor.shape:
-            raise InvariantError(f"{self.fqn}: a fold changed its shape from {tuple(self.tensor.shape)} to {tuple(result.shape)}")
+            raise InvariantError(
+                f"{self.fqn}: a fold changed its shape from {tuple(self.tensor.shape)} to {tuple(result.shape)}"
+            )
         return result
-
 
     def compute_float64(self) -> Tensor:
         """The queue applied; an integer constant as it is."""
@@ -158,7 +161,11 @@ class ProgramEditor:
                 continue
             node = by_name[spec.arg.name]
             tensor = self._stored(spec)
-            if tensor.dtype == torch.int64 and tensor.numel() <= _SMALL and not isinstance(tensor, torch._subclasses.FakeTensor):
+            if (
+                tensor.dtype == torch.int64
+                and tensor.numel() <= _SMALL
+                and not isinstance(tensor, torch._subclasses.FakeTensor)
+            ):
                 node.meta[_KNOWN] = tensor
             self._constants[node] = Constant(spec.target, tensor)
             if spec.target in mutated:
@@ -170,7 +177,7 @@ class ProgramEditor:
         self._merge_aliases()
         self._constant_nodes: dict[Node, bool] = {}
         self._successors: dict[Node, Node] = {}
-        self._expressions: dict[str, Node] = {}
+        self._expressions: dict[Hashable, Node] = {}
 
     # -- reading ------------------------------------------------------------------------------------------------------
 
@@ -180,7 +187,8 @@ class ProgramEditor:
 
     @property
     def output_node(self) -> Node:
-        return next(iter(reversed(self.graph.nodes)))
+        last: Node = next(iter(reversed(self.graph.nodes)))
+        return last
 
     def is_constant(self, node: Node) -> bool:
         """The value depends on parameters, buffers and lifted tensors only (its shape perhaps on dynamic sizes)."""
@@ -196,14 +204,25 @@ class ProgramEditor:
 
     def is_computable(self, node: Node) -> bool:
         """The value of a constant is known without running the program: no dynamic size goes into it."""
-        return self.is_stored(node) or (self.is_constant(node) and all(self.is_computable(s) for s in node.all_input_nodes))
+        return self.is_stored(node) or (
+            self.is_constant(node) and all(self.is_computable(s) for s in node.all_input_nodes)
+        )
 
     def canonical(self, node: Node) -> Node:
         """The first node that computes the same constant expression: two ``1 + g`` of one ``g`` are one scale."""
         if not self.is_constant(node) or node in self._constants:
             return node
-        key = (node.target, torch.fx.node.map_arg((node.args, node.kwargs), lambda n: _Ref(self.canonical(n))))  # type: ignore[misc]
-        return self._expressions.setdefault(repr(key), node)
+        return self._expressions.setdefault((node.target, self._frozen(node.args), self._frozen(node.kwargs)), node)
+
+    def _frozen(self, argument: Any) -> Hashable:
+        """An argument as part of a key, equal expressions as one."""
+        if isinstance(argument, Node):
+            return self.canonical(argument)
+        if isinstance(argument, (list, tuple)):
+            return tuple(self._frozen(a) for a in argument)
+        if isinstance(argument, dict):
+            return tuple((k, self._frozen(v)) for k, v in argument.items())
+        return repr(argument)
 
     def is_stored(self, node: Node) -> bool:
         """The node is the placeholder of a parameter, buffer or lifted tensor."""
@@ -219,7 +238,9 @@ class ProgramEditor:
 
     def nbytes(self) -> int:
         """Bytes of all distinct constants."""
-        return sum(c.tensor.numel() * c.tensor.element_size() for n, c in self._constants.items() if n not in self._aliases)
+        return sum(
+            c.tensor.numel() * c.tensor.element_size() for n, c in self._constants.items() if n not in self._aliases
+        )
 
     def deferred(self, node: Node) -> Callable[[], Tensor]:
         """Computes the float64 value that a constant node has now, whatever is queued later; nothing is computed yet.
@@ -238,7 +259,7 @@ class ProgramEditor:
 
         def compute() -> Tensor:
             values = {n: source() for n, source in sources.items()}
-            actual_args, actual_kwargs = torch.fx.node.map_arg((args, kwargs), values.__getitem__)  # type: ignore[misc]
+            actual_args, actual_kwargs = map_arg(args, values.__getitem__), map_arg(kwargs, values.__getitem__)
             with torch.no_grad():
                 return target(*actual_args, **actual_kwargs)  # type: ignore[operator,no-any-return]
 
@@ -267,7 +288,7 @@ class ProgramEditor:
             following = following.next
         with self.graph.inserting_before(following):
             node = self.graph.call_function(target, args, kwargs)
-        fake_args, fake_kwargs = torch.fx.node.map_arg((args, kwargs), value)  # type: ignore[misc]
+        fake_args, fake_kwargs = map_arg(args, value), map_arg(kwargs, value)
         with self.fake_mode():
             node.meta["val"] = target(*fake_args, **fake_kwargs)
         for key in ("nn_module_stack", "torch_fn", "source_fn_stack"):
@@ -282,7 +303,9 @@ class ProgramEditor:
             val = value(node)
             if isinstance(val, torch._subclasses.FakeTensor):
                 return val.fake_mode
-        raise ProgramError("the program has no tensor values recorded (meta['val']); export it with torch.export.export")
+        raise ProgramError(
+            "the program has no tensor values recorded (meta['val']); export it with torch.export.export"
+        )
 
     def current(self, node: Node) -> Node:
         """What stands for a node that was replaced."""
@@ -310,12 +333,14 @@ class ProgramEditor:
         fqn, k = name, 1
         while fqn in taken:
             fqn, k = f"{name}_{k}", k + 1
-        specs_by_name = {s.arg.name: i for i, s in enumerate(self.inputs)}
-        anchor = max((n for n in self._constants if self._kind(n) == InputKind.PARAMETER), default=None,
-                     key=lambda n: specs_by_name[n.name])
-        at = 0 if anchor is None else specs_by_name[anchor.name] + 1
+        at = 1 + max((i for i, s in enumerate(self.inputs) if s.kind == InputKind.PARAMETER), default=-1)
+        by_name = {n.name: n for n in self._constants}
         first = next(iter(self.graph.nodes))
-        with (self.graph.inserting_before(first) if anchor is None else self.graph.inserting_after(anchor)):
+        with (
+            self.graph.inserting_after(by_name[self.inputs[at - 1].arg.name])
+            if at
+            else self.graph.inserting_before(first)
+        ):
             node = self.graph.placeholder("p_" + fqn.replace(".", "_"))
         with self.fake_mode() as mode:
             node.meta["val"] = mode.from_tensor(torch.nn.Parameter(tensor, requires_grad=False), static_shapes=True)
@@ -333,15 +358,18 @@ class ProgramEditor:
         return stored
 
     def split(self, node: Node, users: Iterable[Node]) -> Node:
-        """Give ``users`` a constant of their own, equal to ``node`` (untying). Its stored alias is reused where there is one."""
+        """Give ``users`` a constant of their own, equal to ``node`` (untying). Its stored alias is reused where
+        there is one.
+        """
         spare = next((a for a, first in self._aliases.items() if first is node), None)
         if spare is not None:
             del self._aliases[spare]
             self._constants[spare].tensor = self._constants[node].tensor
             self._constants[spare].steps = list(self._constants[node].steps)
         else:
-            spare = self.add_constant(self.fqn(node) + "_untied", self._constants[node].tensor,
-                                      steps=self._constants[node].steps)
+            spare = self.add_constant(
+                self.fqn(node) + "_untied", self._constants[node].tensor, steps=self._constants[node].steps
+            )
         self.replace(node, spare, users)
         return spare
 
@@ -356,8 +384,21 @@ class ProgramEditor:
         """Remove what no longer reaches an output. Placeholders stay: they are the program's interface."""
         for node in reversed(list(self.graph.nodes)):
             dead = node.op == "call_function" and not node.users
-            if dead and not (is_op(node) and (node.target._schema.is_mutable or _is_check(node))):  # type: ignore[union-attr]
+            if dead and not mutates(node) and not _is_check(node):
                 self.graph.erase_node(node)
+
+    def check_weights(self, weights: Iterable[Node]) -> None:
+        """Raise QuantizedWeightError where a linear layer's weight is unpacked from integers inside the program."""
+        for weight in weights:
+            todo = [weight]
+            while todo:
+                node = todo.pop()
+                todo += [] if node in self._constants else node.all_input_nodes
+                if node in self._constants and self._constants[node].tensor.dtype in _PACKED_TYPES:
+                    raise QuantizedWeightError(
+                        f"{self.fqn(node)} is a quantized or packed weight ({self._constants[node].tensor.dtype}); "
+                        "rotate the floating-point program first and quantize the result"
+                    )
 
     def finish(self, progress: Callable[[int, int], None] | None = None) -> ExportedProgram:
         """Compute the constants and build the program; torch's verifier checks it."""
@@ -365,33 +406,32 @@ class ProgramEditor:
         self.graph.lint()
         state_dict = dict(self._source.state_dict)
         constants = dict(self._source.constants)
-        for done, (node, constant) in enumerate(self._constants.items()):
-            spec = next_spec = self._spec(node)
+        specs = {s.arg.name: s for s in self.inputs}
+        for done, node in enumerate(self._constants):
+            spec = specs[node.name]
             constant = self._constants[self._aliases.get(node, node)]
-            if constant.steps or next_spec.target not in {*state_dict, *constants}:
+            if constant.steps or (spec.target not in state_dict and spec.target not in constants):
                 self._store(spec, constant.compute(), state_dict, constants)
             if node in self._aliases:
-                state_dict[spec.target] = state_dict[self._constants[self._aliases[node]].fqn]  # type: ignore[index]
+                state_dict[spec.target] = state_dict[self._constants[self._aliases[node]].fqn]
             if progress is not None:
                 progress(done + 1, len(self._constants))
         self._check_interface()
         module = GraphModule({}, self.graph)
         module.meta.update(self._source.graph_module.meta)
         return ExportedProgram(
-            root=module, graph=self.graph,
+            root=module,
+            graph=self.graph,
             graph_signature=ExportGraphSignature(input_specs=self.inputs, output_specs=self.outputs),
-            state_dict=state_dict, range_constraints=self._source.range_constraints,
-            module_call_graph=self._source.module_call_graph, example_inputs=self._source.example_inputs,
-            constants=constants, verifiers=self._source.verifiers,
+            state_dict=state_dict,
+            range_constraints=self._source.range_constraints,
+            module_call_graph=self._source.module_call_graph,
+            example_inputs=self._source.example_inputs,
+            constants=constants,
+            verifiers=self._source.verifiers,
         )
 
     # -- helpers ------------------------------------------------------------------------------------------------------
-
-    def _kind(self, node: Node) -> InputKind:
-        return self._spec(node).kind
-
-    def _spec(self, node: Node) -> InputSpec:
-        return next(s for s in self.inputs if s.arg.name == node.name)
 
     def _stored(self, spec: InputSpec) -> Tensor:
         assert spec.target is not None
@@ -411,7 +451,9 @@ class ProgramEditor:
         state_dict[spec.target] = torch.nn.Parameter(tensor, requires_grad=requires_grad) if wrap else tensor
 
     def _merge_aliases(self) -> None:
-        """One stored tensor under several names becomes one constant: all uses read its first placeholder that is used."""
+        """One stored tensor under several names becomes one constant: all uses read its first placeholder that is
+        used.
+        """
         groups: dict[Node, list[Node]] = {}
         for alias, first in self._aliases.items():
             groups.setdefault(first, [first]).append(alias)
@@ -435,15 +477,9 @@ class ProgramEditor:
                 raise InvariantError(f"{node.name} has no recorded value")
 
 
-@dataclass(frozen=True)
-class _Ref:
-    """Stands for a node in the key of a constant expression."""
-
-    node: Node
-
-
 def lifted(node: Node) -> tuple[Any, Any]:
     """The node's arguments with every floating dtype among them raised to float64 (complex64 to complex128)."""
+
     def lift(arg: Any) -> Any:
         if isinstance(arg, torch.dtype):
             if arg.is_floating_point:
@@ -452,44 +488,68 @@ def lifted(node: Node) -> tuple[Any, Any]:
         if isinstance(arg, (list, tuple)):
             return type(arg)(lift(a) for a in arg)
         return arg
+
     return lift(node.args), {k: lift(v) for k, v in node.kwargs.items()}
 
 
 def check_program(program: object) -> None:
     """Raise ProgramError unless ``program`` is an inference program over dense floating-point weights."""
     if not isinstance(program, ExportedProgram):
-        raise ProgramError(f"expected a torch.export.ExportedProgram, got {type(program).__name__}; "
-                           "export the model first: torch.export.export(model, args)")
+        raise ProgramError(
+            f"expected a torch.export.ExportedProgram, got {type(program).__name__}; "
+            "export the model first: torch.export.export(model, args)"
+        )
     for node in program.graph.nodes:
         if not is_op(node):
             continue
         name = op_name(node)
         if name in _DROPOUT and _is_active_dropout(node):
-            raise ProgramError(f"{node.name}: dropout is active (p={arguments(node).get('p')}), so the program computes no "
-                               "function that could be preserved; call model.eval() before exporting")
+            raise ProgramError(
+                f"{node.name}: dropout is active (p={arguments(node).get('p')}), so the program computes no "
+                "function that could be preserved; call model.eval() before exporting"
+            )
         if name.split("::")[0] in _QUANTIZED_NAMESPACES or any(word in name for word in _QUANTIZED_WORDS):
-            raise QuantizedWeightError(f"{node.name} ({name}) works on quantized or packed weights; rotate the "
-                                       "floating-point program first and quantize the result")
+            raise QuantizedWeightError(
+                f"{node.name} ({name}) works on quantized or packed weights; rotate the "
+                "floating-point program first and quantize the result"
+            )
     for fqn, tensor in program.state_dict.items():
-        if tensor.is_quantized or type(tensor) not in (Tensor, torch.nn.Parameter, torch.nn.Buffer) or (
-                isinstance(tensor, torch.nn.Parameter) and not (tensor.is_floating_point() or tensor.is_complex())):
-            if not isinstance(tensor, torch._subclasses.FakeTensor):
-                raise QuantizedWeightError(f"{fqn} is a quantized or packed weight ({type(tensor).__name__}, {tensor.dtype}); "
-                                           "rotate the floating-point program first and quantize the result")
+        if _is_packed(tensor):
+            raise QuantizedWeightError(
+                f"{fqn} is a quantized or packed weight ({type(tensor).__name__}, {tensor.dtype}); "
+                "rotate the floating-point program first and quantize the result"
+            )
+
+
+def _is_packed(tensor: Tensor) -> bool:
+    if isinstance(tensor, torch._subclasses.FakeTensor):
+        return False
+    if tensor.is_quantized or type(tensor) not in (Tensor, torch.nn.Parameter, torch.nn.Buffer):
+        return True
+    return isinstance(tensor, torch.nn.Parameter) and not (tensor.is_floating_point() or tensor.is_complex())
 
 
 def functionalized(program: ExportedProgram) -> ExportedProgram:
     """The program without in-place operators. One that has none is returned as it is."""
     if any(mutates(n) and op_name(n) != "aten::detach_" for n in program.graph.nodes):
-        return program.run_decompositions({})
+        functional: ExportedProgram = program.run_decompositions({})
+        return functional
     return program
 
 
 _KNOWN, _SMALL = "spinpass_known", 4096
 _COPIES = {"aten::lift_fresh_copy", "aten::lift_fresh", "aten::detach", "aten::detach_", "aten::clone", "aten::alias"}
 _DROPOUT = {"aten::dropout", "aten::native_dropout", "aten::feature_dropout", "aten::alpha_dropout", "aten::bernoulli"}
+_PACKED_TYPES = {torch.int8, torch.uint8, torch.int16, torch.int32}
 _QUANTIZED_NAMESPACES = {"quantized_decomposed", "torchao", "quantized", "bitsandbytes", "gptqmodel"}
-_QUANTIZED_WORDS = ("dequantize", "_weight_int8pack_mm", "_weight_int4pack_mm", "_scaled_mm", "fake_quantize", "qlinear")
+_QUANTIZED_WORDS = (
+    "dequantize",
+    "_weight_int8pack_mm",
+    "_weight_int4pack_mm",
+    "_scaled_mm",
+    "fake_quantize",
+    "qlinear",
+)
 
 
 def _is_active_dropout(node: Node) -> bool:
@@ -506,4 +566,3 @@ def _storage_key(tensor: Tensor) -> tuple[Any, ...]:
     if isinstance(tensor, torch._subclasses.FakeTensor) or tensor.numel() == 0:
         return (id(tensor),)
     return (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device)
-

@@ -19,7 +19,9 @@ KEY = "spinpass"
 
 @dataclass(frozen=True)
 class Carried:
-    """A cache input or output whose axis ``dim`` (negative) holds blocks of ``rotation.size`` in the basis ``x' = x R``."""
+    """A cache input or output whose axis ``dim`` (negative) holds blocks of ``rotation.size`` in the basis ``x' = x
+    R``.
+    """
 
     rotation: Rotation
     dim: int
@@ -41,18 +43,29 @@ class Record:
     inputs: dict[str, Carried] = field(default_factory=dict)
     outputs: dict[int, Carried] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
-    rotations: dict[str, str] = field(default_factory=dict)   # space name -> fingerprint
+    rotations: dict[str, str] = field(default_factory=dict)  # space name -> fingerprint
     certificate: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        return {"version": self.version, "inputs": {k: v.to_dict() for k, v in self.inputs.items()},
-                "outputs": {str(k): v.to_dict() for k, v in self.outputs.items()}, "config": self.config,
-                "rotations": self.rotations, "certificate": self.certificate}
+        return {
+            "version": self.version,
+            "inputs": {k: v.to_dict() for k, v in self.inputs.items()},
+            "outputs": {str(k): v.to_dict() for k, v in self.outputs.items()},
+            "config": self.config,
+            "rotations": self.rotations,
+            "certificate": self.certificate,
+        }
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> Record:
-        return Record(data["version"], {k: Carried.from_dict(v) for k, v in data["inputs"].items()},
-                      {int(k): Carried.from_dict(v) for k, v in data["outputs"].items()}, data["config"], data["rotations"], data.get("certificate"))
+        return Record(
+            data["version"],
+            {k: Carried.from_dict(v) for k, v in data["inputs"].items()},
+            {int(k): Carried.from_dict(v) for k, v in data["outputs"].items()},
+            data["config"],
+            data["rotations"],
+            data.get("certificate"),
+        )
 
 
 def read(program: ExportedProgram) -> Record | None:

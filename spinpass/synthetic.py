@@ -7,7 +7,6 @@ Values: integers by what the graph does with them (see :class:`Role`), floats st
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,23 +18,15 @@ from torch.export.graph_signature import ConstantArgument, InputKind
 from torch.fx import Node
 
 from .errors import ConfigError
-from .execution import flat_inputs, origin
-from .program import arguments, is_op, op_name, shape, value
+from .execution import flat_inputs
+from .input_roles import Role, role_of
+from .program import shape, value
 
 Sizes = dict[Any, int]  # sympy symbol -> value
 
 _BATCH = 2
 _LENGTHS = (5, 3, 7, 4, 6)
 _LARGE = 64  # example inputs with a longer dynamic axis are not used: the check should be cheap
-
-
-class Role(enum.Enum):
-    """What an integer input is for, read off its uses."""
-
-    LOOKUP = "looked up in a table of `bound` rows"
-    POSITION = "a position: written to, or multiplied as a number"
-    MASK = "compared, summed or turned into a boolean"
-    OTHER = "none of these"
 
 
 @dataclass(frozen=True)
@@ -77,7 +68,7 @@ def _user_input(node: Node) -> UserInput:
     val = value(node)
     if not isinstance(val, Tensor):
         return UserInput(node, (), None, Role.OTHER, None)
-    role, bound = (Role.OTHER, None) if val.is_floating_point() else _role(node)
+    role, bound = (Role.OTHER, None) if val.is_floating_point() else role_of(node)
     return UserInput(node, shape(node), val.dtype, role, bound)
 
 
@@ -240,92 +231,3 @@ def _past_end(inputs: list[UserInput], values: Mapping[str, Any]) -> str | None:
         if spec.role is Role.POSITION and spec.bound is not None and int(values[spec.name].max()) >= spec.bound:
             return f"{spec.name} would pass the end of a cache of {spec.bound} places"
     return None
-
-
-# -- roles -----------------------------------------------------------------------------------------------------------
-
-
-_TABLES = {"aten::embedding": "weight", "aten::index": "self", "aten::index_select": "self", "aten::gather": "self"}
-_WRITES = {
-    "aten::index_copy": "index",
-    "aten::index_put": "indices",
-    "aten::scatter": "index",
-    "aten::index_add": "index",
-}
-_COMPARISONS = frozenset({"aten::eq", "aten::ne", "aten::lt", "aten::le", "aten::gt", "aten::ge", "aten::logical_not",
-                          "aten::logical_and", "aten::bitwise_and", "aten::__and__", "aten::cumsum", "aten::sum",
-                          "aten::rsub", "aten::where", "aten::masked_fill"})  # fmt: skip
-_PRODUCTS = frozenset({"aten::mul", "aten::matmul", "aten::bmm", "aten::mm", "aten::einsum", "aten::outer"})
-
-
-def _role(node: Node) -> tuple[Role, int | None]:
-    """The role of an integer placeholder by the strongest of its uses, and the size of the smallest axis it indexes."""
-    uses = list(_uses(node))
-    rows = [n for n in (_rows(user, via) for user, via in uses) if n is not None]
-    places = [n for n in (_places(user, via) for user, via in uses) if n is not None]
-    if places:
-        return Role.POSITION, min((n for n in places + rows if n), default=None)
-    if rows:
-        return Role.LOOKUP, min(rows)
-    if any(_base(user) in _PRODUCTS and _is_float(via) for user, via in uses):
-        return Role.POSITION, None
-    if any(_base(user) in _COMPARISONS or _is_bool(user) for user, _ in uses):
-        return Role.MASK, None
-    return Role.OTHER, None
-
-
-def _uses(node: Node) -> Iterator[tuple[Node, Node]]:
-    """(user, the node through which it reads) for every use of the placeholder, through views and casts."""
-    stack, seen = [node], {node}
-    while stack:
-        via = stack.pop()
-        for user in via.users:
-            yield user, via
-            if user not in seen and origin(user) is node:
-                seen.add(user)
-                stack.append(user)
-
-
-def _base(node: Node) -> str:
-    return op_name(node).removesuffix("_")
-
-
-def _is_bool(node: Node) -> bool:
-    val = value(node)
-    return isinstance(val, Tensor) and val.dtype is torch.bool
-
-
-def _is_float(node: Node) -> bool:
-    val = value(node)
-    return isinstance(val, Tensor) and val.is_floating_point()
-
-
-def _rows(user: Node, via: Node) -> int | None:
-    """Rows of the table that `user` looks `via` up in."""
-    table = _TABLES.get(_base(user))
-    if table is None or not is_op(user):
-        return None
-    args = arguments(user)
-    source = args[table]
-    if source is via or not isinstance(source, Node):
-        return None
-    axis = list(args["indices"]).index(via) if _base(user) == "aten::index" else args.get("dim", 0)
-    rows = shape(source)[axis]
-    return rows if isinstance(rows, int) else 1
-
-
-def _places(user: Node, via: Node) -> int | None:
-    """Places on the axis that `user` writes to at `via`; 0 where the axis is dynamic."""
-    index = _WRITES.get(_base(user))
-    if index is None or not is_op(user):
-        return None
-    args = arguments(user)
-    at = args[index]
-    if at is via:
-        axis = args["dim"]
-    elif isinstance(at, list | tuple) and via in at:
-        axis = list(at).index(via)
-    else:
-        return None
-    places = shape(args["self"])[axis]
-    return places if isinstance(places, int) else 0

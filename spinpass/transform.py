@@ -39,8 +39,13 @@ PASSES: list[tuple[str, Callable[[ProgramEditor, Site], Space]]] = [
 ]
 
 
-def transform(program: ExportedProgram, config: RotationConfig | None = None, *, plan: RotationPlan | None = None,
-              progress: Callable[[int, int], None] | None = None) -> ExportedProgram:
+def transform(
+    program: ExportedProgram,
+    config: RotationConfig | None = None,
+    *,
+    plan: RotationPlan | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> ExportedProgram:
     """Rotate a program without changing the function it computes.
 
     Args:
@@ -50,8 +55,8 @@ def transform(program: ExportedProgram, config: RotationConfig | None = None, *,
         progress: called with (constants done, all constants) while weights are computed.
 
     Returns:
-        A new program with the same inputs, outputs, dtypes and dynamic shapes; a KV cache travels in the rotated basis (see
-        :mod:`spinpass.record`).
+        A new program with the same inputs, outputs, dtypes and dynamic shapes; a KV cache travels in the rotated
+        basis (see :mod:`spinpass.record`).
 
     Raises:
         ProgramError, QuantizedWeightError: the input is not a floating-point inference program.
@@ -87,7 +92,9 @@ def plan(program: ExportedProgram, config: RotationConfig | None = None) -> Rota
     return _rotated(program, _config(config, None), None)[1].plan()
 
 
-def _rotated(program: ExportedProgram, config: RotationConfig, plan: RotationPlan | None) -> tuple[ProgramEditor, Planner]:
+def _rotated(
+    program: ExportedProgram, config: RotationConfig, plan: RotationPlan | None
+) -> tuple[ProgramEditor, Planner]:
     editor = ProgramEditor(program)
     planner = Planner(editor, config, plan)
     for role in config.rotations:
@@ -97,7 +104,10 @@ def _rotated(program: ExportedProgram, config: RotationConfig, plan: RotationPla
                 site = replace(site, space=run(editor, site))
                 log.debug("%-16s %-48s %7.1f ms", name, site.name, 1e3 * (time.perf_counter() - started))
     if plan is not None and (missing := {s.name for s in plan.spaces} - {s.name for s in planner.planned}):
-        raise ConfigError(f"the plan has a space {sorted(missing)[0]!r} that this program has not; plan and program do not belong together")
+        raise ConfigError(
+            f"the plan has a space {sorted(missing)[0]!r} that this program has not: "
+            "plan and program do not belong together"
+        )
     return editor, planner
 
 

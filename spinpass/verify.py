@@ -8,31 +8,26 @@ and read in another shows even where a single step hides it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
-from torch.export.graph_signature import OutputKind
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
-from . import record
 from .certificate import BOUNDS, NOISE_FACTOR, STORED_UNITS, Certificate, OutputCheck, compare
 from .errors import ConfigError, ProgramError, VerificationError
-from .execution import Deferred, constants, execute, flat_inputs, origin, run, user_input_names
-from .program import op_name, value
-from .record import Carried
+from .execution import Deferred, constants, flat_inputs, run, user_input_names
+from .program import value
+from .returned import output_names, returned_state
+from .session import Session
 from .synthetic import next_inputs, synthetic_inputs
 
 __all__ = ["Certificate", "OutputCheck", "run", "synthetic_inputs", "verify"]
 
 Progress = Callable[[int, int], None]
 Bound = float | Mapping[torch.dtype, float]
-
-_CACHE_WRITES = frozenset({"aten::cat", "aten::index_copy", "aten::index_put", "aten::slice_scatter", "aten::scatter",
-                           "aten::select_scatter", "aten::copy", "aten::index_add"})  # fmt: skip
 
 
 def verify(
@@ -63,13 +58,13 @@ def verify(
     deferred = _deferred(after, exact or {})
     values = synthetic_inputs(before) if inputs is None else flat_inputs(before, inputs)
     ticker = _Ticker(progress, 2 * (1 + steps) * (len(before.graph.nodes) + len(after.graph.nodes)))
-    exact_pair = (_Session(before, True, ticker), _Session(after, True, ticker, deferred))
-    native_pair = (_Session(before, False, ticker), _Session(after, False, ticker))
-    round_ = _Round(*exact_pair, *native_pair, returned=_returned_state(before))
+    exact_pair = (Session(before, True, ticker), Session(after, True, ticker, deferred))
+    native_pair = (Session(before, False, ticker), Session(after, False, ticker))
+    round_ = _Round(*exact_pair, *native_pair, returned=returned_state(before))
     dtype = _working_dtype(before)
     stored = _stored_again(before, after) if exact is None else None
     roundoff = STORED_UNITS * torch.finfo(stored).eps / 2 if stored and not _gives(bound, torch.float64) else None
-    tally = _Tally(_output_names(before), bounds[torch.float64], bounds[dtype], roundoff)
+    tally = _Tally(output_names(before), bounds[torch.float64], bounds[dtype], roundoff)
     round_.run(values, tally)
     loop_steps, loop = _closed_loop(values, round_, tally, steps)
     ticker.finish()
@@ -104,7 +99,7 @@ def _check_programs(before: ExportedProgram, after: ExportedProgram) -> None:
     ours, theirs = user_input_names(before), user_input_names(after)
     if ours != theirs:
         raise VerificationError(f"the programs take different inputs: {', '.join(ours)} and {', '.join(theirs)}")
-    count, other = len(_output_names(before)), len(_output_names(after))
+    count, other = len(output_names(before)), len(output_names(after))
     if count != other:
         raise VerificationError(f"the programs return different numbers of outputs: {count} and {other}")
 
@@ -175,70 +170,10 @@ class _Ticker:
 # -- running ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class _Session:
-    """A program run step by step, each time with the state it returned itself. Values go in and come out in the basis
-    of the original; `state` is raw, by placeholder name."""
-
-    ep: ExportedProgram
-    float64: bool
-    tick: Callable[[], None]
-    deferred: Mapping[str, Deferred] = field(default_factory=dict)
-    state: dict[str, Any] = field(default_factory=dict)
-    changed: set[str] = field(default_factory=set)
-
-    def __post_init__(self) -> None:
-        found = record.read(self.ep)
-        self.carried_in: Mapping[str, Carried] = found.inputs if found else {}
-        self.carried_out: Mapping[int, Carried] = found.outputs if found else {}
-        self.known = constants(self.ep)
-        self.raw: tuple[Any, ...] = ()
-
-    def step(self, values: Mapping[str, Any]) -> tuple[Any, ...]:
-        """The flat user outputs for `values`, except where the program has state of its own."""
-        given = {name: _into(value, self.carried_in.get(name), self.float64) for name, value in values.items()}
-        fed = given | self.state
-        result = execute(self.ep, {**self.deferred, **fed}, float64=self.float64, tick=self.tick)
-        self.raw = result.outputs
-        self.state |= result.state
-        self.changed |= result.state.keys()
-        self.known |= fed
-        return tuple(self._plain(out, self.carried_out.get(i)) for i, out in enumerate(result.outputs))
-
-    def current(self, name: str) -> Any:
-        """What the input or buffer `name` holds now; None if the program has none of that name."""
-        return self._plain(self.state.get(name, self.known.get(name)), self.carried_in.get(name))
-
-    def _plain(self, out: Any, carried: Carried | None) -> Any:
-        """In the basis of the original, in the type that the program returned."""
-        if carried is None or not isinstance(out, Tensor):
-            return out
-        restored = _blockwise(out, carried, inverse=True)
-        return restored if self.float64 else restored.to(out.dtype)
-
-    def feed_back(self, returned: Mapping[int, str]) -> None:
-        """Outputs become inputs of the next step, raw."""
-        self.state |= {name: self.raw[i] for i, name in returned.items()}
-
-
-def _into(given: Any, carried: Carried | None, float64: bool) -> Any:
-    if carried is None or not isinstance(given, Tensor):
-        return given
-    rotated = _blockwise(given, carried, inverse=False)
-    return rotated if float64 else rotated.to(given.dtype)
-
-
-def _blockwise(x: Tensor, carried: Carried, *, inverse: bool) -> Tensor:
-    """x R (or x Rᵀ) in float64 on each contiguous block of the axis that is as long as the rotation."""
-    last = x.detach().to(torch.float64).movedim(carried.dim, -1)
-    blocks = last.reshape(*last.shape[:-1], -1, carried.rotation.size)
-    return carried.rotation.apply(blocks, inverse=inverse).flatten(-2).movedim(-1, carried.dim)
-
-
 class _Round:
     """The four sessions: both programs lifted, both native."""
 
-    def __init__(self, *sessions: _Session, returned: Mapping[int, str]) -> None:
+    def __init__(self, *sessions: Session, returned: Mapping[int, str]) -> None:
         self.exact_before, self.exact_after, self.before, self.after = self.sessions = sessions
         self.returned = returned
 
@@ -329,65 +264,3 @@ def _mismatch(before: Any, after: Any) -> str:
     if before.shape != after.shape:
         return f"shape {list(after.shape)} instead of {list(before.shape)}"
     return "" if before.dtype == after.dtype else f"dtype {after.dtype} instead of {before.dtype}"
-
-
-# -- the structure of the original -----------------------------------------------------------------------------------
-
-
-def _output_names(ep: ExportedProgram) -> list[str]:
-    """A name for every flat user output: its path in the returned structure, with the node's name where it is bare."""
-    specs = [s for s in ep.graph_signature.output_specs if s.kind is OutputKind.USER_OUTPUT]
-    paths = list(_paths(ep.call_spec.out_spec))
-    if len(paths) != len(specs):  # a program edited by hand
-        paths = [str(i) for i in range(len(specs))]
-    nodes = [getattr(s.arg, "name", "") for s in specs]
-    return [path if path[:1].isalpha() else f"output {path} ({node})".replace("  ", " ").removesuffix(" ()")
-            for path, node in zip(paths, nodes, strict=True)]  # fmt: skip
-
-
-def _paths(spec: Any, prefix: str = "") -> Iterator[str]:
-    if spec.is_leaf():
-        yield prefix
-        return
-    children = spec.children()
-    keys = (
-        spec.context if isinstance(spec.context, list) and len(spec.context) == len(children) else range(len(children))
-    )
-    for key, child in zip(keys, children, strict=True):
-        yield from _paths(child, f"{prefix}.{key}" if prefix else str(key))
-
-
-def _returned_state(ep: ExportedProgram) -> dict[int, str]:
-    """{user output index: user input} where the output is that input with something written into it or joined to it."""
-    nodes = {node.name: node for node in ep.graph.nodes}
-    users = set(user_input_names(ep))
-    outputs = [s.arg.name for s in ep.graph_signature.output_specs if s.kind is OutputKind.USER_OUTPUT]
-    found: dict[int, str] = {}
-    for i, name in enumerate(outputs):
-        source = _written_input(nodes[name]) if name in nodes else None
-        if source is not None and source.name in users - set(found.values()) and _same_kind(source, nodes[name]):
-            found[i] = source.name
-    return found
-
-
-def _written_input(node: Node) -> Node | None:
-    """The placeholder behind `node` if a cache write lies between."""
-    for writer in _chain(node):
-        if op_name(writer).removesuffix("_") in _CACHE_WRITES:
-            roots = [origin(source) for source in writer.all_input_nodes]
-            return next((root for root in roots if root.op == "placeholder" and _is_floating(value(root))), None)
-    return None
-
-
-def _chain(node: Node) -> Iterator[Node]:
-    """`node` and what it shows, step by step, to the origin."""
-    end = origin(node)
-    while node is not end:
-        yield node
-        node = node.all_input_nodes[0]
-    yield end
-
-
-def _same_kind(a: Node, b: Node) -> bool:
-    x, y = value(a), value(b)
-    return isinstance(x, Tensor) and isinstance(y, Tensor) and x.ndim == y.ndim and x.dtype == y.dtype

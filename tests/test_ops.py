@@ -40,14 +40,17 @@ def orthogonal(n: int) -> Tensor:
 
 def rotated(layout: Layout, x: Tensor) -> Tensor:
     matrix = orthogonal(layout.width)
-    return layout.apply(x.double(), lambda v, dim: (v.movedim(dim, -1) @ matrix).movedim(-1, dim))
+    result = layout.apply(x.double(), lambda v, dim: (v.movedim(dim, -1) @ matrix).movedim(-1, dim))
+    return torch.empty_like(x, dtype=torch.float64).copy_(result)   # in x's strides, for views
 
 
 def evaluate(node: Node, values: dict[Node, Any]) -> Any:
     """The node's operator on values of its operands."""
     def look(n: Node) -> Any:
-        return values.get(n, value(n))
+        found = values.get(n, value(n))
+        return found.clone() if isinstance(found, Tensor) and name.endswith("_") else found
 
+    name = op_name(node)
     args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), look)
     if op_name(node) == "getitem":
         source = node.args[0]
@@ -205,7 +208,7 @@ def single(target: Any, *args: Any, **kwargs: Any) -> Node:
 
     lifted = torch.utils._pytree.tree_map(lift, (args, kwargs))
     node = graph.call_function(target, *lifted)
-    node.meta["val"] = target(*args, **kwargs)
+    node.meta["val"] = target(*torch.utils._pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, args), **kwargs)
     return node
 
 
@@ -232,7 +235,7 @@ CASES: dict[str, tuple[int, Callable[[], Node]]] = {
     "native_dropout": (0, lambda: single(aten.native_dropout.default, X, 0.5, False)),
     "type_as": (3, lambda: single(aten.type_as.default, X, Y)), "lift_fresh_copy": (3, lambda: single(aten.lift_fresh_copy.default, X)),
     "lift_fresh": (3, lambda: single(aten.lift_fresh.default, X)), "positive": (3, lambda: single(aten.positive.default, X)),
-    "neg": (3, lambda: single(aten.neg.default, X)), "neg_": (0, lambda: single(aten.neg_.default, X.clone())),
+    "neg": (3, lambda: single(aten.neg.default, X)), "neg_": (3, lambda: single(aten.neg_.default, X.clone())),
     "permute": (6, lambda: single(aten.permute.default, X, [2, 0, -2])), "transpose": (6, lambda: single(aten.transpose.int, X, -1, 0)),
     "swapaxes": (6, lambda: single(aten.swapaxes.default, X, -1, 0)), "t": (4, lambda: single(aten.t.default, W)),
     "numpy_T": (6, lambda: single(aten.numpy_T.default, X)),
@@ -262,8 +265,8 @@ CASES: dict[str, tuple[int, Callable[[], Node]]] = {
     "add": (3, lambda: single(aten.add.Tensor, X, Y, alpha=3)), "add bias": (1, lambda: single(aten.add.Tensor, X, floats(4))),
     "add row": (2, lambda: single(aten.add.Tensor, X, floats(3, 4))), "add per token": (2, lambda: single(aten.add.Tensor, X, floats(2, 3, 1))),
     "add scalar": (0, lambda: single(aten.add.Scalar, X, 2.0)), "add 0": (3, lambda: single(aten.add.Scalar, X, 0)),
-    "add_": (0, lambda: single(aten.add_.Tensor, X.clone(), Y)), "sub": (3, lambda: single(aten.sub.Tensor, X, Y)),
-    "sub_": (0, lambda: single(aten.sub_.Tensor, X.clone(), Y)), "rsub": (0, lambda: single(aten.rsub.Scalar, X, 1.0)),
+    "add_": (3, lambda: single(aten.add_.Tensor, X.clone(), Y)), "sub": (3, lambda: single(aten.sub.Tensor, X, Y)),
+    "sub_": (3, lambda: single(aten.sub_.Tensor, X.clone(), Y)), "rsub": (0, lambda: single(aten.rsub.Scalar, X, 1.0)),
     "mul": (0, lambda: single(aten.mul.Tensor, X, Y)), "mul scalar": (3, lambda: single(aten.mul.Scalar, X, 2.0)),
     "mul per token": (1, lambda: single(aten.mul.Tensor, X, floats(2, 3, 1))),
     "mul per head": (2, lambda: single(aten.mul.Tensor, X, floats(3, 1))), "multiply": (0, lambda: single(aten.multiply.Tensor, X, Y)),

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torch.export.graph_signature import OutputKind
 
 from spinpass import record, synthetic
 from spinpass.certificate import Difference, compare
@@ -624,6 +625,13 @@ def test_missing_values() -> None:
     with pytest.raises(
         ProgramError, match="placeholder p_head_weight names the constant head.weight, which the program lacks"
     ):
+        run(ep, synthetic_inputs(ep))
+
+
+def test_training_outputs_are_refused() -> None:
+    ep = modules.export(layers=1)
+    ep.graph_signature.output_specs[0].kind = OutputKind.LOSS_OUTPUT
+    with pytest.raises(ProgramError, match="of kind LOSS_OUTPUT is not supported: export for inference"):
         run(ep, synthetic_inputs(ep))
 
 

@@ -15,7 +15,9 @@ from ..program import ProgramEditor, shape
 
 
 def center(editor: ProgramEditor, space: Space, origin: str) -> Space:
-    """Centre what is written into the stream (entries are centred where they are rotated) and drop the norms' centring."""
+    """Centre what is written into the stream (entries are centred where they are rotated) and drop the norms'
+    centring.
+    """
     if not space.centred:
         return space
     for use in space.constants:
@@ -40,6 +42,7 @@ def _stop_centring(editor: ProgramEditor, node: Node, origin: str) -> None:
     plain = rule_of(norm)
     assert isinstance(plain, Normalization)
     width = int(shape(plain.source)[-1])  # type: ignore[call-overload]
-    rms = editor.call(torch.ops.aten.rms_norm.default, plain.source, [width], None, plain.eps, after=norm, origin=origin)
+    rms = editor.call(
+        torch.ops.aten.rms_norm.default, plain.source, [width], None, plain.eps, after=norm, origin=origin
+    )
     editor.replace(norm, rms)
-

@@ -1,6 +1,8 @@
-"""FoldRotations:  reader W -> W R;  writer W -> Rᵀ W, b -> Rᵀ b;  table E -> E R.   One step per constant, computed at the end.
+"""FoldRotations:  reader W -> W R;  writer W -> Rᵀ W, b -> Rᵀ b;  table E -> E R.   One step per constant, computed
+at the end.
 
-In row-vector form all of these are one operation: every vector of the space that lies in the constant is multiplied by R.
+In row-vector form all of these are one operation: every vector of the space that lies in the constant is multiplied
+by R.
 """
 
 from __future__ import annotations

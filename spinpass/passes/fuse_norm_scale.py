@@ -1,7 +1,7 @@
 """FuseNormScale:  (x̂·g + β) Wᵀ + b  ->  x̂ (W diag(g))ᵀ + (b + β Wᵀ);   (y·c) with y = W x  ->  (diag(c) W) x.
 
-Only for the scales that the basis analysis found to be read by linears alone (or written by them alone). Half of a norm operator's
-work is kept: ``layer_norm`` with a scale becomes ``layer_norm`` or ``rms_norm`` without one.
+Only for the scales that the basis analysis found to be read by linears alone (or written by them alone). Half of a
+norm operator's work is kept: ``layer_norm`` with a scale becomes ``layer_norm`` or ``rms_norm`` without one.
 """
 
 from __future__ import annotations
@@ -30,8 +30,11 @@ def fuse_norm_scale(editor: ProgramEditor, space: Space, origin: str) -> Space:
     for node in space.scales:
         _unscale(editor, node, space, origin)
     written = tuple(
-        ConstantUse(bias, replace(axis, layout=axis.layout.renamed({d: 0 for d in axis.layout.dims})))
-        for node, bias in made if bias is not None for axis in space.members.get(node, ()))
+        ConstantUse(bias, replace(axis, layout=axis.layout.renamed(dict.fromkeys(axis.layout.dims, 0))))
+        for node, bias in made
+        if bias is not None
+        for axis in space.members.get(node, ())
+    )
     return replace(space, constants=space.constants + written)
 
 
@@ -39,7 +42,9 @@ def _scale(editor: ProgramEditor, node: Node, axis: AxisType) -> None:
     assert axis.pending is not None and axis.pending.scale is not None
     scale = editor.deferred(axis.pending.scale)
     layout = axis.layout
-    editor.queue(node, lambda tensor: layout.apply(tensor, lambda vectors, dim: vectors * _along(scale(), dim, vectors.ndim)))
+    editor.queue(
+        node, lambda tensor: layout.apply(tensor, lambda vectors, dim: vectors * _along(scale(), dim, vectors.ndim))
+    )
 
 
 def _along(scale: Tensor, dim: int, rank: int) -> Tensor:
@@ -84,7 +89,13 @@ def _shift_result(editor: ProgramEditor, use: ShiftUse, origin: str) -> Node | N
     else:
         contract = lambda: shift().flatten() @ weight()  # noqa: E731
     args = arguments(use.node)
-    bias = args.get("bias") if op_name(use.node) == "aten::linear" else args.get("self") if op_name(use.node) == "aten::addmm" else None
+    bias = (
+        args.get("bias")
+        if op_name(use.node) == "aten::linear"
+        else args.get("self")
+        if op_name(use.node) == "aten::addmm"
+        else None
+    )
     if isinstance(bias, Node) and editor.is_stored(bias) and len(bias.users) == 1:
         editor.queue(bias, lambda tensor: tensor + contract())
         return None
@@ -93,7 +104,9 @@ def _shift_result(editor: ProgramEditor, use: ShiftUse, origin: str) -> Node | N
     dtype, device = value(use.node).dtype, value(use.node).device
     start = editor.deferred(bias) if isinstance(bias, Node) else None
     zero = torch.zeros(out, dtype=dtype, device=device)
-    added = editor.add_constant(name, zero, steps=[lambda tensor: (tensor if start is None else tensor + start()) + contract()])
+    added = editor.add_constant(
+        name, zero, steps=[lambda tensor: (tensor if start is None else tensor + start()) + contract()]
+    )
     if op_name(use.node) == "aten::linear":
         use.node.update_arg(2, added) if len(use.node.args) > 2 else _append(use.node, added)
     elif isinstance(bias, Node):

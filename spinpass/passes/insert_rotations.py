@@ -1,4 +1,6 @@
-"""InsertRotations:  an entry x -> x R,  an exit x' -> x' Rᵀ:  what could not be folded stands in the graph as Hadamard operators."""
+"""InsertRotations:  an entry x -> x R,  an exit x' -> x' Rᵀ:  what could not be folded stands in the graph as
+Hadamard operators.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ def insert_rotations(editor: ProgramEditor, space: Space, rotation: Rotation, or
         users = [u for u in node.users if u not in entry.keep]
         rotated = node
         if entry.centre:
-            mean = editor.call(torch.ops.aten.mean.dim, rotated, [entry.layout.dims[0]], True, after=rotated, origin=origin)
+            mean = editor.call(
+                torch.ops.aten.mean.dim, rotated, [entry.layout.dims[0]], True, after=rotated, origin=origin
+            )
             rotated = editor.call(torch.ops.aten.sub.Tensor, rotated, mean, after=mean, origin=origin)
         rotated = rotate(editor, rotated, entry.layout, rotation, stored, origin)
         editor.replace(node, rotated, users)
@@ -31,8 +35,15 @@ def insert_rotations(editor: ProgramEditor, space: Space, rotation: Rotation, or
     return space
 
 
-def rotate(editor: ProgramEditor, node: Node, layout: Layout, rotation: Rotation, stored: dict[str, Node], origin: str,
-           inverse: bool = False) -> Node:
+def rotate(
+    editor: ProgramEditor,
+    node: Node,
+    layout: Layout,
+    rotation: Rotation,
+    stored: dict[str, Node],
+    origin: str,
+    inverse: bool = False,
+) -> Node:
     """Nodes that compute ``x R`` (or ``x Rᵀ``) along the layout's one axis; returns the last."""
     dim, rank = layout.dims[0], len(shape(node))
     if dim != rank - 1:
@@ -44,8 +55,15 @@ def rotate(editor: ProgramEditor, node: Node, layout: Layout, rotation: Rotation
     return node
 
 
-def _hadamard(editor: ProgramEditor, node: Node, layout: Layout, rotation: Rotation, stored: dict[str, Node], origin: str,
-              inverse: bool) -> Node:
+def _hadamard(
+    editor: ProgramEditor,
+    node: Node,
+    layout: Layout,
+    rotation: Rotation,
+    stored: dict[str, Node],
+    origin: str,
+    inverse: bool,
+) -> Node:
     """x·diag(s)·H, or x·Hᵀ·diag(s)."""
     signs = _signs(editor, node, layout, rotation, stored, origin)
     if signs is not None and not inverse:
@@ -56,7 +74,9 @@ def _hadamard(editor: ProgramEditor, node: Node, layout: Layout, rotation: Rotat
     return node
 
 
-def _signs(editor: ProgramEditor, node: Node, layout: Layout, rotation: Rotation, stored: dict[str, Node], origin: str) -> Node | None:
+def _signs(
+    editor: ProgramEditor, node: Node, layout: Layout, rotation: Rotation, stored: dict[str, Node], origin: str
+) -> Node | None:
     signs = rotation.signs()
     if signs is None:
         return None
@@ -66,13 +86,21 @@ def _signs(editor: ProgramEditor, node: Node, layout: Layout, rotation: Rotation
     return stored["signs"]
 
 
-def _dense(editor: ProgramEditor, node: Node, layout: Layout, rotation: Rotation, stored: dict[str, Node], origin: str,
-           inverse: bool) -> Node:
+def _dense(
+    editor: ProgramEditor,
+    node: Node,
+    layout: Layout,
+    rotation: Rotation,
+    stored: dict[str, Node],
+    origin: str,
+    inverse: bool,
+) -> Node:
     """x·Q block by block, for rotations without structure."""
     if "matrix" not in stored:
         matrix = rotation.matrix()[: rotation.order, : rotation.order].contiguous()
-        stored["matrix"] = editor.add_constant(f"spinpass.{_identifier(origin)}.matrix", matrix.to(value(node).dtype),
-                                               steps=[lambda _: matrix])
+        stored["matrix"] = editor.add_constant(
+            f"spinpass.{_identifier(origin)}.matrix", matrix.to(value(node).dtype), steps=[lambda _: matrix]
+        )
     matrix_node, start = stored["matrix"], node
     blocks = layout.sizes[0] // rotation.order
     if blocks > 1:
@@ -84,7 +112,8 @@ def _dense(editor: ProgramEditor, node: Node, layout: Layout, rotation: Rotation
         node = editor.call(torch.ops.aten.matmul.default, node, matrix_node, after=node, origin=origin)
     if blocks > 1:
         node = editor.call(torch.ops.aten.flatten.using_ints, node, -2, -1, after=node, origin=origin)
-    # a matrix product returns other strides than its operand had: copy into those, so that views that follow stay possible
+    # a matrix product returns other strides than its operand had: copy into those, so that views that follow stay
+    # possible
     like = editor.call(torch.ops.aten.empty_like.default, start, after=node, origin=origin)
     return editor.call(torch.ops.aten.copy.default, like, node, after=like, origin=origin)
 

@@ -10,7 +10,9 @@ from ..program import ProgramEditor
 
 
 def materialize(editor: ProgramEditor, space: Space) -> Space:
-    """Give every computed constant of the space a tensor of its own, with its value before anything is queued for this space."""
+    """Give every computed constant of the space a tensor of its own, with its value before anything is queued for
+    this space.
+    """
     for node in {use.node: None for use in space.constants}:
         if not editor.is_stored(editor.current(node)):
             editor.materialize(node)

@@ -11,16 +11,34 @@ from ..ops import Movement, Multilinear, Operand, rule_of
 from ..program import ProgramEditor, arguments, is_op, op_name, shape
 from .linear import as_linear
 
-_FUSED = ("aten::scaled_dot_product_attention", "aten::_scaled_dot_product_flash_attention_for_cpu",
-          "aten::_scaled_dot_product_flash_attention", "aten::_scaled_dot_product_efficient_attention")
+_FUSED = (
+    "aten::scaled_dot_product_attention",
+    "aten::_scaled_dot_product_flash_attention_for_cpu",
+    "aten::_scaled_dot_product_flash_attention",
+    "aten::_scaled_dot_product_efficient_attention",
+)
 _SOFTMAX = ("aten::softmax", "aten::_softmax", "aten::_safe_softmax")
-_TOWARDS_SCORES = ("aten::mul", "aten::div", "aten::add", "aten::sub", "aten::tanh", "aten::where", "aten::masked_fill", "aten::cat",
-                   "aten::clamp", "aten::amax", "aten::max", "aten::baddbmm")
+_TOWARDS_SCORES = (
+    "aten::mul",
+    "aten::div",
+    "aten::add",
+    "aten::sub",
+    "aten::tanh",
+    "aten::where",
+    "aten::masked_fill",
+    "aten::cat",
+    "aten::clamp",
+    "aten::amax",
+    "aten::max",
+    "aten::baddbmm",
+)
 
 
 @dataclass(frozen=True)
 class Attention:
-    """``query`` and ``key`` contract over axes ``query_layout``, ``key_layout``; ``value``'s axis passes to the result."""
+    """``query`` and ``key`` contract over axes ``query_layout``, ``key_layout``; ``value``'s axis passes to the
+    result.
+    """
 
     node: Node
     query: Node
@@ -36,7 +54,13 @@ def find_attention(editor: ProgramEditor) -> list[Attention]:
     for node in editor.nodes:
         if not is_op(node):
             continue
-        match = _fused(node) if op_name(node) in _FUSED else _spelled_out(editor, node) if op_name(node) in _SOFTMAX else None
+        match = (
+            _fused(node)
+            if op_name(node) in _FUSED
+            else _spelled_out(editor, node)
+            if op_name(node) in _SOFTMAX
+            else None
+        )
         if match is not None:
             found.append(match)
     return found
@@ -48,7 +72,14 @@ def _fused(node: Node) -> Attention | None:
     q_size, v_size = shape(query)[-1], shape(value)[-1]
     if not isinstance(q_size, int) or not isinstance(v_size, int):
         return None
-    return Attention(node, query, Layout.full(len(shape(query)) - 1, q_size), args["key"], value, Layout.full(len(shape(value)) - 1, v_size))
+    return Attention(
+        node,
+        query,
+        Layout.full(len(shape(query)) - 1, q_size),
+        args["key"],
+        value,
+        Layout.full(len(shape(value)) - 1, v_size),
+    )
 
 
 def _spelled_out(editor: ProgramEditor, softmax: Node) -> Attention | None:
@@ -60,11 +91,20 @@ def _spelled_out(editor: ProgramEditor, softmax: Node) -> Attention | None:
     label = "k"
     q_size = shape(query.node)[query.labels.index(label)]
     value = weighted
-    v_at = next(d for d, name in enumerate(value.labels) if name in ("n", "m") and isinstance(shape(value.node)[d], int))
+    v_at = next(
+        d for d, name in enumerate(value.labels) if name in ("n", "m") and isinstance(shape(value.node)[d], int)
+    )
     v_size = shape(value.node)[v_at]
     if not isinstance(q_size, int) or not isinstance(v_size, int):
         return None
-    return Attention(softmax, query.node, Layout.full(query.labels.index(label), q_size), key.node, value.node, Layout.full(v_at, v_size))
+    return Attention(
+        softmax,
+        query.node,
+        Layout.full(query.labels.index(label), q_size),
+        key.node,
+        value.node,
+        Layout.full(v_at, v_size),
+    )
 
 
 def _scores(editor: ProgramEditor, softmax: Node) -> tuple[Operand, Operand] | None:
@@ -82,7 +122,9 @@ def _scores(editor: ProgramEditor, softmax: Node) -> tuple[Operand, Operand] | N
         if isinstance(rule, Movement):
             todo.append(rule.source)
         elif op_name(node) in _TOWARDS_SCORES or op_name(node) == "getitem":
-            todo += [a for a in node.all_input_nodes if len(shape(a)) == len(shape(node)) or op_name(a) in _TOWARDS_SCORES]
+            todo += [
+                a for a in node.all_input_nodes if len(shape(a)) == len(shape(node)) or op_name(a) in _TOWARDS_SCORES
+            ]
     return None
 
 
@@ -98,7 +140,11 @@ def _weighted_sum(editor: ProgramEditor, softmax: Node) -> Operand | None:
             product = _activations_product(editor, user)
             if product is not None:
                 return product[1] if product[0].node is node else product[0]
-            if isinstance(rule_of(user), Movement) or op_name(user) in ("aten::mul", "aten::where", "aten::masked_fill"):
+            if isinstance(rule_of(user), Movement) or op_name(user) in (
+                "aten::mul",
+                "aten::where",
+                "aten::masked_fill",
+            ):
                 todo.append(user)
     return None
 
@@ -116,7 +162,9 @@ def _activations_product(editor: ProgramEditor, node: Node) -> tuple[Operand, Op
 
 
 def cache_values(editor: ProgramEditor, operand: Node) -> set[Node]:
-    """What a KV cache may hold of an attention's key or value operand: everything between the linear layer and the attention."""
+    """What a KV cache may hold of an attention's key or value operand: everything between the linear layer and the
+    attention.
+    """
     found: set[Node] = set()
     todo = [operand]
     while todo:

@@ -10,9 +10,27 @@ from ..ops import Multilinear, Opaque, Square, rule_of
 from ..program import ProgramEditor, is_op, op_name
 from .linear import Linear, find_linears, is_norm_output, root_of
 
-_ACTIVATIONS = ("aten::gelu", "aten::silu", "aten::relu", "aten::relu6", "aten::leaky_relu", "aten::tanh", "aten::sigmoid",
-                "aten::hardswish", "aten::mish", "aten::softplus", "aten::elu", "aten::hardtanh", "aten::clamp", "aten::pow",
-                "aten::square", "aten::relu_", "aten::silu_", "aten::erf", "aten::exp")
+_ACTIVATIONS = (
+    "aten::gelu",
+    "aten::silu",
+    "aten::relu",
+    "aten::relu6",
+    "aten::leaky_relu",
+    "aten::tanh",
+    "aten::sigmoid",
+    "aten::hardswish",
+    "aten::mish",
+    "aten::softplus",
+    "aten::elu",
+    "aten::hardtanh",
+    "aten::clamp",
+    "aten::pow",
+    "aten::square",
+    "aten::relu_",
+    "aten::silu_",
+    "aten::erf",
+    "aten::exp",
+)
 
 
 def find_down_projections(editor: ProgramEditor) -> Iterator[Linear]:
@@ -34,4 +52,9 @@ def _is_activated(editor: ProgramEditor, node: Node) -> bool:
     computed = [o for o in operands if not editor.is_constant(o)]
     if len(rule.terms) == 1 and len(computed) == 2:
         return all(len(o.labels) == len(rule.out) and None not in o.labels for o in rule.terms[0])
-    return len(computed) == 1 and len(operands) <= 2 and op_name(node) != "aten::add" and _is_activated(editor, root_of(computed[0]))
+    return (
+        len(computed) == 1
+        and len(operands) <= 2
+        and op_name(node) != "aten::add"
+        and _is_activated(editor, root_of(computed[0]))
+    )

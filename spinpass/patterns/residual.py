@@ -14,7 +14,12 @@ from .linear import as_linear, root_of
 def find_residual_sums(editor: ProgramEditor) -> Iterator[Node]:
     """Every ``x + f(x)`` whose summand is written by a linear layer, in graph order."""
     for node in editor.nodes:
-        if not is_op(node) or op_name(node) != "aten::add" or not is_float(node) or not isinstance(shape(node)[-1:], tuple):
+        if (
+            not is_op(node)
+            or op_name(node) != "aten::add"
+            or not is_float(node)
+            or not isinstance(shape(node)[-1:], tuple)
+        ):
             continue
         rule = rule_of(node)
         if not isinstance(rule, Multilinear) or len(rule.terms) != 2 or len(shape(node)) < 2:
@@ -36,4 +41,6 @@ def _is_written(editor: ProgramEditor, node: Node, depth: int = 6) -> bool:
     rule = rule_of(root)
     if not isinstance(rule, Multilinear) or op_name(root) not in ("aten::mul", "aten::add", "aten::div"):
         return False
-    return any(_is_written(editor, o.node, depth - 1) for term in rule.terms for o in term if not editor.is_constant(o.node))
+    return any(
+        _is_written(editor, o.node, depth - 1) for term in rule.terms for o in term if not editor.is_constant(o.node)
+    )
