@@ -78,7 +78,8 @@ def measure(stage: str, what: str, threads: int) -> dict[str, Any]:
     """Figures of ``plan`` or ``transform`` in this process; ``what`` is a file or a number of layers."""
     torch.set_num_threads(threads)
     program = synthetic(int(what)) if what.isdigit() else load_program(what)
-    weights = sum(t.numel() * t.element_size() for t in {id(t): t for t in program.state_dict.values()}.values())
+    distinct = {t.data_ptr(): t for t in program.state_dict.values()}  # tied weights are loaded as views
+    weights = sum(t.numel() * t.element_size() for t in distinct.values())
     config = spinpass.RotationConfig(verify=False)
     loaded = reset_peak()
     wall, cpu = time.perf_counter(), time.process_time()

@@ -326,8 +326,7 @@ class Walk:
             self._rules[node] = rule_of(node)
         return self._rules[node]
 
-    # -- towards the producers
-    # ------------------------------------------------------------------------------------------
+    # -- towards the producers -----------------------------------------------------------------------------------------
 
     def _backward(self, node: Node, axis: AxisType) -> None:
         if node in self._computed:
@@ -409,8 +408,7 @@ class Walk:
         self._cross_norm(node, rule, axis.layout)
         self._demand(rule.source, AxisType(axis.layout))
 
-    # -- towards the users
-    # ----------------------------------------------------------------------------------------------
+    # -- towards the users ---------------------------------------------------------------------------------------------
 
     def _forward(self, node: Node, axis: AxisType, user: Node) -> None:
         try:
@@ -486,10 +484,14 @@ class Walk:
             if kind == OutputKind.BUFFER_MUTATION:
                 self._demand(next(n for n in self.editor.mutated_buffers if self.editor.fqn(n) == target), axis)
             elif kind == OutputKind.USER_INPUT_MUTATION:
-                self._demand(next(n for n in self.editor.user_inputs() if n.name == target), axis)
-            elif not self._is_cache(node) or not axis.layout.is_contiguous:
+                updated = next(n for n in self.editor.user_inputs() if n.name == target)
+                if updated not in self.cache:
+                    raise Barrier("a program input that the program updates")
+                self._demand(updated, axis)
+            elif self._is_cache(node) and axis.layout.is_contiguous:
+                self._carried[node, index] = axis.layout
+            else:
                 raise Barrier("a program output")
-            self._carried[node, index] = axis.layout
             self._note_uncentred(node, axis, "is a program output")
 
     def _is_cache(self, node: Node) -> bool:
@@ -640,8 +642,7 @@ class Walk:
         """The space's one vector is the whole last axis."""
         return layout.count == 1 and layout.is_contiguous and layout.dims == (len(shape(node)) - 1,)
 
-    # -- sums of products
-    # -----------------------------------------------------------------------------------------------
+    # -- sums of products ----------------------------------------------------------------------------------------------
 
     def _spread(self, rule: Multilinear, at: Operand | None, axis: AxisType, user: Node | None = None) -> None:
         """From one port of a product (None: its result) to all others that must then be in the space.
@@ -802,8 +803,7 @@ class Walk:
             raise Barrier(f"{op_name(user)} has no place for the norm's bias")
         self._shifts[user, at.node] = ShiftUse(user, at.node, partner.node, shift)
 
-    # -- the result
-    # -----------------------------------------------------------------------------------------------------
+    # -- the result ----------------------------------------------------------------------------------------------------
 
     def _result(self, seed: Node, layout: Layout) -> Space:
         constants = [

@@ -26,7 +26,7 @@ class LinearInputWalk(Walk):
 
     def _forward(self, node: Node, axis: AxisType, user: Node) -> None:
         if self.editor.is_constant(node):
-            if not self.editor.is_constant(user) and not self._is_linear_weight(node, user):
+            if not self.editor.is_constant(user) and not self._is_linear_weight(node, axis, user):
                 self.kept[node] = f"{user.name} reads it otherwise than as a linear layer's weight"
                 raise _Restart
             return super()._forward(node, axis, user)
@@ -56,9 +56,10 @@ class LinearInputWalk(Walk):
     def _is_kept(self, weight: Node) -> bool:
         return weight in self.kept or any(self._is_kept(s) for s in weight.all_input_nodes)
 
-    def _is_linear_weight(self, node: Node, user: Node) -> bool:
+    def _is_linear_weight(self, node: Node, axis: AxisType, user: Node) -> bool:
+        """``user`` contracts the axis, it does not pass it on."""
         linear = as_linear(self.editor, user)
-        if linear is None or linear.weight is not node:
+        if linear is None or linear.weight is not node or axis.layout.dims != (linear.weight_dim,):
             return False
         rule = self._rule(user)
         return isinstance(rule, Multilinear) and not any(

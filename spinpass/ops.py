@@ -172,8 +172,7 @@ def source_through(node: Node) -> Node:
         node = rule.source
 
 
-# -- movements
-# ----------------------------------------------------------------------------------------------------------
+# -- movements ---------------------------------------------------------------------------------------------------------
 
 
 def _identity(source: Node) -> Rule:
@@ -204,7 +203,7 @@ def _permute(node: Node, args: dict[str, Any]) -> Rule:
 def _transpose(node: Node, args: dict[str, Any]) -> Rule:
     rank = len(shape(args["self"]))
     order = list(range(rank))
-    a, b = args["dim0"] % rank, args["dim1"] % rank
+    a, b = (d % rank for d in args.values() if isinstance(d, int))  # dim0, dim1 or axis0, axis1
     order[a], order[b] = order[b], order[a]
     return _renaming(args["self"], {d: i for i, d in enumerate(order)})
 
@@ -361,8 +360,7 @@ def _cat(node: Node, args: dict[str, Any]) -> Rule:
     return Concatenate(sources, args["dim"] % len(shape(node)))
 
 
-# -- sums of products
-# -----------------------------------------------------------------------------------------------------
+# -- sums of products --------------------------------------------------------------------------------------------------
 
 
 def _aligned(operand: Node, out: Sequence[object]) -> Operand:
@@ -498,16 +496,13 @@ def _index(node: Node, args: dict[str, Any]) -> Rule:
     at = [d for d, i in enumerate(indices) if i is not None]
     if not at or at != list(range(at[0], at[0] + len(at))):
         return Opaque("index with separated index tensors")
-    index = known_integers(indices[at[0]])
-    size = shape(source)[at[0]]
-    if (
-        len(at) == 1
-        and index is not None
-        and index.ndim == 1
-        and isinstance(size, int)
-        and torch.unique(index).numel() == index.numel()
-    ):
-        return _selection(node, source, at[0], index % size)
+    if any(value(indices[d]).dtype in (torch.bool, torch.uint8) for d in at):
+        return Opaque("index with a mask")
+    known, size = known_integers(indices[at[0]]), shape(source)[at[0]]
+    if len(at) == 1 and known is not None and known.ndim == 1 and isinstance(size, int):
+        wrapped = known % size
+        if torch.unique(wrapped).numel() == wrapped.numel():
+            return _selection(node, source, at[0], wrapped)
     drawn = max(len(shape(indices[d])) for d in at)
     rank = len(shape(source))
     labels = tuple(None if d in at else f"x{d}" for d in range(rank))
@@ -526,6 +521,8 @@ def _write_along(node: Node, args: dict[str, Any], written: Node, dims: set[int]
     rank = len(shape(node))
     labels = tuple(None if d in dims else d for d in range(rank))
     lead = rank - len(shape(written))
+    if lead < 0:
+        return Opaque("values of more axes than they are written to")
     inner = tuple(labels[d + lead] if size == shape(node)[d + lead] else None for d, size in enumerate(shape(written)))
     return Multilinear(((Operand(args["self"], labels),), (Operand(written, inner),)), labels, tuple(opaque))
 
@@ -576,15 +573,16 @@ def _attention(node: Node, args: dict[str, Any]) -> Rule:
     """softmax(q·kᵀ)·v: the head axis of q and k is contracted, that of v passes."""
     q, k, v = args["query"], args["key"], args["value"]
     rank = len(shape(q))
-    batch: tuple[Label | None, ...] = tuple(range(rank - 2))
-    kv_batch = tuple(d if shape(k)[d] == shape(q)[d] else None for d in range(rank - 2))
-    term = (Operand(q, (*batch, None, "d")), Operand(k, (*kv_batch, None, "d")), Operand(v, (*kv_batch, None, "e")))
+    shared = [
+        d for d in range(rank - 2) if shape(q)[d] == shape(k)[d] == shape(v)[d]
+    ]  # not the heads of grouped queries
+    batch: tuple[Label | None, ...] = tuple(d if d in shared else None for d in range(rank - 2))
+    term = (Operand(q, (*batch, None, "d")), Operand(k, (*batch, None, "d")), Operand(v, (*batch, None, "e")))
     mask = [args.get("attn_mask"), args.get("attn_bias")]
     return Multilinear((term,), (*batch, None, "e"), tuple(m for m in mask if isinstance(m, Node)))
 
 
-# -- norms
-# ----------------------------------------------------------------------------------------------------------------
+# -- norms -------------------------------------------------------------------------------------------------------------
 
 
 def _last_axis_only(source: Node, normalized_shape: Sequence[int]) -> bool:
@@ -613,11 +611,15 @@ def _vector_norm(node: Node, args: dict[str, Any]) -> Rule:
 
 
 def _full(node: Node, args: dict[str, Any]) -> Rule:
-    return Zeros() if args.get("fill_value", args.get("value")) == 0 else Opaque("a constant fill")
+    return Zeros() if args.get("fill_value") == 0 else Ignored()
 
 
 def _zeros(node: Node, args: dict[str, Any]) -> Rule:
     return Zeros()
+
+
+def _shape_only(node: Node, args: dict[str, Any]) -> Rule:
+    return Ignored()
 
 
 def _table() -> dict[str, Callable[[Node, dict[str, Any]], Rule]]:
@@ -662,6 +664,7 @@ def _table() -> dict[str, Callable[[Node, dict[str, Any]], Rule]]:
         (_vector_norm, "linalg_vector_norm norm"),
         (_full, "full full_like new_full"),
         (_zeros, "zeros zeros_like new_zeros"),
+        (_shape_only, "ones_like empty_like rand_like randn_like new_ones new_empty"),
     ]
     return {f"aten::{name}": builder for builder, names in groups for name in names.split()}
 

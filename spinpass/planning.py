@@ -169,6 +169,7 @@ class Planner:
         self._bytes_untied = 0
         editor.check_weights(linear.weight for linear in find_linears(editor))
         self._streams = list(find_residual_sums(editor))
+        self._heads = {n for a in find_attention(editor) for n in (a.query, a.key, a.value)}
         self._sums = {n for s in self._streams for n in (s, *s.all_input_nodes)}
 
     def sites(self, role: Role) -> Iterator[Site]:
@@ -189,8 +190,7 @@ class Planner:
     def plan(self) -> RotationPlan:
         return RotationPlan(self.config, tuple(self.planned), tuple(self.refusals))
 
-    # -- R1
-    # -------------------------------------------------------------------------------------------------------------
+    # -- R1 ------------------------------------------------------------------------------------------------------------
 
     def _residual(self) -> Iterator[Site]:
         widths, seen = set(), set()
@@ -200,7 +200,7 @@ class Planner:
                 continue
             space = self._stream(node)
             seen |= set(space.members)
-            if not space.readers:
+            if not space.readers or any(n in space.members for n in self._heads):
                 continue  # a sum inside attention or an activation
             widths.add(space.width)
             if self._takes_offline(space):
@@ -268,8 +268,7 @@ class Planner:
             if site is not None:
                 yield site
 
-    # -- R2, R3, R4
-    # -------------------------------------------------------------------------------------------------------
+    # -- R2, R3, R4 ----------------------------------------------------------------------------------------------------
 
     def _values(self) -> Iterator[Site]:
         for attention in find_attention(self.editor):
@@ -315,8 +314,7 @@ class Planner:
         """The result goes on into the model: it is summed with something, not normed and turned into logits."""
         return not self._sums or any(n in self._sums for n in _downstream(node))
 
-    # -- deciding one space
-    # -------------------------------------------------------------------------------------------------
+    # -- deciding one space --------------------------------------------------------------------------------------------
 
     def _accept(self, role: Role, space: Space, form: str, name: str | None = None) -> Site | None:
         writers, readers = self._names(space.writers), self._names(space.readers)
@@ -404,8 +402,7 @@ class Planner:
             added += rotation.size * item if rotation.signs() is not None else 0
         return added
 
-    # -- names
-    # --------------------------------------------------------------------------------------------------------------
+    # -- names ---------------------------------------------------------------------------------------------------------
 
     def _names(self, nodes: list[Node]) -> list[str]:
         return sorted({self.editor.fqn(_leaf(self.editor, n)) for n in nodes})

@@ -417,7 +417,12 @@ class ProgramEditor:
             if progress is not None:
                 progress(done + 1, len(self._constants))
         self._check_interface()
-        module = GraphModule({}, self.graph)
+        subgraphs = {
+            str(n.target): getattr(self._source.graph_module, str(n.target))
+            for n in self.graph.nodes
+            if n.op == "get_attr"
+        }
+        module = GraphModule(copy.deepcopy(subgraphs), self.graph)
         module.meta.update(self._source.graph_module.meta)
         return ExportedProgram(
             root=module,

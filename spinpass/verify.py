@@ -170,6 +170,10 @@ class _Ticker:
 # -- running ---------------------------------------------------------------------------------------------------------
 
 
+class _Exhausted(Exception):
+    """The original itself cannot take a further step, because its cache is full."""
+
+
 class _Round:
     """The four sessions: both programs lifted, both native."""
 
@@ -179,7 +183,14 @@ class _Round:
 
     def run(self, values: Mapping[str, Any], tally: _Tally) -> None:
         """One step of all four; the comparison goes to `tally`."""
-        for i, results in enumerate(zip(*(session.step(values) for session in self.sessions), strict=True)):
+        try:
+            first = self.exact_before.step(values)
+        except ProgramError as error:
+            if not self.exact_before.state:
+                raise
+            raise _Exhausted from error
+        others = (session.step(values) for session in self.sessions[1:])
+        for i, results in enumerate(zip(first, *others, strict=True)):
             tally.add(tally.names[i], _Results(*results), argmax=i not in self.returned)
         for name in sorted(self.exact_before.changed | self.exact_after.changed):
             tally.add(f"state {name}", _Results(*(s.current(name) for s in self.sessions)), argmax=False)
@@ -210,7 +221,10 @@ def _closed_loop(values: Mapping[str, Any], round_: _Round, tally: _Tally, steps
         if isinstance(following, str):
             return done, f"{done} further steps, then stopped: {following}"
         values = following
-        round_.run(values, tally)
+        try:
+            round_.run(values, tally)
+        except _Exhausted as error:
+            return done, f"{done} further steps, then stopped: the original cannot go on: {error.__cause__}"
     return (
         steps,
         f"{steps} further steps, each program fed the {len(round_.exact_before.state)} tensors it returned itself",

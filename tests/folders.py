@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 from tests import models
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when transformers is imported, which comes later
 
 WORDS = [
     "what",

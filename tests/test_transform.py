@@ -86,8 +86,12 @@ def test_post_norm_models_take_the_online_form_and_the_plan_says_why(name: str) 
     assert any(r.what == "R1 offline" and "online parts" in r.why for r in plan.refusals)
 
 
+QUICK = ("llama_bias", "gpt2", "falcon_new", "phi3", "gemma3_text")
+SWEEP = [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in models.DECODERS]
+
+
 @pytest.mark.parametrize("how", ["dynamic", "functional", "decomposed"])
-@pytest.mark.parametrize("name", models.DECODERS)
+@pytest.mark.parametrize("name", SWEEP)
 def test_dynamic_and_decomposed_programs_are_exact(name: str, how: str) -> None:
     before = program(name, how)
     for form in ("offline", "online"):
@@ -103,14 +107,16 @@ def test_dynamic_and_decomposed_programs_are_exact(name: str, how: str) -> None:
 @pytest.mark.parametrize("form", ["offline", "online"])
 def test_every_kind_of_rotation(name: str, kind: str, form: str) -> None:
     before = program(name)
-    assert error(before, transformed(before, kind=kind, form=form, seed=5)) <= EXACT
+    after = transformed(before, kind=kind, form=form, seed=5)
+    new = [v.dtype for k, v in after.state_dict.items() if k not in before.state_dict]
+    assert error(before, after) <= (1e-7 if torch.float32 in new else EXACT)   # a dense matrix for a value that is float32
 
 
 @pytest.mark.parametrize("kind", ["hadamard", "random-hadamard", "random-matrix"])
 @pytest.mark.parametrize("block", [1, 2, 4, 8, 16])
 def test_block_sizes(kind: str, block: int) -> None:
     before = program("llama_bias")
-    if block == 1 and kind != "random-matrix":
+    if block == 1:   # a diagonal of signs rotates nothing
         with pytest.raises(RefusedError, match="nothing was rotated"):
             transformed(before, kind=kind, block_size=block)
         return
@@ -169,7 +175,7 @@ def test_narrow_dtypes_keep_their_dtypes_and_pass_the_certificate(name: str, dty
     after = transformed(before, form=form, kind="random-hadamard")
     assert {k: v.dtype for k, v in after.state_dict.items() if k in before.state_dict} == {
         k: v.dtype for k, v in before.state_dict.items()}
-    assert all(v.dtype == dtype for k, v in after.state_dict.items() if k not in before.state_dict)
+    assert all(v.dtype in (dtype, torch.float32) for k, v in after.state_dict.items() if k not in before.state_dict)
     certificate = spinpass.verify(before, after)
     assert certificate.ok, str(certificate)
 
@@ -397,17 +403,17 @@ CACHED = ["llama_bias", "qwen3", "gpt2", "gemma3_text", "phi3"]
 
 @pytest.mark.parametrize("name", ["llama_tied", "gpt2", "gemma3_text", "gpt_neox"])
 def test_programs_of_the_transformers_exporter(name: str) -> None:
-    before = program(name, "hf", torch.float32)
+    before = program(name, "hf")
     for form in ("offline", "online"):
         after = transformed(before, form=form)
-        assert error(before, after) <= 1e-6 if name == "" else error(before, after) <= EXACT
+        assert error(before, after) <= EXACT
 
 
 @pytest.mark.parametrize("how", ["cache", "prefill", "decode"])
 @pytest.mark.parametrize("name", CACHED)
 def test_programs_with_a_cache_pass_the_closed_loop(name: str, how: str) -> None:
-    before = program(name, how, torch.float32)
-    for settings in (dict(form="offline"), dict(form="online", kind="random-hadamard"), dict(kind="random-matrix", block_size=8)):
+    before = program(name, how)
+    for settings in (dict(form="offline"), dict(form="online", kind="random-hadamard"), dict(kind="random-matrix", block_size=4)):
         after = transformed(before, **settings)
         certificate = spinpass.verify(before, after)
         assert certificate.ok, str(certificate)
@@ -419,7 +425,7 @@ def test_programs_with_a_cache_pass_the_closed_loop(name: str, how: str) -> None
 
 @pytest.mark.parametrize("name", CACHED)
 def test_a_plain_cache_keeps_its_basis(name: str) -> None:
-    before = program(name, "cache", torch.float32)
+    before = program(name, "cache")
     after = transformed(before, cache="plain")
     assert error(before, after) <= EXACT   # run raw: no output may be in another basis
     found = record.read(after)
@@ -429,7 +435,7 @@ def test_a_plain_cache_keeps_its_basis(name: str) -> None:
 @pytest.mark.parametrize("how", ["static_prefill", "static_decode"])
 @pytest.mark.parametrize("name", ["llama_bias", "gpt2"])
 def test_static_caches(name: str, how: str) -> None:
-    before = program(name, how, torch.float32)
+    before = program(name, how)
     for settings in ({}, {"cache": "plain"}, {"kind": "random-hadamard", "form": "online"}):
         after = transformed(before, **settings)
         certificate = spinpass.verify(before, after)
@@ -439,7 +445,7 @@ def test_static_caches(name: str, how: str) -> None:
 @pytest.mark.parametrize("name", CACHED)
 @pytest.mark.parametrize("kind", ["hadamard", "random-hadamard", "random-matrix"])
 def test_prefill_and_decode_rotated_apart_share_a_cache(name: str, kind: str) -> None:
-    prefill, decode = (program(name, how, torch.float32) for how in ("prefill", "decode"))
+    prefill, decode = (program(name, how) for how in ("prefill", "decode"))
     expected = models.prefill_then_decode(prefill, decode)
     rotated = [transformed(p, kind=kind, seed=3) for p in (prefill, decode)]
     actual = models.prefill_then_decode(*rotated)
@@ -448,14 +454,14 @@ def test_prefill_and_decode_rotated_apart_share_a_cache(name: str, kind: str) ->
 
 def test_a_cache_of_another_seed_does_not_fit() -> None:
     """The test above can fail."""
-    prefill, decode = (program("llama_bias", how, torch.float32) for how in ("prefill", "decode"))
+    prefill, decode = (program("llama_bias", how) for how in ("prefill", "decode"))
     pair = [transformed(p, kind="random-hadamard", seed=s) for p, s in ((prefill, 1), (decode, 2))]
     assert relative_error(models.prefill_then_decode(prefill, decode), models.prefill_then_decode(*pair)) > 1e-3
 
 
 def test_names_and_rotations_of_prefill_and_decode_agree() -> None:
     for name in CACHED:
-        plans = [spinpass.plan(program(name, how, torch.float32), config(kind="random-hadamard")) for how in ("prefill", "decode", "cache")]
+        plans = [spinpass.plan(program(name, how), config(kind="random-hadamard")) for how in ("prefill", "decode", "cache")]
         a, *others = [{s.name: s.rotation.fingerprint() for s in p.spaces} for p in plans]
         for other in others:
             assert a == other

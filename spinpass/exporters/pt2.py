@@ -66,7 +66,8 @@ def save_program(program: ExportedProgram, path: str | Path) -> None:
         raise ConfigError(f"{path} does not end in .pt2, the name of an exported program")
     if not isinstance(program, ExportedProgram):
         raise ProgramError(f"a .pt2 file holds a torch.export.ExportedProgram, not a {type(program).__name__}")
-    size = sum(t.numel() * t.element_size() for t in {id(t): t for t in program.state_dict.values()}.values())
+    distinct = {t.data_ptr(): t for t in program.state_dict.values()}
+    size = sum(t.numel() * t.element_size() for t in distinct.values())
     with staged(path.parent, size) as staging, open(staging / path.name, "wb") as file:
         sink = _Sink(file)
         _write(program, sink, path)

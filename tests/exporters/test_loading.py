@@ -184,7 +184,7 @@ def test_program_with_a_cache_in_a_fresh_process(tmp_path: Path) -> None:
     code = (
         "import sys; from spinpass import record; from spinpass.exporters.pt2 import load_program\n"
         "program = load_program(sys.argv[1])\n"
-        "tensors = {id(t) for t in program.state_dict.values()}\n"
+        "tensors = {t.data_ptr() for t in program.state_dict.values()}\n"
         "print(len(record.read(program).inputs), len(program.state_dict) - len(tensors))"
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "rotated.pt2")], capture_output=True, text=True)
@@ -290,7 +290,8 @@ def test_full_disk_of_the_system_does_not_kill_the_process(tmp_path: Path) -> No
         "program = torch.export.export(torch.nn.Linear(64, 64), (torch.randn(2, 64),))\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))\n"
-        "try:\n    save_program(program, sys.argv[1])\nexcept Exception as error:\n    print(type(error).__name__, error)"
+        "try:\n    save_program(program, sys.argv[1])\n"
+        "except Exception as error:\n    print(type(error).__name__, error)"
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "x.pt2")], capture_output=True, text=True)
     assert done.stdout.startswith("ExportError cannot write to"), done.stderr
