@@ -23,6 +23,7 @@ from spinpass import evaluation, record
 from spinpass.console import Screen, Steps, certificate_table, plan_table
 from spinpass.exporters import onnx
 from spinpass.exporters.loading import LoadedModel, load_model
+from spinpass.exporters.onnx_names import cache_names
 from spinpass.exporters.onnx_quantize import quantize_4bit
 from spinpass.runtime import OrtDecoder
 
@@ -79,7 +80,7 @@ def build(loaded: LoadedModel, out: Path, steps: Steps) -> tuple[Folders, spinpa
     folders: Folders = {}
     for name, program in programs.items():
         steps.start(f"write {name}")
-        onnx.export(program, out / name)
+        onnx.export(program, out / name, **cache_names(program))
         if loaded.companions is not None:
             loaded.companions.save(out / name)
         folders[name] = out / name

@@ -129,13 +129,18 @@ def export(
     """Load MODEL, rotate it, certify it, and write a folder that ONNX Runtime runs."""
     screen = _screen(ctx, as_json, verbose)
     config = configuration(rotations, kind, block_size, seed, tied, form, cache, exclude, no_verify)
-    onnx, quantize = _onnx()
+    onnx, names, quantize = _onnx()
     _check_writable(out)
     with screen.steps() as steps:
         loaded = load_model(model, dtype=dtype, cache=not no_cache, progress=steps.begin)
         result = _rotated(loaded.program, config, steps)
-        report = onnx.export(result.program, out, verify=False if no_verify else None,
-                             progress=lambda step: steps.begin(f"onnx: {step}"))  # fmt: skip
+        report = onnx.export(
+            result.program,
+            out,
+            **names.cache_names(result.program),
+            verify=False if no_verify else None,
+            progress=lambda step: steps.begin(f"onnx: {step}"),
+        )
         packed = None
         if int4:
             steps.start("pack to 4 bits")
@@ -233,7 +238,10 @@ def verify(
     as_json: AsJson = False,
     verbose: Verbose = 0,
 ) -> None:
-    """Compare B with A on the same inputs. Exits with 1 if they do not compute the same function."""
+    """Compare B with A on the same inputs. Exits with 1 if they do not compute the same function.
+
+    A KV cache that one of them carries in a rotated basis is translated: B may be rotated and A the original.
+    """
     screen = _screen(ctx, as_json, verbose)
     file = after / "model.onnx" if after.is_dir() else after
     for path in (before, file):
@@ -246,9 +254,9 @@ def verify(
         steps.start("load")
         reference = load_program(before)
         if file.suffix == ".onnx":
-            certify = _onnx_certify()
+            compare = _onnx_compare()
             steps.start("compare")
-            certificate = certify(reference, file)
+            certificate = compare(reference, file)
         else:
             other = load_program(file)
             certificate = make_certificate(reference, other, progress=steps.start("compare"))
@@ -306,21 +314,21 @@ def _screen(ctx: typer.Context, as_json: bool, verbose: int) -> Screen:
     return state.screen
 
 
-def _onnx() -> tuple[Any, Any]:
-    """The ONNX exporter and its quantizer, imported when they are needed."""
+def _onnx() -> tuple[Any, Any, Any]:
+    """The ONNX exporter, its names and its quantizer, imported when they are needed."""
     try:
-        from .exporters import onnx, onnx_quantize
+        from .exporters import onnx, onnx_names, onnx_quantize
     except ModuleNotFoundError as error:
         raise ExportError(f"writing ONNX needs {error.name}: pip install 'spinpass[onnx]'") from error
-    return onnx, onnx_quantize
+    return onnx, onnx_names, onnx_quantize
 
 
-def _onnx_certify() -> Any:
+def _onnx_compare() -> Any:
     try:
-        from .exporters.onnx_certificate import certify
+        from .exporters.onnx_compare import compare_file
     except ModuleNotFoundError as error:
         raise ExportError(f"reading ONNX needs {error.name}: pip install 'spinpass[onnx]'") from error
-    return certify
+    return compare_file
 
 
 def _check_writable(folder: Path) -> None:

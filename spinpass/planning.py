@@ -21,6 +21,7 @@ from .patterns.linear import as_linear, find_linears, is_norm_output, root_of, w
 from .patterns.mlp import find_down_projections
 from .patterns.residual import find_residual_sums
 from .program import ProgramEditor, shape, value
+from .record import Record
 from .rotation import Rotation
 
 _UNTIE_BELOW = 0.01  # `tied="auto"` unties where that adds less than this share of the constants' bytes
@@ -157,8 +158,15 @@ class RotationPlan:
 class Planner:
     """Finds the sites of one rotation at a time. Sites come one by one: apply each before taking the next."""
 
-    def __init__(self, editor: ProgramEditor, config: RotationConfig, only: RotationPlan | None = None) -> None:
+    def __init__(
+        self,
+        editor: ProgramEditor,
+        config: RotationConfig,
+        only: RotationPlan | None = None,
+        earlier: Record | None = None,
+    ) -> None:
         self.editor = editor
+        self.earlier = earlier
         self.config = config
         self.only = None if only is None else {s.name: s for s in only.spaces}
         self.planned: list[PlannedSpace] = []
@@ -166,7 +174,7 @@ class Planner:
         self.carried: list[tuple[PlannedSpace, Carried]] = []
         self._claims: dict[Node, list[tuple[str, Layout]]] = {}
         self._tokens = tokens_per_call(editor.user_inputs())
-        self._bytes_untied = 0
+        self._bytes = editor.nbytes()
         editor.check_weights(linear.weight for linear in find_linears(editor))
         self._streams = list(find_residual_sums(editor))
         self._heads = {n for a in find_attention(editor) for n in (a.query, a.key, a.value)}
@@ -186,6 +194,12 @@ class Planner:
             yield site
         if not found and not any(r.what.startswith(role) for r in self.refusals):
             self.refusals.append(Refusal(role, _NOTHING[role]))
+
+    def applied(self, site: Site) -> None:
+        """The site's passes have run: note the bytes that they, and untying for them, have added."""
+        before, self._bytes = self._bytes, self.editor.nbytes()
+        at = next(i for i, s in enumerate(self.planned) if s.name == site.name)
+        self.planned[at] = replace(self.planned[at], bytes_added=self._bytes - before)
 
     def plan(self) -> RotationPlan:
         return RotationPlan(self.config, tuple(self.planned), tuple(self.refusals))
@@ -219,8 +233,7 @@ class Planner:
         shared = [n for n in space.kept if len(_leaf(self.editor, n).users) > 1]
         if self.config.form == "online" or not shared or not self._unties(shared):
             return space
-        copies = untie(self.editor, shared)
-        self._bytes_untied += sum(value(n).numel() * value(n).element_size() for n in copies)
+        untie(self.editor, shared)
         return Walk(self.editor).grow(node, layout)
 
     def _unties(self, shared: list[Node]) -> bool:
@@ -341,10 +354,9 @@ class Planner:
             tuple(readers),
             tuple(parts),
             tuple(c.node.name if c.output is None else f"output {c.output}" for c in space.carried),
-            self._bytes(space, rotation),
+            0,
             tuple(f"{self.editor.fqn(n)} kept: {w}" for n, w in space.kept.items()),
         )
-        self._bytes_untied = 0
         self.planned.append(planned)
         self.carried += [(planned, c) for c in space.carried]
         for node, types in space.members.items():
@@ -363,6 +375,9 @@ class Planner:
             for other, layout in self._claims.get(node, ()):
                 if any(layout.overlaps(t.layout) for t in types):
                     return f"{self.editor.fqn(node)} is already rotated by {other}"
+        for cache in space.carried:
+            if self._is_carried_already(cache):
+                return f"the cache at {cache.node.name} is in a rotated basis already"
         edges = [e.node for e in space.online]
         for node in edges:
             if edges.count(node) > 1:
@@ -371,6 +386,13 @@ class Planner:
             if not edge.layout.is_contiguous:
                 return f"an online rotation at {edge.node.name} would have to gather its channels ({edge.layout})"
         return None
+
+    def _is_carried_already(self, cache: Carried) -> bool:
+        if self.earlier is None:
+            return False
+        if cache.output is None:
+            return cache.node.name in self.earlier.inputs
+        return self.editor.user_output_index(cache.output) in self.earlier.outputs
 
     def _rotation(self, name: str, size: int) -> Rotation:
         matrix = self.config.matrix(name)
@@ -393,14 +415,6 @@ class Planner:
         for size in shape(node):
             elements *= size if isinstance(size, int) else 1
         return rotation.flops * max(1, elements // rotation.size // self._tokens)
-
-    def _bytes(self, space: Space, rotation: Rotation) -> int:
-        added = self._bytes_untied
-        if space.online:
-            item = value(space.online[0].node).element_size()
-            added += 0 if rotation.is_structured else rotation.order**2 * item
-            added += rotation.size * item if rotation.signs() is not None else 0
-        return added
 
     # -- names ---------------------------------------------------------------------------------------------------------
 

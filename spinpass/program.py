@@ -508,9 +508,9 @@ def check_program(program: object) -> None:
         if not is_op(node):
             continue
         name = op_name(node)
-        if name in _DROPOUT and _is_active_dropout(node):
+        if _is_active_dropout(node):
             raise ProgramError(
-                f"{node.name}: dropout is active (p={arguments(node).get('p')}), so the program computes no "
+                f"{node.name}: dropout is active (p={_dropout_rate(node)}), so the program computes no "
                 "function that could be preserved; call model.eval() before exporting"
             )
         if name.split("::")[0] in _QUANTIZED_NAMESPACES or any(word in name for word in _QUANTIZED_WORDS):
@@ -559,7 +559,14 @@ _QUANTIZED_WORDS = (
 
 def _is_active_dropout(node: Node) -> bool:
     bound = arguments(node)
-    return float(bound.get("p", 1.0)) > 0.0 and bool(bound.get("train", True))
+    if op_name(node) in _DROPOUT:
+        return float(bound.get("p", 1.0)) > 0.0 and bool(bound.get("train", True))
+    return float(bound.get("dropout_p") or 0.0) > 0.0
+
+
+def _dropout_rate(node: Node) -> Any:
+    bound = arguments(node)
+    return bound.get("p", bound.get("dropout_p"))
 
 
 def _is_check(node: Node) -> bool:

@@ -96,13 +96,14 @@ def _rotated(
     program: ExportedProgram, config: RotationConfig, plan: RotationPlan | None
 ) -> tuple[ProgramEditor, Planner]:
     editor = ProgramEditor(program)
-    planner = Planner(editor, config, plan)
+    planner = Planner(editor, config, plan, record.read(program))
     for role in config.rotations:
         for site in planner.sites(role):
             for name, run in PASSES:
                 started = time.perf_counter()
                 site = replace(site, space=run(editor, site))
                 log.debug("%-16s %-48s %7.1f ms", name, site.name, 1e3 * (time.perf_counter() - started))
+            planner.applied(site)
     if plan is not None and (missing := {s.name for s in plan.spaces} - {s.name for s in planner.planned}):
         raise ConfigError(
             f"the plan has a space {sorted(missing)[0]!r} that this program has not: "
@@ -122,14 +123,15 @@ def _config(config: RotationConfig | None, plan: RotationPlan | None) -> Rotatio
 
 
 def _record(planner: Planner) -> record.Record:
-    inputs, outputs = {}, {}
+    earlier = planner.earlier or record.Record(_version())
+    inputs, outputs = dict(earlier.inputs), dict(earlier.outputs)
     for planned, carried in planner.carried:
         entry = record.Carried(planned.rotation, carried.layout.dims[0] - len(shape(carried.node)), planned.name)
         if carried.output is None:
             inputs[carried.node.name] = entry
         else:
             outputs[planner.editor.user_output_index(carried.output)] = entry
-    rotations = {s.name: s.rotation.fingerprint() for s in planner.planned}
+    rotations = earlier.rotations | {s.name: s.rotation.fingerprint() for s in planner.planned}
     return record.Record(_version(), inputs, outputs, planner.config.to_dict(), rotations)
 
 

@@ -918,7 +918,7 @@ class MixKV(Decoder):
 
 
 class TalkingHeads(Decoder):
-    """TalkingHeads."""
+    """Heads of the scores mixed before the softmax."""
 
     def prepare(self) -> None:
         self.a2 = Attention(self.s)

@@ -68,6 +68,7 @@ def test_export_writes_a_folder_that_runs(folder: Path, tmp_path: Path) -> None:
     assert {space["rotation"] for space in manifest["plan"]["spaces"]} == {"R1", "R2", "R3", "R4"}
     assert manifest["record"]["certificate"]["ok"] and manifest["onnx"]["certificate"]["ok"]
     assert manifest["versions"]["torch"] == torch.__version__ and manifest["int4"] is None
+    assert "present.0.key" in manifest["onnx"]["outputs"]
     assert len(OrtDecoder(tmp_path / "out").generate([5, 6, 7], 4, end=()).tokens) == 4
     assert "load" in result.stderr and "certify" in result.stderr
 
@@ -143,15 +144,15 @@ def test_verify_finds_a_difference(pt2: Path, tmp_path: Path) -> None:
     assert "NOT equivalent" in result.stdout and "FAIL" in result.stdout
 
 
-def test_verify_an_onnx_file_and_its_folder(rotated: Path, tmp_path: Path) -> None:
+def test_verify_an_onnx_file_and_its_folder(pt2: Path, rotated: Path, tmp_path: Path) -> None:
     from spinpass.exporters import onnx
 
     onnx.export(load_program(rotated), tmp_path / "out")
-    for target in (tmp_path / "out", tmp_path / "out" / "model.onnx"):
-        result = run("verify", rotated, target)
+    for reference, target in ((rotated, tmp_path / "out"), (pt2, tmp_path / "out" / "model.onnx")):
+        result = run("verify", reference, target)
         assert result.exit_code == 0, result.stderr
         assert "equivalent: at worst" in result.stdout
-    assert document(run("verify", rotated, tmp_path / "out", "--json"))["ok"] is True
+    assert document(run("verify", pt2, tmp_path / "out", "--json"))["ok"] is True
 
 
 # -- exit codes and messages ------------------------------------------------------------------------------------------
@@ -262,7 +263,7 @@ def test_unexpected_errors_are_one_line_unless_asked(pt2: Path, monkeypatch: pyt
 
 
 def test_without_the_onnx_packages(pt2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("onnx", "onnx_quantize", "onnx_certificate"):
+    for name in ("onnx", "onnx_names", "onnx_quantize", "onnx_compare"):
         monkeypatch.setitem(sys.modules, f"spinpass.exporters.{name}", None)
         monkeypatch.delattr(f"spinpass.exporters.{name}", raising=False)
     (tmp_path / "x.onnx").touch()

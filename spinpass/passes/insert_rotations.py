@@ -80,10 +80,11 @@ def _signs(
     signs = rotation.signs()
     if signs is None:
         return None
-    if "signs" not in stored:
+    key = f"signs {value(node).dtype} {layout.count}"  # one space may have values of several types and head counts
+    if key not in stored:
         tensor = signs.to(value(node).dtype).repeat(layout.count)
-        stored["signs"] = editor.add_constant(f"spinpass.{_identifier(origin)}.signs", tensor)
-    return stored["signs"]
+        stored[key] = editor.add_constant(f"spinpass.{_identifier(origin)}.signs", tensor)
+    return stored[key]
 
 
 def _dense(
@@ -96,12 +97,13 @@ def _dense(
     inverse: bool,
 ) -> Node:
     """x·Q block by block, for rotations without structure."""
-    if "matrix" not in stored:
+    key = f"matrix {value(node).dtype}"
+    if key not in stored:
         matrix = rotation.matrix()[: rotation.order, : rotation.order].contiguous()
-        stored["matrix"] = editor.add_constant(
+        stored[key] = editor.add_constant(
             f"spinpass.{_identifier(origin)}.matrix", matrix.to(value(node).dtype), steps=[lambda _: matrix]
         )
-    matrix_node, start = stored["matrix"], node
+    matrix_node, start = stored[key], node
     blocks = layout.sizes[0] // rotation.order
     if blocks > 1:
         node = editor.call(torch.ops.aten.unflatten.int, node, -1, [blocks, rotation.order], after=node, origin=origin)
