@@ -372,19 +372,21 @@ class Walk:
     def _placeholder(self, node: Node, axis: AxisType) -> None:
         if self.editor.is_constant(node):
             return
-        if node in self.editor.mutated_buffers:
-            if axis.pending is not None or not axis.layout.is_contiguous:
-                raise Barrier("a buffer that the program updates")
-            for _, kind, target, output in self.editor.output_values():
-                if kind == OutputKind.BUFFER_MUTATION and target == self.editor.fqn(node):
-                    self._demand(output, axis)
-            return
+        what = "a buffer that the program updates" if node in self.editor.mutated_buffers else "a program input"
         if node not in self.cache or axis.pending is not None or not axis.layout.is_contiguous:
-            raise Barrier("a program input")
+            raise Barrier(what)
         self._carried[node, None] = axis.layout
+        for _, kind, target, output in self.editor.output_values():
+            if kind == OutputKind.BUFFER_MUTATION and target == self.editor.fqn(node):
+                self._demand(output, axis)
 
     def _produce_product(self, node: Node, rule: Multilinear, axis: AxisType) -> None:
         if axis.pending is not None and axis.pending.after:
+            if axis.pending.shift is not None and axis.pending.shift in node.all_input_nodes:
+                shifted = next(n for n in node.all_input_nodes if n is not axis.pending.shift)
+                self._scales[node] = None
+                self._demand(shifted, replace(axis, pending=replace(axis.pending, shift=None)))
+                return
             crossed = self._crossable(node, rule, axis.layout)
             if crossed is None or crossed[1] is not axis.pending.scale or axis.pending.shift is not None:
                 raise Barrier("the weight is read under different scales")
@@ -481,12 +483,10 @@ class Walk:
         for index, kind, target, output in self.editor.output_values():
             if output is not node:
                 continue
-            if kind == OutputKind.BUFFER_MUTATION:
-                self._demand(next(n for n in self.editor.mutated_buffers if self.editor.fqn(n) == target), axis)
-            elif kind == OutputKind.USER_INPUT_MUTATION:
-                updated = next(n for n in self.editor.user_inputs() if n.name == target)
+            if kind in (OutputKind.BUFFER_MUTATION, OutputKind.USER_INPUT_MUTATION):
+                updated = self.editor.mutated(kind, target)
                 if updated not in self.cache:
-                    raise Barrier("a program input that the program updates")
+                    raise Barrier("state that the program updates")
                 self._demand(updated, axis)
             elif self._is_cache(node) and axis.layout.is_contiguous:
                 self._carried[node, index] = axis.layout

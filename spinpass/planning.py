@@ -214,9 +214,11 @@ class Planner:
                 continue
             space = self._stream(node)
             seen |= set(space.members)
-            if not space.readers or any(n in space.members for n in self._heads):
-                continue  # a sum inside attention or an activation
+            if any(n in space.members for n in self._heads):
+                continue  # a sum inside attention
             widths.add(space.width)
+            if not space.readers:
+                continue
             if self._takes_offline(space):
                 site = self._accept("R1", space, "offline")
                 if site is not None:

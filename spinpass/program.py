@@ -269,6 +269,12 @@ class ProgramEditor:
         names = {s.arg.name for s in self.inputs if s.kind == InputKind.USER_INPUT}
         return [n for n in self.graph.nodes if n.op == "placeholder" and n.name in names]
 
+    def mutated(self, kind: OutputKind, target: str | None) -> Node:
+        """The placeholder of the buffer or user input that an output of this kind updates."""
+        if kind == OutputKind.BUFFER_MUTATION:
+            return next(n for n in self.mutated_buffers if self.fqn(n) == target)
+        return next(n for n in self.user_inputs() if n.name == target)
+
     def output_values(self) -> Iterator[tuple[int, OutputKind, str | None, Node]]:
         """(index, kind, mutation target, node) of every tensor that leaves the program."""
         for i, (spec, node) in enumerate(zip(self.outputs, self.output_node.args[0])):  # type: ignore[arg-type]

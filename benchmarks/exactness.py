@@ -1,0 +1,149 @@
+"""How exact the rotated programs are: ``python benchmarks/exactness.py``.
+
+The first table is SmolLM2-135M (its package, or ``--model``), exported with its KV cache and rotated by R1–R4: the largest
+change of a logit in float64 and float32, in the program and in ONNX Runtime; greedy text; the size of the files. The
+second table takes every tiny random-weight model of ``tests/models.py`` and rotates it in both forms of R1.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.table import Table
+
+import spinpass
+from spinpass import record
+from spinpass.console import Screen, Steps
+from spinpass.exporters import onnx
+from spinpass.exporters.loading import load_model
+from spinpass.runtime import OrtDecoder
+
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "examples")]
+from demo import packaged_model  # noqa: E402
+
+from tests import models  # noqa: E402
+
+PROMPTS = (
+    "The capital of France is",
+    "Explain in two sentences why the sky is blue.",
+    "def fibonacci(n):",
+    "Once upon a time there was a small robot that",
+    "Three things to remember about compilers:",
+)
+NEW_TOKENS = 64
+ROLES = ("R1", "R2", "R3", "R4")
+
+
+def main(
+    out: Annotated[Path, typer.Argument(help="Where the ONNX folders go.")] = Path("out/exactness"),
+    model: Annotated[str, typer.Option(help="Another model than the packaged one.")] = "",
+    form: Annotated[str, typer.Option(help="The form of R1.")] = "auto",
+    tiny: Annotated[bool, typer.Option(help="The table of tiny models as well.")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Measure exactness."""
+    screen = Screen(as_json=as_json)
+    with screen.steps() as steps:
+        real = real_model(model or packaged_model(), out, form, steps)
+        rows = [row for name in models.NAMES for row in tiny_model(name, steps)] if tiny else []
+    if as_json:
+        screen.document({"model": real, "tiny": rows})
+        return
+    screen.show(table("The real model", ("what", "measured"), [(k, str(v)) for k, v in real.items()]))
+    if rows:
+        screen.show(tiny_table(rows))
+
+
+def real_model(name: str, out: Path, form: str, steps: Steps) -> dict[str, Any]:
+    """Rotate, certify, export and generate."""
+    loaded = load_model(name, progress=steps.begin)
+    steps.start("rotate and certify")
+    config = spinpass.RotationConfig(form=form, tied="keep", verify=True)  # type: ignore[arg-type]
+    plan = spinpass.plan(loaded.program, config)
+    rotated = spinpass.transform(loaded.program, plan=plan)
+    found = record.read(rotated)
+    assert found is not None and found.certificate is not None
+    logits = found.certificate["outputs"][0]
+    reports, texts = {}, {}
+    for label, program in (("original", loaded.program), ("rotated", rotated)):
+        steps.start(f"write {label}")
+        reports[label] = onnx.export(program, out / label, verify=True)
+        assert loaded.companions is not None
+        loaded.companions.save(out / label)
+        steps.start(f"generate {label}")
+        decoder = OrtDecoder(out / label)
+        texts[label] = [decoder.generate(decoder.tokenizer(p)["input_ids"], NEW_TOKENS, end=()).tokens for p in PROMPTS]
+    ort = reports["rotated"].certificate
+    assert ort is not None
+    equal = sum(a == b for a, b in zip(texts["original"], texts["rotated"], strict=True))
+    return {
+        "rotations": {role: sum(s.role == role for s in plan.spaces) for role in ROLES},
+        "max |Δlogit| float64, lifted": logits["float64"]["error"],
+        "max |Δlogit| float32": logits["native"]["error"],
+        "argmax agreement": logits["native"]["argmax"],
+        "verdict": found.certificate["verdict"],
+        "closed loop": found.certificate["closed_loop"],
+        "ONNX Runtime against the program": ort.verdict,
+        "max |Δlogit| ONNX Runtime": ort.outputs[0].difference.error,
+        "prompts with identical greedy text": f"{equal} of {len(PROMPTS)} × {NEW_TOKENS} tokens",
+        "file size, rotated ÷ original": reports["rotated"].bytes / reports["original"].bytes,
+        "Hadamards in the graph": reports["rotated"].hadamards,
+    }
+
+
+def tiny_model(name: str, steps: Steps) -> list[dict[str, Any]]:
+    """One tiny float64 model, R1 in both forms."""
+    tick = steps.start(f"tiny {name}")
+    program = models.export_plain(models.build(name, dtype=torch.float64))
+    rows = []
+    for form in ("offline", "online"):
+        config = spinpass.RotationConfig(form=form, verify=False)  # type: ignore[arg-type]
+        plan = spinpass.plan(program, config)
+        certificate = spinpass.verify(program, spinpass.transform(program, plan=plan))
+        rows.append(
+            {
+                "model": name,
+                "form": form,
+                "error": max(o.float64.relative for o in certificate.outputs),
+                "ok": certificate.ok,
+                "spaces": {role: sum(s.role == role for s in plan.spaces) for role in ROLES},
+                "online": sum(len(s.online) for s in plan.spaces),
+                "refused": [str(r) for r in plan.refusals],
+            }
+        )
+    tick(1, 1)
+    return rows
+
+
+def tiny_table(rows: list[dict[str, Any]]) -> Table:
+    cells = [
+        (
+            r["model"],
+            r["form"],
+            " ".join(f"{k}×{v}" for k, v in r["spaces"].items() if v),
+            str(r["online"]),
+            f"{r['error']:.1e}" + ("" if r["ok"] else " FAIL"),
+            "; ".join(r["refused"]) or "–",
+        )
+        for r in rows
+    ]
+    return table(
+        "Tiny models, every parameter random, float64",
+        ("model", "R1", "spaces", "online", "relative error", "refused"),
+        cells,
+    )
+
+
+def table(title: str, head: tuple[str, ...], rows: list[tuple[str, ...]]) -> Table:
+    made = Table(*head, title=title, title_justify="left")
+    for row in rows:
+        made.add_row(*row)
+    return made
+
+
+if __name__ == "__main__":
+    typer.run(main)
