@@ -98,7 +98,7 @@ def real_model(name: str, out: Path, form: str, steps: Steps) -> dict[str, Any]:
 def tiny_model(name: str, steps: Steps) -> list[dict[str, Any]]:
     """One tiny float64 model, R1 in both forms."""
     tick = steps.start(f"tiny {name}")
-    program = models.export_plain(models.build(name, dtype=torch.float64))
+    program = models.export_plain(models.build(name, dtype=torch.float64), models.sample_inputs(name))
     rows = []
     for form in ("offline", "online"):
         config = spinpass.RotationConfig(form=form, verify=False)  # type: ignore[arg-type]

@@ -161,14 +161,16 @@ def test_the_certificate_catches_in_the_online_form(kind: str, mutation: str) ->
 
 
 def test_every_changed_element_is_noticed() -> None:
-    """One element of one constant off by one part in a million."""
+    """One element of one constant off by a hundred-thousandth."""
     before = program("rms")
     after = spinpass.transform(before)
-    for name in after.state_dict.keys() - {"embed.weight"}:   # only some rows are looked up
+    for name, tensor in after.state_dict.items():   # what did not change is shared with the original
+        after.state_dict[name] = torch.nn.Parameter(tensor.detach().clone())
+    for name in sorted(after.state_dict.keys() - {"embed.weight"}):   # only some rows are looked up
         tensor = after.state_dict[name]
         with torch.no_grad():
             old = tensor.flatten()[3].clone()
-            tensor.view(-1)[3] *= 1 + 1e-5
+            tensor.view(-1)[3] += 1e-5
         used = any(s.target == name and any(n.name == s.arg.name and n.users for n in after.graph.nodes)
                    for s in after.graph_signature.input_specs)
         assert spinpass.verify(before, after).ok != used, name

@@ -58,7 +58,7 @@ def program() -> ExportedProgram:
 
 
 def constant(editor: ProgramEditor, fqn: str) -> Node:
-    return next(n for n in editor.nodes if editor.is_stored(n) and editor.fqn(n) == fqn and n.users)
+    return next(n for n in editor.nodes if editor.is_stored(n) and fqn in editor.fqns(n) and n.users)
 
 
 def op(editor: ProgramEditor, name: str) -> Node:
