@@ -1,4 +1,4 @@
-# make venv | lint | test | demo | clean.   VENV=/path/to/venv uses an environment of your own as it is.
+# make venv | lint | test | slow | demo | bench | clean.   VENV=/path/to/venv uses an environment of your own as it is.
 PYTHON ?= python3
 VENV ?= .venv
 WORKERS ?= 2
@@ -13,12 +13,14 @@ ifeq ($(VENV),.venv)
 READY := $(STAMP)
 endif
 
-.PHONY: help venv lint test demo clean
+.PHONY: help venv lint test slow demo bench clean
 
 help:
 	@echo "make venv   build .venv with everything (about 2 GB)"
 	@echo "make lint   ruff and mypy"
 	@echo "make test   all tests;  TESTS=tests/test_verify.py  runs some"
+	@echo "make slow   the wide sweeps that make test leaves out"
+	@echo "make bench  exactness on real and tiny models, cost of the pass, speed of the Hadamards"
 	@echo "make demo   the whole way on a real model: export, rotate, certify, quantize, generate"
 	@echo "make clean  remove what the above made"
 
@@ -41,6 +43,14 @@ test: $(READY)
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
+
+slow: $(READY)
+	$(BIN)/python -m pytest -n $(WORKERS) -m slow $(TESTS)
+
+bench: $(READY)
+	$(BIN)/python benchmarks/exactness.py
+	$(BIN)/python benchmarks/transform.py
+	$(BIN)/python benchmarks/hadamard.py
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist out *.egg-info

@@ -8,7 +8,6 @@ ONNX Runtime: perplexity on prose that ships with CPython (the texts behind ``he
 from __future__ import annotations
 
 import importlib.util
-import os
 from dataclasses import asdict
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -38,8 +37,8 @@ PROMPTS = (
 )
 ANSWER = 64  # tokens
 NOTE = (
-    "Rotation changes nothing in float32. With 4-bit weights alone a model this small usually loses by it, this one all "
-    "the more as its weights come from a 4-bit file; it is meant for 4-bit activations and caches."
+    "Rotation changes nothing in float32. With 4-bit weights alone a model this small usually loses by it, this one "
+    "all the more as its weights come from a 4-bit file; it is meant for 4-bit activations and caches."
 )
 WINDOW, PROMPT_LENGTH, NEW_TOKENS = 512, 256, 32
 Folders = dict[str, Path]
@@ -54,7 +53,7 @@ def main(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Rotate a small language model and compare it with the original."""
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(1)  # the folds are many small products: threads would mostly wait for each other
     screen = Screen(as_json=as_json)
     with screen.steps() as steps:
         loaded = load_model(model or packaged_model(), progress=steps.begin)

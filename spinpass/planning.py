@@ -175,6 +175,7 @@ class Planner:
         self._claims: dict[Node, list[tuple[str, Layout]]] = {}
         self._tokens = tokens_per_call(editor.user_inputs())
         self._bytes = editor.nbytes()
+        self._names_seen: set[str] = set()
         editor.check_weights(linear.weight for linear in find_linears(editor))
         self._streams = list(find_residual_sums(editor))
         self._heads = {n for a in find_attention(editor) for n in (a.query, a.key, a.value)}
@@ -447,9 +448,10 @@ class Planner:
         return _common_prefix([os.path.splitext(found[0])[0].rsplit(".", 1)[0] + "."]) if found else attention.node.name
 
     def _unique(self, name: str) -> str:
-        taken, k, unique = {s.name for s in self.planned}, 2, name
-        while unique in taken:
+        unique, k = name, 2
+        while unique in self._names_seen:
             unique, k = f"{name}#{k}", k + 1
+        self._names_seen.add(unique)  # accepted or not: a space left out must not pass its name on
         return unique
 
     def _claimed(self, node: Node, layout: Layout) -> bool:

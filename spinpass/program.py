@@ -413,15 +413,14 @@ class ProgramEditor:
         state_dict = dict(self._source.state_dict)
         constants = dict(self._source.constants)
         specs = {s.arg.name: s for s in self.inputs}
-        for done, node in enumerate(self._constants):
+        for done, (node, constant) in enumerate(self._constants.items()):
             spec = specs[node.name]
-            constant = self._constants[self._aliases.get(node, node)]
             if constant.steps or (spec.target not in state_dict and spec.target not in constants):
                 self._store(spec, constant.compute(), state_dict, constants)
-            if node in self._aliases:
-                state_dict[spec.target] = state_dict[self._constants[self._aliases[node]].fqn]
             if progress is not None:
                 progress(done + 1, len(self._constants))
+        for alias, chief in self._aliases.items():
+            state_dict[self.fqn(alias)] = state_dict[self.fqn(chief)]
         self._check_interface()
         subgraphs = {
             str(n.target): getattr(self._source.graph_module, str(n.target))
