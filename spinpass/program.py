@@ -420,7 +420,8 @@ class ProgramEditor:
             if progress is not None:
                 progress(done + 1, len(self._constants))
         for alias, chief in self._aliases.items():
-            state_dict[self.fqn(alias)] = state_dict[self.fqn(chief)]
+            held = state_dict if self.fqn(chief) in state_dict else constants
+            (constants if self.fqn(alias) in constants else state_dict)[self.fqn(alias)] = held[self.fqn(chief)]
         self._check_interface()
         subgraphs = {
             str(n.target): getattr(self._source.graph_module, str(n.target))

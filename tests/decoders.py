@@ -19,7 +19,6 @@ import spinpass
 from spinpass import record
 from spinpass.errors import RefusedError
 from spinpass.verify import run
-
 from tests.models import randomise
 
 VOCAB, HIDDEN, FFN, HEADS, KV, HEAD = 40, 24, 40, 4, 2, 8

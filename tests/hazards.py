@@ -386,7 +386,7 @@ class Router(Decoder):
 
     def prepare(self) -> None:
         self.r = nn.Linear(HIDDEN, 4)
-        self.experts = nn.ModuleList((nn.Linear(HIDDEN, HIDDEN, bias=False) for _ in range(4)))
+        self.experts = nn.ModuleList(nn.Linear(HIDDEN, HIDDEN, bias=False) for _ in range(4))
 
     def between(self, x: Tensor, layer: int) -> Tensor:
         h = self.blocks[layer].norm2(x)

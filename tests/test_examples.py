@@ -9,10 +9,12 @@ from pathlib import Path
 from pydoc_data import topics
 
 import pytest
+import torch
 
 from tests import folders
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+BENCHMARKS = EXAMPLES.with_name("benchmarks")
 SHOWN = {
     "transform_a_module": ["R1:residual", "equivalent: relative error", "max |difference of the logits| in float32:"],
     "refuse_with_reason": ["aten::clamp does not commute with a rotation", "R1 is {'online'}", "nothing was rotated"],
@@ -59,3 +61,16 @@ def test_demo_on_a_tiny_model(
     for row in rows.values():
         assert Path(row["folder"], "model.onnx").is_file() and Path(row["folder"], "tokenizer.json").is_file()
         assert row["perplexity"] > 1 and row["decode_tokens_per_second"] > 0
+
+
+def test_benchmark_of_the_transform(tmp_path: Path) -> None:
+    """Its two parts: the figures of one stage, and the line through them."""
+    parts = runpy.run_path(str(BENCHMARKS / "transform.py"))
+    threads = torch.get_num_threads()
+    try:
+        figures = parts["measure"]("transform", "3", 1)
+    finally:
+        torch.set_num_threads(threads)
+    assert figures["cpu_seconds"] > 0 and figures["peak_bytes"] >= 0 and figures["nodes"] > 100
+    fit = parts["line"]([8, 16, 32], [1.5, 2.5, 4.5])
+    assert fit == pytest.approx({"start": 0.5, "per_layer": 0.125, "r_squared": 1})

@@ -17,7 +17,22 @@ from spinpass import record
 from spinpass.errors import RefusedError
 from spinpass.planning import RotationPlan
 from tests import hazards, modules
-from tests.decoders import BATCH, FFN, HEAD, HIDDEN, KV, SEQ, Attention, Decoder, MLP, RMSNorm, exported, made, outcome, rope
+from tests.decoders import (
+    BATCH,
+    FFN,
+    HEAD,
+    HIDDEN,
+    KV,
+    MLP,
+    SEQ,
+    Attention,
+    Decoder,
+    RMSNorm,
+    exported,
+    made,
+    outcome,
+    rope,
+)
 
 EXACT = 1e-9
 # What stands in the plan (refusals, notes, reasons of online parts) with R1 offline: the barrier that the case is about. Cases that are

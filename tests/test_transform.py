@@ -19,7 +19,6 @@ from spinpass.config import ROLES
 from spinpass.errors import ConfigError, ProgramError, QuantizedWeightError, RefusedError, VerificationError
 from spinpass.rotation import Rotation
 from spinpass.verify import run, synthetic_inputs
-
 from tests import models
 from tests.decoders import Decoder, exported, flat, made, outcome, relative_error, snapshot, tokens
 from tests.programs import program
@@ -598,7 +597,7 @@ def test_quantized_weights() -> None:
             w = torch.ops.quantized_decomposed.dequantize_per_channel(self.packed, scale, zero, 0, -8, 7, torch.int8)
             return x + torch.nn.functional.linear(self.norm(x), w.to(x.dtype))
 
-    import torch.ao.quantization.fx._decomposed  # noqa: F401  (registers the operators)
+    import torch.ao.quantization.fx._decomposed
     with pytest.raises(QuantizedWeightError, match="dequantize_per_channel.*quantize the result"):
         spinpass.transform(exported(made(Packed())))
 
