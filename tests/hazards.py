@@ -773,7 +773,6 @@ class MixedDtype(Decoder):
         self.vh2 = nn.Linear(HIDDEN, 3)
 
     def finish(self, x: Tensor) -> Any:
-        t = torch.tanh(self.norm(x))
         return (self.head(self.norm(x)), self.vh2(torch.tanh(x)).float(), torch.tanh(x.float()), x.half())
 
 

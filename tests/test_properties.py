@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch.export import Dim
 
@@ -24,7 +24,8 @@ SETTINGS = st.fixed_dictionaries(dict(
     form=st.sampled_from(["auto", "offline", "online"]), tied=st.sampled_from(["keep", "untie", "auto"]), kind=st.sampled_from(["hadamard", "random-hadamard", "random-matrix"]),
     block_size=st.sampled_from([None, 2, 4]), seed=st.integers(0, 5), rotations=st.sets(st.sampled_from(["R1", "R2", "R3", "R4"]), min_size=1).map(tuple)))
 MODES = st.sampled_from(["plain", "functional", "decomposed", "dynamic"])
-quick = settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+FAST = (Phase.explicit, Phase.generate)   # shrinking exports programs for minutes; run the wide sweep for that
+quick = settings(max_examples=25, phases=FAST, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 wide = settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
 
 
@@ -35,7 +36,8 @@ def check(shape: Shape, choice: dict[str, Any], mode: str) -> None:
         program = program.run_decompositions({}) if mode == "functional" else program.run_decompositions()
     found = outcome(program, **choice)
     assert found.error <= 1e-9, str(found.plan)
-    assert found.roles() == set(choice["rotations"]), found.refusal or str(found.plan)
+    missing = {"R1"} if shape.post_norm and shape.norm in ("ln", "ln_nobias", "ln_plain", "rms_op") else set()   # E31
+    assert set(choice["rotations"]) - missing <= found.roles() <= set(choice["rotations"]), found.refusal or str(found.plan)
     if options:
         assert found.result is not None
         other = tokens(seq=3, batch=4)
@@ -55,7 +57,7 @@ def test_many_random_decoders(shape: Shape, choice: dict[str, Any], mode: str) -
     check(shape, choice, mode)
 
 
-@settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=6, phases=FAST, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(shape=SHAPES, dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
 def test_random_decoders_in_narrow_dtypes_pass_the_certificate(shape: Shape, dtype: torch.dtype) -> None:
     program = exported(made(Decoder(shape), dtype=dtype))
@@ -63,7 +65,7 @@ def test_random_decoders_in_narrow_dtypes_pass_the_certificate(shape: Shape, dty
     assert {t.dtype for t in after.state_dict.values()} <= {dtype, torch.float32}
 
 
-@settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=10, phases=FAST, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(shape=SHAPES, data=st.data())
 def test_a_wrong_element_fails(shape: Shape, data: st.DataObject) -> None:
     """The checks above are not blind: after one changed weight they fail."""
