@@ -1,8 +1,8 @@
 """How exact the rotated programs are: ``python benchmarks/exactness.py``.
 
 The first table is SmolLM2-135M (its package, or ``--model``), exported with its KV cache and rotated by R1–R4: the
-largest change of a logit in float64 and float32, in the program and in ONNX Runtime; greedy text; the size of the files. The
-second table takes every tiny random-weight model of ``tests/models.py`` and rotates it in both forms of R1.
+largest change of a logit in float64 and float32, in the program and in ONNX Runtime; greedy text; the size of the
+files. The second table takes every tiny random-weight model of ``tests/models.py`` and rotates it in both forms of R1.
 """
 
 from __future__ import annotations
