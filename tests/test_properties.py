@@ -36,7 +36,7 @@ def check(shape: Shape, choice: dict[str, Any], mode: str) -> None:
         program = program.run_decompositions({}) if mode == "functional" else program.run_decompositions()
     found = outcome(program, **choice)
     assert found.error <= 1e-9, str(found.plan)
-    missing = {"R1"} if shape.post_norm and shape.norm in ("ln", "ln_nobias", "ln_plain", "rms_op") else set()   # E31
+    missing = {"R1", "R4"} if shape.post_norm and not shape.parallel and shape.norm.startswith(("ln", "rms_op")) else set()   # E31
     assert set(choice["rotations"]) - missing <= found.roles() <= set(choice["rotations"]), found.refusal or str(found.plan)
     if options:
         assert found.result is not None

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from torch.fx import Node
 
-from ..ops import Multilinear, Normalization, rule_of
+from ..ops import Centring, Multilinear, Normalization, rule_of
 from ..program import ProgramEditor, is_float, is_op, op_name, shape
 from .linear import as_linear, root_of
 
@@ -39,7 +39,7 @@ def _is_written(editor: ProgramEditor, node: Node, depth: int = 6) -> bool:
     if as_linear(editor, root) is not None:
         return True
     rule = rule_of(root)
-    if isinstance(rule, Normalization):
+    if isinstance(rule, (Normalization, Centring)):
         return _is_written(editor, rule.source, depth - 1)
     if not isinstance(rule, Multilinear) or op_name(root) not in ("aten::mul", "aten::add", "aten::div"):
         return False
