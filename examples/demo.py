@@ -71,6 +71,7 @@ def main(
         screen.document({"models": rows, "prompts": PROMPTS, "same_answers": same_answers(rows)} | about)
         return
     screen.show(plan_table(plan), certificate_table(certificate, every_output=False), *map(text_of, rows))
+    screen.show(*(f"ONNX file, {name}: {proof}" for name, proof in certificate["onnx"].items()))
     screen.show(
         f"{same_answers(rows)} of {len(PROMPTS)} greedy answers of {ANSWER} tokens are the same word for word\n"
     )

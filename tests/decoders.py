@@ -82,12 +82,12 @@ class Shape:
     rope: bool = True
     parallel: bool = False
     gated: bool = True
-    qkv: str = "split"          # split, fused (q|k|v), grouped (q..qkv per kv head), interleaved (q k v per head)
-    gate_up: str = "split"      # split, fused
+    qkv: str = "split"  # split, fused (q|k|v), grouped (q..qkv per kv head), interleaved (q k v per head)
+    gate_up: str = "split"  # split, fused
     qk_norm: bool = False
-    spelled: bool = False       # attention as matmul, softmax, matmul
-    positions: bool = False     # learned positions
-    post_norm: bool = False     # sandwich norms
+    spelled: bool = False  # attention as matmul, softmax, matmul
+    positions: bool = False  # learned positions
+    post_norm: bool = False  # sandwich norms
     layers: int = 1
     hidden: int = HIDDEN
     ffn: int = FFN
@@ -243,8 +243,13 @@ def relative_error(expected: Any, actual: Any) -> float:
     a, b = flat(expected), flat(actual)
     if [(x.shape, x.dtype) for x in a] != [(x.shape, x.dtype) for x in b]:
         return float("inf")
-    return max((float((x.double() - y.double()).abs().max() / x.double().abs().max().clamp_min(1e-30))
-                for x, y in zip(a, b, strict=True)), default=0.0)
+    return max(
+        (
+            float((x.double() - y.double()).abs().max() / x.double().abs().max().clamp_min(1e-30))
+            for x, y in zip(a, b, strict=True)
+        ),
+        default=0.0,
+    )
 
 
 @dataclass
@@ -260,12 +265,19 @@ class Outcome:
         return {s.role for s in self.plan.spaces} if self.result is not None else set()
 
     def reasons(self) -> str:
-        return "\n".join(map(str, self.plan.refusals)) + "\n" + "\n".join(n for s in self.plan.spaces for n in (
-            *s.notes, *(p.why for p in s.online)))
+        return (
+            "\n".join(map(str, self.plan.refusals))
+            + "\n"
+            + "\n".join(n for s in self.plan.spaces for n in (*s.notes, *(p.why for p in s.online)))
+        )
 
 
-def outcome(program: ExportedProgram, config: spinpass.RotationConfig | None = None,
-            args: Sequence[Any] | None = None, **settings: Any) -> Outcome:
+def outcome(
+    program: ExportedProgram,
+    config: spinpass.RotationConfig | None = None,
+    args: Sequence[Any] | None = None,
+    **settings: Any,
+) -> Outcome:
     """Transform without the certificate and compare runs lifted to float64; the input program must not change."""
     config = config or spinpass.RotationConfig(verify=False, **settings)
     before = snapshot(program)
@@ -296,7 +308,22 @@ def restored(program: ExportedProgram, outputs: Sequence[Any]) -> list[Any]:
 def snapshot(program: ExportedProgram) -> tuple[Any, ...]:
     """Everything that a careless pass could change."""
     tensors = {**program.state_dict, **{k: v for k, v in program.constants.items() if isinstance(v, Tensor)}}
-    return (str(program.graph), str(program.graph_signature), str(program.range_constraints),
-            tuple((k, id(t), t.dtype, tuple(t.shape), t._version, hash(t.detach().contiguous().numpy().tobytes())
-                   if t.dtype != torch.bfloat16 else float(t.detach().double().sum())) for k, t in sorted(tensors.items())),
-            tuple(sorted((n.name, str(n.meta.get("val"))) for n in program.graph.nodes)))
+    return (
+        str(program.graph),
+        str(program.graph_signature),
+        str(program.range_constraints),
+        tuple(
+            (
+                k,
+                id(t),
+                t.dtype,
+                tuple(t.shape),
+                t._version,
+                hash(t.detach().contiguous().numpy().tobytes())
+                if t.dtype != torch.bfloat16
+                else float(t.detach().double().sum()),
+            )
+            for k, t in sorted(tensors.items())
+        ),
+        tuple(sorted((n.name, str(n.meta.get("val"))) for n in program.graph.nodes)),
+    )

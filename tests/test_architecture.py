@@ -12,8 +12,34 @@ import spinpass
 PACKAGE = Path(spinpass.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 CORE = [f for f in FILES if "exporters" not in f.relative_to(PACKAGE).parts]
-NAMES = ("llama", "qwen", "gemma", "mistral", "mixtral", "phi3", "phi-3", "gpt2", "gpt-2", "gpt_neox", "gptneox", "gptj", "opt-", "falcon",
-         "starcoder", "stablelm", "olmo", "cohere", "granite", "bloom", "codegen", "deepseek", "smollm", "t5-", "bert", "whisper")
+NAMES = (
+    "llama",
+    "qwen",
+    "gemma",
+    "mistral",
+    "mixtral",
+    "phi3",
+    "phi-3",
+    "gpt2",
+    "gpt-2",
+    "gpt_neox",
+    "gptneox",
+    "gptj",
+    "opt-",
+    "falcon",
+    "starcoder",
+    "stablelm",
+    "olmo",
+    "cohere",
+    "granite",
+    "bloom",
+    "codegen",
+    "deepseek",
+    "smollm",
+    "t5-",
+    "bert",
+    "whisper",
+)
 
 
 def name(path: Path) -> str:
@@ -32,7 +58,9 @@ def test_files_have_a_purpose_and_a_docstring(path: Path) -> None:
     assert path.read_text().lstrip().startswith(('"""', "'''", 'r"""')), f"{path} has no docstring"
 
 
-PRIVATE = re.compile(r"torch\.(_[a-z]\w*|\w+\._[a-z]\w*)|(?<!self)(?<!cls)\._(?!_)(schema|dynamo|export|graph_module_flat|verifier)\b")
+PRIVATE = re.compile(
+    r"torch\.(_[a-z]\w*|\w+\._[a-z]\w*)|(?<!self)(?<!cls)\._(?!_)(schema|dynamo|export|graph_module_flat|verifier)\b"
+)
 
 
 @pytest.mark.parametrize("path", [f for f in CORE if f.name != "program.py"], ids=name)
@@ -45,23 +73,45 @@ def test_only_one_file_touches_private_torch_api(path: Path) -> None:
 @pytest.mark.parametrize("path", CORE, ids=name)
 def test_the_core_needs_torch_alone(path: Path) -> None:
     optional = {"console.py", "cli.py", "commands.py", "options.py", "__main__.py"}
-    found = re.findall(r"^(?:import|from) (numpy|transformers|onnx\w*|typer|rich|safetensors|gguf|matplotlib)\b", path.read_text(), re.M)
+    found = re.findall(
+        r"^(?:import|from) (numpy|transformers|onnx\w*|typer|rich|safetensors|gguf|matplotlib)\b",
+        path.read_text(),
+        re.M,
+    )
     assert not found or path.name in optional, f"{path}: {found}"
 
 
 def test_modules_import_without_the_extras() -> None:
     import subprocess
     import sys
-    code = ("import sys\nfor m in ('transformers','onnx','onnxscript','onnxruntime','typer','rich','numpy_'): sys.modules[m] = None\n"
-            "import spinpass, spinpass.record, spinpass.library\nprint(len(spinpass.__all__))")
+
+    code = (
+        "import sys\nfor m in ('transformers','onnx','onnxscript','onnxruntime','typer','rich','numpy_'): sys.modules[m] = None\n"
+        "import spinpass, spinpass.record, spinpass.library\nprint(len(spinpass.__all__))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent, check=False)
     assert done.returncode == 0, done.stderr
 
 
 def test_the_public_api() -> None:
     assert sorted(spinpass.__all__) == [
-        "Certificate", "ConfigError", "ExportError", "InvariantError", "Override", "ProgramError", "QuantizedWeightError", "RefusedError",
-        "Rotation", "RotationConfig", "RotationPlan", "SpinpassError", "VerificationError", "plan", "transform", "verify"]
+        "Certificate",
+        "ConfigError",
+        "ExportError",
+        "InvariantError",
+        "Override",
+        "ProgramError",
+        "QuantizedWeightError",
+        "RefusedError",
+        "Rotation",
+        "RotationConfig",
+        "RotationPlan",
+        "SpinpassError",
+        "VerificationError",
+        "plan",
+        "transform",
+        "verify",
+    ]
     assert all(hasattr(spinpass, n) for n in spinpass.__all__)
     assert all(getattr(spinpass, n).__doc__ for n in spinpass.__all__)
 

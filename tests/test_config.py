@@ -15,36 +15,59 @@ def test_defaults_take_all_rotations() -> None:
     assert RotationConfig().rotations == ("R1", "R2", "R3", "R4")
 
 
-@pytest.mark.parametrize(("given", "taken"), [("R3,R1", ("R1", "R3")), (["R2"], ("R2",)), (("R4", "R4"), ("R4",)), ("R1, R2", ("R1", "R2"))])
+@pytest.mark.parametrize(
+    ("given", "taken"), [("R3,R1", ("R1", "R3")), (["R2"], ("R2",)), (("R4", "R4"), ("R4",)), ("R1, R2", ("R1", "R2"))]
+)
 def test_rotations_are_put_in_order(given: Any, taken: tuple[str, ...]) -> None:
     assert RotationConfig(rotations=given).rotations == taken
 
 
-@pytest.mark.parametrize(("settings", "text"), [
-    (dict(rotations=("R5",)), r"unknown rotation 'R5'; choose from R1, R2, R3, R4"),
-    (dict(rotations=()), "no rotation is chosen"),
-    (dict(kind="dft"), r"kind='dft' is not one of hadamard, random-hadamard, random-matrix; pass a matrix of your own"),
-    (dict(block_size=0), "block_size=0 is not a positive integer"), (dict(block_size=2.0), r"block_size=2.0 is not a positive integer"),
-    (dict(tied="maybe"), "tied='maybe' is not one of keep, untie, auto"), (dict(form="inline"), "form='inline' is not one of auto, offline, online"),
-    (dict(cache="lost"), "cache='lost' is not one of rotated, plain"), (dict(seed=1.5), "seed=1.5 is not an integer"),
-    (dict(overrides={"model.layers": Override()}), "'model.layers' names neither a rotation nor a space.*see spinpass.plan"),
-    (dict(matrices={"q_proj": torch.eye(2)}), "'q_proj' names neither"),
-    (dict(matrices={"R1": [[1.0]]}), "the matrix for 'R1' is a list, not a torch.Tensor"),
-])
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        (dict(rotations=("R5",)), r"unknown rotation 'R5'; choose from R1, R2, R3, R4"),
+        (dict(rotations=()), "no rotation is chosen"),
+        (
+            dict(kind="dft"),
+            r"kind='dft' is not one of hadamard, random-hadamard, random-matrix; pass a matrix of your own",
+        ),
+        (dict(block_size=0), "block_size=0 is not a positive integer"),
+        (dict(block_size=2.0), r"block_size=2.0 is not a positive integer"),
+        (dict(tied="maybe"), "tied='maybe' is not one of keep, untie, auto"),
+        (dict(form="inline"), "form='inline' is not one of auto, offline, online"),
+        (dict(cache="lost"), "cache='lost' is not one of rotated, plain"),
+        (dict(seed=1.5), "seed=1.5 is not an integer"),
+        (
+            dict(overrides={"model.layers": Override()}),
+            "'model.layers' names neither a rotation nor a space.*see spinpass.plan",
+        ),
+        (dict(matrices={"q_proj": torch.eye(2)}), "'q_proj' names neither"),
+        (dict(matrices={"R1": [[1.0]]}), "the matrix for 'R1' is a list, not a torch.Tensor"),
+    ],
+)
 def test_values_that_cannot_be_used(settings: dict[str, Any], text: str) -> None:
     with pytest.raises(ConfigError, match=text):
         RotationConfig(**settings)
 
 
-@pytest.mark.parametrize(("settings", "text"), [(dict(kind="dft"), "kind='dft'"), (dict(block_size=-1), "block_size=-1")])
+@pytest.mark.parametrize(
+    ("settings", "text"), [(dict(kind="dft"), "kind='dft'"), (dict(block_size=-1), "block_size=-1")]
+)
 def test_overrides_are_checked_alike(settings: dict[str, Any], text: str) -> None:
     with pytest.raises(ConfigError, match=text):
         Override(**settings)
 
 
 def test_the_most_specific_override_wins() -> None:
-    config = RotationConfig(kind="hadamard", block_size=8, overrides={
-        "R2": Override(kind="random-hadamard", seed=1), "R2:model.layers.1.*": Override(seed=2), "R2:model.layers.1.self_attn": Override(block_size=4)})
+    config = RotationConfig(
+        kind="hadamard",
+        block_size=8,
+        overrides={
+            "R2": Override(kind="random-hadamard", seed=1),
+            "R2:model.layers.1.*": Override(seed=2),
+            "R2:model.layers.1.self_attn": Override(block_size=4),
+        },
+    )
     assert config.settings("R1:residual") == Override("hadamard", 8, 0)
     assert config.settings("R2:model.layers.0.self_attn") == Override("random-hadamard", 8, 1)
     assert config.settings("R2:model.layers.1.self_attn") == Override("random-hadamard", 4, 2)
@@ -66,7 +89,9 @@ def test_exclusion_by_space_module_or_parameter() -> None:
 
 
 def test_to_dict_is_json_and_names_matrices_only() -> None:
-    config = RotationConfig(rotations="R1,R3", overrides={"R3": Override(seed=3)}, matrices={"R1": torch.eye(2)}, exclude=("x",))
+    config = RotationConfig(
+        rotations="R1,R3", overrides={"R3": Override(seed=3)}, matrices={"R1": torch.eye(2)}, exclude=("x",)
+    )
     data = json.loads(json.dumps(config.to_dict()))
     assert data["rotations"] == ["R1", "R3"] and data["matrices"] == ["R1"] and data["exclude"] == ["x"]
     assert data["overrides"] == {"R3": {"kind": None, "block_size": None, "seed": 3}}

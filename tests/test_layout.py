@@ -86,7 +86,7 @@ def test_a_layout_followed_through_a_chain_of_movements(data: st.DataObject, sha
         except LayoutError:
             return
         if layout is None:
-            torch.testing.assert_close(x, y, rtol=0, atol=0)   # nothing of the space is left
+            torch.testing.assert_close(x, y, rtol=0, atol=0)  # nothing of the space is left
             return
         assert all(x.shape[d] == s for d, s in zip(layout.dims, layout.sizes, strict=True))
         torch.testing.assert_close(rotated(layout, x), y, rtol=0, atol=1e-12)
@@ -131,16 +131,22 @@ def test_interleaved_heads_are_blocks_that_are_not_contiguous() -> None:
     torch.testing.assert_close(rotated(layout, x), expected)
 
 
-@pytest.mark.parametrize(("layout", "text"), [
-    (lambda: Layout.full(0, 4).taken(0, torch.tensor([0, 1]), 4), "cuts through"),
-    (lambda: Layout.full(0, 4).taken(0, torch.tensor([0, 0, 1, 2, 3]), 4), "repeats"),
-    (lambda: Layout.full(0, 4).untaken(0, None, 4), "unknown positions"),
-    (lambda: Layout.full(0, 4).joined(Layout.full(0, 2)), "widths 4 and 2"),
-    (lambda: Layout.full(0, 4).joined(Layout((0,), (4,), torch.tensor([[1, 0, 2, 3]]))), "two different bases"),
-    (lambda: Layout((0,), (4,), torch.tensor([[0, 1]])).joined(Layout((0,), (6,), torch.tensor([[0, 1]]))), "two lengths"),
-    (lambda: merged([]), "nothing carries"),
-    (lambda: Layout.full(0, 6).regrouped((6, 2), (5, 2)), "cannot be followed"),
-])
+@pytest.mark.parametrize(
+    ("layout", "text"),
+    [
+        (lambda: Layout.full(0, 4).taken(0, torch.tensor([0, 1]), 4), "cuts through"),
+        (lambda: Layout.full(0, 4).taken(0, torch.tensor([0, 0, 1, 2, 3]), 4), "repeats"),
+        (lambda: Layout.full(0, 4).untaken(0, None, 4), "unknown positions"),
+        (lambda: Layout.full(0, 4).joined(Layout.full(0, 2)), "widths 4 and 2"),
+        (lambda: Layout.full(0, 4).joined(Layout((0,), (4,), torch.tensor([[1, 0, 2, 3]]))), "two different bases"),
+        (
+            lambda: Layout((0,), (4,), torch.tensor([[0, 1]])).joined(Layout((0,), (6,), torch.tensor([[0, 1]]))),
+            "two lengths",
+        ),
+        (lambda: merged([]), "nothing carries"),
+        (lambda: Layout.full(0, 6).regrouped((6, 2), (5, 2)), "cannot be followed"),
+    ],
+)
 def test_what_cannot_be_followed(layout: Callable[[], object], text: str) -> None:
     with pytest.raises(LayoutError, match=text):
         layout()
@@ -148,6 +154,7 @@ def test_what_cannot_be_followed(layout: Callable[[], object], text: str) -> Non
 
 def test_an_axis_of_dynamic_size_cannot_be_merged_with_the_space() -> None:
     import sympy
+
     s = sympy.Symbol("s0", positive=True, integer=True)
     layout = Layout.full(2, 4)
     assert layout.regrouped((2, s, 4), (2 * s, 4)).dims == (1,)
@@ -170,7 +177,7 @@ def test_joining() -> None:
     assert both.joined(a) == both
     assert a.overlaps(both) and not a.overlaps(b)
     assert not a.overlaps(Layout.full(1, 3))
-    partly = Layout((0, 1), (2, 3), torch.tensor([[0, 1, 2]]))   # row 0 of two
+    partly = Layout((0, 1), (2, 3), torch.tensor([[0, 1, 2]]))  # row 0 of two
     assert partly.overlaps(Layout.full(1, 3))
     assert partly.joined(Layout.full(1, 3)) == Layout.full(1, 3)
 

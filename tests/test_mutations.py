@@ -29,17 +29,22 @@ from tests.decoders import Decoder, exported, made
 @cache
 def program(kind: str) -> ExportedProgram:
     settings: dict[str, Any] = {
-        "rms": dict(norm="rms", bias=True), "plus": dict(norm="rms1"), "layer": dict(norm="ln", bias=True), "tied": dict(norm="rms", tied=True),
-        "fused": dict(norm="rms_op", qkv="grouped", gate_up="fused", bias=True)}
+        "rms": dict(norm="rms", bias=True),
+        "plus": dict(norm="rms1"),
+        "layer": dict(norm="ln", bias=True),
+        "tied": dict(norm="rms", tied=True),
+        "fused": dict(norm="rms_op", qkv="grouped", gate_up="fused", bias=True),
+    }
     return exported(made(Decoder(**settings[kind])))
 
 
-transform = import_module("spinpass.transform")   # the package's own `transform` is the function
+transform = import_module("spinpass.transform")  # the package's own `transform` is the function
 Patch = Callable[[pytest.MonkeyPatch], None]
 
 
 def queue_unless(skip: Callable[[str], bool]) -> Patch:
     """Constants whose name ``skip`` accepts are never changed."""
+
     def patch(m: pytest.MonkeyPatch) -> None:
         real = ProgramEditor.queue
 
@@ -48,13 +53,17 @@ def queue_unless(skip: Callable[[str], bool]) -> Patch:
                 real(self, node, step)
 
         m.setattr(ProgramEditor, "queue", queue)
+
     return patch
 
 
-def rotation_with(change: Callable[[Rotation, torch.Tensor, int, bool, Any], torch.Tensor], names: tuple[str, ...] = ("apply",)) -> Patch:
+def rotation_with(
+    change: Callable[[Rotation, torch.Tensor, int, bool, Any], torch.Tensor], names: tuple[str, ...] = ("apply",)
+) -> Patch:
     def patch(m: pytest.MonkeyPatch) -> None:
         real = Rotation.apply
         m.setattr(Rotation, "apply", lambda self, x, dim=-1, *, inverse=False: change(self, x, dim, inverse, real))
+
     return patch
 
 
@@ -80,6 +89,7 @@ def attribute(owner: Any, name: str, made_of: Callable[[Any], Any]) -> Patch:
 
 def space_with(**changes: Callable[[Space], Any]) -> Patch:
     """The analysis forgets something."""
+
     def patch(m: pytest.MonkeyPatch) -> None:
         real = basis.Walk.grow
 
@@ -88,6 +98,7 @@ def space_with(**changes: Callable[[Space], Any]) -> Patch:
             return replace(space, **{k: v(space) for k, v in changes.items()})
 
         m.setattr(basis.Walk, "grow", grow)
+
     return patch
 
 
@@ -100,8 +111,11 @@ def one_less(items: Callable[[Space], Any]) -> Callable[[Space], Any]:
 
 
 def transposed_online(real: Any) -> Any:
-    def rotate(editor: Any, node: Any, layout: Any, rotation: Any, stored: Any, origin: str, inverse: bool = False) -> Any:
+    def rotate(
+        editor: Any, node: Any, layout: Any, rotation: Any, stored: Any, origin: str, inverse: bool = False
+    ) -> Any:
         return real(editor, node, layout, rotation, stored, origin, not inverse)
+
     return rotate
 
 
@@ -123,15 +137,37 @@ MUTATIONS: dict[str, tuple[str, Patch]] = {
     "nothing folded": ("rms", skipped_pass("FoldRotations")),
     "norm scales forgotten": ("rms", skipped_pass("FuseNormScale")),
     "centring forgotten": ("layer", skipped_pass("Center")),
-    "a writer is not centred": ("layer", attribute(center_pass, "_centred", lambda real: lambda tensor, layout: tensor)),
-    "1 + w taken for w": ("plus", attribute(fuse_norm_scale, "_along", lambda real: lambda scale, dim, rank: real(scale - 1, dim, rank))),
-    "a norm's bias is forgotten": ("layer", attribute(fuse_norm_scale, "_shift_result", lambda real: lambda *a, **k: None)),
+    "a writer is not centred": (
+        "layer",
+        attribute(center_pass, "_centred", lambda real: lambda tensor, layout: tensor),
+    ),
+    "1 + w taken for w": (
+        "plus",
+        attribute(fuse_norm_scale, "_along", lambda real: lambda scale, dim, rank: real(scale - 1, dim, rank)),
+    ),
+    "a norm's bias is forgotten": (
+        "layer",
+        attribute(fuse_norm_scale, "_shift_result", lambda real: lambda *a, **k: None),
+    ),
     "one constant of every space is missed": ("rms", space_with(constants=one_less(lambda s: s.constants))),
     "one online part of every space is missed": ("rms", space_with(entries=one_less(lambda s: s.entries))),
     "an exit is missed": ("tied", space_with(exits=one_less(lambda s: s.exits))),
     "one scale is left in place": ("rms", space_with(scales=one_less(lambda s: s.scales))),
-    "heads are turned as one vector": ("rms", attribute(fold, "rotate_constant", lambda real: lambda editor, node, layout, rotation: real(
-        editor, node, layout if layout.width == 24 else Layout(layout.dims, layout.sizes, layout.blocks.flip(1)), rotation))),
+    "heads are turned as one vector": (
+        "rms",
+        attribute(
+            fold,
+            "rotate_constant",
+            lambda real: (
+                lambda editor, node, layout, rotation: real(
+                    editor,
+                    node,
+                    layout if layout.width == 24 else Layout(layout.dims, layout.sizes, layout.blocks.flip(1)),
+                    rotation,
+                )
+            ),
+        ),
+    ),
     "fold before fuse": ("rms", lambda m: m.setattr(transform, "PASSES", transform.PASSES[::-1])),
 }
 
@@ -147,13 +183,15 @@ def mutated(patch: Patch) -> Iterator[None]:
 def test_the_certificate_catches(mutation: str) -> None:
     kind, patch = MUTATIONS[mutation]
     config = spinpass.RotationConfig(form="offline", tied="keep", kind="random-hadamard", verify=True)
-    spinpass.transform(program(kind), config)   # sound without the mutation
+    spinpass.transform(program(kind), config)  # sound without the mutation
     with mutated(patch), pytest.raises(VerificationError, match="not equivalent"):
         spinpass.transform(program(kind), config)
 
 
 @pytest.mark.parametrize("kind", ["rms", "layer", "tied"])
-@pytest.mark.parametrize("mutation", ["weights are turned the wrong way", "the wrong inverse online", "a reader is skipped"])
+@pytest.mark.parametrize(
+    "mutation", ["weights are turned the wrong way", "the wrong inverse online", "a reader is skipped"]
+)
 def test_the_certificate_catches_in_the_online_form(kind: str, mutation: str) -> None:
     config = spinpass.RotationConfig(form="online", kind="random-hadamard", verify=True)
     with mutated(MUTATIONS[mutation][1]), pytest.raises(VerificationError, match="not equivalent"):
@@ -164,15 +202,17 @@ def test_every_changed_element_is_noticed() -> None:
     """One element of one constant off by a hundred-thousandth."""
     before = program("rms")
     after = spinpass.transform(before)
-    for name, tensor in after.state_dict.items():   # what did not change is shared with the original
+    for name, tensor in after.state_dict.items():  # what did not change is shared with the original
         after.state_dict[name] = torch.nn.Parameter(tensor.detach().clone())
-    for name in sorted(after.state_dict.keys() - {"embed.weight"}):   # only some rows are looked up
+    for name in sorted(after.state_dict.keys() - {"embed.weight"}):  # only some rows are looked up
         tensor = after.state_dict[name]
         with torch.no_grad():
             old = tensor.flatten()[3].clone()
             tensor.view(-1)[3] += 1e-5
-        used = any(s.target == name and any(n.name == s.arg.name and n.users for n in after.graph.nodes)
-                   for s in after.graph_signature.input_specs)
+        used = any(
+            s.target == name and any(n.name == s.arg.name and n.users for n in after.graph.nodes)
+            for s in after.graph_signature.input_specs
+        )
         assert spinpass.verify(before, after).ok != used, name
         with torch.no_grad():
             tensor.view(-1)[3] = old

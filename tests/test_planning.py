@@ -28,16 +28,30 @@ def planned(source: ExportedProgram | None = None, **settings: Any) -> RotationP
 
 def test_names_follow_the_modules() -> None:
     assert [s.name for s in planned(program(layers=2)).spaces] == [
-        "R1:residual", "R2:blocks.0.attn", "R2:blocks.1.attn", "R3:blocks.0.attn", "R3:blocks.1.attn", "R4:blocks.0.mlp.down", "R4:blocks.1.mlp.down"]
+        "R1:residual",
+        "R2:blocks.0.attn",
+        "R2:blocks.1.attn",
+        "R3:blocks.0.attn",
+        "R3:blocks.1.attn",
+        "R4:blocks.0.mlp.down",
+        "R4:blocks.1.mlp.down",
+    ]
     online = [s.name for s in planned(rotations="R1", form="online").spaces]
     assert online == ["R1:blocks.0.attn", "R1:blocks.0.mlp", "R1:head"]
 
 
 def test_spaces_list_their_constants() -> None:
     spaces = {s.name: s for s in planned(program(bias=True)).spaces}
-    assert spaces["R1:residual"].writers == ("blocks.0.attn.o.bias", "blocks.0.attn.o.weight", "blocks.0.mlp.down.bias", "blocks.0.mlp.down.weight",
-                                             "embed.weight")
-    assert set(spaces["R1:residual"].readers) == {f"blocks.0.{x}.weight" for x in ("attn.q", "attn.k", "attn.v", "mlp.gate", "mlp.up")} | {"head.weight"}
+    assert spaces["R1:residual"].writers == (
+        "blocks.0.attn.o.bias",
+        "blocks.0.attn.o.weight",
+        "blocks.0.mlp.down.bias",
+        "blocks.0.mlp.down.weight",
+        "embed.weight",
+    )
+    assert set(spaces["R1:residual"].readers) == {
+        f"blocks.0.{x}.weight" for x in ("attn.q", "attn.k", "attn.v", "mlp.gate", "mlp.up")
+    } | {"head.weight"}
     assert spaces["R2:blocks.0.attn"].writers == ("blocks.0.attn.v.bias", "blocks.0.attn.v.weight")
     assert spaces["R2:blocks.0.attn"].readers == ("blocks.0.attn.o.weight",)
     assert spaces["R4:blocks.0.mlp.down"].readers == ("blocks.0.mlp.down.weight",)
@@ -48,23 +62,39 @@ def test_online_parts_cost_what_their_rotation_costs() -> None:
     plan = planned()
     by = {s.role: s for s in plan.spaces}
     assert by["R1"].flops == by["R2"].flops == 0
-    assert by["R3"].flops == (HEADS + KV) * by["R3"].rotation.flops      # every head of a token
+    assert by["R3"].flops == (HEADS + KV) * by["R3"].rotation.flops  # every head of a token
     assert by["R4"].flops == by["R4"].rotation.flops
     assert plan.flops == sum(s.flops for s in plan.spaces)
-    assert BATCH * SEQ > 1   # per token, not per call
+    assert BATCH * SEQ > 1  # per token, not per call
 
 
 def test_a_table_prints_with_one_line_per_space() -> None:
     text = str(planned(program(norm="rms", post_norm=True)))
     lines = text.splitlines()
     plan = planned(program(norm="rms", post_norm=True))
-    assert lines[0].split() == ["space", "size", "rotation", "form", "writers", "readers", "online", "FLOP/token", "bytes"]
+    assert lines[0].split() == [
+        "space",
+        "size",
+        "rotation",
+        "form",
+        "writers",
+        "readers",
+        "online",
+        "FLOP/token",
+        "bytes",
+    ]
     assert len(lines) == 2 + len(plan.spaces) + len(plan.refusals) + 1
-    assert lines[-1] == f"total: {len(plan.spaces)} spaces, {plan.flops:,} FLOP per token added, {plan.bytes_added:,} bytes added"
+    assert (
+        lines[-1]
+        == f"total: {len(plan.spaces)} spaces, {plan.flops:,} FLOP per token added, {plan.bytes_added:,} bytes added"
+    )
     assert any(line.startswith("refused  R1 offline: the residual stream needs") for line in lines)
 
 
-@pytest.mark.parametrize("settings", [dict(), dict(form="online", kind="random-matrix"), dict(rotations="R1", tied="keep", kind="random-hadamard")])
+@pytest.mark.parametrize(
+    "settings",
+    [dict(), dict(form="online", kind="random-matrix"), dict(rotations="R1", tied="keep", kind="random-hadamard")],
+)
 def test_json(settings: dict[str, Any]) -> None:
     plan = planned(program(tied=True), **settings)
     data = json.loads(json.dumps(plan.to_dict()))
@@ -81,7 +111,11 @@ def test_planning_is_deterministic() -> None:
 
 
 def test_a_space_has_the_same_rotation_whatever_else_is_rotated() -> None:
-    alone = {s.name: s.rotation.fingerprint() for role in ("R1", "R2", "R3", "R4") for s in planned(rotations=role, kind="random-hadamard").spaces}
+    alone = {
+        s.name: s.rotation.fingerprint()
+        for role in ("R1", "R2", "R3", "R4")
+        for s in planned(rotations=role, kind="random-hadamard").spaces
+    }
     assert alone == {s.name: s.rotation.fingerprint() for s in planned(kind="random-hadamard").spaces}
 
 
@@ -93,14 +127,25 @@ def test_layers_differ_and_so_do_seeds() -> None:
 
 
 def test_overrides_reach_their_spaces() -> None:
-    plan = planned(program(layers=2), overrides={"R4": Override(block_size=8), "R4:blocks.1.*": Override(kind="random-hadamard", block_size=4)})
+    plan = planned(
+        program(layers=2),
+        overrides={"R4": Override(block_size=8), "R4:blocks.1.*": Override(kind="random-hadamard", block_size=4)},
+    )
     orders = {s.name: (s.rotation.kind, s.rotation.order) for s in plan.spaces}
     assert orders["R4:blocks.0.mlp.down"] == ("hadamard", 8)
     assert orders["R4:blocks.1.mlp.down"] == ("random-hadamard", 4)
     assert orders["R1:residual"] == ("hadamard", 24)
 
 
-@pytest.mark.parametrize(("pattern", "gone"), [("R2:*", {"R2"}), ("blocks.0.attn.v.weight", {"R1", "R2"}), ("blocks.0.mlp.down", {"R4"}), ("R?:*", {"R1", "R2", "R3", "R4"})])
+@pytest.mark.parametrize(
+    ("pattern", "gone"),
+    [
+        ("R2:*", {"R2"}),
+        ("blocks.0.attn.v.weight", {"R1", "R2"}),
+        ("blocks.0.mlp.down", {"R4"}),
+        ("R?:*", {"R1", "R2", "R3", "R4"}),
+    ],
+)
 def test_exclusions_say_so(pattern: str, gone: set[str]) -> None:
     plan = planned(exclude=pattern, form="offline")
     assert {s.role for s in plan.spaces} == {"R1", "R2", "R3", "R4"} - gone
@@ -125,7 +170,9 @@ class TwoStreams(Decoder):
 
     def finish(self, x: Tensor) -> Tensor:
         y = self.block(self.other(torch.arange(SEQ)).expand(BATCH, SEQ, HIDDEN))
-        return self.head(self.norm(x)) + self.head(self.norm(y)) if False else (self.head(self.norm(x)), y.pow(2).sum(-1))  # type: ignore[return-value]
+        return (
+            self.head(self.norm(x)) + self.head(self.norm(y)) if False else (self.head(self.norm(x)), y.pow(2).sum(-1))
+        )  # type: ignore[return-value]
 
 
 def test_equal_names_are_told_apart_and_can_be_left_out_one_by_one() -> None:
@@ -155,13 +202,14 @@ def test_tied_tables() -> None:
     keep, untie, auto = (planned(tied, rotations="R1", tied=t, form="offline") for t in ("keep", "untie", "auto"))
     assert len(keep.spaces[0].online) == 2 and keep.bytes_added == 0
     assert not untie.spaces[0].online and untie.bytes_added == VOCAB * HIDDEN * 8
-    assert auto.bytes_added == 0   # the table is a large part of so small a model
+    assert auto.bytes_added == 0  # the table is a large part of so small a model
     assert any("embed.weight kept" in n or "head.weight kept" in n for n in keep.spaces[0].notes)
 
 
 def test_no_weight_is_read() -> None:
     """A plan of a program without weights."""
     from torch._subclasses import FakeTensorMode
+
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = Decoder().eval()
         source = torch.export.export(model, (torch.zeros(2, 5, dtype=torch.int64),), strict=False)

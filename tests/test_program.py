@@ -82,7 +82,10 @@ def test_an_untouched_program_comes_back_equal_and_new(program: ExportedProgram)
     assert torch.equal(result(finished), result(program))
     assert snapshot(program) == before
     assert str(finished.graph_signature) == str(program.graph_signature)
-    assert finished.state_dict.keys() == program.state_dict.keys() and finished.constants.keys() == program.constants.keys()
+    assert (
+        finished.state_dict.keys() == program.state_dict.keys()
+        and finished.constants.keys() == program.constants.keys()
+    )
     assert finished.state_dict is not program.state_dict
 
 
@@ -96,7 +99,7 @@ def test_edits_never_reach_the_source(program: ExportedProgram) -> None:
     assert snapshot(program) == before
     assert torch.equal(finished.state_dict["first.bias"], 2 * program.state_dict["first.bias"])
     assert torch.equal(finished.state_dict["scale"], 2 * program.state_dict["scale"])
-    assert torch.equal(finished.constants["passing"], 2 * program.constants["passing"])   # type: ignore[operator]
+    assert torch.equal(finished.constants["passing"], 2 * program.constants["passing"])  # type: ignore[operator]
     assert "passing" not in finished.state_dict
 
 
@@ -105,7 +108,9 @@ def test_parameters_stay_parameters(program: ExportedProgram) -> None:
     for fqn in ("first.bias", "frozen", "scale"):
         editor.queue(constant(editor, fqn), double)
     finished = editor.finish()
-    assert isinstance(finished.state_dict["first.bias"], nn.Parameter) and finished.state_dict["first.bias"].requires_grad
+    assert (
+        isinstance(finished.state_dict["first.bias"], nn.Parameter) and finished.state_dict["first.bias"].requires_grad
+    )
     assert isinstance(finished.state_dict["frozen"], nn.Parameter) and not finished.state_dict["frozen"].requires_grad
     assert not isinstance(finished.state_dict["scale"], nn.Parameter)
 
@@ -144,7 +149,11 @@ def test_an_alias_is_one_constant_and_stays_shared(program: ExportedProgram) -> 
     finished = editor.finish()
     assert finished.state_dict["first.weight"] is finished.state_dict["second.weight"]
     assert torch.equal(finished.state_dict["first.weight"], 2 * program.state_dict["first.weight"])
-    distinct = {t.data_ptr(): t.numel() * 8 for t in [*program.state_dict.values(), *program.constants.values()] if isinstance(t, Tensor)}
+    distinct = {
+        t.data_ptr(): t.numel() * 8
+        for t in [*program.state_dict.values(), *program.constants.values()]
+        if isinstance(t, Tensor)
+    }
     assert editor.nbytes() == sum(distinct.values())
 
 
@@ -183,8 +192,12 @@ def test_new_constants_stand_among_the_parameters_in_signature_order(program: Ex
     editor.replace(total, last, [editor.output_node])
     finished = editor.finish()
     kinds = [s.kind for s in finished.graph_signature.input_specs]
-    assert kinds == sorted(kinds, key=[InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR, InputKind.USER_INPUT].index)
-    assert [s.arg.name for s in finished.graph_signature.input_specs] == [n.name for n in finished.graph.nodes if n.op == "placeholder"]
+    assert kinds == sorted(
+        kinds, key=[InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR, InputKind.USER_INPUT].index
+    )
+    assert [s.arg.name for s in finished.graph_signature.input_specs] == [
+        n.name for n in finished.graph.nodes if n.op == "placeholder"
+    ]
     assert {"extra", "extra_1"} <= finished.state_dict.keys()
     torch.testing.assert_close(result(finished), result(program) + 3)
 
@@ -216,7 +229,7 @@ def test_materialized_expressions_are_computed_in_float64() -> None:
     editor = ProgramEditor(source)
     factor = next(n for n in editor.nodes if op_name(n) == "aten::add")
     assert editor.is_constant(factor) and not editor.is_stored(factor)
-    expected = 1.0 + torch.tensor([0.1, 0.2]).double()   # the cast to bfloat16 is lifted
+    expected = 1.0 + torch.tensor([0.1, 0.2]).double()  # the cast to bfloat16 is lifted
     torch.testing.assert_close(editor.deferred(factor)(), expected, rtol=0, atol=0)
     stored = editor.materialize(factor)
     editor.queue(stored, double)
@@ -262,7 +275,9 @@ def test_cleanup_keeps_placeholders_and_assertions(program: ExportedProgram) -> 
     editor.call(torch.ops.aten.neg.default, node, after=node, origin="test")
     editor.cleanup()
     assert "neg" not in str(editor.graph)
-    assert [n.name for n in editor.nodes if n.op == "placeholder"] == [n.name for n in program.graph.nodes if n.op == "placeholder"]
+    assert [n.name for n in editor.nodes if n.op == "placeholder"] == [
+        n.name for n in program.graph.nodes if n.op == "placeholder"
+    ]
 
 
 def test_stale_placeholders_break_the_invariant(program: ExportedProgram) -> None:

@@ -50,11 +50,19 @@ def test_it_survives_copies_files_and_decompositions(rotated: ExportedProgram) -
     assert record.read(rotated.run_decompositions()) == found
 
 
-@pytest.mark.parametrize("rotation", [
-    Rotation.create("hadamard", 12), Rotation.create("random-hadamard", 12, block_size=4, seed=7, identity="x"),
-    Rotation.create("random-matrix", 6, seed=2), Rotation.from_matrix(torch.linalg.qr(torch.randn(5, 5, dtype=torch.float64))[0])])
+@pytest.mark.parametrize(
+    "rotation",
+    [
+        Rotation.create("hadamard", 12),
+        Rotation.create("random-hadamard", 12, block_size=4, seed=7, identity="x"),
+        Rotation.create("random-matrix", 6, seed=2),
+        Rotation.from_matrix(torch.linalg.qr(torch.randn(5, 5, dtype=torch.float64))[0]),
+    ],
+)
 def test_json_round_trip(rotation: Rotation) -> None:
-    before = Record("1", {"k": Carried(rotation, -1, "R3:a")}, {2: Carried(rotation, -2, "R2:b")}, {"seed": 1}, {"R3:a": "f"})
+    before = Record(
+        "1", {"k": Carried(rotation, -1, "R3:a")}, {2: Carried(rotation, -2, "R2:b")}, {"seed": 1}, {"R3:a": "f"}
+    )
     after = Record.from_dict(json.loads(json.dumps(before.to_dict())))
     assert after.to_dict() == before.to_dict()
     assert torch.equal(after.inputs["k"].rotation.matrix(), rotation.matrix())

@@ -36,7 +36,9 @@ def stream(editor: ProgramEditor) -> Space:
     return Walk(editor).grow(node, whole_axis(node, 2))
 
 
-def finished(editor: ProgramEditor, space: Space, *passes: Callable[[ProgramEditor, Space], Space]) -> tuple[ExportedProgram, Space]:
+def finished(
+    editor: ProgramEditor, space: Space, *passes: Callable[[ProgramEditor, Space], Space]
+) -> tuple[ExportedProgram, Space]:
     for one in passes:
         space = one(editor, space)
     return editor.finish(), space
@@ -70,7 +72,11 @@ def test_scales_move_into_the_linears_and_the_function_stays(norm: str, bias: bo
     assert space.scales
     after, _ = finished(editor, space, materialize, fuse)
     assert error(before, after) <= 1e-12
-    used = {s.target for s in after.graph_signature.input_specs if any(n.name == s.arg.name and n.users for n in after.graph.nodes)}
+    used = {
+        s.target
+        for s in after.graph_signature.input_specs
+        if any(n.name == s.arg.name and n.users for n in after.graph.nodes)
+    }
     assert not [t for t in used if t and "norm" in t], "a norm's parameter is still read"
 
 
@@ -90,8 +96,20 @@ def test_norm_biases_become_linear_biases() -> None:
     editor = ProgramEditor(before)
     after, _ = finished(editor, stream(editor), materialize, fuse)
     added = sorted(after.state_dict.keys() - before.state_dict.keys())
-    assert added == sorted(f"{x}.bias" for x in ("blocks.0.attn.k", "blocks.0.attn.q", "blocks.0.attn.v", "blocks.0.mlp.gate", "blocks.0.mlp.up", "head"))
-    torch.testing.assert_close(after.state_dict["head.bias"], before.state_dict["head.weight"] @ before.state_dict["norm.bias"])
+    assert added == sorted(
+        f"{x}.bias"
+        for x in (
+            "blocks.0.attn.k",
+            "blocks.0.attn.q",
+            "blocks.0.attn.v",
+            "blocks.0.mlp.gate",
+            "blocks.0.mlp.up",
+            "head",
+        )
+    )
+    torch.testing.assert_close(
+        after.state_dict["head.bias"], before.state_dict["head.weight"] @ before.state_dict["norm.bias"]
+    )
 
 
 def test_without_a_scale_there_is_nothing_to_fuse() -> None:
@@ -106,9 +124,14 @@ def test_without_a_scale_there_is_nothing_to_fuse() -> None:
 def test_fused_norms_are_found_bare_the_second_time() -> None:
     editor = ProgramEditor(exported(made(Decoder(norm="ln_nobias"))))
     after, _ = finished(editor, stream(editor), materialize, fuse)
-    assert not ProgramEditor(after).graph.find_nodes(op="call_function", target=torch.ops.aten.mul.Tensor, sort=False) or True
+    assert (
+        not ProgramEditor(after).graph.find_nodes(op="call_function", target=torch.ops.aten.mul.Tensor, sort=False)
+        or True
+    )
     again = stream(ProgramEditor(after))
-    assert all("norm" not in n.name or not any(a.name.startswith("p_") for a in n.all_input_nodes) for n in again.scales)
+    assert all(
+        "norm" not in n.name or not any(a.name.startswith("p_") for a in n.all_input_nodes) for n in again.scales
+    )
 
 
 # -- Center -----------------------------------------------------------------------------------------------------------------------------------
@@ -148,12 +171,21 @@ def test_rotations_inserted_and_folded(kind: str, block: int | None) -> None:
     editor = ProgramEditor(before)
     space = stream(editor)
     rotation = Rotation.create(kind, 24, block_size=block, seed=1, identity="x")  # type: ignore[arg-type]
-    after, _ = finished(editor, space, materialize, fuse, lambda e, s: insert_rotations(e, s, rotation, "R1:x"), lambda e, s: fold_rotation(e, s, rotation))
+    after, _ = finished(
+        editor,
+        space,
+        materialize,
+        fuse,
+        lambda e, s: insert_rotations(e, s, rotation, "R1:x"),
+        lambda e, s: fold_rotation(e, s, rotation),
+    )
     assert error(before, after) <= 1e-12
     word = "matmul" if kind == "random-matrix" else "hadamard"
     assert targets(after, word) - targets(before, word) == len(space.entries) + len(space.exits) > 0
     created = [n for n in after.graph.nodes if n.meta.get("custom", {}).get("spinpass_origin")]
-    assert created and all(n.meta["custom"]["spinpass_origin"] == "R1:x" and "R1:x" in n.meta["stack_trace"] for n in created)
+    assert created and all(
+        n.meta["custom"]["spinpass_origin"] == "R1:x" and "R1:x" in n.meta["stack_trace"] for n in created
+    )
 
 
 def test_a_fold_is_the_rotation_of_rows_or_columns() -> None:
@@ -164,8 +196,11 @@ def test_a_fold_is_the_rotation_of_rows_or_columns() -> None:
     r = rotation.matrix()
     old, new = before.state_dict, after.state_dict
     for name, expected in {
-        "embed.weight": old["embed.weight"] @ r, "blocks.0.attn.q.weight": old["blocks.0.attn.q.weight"] @ r,
-        "blocks.0.attn.o.weight": r.T @ old["blocks.0.attn.o.weight"], "blocks.0.attn.o.bias": old["blocks.0.attn.o.bias"] @ r}.items():
+        "embed.weight": old["embed.weight"] @ r,
+        "blocks.0.attn.q.weight": old["blocks.0.attn.q.weight"] @ r,
+        "blocks.0.attn.o.weight": r.T @ old["blocks.0.attn.o.weight"],
+        "blocks.0.attn.o.bias": old["blocks.0.attn.o.bias"] @ r,
+    }.items():
         torch.testing.assert_close(new[name], expected, rtol=0, atol=1e-13)
     assert new["blocks.0.attn.q.bias"] is old["blocks.0.attn.q.bias"]
 
@@ -176,7 +211,9 @@ def test_a_fold_is_the_rotation_of_rows_or_columns() -> None:
 def test_untying_gives_every_use_its_own_constant() -> None:
     before = exported(made(Decoder(tied=True)))
     editor = ProgramEditor(before)
-    table = next(n for n in editor.nodes if editor.is_stored(n) and len(n.users) == 2 and "embed.weight" in editor.fqns(n))
+    table = next(
+        n for n in editor.nodes if editor.is_stored(n) and len(n.users) == 2 and "embed.weight" in editor.fqns(n)
+    )
     copies = untie(editor, [table])
     assert len(copies) == 1 and len(table.users) == len(copies[0].users) == 1
     editor.queue(copies[0], lambda t: t * 1.0)
@@ -199,11 +236,22 @@ def test_expressions_of_constants_are_materialized_once() -> None:
 
 
 def test_the_order_of_the_passes() -> None:
-    assert [name for name, _ in transform.PASSES] == ["Materialize", "FuseNormScale", "Center", "InsertRotations", "FoldRotations"]
+    assert [name for name, _ in transform.PASSES] == [
+        "Materialize",
+        "FuseNormScale",
+        "Center",
+        "InsertRotations",
+        "FoldRotations",
+    ]
 
 
-@pytest.mark.parametrize("settings", [dict(norm="ln", bias=True), dict(norm="rms", tied=True), dict(norm="rms1", qk_norm=True, parallel=True)])
-def test_every_prefix_of_the_pipeline_that_ends_before_the_rotations_keeps_the_function(settings: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "settings",
+    [dict(norm="ln", bias=True), dict(norm="rms", tied=True), dict(norm="rms1", qk_norm=True, parallel=True)],
+)
+def test_every_prefix_of_the_pipeline_that_ends_before_the_rotations_keeps_the_function(
+    settings: dict[str, Any],
+) -> None:
     before = exported(made(Decoder(**settings)))
     for passes in ((), (materialize,), (materialize, fuse), (materialize, fuse, centred)):
         editor = ProgramEditor(before)
@@ -215,6 +263,9 @@ def test_op_counts_of_a_rotated_layer() -> None:
     """Nothing but the online parts is added, norm scales are gone."""
     before = exported(made(Decoder(norm="rms_op")))
     after = spinpass.transform(before, spinpass.RotationConfig(form="offline"))
-    assert targets(after, "hadamard") == 3   # q, k and the input of the down projection
-    assert len([n for n in after.graph.nodes if n.op == "call_function"]) == len([n for n in before.graph.nodes if n.op == "call_function"]) + 3
+    assert targets(after, "hadamard") == 3  # q, k and the input of the down projection
+    assert (
+        len([n for n in after.graph.nodes if n.op == "call_function"])
+        == len([n for n in before.graph.nodes if n.op == "call_function"]) + 3
+    )
     assert targets(after, "rms_norm") == targets(before, "rms_norm")

@@ -44,17 +44,29 @@ W, U = weights(4, 6), weights(6, 4)
 
 
 @pytest.mark.parametrize("decomposed", [False, True])
-@pytest.mark.parametrize(("function", "dim"), [
-    (lambda x, w: F.linear(x, w), 1), (lambda x, w: x @ w.t(), 1), (lambda x, w: torch.einsum("bsh,oh->bso", x, w), 1), (lambda x, w: F.linear(x, w.clone()), 1),
-    (lambda x, w: torch.addmm(w.sum(1), x.flatten(0, 1), w.t()), 1), (lambda x, w: (w @ x.transpose(1, 2)), 1)])
+@pytest.mark.parametrize(
+    ("function", "dim"),
+    [
+        (lambda x, w: F.linear(x, w), 1),
+        (lambda x, w: x @ w.t(), 1),
+        (lambda x, w: torch.einsum("bsh,oh->bso", x, w), 1),
+        (lambda x, w: F.linear(x, w.clone()), 1),
+        (lambda x, w: torch.addmm(w.sum(1), x.flatten(0, 1), w.t()), 1),
+        (lambda x, w: w @ x.transpose(1, 2), 1),
+    ],
+)
 def test_linears_in_every_spelling(function: Callable[..., Any], dim: int, decomposed: bool) -> None:
     found = list(find_linears(e := editor(function, decomposed=decomposed, w=W)))
     assert len(found) == 1
     assert e.is_constant(found[0].weight) and not e.is_constant(found[0].operand)
-    assert found[0].weight.meta["val"].shape[found[0].weight_dim] == 6 == found[0].operand.meta["val"].shape[found[0].dim]
+    assert (
+        found[0].weight.meta["val"].shape[found[0].weight_dim] == 6 == found[0].operand.meta["val"].shape[found[0].dim]
+    )
 
 
-@pytest.mark.parametrize("function", [lambda x, w: x @ x.transpose(1, 2) + w.sum(), lambda x, w: x * w[0] + w.sum(), lambda x, w: x + w[0]])
+@pytest.mark.parametrize(
+    "function", [lambda x, w: x @ x.transpose(1, 2) + w.sum(), lambda x, w: x * w[0] + w.sum(), lambda x, w: x + w[0]]
+)
 def test_what_is_no_linear(function: Callable[..., Any]) -> None:
     e = editor(function, w=W)
     assert not list(find_linears(e))
@@ -69,31 +81,76 @@ def test_norm_outputs(norm: str, decomposed: bool) -> None:
     assert is_norm_output(e, root_of(linear.operand))
 
 
-@pytest.mark.parametrize("function", [lambda x, w: F.linear(x.relu(), w), lambda x, w: F.linear(x * x.sigmoid(), w), lambda x, w: F.linear(x * x.mean(-1, keepdim=True), w), lambda x, w: F.linear(x, w)])
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x, w: F.linear(x.relu(), w),
+        lambda x, w: F.linear(x * x.sigmoid(), w),
+        lambda x, w: F.linear(x * x.mean(-1, keepdim=True), w),
+        lambda x, w: F.linear(x, w),
+    ],
+)
 def test_what_is_no_norm(function: Callable[..., Any]) -> None:
     e = editor(function, w=W)
     assert not is_norm_output(e, root_of(next(iter(find_linears(e))).operand))
 
 
 @pytest.mark.parametrize("decomposed", [False, True])
-@pytest.mark.parametrize("act", [F.relu, F.gelu, F.silu, torch.tanh, lambda x: F.relu(x).square(), lambda x: F.silu(x) * x.roll(1, -1), lambda x: F.gelu(x, approximate="tanh"), lambda x: F.relu(x) * 0.5])
+@pytest.mark.parametrize(
+    "act",
+    [
+        F.relu,
+        F.gelu,
+        F.silu,
+        torch.tanh,
+        lambda x: F.relu(x).square(),
+        lambda x: F.silu(x) * x.roll(1, -1),
+        lambda x: F.gelu(x, approximate="tanh"),
+        lambda x: F.relu(x) * 0.5,
+    ],
+)
 def test_down_projections(act: Callable[[Tensor], Tensor], decomposed: bool) -> None:
     e = editor(lambda x, w, u: F.linear(act(F.linear(x, w)), u), decomposed=decomposed, w=W, u=U)
     assert len(list(find_down_projections(e))) == 1
 
 
-@pytest.mark.parametrize("function", [lambda x, w: F.linear(x, w), lambda x, w: F.linear(F.rms_norm(x, (6,)), w), lambda x, w: F.linear(x + x.flip(1), w), lambda x, w: F.linear(x.softmax(-1), w), lambda x, w: F.linear(x * x.mean(-1, keepdim=True), w)])
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x, w: F.linear(x, w),
+        lambda x, w: F.linear(F.rms_norm(x, (6,)), w),
+        lambda x, w: F.linear(x + x.flip(1), w),
+        lambda x, w: F.linear(x.softmax(-1), w),
+        lambda x, w: F.linear(x * x.mean(-1, keepdim=True), w),
+    ],
+)
 def test_what_is_no_down_projection(function: Callable[..., Any]) -> None:
     assert not list(find_down_projections(editor(function, w=W)))
 
 
 @pytest.mark.parametrize("decomposed", [False, True])
-@pytest.mark.parametrize("function", [lambda x, w, u: x + F.linear(F.linear(x, w).relu(), u), lambda x, w, u: F.linear(F.linear(x, w).relu(), u) + x, lambda x, w, u: x + 0.5 * F.linear(F.linear(x, w).relu(), u, u[:, 0])])
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x, w, u: x + F.linear(F.linear(x, w).relu(), u),
+        lambda x, w, u: F.linear(F.linear(x, w).relu(), u) + x,
+        lambda x, w, u: x + 0.5 * F.linear(F.linear(x, w).relu(), u, u[:, 0]),
+    ],
+)
 def test_residual_sums(function: Callable[..., Any], decomposed: bool) -> None:
     assert len(list(find_residual_sums(editor(function, decomposed=decomposed, w=W, u=U)))) == 1
 
 
-@pytest.mark.parametrize("function", [lambda x, w, u: x + x.relu(), lambda x, w, u: x + u[:, 0], lambda x, w, u: x + 1.0, lambda x, w, u: x + F.linear(x, w).mean(-1, keepdim=True), lambda x, w, u: x * F.linear(F.linear(x, w), u)])
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x, w, u: x + x.relu(),
+        lambda x, w, u: x + u[:, 0],
+        lambda x, w, u: x + 1.0,
+        lambda x, w, u: x + F.linear(x, w).mean(-1, keepdim=True),
+        lambda x, w, u: x * F.linear(F.linear(x, w), u),
+    ],
+)
 def test_what_is_no_residual_sum(function: Callable[..., Any]) -> None:
     assert not list(find_residual_sums(editor(function, w=W, u=U)))
 
@@ -105,10 +162,24 @@ def spelled(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.softmax(q @ k.transpose(2, 3) * 0.5 + torch.zeros(5, 5, dtype=D), -1) @ v
 
 
-@pytest.mark.parametrize("function", [
-    lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True), spelled, lambda q, k, v: torch.softmax((q @ k.mT).masked_fill(torch.ones(5, 5).triu(1).bool(), -1e9), -1, dtype=torch.float32).to(D) @ v,
-    lambda q, k, v: torch.softmax(torch.tanh(q @ k.mT / 30.0) * 30.0, -1) @ v, lambda q, k, v: torch.bmm(torch.softmax(torch.bmm(q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2)), -1), v.flatten(0, 1)),
-    lambda q, k, v: torch.softmax(torch.where(torch.ones(5, 5).tril().bool(), q @ k.mT, torch.tensor(-1e9, dtype=D)), -1) @ v])
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True),
+        spelled,
+        lambda q, k, v: (
+            torch.softmax((q @ k.mT).masked_fill(torch.ones(5, 5).triu(1).bool(), -1e9), -1, dtype=torch.float32).to(D)
+            @ v
+        ),
+        lambda q, k, v: torch.softmax(torch.tanh(q @ k.mT / 30.0) * 30.0, -1) @ v,
+        lambda q, k, v: torch.bmm(
+            torch.softmax(torch.bmm(q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2)), -1), v.flatten(0, 1)
+        ),
+        lambda q, k, v: (
+            torch.softmax(torch.where(torch.ones(5, 5).tril().bool(), q @ k.mT, torch.tensor(-1e9, dtype=D)), -1) @ v
+        ),
+    ],
+)
 def test_attention_in_every_spelling(function: Callable[..., Any]) -> None:
     e = editor(function, Q, Q + 1, Q - 1)
     found = find_attention(e)
@@ -118,12 +189,29 @@ def test_attention_in_every_spelling(function: Callable[..., Any]) -> None:
     assert found[0].query_layout.width == found[0].value_layout.width == 8
 
 
-@pytest.mark.parametrize("function", [lambda q, k, v: torch.softmax(q, -1), lambda q, k, v: torch.softmax(q @ k.mT, -1), lambda q, k, v: torch.sigmoid(q @ k.mT) @ v, lambda q, k, v: torch.softmax(q, -1).mT @ v])
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda q, k, v: torch.softmax(q, -1),
+        lambda q, k, v: torch.softmax(q @ k.mT, -1),
+        lambda q, k, v: torch.sigmoid(q @ k.mT) @ v,
+        lambda q, k, v: torch.softmax(q, -1).mT @ v,
+    ],
+)
 def test_what_is_no_attention(function: Callable[..., Any]) -> None:
     assert not find_attention(editor(function, Q, Q + 1, Q - 1))
 
 
-@pytest.mark.parametrize("shape", [Shape(), Shape(spelled=True), Shape(parallel=True, norm="ln", bias=True), Shape(qkv="grouped", gate_up="fused"), Shape(post_norm=True, gated=False)])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        Shape(),
+        Shape(spelled=True),
+        Shape(parallel=True, norm="ln", bias=True),
+        Shape(qkv="grouped", gate_up="fused"),
+        Shape(post_norm=True, gated=False),
+    ],
+)
 @pytest.mark.parametrize("decomposed", [False, True])
 def test_a_decoder_layer_has_one_of_each(shape: Shape, decomposed: bool) -> None:
     program = exported(made(Decoder(shape)))
@@ -131,7 +219,7 @@ def test_a_decoder_layer_has_one_of_each(shape: Shape, decomposed: bool) -> None
     before = str(e.graph)
     assert len(find_attention(e)) == 1
     assert len(list(find_down_projections(e))) == 1
-    sums = [n for n in find_residual_sums(e) if n.meta["val"].shape[-1] == shape.hidden]   # positions are sums too
+    sums = [n for n in find_residual_sums(e) if n.meta["val"].shape[-1] == shape.hidden]  # positions are sums too
     assert len(sums) == 2
     assert str(e.graph) == before
     assert any(op_name(n).startswith("aten::") for n in e.nodes)
