@@ -256,7 +256,7 @@ class Planner:
             self.refusals.append(
                 Refusal(
                     "R1 offline",
-                    f"the residual stream needs {len(space.online)} online parts "
+                    f"the residual stream needs {_counted(len(space.online), 'online part')} "
                     f"(the first at {first.node.name}: {first.why}); rotated online at the linears' inputs instead",
                     (first.node.name,),
                 )
@@ -493,6 +493,10 @@ def _common_prefix(names: list[str]) -> str:
             break
         prefix.append(parts[0])
     return ".".join(prefix)
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}{'s' * (count != 1)}"
 
 
 def _short(names: tuple[str, ...]) -> str:

@@ -175,6 +175,7 @@ class ProgramEditor:
                 self._aliases[node] = first
         self.mutated_buffers = {n for n, c in self._constants.items() if c.fqn in mutated}
         self._merge_aliases()
+        self._nbytes = sum(c.tensor.nbytes for n, c in self._constants.items() if n not in self._aliases)
         self._constant_nodes: dict[Node, bool] = {}
         self._successors: dict[Node, Node] = {}
         self._expressions: dict[Hashable, Node] = {}
@@ -238,9 +239,7 @@ class ProgramEditor:
 
     def nbytes(self) -> int:
         """Bytes of all distinct constants."""
-        return sum(
-            c.tensor.numel() * c.tensor.element_size() for n, c in self._constants.items() if n not in self._aliases
-        )
+        return self._nbytes
 
     def deferred(self, node: Node) -> Callable[[], Tensor]:
         """Computes the float64 value that a constant node has now, whatever is queued later; nothing is computed yet.
@@ -352,6 +351,7 @@ class ProgramEditor:
             node.meta["val"] = mode.from_tensor(torch.nn.Parameter(tensor, requires_grad=False), static_shapes=True)
         self.inputs.insert(at, InputSpec(InputKind.PARAMETER, TensorArgument(name=node.name), fqn))
         self._constants[node] = Constant(fqn, tensor, list(steps))
+        self._nbytes += tensor.nbytes
         return node
 
     def materialize(self, node: Node) -> Node:
@@ -370,6 +370,7 @@ class ProgramEditor:
         spare = next((a for a, first in self._aliases.items() if first is node), None)
         if spare is not None:
             del self._aliases[spare]
+            self._nbytes += self._constants[node].tensor.nbytes
             self._constants[spare].tensor = self._constants[node].tensor
             self._constants[spare].steps = list(self._constants[node].steps)
         else:
