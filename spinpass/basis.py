@@ -806,13 +806,13 @@ class Walk:
     # -- the result ----------------------------------------------------------------------------------------------------
 
     def _result(self, seed: Node, layout: Layout) -> Space:
+        entered = {node for node, _ in self._entries}
         constants = [
             ConstantUse(n, t)
             for n, types in self.types.items()
             for t in types
-            if n in self._computed or (n.op == "placeholder" and self.editor.is_stored(n))
+            if n in self._computed or (self.editor.is_stored(n) and n not in entered)  # updated buffers can be entries
         ]
-        entered = {node for node, _ in self._entries}
         exits: dict[tuple[Node, tuple[int, ...]], tuple[AxisType, str, list[Node]]] = {}
         kept: dict[tuple[Node, tuple[int, ...]], list[Node]] = {}
         for (node, user, dims), (axis, why) in self._exits.items():

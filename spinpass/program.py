@@ -205,9 +205,9 @@ class ProgramEditor:
 
     def is_computable(self, node: Node) -> bool:
         """The value of a constant is known without running the program: no dynamic size goes into it."""
-        return self.is_stored(node) or (
-            self.is_constant(node) and all(self.is_computable(s) for s in node.all_input_nodes)
-        )
+        if not self.is_constant(node):
+            return False
+        return self.is_stored(node) or all(self.is_computable(s) for s in node.all_input_nodes)
 
     def canonical(self, node: Node) -> Node:
         """The first node that computes the same constant expression: two ``1 + g`` of one ``g`` are one scale."""
