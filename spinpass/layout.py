@@ -208,6 +208,8 @@ class Layout:
         extra = {d: s for d, s in carriers.items() if d not in self.dims}
         if not extra:
             return self
+        if 0 in extra.values():
+            raise LayoutError("an empty selection")
         dims = tuple(sorted({*self.dims, *extra}))
         sizes = tuple(extra[d] if d in extra else self._size(d) for d in dims)
         repeats = math.prod(extra.values())

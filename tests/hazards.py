@@ -1286,4 +1286,11 @@ class SymmetricRead(Decoder):
         return (self.head(h), torch.einsum("bsd,de,bte->bst", h, self.w, h), h @ self.w @ h.transpose(1, 2))
 
 
+class EmptySlice(Decoder):
+    """No tokens at all are joined to the tokens."""
+
+    def between(self, x: Tensor, layer: int) -> Tensor:
+        return torch.cat([x, self.blocks[layer].mlp(x)[:, :0]], 1)
+
+
 ALL: dict[str, type[Decoder]] = {c.__name__: c for c in Decoder.__subclasses__() if c.__module__ == __name__}

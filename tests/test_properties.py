@@ -60,9 +60,7 @@ def check(shape: Shape, choice: dict[str, Any], mode: str) -> None:
         program = program.run_decompositions({}) if mode == "functional" else program.run_decompositions()
     found = outcome(program, **choice)
     assert found.error <= 1e-9, str(found.plan)
-    assert found.roles() == set(choice["rotations"]), found.refusal or str(
-        found.plan
-    )
+    assert found.roles() == set(choice["rotations"]), found.refusal or str(found.plan)
     if options:
         assert found.result is not None
         other = tokens(seq=3, batch=4)
