@@ -257,7 +257,7 @@ class Walk:
             for source in node.all_input_nodes:
                 if (
                     source in self.types
-                    and not self.editor.is_constant(source)
+                    and not self.editor.is_weight(source)
                     and (source, node) not in left
                     and not self._is_statistic(source, node)
                 ):
@@ -273,8 +273,7 @@ class Walk:
 
     def _demand(self, node: Node, axis: AxisType) -> None:
         """``node`` must carry ``axis``."""
-        constant = self.editor.is_constant(node)
-        if constant and node in self.kept:
+        if node in self.kept:
             raise Barrier(self.kept[node])
         sizes = shape(node)
         if any(d >= len(sizes) or sizes[d] != size for d, size in zip(axis.layout.dims, axis.layout.sizes)):
@@ -305,7 +304,7 @@ class Walk:
             del self._exits[key]
 
     def _contradiction(self, node: Node, why: str) -> None:
-        if self.editor.is_constant(node):
+        if self.editor.is_weight(node):
             self.kept[node] = why
         elif self._by in self._closed:
             raise InvariantError(f"{self._by.name} is closed and still contradicts")
@@ -337,7 +336,7 @@ class Walk:
             if self.editor.is_computable(node):
                 self._computed.add(node)
                 raise _Restart from None
-            if self.editor.is_constant(node):
+            if self.editor.is_weight(node):
                 self.kept[node] = str(error)
                 raise _Restart from None
             if axis.pending is not None:
@@ -381,7 +380,7 @@ class Walk:
                 self._demand(output, axis)
 
     def _produce_product(self, node: Node, rule: Multilinear, axis: AxisType) -> None:
-        if axis.pending is not None and axis.pending.after:
+        if axis.pending is not None and axis.pending.after and not _only_selects(rule):
             if axis.pending.shift is not None and axis.pending.shift in node.all_input_nodes:
                 shifted = next(n for n in node.all_input_nodes if n is not axis.pending.shift)
                 self._scales[node] = None
@@ -416,7 +415,7 @@ class Walk:
         try:
             self._consume(node, axis, user)
         except (Barrier, LayoutError) as error:
-            if self.editor.is_constant(node):
+            if self.editor.is_weight(node):
                 self.kept[node] = f"{user.name} needs it as it is: {error}"
                 raise _Restart from None
             if axis.pending is not None:
@@ -429,7 +428,7 @@ class Walk:
         return self._rule(node) if node.op == "call_function" else None
 
     def _note_uncentred(self, node: Node, axis: AxisType, why: str) -> None:
-        if not axis.centred and not self.editor.is_constant(node):
+        if not axis.centred and not self.editor.is_weight(node):
             self._uncentred_uses.append((node, why))
 
     def _consume(self, node: Node, axis: AxisType, user: Node) -> None:
@@ -683,8 +682,8 @@ class Walk:
             if not set(names.values()) <= set(holders[0].labels):
                 raise Barrier("part of the axis is broadcast")
             demands.append((holders[0].node, {d: holders[0].labels.index(n) for d, n in names.items()}))
-        if axis.pending is not None and axis.pending.after:
-            if at is not None and self.editor.is_constant(at.node):
+        if axis.pending is not None and axis.pending.after and not (_only_selects(rule) and axis.reads):
+            if at is not None and self.editor.is_weight(at.node):
                 self.kept[at.node] = "its uses need different scales folded in"
                 raise _Restart
             self._pass_pending(rule, at, axis, demands, user, names)
@@ -695,7 +694,7 @@ class Walk:
             )
         for node, to in demands:
             if at is None or node is not at.node:
-                self._demand(node, replace(axis, layout=axis.layout.renamed(to), reads=False))
+                self._demand(node, replace(axis, layout=axis.layout.renamed(to), reads=axis.reads and _only_selects(rule)))
 
     def _pass_pending(
         self,
@@ -740,12 +739,12 @@ class Walk:
         if not set(names.values()) <= set(partner.labels):
             raise Barrier("part of the axis is broadcast")
         layout = axis.layout.renamed({d: partner.labels.index(n) for d, n in names.items()})
-        constant = self.editor.is_constant(partner.node)
+        constant = self.editor.is_weight(partner.node)
         if axis.pending is not None and not axis.pending.after:
             raise Barrier("it is contracted before its scale")
-        if not constant and self.editor.is_constant(at.node):
+        if not constant and self.editor.is_weight(at.node):
             self._check_partner(at.node, partner.node, axis)
-        if axis.pending is not None and not constant and not self.editor.is_constant(at.node):
+        if axis.pending is not None and not constant and not self.editor.is_weight(at.node):
             raise Barrier("two computed values are contracted")
         if axis.pending is not None and not constant:
             self._same_scale.append((at.node, partner.node, axis.pending.scale))
@@ -756,7 +755,7 @@ class Walk:
             AxisType(
                 layout,
                 axis.pending if axis.pending is None else replace(axis.pending, shift=None),
-                axis.centred or constant or self.editor.is_constant(at.node),
+                axis.centred or constant or self.editor.is_weight(at.node),
                 reads=constant,
             ),
         )
@@ -845,6 +844,11 @@ class Walk:
 
 def _reason(rule: Rule, node: Node) -> str:
     return rule.why if isinstance(rule, Opaque) else f"{op_name(node)} does not commute with a rotation"
+
+
+def _only_selects(rule: Multilinear) -> bool:
+    """A gather or a sum over other axes: linear in its one operand, channel by channel."""
+    return len(rule.terms) == 1 and len(rule.terms[0]) == 1
 
 
 def _range(start: int, length: int) -> Tensor:

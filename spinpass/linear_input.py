@@ -17,7 +17,7 @@ class LinearInputWalk(Walk):
     """Grows from a computed value towards the linears that read it and never further. Its seeds are entries."""
 
     def _backward(self, node: Node, axis: AxisType) -> None:
-        if self.editor.is_constant(node):
+        if self.editor.is_weight(node):
             return super()._backward(node, axis)
         rule = self._rule(node) if node.op == "call_function" else None
         reached = isinstance(rule, Movement) and rule.source in self.types and node is not self._seed
@@ -25,8 +25,8 @@ class LinearInputWalk(Walk):
             self._entries[node, axis.layout.dims] = "rotated online, at the input of the linears"
 
     def _forward(self, node: Node, axis: AxisType, user: Node) -> None:
-        if self.editor.is_constant(node):
-            if not self.editor.is_constant(user) and not self._is_linear_weight(node, axis, user):
+        if self.editor.is_weight(node):
+            if not self.editor.is_weight(user) and not self._is_linear_weight(node, axis, user):
                 self.kept[node] = f"{user.name} reads it otherwise than as a linear layer's weight"
                 raise _Restart
             return super()._forward(node, axis, user)

@@ -474,12 +474,31 @@ def _addmm(node: Node, args: dict[str, Any]) -> Rule:
     return Multilinear(((Operand(added, labels),), term), out)
 
 
+def _grouped_mm(node: Node, args: dict[str, Any]) -> Rule:
+    """Rows (t, k) in groups, each group by its own matrix of (e, k, n): the group of a row is an index, not a value."""
+    names = ("self", "mat2") if "mat2" in args else ("input", "weight")
+    rows, matrices = (args[n] for n in names)
+    if len(shape(rows)) != 2 or len(shape(matrices)) != 3:
+        return Opaque("a grouped product of other ranks than rows by one matrix per group")
+    terms: list[tuple[Operand, ...]] = [(Operand(rows, (None, "k")), Operand(matrices, (None, "k", "n")))]
+    if isinstance(args.get("bias"), Node):
+        terms.append((Operand(args["bias"], (None, "n")),))
+    opaque = [args[n] for n in ("offs", "offs_gpu") if isinstance(args.get(n), Node)]
+    return Multilinear(tuple(terms), (None, "n"), tuple(opaque))
+
+
 def _einsum(node: Node, args: dict[str, Any]) -> Rule:
     equation = args["equation"].replace(" ", "")
-    if "..." in equation or "->" not in equation:
-        return Opaque(f"einsum {equation!r} with implicit axes")
-    operands, out = equation.split("->")
+    operands, arrow, out = equation.partition("->")
     names = operands.split(",")
+    if not arrow:
+        out = "..." * ("..." in operands) + "".join(sorted(c for c in set(operands) - {",", "."} if operands.count(c) == 1))
+    if "..." in equation:
+        hidden = [len(shape(t)) - len(n.replace("...", "")) for t, n in zip(args["tensors"], names) if "..." in n]
+        if len(set(hidden)) != 1:
+            return Opaque(f"einsum {equation!r} broadcasts its implicit axes")
+        axes = "".join(chr(0x100 + k) for k in range(hidden[0]))  # characters that no equation holds
+        names, out = [n.replace("...", axes) for n in names], out.replace("...", axes)
     if any(len(set(n)) != len(n) for n in (*names, out)):
         return Opaque(f"einsum {equation!r} takes a diagonal")
     return Multilinear((tuple(Operand(t, tuple(n)) for t, n in zip(args["tensors"], names)),), tuple(out))
@@ -540,6 +559,110 @@ def _index_put(node: Node, args: dict[str, Any]) -> Rule:
     if at != set(range(min(at), max(at) + 1)):
         return Opaque("index_put with separated index tensors")
     return _write_along(node, args, args["values"], set(range(max(at) + 1)), [i for i in indices if i is not None])
+
+
+def _masked_scatter(node: Node, args: dict[str, Any]) -> Rule:
+    """Rows of ``source``, in order, where the mask is true: whole vectors are written if the mask is constant along
+    them (image features that take the places of their tokens).
+    """
+    target, mask, source = args["self"], args["mask"], args["source"]
+    last, rank = shape(target)[-1], len(shape(target))
+    if len(shape(source)) < 2 or shape(source)[-1] != last or not isinstance(last, int):
+        return Opaque("masked_scatter of values that are not whole vectors")
+    if not _constant_along_last(mask):
+        return Opaque("masked_scatter with a mask of its own for each channel")
+    free = (None,) * (rank - 1)
+    written = Operand(source, ((None,) * (len(shape(source)) - 1)) + ("o",))
+    return Multilinear(((Operand(target, (*free, "o")),), (written,)), (*free, "o"), (mask,))
+
+
+def _constant_along_last(node: Node) -> bool:
+    """The values do not change along the last axis, because it was made by expanding one element."""
+    while shape(node)[-1:] != (1,):
+        if not is_op(node) or op_name(node) not in _EXPANDS | _UNCHANGED or not shape(node):
+            return False
+        node = node.all_input_nodes[0]
+    return True
+
+
+def _scatter(node: Node, args: dict[str, Any]) -> Rule:
+    """``self`` with rows of ``src`` put, or added, at ``index`` along one axis; whole vectors if the index is constant
+    along them.
+    """
+    rank, source = len(shape(node)), args.get("src")
+    if not isinstance(source, Node):
+        return Opaque("scatter of one number")
+    if args["dim"] % rank == rank - 1 or not _constant_along_last(args["index"]):
+        return Opaque(f"{op_name(node)} along the channels")
+    if len(shape(source)) != rank or shape(source)[-1] != shape(node)[-1] or args.get("reduce", "sum") != "sum":
+        return Opaque(f"{op_name(node)} of other values than whole vectors")
+    labels = (*(None,) * (rank - 1), "o")
+    return Multilinear(((Operand(args["self"], labels),), (Operand(source, labels),)), labels, (args["index"],))
+
+
+def _gather(node: Node, args: dict[str, Any]) -> Rule:
+    """Elements at ``index`` along one axis; whole vectors if the index is constant along them."""
+    rank = len(shape(node))
+    if args["dim"] % rank == rank - 1 or not _constant_along_last(args["index"]):
+        return Opaque("aten::gather does not commute with a rotation")
+    labels = (*(None,) * (rank - 1), "o")
+    if shape(args["self"])[-1] != shape(node)[-1]:
+        return Opaque("a gather of some of the channels")
+    return Multilinear(((Operand(args["self"], labels),),), labels, (args["index"],))
+
+
+def _select_scatter(node: Node, args: dict[str, Any]) -> Rule:
+    rank = len(shape(node))
+    dim = args["dim"] % rank
+    labels = tuple(None if d == dim else d for d in range(rank))
+    written = Operand(args["src"], labels[:dim] + labels[dim + 1 :])
+    return Multilinear(((Operand(args["self"], labels),), (written,)), labels)
+
+
+def _index_add(node: Node, args: dict[str, Any]) -> Rule:
+    return _write_along(node, args, args["source"], {args["dim"] % len(shape(node))}, [args["index"]])
+
+
+def _copy(node: Node, args: dict[str, Any]) -> Rule:
+    if shape(args["src"]) != shape(node) or not is_float(args["src"]):
+        return Opaque("a copy of values of another shape or type")
+    return _identity(args["src"])
+
+
+def _along(node: Node, source: Node, dims: set[int]) -> Rule:
+    """An operator that acts along ``dims`` alone, the same at every position of the other axes, and is linear."""
+    labels = tuple(None if d in dims else d for d in range(len(shape(source))))
+    return Multilinear(((Operand(source, labels),),), labels)
+
+
+def _roll(node: Node, args: dict[str, Any]) -> Rule:
+    rank = len(shape(node))
+    dims = {d % rank for d in args["dims"]} or set(range(rank))
+    return _along(node, args["self"], dims)
+
+
+def _pad(node: Node, args: dict[str, Any]) -> Rule:
+    """Zeros before or behind some axes."""
+    if args.get("value", 0) not in (0, None) or args.get("mode", "constant") != "constant":
+        return Opaque("padding with other values than zero")
+    rank, widths = len(shape(node)), args["pad"]
+    return _along(node, args["self"], {rank - 1 - k // 2 for k, width in enumerate(widths) if width != 0})
+
+
+def _convolution(node: Node, args: dict[str, Any]) -> Rule:
+    """y[b, o, …] = Σ W[o, i, …] x[b, i, …] + bias[o]: a linear layer along the channels at every offset of the kernel."""
+    x, weight, bias = args["input"], args["weight"], args.get("bias")
+    if args.get("groups", 1) != 1 or args.get("transposed", False) or len(shape(weight)) != len(shape(x)):
+        return Opaque("a convolution of groups of channels")
+    places = (None,) * (len(shape(x)) - 2)
+    terms: list[tuple[Operand, ...]] = [(Operand(x, (0, "i", *places)), Operand(weight, ("o", "i", *places)))]
+    if isinstance(bias, Node):
+        terms.append((Operand(bias, ("o",)),))
+    return Multilinear(tuple(terms), (0, "o", *places))
+
+
+def _addcmul(node: Node, args: dict[str, Any]) -> Rule:
+    return _elementwise(node, [args["self"]], [args["tensor1"], args["tensor2"]])
 
 
 def _slice_scatter(node: Node, args: dict[str, Any]) -> Rule:
@@ -651,24 +774,38 @@ def _table() -> dict[str, Callable[[Node, dict[str, Any]], Rule]]:
         (_matmul, "matmul mm bmm mv dot"),
         (_addmm, "addmm baddbmm"),
         (_einsum, "einsum"),
+        (_grouped_mm, "_grouped_mm"),
         (_embedding, "embedding"),
         (_index, "index"),
         (_index_select, "index_select"),
         (_index_copy, "index_copy"),
         (_index_put, "index_put _unsafe_index_put"),
         (_slice_scatter, "slice_scatter"),
+        (_select_scatter, "select_scatter"),
+        (_masked_scatter, "masked_scatter"),
+        (_scatter, "scatter scatter_add scatter_reduce"),
+        (_gather, "gather"),
+        (_index_add, "index_add"),
+        (_copy, "copy"),
+        (_roll, "roll"),
+        (_pad, "pad constant_pad_nd"),
+        (_convolution, "conv1d conv2d conv3d convolution"),
+        (_addcmul, "addcmul"),
         (_reduce, "sum mean"),
         (_cumsum, "cumsum"),
         (_attention, "scaled_dot_product_attention"),
         (_layer_norm, "layer_norm rms_norm"),
         (_vector_norm, "linalg_vector_norm norm"),
-        (_full, "full full_like new_full"),
-        (_zeros, "zeros zeros_like new_zeros"),
-        (_shape_only, "ones_like empty_like rand_like randn_like new_ones new_empty"),
+        (_full, "full full_like new_full fill"),
+        (_zeros, "zeros zeros_like new_zeros zero"),
+        (_shape_only, "ones_like empty_like rand_like randn_like new_ones new_empty empty ones"),
     ]
-    return {f"aten::{name}": builder for builder, names in groups for name in names.split()}
+    table = {f"aten::{name}": builder for builder, names in groups for name in names.split()}
+    return table | {"transformers::grouped_mm_fallback": _grouped_mm}
 
 
+_EXPANDS = {"aten::expand", "aten::expand_as", "aten::broadcast_to", "aten::repeat"}
+_UNCHANGED = {f"aten::{n}" for n in "to _to_copy clone contiguous alias detach lift_fresh_copy".split()}
 _TABLE = _table()
 _CHECKS = {
     "aten::_assert_tensor_metadata",

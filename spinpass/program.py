@@ -64,6 +64,36 @@ def mutates(node: Node) -> bool:
     return is_op(node) and node.target._schema.is_mutable  # type: ignore[union-attr]
 
 
+def functional_target(node: Node) -> Any:
+    """The operator that returns what the in-place operator of ``node`` writes into its first argument; None if none
+    does.
+    """
+    assert isinstance(node.target, torch._ops.OpOverload)
+    schema = node.target._schema
+    written = [a.alias_info is not None and a.alias_info.is_write for a in schema.arguments]
+    if written.count(True) != 1 or not written[0] or torch.Tag.inplace_view in node.target.tags:
+        return None
+    packet = getattr(getattr(torch.ops, node.target.namespace), schema.name.split("::")[1].removesuffix("_"), None)
+    found = getattr(packet, schema.overload_name or "default", None)
+    if found is None or [a.name for a in found._schema.arguments] != [a.name for a in schema.arguments]:
+        return None
+    return found
+
+
+def shares_memory(editor: ProgramEditor, node: Node, source: Node) -> bool:
+    """The result of ``node`` is a view of ``source``, or ``source`` itself."""
+    assert isinstance(node.target, torch._ops.OpOverload)
+    if not (node.target.is_view or op_name(node) in _MAY_RETURN_OPERAND):
+        return False
+    operand = value(source)
+    if not isinstance(operand, Tensor):
+        return False
+    with editor.fake_mode():
+        made = node.target(*map_arg(node.args, value), **map_arg(node.kwargs, value))
+    results = made if isinstance(made, (list, tuple)) else [made]
+    return any(r.untyped_storage()._cdata == operand.untyped_storage()._cdata for r in results if isinstance(r, Tensor))
+
+
 def value(node: Node) -> Any:
     """The fake value that export recorded for the node, or None."""
     return node.meta.get("val")
@@ -138,12 +168,13 @@ class Constant:
 class ProgramEditor:
     """A copy of ``program`` whose graph and constants can be edited; :meth:`finish` returns a new ExportedProgram.
 
-    Raises ProgramError for anything that is not an inference program over dense tensors.
+    Raises ProgramError for anything that is not an inference program over dense tensors. The analysis needs a program
+    without in-place operators: see :func:`spinpass.passes.functionalize.open_program`.
     """
 
     def __init__(self, program: ExportedProgram) -> None:
         check_program(program)
-        self._source = functionalized(program)
+        self._source = program
         copied: dict[Node, Node] = {}
         self.graph = Graph()
         result = self.graph.graph_copy(self._source.graph, copied)
@@ -177,6 +208,7 @@ class ProgramEditor:
         self._merge_aliases()
         self._nbytes = sum(c.tensor.nbytes for n, c in self._constants.items() if n not in self._aliases)
         self._constant_nodes: dict[Node, bool] = {}
+        self._gathered: dict[Node, bool] = {}
         self._successors: dict[Node, Node] = {}
         self._expressions: dict[Hashable, Node] = {}
 
@@ -202,6 +234,26 @@ class ProgramEditor:
                 known = is_op(node) and bool(tensors) and all(self.is_constant(s) for s in tensors)
             self._constant_nodes[node] = known
         return known
+
+    def is_weight(self, node: Node) -> bool:
+        """A constant, or one matrix per token gathered from a constant stack of them (the experts of a mixture)."""
+        if self.is_constant(node):
+            return True
+        known = self._gathered.get(node)
+        if known is None:
+            known = self._gathered[node] = self._is_gathered(node)
+        return known
+
+    def _is_gathered(self, node: Node) -> bool:
+        if not is_op(node) or not is_float(node):
+            return False
+        source = node.args[0]
+        if not isinstance(source, Node):
+            return False
+        if op_name(node) in _GATHERS:
+            return self.is_constant(source) and len(shape(source)) >= 3
+        tensors = [s for s in node.all_input_nodes if isinstance(value(s), Tensor)]
+        return op_name(node) in _REARRANGEMENTS and tensors == [source] and self.is_weight(source)
 
     def is_computable(self, node: Node) -> bool:
         """The value of a constant is known without running the program: no dynamic size goes into it."""
@@ -302,6 +354,16 @@ class ProgramEditor:
         node.meta["stack_trace"] = f"inserted by spinpass: {origin}"
         node.meta["custom"] = {"spinpass_origin": origin}
         return node
+
+    def repeat(self, node: Node, instead: dict[Node, Node], *, before: Node) -> Node:
+        """A copy of ``node`` right before another, reading other operands; it has the same fake value."""
+        with self.graph.inserting_before(before):
+            return self.graph.node_copy(node, lambda n: instead.get(n, n))
+
+    def erase(self, nodes: Iterable[Node]) -> None:
+        """Remove nodes that nobody reads any more."""
+        for node in reversed(list(nodes)):
+            self.graph.erase_node(node)
 
     def fake_mode(self) -> Any:
         for node in self.graph.nodes:
@@ -541,16 +603,13 @@ def _is_packed(tensor: Tensor) -> bool:
     return isinstance(tensor, torch.nn.Parameter) and not (tensor.is_floating_point() or tensor.is_complex())
 
 
-def functionalized(program: ExportedProgram) -> ExportedProgram:
-    """The program without in-place operators. One that has none is returned as it is."""
-    if any(mutates(n) and op_name(n) != "aten::detach_" for n in program.graph.nodes):
-        functional: ExportedProgram = program.run_decompositions({})
-        return functional
-    return program
-
-
 _KNOWN, _SMALL = "spinpass_known", 4096
 _COPIES = {"aten::lift_fresh_copy", "aten::lift_fresh", "aten::detach", "aten::detach_", "aten::clone", "aten::alias"}
+_GATHERS = {"aten::index", "aten::index_select"}
+_REARRANGEMENTS = {
+    f"aten::{n}" for n in "transpose permute t numpy_T view reshape unsqueeze squeeze to _to_copy contiguous clone".split()
+}
+_MAY_RETURN_OPERAND = {"aten::dropout", "aten::feature_dropout", "aten::type_as", "aten::to"}
 _DROPOUT = {"aten::dropout", "aten::native_dropout", "aten::feature_dropout", "aten::alpha_dropout", "aten::bernoulli"}
 _PACKED_TYPES = {torch.int8, torch.uint8, torch.int16, torch.int32}
 _QUANTIZED_NAMESPACES = {"quantized_decomposed", "torchao", "quantized", "bitsandbytes", "gptqmodel"}

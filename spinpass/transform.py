@@ -16,6 +16,7 @@ from .config import RotationConfig
 from .errors import ConfigError, RefusedError
 from .passes.center import center
 from .passes.fold import fold_rotation
+from .passes.functionalize import open_program
 from .passes.fuse_norm_scale import fuse_norm_scale
 from .passes.insert_rotations import insert_rotations
 from .passes.materialize import materialize
@@ -95,7 +96,7 @@ def plan(program: ExportedProgram, config: RotationConfig | None = None) -> Rota
 def _rotated(
     program: ExportedProgram, config: RotationConfig, plan: RotationPlan | None
 ) -> tuple[ProgramEditor, Planner]:
-    editor = ProgramEditor(program)
+    editor = open_program(program)
     planner = Planner(editor, config, plan, record.read(program))
     for role in config.rotations:
         for site in planner.sites(role):

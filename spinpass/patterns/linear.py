@@ -1,4 +1,4 @@
-"""Linear layers: a computed value contracted with a constant."""
+"""Linear layers: a computed value contracted with a weight."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from ..program import ProgramEditor, is_float, is_op, op_name, shape
 
 @dataclass(frozen=True)
 class Linear:
-    """``node`` contracts axis ``dim`` of ``operand`` with axis ``weight_dim`` of the constant ``weight``."""
+    """``node`` contracts axis ``dim`` of ``operand`` with axis ``weight_dim`` of ``weight``: a constant, or the matrices
+    of a mixture's experts that were gathered for each token.
+    """
 
     node: Node
     operand: Node
@@ -41,8 +43,8 @@ def as_linear(editor: ProgramEditor, node: Node) -> Linear | None:
     for term in rule.terms:
         if len(term) != 2:
             continue
-        x, w = term if editor.is_constant(term[1].node) else (term[1], term[0])
-        if editor.is_constant(x.node) or not editor.is_constant(w.node):
+        x, w = term if editor.is_constant(term[1].node) or not editor.is_weight(term[0].node) else (term[1], term[0])
+        if editor.is_weight(x.node) or not editor.is_weight(w.node):
             continue
         shared = [label for label in x.labels if label is not None and label in w.labels and label not in rule.out]
         if len(shared) == 1 and isinstance(shape(x.node)[x.labels.index(shared[0])], int):

@@ -1,0 +1,269 @@
+"""Functionalize:  x.op_(y); f(x)  ->  x' = op(x, y); f(x').   A write through a view is put back into what is viewed.
+
+    v = x[..., a:b]; v.copy_(y); f(x)  ->  f(slice_scatter(x, y, a, b));   writes that cover x  ->  f(cat(y, ...))
+
+Only the in-place operators and what reads the written memory change; everything else stays as it was exported, which
+``run_decompositions`` does not promise and is a hundred times slower at. It is used where memory of the program's
+inputs or buffers is written, because those writes are outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+from torch.fx import Node
+
+from ..program import ProgramEditor, arguments, functional_target, is_op, mutates, op_name, shape, shares_memory, value
+
+aten = torch.ops.aten
+
+
+def open_program(program: ExportedProgram) -> ProgramEditor:
+    """An editor over a copy of the program without in-place operators.
+
+    Raises ProgramError for anything that is not an inference program over dense tensors.
+    """
+    editor = ProgramEditor(program)
+    try:
+        functionalize(editor)
+    except _Unsupported:
+        editor = ProgramEditor(program.run_decompositions({}))
+    editor.cleanup()  # what no output depends on reads nothing
+    return editor
+
+
+class _Unsupported(Exception):
+    """The write cannot be expressed in the graph."""
+
+
+def functionalize(editor: ProgramEditor) -> None:
+    """Replace every in-place operator of the graph, which must not write to inputs or constants."""
+    memory = _Memory(editor)
+    for node in list(editor.nodes):
+        if _writes(node):
+            memory.write(node)
+        elif node.op not in ("placeholder", "get_attr"):
+            memory.read(node)
+    editor.erase(memory.written)
+
+
+class _Memory:
+    """Which nodes view which memory, and which node holds its contents at the point of the graph that is reached."""
+
+    def __init__(self, editor: ProgramEditor) -> None:
+        self.editor = editor
+        self.written: list[Node] = []
+        self._viewed: dict[Node, Node] = {}  # view -> what it is a view of
+        self._views: dict[Node, set[Node]] = {}  # root -> all views of its memory
+        self._current: dict[Node, Node] = {}
+        self._stale: set[Node] = set()
+        for node in editor.nodes:
+            if _writes(node):
+                self._find_memory(_written(node))
+
+    def _find_memory(self, node: Node) -> None:
+        """The whole memory that a write to ``node`` may touch."""
+        root = node
+        while (source := _viewed(self.editor, root)) is not None:
+            root = source
+        if root.op != "call_function":
+            raise _Unsupported(f"{root.name} is memory of an input or a constant")
+        if root in self._views:
+            return
+        views: set[Node] = set()
+        todo = [root]
+        while todo:
+            here = todo.pop()
+            for user in here.users:
+                if user not in views and _viewed(self.editor, user) is here:
+                    views.add(user)
+                    self._viewed[user] = here
+                    todo.append(user)
+        self._views[root] = views
+
+    def read(self, node: Node) -> None:
+        """Let ``node`` read what its operands hold by now."""
+        for source in node.all_input_nodes:
+            now = self._contents(source, node)
+            if now is not source:
+                node.replace_input_with(source, now)
+
+    def write(self, node: Node) -> None:
+        """Compute what ``node`` writes and put it into everything that shows the memory."""
+        self.read(node)
+        self.written.append(node)
+        target = self._viewed[node]  # as the graph named it before reads were redirected
+        old = self._contents(target, node)
+        new = self._result(node, old)
+        path = self._put_back(target, new, node)
+        for view in self._views[self._root(target)]:
+            if view not in path:
+                self._stale.add(view)
+        self._current[node] = new
+        self._stale.discard(node)
+
+    def _root(self, node: Node) -> Node:
+        while node in self._viewed:
+            node = self._viewed[node]
+        return node
+
+    def _contents(self, node: Node, at: Node) -> Node:
+        """The node that holds ``node``'s contents, made anew before ``at`` where a write has outdated it."""
+        if node not in self._stale:
+            return self._current.get(node, node)
+        source = self._contents(self._viewed[node], at)
+        if _writes(node):
+            again = source
+        else:
+            again = self.editor.repeat(node, {self._viewed[node]: source}, before=at)
+        self._current[node] = again
+        self._stale.discard(node)
+        return again
+
+    def _result(self, node: Node, old: Node) -> Node:
+        """What the in-place operator computes, as a value."""
+        if op_name(node) == "aten::copy_":
+            return self._copied(node, old)
+        target = functional_target(node)
+        if target is None:
+            raise _Unsupported(f"{op_name(node)} has no counterpart that returns its result")
+        new = self._call(node, target, old, *node.args[1:], **node.kwargs)
+        if value(new).dtype != value(old).dtype:
+            new = self._call(node, aten.to.dtype, new, value(old).dtype)
+        return new
+
+    def _copied(self, node: Node, old: Node) -> Node:
+        source = arguments(node)["src"]
+        if value(source).dtype != value(old).dtype:
+            source = self._call(node, aten.to.dtype, source, value(old).dtype)
+        return source if shape(source) == shape(old) else self._call(node, aten.expand_as.default, source, old)
+
+    def _put_back(self, view: Node, new: Node, at: Node) -> set[Node]:
+        """Write ``new`` through the chain of views up to the memory's root; returns the views that are up to date."""
+        path = {view}
+        self._current[view] = new
+        self._stale.discard(view)
+        while view in self._viewed:
+            source, through = self._viewed[view], view
+            if op_name(view) == "getitem":
+                source, through = self._viewed[source], source
+            if _writes(view) or op_name(through) in _IDENTITIES:
+                pass
+            else:
+                new = self._scattered(view, through, self._contents(source, at), new, at)
+            self._current[source] = new
+            self._stale.discard(source)
+            path.add(source)
+            view = source
+        return path
+
+    def _scattered(self, view: Node, through: Node, whole: Node, part: Node, at: Node) -> Node:
+        """``whole`` with ``part`` where the view operator ``through`` looks."""
+        name, args = op_name(through), arguments(through)
+        if name in _RESHAPES:
+            return self._call(at, aten.view_as.default, part, whole)
+        if name in ("aten::transpose", "aten::swapaxes"):
+            dims = [d for d in args.values() if isinstance(d, int)]
+            return self._call(at, aten.transpose.int, part, *dims)
+        if name == "aten::permute":
+            rank = len(args["dims"])
+            inverse = sorted(range(rank), key=lambda d: args["dims"][d] % rank)
+            return self._call(at, aten.permute.default, part, inverse)
+        if name in ("aten::t", "aten::numpy_T") and len(shape(whole)) == 2:
+            return self._call(at, aten.transpose.int, part, 0, 1)
+        if name == "aten::slice":
+            bounds = (args["start"], args["end"], args["step"])
+            return self._call(at, aten.slice_scatter.default, whole, part, args["dim"], *bounds)
+        if name == "aten::narrow" and isinstance(args["start"], int) and isinstance(args["length"], int):
+            end = args["start"] + args["length"]
+            return self._call(at, aten.slice_scatter.default, whole, part, args["dim"], args["start"], end)
+        if name == "aten::select":
+            return self._call(at, aten.select_scatter.default, whole, part, args["dim"], args["index"])
+        if name == "aten::unbind":
+            return self._call(at, aten.select_scatter.default, whole, part, args["dim"], view.args[1])
+        if name in ("aten::split", "aten::split_with_sizes", "aten::chunk"):
+            lengths = [v.shape[args["dim"]] for v in value(through)]
+            which = view.args[1]
+            if all(isinstance(n, int) for n in lengths) and isinstance(which, int):
+                start = sum(lengths[:which])
+                end = start + lengths[which]
+                return self._call(at, aten.slice_scatter.default, whole, part, args["dim"], start, end)
+        raise _Unsupported(f"a write through {name}")
+
+    def _call(self, at: Node, target: Any, *args: Any, **kwargs: Any) -> Node:
+        """A new node right before ``at``; scatters that cover the whole axis become a concatenation."""
+        made = self.editor.call(target, *args, after=at.prev, origin="Functionalize", **kwargs)
+        parts = _covering_parts(made)
+        if parts is None:
+            return made
+        dim = arguments(made)["dim"]
+        return self.editor.call(aten.cat.default, parts, dim, after=at.prev, origin="Functionalize")
+
+
+def _written(node: Node) -> Node:
+    """The tensor that an in-place operator writes: its first argument, and no other."""
+    first = node.args[0]
+    if not isinstance(first, Node) or functional_target(node) is None and op_name(node) != "aten::copy_":
+        raise _Unsupported(f"{op_name(node)} writes otherwise than into its first argument")
+    return first
+
+
+def _writes(node: Node) -> bool:
+    return mutates(node) and op_name(node) != "aten::detach_"  # which changes no value
+
+
+def _viewed(editor: ProgramEditor, node: Node) -> Node | None:
+    """The operand whose memory the node's result shows, or None where it has memory of its own."""
+    if node.op != "call_function":
+        return None
+    if op_name(node) == "getitem":
+        source = node.args[0]
+        return source if isinstance(source, Node) and _viewed(editor, source) is not None else None
+    if not is_op(node):
+        return None
+    if _writes(node):
+        return _written(node)
+    return next((s for s in node.all_input_nodes if shares_memory(editor, node, s)), None)
+
+
+def _covering_parts(node: Node) -> list[Node] | None:
+    """The parts, in order, where nested scatters along one axis overwrite all of it."""
+    parts: dict[tuple[int, int], Node] = {}
+    here, dim, size = node, None, None
+    while op_name(here) == "aten::slice_scatter":
+        args = arguments(here)
+        size = shape(here)[args["dim"]]
+        at = args["dim"] % len(shape(here))
+        bounds = (args["start"] or 0, args["end"] if args["end"] is not None else size)
+        if (dim is not None and at != dim) or args["step"] != 1 or not all(isinstance(b, int) for b in (*bounds, size)):
+            return None
+        dim = at
+        start, end, _ = slice(*bounds).indices(size)
+        if not any(start < e and s < end for s, e in parts):
+            parts[start, end] = args["src"]
+        elif not any(s <= start and end <= e for s, e in parts):
+            return None
+        if _covers(parts, size):
+            return [parts[at] for at in sorted(parts)]
+        here = args["self"]
+    return None
+
+
+def _covers(parts: Iterable[tuple[int, int]], size: int) -> bool:
+    reached = 0
+    for start, end in sorted(parts):
+        if start != reached:
+            return False
+        reached = end
+    return reached == size
+
+
+_IDENTITIES = frozenset(
+    f"aten::{n}" for n in "alias detach detach_ to contiguous lift_fresh dropout feature_dropout type_as".split()
+)
+_RESHAPES = frozenset(
+    f"aten::{n}" for n in "view reshape flatten unflatten unsqueeze squeeze view_as _unsafe_view reshape_as".split()
+)
