@@ -380,7 +380,7 @@ class Walk:
                 self._demand(output, axis)
 
     def _produce_product(self, node: Node, rule: Multilinear, axis: AxisType) -> None:
-        if axis.pending is not None and axis.pending.after and not _only_selects(rule):
+        if axis.pending is not None and axis.pending.after and not _commutes_with_scale(node, rule, axis):
             if axis.pending.shift is not None and axis.pending.shift in node.all_input_nodes:
                 shifted = next(n for n in node.all_input_nodes if n is not axis.pending.shift)
                 self._scales[node] = None
@@ -682,11 +682,12 @@ class Walk:
             if not set(names.values()) <= set(holders[0].labels):
                 raise Barrier("part of the axis is broadcast")
             demands.append((holders[0].node, {d: holders[0].labels.index(n) for d, n in names.items()}))
-        if axis.pending is not None and axis.pending.after and not (_only_selects(rule) and axis.reads):
+        scaled = axis.pending is not None and axis.pending.after
+        if scaled and user is not None and not _commutes_with_scale(user, rule, axis):
             if at is not None and self.editor.is_weight(at.node):
                 self.kept[at.node] = "its uses need different scales folded in"
                 raise _Restart
-            self._pass_pending(rule, at, axis, demands, user, names)
+            self._pass_pending(at, axis, demands, user)
             return
         if at is not None and user is not None:
             self._demand(
@@ -694,35 +695,22 @@ class Walk:
             )
         for node, to in demands:
             if at is None or node is not at.node:
-                self._demand(node, replace(axis, layout=axis.layout.renamed(to), reads=axis.reads and _only_selects(rule)))
+                self._demand(node, replace(axis, layout=axis.layout.renamed(to), reads=axis.reads and len(rule.terms) == 1))
 
     def _pass_pending(
-        self,
-        rule: Multilinear,
-        at: Operand | None,
-        axis: AxisType,
-        demands: list[tuple[Node, dict[int, int]]],
-        user: Node | None,
-        names: dict[int, object],
+        self, at: Operand | None, axis: AxisType, demands: list[tuple[Node, dict[int, int]]], user: Node
     ) -> None:
-        """x̂·g -> c·x̂·g with a scalar c, or -> x̂·g + β: all that may become of a value with a pending scale."""
+        """x̂·g -> x̂·g + β: besides products with factors per token, all that may become of a value with a pending scale."""
         assert axis.pending is not None
         added = [node for node, _ in demands if at is None or node is not at.node]
-        if user is not None and not added and axis.pending.shift is None and len(rule.terms) == 1:
-            self._demand(
-                user, replace(axis, layout=axis.layout.renamed({d: rule.out.index(n) for d, n in names.items()}))
-            )
-            return
         simple = (
-            user is not None
-            and len(added) == 1
+            len(added) == 1
             and self.editor.is_constant(added[0])
             and op_name(user) == "aten::add"
             and arguments(user)["alpha"] == 1
         )
         if not simple or axis.pending.shift is not None or user in self._uncrossed or not axis.layout.is_contiguous:
             raise Barrier("it is combined with other values")
-        assert user is not None
         if len(shape(added[0])) and shape(added[0])[-1] != axis.layout.width:
             raise Barrier("it is combined with other values")
         self._scales[user] = None
@@ -846,9 +834,15 @@ def _reason(rule: Rule, node: Node) -> str:
     return rule.why if isinstance(rule, Opaque) else f"{op_name(node)} does not commute with a rotation"
 
 
-def _only_selects(rule: Multilinear) -> bool:
-    """A gather or a sum over other axes: linear in its one operand, channel by channel."""
-    return len(rule.terms) == 1 and len(rule.terms[0]) == 1
+def _commutes_with_scale(node: Node, rule: Multilinear, axis: AxisType) -> bool:
+    """f(x̂)·g = f(x̂·g): the operator is linear in one operand, channel by channel (a factor per token, a gather of
+    tokens, a sum over them). A shift as well commutes with gathers alone.
+    """
+    mixing = {rule.out[d] for d in axis.layout.mixing}
+    holders = [o for term in rule.terms for o in term if mixing & set(o.labels)]
+    if len(rule.terms) != 1 or len(holders) != 1 or axis.pending is None:
+        return False
+    return axis.pending.shift is None or op_name(node) in _SELECTIONS
 
 
 def _range(start: int, length: int) -> Tensor:
@@ -957,6 +951,7 @@ def _weight(node: Node) -> int:
     return total
 
 
+_SELECTIONS = {"aten::index", "aten::index_select", "aten::gather", "aten::roll"}
 _BIASED = {"aten::linear", "aten::mm", "aten::addmm", "aten::matmul"}
 
 __all__ = [

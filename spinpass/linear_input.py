@@ -9,8 +9,9 @@ from __future__ import annotations
 from torch.fx import Node
 
 from .basis import AxisType, Barrier, Walk, _Restart
-from .ops import Ignored, Movement, Multilinear, Zeros
+from .ops import Ignored, Movement, Multilinear, Rule, Zeros
 from .patterns.linear import as_linear
+from .program import is_float, op_name
 
 
 class LinearInputWalk(Walk):
@@ -19,9 +20,8 @@ class LinearInputWalk(Walk):
     def _backward(self, node: Node, axis: AxisType) -> None:
         if self.editor.is_weight(node):
             return super()._backward(node, axis)
-        rule = self._rule(node) if node.op == "call_function" else None
-        reached = isinstance(rule, Movement) and rule.source in self.types and node is not self._seed
-        if not reached:
+        source = _passed_on(self._rule(node)) if node.op == "call_function" else None
+        if source is None or source not in self.types or node is self._seed:
             self._entries[node, axis.layout.dims] = "rotated online, at the input of the linears"
 
     def _forward(self, node: Node, axis: AxisType, user: Node) -> None:
@@ -42,9 +42,9 @@ class LinearInputWalk(Walk):
         if user.op != "call_function":
             return False
         rule = self._rule(user)
-        if isinstance(rule, Movement):
-            if rule.source is not node:
-                return True
+        if isinstance(rule, Movement) and rule.source is not node:
+            return True
+        if isinstance(rule, Movement) or _selects(user):
             return bool(user.users) and all(
                 self._serves(u, user)
                 for u in user.users
@@ -68,3 +68,17 @@ class LinearInputWalk(Walk):
 
     def _leave_program(self, node: Node, axis: AxisType) -> None:
         raise Barrier("a program output")
+
+
+def _selects(node: Node) -> bool:
+    """The node takes some of its operand's tokens, each whole (those that are routed to an expert)."""
+    return op_name(node) in ("aten::index", "aten::index_select") and is_float(node)
+
+
+def _passed_on(rule: Rule) -> Node | None:
+    """The value whose vectors an operator passes on unchanged."""
+    if isinstance(rule, Movement):
+        return rule.source
+    if isinstance(rule, Multilinear) and len(rule.terms) == 1 and len(rule.terms[0]) == 1:
+        return rule.terms[0][0].node
+    return None
