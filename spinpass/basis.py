@@ -824,7 +824,7 @@ class Walk:
             centred=bool(self._centrings),
             kept=dict(self.kept),
         )
-        return _hoisted(space, self._rule)
+        return _hoisted(_sunk(space, self._rule), self._rule)
 
     def _layout_of(self, node: Node, dims: tuple[int, ...]) -> Layout:
         return next(t.layout for t in self.types[node] if set(t.layout.dims) & set(dims))
@@ -919,6 +919,35 @@ def _hoisted(space: Space, rule: Callable[[Node], Rule]) -> Space:
             rule,
         )
     return space
+
+
+def _sunk(space: Space, rule: Callable[[Node], Rule]) -> Space:
+    """Entries whose vectors lie across axes go behind the view that makes them one axis, if nothing else reads them."""
+    entries = []
+    members = dict(space.members)
+    for entry in space.entries:
+        while not entry.layout.is_contiguous:
+            readers = [
+                u
+                for u in entry.node.users
+                if u not in entry.keep and not (u.op == "call_function" and isinstance(rule(u), Ignored))
+            ]
+            if len(readers) != 1 or len(members.get(readers[0], ())) != 1 or readers[0].op != "call_function":
+                break
+            moved = rule(readers[0])
+            if not isinstance(moved, Movement) or moved.source is not entry.node:
+                break
+            leaving = tuple(u for x in space.exits if x.node is readers[0] for u in x.users)
+            del members[entry.node]
+            entry = replace(entry, node=readers[0], layout=members[readers[0]][0].layout, keep=leaving)
+        entries.append(entry)
+    entered = {e.node for e in entries}
+    return replace(
+        space,
+        entries=tuple(entries),
+        members=members,
+        exits=tuple(x for x in space.exits if x.node not in entered),
+    )
 
 
 def _cone(node: Node, entries: set[Node], space: Space) -> set[Node]:

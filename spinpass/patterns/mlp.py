@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 from torch.fx import Node
 
-from ..ops import Multilinear, Opaque, Square, rule_of
-from ..program import ProgramEditor, is_op, op_name
-from .linear import Linear, find_linears, is_norm_output, root_of
+from ..ops import Centring, Concatenate, Multilinear, Normalization, Opaque, Square, rule_of
+from ..program import ProgramEditor, is_float, is_op, op_name, shape
+from .linear import Linear, find_linears, root_of
 
 _ACTIVATIONS = (
     "aten::gelu",
@@ -36,25 +36,36 @@ _ACTIVATIONS = (
 def find_down_projections(editor: ProgramEditor) -> Iterator[Linear]:
     """Every linear layer whose input no rotation can pass, because it was computed channel by channel."""
     for linear in find_linears(editor):
-        if _is_activated(editor, root_of(linear.operand)):
+        if linear.dim == len(shape(linear.operand)) - 1 and _is_activated(editor, root_of(linear.operand)):
             yield linear
 
 
-def _is_activated(editor: ProgramEditor, node: Node) -> bool:
-    if not is_op(node) or is_norm_output(editor, node):
+def _is_activated(editor: ProgramEditor, node: Node, depth: int = 12) -> bool:
+    """A nonlinearity, or a product of two computed values, perhaps normed or scaled since."""
+    if not is_op(node) or depth == 0:
         return False
     rule = rule_of(node)
     if isinstance(rule, (Opaque, Square)):
         return op_name(node) in _ACTIVATIONS
-    if not isinstance(rule, Multilinear) or op_name(node) not in ("aten::mul", "aten::div", "aten::add"):
+    if isinstance(rule, (Normalization, Centring)):
+        return _is_activated(editor, root_of(rule.source), depth - 1)
+    if isinstance(rule, Concatenate) or not isinstance(rule, Multilinear) or op_name(node) not in _ELEMENTWISE:
         return False
-    operands = [o.node for term in rule.terms for o in term]
-    computed = [o for o in operands if not editor.is_constant(o)]
-    if len(rule.terms) == 1 and len(computed) == 2:
-        return all(len(o.labels) == len(rule.out) and None not in o.labels for o in rule.terms[0])
-    return (
-        len(computed) == 1
-        and len(operands) <= 2
-        and op_name(node) != "aten::add"
-        and _is_activated(editor, root_of(computed[0]))
-    )
+    whole = [
+        o.node
+        for term in rule.terms
+        for o in term
+        if not editor.is_constant(o.node) and o.labels[-1:] == rule.out[-1:] and is_float(o.node)
+    ]
+    if len(rule.terms) == 1 and len(whole) > 1:
+        return True
+    if op_name(node) == "aten::where":
+        return any(op_name(c) in _COMPARISONS for c in rule.opaque) or any(
+            _is_activated(editor, root_of(n), depth - 1) for n in whole
+        )
+    # a sum of two computed values is a residual stream
+    return len(whole) == 1 and _is_activated(editor, root_of(whole[0]), depth - 1)
+
+
+_ELEMENTWISE = {"aten::mul", "aten::div", "aten::add", "aten::sub", "aten::where"}
+_COMPARISONS = {"aten::gt", "aten::lt", "aten::ge", "aten::le"}

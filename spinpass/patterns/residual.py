@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from torch.fx import Node
 
-from ..ops import Centring, Multilinear, Normalization, rule_of
+from ..ops import Centring, Concatenate, Multilinear, Normalization, rule_of
 from ..program import ProgramEditor, is_float, is_op, op_name, shape
 from .linear import as_linear, root_of
 
@@ -31,8 +31,10 @@ def find_residual_sums(editor: ProgramEditor) -> Iterator[Node]:
             yield node
 
 
-def _is_written(editor: ProgramEditor, node: Node, depth: int = 6) -> bool:
-    """A linear layer's result, scales, norms and biases on the way looked through."""
+def _is_written(editor: ProgramEditor, node: Node, depth: int = 12) -> bool:
+    """A linear layer's result, or results of several (experts) put together; scales, norms and biases on the way are
+    looked through.
+    """
     root = root_of(node)
     if root.op != "call_function" or depth == 0:
         return False
@@ -41,8 +43,15 @@ def _is_written(editor: ProgramEditor, node: Node, depth: int = 6) -> bool:
     rule = rule_of(root)
     if isinstance(rule, (Normalization, Centring)):
         return _is_written(editor, rule.source, depth - 1)
-    if not isinstance(rule, Multilinear) or op_name(root) not in ("aten::mul", "aten::add", "aten::div"):
+    if isinstance(rule, Concatenate):
+        return _is_written(editor, rule.sources[0], depth - 1)
+    if not isinstance(rule, Multilinear) or op_name(root) not in _PUT_TOGETHER:
         return False
     return any(
         _is_written(editor, o.node, depth - 1) for term in rule.terms for o in term if not editor.is_constant(o.node)
     )
+
+
+_PUT_TOGETHER = {
+    f"aten::{n}" for n in "mul add div where sum index index_add index_put scatter_add masked_fill".split()
+}
