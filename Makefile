@@ -13,7 +13,7 @@ ifeq ($(VENV),.venv)
 READY := $(STAMP)
 endif
 
-.PHONY: help venv lint test slow demo bench clean
+.PHONY: help venv lint test slow demo bench zoo zoo-all clean
 
 help:
 	@echo "make venv   build .venv with everything (about 2 GB)"
@@ -21,6 +21,8 @@ help:
 	@echo "make test   all tests;  TESTS=tests/test_verify.py  runs some"
 	@echo "make slow   the wide sweeps that make test leaves out"
 	@echo "make bench  exactness on real and tiny models, cost of the pass, speed of the Hadamards"
+	@echo "make zoo    every model type of transformers, tiny: export, rotate, certify; writes COVERAGE.md (hours, resumable)"
+	@echo "make zoo-all  the same with KV caches, in bfloat16 and float16, and decomposed"
 	@echo "make demo   the whole way on a real model: export, rotate, certify, quantize, generate"
 	@echo "make clean  remove what the above made"
 
@@ -51,6 +53,17 @@ bench: $(READY)
 	$(BIN)/python benchmarks/exactness.py
 	$(BIN)/python benchmarks/transform.py
 	$(BIN)/python benchmarks/hadamard.py
+
+# The sweep ends with 1 where the pass failed; the table is written all the same, and says so in its exit code.
+zoo: $(READY)
+	-$(BIN)/python -m benchmarks.zoo.sweep --jobs $(WORKERS)
+	$(BIN)/python -m benchmarks.zoo.coverage
+
+zoo-all: $(READY)
+	-for variant in prefill decode bf16 fp16 decomposed; do \
+		$(BIN)/python -m benchmarks.zoo.sweep --jobs $(WORKERS) --variant $$variant; \
+	done
+	$(BIN)/python -m benchmarks.zoo.coverage
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist out *.egg-info

@@ -278,6 +278,8 @@ class Walk:
         sizes = shape(node)
         if any(d >= len(sizes) or sizes[d] != size for d, size in zip(axis.layout.dims, axis.layout.sizes)):
             raise Barrier(f"{node.name} has no axis that could hold {axis.layout}")
+        if axis.pending is not None and axis.layout.count > 1 and not axis.layout.is_contiguous:
+            raise Barrier("a scale per channel of several vectors is rearranged")
         known = self.types.setdefault(node, [])
         for old in known:
             if not set(old.layout.dims) & set(axis.layout.dims):
@@ -541,7 +543,6 @@ class Walk:
         if (
             node in self._uncrossed
             or not isinstance(rule, Multilinear)
-            or layout.count != 1
             or not layout.is_contiguous
         ):
             return None
@@ -762,8 +763,8 @@ class Walk:
         if natural is None and isinstance(rule, Multilinear):
             rank = len(shape(root))
             crossed = (
-                self._crossable(root, rule, Layout.full(rank - 1, axis.layout.width))
-                if axis.layout.count == 1
+                self._crossable(root, rule, axis.layout.renamed({axis.layout.dims[0]: rank - 1}))
+                if axis.layout.is_contiguous
                 else None
             )
             natural = None if crossed is None else crossed[1]

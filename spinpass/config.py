@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .errors import ConfigError
 
-Role = Literal["R1", "R2", "R3", "R4"]
+Role = Literal["R1", "R2", "R3", "R4", "latent"]
 Kind = Literal["hadamard", "random-hadamard", "random-matrix"]
 Tied = Literal["keep", "untie", "auto"]
 Form = Literal["auto", "offline", "online"]
@@ -40,7 +40,8 @@ class RotationConfig:
 
     Args:
         rotations: any subset of R1 (residual stream), R2 (value heads), R3 (query and key heads), R4 (input of the
-        down projection). kind: ``hadamard`` (deterministic), ``random-hadamard`` (with random signs) or
+        down projection), latent (whatever else lies between linears and folds entirely: MLA latents, embedding
+        projections). kind: ``hadamard`` (deterministic), ``random-hadamard`` (with random signs) or
         ``random-matrix`` (random orthogonal,
             dense: slow where it stays online).
         block_size: rotate in diagonal blocks of this size; it must divide the size of every space. None: whole spaces.

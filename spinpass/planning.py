@@ -20,10 +20,11 @@ from .patterns.attention import Attention, cache_values, find_attention
 from .patterns.linear import as_linear, find_linears, is_norm_output, root_of, whole_axis
 from .patterns.mlp import find_down_projections
 from .patterns.residual import find_residual_sums
-from .program import ProgramEditor, shape, value
+from .program import ProgramEditor, is_float, op_name, shape, value
 from .record import Record
 from .rotation import Rotation
 
+_ONLINE_PER_OFFLINE = 2  # `form="auto"`: an online part in the stream costs as much as that many at inputs of linears
 _UNTIE_BELOW = 0.01  # `tied="auto"` unties where that adds less than this share of the constants' bytes
 
 
@@ -178,8 +179,9 @@ class Planner:
         self._names_seen: set[str] = set()
         editor.check_weights(linear.weight for linear in find_linears(editor))
         self._streams = list(find_residual_sums(editor))
+        looked_up = [n for n in editor.nodes if op_name(n) == "aten::embedding" and is_float(n)]
+        self._embedding_widths = {w for n in looked_up if isinstance(w := shape(n)[-1], int)}
         self._heads = {n for a in find_attention(editor) for n in (a.query, a.key, a.value)}
-        self._sums = {n for s in self._streams for n in (s, *s.all_input_nodes)}
 
     def sites(self, role: Role) -> Iterator[Site]:
         """The sites of one rotation; what is refused is noted in ``refusals``."""
@@ -188,12 +190,13 @@ class Planner:
             "R2": self._values,
             "R3": self._queries,
             "R4": self._down_projections,
+            "latent": self._latents,
         }
         found = False
         for site in finders[role]():
             found = True
             yield site
-        if not found and not any(r.what.startswith(role) for r in self.refusals):
+        if not found and role in _NOTHING and not any(r.what.startswith(role) for r in self.refusals):
             self.refusals.append(Refusal(role, _NOTHING[role]))
 
     def applied(self, site: Site) -> None:
@@ -208,7 +211,8 @@ class Planner:
     # -- R1 ------------------------------------------------------------------------------------------------------------
 
     def _residual(self) -> Iterator[Site]:
-        widths, seen = set(), set()
+        widths: set[int] = set()
+        seen: set[Node] = set()
         for node in self._streams:
             node = self.editor.current(node)
             if node in seen or node in self._claims:
@@ -225,7 +229,8 @@ class Planner:
                 if site is not None:
                     yield site
         if self.config.form != "offline":
-            yield from self._norm_outputs(widths)
+            widths |= self._embedding_widths
+            yield from self._inputs_of_linears(widths, seen)
 
     def _stream(self, node: Node) -> Space:
         """The residual stream through a sum; a table that its uses need in two bases is untied or kept, as
@@ -251,27 +256,34 @@ class Planner:
         if self.config.form == "offline":
             return True
         open_edges = [x for x in space.online if not any(why in x.why for why in space.kept.values())]
-        if open_edges:
+        inputs = self._linear_inputs(space)
+        cheap = _ONLINE_PER_OFFLINE * len(open_edges) <= inputs
+        if open_edges and not cheap:
             first = open_edges[0]
             self.refusals.append(
                 Refusal(
                     "R1 offline",
                     f"the residual stream needs {_counted(len(space.online), 'online part')} "
-                    f"(the first at {first.node.name}: {first.why}); rotated online at the linears' inputs instead",
+                    f"(the first at {first.node.name}: {first.why}), {_counted(inputs, 'input')} of linears would need "
+                    "one each; rotated online at the linears' inputs instead",
                     (first.node.name,),
                 )
             )
-        return not open_edges
+        return cheap
 
-    def _norm_outputs(self, widths: set[int]) -> Iterator[Site]:
+    def _linear_inputs(self, space: Space) -> int:
+        """How many rotations the online form of R1 needs in place of this stream."""
+        return len({root_of(linear.operand) for linear in find_linears(self.editor)} & space.members.keys())
+
+    def _inputs_of_linears(self, widths: set[int], streams: set[Node]) -> Iterator[Site]:
         done: set[Node] = set()
         for linear in list(find_linears(self.editor)):
             root = root_of(linear.operand)
             if root in done or root in self._claims or shape(root)[-1:] == () or shape(root)[-1] not in widths:
                 continue
-            if self._claimed(linear.weight, whole_axis(linear.weight, linear.weight_dim)) or not is_norm_output(
-                self.editor, root
-            ):
+            if self._claimed(linear.weight, whole_axis(linear.weight, linear.weight_dim)):
+                continue
+            if root not in streams and not is_norm_output(self.editor, root):
                 continue
             done.add(root)
             space = LinearInputWalk(self.editor).grow(root, whole_axis(root, len(shape(root)) - 1))
@@ -313,7 +325,7 @@ class Planner:
     def _down_projections(self) -> Iterator[Site]:
         for linear in list(find_down_projections(self.editor)):
             layout = whole_axis(linear.operand, linear.dim)
-            if self._claimed(linear.operand, layout) or not self._writes_on(linear.node):
+            if self._claimed(linear.operand, layout):
                 continue
             space = Walk(self.editor).grow(linear.operand, layout)
             if space.exits or not space.readers:
@@ -323,12 +335,20 @@ class Planner:
             if site is not None:
                 yield site
 
+    def _latents(self) -> Iterator[Site]:
+        """Whatever else linear layers write and linear layers read, with nothing but norms between: free of cost."""
+        for linear in list(find_linears(self.editor)):
+            layout = whole_axis(linear.operand, linear.dim)
+            if layout.width == 1 or self._claimed(linear.operand, layout):
+                continue
+            space = Walk(self.editor).grow(linear.operand, layout)
+            if space.is_offline and space.writers and space.readers:
+                site = self._accept("latent", space, "offline")
+                if site is not None:
+                    yield site
+
     def _cache_walk(self, operand: Node) -> Walk:
         return Walk(self.editor, cache=cache_values(self.editor, operand) if self.config.cache == "rotated" else ())
-
-    def _writes_on(self, node: Node) -> bool:
-        """The result goes on into the model: it is summed with something, not normed and turned into logits."""
-        return not self._sums or any(n in self._sums for n in _downstream(node))
 
     # -- deciding one space --------------------------------------------------------------------------------------------
 
@@ -427,7 +447,7 @@ class Planner:
     def _common_name(self, role: Role, space: Space, writers: list[str], readers: list[str]) -> str:
         if role == "R1" and writers:
             return "residual"
-        return _common_prefix(readers if role in ("R1", "R4") else writers + readers) or space.seed.name
+        return _common_prefix(readers if role in ("R1", "R4", "latent") else writers + readers) or space.seed.name
 
     def _attention_name(self, attention: Attention) -> str:
         """The parameters that the queries and keys are computed with name the space, in every program made of the
@@ -462,18 +482,6 @@ def _leaf(editor: ProgramEditor, node: Node) -> Node:
     while not editor.is_stored(node) and node.all_input_nodes:
         node = node.all_input_nodes[0]
     return node
-
-
-def _downstream(node: Node, steps: int = 20) -> Iterator[Node]:
-    """The value and what becomes of it through views, scales and norms, within a few operators."""
-    todo, seen = [(node, steps)], set()
-    while todo:
-        here, left = todo.pop(0)
-        if here in seen or left == 0:
-            continue
-        seen.add(here)
-        yield here
-        todo += [(u, left - 1) for u in here.users if u.op == "call_function"]
 
 
 def _open_edge(role: Role, node: Node, space: Space) -> Refusal:

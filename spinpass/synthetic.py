@@ -21,6 +21,7 @@ from .errors import ConfigError
 from .execution import flat_inputs
 from .input_roles import Role, role_of
 from .program import shape, value
+from .returned import returned_state
 
 Sizes = dict[Any, int]  # sympy symbol -> value
 
@@ -151,7 +152,13 @@ def _examples(ep: ExportedProgram, inputs: list[UserInput]) -> dict[str, Any]:
     if any(type(v) not in (Tensor, torch.nn.Parameter) for _, v in tensors):
         return {}
     dynamic = [size for spec, v in tensors for known, size in zip(spec.shape, v.shape) if not isinstance(known, int)]
-    return {} if any(size > _LARGE for size in dynamic) else values
+    return {} if any(size > _LARGE for size in dynamic) and not _has_features(ep, inputs) else values
+
+
+def _has_features(ep: ExportedProgram, inputs: list[UserInput]) -> bool:
+    """The program takes images, sounds or embeddings: how many of them belong to which ids only its examples tell."""
+    state = set(returned_state(ep).values())
+    return any(spec.dtype is not None and spec.dtype.is_floating_point and spec.name not in state for spec in inputs)
 
 
 def _value(spec: UserInput, sizes: Sizes, examples: Mapping[str, Any], generator: torch.Generator) -> Any:

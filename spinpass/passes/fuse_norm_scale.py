@@ -43,13 +43,22 @@ def _scale(editor: ProgramEditor, node: Node, axis: AxisType) -> None:
     scale = editor.deferred(axis.pending.scale)
     layout = axis.layout
     editor.queue(
-        node, lambda tensor: layout.apply(tensor, lambda vectors, dim: vectors * _along(scale(), dim, vectors.ndim))
+        node,
+        lambda tensor: layout.apply(
+            tensor, lambda vectors, dim: vectors * _along(scale(), layout.count, dim, vectors.ndim)
+        ),
     )
 
 
-def _along(scale: Tensor, dim: int, rank: int) -> Tensor:
-    """The scale's coordinates on axis ``dim`` of a tensor of ``rank`` axes."""
-    return scale.flatten().view(tuple(-1 if d == dim % rank else 1 for d in range(rank)))
+def _along(scale: Tensor, count: int, dim: int, rank: int) -> Tensor:
+    """The scale's coordinates on axis ``dim`` of a tensor of ``rank`` axes, those of its ``count`` vectors on the axis
+    before it.
+    """
+    dim %= rank
+    if count == 1:
+        return scale.flatten().view(tuple(-1 if d == dim else 1 for d in range(rank)))
+    blocks = scale.flatten().view(count, -1)
+    return blocks.view(tuple(blocks.shape[d - dim + 1] if d in (dim - 1, dim) else 1 for d in range(rank)))
 
 
 def _unscale(editor: ProgramEditor, node: Node, space: Space, origin: str) -> None:

@@ -9,6 +9,7 @@ from torch.fx import Node
 from ..ops import Centring, Concatenate, Multilinear, Normalization, Opaque, Square, rule_of
 from ..program import ProgramEditor, is_float, is_op, op_name, shape
 from .linear import Linear, find_linears, root_of
+from .residual import find_residual_sums
 
 _ACTIVATIONS = (
     "aten::gelu",
@@ -34,10 +35,27 @@ _ACTIVATIONS = (
 
 
 def find_down_projections(editor: ProgramEditor) -> Iterator[Linear]:
-    """Every linear layer whose input no rotation can pass, because it was computed channel by channel."""
+    """Every linear layer whose input no rotation can pass, because it was computed channel by channel, and whose result
+    goes on into the model: is summed with something, not turned into logits.
+    """
+    sums = {n for s in find_residual_sums(editor) for n in (s, *s.all_input_nodes)}
     for linear in find_linears(editor):
-        if linear.dim == len(shape(linear.operand)) - 1 and _is_activated(editor, root_of(linear.operand)):
+        if linear.dim != len(shape(linear.operand)) - 1 or not _is_activated(editor, root_of(linear.operand)):
+            continue
+        if not sums or any(n in sums for n in _downstream(linear.node)):
             yield linear
+
+
+def _downstream(node: Node, steps: int = 20) -> Iterator[Node]:
+    """The value and what becomes of it through views, scales and norms, within a few operators."""
+    todo, seen = [(node, steps)], set()
+    while todo:
+        here, left = todo.pop(0)
+        if here in seen or left == 0:
+            continue
+        seen.add(here)
+        yield here
+        todo += [(u, left - 1) for u in here.users if u.op == "call_function"]
 
 
 def _is_activated(editor: ProgramEditor, node: Node, depth: int = 12) -> bool:

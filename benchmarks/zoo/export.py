@@ -1,0 +1,168 @@
+"""From a model to programs: the prefill program, the program with a KV cache in and out, and forms of either."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from .models import build, sample_inputs, set_cache
+
+Variant = Literal["prefill", "decode", "bf16", "fp16", "decomposed"]
+VARIANTS: tuple[Variant, ...] = get_args(Variant)
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+# Shorter than the tiny sliding windows: the exporter traces a windowed cache as one that keeps everything.
+_PROMPT = 5
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A program, how it was made (``dynamic``, ``static`` or ``torch``: the first way that works), and how long that
+    took; ``failures`` holds what the ways before said."""
+
+    program: ExportedProgram
+    way: str
+    seconds: float
+    failures: tuple[str, ...] = ()
+
+
+class NotBuilt(Exception):
+    """The tiny model could not be built or run."""
+
+
+class NotExported(Exception):
+    """No way of exporting the model works; the message has one line per way."""
+
+
+def export_variant(arch: str, variant: Variant) -> Exported:
+    """Build the type's tiny model and export it. Raises NotBuilt or NotExported, caused by the original error."""
+    model, inputs = _built(arch, variant)
+    if variant == "decode":
+        model, inputs = _with_cache(model)
+        return export(model, inputs, ways=("dynamic",))
+    exported = export(model, inputs)
+    return _decomposed(exported) if variant == "decomposed" else exported
+
+
+def export(
+    model: nn.Module, inputs: Mapping[str, Any], ways: tuple[str, ...] = ("dynamic", "static", "torch")
+) -> Exported:
+    """The first of ``ways`` that exports; without a cache unless ``inputs`` bring one. Raises NotExported."""
+    failures: list[str] = []
+    given = dict(inputs) if "use_cache" in inputs else {**inputs, "use_cache": False}
+    for way in ways:
+        started = time.perf_counter()
+        try:
+            program = _WAYS[way](model, copy.deepcopy(given))
+        except Exception as error:  # tracing runs the model: anything can come out of it
+            failures.append(f"{way}: {_first_line(error)}")
+            continue
+        return Exported(program, way, time.perf_counter() - started, tuple(failures))
+    raise NotExported("\n".join(failures))
+
+
+def prefill_and_decode(model: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What ``generate`` gives to the model: first the prompt, then two more tokens and the cache of the prompt."""
+    from transformers.exporters.utils import decompose_prefill_decode
+
+    set_cache(model, True)
+    prompt = sample_inputs(model, sequence=_PROMPT)
+    if "attention_mask" in prompt:
+        prompt["attention_mask"] = torch.ones_like(prompt["attention_mask"])
+    parts = decompose_prefill_decode(model, prompt, multi_token_decode=True)
+    return tuple({k: v for k, v in parts[p][1].items() if v is not None} for p in ("prefill", "decode"))  # type: ignore[return-value]
+
+
+def save(program: ExportedProgram, path: Path) -> None:
+    """Write a program, whole or not at all."""
+    from spinpass.exporters.pt2 import save_program
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_program(program, path)
+
+
+def load(path: Path) -> ExportedProgram:
+    """Read a program that :func:`save` wrote."""
+    register()
+    from spinpass.exporters.pt2 import load_program
+
+    return load_program(path)
+
+
+def register() -> None:
+    """Import what registers the operators and classes that saved programs name."""
+    import transformers.exporters
+    import transformers.integrations.moe
+    import transformers.modeling_outputs  # noqa: F401
+
+
+def warm_up() -> None:
+    """Import everything and trace once: forked workers then start with all of it in memory."""
+    register()
+    model, inputs = build("llama")
+    export(model, inputs, ways=("dynamic",))
+
+
+def _built(arch: str, variant: Variant) -> tuple[nn.Module, dict[str, Tensor]]:
+    try:
+        model, inputs = build(arch, dtype=_DTYPES.get(variant, torch.float32))
+        with torch.no_grad():  # once before tracing: some rescale their weights in the first call
+            model(**copy.deepcopy(inputs))
+    except Exception as error:  # a model's constructor and forward raise what they like
+        raise NotBuilt(_first_line(error)) from error
+    return model, inputs
+
+
+def _with_cache(model: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
+    """The model and the inputs of its decoding step, which bring the cache."""
+    from transformers.exporters.exporter_dynamo import is_cache_object
+
+    try:
+        _, inputs = prefill_and_decode(model)
+    except Exception as error:  # generate() raises what it likes
+        raise NotExported(f"generate: {_first_line(error.__cause__ or error)}") from error
+    if not any(is_cache_object(v) for v in inputs.values()):
+        raise NotExported("generate: the decoding step takes no cache")
+    dropped = ("return_dict", "next_sequence_length")
+    return model, {k: v for k, v in inputs.items() if k not in dropped} | {"use_cache": True}
+
+
+def _decomposed(exported: Exported) -> Exported:
+    started = time.perf_counter()
+    program = exported.program.run_decompositions()
+    return Exported(program, exported.way, exported.seconds + time.perf_counter() - started, exported.failures)
+
+
+def _dynamo(model: Any, inputs: dict[str, Any], dynamic: bool) -> ExportedProgram:
+    from transformers.exporters.configs import DynamoConfig
+    from transformers.exporters.exporter_dynamo import DynamoExporter
+
+    exporter: Any = DynamoExporter
+    made = exporter().export(model, inputs, DynamoConfig(dynamic=dynamic))
+    program = getattr(made, "program", made)
+    assert isinstance(program, ExportedProgram)
+    return program
+
+
+def _torch(model: nn.Module, inputs: dict[str, Any]) -> ExportedProgram:
+    with torch.no_grad():
+        return torch.export.export(model, (), inputs, strict=False)
+
+
+_WAYS: dict[str, Callable[[nn.Module, dict[str, Any]], ExportedProgram]] = {
+    "dynamic": lambda model, inputs: _dynamo(model, inputs, dynamic=True),
+    "static": lambda model, inputs: _dynamo(model, inputs, dynamic=False),
+    "torch": _torch,
+}
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {(lines or [''])[0]}"[:300]
