@@ -516,7 +516,7 @@ def _index(node: Node, args: dict[str, Any]) -> Rule:
     if not at or at != list(range(at[0], at[0] + len(at))):
         return Opaque("index with separated index tensors")
     if any(value(indices[d]).dtype in (torch.bool, torch.uint8) for d in at):
-        return Opaque("index with a mask")
+        return _masked_rows(source, indices, at)
     known, size = known_integers(indices[at[0]]), shape(source)[at[0]]
     if len(at) == 1 and known is not None and known.ndim == 1 and isinstance(size, int):
         wrapped = known % size
@@ -527,6 +527,15 @@ def _index(node: Node, args: dict[str, Any]) -> Rule:
     labels = tuple(None if d in at else f"x{d}" for d in range(rank))
     out = (*labels[: at[0]], *(f"i{k}" for k in range(drawn)), *labels[at[-1] + 1 :])
     return Multilinear(((Operand(source, labels),),), out, tuple(indices[d] for d in at))
+
+
+def _masked_rows(source: Node, indices: Sequence[Any], at: list[int]) -> Rule:
+    """x[mask]: the axes under the mask become one, of dynamic length; the others pass."""
+    if at != [0]:
+        return Opaque("index with a mask behind other axes")
+    rest = tuple(f"x{d}" for d in range(len(shape(indices[0])), len(shape(source))))
+    labels = (*(None,) * len(shape(indices[0])), *rest)
+    return Multilinear(((Operand(source, labels),),), (None, *rest), (indices[0],))
 
 
 def _index_select(node: Node, args: dict[str, Any]) -> Rule:
@@ -554,6 +563,8 @@ def _index_copy(node: Node, args: dict[str, Any]) -> Rule:
 def _index_put(node: Node, args: dict[str, Any]) -> Rule:
     indices = args["indices"]
     at = {d for d, i in enumerate(indices) if i is not None}
+    if at == {0} and value(indices[0]).dtype is torch.bool:
+        at = set(range(len(shape(indices[0]))))  # a mask takes as many axes as it has
     if not at or max(at) >= len(shape(node)) - 1:
         return Opaque("index_put along the last axis")
     if at != set(range(min(at), max(at) + 1)):

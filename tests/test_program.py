@@ -17,7 +17,6 @@ from spinpass.program import (
     ProgramEditor,
     arguments,
     check_program,
-    functionalized,
     is_op,
     known_integers,
     lifted,
@@ -292,20 +291,6 @@ def test_a_node_without_a_value_breaks_the_invariant(program: ExportedProgram) -
     del op(editor, "linear").meta["val"]
     with pytest.raises(InvariantError, match="has no recorded value"):
         editor.finish()
-
-
-def test_in_place_programs_are_functionalized_and_others_left_as_they_are(program: ExportedProgram) -> None:
-    assert functionalized(program) is program
-
-    class InPlace(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            y = x + 1
-            y.mul_(2)
-            return y
-
-    source = torch.export.export(InPlace(), (X,))
-    assert any(mutates(n) for n in source.graph.nodes)
-    assert not any(mutates(n) for n in functionalized(source).graph.nodes)
 
 
 def test_arguments_by_name(program: ExportedProgram) -> None:

@@ -20,7 +20,6 @@ from spinpass.config import ROLES, RotationConfig
 from spinpass.errors import ConfigError, InvariantError, ProgramError, SpinpassError, VerificationError
 from spinpass.execution import flat_inputs, run
 from spinpass.planning import RotationPlan
-from spinpass.program import functionalized
 
 from . import decoding
 from .records import BROKEN, CHANGED, NOISIER, REFUSED, SAME, UNCHECKED, UNTYPED
@@ -43,18 +42,14 @@ def measure(program: ExportedProgram, *, configs: dict[str, RotationConfig] | No
     chosen = CONFIGS if configs is None else configs
     found: dict[str, Any] = {"nodes": len(program.graph.nodes)}
     try:
-        functional = functionalized(program)
-        structure = structure_of(functional)
+        structure = structure_of(program)
     except SpinpassError as error:
         return found | {"status": REFUSED, "why": _message(error), "runs": {}}
     except Exception as error:  # the very thing that is measured
         return found | {"status": UNTYPED, "why": _traceback(error), "runs": {}}
-    # Every transform makes an in-place program functional first, which takes longer than all the rest: the first
-    # configuration gets the program as it is, the others the form that it would be brought into.
-    forms = [program] + [functional] * (len(chosen) - 1)
     runs: dict[str, dict[str, Any]] = {}
-    for name, form in zip(chosen, forms, strict=True):
-        runs[name] = measure_config(form, chosen[name], structure, runs)
+    for name, config in chosen.items():
+        runs[name] = measure_config(program, config, structure, runs)
     return found | {"places": structure.counts(), "status": status_of(runs), "runs": runs}
 
 

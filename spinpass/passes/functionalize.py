@@ -41,9 +41,13 @@ class _Unsupported(Exception):
 
 def functionalize(editor: ProgramEditor) -> None:
     """Replace every in-place operator of the graph, which must not write to inputs or constants."""
+    detached = [n for n in editor.nodes if op_name(n) == "aten::detach_"]  # which changes no value
+    for node in detached:
+        node.replace_all_uses_with(node.all_input_nodes[0])
+    editor.erase(detached)
     memory = _Memory(editor)
     for node in list(editor.nodes):
-        if _writes(node):
+        if mutates(node):
             memory.write(node)
         elif node.op not in ("placeholder", "get_attr"):
             memory.read(node)
@@ -61,7 +65,7 @@ class _Memory:
         self._current: dict[Node, Node] = {}
         self._stale: set[Node] = set()
         for node in editor.nodes:
-            if _writes(node):
+            if mutates(node):
                 self._find_memory(_written(node))
 
     def _find_memory(self, node: Node) -> None:
@@ -115,7 +119,7 @@ class _Memory:
         if node not in self._stale:
             return self._current.get(node, node)
         source = self._contents(self._viewed[node], at)
-        if _writes(node):
+        if mutates(node):
             again = source
         else:
             again = self.editor.repeat(node, {self._viewed[node]: source}, before=at)
@@ -150,7 +154,7 @@ class _Memory:
             source, through = self._viewed[view], view
             if op_name(view) == "getitem":
                 source, through = self._viewed[source], source
-            if _writes(view) or op_name(through) in _IDENTITIES:
+            if mutates(view) or op_name(through) in _IDENTITIES:
                 pass
             else:
                 new = self._scattered(view, through, self._contents(source, at), new, at)
@@ -211,10 +215,6 @@ def _written(node: Node) -> Node:
     return first
 
 
-def _writes(node: Node) -> bool:
-    return mutates(node) and op_name(node) != "aten::detach_"  # which changes no value
-
-
 def _viewed(editor: ProgramEditor, node: Node) -> Node | None:
     """The operand whose memory the node's result shows, or None where it has memory of its own."""
     if node.op != "call_function":
@@ -224,7 +224,7 @@ def _viewed(editor: ProgramEditor, node: Node) -> Node | None:
         return source if isinstance(source, Node) and _viewed(editor, source) is not None else None
     if not is_op(node):
         return None
-    if _writes(node):
+    if mutates(node):
         return _written(node)
     return next((s for s in node.all_input_nodes if shares_memory(editor, node, s)), None)
 
@@ -262,7 +262,7 @@ def _covers(parts: Iterable[tuple[int, int]], size: int) -> bool:
 
 
 _IDENTITIES = frozenset(
-    f"aten::{n}" for n in "alias detach detach_ to contiguous lift_fresh dropout feature_dropout type_as".split()
+    f"aten::{n}" for n in "alias detach to contiguous lift_fresh dropout feature_dropout type_as".split()
 )
 _RESHAPES = frozenset(
     f"aten::{n}" for n in "view reshape flatten unflatten unsqueeze squeeze view_as _unsafe_view reshape_as".split()

@@ -14,7 +14,6 @@ from benchmarks.zoo.export import export, export_variant
 from benchmarks.zoo.models import build, model_types, randomise
 from benchmarks.zoo.overrides import NOT_EXPORTABLE, OVERRIDES, SWITCHES
 from benchmarks.zoo.records import SAME
-from spinpass.program import functionalized
 
 # type -> what it shows; with plain torch.export, which is the quickest way to a program
 SAMPLED = {
@@ -31,14 +30,9 @@ SAMPLED = {
     "mamba2": "a state-space model: no attention",
 }
 
-IN_PLACE = "mixtral"
-
-
 @cache
 def measured(arch: str) -> dict[str, Any]:
     program = export(*build(arch), ways=("torch",)).program
-    if arch != IN_PLACE:  # making a program functional takes longer than all the rest: once is enough
-        program = functionalized(program)
     return measure.measure(program, configs={"default": measure.CONFIGS["default"]})
 
 
