@@ -323,7 +323,7 @@ class Planner:
                 yield site
 
     def _down_projections(self) -> Iterator[Site]:
-        for linear in list(find_down_projections(self.editor)):
+        for linear in list(find_down_projections(self.editor, self._streams)):
             layout = whole_axis(linear.operand, linear.dim)
             if self._claimed(linear.operand, layout):
                 continue
@@ -339,7 +339,8 @@ class Planner:
         """Whatever else linear layers write and linear layers read, with nothing but norms between: free of cost."""
         for linear in list(find_linears(self.editor)):
             layout = whole_axis(linear.operand, linear.dim)
-            if layout.width == 1 or self._claimed(linear.operand, layout):
+            block = self.config.settings("latent").block_size or layout.width
+            if layout.width == 1 or layout.width % block or self._claimed(linear.operand, layout):
                 continue
             space = Walk(self.editor).grow(linear.operand, layout)
             if space.is_offline and space.writers and space.readers:

@@ -12,7 +12,7 @@ from spinpass import ConfigError, Override, RotationConfig
 
 
 def test_defaults_take_all_rotations() -> None:
-    assert RotationConfig().rotations == ("R1", "R2", "R3", "R4")
+    assert RotationConfig().rotations == ("R1", "R2", "R3", "R4", "latent")
 
 
 @pytest.mark.parametrize(

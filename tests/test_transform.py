@@ -146,7 +146,10 @@ def test_a_block_size_that_does_not_divide_names_the_space_and_the_sizes() -> No
         spinpass.plan(program("llama"), config(block_size=5))
 
 
-@pytest.mark.parametrize("roles", [c for n in range(1, 5) for c in itertools.combinations(ROLES, n)], ids="".join)
+PAPER = ROLES[:4]
+
+
+@pytest.mark.parametrize("roles", [c for n in range(1, 5) for c in itertools.combinations(PAPER, n)], ids="".join)
 def test_every_subset_of_rotations(roles: tuple[str, ...]) -> None:
     before = program("qwen2")
     after = transformed(before, rotations=roles)

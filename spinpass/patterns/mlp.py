@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from torch.fx import Node
 
@@ -34,11 +34,12 @@ _ACTIVATIONS = (
 )
 
 
-def find_down_projections(editor: ProgramEditor) -> Iterator[Linear]:
+def find_down_projections(editor: ProgramEditor, sums: Collection[Node] | None = None) -> Iterator[Linear]:
     """Every linear layer whose input no rotation can pass, because it was computed channel by channel, and whose result
-    goes on into the model: is summed with something, not turned into logits.
+    goes on into the model: is summed with something, not turned into logits. ``sums``: the residual sums, if they were
+    found already.
     """
-    sums = {n for s in find_residual_sums(editor) for n in (s, *s.all_input_nodes)}
+    sums = {n for s in sums or find_residual_sums(editor) for n in (s, *s.all_input_nodes)}
     for linear in find_linears(editor):
         if linear.dim != len(shape(linear.operand)) - 1 or not _is_activated(editor, root_of(linear.operand)):
             continue
