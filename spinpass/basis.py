@@ -696,12 +696,13 @@ class Walk:
             )
         for node, to in demands:
             if at is None or node is not at.node:
-                self._demand(node, replace(axis, layout=axis.layout.renamed(to), reads=axis.reads and len(rule.terms) == 1))
+                reads = axis.reads and len(rule.terms) == 1
+                self._demand(node, replace(axis, layout=axis.layout.renamed(to), reads=reads))
 
     def _pass_pending(
         self, at: Operand | None, axis: AxisType, demands: list[tuple[Node, dict[int, int]]], user: Node
     ) -> None:
-        """x̂·g -> x̂·g + β: besides products with factors per token, all that may become of a value with a pending scale."""
+        """x̂·g -> x̂·g + β: besides products with factors per token, all that may become of a value with a scale."""
         assert axis.pending is not None
         added = [node for node, _ in demands if at is None or node is not at.node]
         simple = (

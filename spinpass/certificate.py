@@ -48,7 +48,8 @@ class Difference:
 
 def compare(reference: Any, result: Any, *, argmax: bool) -> Difference:
     """`result` against `reference`, tensors or plain values. Equal infinities and NaNs in both count as equal; other
-    values that are not finite, and differing shapes, are an infinite error."""
+    values that are not finite, and differing shapes, are an infinite error. Entries that both fill with the largest
+    number of a float type (forbidden tokens) say nothing about the size of the others."""
     if not isinstance(reference, Tensor) or not isinstance(result, Tensor):
         same = not isinstance(reference, Tensor) and not isinstance(result, Tensor) and reference == result
         return Difference(0.0 if same else math.inf, 1.0, None)
@@ -57,13 +58,17 @@ def compare(reference: Any, result: Any, *, argmax: bool) -> Difference:
     a, b = _wide(reference), _wide(result)
     equal = (a == b) | (a.isnan() & b.isnan())
     error = torch.where(equal, 0.0, (a - b).abs()).nan_to_num(nan=math.inf, posinf=math.inf)
-    scale = torch.where(a.isfinite(), a.abs(), 0.0)
+    scale = torch.where(a.isfinite() & ~(equal & _is_fill(a)), a.abs(), 0.0)
     agreement = (a.argmax(-1) == b.argmax(-1)).double().mean() if argmax and a.ndim >= 2 and a.numel() else None
     return Difference(
         float(error.max()) if error.numel() else 0.0,
         float(scale.max()) if scale.numel() else 0.0,
         None if agreement is None else float(agreement),
     )
+
+
+def _is_fill(x: Tensor) -> Tensor:
+    return torch.isin(x.abs(), x.new_tensor([torch.finfo(dtype).max for dtype in BOUNDS]))
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -492,7 +492,8 @@ def _einsum(node: Node, args: dict[str, Any]) -> Rule:
     operands, arrow, out = equation.partition("->")
     names = operands.split(",")
     if not arrow:
-        out = "..." * ("..." in operands) + "".join(sorted(c for c in set(operands) - {",", "."} if operands.count(c) == 1))
+        single = sorted(c for c in set(operands) - {",", "."} if operands.count(c) == 1)
+        out = "..." * ("..." in operands) + "".join(single)
     if "..." in equation:
         hidden = [len(shape(t)) - len(n.replace("...", "")) for t, n in zip(args["tensors"], names) if "..." in n]
         if len(set(hidden)) != 1:
@@ -661,7 +662,7 @@ def _pad(node: Node, args: dict[str, Any]) -> Rule:
 
 
 def _convolution(node: Node, args: dict[str, Any]) -> Rule:
-    """y[b, o, …] = Σ W[o, i, …] x[b, i, …] + bias[o]: a linear layer along the channels at every offset of the kernel."""
+    """y[b, o, …] = Σ W[o, i, …] x[b, i, …] + bias[o]: a linear layer along the channels at every place of the kernel."""
     x, weight, bias = args["input"], args["weight"], args.get("bias")
     if args.get("groups", 1) != 1 or args.get("transposed", False) or len(shape(weight)) != len(shape(x)):
         return Opaque("a convolution of groups of channels")
@@ -816,7 +817,7 @@ def _table() -> dict[str, Callable[[Node, dict[str, Any]], Rule]]:
 
 
 _EXPANDS = {"aten::expand", "aten::expand_as", "aten::broadcast_to", "aten::repeat"}
-_UNCHANGED = {f"aten::{n}" for n in "to _to_copy clone contiguous alias detach lift_fresh_copy".split()}
+_UNCHANGED = {f"aten::{n}" for n in ["to", "_to_copy", "clone", "contiguous", "alias", "detach", "lift_fresh_copy"]}
 _TABLE = _table()
 _CHECKS = {
     "aten::_assert_tensor_metadata",

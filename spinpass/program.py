@@ -607,7 +607,11 @@ _KNOWN, _SMALL = "spinpass_known", 4096
 _COPIES = {"aten::lift_fresh_copy", "aten::lift_fresh", "aten::detach", "aten::detach_", "aten::clone", "aten::alias"}
 _GATHERS = {"aten::index", "aten::index_select"}
 _REARRANGEMENTS = {
-    f"aten::{n}" for n in "transpose permute t numpy_T view reshape unsqueeze squeeze to _to_copy contiguous clone".split()
+    f"aten::{n}"
+    for n in (
+        "transpose", "permute", "t", "numpy_T", "view", "reshape", "unsqueeze", "squeeze", "to", "_to_copy",
+        "contiguous", "clone",
+    )
 }
 _MAY_RETURN_OPERAND = {"aten::dropout", "aten::feature_dropout", "aten::type_as", "aten::to"}
 _DROPOUT = {"aten::dropout", "aten::native_dropout", "aten::feature_dropout", "aten::alpha_dropout", "aten::bernoulli"}

@@ -20,7 +20,6 @@ from spinpass.program import (
     is_op,
     known_integers,
     lifted,
-    mutates,
     op_name,
     shape,
 )

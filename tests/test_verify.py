@@ -652,3 +652,11 @@ def test_sizes_that_cannot_be_found(monkeypatch: pytest.MonkeyPatch) -> None:
         ConfigError, match="no small input sizes found: s0 = 1 is outside 2..3; give the inputs explicitly"
     ):
         synthetic_inputs(ep)
+
+
+def test_forbidden_entries_do_not_hide_an_error() -> None:
+    """A mask of finfo.min in the output is no scale that its other entries could be measured by."""
+    reference = torch.tensor([[1.0, 2.0, torch.finfo(torch.float32).min]])
+    found = compare(reference, reference + torch.tensor([[0.0, 0.5, 0.0]]), argmax=False)
+    assert found.scale == 2.0 and found.error == 0.5
+    assert compare(reference, torch.zeros_like(reference), argmax=False).scale > 1e38

@@ -22,6 +22,7 @@ _HEADINGS = {
     "decode": "Decoding: a KV cache in and out, several tokens, a batch",
     "bf16": "bfloat16",
     "fp16": "float16",
+    "vision": "Text and images in one program",
     "decomposed": "After `run_decompositions()` with the default table",
 }
 _ROLES = ("R2", "R3", "R4")

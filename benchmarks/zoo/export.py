@@ -15,7 +15,7 @@ from torch.export import ExportedProgram
 
 from .models import build, sample_inputs, set_cache
 
-Variant = Literal["prefill", "decode", "bf16", "fp16", "decomposed"]
+Variant = Literal["prefill", "decode", "bf16", "fp16", "decomposed", "vision"]
 VARIANTS: tuple[Variant, ...] = get_args(Variant)
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # Shorter than the tiny sliding windows: the exporter traces a windowed cache as one that keeps everything.
@@ -112,6 +112,10 @@ def warm_up() -> None:
 
 def _built(arch: str, variant: Variant) -> tuple[nn.Module, dict[str, Tensor]]:
     try:
+        if variant == "vision":
+            from .vision import build as build_with_images
+
+            return build_with_images(arch)
         model, inputs = build(arch, dtype=_DTYPES.get(variant, torch.float32))
         with torch.no_grad():  # once before tracing: some rescale their weights in the first call
             model(**copy.deepcopy(inputs))

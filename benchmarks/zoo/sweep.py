@@ -31,6 +31,7 @@ from .export import VARIANTS, register, warm_up
 from .models import model_types
 from .overrides import NOT_EXPORTABLE
 from .records import Record
+from .vision import image_text_types
 from .worker import Job, buried, wall_limit, work
 
 Report = Callable[[Record, int], None]  # a finished record, and how many are finished
@@ -49,7 +50,7 @@ def main(
     """Sweep the zoo."""
     if variant not in VARIANTS:
         raise typer.BadParameter(f"{variant!r} is not one of {', '.join(VARIANTS)}", param_hint="--variant")
-    names = chosen(only)
+    names = chosen(only, variant)
     planned = [Job(name, variant, out, force, remeasure) for name in names]
     todo = [job for job in planned if force or remeasure or not records.is_fresh(records.read(job.record))]
     screen = Screen(as_json=as_json)
@@ -73,9 +74,9 @@ def main(
     raise typer.Exit(1 if failures else 0)
 
 
-def chosen(only: str) -> list[str]:
+def chosen(only: str, variant: str = "prefill") -> list[str]:
     """The named types, or all, in the order in which they are measured."""
-    known = model_types()
+    known = image_text_types() if variant == "vision" else model_types()
     names = [name.strip() for name in only.split(",") if name.strip()] or known
     unknown = sorted(set(names) - set(known))
     if unknown:

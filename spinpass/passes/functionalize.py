@@ -119,10 +119,7 @@ class _Memory:
         if node not in self._stale:
             return self._current.get(node, node)
         source = self._contents(self._viewed[node], at)
-        if mutates(node):
-            again = source
-        else:
-            again = self.editor.repeat(node, {self._viewed[node]: source}, before=at)
+        again = source if mutates(node) else self.editor.repeat(node, {self._viewed[node]: source}, before=at)
         self._current[node] = again
         self._stale.discard(node)
         return again
@@ -210,7 +207,7 @@ class _Memory:
 def _written(node: Node) -> Node:
     """The tensor that an in-place operator writes: its first argument, and no other."""
     first = node.args[0]
-    if not isinstance(first, Node) or functional_target(node) is None and op_name(node) != "aten::copy_":
+    if not isinstance(first, Node) or (functional_target(node) is None and op_name(node) != "aten::copy_"):
         raise _Unsupported(f"{op_name(node)} writes otherwise than into its first argument")
     return first
 
@@ -262,8 +259,15 @@ def _covers(parts: Iterable[tuple[int, int]], size: int) -> bool:
 
 
 _IDENTITIES = frozenset(
-    f"aten::{n}" for n in "alias detach to contiguous lift_fresh dropout feature_dropout type_as".split()
+    f"aten::{n}"
+    for n in (
+        "alias", "detach", "to", "contiguous", "lift_fresh", "dropout", "feature_dropout", "type_as",
+    )
 )
 _RESHAPES = frozenset(
-    f"aten::{n}" for n in "view reshape flatten unflatten unsqueeze squeeze view_as _unsafe_view reshape_as".split()
+    f"aten::{n}"
+    for n in (
+        "view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze", "view_as", "_unsafe_view",
+        "reshape_as",
+    )
 )

@@ -14,8 +14,8 @@ from ..program import ProgramEditor, is_float, is_op, op_name, shape
 
 @dataclass(frozen=True)
 class Linear:
-    """``node`` contracts axis ``dim`` of ``operand`` with axis ``weight_dim`` of ``weight``: a constant, or the matrices
-    of a mixture's experts that were gathered for each token.
+    """``node`` contracts axis ``dim`` of ``operand`` with axis ``weight_dim`` of ``weight``: a constant, or the experts'
+    matrices of a mixture that were gathered for each token.
     """
 
     node: Node
