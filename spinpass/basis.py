@@ -540,11 +540,7 @@ class Walk:
 
     def _crossable(self, node: Node, rule: Rule, layout: Layout) -> tuple[Node, Node] | None:
         """(value, constant) where ``node`` multiplies a value by one constant per coordinate of the space."""
-        if (
-            node in self._uncrossed
-            or not isinstance(rule, Multilinear)
-            or not layout.is_contiguous
-        ):
+        if node in self._uncrossed or not isinstance(rule, Multilinear) or not layout.is_contiguous:
             return None
         if len(rule.terms) != 1 or len(rule.terms[0]) != 2 or rule.opaque:
             return None

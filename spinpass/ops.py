@@ -662,7 +662,7 @@ def _pad(node: Node, args: dict[str, Any]) -> Rule:
 
 
 def _convolution(node: Node, args: dict[str, Any]) -> Rule:
-    """y[b, o, …] = Σ W[o, i, …] x[b, i, …] + bias[o]: a linear layer along the channels at every place of the kernel."""
+    """y[b, o, …] = Σ W[o, i, …] x[b, i, …] + bias[o]: a linear layer along the channels at each place of the kernel."""
     x, weight, bias = args["input"], args["weight"], args.get("bias")
     if args.get("groups", 1) != 1 or args.get("transposed", False) or len(shape(weight)) != len(shape(x)):
         return Opaque("a convolution of groups of channels")

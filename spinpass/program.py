@@ -609,8 +609,18 @@ _GATHERS = {"aten::index", "aten::index_select"}
 _REARRANGEMENTS = {
     f"aten::{n}"
     for n in (
-        "transpose", "permute", "t", "numpy_T", "view", "reshape", "unsqueeze", "squeeze", "to", "_to_copy",
-        "contiguous", "clone",
+        "transpose",
+        "permute",
+        "t",
+        "numpy_T",
+        "view",
+        "reshape",
+        "unsqueeze",
+        "squeeze",
+        "to",
+        "_to_copy",
+        "contiguous",
+        "clone",
     )
 }
 _MAY_RETURN_OPERAND = {"aten::dropout", "aten::feature_dropout", "aten::type_as", "aten::to"}

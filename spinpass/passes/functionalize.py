@@ -261,13 +261,27 @@ def _covers(parts: Iterable[tuple[int, int]], size: int) -> bool:
 _IDENTITIES = frozenset(
     f"aten::{n}"
     for n in (
-        "alias", "detach", "to", "contiguous", "lift_fresh", "dropout", "feature_dropout", "type_as",
+        "alias",
+        "detach",
+        "to",
+        "contiguous",
+        "lift_fresh",
+        "dropout",
+        "feature_dropout",
+        "type_as",
     )
 )
 _RESHAPES = frozenset(
     f"aten::{n}"
     for n in (
-        "view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze", "view_as", "_unsafe_view",
+        "view",
+        "reshape",
+        "flatten",
+        "unflatten",
+        "unsqueeze",
+        "squeeze",
+        "view_as",
+        "_unsafe_view",
         "reshape_as",
     )
 )

@@ -14,7 +14,7 @@ from ..program import ProgramEditor, is_float, is_op, op_name, shape
 
 @dataclass(frozen=True)
 class Linear:
-    """``node`` contracts axis ``dim`` of ``operand`` with axis ``weight_dim`` of ``weight``: a constant, or the experts'
+    """``node`` contracts axis ``dim`` of ``operand`` with axis ``weight_dim`` of ``weight``: a constant, or the expert
     matrices of a mixture that were gathered for each token.
     """
 

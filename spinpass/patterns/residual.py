@@ -55,6 +55,15 @@ def _is_written(editor: ProgramEditor, node: Node, depth: int = 12) -> bool:
 _PUT_TOGETHER = {
     f"aten::{n}"
     for n in (
-        "mul", "add", "div", "where", "sum", "index", "index_add", "index_put", "scatter_add", "masked_fill",
+        "mul",
+        "add",
+        "div",
+        "where",
+        "sum",
+        "index",
+        "index_add",
+        "index_put",
+        "scatter_add",
+        "masked_fill",
     )
 }
