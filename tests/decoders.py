@@ -239,9 +239,11 @@ def flat(outputs: Any) -> list[Tensor]:
 
 
 def relative_error(expected: Any, actual: Any) -> float:
-    """The largest error of any output relative to its largest element; infinite where shapes or dtypes differ."""
+    """The largest error of any output relative to its largest element; infinite where shapes or dtypes differ, or for NaN."""
     a, b = flat(expected), flat(actual)
     if [(x.shape, x.dtype) for x in a] != [(x.shape, x.dtype) for x in b]:
+        return float("inf")
+    if any(x.isnan().any() for x in (*a, *b)):  # max() may look past it
         return float("inf")
     return max(
         (
