@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -238,6 +239,11 @@ class Walk:
                 self.kept[weight] = "its uses need different scales folded in"
                 raise _Restart
         self._check_all_or_none()
+        for constant, types in self.types.items():
+            read = self.editor.is_weight(constant) and any(t.reads and not t.centred for t in types)
+            if self._centrings and read:
+                self.kept[constant] = "it would have to be centred where it writes, and is read as well"
+                raise _Restart
         if self._centrings and self._uncentred_uses:
             node, why = self._uncentred_uses[0]
             for centring in self._centrings:
@@ -278,7 +284,7 @@ class Walk:
         sizes = shape(node)
         if any(d >= len(sizes) or sizes[d] != size for d, size in zip(axis.layout.dims, axis.layout.sizes)):
             raise Barrier(f"{node.name} has no axis that could hold {axis.layout}")
-        if axis.pending is not None and axis.layout.count > 1 and not axis.layout.is_contiguous:
+        if axis.pending is not None and not _fits(axis.pending.scale, axis.layout):
             raise Barrier("a scale per channel of several vectors is rearranged")
         known = self.types.setdefault(node, [])
         for old in known:
@@ -382,7 +388,8 @@ class Walk:
                 self._demand(output, axis)
 
     def _produce_product(self, node: Node, rule: Multilinear, axis: AxisType) -> None:
-        if axis.pending is not None and axis.pending.after and not _commutes_with_scale(node, rule, axis):
+        mixing = {rule.out[d] for d in axis.layout.mixing}
+        if axis.pending is not None and axis.pending.after and not _commutes_with_scale(node, rule, mixing, axis):
             if axis.pending.shift is not None and axis.pending.shift in node.all_input_nodes:
                 shifted = next(n for n in node.all_input_nodes if n is not axis.pending.shift)
                 self._scales[node] = None
@@ -549,6 +556,8 @@ class Walk:
             a, b = b, a
         if self.editor.is_constant(a.node) or not self.editor.is_constant(b.node):
             return None
+        if any(d >= len(rule.out) for d in layout.dims):
+            return None
         carriers = {rule.out[d] for d in layout.dims}
         if carriers - set(a.labels) or {label for label in b.labels if label is not None} != carriers:
             return None
@@ -680,7 +689,7 @@ class Walk:
                 raise Barrier("part of the axis is broadcast")
             demands.append((holders[0].node, {d: holders[0].labels.index(n) for d, n in names.items()}))
         scaled = axis.pending is not None and axis.pending.after
-        if scaled and user is not None and not _commutes_with_scale(user, rule, axis):
+        if scaled and user is not None and not _commutes_with_scale(user, rule, mixing, axis):
             if at is not None and self.editor.is_weight(at.node):
                 self.kept[at.node] = "its uses need different scales folded in"
                 raise _Restart
@@ -760,8 +769,8 @@ class Walk:
         if natural is None and isinstance(rule, Multilinear):
             rank = len(shape(root))
             crossed = (
-                self._crossable(root, rule, axis.layout.renamed({axis.layout.dims[0]: rank - 1}))
-                if axis.layout.is_contiguous
+                self._crossable(root, rule, Layout.full(rank - 1, axis.layout.width))
+                if axis.layout.count == 1
                 else None
             )
             natural = None if crossed is None else crossed[1]
@@ -832,11 +841,18 @@ def _reason(rule: Rule, node: Node) -> str:
     return rule.why if isinstance(rule, Opaque) else f"{op_name(node)} does not commute with a rotation"
 
 
-def _commutes_with_scale(node: Node, rule: Multilinear, axis: AxisType) -> bool:
+def _fits(scale: Node | None, layout: Layout) -> bool:
+    """One scale for every vector of the layout, or one for all of them side by side on their axis."""
+    if scale is None:
+        return True
+    elements = _weight(scale)
+    return elements == layout.width or (elements == layout.width * layout.count and layout.is_contiguous)
+
+
+def _commutes_with_scale(node: Node, rule: Multilinear, mixing: set[Any], axis: AxisType) -> bool:
     """f(x̂)·g = f(x̂·g): the operator is linear in one operand, channel by channel (a factor per token, a gather of
     tokens, a sum over them). A shift as well commutes with gathers alone.
     """
-    mixing = {rule.out[d] for d in axis.layout.mixing}
     holders = [o for term in rule.terms for o in term if mixing & set(o.labels)]
     if len(rule.terms) != 1 or len(holders) != 1 or axis.pending is None:
         return False

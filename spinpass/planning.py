@@ -9,7 +9,7 @@ from typing import Any
 
 from torch.fx import Node
 
-from .basis import Carried, Refusal, Space, Walk
+from .basis import Carried, Entry, Refusal, Space, Walk
 from .config import Role, RotationConfig
 from .errors import ConfigError
 from .layout import Layout
@@ -407,6 +407,8 @@ class Planner:
             if edges.count(node) > 1:
                 return f"two axes of {node.name} would have to be rotated online"
         for edge in space.online:
+            if isinstance(edge, Entry) and edge.centre and edge.layout.count > 1:
+                return f"{edge.node.name} holds several vectors on one axis, which would have to be centred one by one"
             if not edge.layout.is_contiguous:
                 return f"an online rotation at {edge.node.name} would have to gather its channels ({edge.layout})"
         return None

@@ -192,15 +192,15 @@ class ProgramEditor:
                 continue
             node = by_name[spec.arg.name]
             tensor = self._stored(spec)
+            self._constants[node] = Constant(spec.target, tensor)
+            if spec.target in mutated:
+                continue
             if (
                 tensor.dtype == torch.int64
                 and tensor.numel() <= _SMALL
                 and not isinstance(tensor, torch._subclasses.FakeTensor)
             ):
                 node.meta[_KNOWN] = tensor
-            self._constants[node] = Constant(spec.target, tensor)
-            if spec.target in mutated:
-                continue
             first = stored.setdefault(_storage_key(tensor), node)
             if first is not node:
                 self._aliases[node] = first

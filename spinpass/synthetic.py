@@ -159,7 +159,8 @@ def _has_features(ep: ExportedProgram, inputs: list[UserInput]) -> bool:
     """The program takes images, sounds or embeddings: how many of them belong to which ids only its examples tell."""
     state = set(returned_state(ep).values())
     has_ids = any(spec.role is Role.LOOKUP for spec in inputs)
-    return has_ids and any(spec.dtype is not None and spec.dtype.is_floating_point and spec.name not in state for spec in inputs)
+    floats = [spec for spec in inputs if spec.dtype is not None and spec.dtype.is_floating_point]
+    return has_ids and any(spec.name not in state for spec in floats)
 
 
 def _value(spec: UserInput, sizes: Sizes, examples: Mapping[str, Any], generator: torch.Generator) -> Any:

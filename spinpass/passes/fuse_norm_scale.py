@@ -45,19 +45,19 @@ def _scale(editor: ProgramEditor, node: Node, axis: AxisType) -> None:
     editor.queue(
         node,
         lambda tensor: layout.apply(
-            tensor, lambda vectors, dim: vectors * _along(scale(), layout.count, dim, vectors.ndim)
+            tensor, lambda vectors, dim: vectors * _along(scale(), layout.width, dim, vectors.ndim)
         ),
     )
 
 
-def _along(scale: Tensor, count: int, dim: int, rank: int) -> Tensor:
-    """The scale's coordinates on axis ``dim`` of a tensor of ``rank`` axes, those of its ``count`` vectors on the axis
-    before it.
+def _along(scale: Tensor, width: int, dim: int, rank: int) -> Tensor:
+    """The scale's coordinates on axis ``dim`` of a tensor of ``rank`` axes; where it holds one scale for each of many
+    vectors, those are on the axis before it.
     """
     dim %= rank
-    if count == 1:
+    if scale.numel() == width:
         return scale.flatten().view(tuple(-1 if d == dim else 1 for d in range(rank)))
-    blocks = scale.flatten().view(count, -1)
+    blocks = scale.flatten().view(-1, width)
     return blocks.view(tuple(blocks.shape[d - dim + 1] if d in (dim - 1, dim) else 1 for d in range(rank)))
 
 
