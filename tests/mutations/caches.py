@@ -99,7 +99,6 @@ class RolledCache(Static):
     """Rolled by the number of new tokens, which are written at the end."""
 
     folds = True
-    reason = "R2 at .*aten::roll does not|R2 at .*a program output"
 
     def joined(self, keys: Tensor, values: Tensor, k: Tensor, v: Tensor) -> tuple[Any, Tensor, Tensor]:
         at = torch.arange(PLACES - SEQ, PLACES)

@@ -33,7 +33,7 @@ class SliceInside(Hazard):
 class Roll(Hazard):
     """Channels are rolled."""
 
-    reason = "aten::roll does not commute"
+    reason = "acts on the axis itself"
 
     def between(self, x: Tensor, layer: int) -> Tensor:
         return x + x.roll(1, -1)
@@ -82,7 +82,6 @@ class IndexPair(Hazard):
 class Gather(Hazard):
     """Gather."""
 
-    reason = "aten::gather does not"
 
     def finish(self, x: Tensor) -> Any:
         return self.head(self.norm(x.gather(1, torch.tensor([[[2]], [[1]]]).expand(2, 1, HIDDEN))))
@@ -177,7 +176,6 @@ class BF16Cache(Hazard):
 class Conv1dHead(Hazard):
     """A convolution over channels."""
 
-    reason = "aten::conv1d does not"
 
     def prepare(self) -> None:
         self.cv = nn.Conv1d(HIDDEN, HIDDEN, 3, padding=1)
@@ -257,7 +255,7 @@ class FlattenedNonlinearity(Hazard):
     """A nonlinearity acts on several vectors in one axis, between centred streams: batch and channels, tokens and channels."""
 
     shape = Shape(norm="ln")
-    reason = "aten::tanh does not"
+    reason = "aten::tanh does not|several vectors on one axis"
 
     def between(self, x: Tensor, layer: int) -> Tensor:
         columns = torch.tanh(F.layer_norm(x, (HIDDEN,)).transpose(1, 2).reshape(-1, SEQ))

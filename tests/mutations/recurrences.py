@@ -15,7 +15,7 @@ from tests.mutations.hazard import Hazard, SecondAttention, param
 class ConvMix(Hazard):
     """Depthwise causal conv in stream."""
 
-    reason = "aten::conv1d does not"
+    reason = "a convolution of groups of channels"
 
     def prepare(self) -> None:
         self.cv = nn.Conv1d(HIDDEN, HIDDEN, 3, padding=1, groups=HIDDEN)
@@ -101,7 +101,7 @@ class StateSpace(Hazard):
 class ShortConvolution(Hazard):
     """Gated short convolutions on the normed stream (LFM 2, Canon): depthwise, so that channels keep their places."""
 
-    reason = "aten::conv1d does not"
+    reason = "a convolution of groups of channels"
 
     def prepare(self) -> None:
         self.weight, self.into, self.out = param(HIDDEN, 1, 3), nn.Linear(HIDDEN, 3 * HIDDEN), nn.Linear(HIDDEN, HIDDEN)

@@ -13,7 +13,6 @@ class ContextNorm(Hazard):
     """Sub-LN before o over whole H*D."""
 
     folds = True
-    reason = "R2 at .*multiplies channel by channel"
 
     def prepare(self) -> None:
         self.cn = RMSNorm(HEADS * HEAD)

@@ -94,7 +94,7 @@ class InPlace(Hazard):
 class InPlaceSlice(Hazard):
     """Channels written in place."""
 
-    reason = "aten::select_scatter does not"
+    reason = "adds the same value to all channels"
 
     def between(self, x: Tensor, layer: int) -> Tensor:
         x = x.clone()

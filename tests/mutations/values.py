@@ -186,7 +186,7 @@ class ValuesConvolved(SecondAttention):
     """A depthwise convolution over the tokens of values."""
 
     folds = True
-    reason = "R2 at .*aten::conv1d does not"
+    reason = "R2 at .*a convolution of groups of channels"
 
     def more(self) -> None:
         self.conv = nn.Conv1d(KV * HEAD, KV * HEAD, 3, padding=1, groups=KV * HEAD)
