@@ -106,7 +106,7 @@ class Bare(nn.Module):
 
 def test_an_mlp_alone_gets_r4_and_says_what_it_lacks() -> None:
     found = outcome(exported(made(Bare())))
-    assert found.error <= EXACT and found.roles() == {"R4"}
+    assert found.error <= EXACT and found.roles() == {"R4", "latent"}
     assert all(f"{r}: the program has no" in found.reasons() for r in ("R1", "R2", "R3"))
     with pytest.raises(RefusedError, match="R2: the program has no attention"):
         spinpass.transform(exported(made(Bare())), spinpass.RotationConfig(rotations=("R2",)))
