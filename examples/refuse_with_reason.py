@@ -20,7 +20,7 @@ class WithSteering(Decoder):
 
 ids = torch.randint(VOCABULARY, (2, 7))
 
-# R1 does not close everywhere. `auto` there rotates at the linears' inputs instead and says why; R2 to R4 are not concerned.
+# R1 does not close everywhere. `auto` there rotates at the linears' inputs instead and says why.
 plan = spinpass.plan(torch.export.export(WithSteering().eval(), (ids,)))
 for refusal in plan.refusals:
     print("refused:", refusal)
