@@ -22,7 +22,7 @@ help:
 	@echo "make slow   the wide sweeps that make test leaves out"
 	@echo "make bench  exactness on real and tiny models, cost of the pass, speed of the Hadamards"
 	@echo "make zoo    every model type of transformers, tiny: export, rotate, certify; writes COVERAGE.md (hours, resumable)"
-	@echo "make zoo-all  the same with KV caches, in bfloat16 and float16, and decomposed"
+	@echo "make zoo-all  the same with KV caches, in bfloat16 and float16, decomposed, and with images"
 	@echo "make demo   the whole way on a real model: export, rotate, certify, quantize, generate"
 	@echo "make clean  remove what the above made"
 
@@ -60,7 +60,7 @@ zoo: $(READY)
 	$(BIN)/python -m benchmarks.zoo.coverage
 
 zoo-all: $(READY)
-	-for variant in prefill decode bf16 fp16 decomposed; do \
+	-for variant in prefill decode bf16 fp16 decomposed vision; do \
 		$(BIN)/python -m benchmarks.zoo.sweep --jobs $(WORKERS) --variant $$variant; \
 	done
 	$(BIN)/python -m benchmarks.zoo.coverage

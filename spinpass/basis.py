@@ -239,17 +239,21 @@ class Walk:
                 self.kept[weight] = "its uses need different scales folded in"
                 raise _Restart
         self._check_all_or_none()
-        for constant, types in self.types.items():
-            read = self.editor.is_weight(constant) and any(t.reads and not t.centred for t in types)
-            if self._centrings and read:
-                self.kept[constant] = "it would have to be centred where it writes, and is read as well"
-                raise _Restart
+        if self._centrings:
+            self._check_centred_constants()
         if self._centrings and self._uncentred_uses:
             node, why = self._uncentred_uses[0]
             for centring in self._centrings:
                 self._uncrossed[centring] = f"the stream cannot be centred: {node.name} {why}"
             raise _Restart
         return self._result(seed, layout)
+
+    def _check_centred_constants(self) -> None:
+        """A constant that is centred where it writes must not be read as well: what reads with it may be uncentred."""
+        for constant, types in self.types.items():
+            if self.editor.is_weight(constant) and any(t.reads and not t.centred for t in types):
+                self.kept[constant] = "it would have to be centred where it writes, and is read as well"
+                raise _Restart
 
     def _check_all_or_none(self) -> None:
         """An operator is linked to the space through all its ports or through none."""
@@ -941,11 +945,7 @@ def _sunk(space: Space, rule: Callable[[Node], Rule]) -> Space:
     members = dict(space.members)
     for entry in space.entries:
         while not entry.layout.is_contiguous:
-            readers = [
-                u
-                for u in entry.node.users
-                if u not in entry.keep and not (u.op == "call_function" and isinstance(rule(u), Ignored))
-            ]
+            readers = [u for u in entry.node.users if u not in entry.keep and not _ignores(u, rule)]
             if len(readers) != 1 or len(members.get(readers[0], ())) != 1 or readers[0].op != "call_function":
                 break
             moved = rule(readers[0])
@@ -981,10 +981,12 @@ def _leads_only_to(
 ) -> bool:
     """No reader of ``inner`` outside the cone needs it in the space's basis."""
     keep = entries[inner].keep if inner in entries else ()
-    return all(
-        u in cone or u is node or u in keep or (u.op == "call_function" and isinstance(rule(u), Ignored))
-        for u in inner.users
-    )
+    return all(u in cone or u is node or u in keep or _ignores(u, rule) for u in inner.users)
+
+
+def _ignores(user: Node, rule: Callable[[Node], Rule]) -> bool:
+    """Only the shape or dtype of its operands matters to ``user``."""
+    return user.op == "call_function" and isinstance(rule(user), Ignored)
 
 
 def _weight(node: Node) -> int:

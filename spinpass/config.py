@@ -55,7 +55,8 @@ class RotationConfig:
         form: of R1. ``offline``: in the residual stream, norm scales folded into the linears. ``online``: one
         Hadamard after each
             norm, shared by the linears that read it, norm scales left in place. ``auto``: offline where the stream
-            closes without online parts (those at the two ends of a tied table aside), else online.
+            needs at most half as many online parts as the online form would (those at the two ends of a tied table
+            aside), else online.
         cache: ``rotated`` lets a KV cache enter and leave the program in the rotated basis; ``plain`` keeps it as it
         was, and leaves
             out the rotations that would change it.

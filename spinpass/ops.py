@@ -483,8 +483,8 @@ def _grouped_mm(node: Node, args: dict[str, Any]) -> Rule:
     terms: list[tuple[Operand, ...]] = [(Operand(rows, (None, "k")), Operand(matrices, (None, "k", "n")))]
     if isinstance(args.get("bias"), Node):
         terms.append((Operand(args["bias"], (None, "n")),))
-    opaque = [args[n] for n in ("offs", "offs_gpu") if isinstance(args.get(n), Node)]
-    return Multilinear(tuple(terms), (None, "n"), tuple(opaque))
+    groups = args["offs"]
+    return Multilinear(tuple(terms), (None, "n"), (groups,) if isinstance(groups, Node) else ())
 
 
 def _einsum(node: Node, args: dict[str, Any]) -> Rule:

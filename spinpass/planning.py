@@ -256,9 +256,11 @@ class Planner:
         if self.config.form == "offline":
             return True
         open_edges = [x for x in space.online if not any(why in x.why for why in space.kept.values())]
+        if not open_edges:
+            return True
         inputs = self._linear_inputs(space)
         cheap = _ONLINE_PER_OFFLINE * len(open_edges) <= inputs
-        if open_edges and not cheap:
+        if not cheap:
             first = open_edges[0]
             self.refusals.append(
                 Refusal(

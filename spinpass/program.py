@@ -247,9 +247,9 @@ class ProgramEditor:
     def _is_gathered(self, node: Node) -> bool:
         if not is_op(node) or not is_float(node):
             return False
-        source = node.args[0]
-        if not isinstance(source, Node):
+        if not node.all_input_nodes:
             return False
+        source = node.all_input_nodes[0]
         if op_name(node) in _GATHERS:
             return self.is_constant(source) and len(shape(source)) >= 3
         tensors = [s for s in node.all_input_nodes if isinstance(value(s), Tensor)]

@@ -3,7 +3,7 @@
     v = x[..., a:b]; v.copy_(y); f(x)  ->  f(slice_scatter(x, y, a, b));   writes that cover x  ->  f(cat(y, ...))
 
 Only the in-place operators and what reads the written memory change; everything else stays as it was exported, which
-``run_decompositions`` does not promise and is a hundred times slower at. It is used where memory of the program's
+``run_decompositions``, which traces the program again, does not promise. It is used where memory of the program's
 inputs or buffers is written, because those writes are outputs.
 """
 
@@ -206,7 +206,7 @@ class _Memory:
 
 def _written(node: Node) -> Node:
     """The tensor that an in-place operator writes: its first argument, and no other."""
-    first = node.args[0]
+    first = next(iter(arguments(node).values()))
     if not isinstance(first, Node) or (functional_target(node) is None and op_name(node) != "aten::copy_"):
         raise _Unsupported(f"{op_name(node)} writes otherwise than into its first argument")
     return first
@@ -217,8 +217,8 @@ def _viewed(editor: ProgramEditor, node: Node) -> Node | None:
     if node.op != "call_function":
         return None
     if op_name(node) == "getitem":
-        source = node.args[0]
-        return source if isinstance(source, Node) and _viewed(editor, source) is not None else None
+        source = node.all_input_nodes[0]
+        return source if _viewed(editor, source) is not None else None
     if not is_op(node):
         return None
     if mutates(node):

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator
 
 from torch.fx import Node
 
-from ..ops import Centring, Concatenate, Multilinear, Normalization, Opaque, Square, rule_of
+from ..ops import Centring, Multilinear, Normalization, Opaque, Square, rule_of
 from ..program import ProgramEditor, is_float, is_op, op_name, shape
 from .linear import Linear, find_linears, root_of
 from .residual import find_residual_sums
@@ -39,11 +39,12 @@ def find_down_projections(editor: ProgramEditor, sums: Collection[Node] | None =
     goes on into the model: is summed with something, not turned into logits. ``sums``: the residual sums, if they were
     found already.
     """
-    sums = {n for s in sums or find_residual_sums(editor) for n in (s, *s.all_input_nodes)}
+    found = find_residual_sums(editor) if sums is None else sums
+    summed = {n for s in found for n in (s, *s.all_input_nodes)}
     for linear in find_linears(editor):
         if linear.dim != len(shape(linear.operand)) - 1 or not _is_activated(editor, root_of(linear.operand)):
             continue
-        if not sums or any(n in sums for n in _downstream(linear.node)):
+        if not summed or any(n in summed for n in _downstream(linear.node)):
             yield linear
 
 
@@ -68,7 +69,7 @@ def _is_activated(editor: ProgramEditor, node: Node, depth: int = 12) -> bool:
         return op_name(node) in _ACTIVATIONS
     if isinstance(rule, (Normalization, Centring)):
         return _is_activated(editor, root_of(rule.source), depth - 1)
-    if isinstance(rule, Concatenate) or not isinstance(rule, Multilinear) or op_name(node) not in _ELEMENTWISE:
+    if not isinstance(rule, Multilinear) or op_name(node) not in _ELEMENTWISE:
         return False
     whole = [
         o.node
