@@ -417,7 +417,7 @@ class Walk:
     def _produce_norm(self, node: Node, rule: Normalization, axis: AxisType) -> None:
         pending = Pending(True, self._canonical(rule.weight), self._canonical(rule.bias))
         natural = pending if rule.weight is not None or rule.bias is not None else None
-        if node in self._uncrossed or axis.pending != natural or not self._is_whole(node, axis.layout):
+        if node in self._uncrossed or axis.pending != natural or not self._is_normed(node, rule, axis.layout):
             raise Barrier("a norm with a scale per channel")
         self._cross_norm(node, rule, axis.layout)
         self._demand(rule.source, AxisType(axis.layout))
@@ -629,7 +629,7 @@ class Walk:
             raise Barrier("it is a norm's weight")
         if user in self._uncrossed:
             raise Barrier(self._uncrossed[user])
-        if not self._is_whole(user, axis.layout):
+        if not self._is_normed(user, rule, axis.layout):
             raise Barrier("the norm is taken over another axis")
         if not rule.centres:
             self._note_uncentred(node, axis, "is normed without centring")
@@ -646,6 +646,17 @@ class Walk:
 
     def _canonical(self, node: Node | None) -> Node | None:
         return node if node is None else self.editor.canonical(node)
+
+    def _is_normed(self, node: Node, rule: Normalization, layout: Layout) -> bool:
+        """The norm is one of the space's vectors: where nothing is centred, of several side by side; where nothing is
+        scaled either, of other values besides.
+        """
+        last = {len(shape(node)) - 1}
+        if rule.centres:
+            return self._is_whole(node, layout)
+        if rule.weight is None and rule.bias is None:
+            return layout.mixing <= last
+        return layout.is_contiguous and layout.mixing <= last
 
     def _is_whole(self, node: Node, layout: Layout) -> bool:
         """The space's one vector is the whole last axis."""

@@ -66,6 +66,9 @@ class LinearInputWalk(Walk):
             o.node is node for term in rule.terms for o in term if len(term) == 1
         )
 
+    def _check_partner(self, constant: Node, partner: Node, axis: AxisType) -> None:
+        """Whatever else a weight reads is rotated where it reads it, its scale included."""
+
     def _leave_program(self, node: Node, axis: AxisType) -> None:
         raise Barrier("a program output")
 

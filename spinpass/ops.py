@@ -556,6 +556,14 @@ def _write_along(node: Node, args: dict[str, Any], written: Node, dims: set[int]
     return Multilinear(((Operand(args["self"], labels),), (Operand(written, inner),)), labels, tuple(opaque))
 
 
+def _stack(node: Node, args: dict[str, Any]) -> Rule:
+    """Values side by side along a new axis."""
+    axis = args["dim"] % len(shape(node))
+    labels = tuple(d for d in range(len(shape(node))) if d != axis)
+    out = tuple(d if d != axis else None for d in range(len(shape(node))))
+    return Multilinear(tuple((Operand(t, labels),) for t in args["tensors"]), out)
+
+
 def _index_copy(node: Node, args: dict[str, Any]) -> Rule:
     rank = len(shape(node))
     return _write_along(node, args, args["source"], {args["dim"] % rank}, [args["index"]])
@@ -786,6 +794,7 @@ def _table() -> dict[str, Callable[[Node, dict[str, Any]], Rule]]:
         (_matmul, "matmul mm bmm mv dot"),
         (_addmm, "addmm baddbmm"),
         (_einsum, "einsum"),
+        (_stack, "stack"),
         (_grouped_mm, "_grouped_mm"),
         (_embedding, "embedding"),
         (_index, "index"),

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch.fx import Node
 
 from .basis import Carried, Entry, Refusal, Space, Walk
-from .config import Role, RotationConfig
+from .config import ROLES, Role, RotationConfig
 from .errors import ConfigError
 from .layout import Layout
 from .linear_input import LinearInputWalk
 from .ops import tokens_per_call
 from .passes.untie import untie
 from .patterns.attention import Attention, cache_values, find_attention
-from .patterns.linear import as_linear, find_linears, is_norm_output, root_of, whole_axis
+from .patterns.linear import Linear, as_linear, find_linears, normed_value, root_of, whole_axis
 from .patterns.mlp import find_down_projections
 from .patterns.residual import find_residual_sums
 from .program import ProgramEditor, is_float, op_name, shape, value
@@ -181,23 +183,27 @@ class Planner:
         self._streams = list(find_residual_sums(editor))
         looked_up = [n for n in editor.nodes if op_name(n) == "aten::embedding" and is_float(n)]
         self._embedding_widths = {w for n in looked_up if isinstance(w := shape(n)[-1], int)}
+        self._finders: tuple[tuple[Role, Callable[[], Iterator[Site]]], ...] = (
+            ("R1", self._residual),
+            ("R2", self._values),
+            ("R3", self._queries),
+            ("R4", self._down_projections),
+            ("latent", self._latents),
+            ("R1", self._inputs_of_linears),  # last: what costs nothing comes first
+        )
+        self._stream_widths: set[int] = set()
+        self._stream_values: set[Node] = set()
         self._heads = {n for a in find_attention(editor) for n in (a.query, a.key, a.value)}
 
-    def sites(self, role: Role) -> Iterator[Site]:
-        """The sites of one rotation; what is refused is noted in ``refusals``."""
-        finders: dict[Role, Callable[[], Iterator[Site]]] = {
-            "R1": self._residual,
-            "R2": self._values,
-            "R3": self._queries,
-            "R4": self._down_projections,
-            "latent": self._latents,
-        }
-        found = False
-        for site in finders[role]():
-            found = True
-            yield site
-        if not found and role in _NOTHING and not any(r.what.startswith(role) for r in self.refusals):
-            self.refusals.append(Refusal(role, _NOTHING[role]))
+    def sites(self) -> Iterator[Site]:
+        """The sites of all rotations; what is refused is noted in ``refusals``."""
+        for role, find in self._finders:
+            if role in self.config.rotations:
+                yield from find()
+        found = {s.role for s in self.planned}
+        for role in self.config.rotations:
+            if role in _NOTHING and role not in found and not any(r.what.startswith(role) for r in self.refusals):
+                self.refusals.append(Refusal(role, _NOTHING[role]))
 
     def applied(self, site: Site) -> None:
         """The site's passes have run: note the bytes that they, and untying for them, have added."""
@@ -206,31 +212,31 @@ class Planner:
         self.planned[at] = replace(self.planned[at], bytes_added=self._bytes - before)
 
     def plan(self) -> RotationPlan:
-        return RotationPlan(self.config, tuple(self.planned), tuple(self.refusals))
+        spaces = sorted(self.planned, key=lambda s: ROLES.index(s.role))
+        return RotationPlan(self.config, tuple(spaces), tuple(self.refusals))
 
     # -- R1 ------------------------------------------------------------------------------------------------------------
 
     def _residual(self) -> Iterator[Site]:
-        widths: set[int] = set()
-        seen: set[Node] = set()
-        for node in self._streams:
-            node = self.editor.current(node)
-            if node in seen or node in self._claims:
-                continue
-            space = self._stream(node)
-            seen |= set(space.members)
-            if any(n in space.members for n in self._heads):
-                continue  # a sum inside attention
-            widths.add(space.width)
-            if not space.readers:
-                continue
-            if self._takes_offline(space):
+        for space in self._residual_streams():
+            if space.readers and self._takes_offline(space):
                 site = self._accept("R1", space, "offline")
                 if site is not None:
                     yield site
-        if self.config.form != "offline":
-            widths |= self._embedding_widths
-            yield from self._inputs_of_linears(widths, seen)
+
+    def _residual_streams(self) -> Iterator[Space]:
+        for node in self._streams:
+            node = self.editor.current(node)
+            if node in self._stream_values or node in self._claims:
+                continue
+            space = self._stream(node)
+            if not space.writers:
+                continue  # a sum inside a recurrence
+            self._stream_values |= set(space.members)
+            if any(n in space.members for n in self._heads):
+                continue  # a sum inside attention
+            self._stream_widths.add(space.width)
+            yield space
 
     def _stream(self, node: Node) -> Space:
         """The residual stream through a sum; a table that its uses need in two bases is untied or kept, as
@@ -239,10 +245,14 @@ class Planner:
         layout = whole_axis(node, len(shape(node)) - 1)
         space = Walk(self.editor).grow(node, layout)
         shared = [n for n in space.kept if len(_leaf(self.editor, n).users) > 1]
-        if self.config.form == "online" or not shared or not self._unties(shared):
+        if not self._wants_offline or not shared or not self._unties(shared):
             return space
         untie(self.editor, shared)
         return Walk(self.editor).grow(node, layout)
+
+    @property
+    def _wants_offline(self) -> bool:
+        return "R1" in self.config.rotations and self.config.form != "online"
 
     def _unties(self, shared: list[Node]) -> bool:
         if self.config.tied != "auto":
@@ -277,7 +287,10 @@ class Planner:
         """How many rotations the online form of R1 needs in place of this stream."""
         return len({root_of(linear.operand) for linear in find_linears(self.editor)} & space.members.keys())
 
-    def _inputs_of_linears(self, widths: set[int], streams: set[Node]) -> Iterator[Site]:
+    def _inputs_of_linears(self) -> Iterator[Site]:
+        if self.config.form == "offline":
+            return
+        widths = self._stream_widths | self._embedding_widths
         done: set[Node] = set()
         for linear in list(find_linears(self.editor)):
             root = root_of(linear.operand)
@@ -285,10 +298,10 @@ class Planner:
                 continue
             if self._claimed(linear.weight, whole_axis(linear.weight, linear.weight_dim)):
                 continue
-            if root not in streams and not is_norm_output(self.editor, root):
+            if root not in self._stream_values and normed_value(self.editor, root) is None:
                 continue
             done.add(root)
-            space = LinearInputWalk(self.editor).grow(root, whole_axis(root, len(shape(root)) - 1))
+            space = self._linear_input(linear)
             done |= {e.node for e in space.entries}
             if not space.readers:
                 why = next(iter(space.kept.values()), "its linears cannot be rotated")
@@ -297,6 +310,18 @@ class Planner:
             site = self._accept("R1", space, "online")
             if site is not None:
                 yield site
+
+    def _linear_input(self, linear: Linear) -> Space:
+        """The linear layers that read what this one reads; those only that read its operand where not everything that
+        is made of the value goes to linear layers.
+        """
+        root = root_of(linear.operand)
+        widens = torch.promote_types(value(root).dtype, value(linear.operand).dtype) != value(root).dtype
+        for node in (linear.operand,) if widens else (root, linear.operand):  # never at less precision than it is read
+            space = LinearInputWalk(self.editor).grow(node, whole_axis(node, len(shape(node)) - 1))
+            if space.readers:
+                break
+        return space
 
     # -- R2, R3, R4 ----------------------------------------------------------------------------------------------------
 
@@ -330,6 +355,8 @@ class Planner:
             if self._claimed(linear.operand, layout):
                 continue
             space = Walk(self.editor).grow(linear.operand, layout)
+            if space.exits:  # somebody else reads it: a rotated copy for the linear layer alone
+                space = self._linear_input(linear)
             if space.exits or not space.readers:
                 self._refuse("R4", _open_edge("R4", linear.node, space))
                 continue
@@ -339,12 +366,20 @@ class Planner:
 
     def _latents(self) -> Iterator[Site]:
         """Whatever else linear layers write and linear layers read, with nothing but norms between: free of cost."""
+        if "R1" not in self.config.rotations:
+            deque(self._residual_streams(), maxlen=0)  # the residual stream is left alone then
         for linear in list(find_linears(self.editor)):
-            layout = whole_axis(linear.operand, linear.dim)
-            block = self.config.settings("latent").block_size or layout.width
-            if layout.width == 1 or layout.width % block or self._claimed(linear.operand, layout):
+            if root_of(linear.operand) in self._stream_values:
                 continue
-            space = Walk(self.editor).grow(linear.operand, layout)
+            seed, dim = linear.operand, linear.dim
+            normed = normed_value(self.editor, root_of(seed))
+            if normed is not None:  # the space begins in front of the norm, whose scale it passes on
+                seed, dim = normed, len(shape(normed)) - 1
+            layout = whole_axis(seed, dim)
+            block = self.config.settings("latent").block_size or layout.width
+            if layout.width == 1 or layout.width % block or self._claimed(seed, layout):
+                continue
+            space = Walk(self.editor).grow(seed, layout)
             if space.is_offline and space.writers and space.readers:
                 site = self._accept("latent", space, "offline")
                 if site is not None:

@@ -98,13 +98,12 @@ def _rotated(
 ) -> tuple[ProgramEditor, Planner]:
     editor = open_program(program)
     planner = Planner(editor, config, plan, record.read(program))
-    for role in config.rotations:
-        for site in planner.sites(role):
-            for name, run in PASSES:
-                started = time.perf_counter()
-                site = replace(site, space=run(editor, site))
-                log.debug("%-16s %-48s %7.1f ms", name, site.name, 1e3 * (time.perf_counter() - started))
-            planner.applied(site)
+    for site in planner.sites():
+        for name, run in PASSES:
+            started = time.perf_counter()
+            site = replace(site, space=run(editor, site))
+            log.debug("%-16s %-48s %7.1f ms", name, site.name, 1e3 * (time.perf_counter() - started))
+        planner.applied(site)
     if plan is not None and (missing := {s.name for s in plan.spaces} - {s.name for s in planner.planned}):
         raise ConfigError(
             f"the plan has a space {sorted(missing)[0]!r} that this program has not: "

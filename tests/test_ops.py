@@ -314,6 +314,8 @@ CASES: dict[str, tuple[int, Callable[[], Node]]] = {
     "cat": (2, lambda: single(aten.cat.default, [X, floats(2, 5, 4)], -2)),
     "concat": (2, lambda: single(aten.concat.default, [X, Y], 1)),
     "concatenate": (2, lambda: single(aten.concatenate.default, [X, Y], 2)),
+    "stack": (3, lambda: single(aten.stack.default, [X, Y], 1)),
+    "stack last": (3, lambda: single(aten.stack.default, [X, Y], -1)),
     "cat empty": (2, lambda: single(aten.cat.default, [torch.empty(0, dtype=torch.float64), X], 1)),
     "add": (3, lambda: single(aten.add.Tensor, X, Y, alpha=3)),
     "add bias": (1, lambda: single(aten.add.Tensor, X, floats(4))),
@@ -451,13 +453,19 @@ CASES: dict[str, tuple[int, Callable[[], Node]]] = {
     "masked_scatter": (1, lambda: single(aten.masked_scatter.default, X, floats(2, 3, 1) > 0, floats(6, 4))),
     "masked_scatter per channel": (0, lambda: single(aten.masked_scatter.default, X, X > 0, floats(6, 4))),
     "masked_scatter lower rank": (0, lambda: single(aten.masked_scatter.default, X, floats(4) > 0, floats(6, 4))),
-    "masked_scatter other width": (0, lambda: single(aten.masked_scatter.default, X, floats(2, 3, 1) > 0, floats(4, 6))),
+    "masked_scatter other width": (
+        0,
+        lambda: single(aten.masked_scatter.default, X, floats(2, 3, 1) > 0, floats(4, 6)),
+    ),
     "masked_scatter flat": (0, lambda: single(aten.masked_scatter.default, X, floats(2, 3, 1) > 0, floats(24))),
     "scatter per channel": (0, lambda: single(aten.scatter.src, X, 1, ROWS.expand(2, 1, 4).clone(), floats(2, 1, 4))),
     "scatter": (1, lambda: expanded(aten.scatter.src, X, 1, floats(2, 1, 4))),
     "scatter value": (0, lambda: single(aten.scatter.value, X, 1, ROWS.expand(2, 1, 4).clone(), 1.0)),
     "scatter_add": (1, lambda: expanded(aten.scatter_add.default, X, 1, floats(2, 1, 4))),
-    "scatter_reduce": (0, lambda: single(aten.scatter_reduce.two, X, 1, ROWS.expand(2, 1, 4).clone(), floats(2, 1, 4), "amax")),
+    "scatter_reduce": (
+        0,
+        lambda: single(aten.scatter_reduce.two, X, 1, ROWS.expand(2, 1, 4).clone(), floats(2, 1, 4), "amax"),
+    ),
     "gather": (1, lambda: expanded(aten.gather.default, X, 1)),
     "gather per channel": (0, lambda: single(aten.gather.default, X, 1, ROWS.expand(2, 1, 4).clone())),
     "index_add": (2, lambda: single(aten.index_add.default, X, 1, torch.tensor([2, 0]), floats(2, 2, 4))),
@@ -470,13 +478,24 @@ CASES: dict[str, tuple[int, Callable[[], Node]]] = {
     "conv1d groups": (0, lambda: single(aten.conv1d.default, floats(2, 4, 5), floats(4, 1, 2), None, [1], [0], [1], 4)),
     "conv2d": (2, lambda: single(aten.conv2d.default, floats(2, 3, 5, 4), floats(4, 3, 2, 2))),
     "conv3d": (2, lambda: single(aten.conv3d.default, floats(2, 3, 5, 4, 2), floats(4, 3, 2, 2, 2))),
-    "convolution": (2, lambda: single(aten.convolution.default, floats(2, 3, 5), floats(4, 3, 2), None, [1], [0], [1], False, [0], 1)),
+    "convolution": (
+        2,
+        lambda: single(aten.convolution.default, floats(2, 3, 5), floats(4, 3, 2), None, [1], [0], [1], False, [0], 1),
+    ),
     "addcmul": (1, lambda: single(aten.addcmul.default, X, floats(2, 3, 4), floats(2, 3, 1))),
     "zero": (1, lambda: single(aten.zero.default, X)),
     "fill": (0, lambda: single(aten.fill.Scalar, X, 0)),
     "ones": (0, lambda: single(aten.ones.default, [2, 3])),
     "empty": (0, lambda: single(aten.empty.memory_format, [2, 3])),
-    "grouped": (2, lambda: single(torch.ops.transformers.grouped_mm_fallback.default, floats(5, 4), floats(2, 4, 3), torch.tensor([2, 5]).int())),
+    "grouped": (
+        2,
+        lambda: single(
+            torch.ops.transformers.grouped_mm_fallback.default,
+            floats(5, 4),
+            floats(2, 4, 3),
+            torch.tensor([2, 5]).int(),
+        ),
+    ),
     "relu": (0, lambda: single(aten.relu.default, X)),
     "softmax": (0, lambda: single(aten.softmax.int, X, -1)),
 }
@@ -576,8 +595,6 @@ def executed(name: str, how: str) -> Iterator[Node]:
             with torch.no_grad():
                 node.meta = {**node.meta, "val": node.target(*args, **kwargs)}
             yield node
-
-
 
 
 @pytest.mark.parametrize("how", ["functional", "decomposed"])

@@ -14,7 +14,7 @@ from torch.export import ExportedProgram
 import spinpass
 from spinpass import ConfigError, Override, RotationConfig
 from spinpass.planning import RotationPlan
-from tests.decoders import BATCH, FFN, HEADS, HIDDEN, KV, SEQ, VOCAB, Block, Decoder, exported, made, outcome
+from tests.decoders import BATCH, FFN, HEADS, HIDDEN, KV, SEQ, VOCAB, Block, Decoder, RMSNorm, exported, made, outcome
 
 
 @cache
@@ -214,3 +214,64 @@ def test_no_weight_is_read() -> None:
         model = Decoder().eval()
         source = torch.export.export(model, (torch.zeros(2, 5, dtype=torch.int64),), strict=False)
     assert [s.role for s in planned(source).spaces] == ["R1", "R2", "R3", "R4"]
+
+
+# -- what rotates for free beside the residual stream ----------------------------------------------------------------
+
+
+class Beside(Decoder):
+    """A latent behind a scaled norm, scores by einsum, a scaled norm over all heads, and a scan that reads what a linear
+    layer reads."""
+
+    def prepare(self) -> None:
+        self.down, self.latent_norm, self.up = nn.Linear(HIDDEN, 12), RMSNorm(12), nn.Linear(12, HEADS * 8)
+        self.q, self.k = nn.Linear(HIDDEN, HEADS * 8), nn.Linear(HIDDEN, HEADS * 8)
+        self.sub_norm, self.o = RMSNorm(HEADS * 8), nn.Linear(HEADS * 8, HIDDEN)
+        self.into, self.step, self.out = nn.Linear(HIDDEN, FFN), nn.Linear(FFN, FFN), nn.Linear(FFN, HIDDEN)
+
+    def between(self, x: Tensor, layer: int) -> Tensor:
+        h = self.blocks[layer].norm2(x)
+        q, k, v = (y.unflatten(-1, (HEADS, 8)) for y in (self.q(h), self.k(h), self.up(self.latent_norm(self.down(h)))))
+        weights = torch.einsum("bqhd,bkhd->bhqk", q, k).softmax(-1)
+        x = x + self.o(self.sub_norm(torch.einsum("bhqk,bkhd->bqhd", weights, v).flatten(2)))
+        u = nn.functional.silu(self.into(h))
+        return x + self.out(torch.tanh(self.step(u)) * u.cumsum(1))
+
+
+@pytest.fixture(scope="module")
+def beside() -> ExportedProgram:
+    return exported(made(Beside()))
+
+
+def test_a_latent_is_found_behind_its_scaled_norm(beside: ExportedProgram) -> None:
+    plan = planned(beside)
+    latent = next(s for s in plan.spaces if "down.weight" in s.writers)
+    assert (latent.role, latent.size, latent.readers, latent.online) == ("latent", 12, ("up.weight",), ())
+
+
+def test_values_pass_a_scaled_norm_over_all_heads(beside: ExportedProgram) -> None:
+    values = next(s for s in planned(beside).spaces if "up.weight" in s.writers)
+    assert (values.role, values.size, values.readers, values.online) == ("R2", 8, ("o.weight",), ())
+
+
+def test_queries_and_keys_of_an_einsum_fold(beside: ExportedProgram) -> None:
+    queries = next(s for s in planned(beside).spaces if "q.weight" in s.writers)
+    assert queries.role == "R3" and {"q.bias", "k.weight", "k.bias"} < set(queries.writers) and not queries.online
+
+
+def test_a_value_that_others_read_too_is_rotated_for_its_linear_layer_alone(beside: ExportedProgram) -> None:
+    step = next(s for s in planned(beside).spaces if "step.weight" in s.readers)
+    assert (step.role, step.size, step.readers, len(step.online)) == ("R4", FFN, ("step.weight",), 1)
+
+
+@pytest.mark.parametrize("form", ["offline", "online", "auto"])
+def test_what_is_beside_the_stream_stays_exact(beside: ExportedProgram, form: str) -> None:
+    config = RotationConfig(form=form, kind="random-hadamard", verify=False)  # type: ignore[arg-type]
+    certificate = spinpass.verify(beside, spinpass.transform(beside, config))
+    assert certificate.ok, str(certificate)
+
+
+def test_without_r1_the_stream_is_no_latent(beside: ExportedProgram) -> None:
+    plan = planned(beside, rotations=("R2", "latent"))
+    assert {s.role for s in plan.spaces} == {"R2", "latent"}
+    assert not any("embed.weight" in s.writers for s in plan.spaces)

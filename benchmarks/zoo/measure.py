@@ -50,7 +50,8 @@ def measure(program: ExportedProgram, *, configs: dict[str, RotationConfig] | No
     runs: dict[str, dict[str, Any]] = {}
     for name, config in chosen.items():
         runs[name] = measure_config(program, config, structure, runs)
-    return found | {"places": structure.counts(), "status": status_of(runs), "runs": runs}
+    found |= {"places": structure.counts(), "barriers": structure.barriers()}
+    return found | {"status": status_of(runs), "runs": runs}
 
 
 def status_of(runs: dict[str, dict[str, Any]]) -> str:

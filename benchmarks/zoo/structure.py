@@ -1,24 +1,26 @@
 """What a program has to rotate, counted before the pass, and how much of it a plan covers.
 
 Values are followed back from where they are used to the linear layers that computed them; a plan covers a place where
-one of its spaces has one of those weights among its writers, or an online rotation between them and the use.
+one of its spaces has one of those weights among its writers, or an online rotation between them and the use. A place
+that no rotation can reach, because something works channel by channel between the linear layers, is not counted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 
 from torch.export import ExportedProgram
 from torch.fx import Node
 
 from spinpass.config import ROLES, Role
+from spinpass.ops import Multilinear, Opaque, Square, rule_of
 from spinpass.passes.functionalize import open_program
 from spinpass.patterns.attention import find_attention
 from spinpass.patterns.linear import as_linear
-from spinpass.patterns.mlp import find_down_projections
+from spinpass.patterns.mlp import ACTIVATIONS, find_down_projections
 from spinpass.planning import PlannedSpace, RotationPlan
-from spinpass.program import ProgramEditor
+from spinpass.program import ProgramEditor, is_float, op_name
 
 _FARTHEST = 400  # operators between a linear layer and a use of what it computed
 
@@ -31,6 +33,7 @@ class Place:
     node: str
     weights: frozenset[str]
     between: frozenset[str]
+    barrier: str | None = None
 
     def is_covered_by(self, space: PlannedSpace) -> bool:
         return bool(
@@ -46,19 +49,27 @@ class Structure:
     places: dict[Role, tuple[Place, ...]]
 
     def counts(self) -> dict[str, int]:
-        return {role: len(places) for role, places in self.places.items()}
+        """How many places of every rotation have no barrier."""
+        return {role: sum(p.barrier is None for p in places) for role, places in self.places.items()}
+
+    def barriers(self) -> dict[str, str]:
+        """Why the other places cannot be rotated, by node."""
+        return {p.node: p.barrier for places in self.places.values() for p in places if p.barrier is not None}
 
     def covered(self, plan: RotationPlan) -> dict[str, int]:
-        """How many places of every rotation the plan rotates."""
+        """How many of the places without a barrier the plan rotates."""
         return {
-            role: sum(any(p.is_covered_by(s) for s in plan.spaces if s.role == role) for p in places)
+            role: sum(any(p.is_covered_by(s) for s in plan.spaces if s.role == role) for p in places if not p.barrier)
             for role, places in self.places.items()
         }
 
 
 def values_of_attentions(editor: ProgramEditor) -> Iterable[Place]:
-    """R2: what every softmax(q kᵀ) v weighs."""
-    return [_place(editor, attention.node, attention.value) for attention in find_attention(editor)]
+    """R2: what every softmax(q kᵀ) v weighs, up to the linear layers that read the result."""
+    for attention in find_attention(editor):
+        place = _place(editor, attention.node, attention.value)
+        on_the_way = [n for n in editor.nodes if n.name in place.between] + list(_results(editor, attention.node))
+        yield replace(place, barrier=next((why for n in on_the_way if (why := _barrier(editor, n))), None))
 
 
 def queries_of_attentions(editor: ProgramEditor) -> Iterable[Place]:
@@ -101,6 +112,48 @@ def _place(editor: ProgramEditor, node: Node, operand: Node) -> Place:
         else:
             weights.add(_fqn(editor, linear.weight))
     return Place(node.name, frozenset(weights), frozenset(between))
+
+
+def _results(editor: ProgramEditor, attention: Node) -> Iterator[Node]:
+    """What becomes of the weighted values before linear layers read them."""
+    todo, seen = [attention], {attention}
+    weighed = op_name(attention) not in ("aten::softmax", "aten::_softmax", "aten::_safe_softmax")
+    while todo and len(seen) < _FARTHEST:
+        here = todo.pop(0)
+        for user in here.users:
+            if user in seen or user.op != "call_function" or as_linear(editor, user) is not None:
+                continue
+            seen.add(user)
+            if weighed:
+                yield user
+            elif _contracts(user):  # softmax · v: what follows is about values
+                todo, weighed = [user], True
+                break
+            todo.append(user)
+
+
+def _contracts(node: Node) -> bool:
+    rule = rule_of(node)
+    return isinstance(rule, Multilinear) and any(
+        set(a.labels) & set(b.labels) - set(rule.out) - {None} for a, *rest in rule.terms for b in rest
+    )
+
+
+def _barrier(editor: ProgramEditor, node: Node) -> str | None:
+    """What keeps any rotation of the last axis from passing the operator."""
+    if not is_float(node) or node.op != "call_function":
+        return None
+    name, rule = op_name(node), rule_of(node)
+    if name in ACTIVATIONS and not isinstance(rule, Square):  # squares are summed in norms
+        return f"{name} of every channel"
+    if name in ("aten::conv1d", "aten::convolution") and isinstance(rule, Opaque):
+        return "a convolution of every channel"
+    if isinstance(rule, Multilinear):
+        for term in rule.terms:
+            computed = [o for o in term if not editor.is_constant(o.node) and is_float(o.node)]
+            if sum(o.labels[-1:] == rule.out[-1:] != (None,) for o in computed) > 1:
+                return "a product of two computed values, channel by channel"
+    return None
 
 
 def _fqn(editor: ProgramEditor, constant: Node) -> str:

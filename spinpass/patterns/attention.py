@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 
 from torch.fx import Node
 
 from ..layout import Layout
-from ..ops import Movement, Multilinear, Operand, rule_of
+from ..ops import Label, Movement, Multilinear, Operand, rule_of
 from ..program import ProgramEditor, arguments, is_op, op_name, shape
 from .linear import as_linear
 
@@ -83,31 +84,33 @@ def _fused(node: Node) -> Attention | None:
 
 
 def _spelled_out(editor: ProgramEditor, softmax: Node) -> Attention | None:
-    scores = _scores(editor, softmax)
-    weighted = _weighted_sum(editor, softmax)
+    scores, weighted = _scores(editor, softmax), _weighted_sum(editor, softmax)
     if scores is None or weighted is None:
         return None
-    query, key = scores
-    label = "k"
-    q_size = shape(query.node)[query.labels.index(label)]
-    value = weighted
-    v_at = next(
-        d for d, name in enumerate(value.labels) if name in ("n", "m") and isinstance(shape(value.node)[d], int)
-    )
-    v_size = shape(value.node)[v_at]
-    if not isinstance(q_size, int) or not isinstance(v_size, int):
+    (query, key), (value, weights) = scores.operands, weighted.operands
+    contracted = _static(query, set(key.labels) - set(scores.out))
+    passed = _static(value, set(weighted.out) - set(weights.labels))
+    if not contracted or not passed:
         return None
-    return Attention(
-        softmax,
-        query.node,
-        Layout.full(query.labels.index(label), q_size),
-        key.node,
-        value.node,
-        Layout.full(v_at, v_size),
-    )
+    return Attention(softmax, query.node, contracted[0], key.node, value.node, passed[-1])
 
 
-def _scores(editor: ProgramEditor, softmax: Node) -> tuple[Operand, Operand] | None:
+def _static(operand: Operand, names: Collection[Label | None]) -> list[Layout]:
+    """The axes with one of these labels, where their size is known."""
+    sizes = shape(operand.node)
+    named = [d for d, label in enumerate(operand.labels) if label is not None and label in names]
+    return [Layout.full(d, size) for d in named if isinstance(size := sizes[d], int)]
+
+
+@dataclass(frozen=True)
+class _Product:
+    """A product of two computed values, and the labels of its result."""
+
+    operands: tuple[Operand, Operand]
+    out: tuple[Label | None, ...]
+
+
+def _scores(editor: ProgramEditor, softmax: Node) -> _Product | None:
     """The product of two computed values that the softmax is taken of, masks, scales and caps looked through."""
     todo, seen = [softmax.args[0]], set()
     while todo:
@@ -128,8 +131,8 @@ def _scores(editor: ProgramEditor, softmax: Node) -> tuple[Operand, Operand] | N
     return None
 
 
-def _weighted_sum(editor: ProgramEditor, softmax: Node) -> Operand | None:
-    """The values that the softmax weighs: the other operand of the product it goes into."""
+def _weighted_sum(editor: ProgramEditor, softmax: Node) -> _Product | None:
+    """The product that the softmax goes into: the values that it weighs, and it."""
     todo, seen = [softmax], set()
     while todo:
         node = todo.pop()
@@ -139,7 +142,8 @@ def _weighted_sum(editor: ProgramEditor, softmax: Node) -> Operand | None:
             seen.add(user)
             product = _activations_product(editor, user)
             if product is not None:
-                return product[1] if product[0].node is node else product[0]
+                a, b = product.operands
+                return product if b.node is node else replace(product, operands=(b, a))
             if isinstance(rule_of(user), Movement) or op_name(user) in (
                 "aten::mul",
                 "aten::where",
@@ -149,16 +153,16 @@ def _weighted_sum(editor: ProgramEditor, softmax: Node) -> Operand | None:
     return None
 
 
-def _activations_product(editor: ProgramEditor, node: Node) -> tuple[Operand, Operand] | None:
+def _activations_product(editor: ProgramEditor, node: Node) -> _Product | None:
     if op_name(node) not in ("aten::matmul", "aten::bmm", "aten::mm", "aten::baddbmm", "aten::einsum"):
         return None
     rule = rule_of(node)
-    if not isinstance(rule, Multilinear) or len(rule.terms[-1]) != 2 or op_name(node) == "aten::einsum":
+    if not isinstance(rule, Multilinear) or len(rule.terms[-1]) != 2:
         return None
     a, b = rule.terms[-1]
     if editor.is_constant(a.node) or editor.is_constant(b.node):
         return None
-    return a, b
+    return _Product((a, b), rule.out)
 
 
 def cache_values(editor: ProgramEditor, operand: Node) -> set[Node]:

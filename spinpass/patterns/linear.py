@@ -59,20 +59,22 @@ def root_of(node: Node) -> Node:
     return node
 
 
-def is_norm_output(editor: ProgramEditor, node: Node) -> bool:
-    """The value is x/‖x‖ times a scale, plus a bias perhaps, along its last axis."""
+def normed_value(editor: ProgramEditor, node: Node) -> Node | None:
+    """x, where the value is x/‖x‖ times a scale, plus a bias perhaps, along its last axis; None for other values."""
     if node.op != "call_function":
-        return False
+        return None
     rule = rule_of(node)
     if isinstance(rule, Normalization):
-        return True
+        return rule.source
     if not isinstance(rule, Multilinear) or editor.is_constant(node):
-        return False
+        return None
     operands = [o.node for term in rule.terms for o in term]
     computed = [o for o in operands if not editor.is_constant(o)]
     if len(operands) == 2 and len(computed) == 1:
-        return op_name(node) in _AFFINE and is_norm_output(editor, root_of(computed[0]))
-    return len(computed) == 2 and any(shape(o)[-1:] == (1,) and _is_norm_statistic(o) for o in computed)
+        return normed_value(editor, root_of(computed[0])) if op_name(node) in _AFFINE else None
+    if len(computed) != 2 or not any(shape(o)[-1:] == (1,) and _is_norm_statistic(o) for o in computed):
+        return None
+    return next((o for o in computed if shape(o)[-1:] != (1,)), None)
 
 
 def _is_norm_statistic(node: Node, depth: int = 8) -> bool:

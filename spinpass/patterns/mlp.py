@@ -11,7 +11,7 @@ from ..program import ProgramEditor, is_float, is_op, op_name, shape
 from .linear import Linear, find_linears, root_of
 from .residual import find_residual_sums
 
-_ACTIVATIONS = (
+ACTIVATIONS = (
     "aten::gelu",
     "aten::silu",
     "aten::relu",
@@ -66,7 +66,7 @@ def _is_activated(editor: ProgramEditor, node: Node, depth: int = 12) -> bool:
         return False
     rule = rule_of(node)
     if isinstance(rule, (Opaque, Square)):
-        return op_name(node) in _ACTIVATIONS
+        return op_name(node) in ACTIVATIONS
     if isinstance(rule, (Normalization, Centring)):
         return _is_activated(editor, root_of(rule.source), depth - 1)
     if not isinstance(rule, Multilinear) or op_name(node) not in _ELEMENTWISE:

@@ -82,7 +82,6 @@ class IndexPair(Hazard):
 class Gather(Hazard):
     """Gather."""
 
-
     def finish(self, x: Tensor) -> Any:
         return self.head(self.norm(x.gather(1, torch.tensor([[[2]], [[1]]]).expand(2, 1, HIDDEN))))
 
@@ -175,7 +174,6 @@ class BF16Cache(Hazard):
 
 class Conv1dHead(Hazard):
     """A convolution over channels."""
-
 
     def prepare(self) -> None:
         self.cv = nn.Conv1d(HIDDEN, HIDDEN, 3, padding=1)

@@ -152,7 +152,6 @@ class KeysBeforeRotation(Hazard):
 class ContrastiveHead(Hazard):
     """A sentence vector: mean over tokens, projected, of unit length."""
 
-
     def prepare(self) -> None:
         self.project = nn.Linear(HIDDEN, 7)
 

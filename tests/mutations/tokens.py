@@ -126,7 +126,6 @@ class MaxPooled(Hazard):
 class Windows(Hazard):
     """Tokens in windows that are shifted and mixed within (Swin): pad, roll, view, permute and back."""
 
-
     def prepare(self) -> None:
         self.mix = param(3, 3)
 
@@ -172,7 +171,6 @@ class SequenceFirst(Hazard):
 
 class ChannelsFirst(Hazard):
     """The stream is kept as (batch, channels, seq), norms taken over axis 1, linears spelled as convolutions."""
-
 
     def prepare(self) -> None:
         self.g, self.up, self.down = param(HIDDEN, 1), nn.Conv1d(HIDDEN, 40, 1), nn.Conv1d(40, HIDDEN, 1)

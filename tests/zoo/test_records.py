@@ -172,8 +172,8 @@ def test_the_summary_counts_types_not_switches() -> None:
     by_name = {t.what: t.measured for t in targets(found, {"gpt2": record("gpt2", variant="decode")})}
     assert by_name["same function"] == "1 of 3"
     assert by_name["R1 in place"] == "1 of 3"
-    assert by_name["R2 of all attentions"] == "2 of 4 (50.0%)"
-    assert by_name["R3 of all attentions"] == "1 of 4 (25.0%)"
+    assert by_name["types with R2 at every attention whose value path has no barrier"] == "1 of 2 (50.0%)"
+    assert by_name["types with R3 at every attention"] == "0 of 2 (0.0%)"
     assert by_name["decoding: same function"] == "1 of 1"
     assert by_name["transform, median"] == "0.25 s"
 

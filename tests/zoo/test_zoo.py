@@ -30,6 +30,7 @@ SAMPLED = {
     "mamba2": "a state-space model: no attention",
 }
 
+
 @cache
 def measured(arch: str) -> dict[str, Any]:
     program = export(*build(arch), ways=("torch",)).program
