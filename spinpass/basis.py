@@ -16,8 +16,8 @@ Two operators are crossed although no rotation passes them, because they can be 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.export.graph_signature import OutputKind
 from torch.fx import Node
 
+from .entries import settled
 from .errors import InvariantError
 from .layout import Layout, LayoutError
 from .ops import (
@@ -43,140 +44,9 @@ from .ops import (
     VectorNorm,
     Zeros,
     rule_of,
-    source_through,
 )
-from .program import ProgramEditor, arguments, is_float, is_op, op_name, shape
-
-
-@dataclass(frozen=True)
-class Pending:
-    """A per-channel scale (and shift) that is being moved into constants.
-
-    ``after``: the original value is (this one)·scale + shift (behind a norm); otherwise this one is to be multiplied by
-    ``scale`` (in front of a layer scale). ``scale`` and ``shift`` are constant nodes, indexed by the space's
-    coordinate.
-    """
-
-    after: bool
-    scale: Node | None
-    shift: Node | None = None
-    origin: Node | None = field(default=None, compare=False)
-
-
-@dataclass(frozen=True)
-class AxisType:
-    """The basis of an axis: where the space's vectors lie in the tensor, and what is pending on them.
-
-    ``centred``: the value stays the same when the whole stream is centred (it lies behind a LayerNorm's centring).
-    """
-
-    layout: Layout
-    pending: Pending | None = None
-    centred: bool = False
-    reads: bool = field(default=False, compare=False)  # of a constant: it contracts the space along this axis
-
-
-@dataclass(frozen=True)
-class Entry:
-    """``node`` leaves a barrier in the original basis; all its users but ``keep`` read it in the space's basis."""
-
-    node: Node
-    layout: Layout
-    keep: tuple[Node, ...]
-    why: str
-    centre: bool = False
-
-
-@dataclass(frozen=True)
-class Exit:
-    """``users`` need ``node``, a value of the space, in the original basis."""
-
-    node: Node
-    layout: Layout
-    users: tuple[Node, ...]
-    why: str
-
-
-@dataclass(frozen=True)
-class ConstantUse:
-    """A constant with an axis in the space: a reader, which contracts it, or a writer."""
-
-    node: Node
-    type: AxisType
-
-    @property
-    def reads(self) -> bool:
-        return self.type.reads
-
-
-@dataclass(frozen=True)
-class Carried:
-    """A KV cache that enters or leaves the program in the space's basis."""
-
-    node: Node
-    layout: Layout
-    output: int | None = None
-
-
-@dataclass(frozen=True)
-class ShiftUse:
-    """A linear operator whose input lost a constant shift: its result must gain ``shift`` contracted with its
-    weight.
-    """
-
-    node: Node
-    operand: Node
-    weight: Node
-    shift: Node
-
-
-@dataclass(frozen=True)
-class Space:
-    """All that shares one basis, with every edge accounted for."""
-
-    seed: Node
-    width: int
-    members: dict[Node, tuple[AxisType, ...]]
-    constants: tuple[ConstantUse, ...]
-    entries: tuple[Entry, ...]
-    exits: tuple[Exit, ...]
-    carried: tuple[Carried, ...]
-    scales: tuple[
-        Node, ...
-    ]  # multiplications by a norm's or layer's scale, and norm operators with one, to be moved into constants
-    shifts: tuple[ShiftUse, ...]
-    centrings: tuple[Node, ...]  # x − mean(x), which are identities once all writers are centred
-    centred: bool
-    kept: dict[Node, str]  # constants that stay as they are, and why
-
-    @property
-    def online(self) -> tuple[Entry | Exit, ...]:
-        """Where a rotation, or its inverse, has to stand in the graph."""
-        return (*self.entries, *self.exits)
-
-    @property
-    def is_offline(self) -> bool:
-        return not self.online
-
-    @property
-    def writers(self) -> list[Node]:
-        return [c.node for c in self.constants if not c.reads]
-
-    @property
-    def readers(self) -> list[Node]:
-        return [c.node for c in self.constants if c.reads]
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """Why something was left as it is, and the nodes it is about."""
-
-    what: str
-    why: str
-    nodes: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        return f"{self.what}: {self.why}" + (f" [{', '.join(self.nodes)}]" if self.nodes else "")
+from .program import ProgramEditor, arguments, elements, is_op, op_name, shape
+from .space import AxisType, Carried, ConstantUse, Entry, Exit, Pending, ShiftUse, Space
 
 
 class Barrier(Exception):
@@ -846,7 +716,7 @@ class Walk:
             centred=bool(self._centrings),
             kept=dict(self.kept),
         )
-        return _hoisted(_sunk(space, self._rule), self._rule)
+        return settled(space, self._rule)
 
     def _layout_of(self, node: Node, dims: tuple[int, ...]) -> Layout:
         return next(t.layout for t in self.types[node] if set(t.layout.dims) & set(dims))
@@ -860,8 +730,8 @@ def _fits(scale: Node | None, layout: Layout) -> bool:
     """One scale for every vector of the layout, or one for all of them side by side on their axis."""
     if scale is None:
         return True
-    elements = _weight(scale)
-    return elements == layout.width or (elements == layout.width * layout.count and layout.is_contiguous)
+    count = elements(scale)
+    return count == layout.width or (count == layout.width * layout.count and layout.is_contiguous)
 
 
 def _commutes_with_scale(node: Node, rule: Multilinear, mixing: set[Any], axis: AxisType) -> bool:
@@ -903,124 +773,5 @@ def _reduced_axes(node: Node) -> frozenset[int] | None:
     return frozenset(d % rank for d in ([dims] if isinstance(dims, int) else dims))
 
 
-def _hoisted(space: Space, rule: Callable[[Node], Rule]) -> Space:
-    """Fewer online rotations: where several entries meet in one operator and go nowhere else, rotate its result
-    instead.
-    """
-    entries = {e.node: e for e in space.entries}
-    inner: dict[Node, set[Node] | None] = {}  # member -> the entries it is made of alone, None if of anything else
-
-    def made_of(node: Node) -> set[Node] | None:
-        if node in entries:
-            return {node}
-        if node not in inner:
-            inner[node] = None
-            sources = [s for s in node.all_input_nodes if s in space.members] if node.op == "call_function" else []
-            parts = [made_of(s) for s in sources]
-            if sources and all(p is not None for p in parts):
-                inner[node] = set().union(*(p for p in parts if p is not None))
-        return inner[node]
-
-    for node in list(space.members):
-        if node in entries or len(space.members[node]) != 1 or not is_float(node):
-            continue
-        made = made_of(node)
-        if made is None or len(made) < 2 or not made <= set(entries):
-            continue
-        cone = _cone(node, made, space)
-        if not all(_leads_only_to(node, cone, n, entries, rule) for n in (*cone, *made)):
-            continue
-        if _weight(node) >= sum(_weight(e) for e in made):
-            continue
-        first = entries[next(iter(made))]
-        for e in made:
-            del entries[e]
-        leaving = tuple(u for x in space.exits if x.node is node for u in x.users)
-        entries[node] = Entry(node, space.members[node][0].layout, leaving, first.why, first.centre)
-        gone = cone | made
-        return _hoisted(
-            replace(
-                space,
-                entries=tuple(entries.values()),
-                members={n: t for n, t in space.members.items() if n not in gone},
-                exits=tuple(x for x in space.exits if x.node is not node),
-            ),
-            rule,
-        )
-    return space
-
-
-def _sunk(space: Space, rule: Callable[[Node], Rule]) -> Space:
-    """Entries whose vectors lie across axes go behind the view that makes them one axis, if nothing else reads them."""
-    entries = []
-    members = dict(space.members)
-    for entry in space.entries:
-        while not entry.layout.is_contiguous:
-            readers = [u for u in entry.node.users if u not in entry.keep and not _ignores(u, rule)]
-            if len(readers) != 1 or len(members.get(readers[0], ())) != 1 or readers[0].op != "call_function":
-                break
-            moved = rule(readers[0])
-            if not isinstance(moved, Movement) or moved.source is not entry.node:
-                break
-            leaving = tuple(u for x in space.exits if x.node is readers[0] for u in x.users)
-            del members[entry.node]
-            entry = replace(entry, node=readers[0], layout=members[readers[0]][0].layout, keep=leaving)
-        entries.append(entry)
-    entered = {e.node for e in entries}
-    return replace(
-        space,
-        entries=tuple(entries),
-        members=members,
-        exits=tuple(x for x in space.exits if x.node not in entered),
-    )
-
-
-def _cone(node: Node, entries: set[Node], space: Space) -> set[Node]:
-    """Everything of the space strictly between ``entries`` and ``node``."""
-    found: set[Node] = set()
-    todo = [s for s in node.all_input_nodes if s in space.members and s not in entries]
-    while todo:
-        here = todo.pop()
-        if here not in found:
-            found.add(here)
-            todo += [s for s in here.all_input_nodes if s in space.members and s not in entries]
-    return found
-
-
-def _leads_only_to(
-    node: Node, cone: set[Node], inner: Node, entries: dict[Node, Entry], rule: Callable[[Node], Rule]
-) -> bool:
-    """No reader of ``inner`` outside the cone needs it in the space's basis."""
-    keep = entries[inner].keep if inner in entries else ()
-    return all(u in cone or u is node or u in keep or _ignores(u, rule) for u in inner.users)
-
-
-def _ignores(user: Node, rule: Callable[[Node], Rule]) -> bool:
-    """Only the shape or dtype of its operands matters to ``user``."""
-    return user.op == "call_function" and isinstance(rule(user), Ignored)
-
-
-def _weight(node: Node) -> int:
-    total = 1
-    for size in shape(node):
-        total *= size if isinstance(size, int) else 1
-    return total
-
-
 _SELECTIONS = {"aten::index", "aten::index_select", "aten::gather", "aten::roll"}
 _BIASED = {"aten::linear", "aten::mm", "aten::addmm", "aten::matmul"}
-
-__all__ = [
-    "AxisType",
-    "Barrier",
-    "Carried",
-    "ConstantUse",
-    "Entry",
-    "Exit",
-    "Pending",
-    "Refusal",
-    "ShiftUse",
-    "Space",
-    "Walk",
-    "source_through",
-]

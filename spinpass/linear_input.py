@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from torch.fx import Node
 
-from .basis import AxisType, Barrier, Walk, _Restart
+from .basis import Barrier, Walk, _Restart
 from .ops import Ignored, Movement, Multilinear, Rule, Zeros
 from .patterns.linear import as_linear
 from .program import is_float, op_name
+from .space import AxisType
 
 
 class LinearInputWalk(Walk):

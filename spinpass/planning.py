@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from .basis import Carried, Entry, Refusal, Space, Walk
+from .basis import Walk
 from .config import ROLES, Role, RotationConfig
 from .errors import ConfigError
 from .layout import Layout
@@ -22,9 +22,10 @@ from .patterns.attention import Attention, cache_values, find_attention
 from .patterns.linear import Linear, as_linear, find_linears, normed_value, root_of, whole_axis
 from .patterns.mlp import find_down_projections
 from .patterns.residual import find_residual_sums
-from .program import ProgramEditor, is_float, op_name, shape, value
+from .program import ProgramEditor, elements, is_float, op_name, shape, value
 from .record import Record
 from .rotation import Rotation
+from .space import Carried, Entry, Refusal, Space
 
 _ONLINE_PER_OFFLINE = 2  # `form="auto"`: an online part in the stream costs as much as that many at inputs of linears
 _UNTIE_BELOW = 0.01  # `tied="auto"` unties where that adds less than this share of the constants' bytes
@@ -474,10 +475,7 @@ class Planner:
             ) from error
 
     def _flops(self, node: Node, rotation: Rotation) -> int:
-        elements = 1
-        for size in shape(node):
-            elements *= size if isinstance(size, int) else 1
-        return rotation.flops * max(1, elements // rotation.size // self._tokens)
+        return rotation.flops * max(1, elements(node) // rotation.size // self._tokens)
 
     # -- names ---------------------------------------------------------------------------------------------------------
 

@@ -107,6 +107,14 @@ def known_integers(node: Node) -> Tensor | None:
     return known if isinstance(known, Tensor) else None
 
 
+def elements(node: Node) -> int:
+    """How many elements a tensor has, dynamic axes counted as one."""
+    total = 1
+    for size in shape(node):
+        total *= size if isinstance(size, int) else 1
+    return total
+
+
 def shape(node: Node) -> tuple[Size, ...]:
     """Static sizes as ints, dynamic ones as symbolic expressions."""
     val = value(node)

@@ -11,7 +11,6 @@ from importlib.metadata import PackageNotFoundError, version
 from torch.export import ExportedProgram
 
 from . import record
-from .basis import Space
 from .config import RotationConfig
 from .errors import ConfigError, RefusedError
 from .passes.center import center
@@ -22,6 +21,7 @@ from .passes.insert_rotations import insert_rotations
 from .passes.materialize import materialize
 from .planning import Planner, RotationPlan, Site
 from .program import ProgramEditor, shape
+from .space import Space
 from .verify import verify
 
 VERIFY_LIMIT = 50_000_000  # parameters up to which `transform` certifies its result unless told otherwise

@@ -79,9 +79,9 @@ def document(found: Mapping[str, Records]) -> str:
 _LEGEND = """R1: `offline` in the residual stream (`+ n`: with n online parts, those at the ends of a table shared with
 the head), `online n` with n Hadamards at the inputs of linears; `untied: offline` where `tied="untie"` leaves nothing
 online. R2, R3, R4: rotated at how many of the attentions and down projections that the graph has; for R2 without
-attentions where something works channel by channel between the linear layers (a gate on the result, RoPE on the values).
-Error: the largest relative error of any output, both programs lifted to the dtype in the next column; the worst of three configurations.
-Seconds: of CPU time, for an uncertified `transform`."""
+attentions where something works channel by channel between the linear layers (a gate on the result, RoPE on the
+values). Error: the largest relative error of any output, both programs lifted to the dtype in the next column; the
+worst of three configurations. Seconds: of CPU time, for an uncertified `transform`."""
 
 
 def _head(types: Records) -> str:

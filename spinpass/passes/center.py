@@ -8,10 +8,10 @@ from __future__ import annotations
 import torch
 from torch.fx import Node
 
-from ..basis import Space
 from ..layout import Layout
 from ..ops import Centring, Normalization, rule_of
 from ..program import ProgramEditor, shape
+from ..space import Space
 
 
 def center(editor: ProgramEditor, space: Space, origin: str) -> Space:

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from torch.fx import Node
 
-from ..basis import Space
 from ..layout import Layout
 from ..program import ProgramEditor
 from ..rotation import Rotation
+from ..space import Space
 
 
 def fold_rotation(editor: ProgramEditor, space: Space, rotation: Rotation) -> Space:

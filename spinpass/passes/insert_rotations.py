@@ -8,10 +8,10 @@ import torch
 from torch.fx import Node
 
 from .. import library  # noqa: F401  (registers torch.ops.spinpass)
-from ..basis import Space
 from ..layout import Layout
 from ..program import ProgramEditor, shape, value
 from ..rotation import Rotation
+from ..space import Space
 
 
 def insert_rotations(editor: ProgramEditor, space: Space, rotation: Rotation, origin: str) -> Space:

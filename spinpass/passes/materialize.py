@@ -5,8 +5,8 @@ Only where the change cannot go into A and B themselves, because f is not a move
 
 from __future__ import annotations
 
-from ..basis import Space
 from ..program import ProgramEditor
+from ..space import Space
 
 
 def materialize(editor: ProgramEditor, space: Space) -> Space:

@@ -15,7 +15,6 @@ from torch.export import ExportedProgram
 
 import spinpass
 from spinpass import basis, record
-from spinpass.basis import Space
 from spinpass.errors import VerificationError
 from spinpass.layout import Layout
 from spinpass.passes import center as center_pass
@@ -23,6 +22,7 @@ from spinpass.passes import fold, fuse_norm_scale
 from spinpass.passes import insert_rotations as insert_pass
 from spinpass.program import ProgramEditor
 from spinpass.rotation import Rotation
+from spinpass.space import Space
 from tests.decoders import Decoder, exported, made
 from tests.mutations import registry
 

@@ -12,7 +12,7 @@ import torch
 from torch.export import ExportedProgram
 
 import spinpass
-from spinpass.basis import Space, Walk
+from spinpass.basis import Walk
 from spinpass.passes.center import center
 from spinpass.passes.fold import fold_rotation
 from spinpass.passes.fuse_norm_scale import fuse_norm_scale
@@ -23,6 +23,7 @@ from spinpass.patterns.linear import whole_axis
 from spinpass.patterns.residual import find_residual_sums
 from spinpass.program import ProgramEditor, op_name, shape
 from spinpass.rotation import Rotation
+from spinpass.space import Space
 from spinpass.verify import run
 from tests import modules
 from tests.decoders import NORMS, Decoder, exported, made, relative_error, tokens
