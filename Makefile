@@ -13,7 +13,7 @@ ifeq ($(VENV),.venv)
 READY := $(STAMP)
 endif
 
-.PHONY: help venv lint test slow demo bench zoo zoo-all clean
+.PHONY: help venv lint test slow demo bench accuracy zoo zoo-all clean
 
 help:
 	@echo "make venv   build .venv with everything (about 2 GB)"
@@ -21,6 +21,7 @@ help:
 	@echo "make test   all tests;  TESTS=tests/test_verify.py  runs some"
 	@echo "make slow   the wide sweeps that make test leaves out"
 	@echo "make bench  exactness on real and tiny models, cost of the pass, speed of the Hadamards"
+	@echo "make accuracy  what rotation buys under quantization: perplexities, paired (about an hour, resumable)"
 	@echo "make zoo    every model type of transformers, tiny: export, rotate, certify; writes COVERAGE.md (hours, resumable)"
 	@echo "make zoo-all  the same with KV caches, in bfloat16 and float16, decomposed, and with images"
 	@echo "make demo   the whole way on a real model: export, rotate, certify, quantize, generate"
@@ -53,6 +54,10 @@ bench: $(READY)
 	$(BIN)/python benchmarks/exactness.py
 	$(BIN)/python benchmarks/transform.py
 	$(BIN)/python benchmarks/hadamard.py
+
+# ACCURACY="--text FILE --calibration FILE --model FOLDER" reads other texts, another model
+accuracy: $(READY)
+	$(BIN)/python -m benchmarks.accuracy $(ACCURACY)
 
 # The sweep ends with 1 where the pass failed; the table is written all the same, and says so in its exit code.
 zoo: $(READY)

@@ -1,0 +1,140 @@
+"""What to quantize and how: values that check themselves, and a short spelling of them, ``w4g128-gptq-a8-kv4``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from typing import Any, Literal, get_args
+
+from ..errors import ConfigError
+
+Method = Literal["rtn", "gptq"]
+WEIGHT_BITS, GROUP_SIZES = (2, 3, 4, 8), (16, 32, 64, 128, 256)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Of linear layers: integers of ``bits`` bits with a scale (and a zero point, unless ``symmetric``) for every
+    ``group_size`` weights along the contracted axis, or for all of them where that is None.
+
+    ``method``: round to nearest, or GPTQ (arXiv 2210.17323), which needs calibration inputs; ``clip`` searches the
+    range of least squared error instead of taking the largest weight; ``act_order`` lets GPTQ begin with the
+    largest inputs; ``damping`` is its share of the mean diagonal of the Hessian.
+    """
+
+    bits: int = 4
+    group_size: int | None = None
+    symmetric: bool = True
+    method: Method = "gptq"
+    clip: bool = True
+    act_order: bool = False
+    damping: float = 0.01
+
+    def __post_init__(self) -> None:
+        if self.bits not in WEIGHT_BITS:
+            raise ConfigError(f"weights of {self.bits} bits: choose one of {', '.join(map(str, WEIGHT_BITS))}")
+        if self.group_size is not None and self.group_size not in GROUP_SIZES:
+            raise ConfigError(f"group_size {self.group_size} is not one of {', '.join(map(str, GROUP_SIZES))} or None")
+        if self.method not in get_args(Method):
+            raise ConfigError(f"method {self.method!r} is not one of {', '.join(get_args(Method))}")
+        if not self.damping > 0:
+            raise ConfigError(f"damping {self.damping} is not above 0")
+
+
+@dataclass(frozen=True)
+class Activations:
+    """The inputs of linear layers: per token as they come, or ``static``, with one range for a whole tensor, that of
+    least squared error on the calibration inputs. ``symmetric``: None is symmetric for 8 bits per token and asymmetric
+    otherwise.
+    """
+
+    bits: int = 8
+    static: bool = False
+    symmetric: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.bits not in (4, 8):
+            raise ConfigError(f"activations of {self.bits} bits: choose 4 or 8")
+
+    @property
+    def is_symmetric(self) -> bool:
+        """``symmetric``, decided."""
+        return (self.bits == 8 and not self.static) if self.symmetric is None else self.symmetric
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Keys and values of attention, per head and token."""
+
+    bits: int = 4
+    symmetric: bool = False
+
+    def __post_init__(self) -> None:
+        if self.bits not in (4, 8):
+            raise ConfigError(f"a KV cache of {self.bits} bits: choose 4 or 8")
+
+
+@dataclass(frozen=True)
+class QuantizationConfig:
+    """What to quantize; None leaves it in the program's dtype.
+
+    ``head``: the linear layers behind which there is no other, ``embedding``: tables looked up by token, both rounded
+    to nearest. ``overrides``: pattern of parameter names -> weights; the first that matches counts. ``exclude``:
+    patterns of parameter names whose linear layers stay as they are, weights and inputs.
+    """
+
+    weights: Weights | None = field(default_factory=Weights)
+    activations: Activations | None = None
+    cache: Cache | None = None
+    head: Weights | None = None
+    embedding: Weights | None = None
+    overrides: Mapping[str, Weights] = field(default_factory=dict)
+    exclude: tuple[str, ...] = ()
+
+    @classmethod
+    def parse(cls, text: str) -> QuantizationConfig:
+        """From parts joined by ``-``: ``w4`` ``w4g128`` (weights, perhaps in groups), ``asym``, ``rtn`` or ``gptq``
+        (the default), ``order``, ``a8`` ``a8static`` (activations), ``kv4`` (cache), ``head8``, ``embed8``.
+
+        Raises ConfigError: a part it does not know, or a value out of range.
+        """
+        weights: dict[str, Any] = {}
+        found: dict[str, Any] = {"weights": None}
+        for part in text.lower().split("-"):
+            if match := re.fullmatch(r"w(\d+)(?:g(\d+))?", part):
+                weights |= {"bits": int(match[1]), "group_size": int(match[2]) if match[2] else None}
+            elif part in ("rtn", "gptq"):
+                weights["method"] = part
+            elif part in ("asym", "order"):
+                weights |= {"symmetric": False} if part == "asym" else {"act_order": True}
+            elif match := re.fullmatch(r"a(\d+)(static)?", part):
+                found["activations"] = Activations(int(match[1]), bool(match[2]))
+            elif match := re.fullmatch(r"kv(\d+)", part):
+                found["cache"] = Cache(int(match[1]))
+            elif match := re.fullmatch(r"(head|embed)(\d+)", part):
+                found["head" if match[1] == "head" else "embedding"] = Weights(int(match[2]), method="rtn")
+            else:
+                raise ConfigError(f"{part!r} in {text!r} is not a part of a scheme such as w4g128-gptq-a8-kv4")
+        if weights and "bits" not in weights:
+            raise ConfigError(f"{text!r} says how to round weights but not to how many bits: add w4, say")
+        return replace(cls(), **found | ({"weights": Weights(**weights)} if weights else {}))
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether :func:`~spinpass.quantization.quantize` needs inputs."""
+        rounded = [w for w in (self.weights, *self.overrides.values()) if w is not None]
+        static = self.activations is not None and self.activations.static
+        return static or any(w.method == "gptq" for w in rounded)
+
+    def weights_of(self, fqn: str, *, head: bool) -> Weights | None:
+        """How a linear layer's weight of this name is quantized, None if not at all."""
+        if self.excludes(fqn):
+            return None
+        chosen = next((w for pattern, w in self.overrides.items() if fnmatchcase(fqn, pattern)), None)
+        return chosen or (self.head if head else self.weights)
+
+    def excludes(self, fqn: str) -> bool:
+        """The name matches a pattern of ``exclude``."""
+        return any(fnmatchcase(fqn, pattern) for pattern in self.exclude)

@@ -1,0 +1,102 @@
+"""Integers with scales: rounding to nearest on the range of least squared error, and back.
+
+A weight matrix is (out, in), groups lie along ``in``:  w ≈ (q − z)·s,  with q and z in 0 … 2^bits − 1. Symmetric grids
+have z = 2^(bits−1) everywhere, so that −max … max·(1 − 2^(1−bits)) is covered and zero is exact.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .config import Weights
+
+_SHRUNK = 40  # ranges that are tried, from 100% of the largest weight downwards
+_SMALLEST = 0.25  # of it: 2-bit grids cut deep
+
+
+@dataclass(frozen=True)
+class Codes:
+    """A quantized matrix. ``q``: uint8 (out, in); ``scales``: (out, groups) in the weight's dtype; ``zeros``: uint8
+    (out, groups); ``order``: the group of every column, None where they lie side by side.
+    """
+
+    q: Tensor
+    scales: Tensor
+    zeros: Tensor
+    bits: int
+    symmetric: bool
+    order: Tensor | None = None
+
+    @property
+    def group_of(self) -> Tensor:
+        """The group of every column, int64 (in,)."""
+        if self.order is not None:
+            return self.order
+        columns, groups = self.q.shape[1], self.scales.shape[1]
+        return torch.arange(columns) // -(-columns // groups)
+
+    def dequantized(self) -> Tensor:
+        """(q − z)·s in the scales' dtype, (out, in): one product per weight, as a kernel computes it."""
+        at = self.group_of
+        return (self.q.to(self.scales.dtype) - self.zeros.to(self.scales.dtype)[:, at]) * self.scales[:, at]
+
+    @property
+    def nbytes(self) -> int:
+        """Packed: ``bits`` per weight, scales, and zero points of ``bits`` where there are any."""
+        zeros = 0 if self.symmetric else self.zeros.numel() * self.bits // 8
+        return self.q.numel() * self.bits // 8 + self.scales.nbytes + zeros
+
+
+def rounded(matrix: Tensor, scheme: Weights, importance: Tensor | None = None) -> Codes:
+    """Round a float matrix (out, in) to nearest. ``importance`` (in,) weighs the columns' squared errors when the range
+    is chosen. A last group may be shorter.
+    """
+    size = scheme.group_size or matrix.shape[1]
+    parts = torch.split(matrix, size, 1)
+    weights = [None] * len(parts) if importance is None else list(torch.split(importance, size))
+    ranges = [chosen_range(part, scheme, weight) for part, weight in zip(parts, weights)]
+    scales = torch.stack([s for s, _ in ranges], 1)
+    zeros = torch.stack([z for _, z in ranges], 1)
+    q = torch.cat([to_codes(part, s, z, scheme.bits) for part, (s, z) in zip(parts, ranges)], 1)
+    return Codes(q.to(torch.uint8), scales.to(matrix.dtype), zeros.to(torch.uint8), scheme.bits, scheme.symmetric)
+
+
+def chosen_range(part: Tensor, scheme: Weights, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(scale, zero point), each (out,), of one group (out, size)."""
+    levels = 2**scheme.bits - 1
+    low, high = part.amin(1).clamp(max=0), part.amax(1).clamp(min=0)
+    if scheme.symmetric:
+        high = torch.maximum(-low, high)
+        low = -high
+    best_scale, best_zero = _grid(low, high, levels, scheme.symmetric)
+    if not scheme.clip:
+        return best_scale, best_zero
+    least = _error(part, best_scale, best_zero, scheme.bits, importance)
+    for step in range(1, _SHRUNK):
+        shrink = 1 - (1 - _SMALLEST) * step / _SHRUNK
+        scale, zero = _grid(low * shrink, high * shrink, levels, scheme.symmetric)
+        error = _error(part, scale, zero, scheme.bits, importance)
+        better = error < least
+        least = torch.where(better, error, least)
+        best_scale, best_zero = torch.where(better, scale, best_scale), torch.where(better, zero, best_zero)
+    return best_scale, best_zero
+
+
+def to_codes(values: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
+    """Codes 0 … 2^bits − 1 of values (out, size), as floats."""
+    return (values / scale[:, None] + zero[:, None]).round_().clamp_(0, 2**bits - 1)
+
+
+def _grid(low: Tensor, high: Tensor, levels: int, symmetric: bool) -> tuple[Tensor, Tensor]:
+    scale = (high - low) / levels
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    zero = torch.full_like(scale, (levels + 1) / 2) if symmetric else (-low / scale).round().clamp(0, levels)
+    return scale, zero
+
+
+def _error(part: Tensor, scale: Tensor, zero: Tensor, bits: int, importance: Tensor | None) -> Tensor:
+    error = (to_codes(part, scale, zero, bits) - zero[:, None]) * scale[:, None] - part
+    return (error.square() if importance is None else error.square() * importance).sum(1)

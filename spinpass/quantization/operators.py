@@ -1,0 +1,54 @@
+"""Rounding of computed values, as operators of the graph:  x ≈ (q − z)·s, returned in the dtype of x.
+
+``spinpass::round_tokens(x, bits, symmetric)``: a range for every vector of the last axis, found as it comes.
+``spinpass::round_tensor(x, scale, zero, bits)``: one given range. Importing this module registers both. They
+simulate: an integer kernel computes the same values.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+@torch.library.custom_op(
+    "spinpass::round_tokens", mutates_args=(), schema="(Tensor x, int bits, bool symmetric) -> Tensor"
+)
+def round_tokens(x: Tensor, bits: int, symmetric: bool) -> Tensor:
+    """Symmetric: codes −2^(bits−1)+1 … 2^(bits−1)−1, scale max|x| / (2^(bits−1)−1). Otherwise codes 0 … 2^bits−1 over
+    min(x, 0) … max(x, 0). Computed in float32, or float64 for float64.
+    """
+    wide = x if x.dtype == torch.float64 else x.float()
+    if symmetric:
+        top = 2 ** (bits - 1) - 1
+        scale = wide.abs().amax(-1, keepdim=True) / top
+        scale = torch.where(scale > 0, scale, 1.0)
+        result = (wide / scale).round_().clamp_(-top, top).mul_(scale)
+    else:
+        top = 2**bits - 1
+        low, high = wide.amin(-1, keepdim=True).clamp(max=0), wide.amax(-1, keepdim=True).clamp(min=0)
+        scale = (high - low) / top
+        scale = torch.where(scale > 0, scale, 1.0)
+        zero = (-low / scale).round_()
+        result = (wide / scale).round_().add_(zero).clamp_(0, top).sub_(zero).mul_(scale)
+    return torch.empty_like(x).copy_(result)
+
+
+@torch.library.custom_op(
+    "spinpass::round_tensor", mutates_args=(), schema="(Tensor x, Tensor scale, Tensor zero, int bits) -> Tensor"
+)
+def round_tensor(x: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
+    """Codes 0 … 2^bits − 1 for one scale and one zero point, scalars."""
+    wide = x if x.dtype == torch.float64 else x.float()
+    result = (wide / scale).round_().add_(zero).clamp_(0, 2**bits - 1).sub_(zero).mul_(scale)
+    return torch.empty_like(x).copy_(result)
+
+
+@round_tokens.register_fake
+def _tokens_fake(x: Tensor, bits: int, symmetric: bool) -> Tensor:
+    return torch.empty_like(x)
+
+
+@round_tensor.register_fake
+def _tensor_fake(x: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
+    return torch.empty_like(x)

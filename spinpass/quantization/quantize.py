@@ -1,0 +1,307 @@
+"""quantize:  program, configuration, calibration inputs  ->  a program that computes as the quantized one would.
+
+Roundings of activations and caches become nodes of the graph; weights become the constants that their integers stand
+for, and the integers are returned beside the program. With calibration inputs one run through the graph does all that
+depends on them (:mod:`.lockstep`): every layer is calibrated on what the quantized layers before it return.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.fx import Node
+
+from ..errors import ConfigError
+from ..passes.functionalize import open_program
+from ..program import ProgramEditor, shape
+from . import operators
+from .config import QuantizationConfig, Weights
+from .gptq import gptq
+from .grid import Codes, rounded
+from .lockstep import run_in_lockstep
+from .sites import WeightSite, cache_sites, table_sites, weight_sites
+
+Progress = Callable[[int, int], None]
+_ORIGIN = "quantization"
+_SAMPLED = 1 << 18  # values of a tensor that its static range is chosen on
+_RANGES, _SHRINK = 60, 0.93  # how many ranges are tried, and the ratio of one to the one before
+_EXTREMES = 256  # the smallest and largest values, which a sample would miss
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """One weight: its integers, the axis of the constant that was contracted, and the relative error.
+
+    ``error``: ‖X(W − Ŵ)ᵀ‖² / ‖X Wᵀ‖² on the calibration inputs, ‖W − Ŵ‖² / ‖W‖² without any.
+    """
+
+    codes: Codes
+    dim: int
+    scheme: Weights
+    error: float
+
+
+@dataclass(frozen=True)
+class QuantizationReport:
+    """What was quantized, and why the rest was not. ``bytes_before`` and ``bytes_after``: of all constants."""
+
+    weights: Mapping[str, QuantizedWeight]
+    activations: tuple[str, ...]
+    caches: tuple[str, ...]
+    kept: Mapping[str, str]
+    bytes_before: int
+    bytes_after: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able, without the integers."""
+        weights = {
+            name: asdict(w.scheme) | {"error": w.error, "bytes": w.codes.nbytes} for name, w in self.weights.items()
+        }
+        return {
+            "weights": weights,
+            "activations": list(self.activations),
+            "caches": list(self.caches),
+            "kept": dict(self.kept),
+            "bytes_before": self.bytes_before,
+            "bytes_after": self.bytes_after,
+        }
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A simulated quantized program and what was done to it."""
+
+    program: ExportedProgram
+    report: QuantizationReport
+
+
+def quantize(
+    program: ExportedProgram,
+    config: QuantizationConfig | str,
+    calibration: Sequence[object] = (),
+    *,
+    progress: Progress | None = None,
+) -> Quantized:
+    """Quantize a floating-point program, rotated or not. The program is not changed.
+
+    Args:
+        program: of a language model, as :func:`spinpass.transform` takes and returns it.
+        config: what to quantize; a string is parsed by :meth:`QuantizationConfig.parse`.
+        calibration: inputs of the program, each as ``program.example_inputs`` has them or by name; GPTQ and static
+            ranges are made on all of them together.
+        progress: called with (steps done, all steps) while weights are rounded.
+
+    Raises:
+        ConfigError: calibration inputs are needed and there are none, or they do not fit the program; a group size
+            that does not divide a weight's contracted axis; nothing in the program to quantize.
+    """
+    chosen = QuantizationConfig.parse(config) if isinstance(config, str) else config
+    if chosen.needs_calibration and not calibration:
+        raise ConfigError("GPTQ and static activations need calibration inputs; give some, or use method='rtn'")
+    editor = open_program(program)
+    work = _Work(editor, chosen)
+    if not (work.weights or work.tables or work.activations or work.caches):
+        raise ConfigError("there is nothing to quantize: " + "; ".join(work.kept.values() or ["no linear layers"]))
+    prepared = editor.finish()
+    calibrator = _Calibrator(prepared, work)
+    if calibration:
+        run_in_lockstep(prepared, calibration, calibrator.watches(), progress)
+    calibrator.rest(progress if not calibration else None)
+    result = ProgramEditor(prepared)
+    by_name = {n.name: n for n in result.nodes if n.op == "placeholder"}
+    for name, tensor in calibrator.changed.items():
+        result.queue(by_name[name], lambda _, new=tensor: new.double())  # type: ignore[misc]
+    return Quantized(result.finish(), calibrator.report(program))
+
+
+class _Work:
+    """The sites of a configuration; roundings of computed values are put into the graph."""
+
+    def __init__(self, editor: ProgramEditor, config: QuantizationConfig) -> None:
+        self.editor, self.config = editor, config
+        sites, self.kept = weight_sites(editor)
+        self.weights: list[tuple[WeightSite, Weights]] = []
+        self.static: dict[str, tuple[str, str, str]] = {}  # rounding node -> operand, scale, zero point
+        self.activations: list[str] = []
+        self.fqns = {site.weight.name: editor.fqn(site.weight) for site in sites}
+        self.caches = [self._round_cache(node) for node in cache_sites(editor)] if config.cache else []
+        rounded_already: dict[Node, Node] = {}
+        for site in sites:
+            fqn = self.fqns[site.weight.name]
+            scheme = config.weights_of(fqn, head=site.head)
+            if scheme is not None:
+                self._check_group(site, scheme, fqn)
+                self.weights.append((site, scheme))
+            else:
+                self.kept[site.linear.name] = "excluded" if config.excludes(fqn) else "not asked for"
+            if config.activations is None or config.excludes(fqn) or (site.head and config.head is None):
+                continue
+            if site.operand not in rounded_already:
+                rounded_already[site.operand] = self._round_activation(site.operand)
+            site.linear.replace_input_with(site.operand, rounded_already[site.operand])
+        self.inputs = {s.linear.name: rounded_already.get(s.operand, s.operand).name for s in sites}
+        self.tables = [] if config.embedding is None else [(t, config.embedding) for t in table_sites(editor)]
+        self.fqns |= {table.name: editor.fqn(table) for table, _ in self.tables}
+
+    def _check_group(self, site: WeightSite, scheme: Weights, fqn: str) -> None:
+        size = shape(site.weight)[site.dim]
+        if scheme.group_size is not None and isinstance(size, int) and size % scheme.group_size:
+            raise ConfigError(
+                f"{fqn} contracts {size} inputs, which groups of {scheme.group_size} do not divide; choose another "
+                "group_size, or one for this weight in overrides"
+            )
+
+    def _round_activation(self, node: Node) -> Node:
+        scheme = self.config.activations
+        assert scheme is not None
+        if not scheme.static:
+            made = self._call("round_tokens", node, scheme.bits, scheme.is_symmetric)
+        else:
+            scale, zero = (
+                self.editor.add_constant(f"spinpass.{node.name}.{what}", torch.tensor(start))
+                for what, start in (("scale", 1.0), ("zero_point", 0.0))
+            )
+            made = self._call("round_tensor", node, scale, zero, scheme.bits)
+            self.static[made.name] = (node.name, scale.name, zero.name)
+        self.activations.append(made.name)
+        return made
+
+    def _round_cache(self, node: Node) -> str:
+        scheme = self.config.cache
+        assert scheme is not None
+        users = list(node.users)
+        made = self._call("round_tokens", node, scheme.bits, scheme.symmetric)
+        self.editor.replace(node, made, users)
+        return made.name
+
+    def _call(self, name: str, node: Node, *args: Any) -> Node:
+        target = getattr(torch.ops.spinpass, name).default
+        return self.editor.call(target, node, *args, after=node, origin=_ORIGIN)
+
+
+@dataclass
+class _Calibrator:
+    """Rounds the weights of a prepared program: those that inputs reach when they come by, the rest at the end."""
+
+    program: ExportedProgram
+    work: _Work
+    changed: dict[str, Tensor] = field(default_factory=dict)  # by placeholder name
+    done: dict[str, QuantizedWeight] = field(default_factory=dict)  # by FQN
+    _hessians: dict[str, Tensor] = field(default_factory=dict)
+
+    def watches(self) -> dict[str, tuple[str, Callable[[list[Tensor]], Mapping[str, Tensor]]]]:
+        """What to do at which node, see :func:`run_in_lockstep`."""
+        found: dict[str, tuple[str, Callable[[list[Tensor]], Mapping[str, Tensor]]]] = {}
+        for name, (operand, scale, zero) in self.work.static.items():
+            found[name] = (operand, lambda values, s=scale, z=zero: self._static(values, s, z))  # type: ignore[misc]
+        for site, scheme in self.work.weights:
+            operand = self.work.inputs[site.linear.name]
+            found[site.linear.name] = (
+                operand,
+                lambda values, s=site, how=scheme, x=operand: self._weight(s, how, self._hessian(x, values, s)),  # type: ignore[misc]
+            )
+        return found
+
+    def rest(self, progress: Progress | None) -> None:
+        """Round to nearest what no calibration input has reached, and the tables."""
+        todo = [(s.weight.name, s.dim, how) for s, how in self.work.weights]
+        todo += [(table.name, 1, how) for table, how in self.work.tables]
+        for k, (name, dim, scheme) in enumerate(todo):
+            if self.work.fqns[name] not in self.done:
+                self._round(name, dim, scheme, None)
+            if progress is not None:
+                progress(k + 1, len(todo))
+
+    def report(self, source: ExportedProgram) -> QuantizationReport:
+        """What was done."""
+        before = sum(t.nbytes for t in source.state_dict.values())
+        saved = sum(
+            source.state_dict[n].nbytes - w.codes.nbytes for n, w in self.done.items() if n in source.state_dict
+        )
+        work = self.work
+        return QuantizationReport(
+            self.done, tuple(work.activations), tuple(work.caches), work.kept, before, before - saved
+        )
+
+    def _hessian(self, operand: str, values: list[Tensor], site: WeightSite) -> Tensor | None:
+        """XᵀX over all inputs; None for weights with more axes than two, whose tokens are dealt out."""
+        if len(shape(site.weight)) != 2:
+            return None
+        if operand not in self._hessians:
+            self._hessians.clear()  # only neighbours share an input
+            width = values[0].shape[-1]
+            total = torch.zeros(width, width, dtype=torch.float64)
+            for x in values:
+                flat = x.reshape(-1, width).float()
+                total += (flat.T @ flat).double()
+            self._hessians[operand] = total
+        return self._hessians[operand]
+
+    def _weight(self, site: WeightSite, scheme: Weights, hessian: Tensor | None) -> Mapping[str, Tensor]:
+        name = site.weight.name
+        if self.work.fqns[name] in self.done:  # read before, by another layer
+            return {}
+        self._round(name, site.dim, scheme, hessian)
+        return {name: self.changed[name]}
+
+    def _round(self, name: str, dim: int, scheme: Weights, hessian: Tensor | None) -> None:
+        stored = self._constant(name)
+        moved = stored.movedim(dim, -1)
+        matrix = moved.reshape(-1, moved.shape[-1]).float()
+        if scheme.method == "gptq" and hessian is not None:
+            codes = gptq(matrix, hessian, scheme)
+        else:
+            codes = rounded(matrix, scheme)
+        result = codes.dequantized()
+        self.changed[name] = result.reshape(moved.shape).movedim(-1, dim).to(stored.dtype).contiguous()
+        off = result - matrix
+        if hessian is None:
+            error = float(off.square().sum() / matrix.square().sum().clamp_min(1e-30))
+        else:
+            h = hessian.float()
+            error = float(((off @ h) * off).sum() / ((matrix @ h) * matrix).sum().clamp_min(1e-30))
+        self.done[self.work.fqns[name]] = QuantizedWeight(codes, dim, scheme, error)
+
+    def _static(self, values: list[Tensor], scale: str, zero: str) -> Mapping[str, Tensor]:
+        assert self.work.config.activations is not None
+        bits, symmetric = self.work.config.activations.bits, self.work.config.activations.is_symmetric
+        s, z = static_range(values, bits, symmetric)
+        self.changed |= {scale: s, zero: z}
+        return {scale: s, zero: z}
+
+    def _constant(self, name: str) -> Tensor:
+        spec = next(s for s in self.program.graph_signature.input_specs if s.arg.name == name)
+        assert spec.target is not None
+        stored: Any = self.program.state_dict.get(spec.target, self.program.constants.get(spec.target))
+        return stored.detach()  # type: ignore[no-any-return]
+
+
+def static_range(values: Sequence[Tensor], bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
+    """(scale, zero point), float32 scalars, of the range of least squared error over ``values``; the whole range is one
+    of those tried, and the largest values are always among those that count.
+    """
+    flat = torch.cat([v.flatten().float() for v in values])
+    low, high = flat.min().clamp(max=0), flat.max().clamp(min=0)
+    if symmetric:
+        high = torch.maximum(-low, high)
+        low = -high
+    stride = -(-flat.numel() // _SAMPLED)
+    count = min(_EXTREMES, flat.numel())
+    parts = ((flat[::stride], stride), (flat.topk(count).values, 1), (flat.topk(count, largest=False).values, 1))
+    top = 2**bits - 1
+    best, least = (torch.tensor(1.0), torch.tensor(0.0)), float("inf")
+    for step in range(_RANGES):
+        shrink = _SHRINK**step
+        scale = ((high - low) * shrink / top).clamp_min(torch.finfo(torch.float32).tiny)
+        zero = torch.tensor((top + 1) / 2) if symmetric else (-low * shrink / scale).round()
+        error = sum(
+            weight * float((operators.round_tensor(x, scale, zero, bits) - x).square().sum()) for x, weight in parts
+        )
+        if error < least:
+            best, least = (scale, zero), error
+    return best
