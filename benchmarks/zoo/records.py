@@ -35,7 +35,8 @@ FAILURES = (CHANGED, UNTYPED, BROKEN, DIED)
 _ZOO = Path(__file__).parent
 _BUILDING = ("shrink.py", "overrides.py", "models.py", "export.py")
 _MEASURING = ("structure.py", "decoding.py", "measure.py")
-_NOT_THE_PASS = ("exporters", "console.py", "cli.py", "commands.py", "options.py", "runtime.py", "evaluation.py")
+_NOT_THE_PASS = ("exporters", "quantization", "console.py", "cli.py", "commands.py", "options.py", "runtime.py",
+                 "evaluation.py", "scoring.py")  # fmt: skip
 
 
 def record_path(arch: str, variant: str, out: Path = OUT) -> Path:
@@ -77,7 +78,7 @@ def sources() -> dict[str, str]:
 
 @cache
 def pass_version() -> str:
-    """A hash of the sources of the pass; the command line and the exporters are left out."""
+    """A hash of the sources of the pass; exporters, quantization and the command line are left out."""
     package = Path(spinpass.__file__).parent
     return _digest(p for p in package.rglob("*.py") if p.relative_to(package).parts[0] not in _NOT_THE_PASS)
 
