@@ -96,9 +96,17 @@ def quantize_4bit(
     """
     _check_options(block_size, accuracy_level, head_bits, table_bits)
     origin, target = model_path(source), model_path(destination)
-    model = _load(origin)
-    work = _Work(model.graph, block_size, symmetric, accuracy_level, head_bits, table_bits, frozenset(keep))
+    model = load(origin)
+    work = Work(model.graph, block_size, symmetric, accuracy_level, head_bits, table_bits, frozenset(keep))
     work.run()
+    return write(model, work, source, target, external_data)
+
+
+def write(
+    model: ir.Model, work: Work, source: str | Path, target: Path, external_data: bool | None
+) -> QuantizeReport:
+    """Store a model whose nodes ``work`` has replaced, whole or not at all; see :func:`quantize_4bit`."""
+    origin = model_path(source)
     if not (work.matmuls or work.heads or work.tables):
         reasons = "; ".join(work.kept) or "it multiplies by no constant matrix"
         raise ExportError(f"there is nothing to quantize in {origin}: {reasons}")
@@ -133,7 +141,7 @@ def _check_options(block_size: int, accuracy_level: int, head_bits: int | None, 
             raise ConfigError(f"{name} {bits} is not 4, 8 or None")
 
 
-def _load(path: Path) -> ir.Model:
+def load(path: Path) -> ir.Model:
     if not path.is_file():
         raise ExportError(f"there is no ONNX model at {path}")
     try:
@@ -158,17 +166,18 @@ def _companions(source: str | Path, origin: Path) -> Iterator[Path]:
 
 
 @dataclass(frozen=True)
-class _Packed:
+class Packed:
     """A quantized matrix of N columns and K rows, as the inputs of ``MatMulNBits``."""
 
     rows: int
     columns: int
     bits: int
+    block_size: int
     inputs: tuple[ir.Value, ...]  # packed (N, blocks, bytes), scales (N, blocks), zero points
 
 
 @dataclass
-class _Work:
+class Work:
     """One pass over the nodes of a graph, and what it counted."""
 
     graph: ir.Graph
@@ -183,7 +192,7 @@ class _Work:
     tables: int = 0
     shared: int = 0
     kept: list[str] = field(default_factory=list)
-    _packed: dict[tuple[str, bool, int], _Packed] = field(default_factory=dict)
+    packed: dict[tuple[str, bool, int], Packed] = field(default_factory=dict)
 
     def run(self) -> None:
         nodes = [node for node in self.graph if node.domain in ("", "ai.onnx")]
@@ -200,13 +209,13 @@ class _Work:
         if x is None or constant is None:
             return
         head = _is_head(node)
-        bits = self.head_bits if head else 4
+        bits = self.bits_of(constant, by_column, head)
         reason = self._why_keep(constant, bits, rank=2)
         if reason or bits is None:
             self.kept.append(f"{constant.name}: {reason}")
             return
         packed = self._pack(constant, by_column, bits)
-        attributes = {"K": packed.rows, "N": packed.columns, "bits": bits, "block_size": self.block_size}
+        attributes = {"K": packed.rows, "N": packed.columns, "bits": bits, "block_size": packed.block_size}
         if self.accuracy_level:
             attributes["accuracy_level"] = self.accuracy_level
         self._replace(node, "MatMulNBits", (x, *packed.inputs), attributes)
@@ -215,6 +224,14 @@ class _Work:
         else:
             self.matmuls += 1
 
+    def bits_of(self, constant: ir.Value, by_column: bool, head: bool) -> int | None:
+        """How many bits a matrix gets; None keeps it."""
+        return self.head_bits if head else 4
+
+    def table_bits_of(self, constant: ir.Value) -> int | None:
+        """How many bits a table gets; None keeps it."""
+        return self.table_bits
+
     def _gather(self, node: ir.Node) -> None:
         table, indices = node.inputs
         if table is None or not table.is_initializer() or table.dtype not in _FLOATS or len(table.shape or ()) != 2:
@@ -222,18 +239,18 @@ class _Work:
         axis = node.attributes.get("axis")
         if axis is not None and axis.as_int() != 0:
             return
-        bits = self.table_bits
+        bits = self.table_bits_of(table)
         reason = self._why_keep(table, bits, rank=2)
-        if not reason and _static(table)[1] % self.block_size:
+        if not reason and self.block_size and _static(table)[1] % self.block_size:
             reason = f"its rows of {_static(table)[1]} are no multiple of the block size {self.block_size}"
         if reason or bits is None:
             self.kept.append(f"{table.name}: {reason}")
             return
-        self.shared += (str(table.name), True, bits) in self._packed
+        self.shared += (str(table.name), True, bits) in self.packed
         packed = self._pack(table, True, bits)
-        flat = ir.node("Reshape", [packed.inputs[0], self._constant("rows", np.array([packed.columns, -1], np.int64))])
+        flat = ir.node("Reshape", [packed.inputs[0], self.constant("rows", np.array([packed.columns, -1], np.int64))])
         self.graph.insert_before(node, flat)
-        attributes = {"bits": bits, "block_size": self.block_size, "gather_axis": 0, "quantize_axis": 1}
+        attributes = {"bits": bits, "block_size": packed.block_size, "gather_axis": 0, "quantize_axis": 1}
         inputs = (flat.outputs[0], indices, *packed.inputs[1:])
         self._replace(node, "GatherBlockQuantized", inputs, attributes)
         self.tables += 1
@@ -248,27 +265,28 @@ class _Work:
             return f"its shape {list(shape)} is not that of a matrix"
         return f"its shape {list(shape)} is smaller than a block" if max(shape) < self.block_size else ""
 
-    def _pack(self, constant: ir.Value, by_column: bool, bits: int) -> _Packed:
+    def _pack(self, constant: ir.Value, by_column: bool, bits: int) -> Packed:
         """Quantize along the contracted axis: rows, or the columns of a constant that is used transposed. Once per
         constant."""
         key = (str(constant.name), by_column, bits)
-        if key not in self._packed:
-            self._packed[key] = self._quantize(constant, by_column, bits)
-        return self._packed[key]
+        if key not in self.packed:
+            self.packed[key] = self.quantized(constant, by_column, bits)
+        return self.packed[key]
 
-    def _quantize(self, constant: ir.Value, by_column: bool, bits: int) -> _Packed:
+    def quantized(self, constant: ir.Value, by_column: bool, bits: int) -> Packed:
+        """The integers of a constant, as constants of the graph."""
         assert constant.const_value is not None
         array = constant.const_value.numpy()
         matrix = np.ascontiguousarray((array.T if by_column else array).astype(np.float32))
         data, scales, zero_points = _round_to_nearest(matrix, self.block_size, self.symmetric, bits)
         kind = ml_dtypes.bfloat16 if constant.dtype == ir.DataType.BFLOAT16 else array.dtype
         name = f"{constant.name}{'.T' if by_column else ''}.q{bits}"
-        inputs = [self._constant(name, data), self._constant(f"{name}.scales", scales.astype(kind))]
+        inputs = [self.constant(name, data), self.constant(f"{name}.scales", scales.astype(kind))]
         if not self.symmetric:
-            inputs.append(self._constant(f"{name}.zero_points", zero_points))
-        return _Packed(matrix.shape[0], matrix.shape[1], bits, tuple(inputs))
+            inputs.append(self.constant(f"{name}.zero_points", zero_points))
+        return Packed(matrix.shape[0], matrix.shape[1], bits, self.block_size, tuple(inputs))
 
-    def _constant(self, name: str, array: np.ndarray[Any, Any]) -> ir.Value:
+    def constant(self, name: str, array: np.ndarray[Any, Any]) -> ir.Value:
         unique = name
         while unique in self.graph.initializers:
             unique += "_"

@@ -1,0 +1,146 @@
+"""Integer weights for ONNX Runtime from integers that exist: what :func:`spinpass.quantization.quantize` found goes
+into ``MatMulNBits`` and ``GatherBlockQuantized`` as it is, without another rounding.
+
+The kernels take blocks of 16 to 256 weights. One scale per output channel, or a group of several blocks, is the same
+scale repeated; the values (q − z)·s are those of the simulated program, bit for bit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from spinpass.errors import ConfigError, ExportError
+from spinpass.quantization.quantize import QuantizedWeight
+
+from .onnx_paths import model_path
+from .onnx_quantize import Packed, QuantizeReport, Work, load, write
+
+_BITS = (2, 4, 8)
+_BLOCKS = (256, 128, 64, 32, 16)
+
+
+def pack_weights(
+    source: str | Path,
+    destination: str | Path,
+    weights: Mapping[str, QuantizedWeight],
+    *,
+    accuracy_level: int = 0,
+    external_data: bool | None = None,
+) -> QuantizeReport:
+    """Write a copy of an ONNX model whose constants of these names are integers.
+
+    Args:
+        source, destination: an ``.onnx`` file, or a folder with ``model.onnx``, whose other files are copied. The model
+            is that of the quantized program: its constants must be what the integers stand for.
+        weights: by parameter name, as in the report of :func:`spinpass.quantization.quantize`, of 2, 4 or 8 bits.
+        accuracy_level: how ``MatMulNBits`` computes: 0 in the model's dtype (weight-only), 4 with activations rounded
+            to int8 per block as they come.
+        external_data: as in :func:`spinpass.exporters.onnx.export`.
+
+    Raises:
+        ConfigError: a weight of 3 bits, an accuracy level out of range.
+        ExportError: no readable model at ``source``; it has no product or lookup of what the integers of a weight
+            stand for; ``destination`` cannot be written. Nothing is left behind.
+    """
+    if accuracy_level not in range(5):
+        raise ConfigError(f"accuracy_level {accuracy_level} is not one of 0, 1, 2, 3, 4")
+    odd = sorted(name for name, w in weights.items() if w.codes.bits not in _BITS)
+    if odd:
+        raise ConfigError(f"{odd[0]} has {weights[odd[0]].codes.bits} bits; MatMulNBits takes 2, 4 or 8")
+    model = load(model_path(source))
+    named = {_digest(w.codes.dequantized()): name for name, w in weights.items()}
+    work = _Packing(model.graph, 0, True, accuracy_level, None, None, frozenset(), weights=weights, named=named)
+    work.run()
+    left = sorted(set(weights) - work.found)
+    if left:
+        where, name = model_path(source), left[0]
+        raise ExportError(
+            f"no matrix product or table lookup of {where} has the constant that the integers of {name} stand for; "
+            "export the program that quantize returned"
+        )
+    return write(model, work, source, model_path(destination), external_data)
+
+
+@dataclass
+class _Packing(Work):
+    """Replaces the products and lookups of constants whose integers are given. Exporters rename and transpose
+    constants, so they are known by their values: ``named`` has the weights by a digest of those.
+    """
+
+    weights: Mapping[str, QuantizedWeight] = field(default_factory=dict)
+    named: Mapping[bytes, str] = field(default_factory=dict)
+    found: set[str] = field(default_factory=set)
+
+    def bits_of(self, constant: ir.Value, by_column: bool, head: bool) -> int | None:
+        name = self._name(constant, by_column)
+        return None if name is None else self.weights[name].codes.bits
+
+    def table_bits_of(self, constant: ir.Value) -> int | None:
+        return self.bits_of(constant, True, False)
+
+    def quantized(self, constant: ir.Value, by_column: bool, bits: int) -> Packed:
+        name = self._name(constant, by_column)
+        assert name is not None and constant.const_value is not None  # by its bits
+        self.found.add(name)
+        weight = self.weights[name]
+        rows, columns = weight.codes.q.shape
+        block = block_size(weight)
+        q, scales, zeros = blocks(weight, block)
+        kind = ml_dtypes.bfloat16 if constant.dtype == ir.DataType.BFLOAT16 else constant.const_value.numpy().dtype
+        label = f"{name}.q{bits}"
+        inputs = [
+            self.constant(label, packed_bits(q, bits).reshape(rows, q.shape[1] // block, -1)),
+            self.constant(f"{label}.scales", scales.float().numpy().astype(kind)),
+        ]
+        if not weight.codes.symmetric:
+            inputs.append(self.constant(f"{label}.zero_points", packed_bits(zeros, bits)))
+        return Packed(columns, rows, bits, block, tuple(inputs))
+
+    def _name(self, constant: ir.Value, by_column: bool) -> str | None:
+        if constant.const_value is None or len(constant.const_value.shape) != 2:
+            return None
+        stored = torch.from_numpy(np.array(constant.const_value.numpy()).astype(np.float32))
+        return self.named.get(_digest(stored if by_column else stored.T))
+
+
+def block_size(weight: QuantizedWeight) -> int:
+    """The largest block that no group border cuts; for one group per row, the one that wastes fewest weights."""
+    columns, groups = weight.codes.q.shape[1], weight.codes.scales.shape[1]
+    if groups > 1:
+        return -(-columns // groups)
+    return min(_BLOCKS, key=lambda b: (-(-columns // b) * b, -b))
+
+
+def blocks(weight: QuantizedWeight, block: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(codes (out, in padded to blocks), scales (out, blocks), zero points (out, blocks)); padding stands for zero."""
+    codes = weight.codes
+    columns = codes.q.shape[1]
+    count = -(-columns // block)
+    at = codes.group_of[torch.arange(count) * block]
+    scales, zeros = codes.scales[:, at], codes.zeros[:, at]
+    q = torch.cat([codes.q, zeros[:, -1:].expand(-1, count * block - columns)], 1)
+    return q, scales, zeros
+
+
+def packed_bits(q: Tensor, bits: int) -> np.ndarray[Any, Any]:
+    """uint8 values below 2^bits, packed along the last axis, the first in the lowest bits; rows padded with zeros."""
+    per = 8 // bits
+    short = -q.shape[-1] % per
+    padded = torch.nn.functional.pad(q, (0, short)).reshape(*q.shape[:-1], -1, per).to(torch.int32)
+    shifted = padded << (torch.arange(per, dtype=torch.int32) * bits)
+    return np.asarray(shifted.sum(-1).to(torch.uint8))
+
+
+def _digest(matrix: Tensor) -> bytes:
+    """Of the values of a matrix (out, in), in float32."""
+    return hashlib.sha256(str(tuple(matrix.shape)).encode() + matrix.float().contiguous().numpy().tobytes()).digest()

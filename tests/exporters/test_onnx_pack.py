@@ -1,0 +1,136 @@
+"""Integers in ONNX Runtime: the values that its kernels multiply by are those of the simulated program, bit for bit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from spinpass.errors import ConfigError, ExportError
+from spinpass.execution import run
+from spinpass.exporters import onnx as exporter
+from spinpass.exporters.onnx_pack import block_size, blocks, pack_weights, packed_bits
+from spinpass.quantization import QuantizationConfig, Quantized, Weights, quantize
+from spinpass.quantization.grid import rounded
+from spinpass.quantization.quantize import QuantizedWeight
+
+VOCABULARY = 64
+
+
+class Layers(nn.Module):
+    """A table, two linears of which one has an odd width, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.up = nn.Embedding(VOCABULARY, 96), nn.Linear(96, 160)
+        self.down, self.head = nn.Linear(160, 96, bias=False), nn.Linear(96, VOCABULARY, bias=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        return self.head(x + self.down(nn.functional.gelu(self.up(x))))  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="module")
+def source() -> ExportedProgram:
+    return torch.export.export(Layers().eval(), (IDS,), dynamic_shapes={"ids": {1: torch.export.Dim.AUTO}})
+
+
+IDS = torch.randint(VOCABULARY, (2, 32), generator=torch.Generator().manual_seed(1))
+
+
+def folder(tmp_path: Path, quantized: Quantized) -> Path:
+    exporter.export(quantized.program, tmp_path / "float")
+    return tmp_path / "float"
+
+
+def outputs(path: Path) -> Any:
+    session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return session.run(None, {session.get_inputs()[0].name: IDS.numpy()})[0]
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    ["w4g32-rtn-head8", "w4-rtn-head4", "w4g16-rtn-asym-head8-embed8", "w8-rtn-asym-head8", "w2g32-rtn", "w4g32-gptq"],
+)
+def test_the_kernels_compute_what_the_simulation_does(tmp_path: Path, source: ExportedProgram, scheme: str) -> None:
+    made = quantize(source, scheme, [(IDS,)])
+    report = pack_weights(folder(tmp_path, made), tmp_path / "packed", made.report.weights)
+    assert report.matmuls + report.heads + report.tables == len(made.report.weights)
+    expected = run(made.program, (IDS,))[0].numpy()
+    assert np.abs(outputs(report.path) - expected).max() < 2e-5 * np.abs(expected).max()
+    assert report.bytes_after < report.bytes_before
+
+
+@pytest.mark.parametrize(
+    ("bits", "group", "symmetric"), [(4, 32, True), (4, None, True), (8, 16, False), (2, 32, False), (4, None, False)]
+)
+def test_dequantized_values_are_equal_bit_for_bit(
+    tmp_path: Path, bits: int, group: int | None, symmetric: bool
+) -> None:
+    class Single(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.linear = nn.Linear(160, 160, bias=False), nn.Linear(160, 24, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(self.first(x))  # type: ignore[no-any-return]
+
+    torch.manual_seed(2)
+    module = Single().eval()
+    with torch.no_grad():
+        module.first.weight.copy_(torch.eye(160))
+    program = torch.export.export(module, (torch.eye(160)[None],))
+    how = Weights(bits, group, symmetric, "rtn")
+    made = quantize(program, QuantizationConfig(weights=None, head=how))
+    report = pack_weights(folder(tmp_path, made), tmp_path / "packed", made.report.weights)
+    session = ort.InferenceSession(report.path, providers=["CPUExecutionProvider"])
+    found = session.run(None, {session.get_inputs()[0].name: np.eye(160, dtype=np.float32)[None]})[0]
+    assert np.array_equal(found[0], made.program.state_dict["linear.weight"].detach().T.numpy())
+
+
+def test_blocks_repeat_the_scale_of_a_row() -> None:
+    codes = rounded(torch.randn(3, 160), Weights(4, symmetric=False))
+    weight = QuantizedWeight(codes, 1, Weights(4), 0.0)
+    size = block_size(weight)
+    assert size == 32 and 160 % size == 0
+    q, scales, zeros = blocks(weight, size)
+    assert q.shape == (3, 160) and torch.equal(scales, codes.scales.expand(3, 5)) and zeros.shape == (3, 5)
+    narrow = replace(weight, codes=rounded(torch.randn(3, 40), Weights(4, symmetric=False)))
+    q, _, zeros = blocks(narrow, block_size(narrow))
+    assert q.shape == (3, 48) and torch.equal(q[:, 40:], zeros[:, -1:].expand(3, 8)), "padding stands for zero"
+
+
+def test_bits_are_packed_from_below() -> None:
+    assert packed_bits(torch.tensor([[1, 2, 3]], dtype=torch.uint8), 4).tolist() == [[0x21, 0x03]]
+    assert packed_bits(torch.tensor([[1, 2, 3, 0, 1]], dtype=torch.uint8), 2).tolist() == [[0b00111001, 1]]
+    assert packed_bits(torch.tensor([[200, 7]], dtype=torch.uint8), 8).tolist() == [[200, 7]]
+
+
+def test_a_model_with_other_constants_is_refused(tmp_path: Path, source: ExportedProgram) -> None:
+    made = quantize(source, "w4g32-rtn")
+    exporter.export(source, tmp_path / "original")
+    with pytest.raises(ExportError, match=r"integers of down\.weight stand for"):
+        pack_weights(tmp_path / "original", tmp_path / "packed", made.report.weights)
+    assert not (tmp_path / "packed").exists()
+    where = folder(tmp_path, made)
+    three = quantize(source, "w3-rtn")
+    with pytest.raises(ConfigError, match="has 3 bits"):
+        pack_weights(where, tmp_path / "packed", three.report.weights)
+    with pytest.raises(ConfigError, match="accuracy_level 5"):
+        pack_weights(where, tmp_path / "packed", made.report.weights, accuracy_level=5)
+
+
+def test_a_wrong_integer_is_caught(tmp_path: Path, source: ExportedProgram) -> None:
+    made = quantize(source, "w4g32-rtn")
+    weight = made.report.weights["up.weight"]
+    weight.codes.q[0, 0] ^= 1
+    with pytest.raises(ExportError, match=r"integers of up\.weight"):
+        pack_weights(folder(tmp_path, made), tmp_path / "packed", made.report.weights)
