@@ -21,8 +21,9 @@ from typer.core import TyperGroup
 from . import record
 from .certificate import Certificate
 from .config import RotationConfig
-from .console import Screen, Steps, certificate_table, plan_table, refusal_table
+from .console import Screen, Steps, certificate_table, comparison_table, plan_table, refusal_table
 from .errors import ConfigError, ExportError, SpinpassError
+from .eval_request import EvalRequest, Rotated
 from .exporters.files import staged
 from .exporters.loading import LoadedModel, load_model, load_program, save_program
 from .options import (
@@ -268,6 +269,36 @@ def verify(
         screen.show(certificate.verdict)
     if not certificate.ok:
         raise typer.Exit(1)
+
+
+@app.command("eval")
+def evaluate(
+    ctx: typer.Context,
+    model: Model,
+    text: Annotated[Path | None, typer.Option(help="UTF-8 text to score on; else Python's help texts.")] = None,
+    against: Annotated[str, typer.Option(help="Another model, the one to compare with.")] = "",
+    quantize: Annotated[str, typer.Option(help="Quantize MODEL first, say w4g128-a8-kv4; compared with itself.")] = "",
+    calibration: Annotated[Path | None, typer.Option(help="Text for GPTQ and static ranges.")] = None,
+    rotate_form: Annotated[Rotated, typer.Option("--rotate", help="Rotate MODEL before, with R1 in this form.")] = "no",
+    windows: Annotated[int, typer.Option(help="How many windows of the text.")] = 16,
+    length: Annotated[int, typer.Option(help="Tokens per window.")] = 512,
+    tokenizer: Annotated[str, typer.Option(help="Folder of the tokenizer, where MODEL has none.")] = "",
+    as_json: AsJson = False,
+    verbose: Verbose = 0,
+) -> None:
+    """Perplexity of MODEL: a model folder, a hub name, GGUF, .pt2, or a folder that ONNX Runtime runs.
+
+    With --against, --quantize or --rotate also how it differs from the other or from what it was: the paired ratio of
+    perplexities, how often both would say the same token, and the divergence of their predictions.
+    """
+    screen = _screen(ctx, as_json, verbose)
+    request = EvalRequest(model, against, quantize, calibration, rotate_form, text, windows, length, tokenizer)
+    with screen.steps() as steps:
+        found = request.run(steps)
+    if as_json:
+        screen.document({"model": model, "windows": windows, "length": length} | found.to_dict())
+    else:
+        screen.show(comparison_table(found, windows, length))
 
 
 @dataclass(frozen=True)

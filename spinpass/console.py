@@ -16,6 +16,7 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from .evaluation import Comparison, Perplexity
 from .planning import PlannedSpace, RotationPlan
 
 Tick = Callable[[int, int], None]
@@ -155,6 +156,21 @@ def certificate_table(certificate: Mapping[str, Any], *, every_output: bool = Fa
         )
     rest = f" ({len(outputs) - len(shown)} more outputs)" if len(outputs) > len(shown) else ""
     table.caption = f"{certificate['verdict']}{rest}\nclosed loop: {certificate['closed_loop']}"
+    return table
+
+
+def comparison_table(found: Perplexity | Comparison, windows: int, length: int) -> Table:
+    """Perplexities with their standard errors, and how two models differ."""
+    table = Table(title="Perplexity", title_justify="left", caption_justify="left", show_header=False)
+    table.caption = f"{windows} windows of {length} tokens; ± one standard error over windows"
+    if isinstance(found, Perplexity):
+        table.add_row("perplexity", f"{found.value:.4f} ± {found.error:.4f}")
+        return table
+    table.add_row("before", f"{found.before.value:.4f} ± {found.before.error:.4f}")
+    table.add_row("after", f"{found.after.value:.4f} ± {found.after.error:.4f}")
+    table.add_row("after ÷ before, paired", f"{found.ratio:.4f} ± {found.ratio * found.change.error:.4f}")
+    table.add_row("same likeliest token", f"{found.agreement:.2%}")
+    table.add_row("KL(before ‖ after)", f"{found.divergence:.5f} nats per token")
     return table
 
 

@@ -90,6 +90,44 @@ class Change:
 
 
 @dataclass(frozen=True)
+class Comparison:
+    """Two decoders on the same windows. ``agreement``: the share of positions at which both find the same token the
+    likeliest; ``divergence``: KL(before ‖ after) in nats per token, of each window.
+    """
+
+    before: Perplexity
+    after: Perplexity
+    agreement: float
+    divergences: tuple[float, ...]
+
+    @property
+    def change(self) -> Change:
+        """Of the loss, paired."""
+        return change(self.before, self.after)
+
+    @property
+    def ratio(self) -> float:
+        """The perplexity after ÷ before."""
+        return math.exp(self.change.mean)
+
+    @property
+    def divergence(self) -> float:
+        """The mean over windows, in nats per token."""
+        return statistics.fmean(self.divergences)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able; standard errors are None for a single window."""
+        errors = {"ratio_error": self.ratio * self.change.error, "kl_error": _standard_error(self.divergences)}
+        return {
+            "before": self.before.to_dict(),
+            "after": self.after.to_dict(),
+            "ratio": self.ratio,
+            "agreement": self.agreement,
+            "kl": self.divergence,
+        } | {name: None if math.isnan(error) else error for name, error in errors.items()}
+
+
+@dataclass(frozen=True)
 class Speed:
     """Medians over repeats, in tokens per second."""
 
@@ -135,6 +173,29 @@ def perplexity(decoder: Scorer, texts: Sequence[Sequence[int]], progress: Progre
         if progress is not None:
             progress(len(losses), len(texts))
     return Perplexity(tuple(losses), sum(len(ids) - 1 for ids in texts))
+
+
+def compare(
+    before: Scorer, after: Scorer, texts: Sequence[Sequence[int]], progress: Progress | None = None
+) -> Comparison:
+    """Both decoders read every window. ``progress`` as in :func:`perplexity`; ConfigError if there are no windows."""
+    if not texts:
+        raise ConfigError("there are no windows to evaluate on")
+    losses: tuple[list[float], list[float]] = ([], [])
+    divergences: list[float] = []
+    equal = 0
+    for done, ids in enumerate(texts):
+        following = torch.tensor(list(ids[1:]))
+        both = [decoder.logits(ids)[:-1].double().log_softmax(-1) for decoder in (before, after)]
+        for kept, logits in zip(losses, both):
+            kept.append(float(functional.nll_loss(logits, following)))
+        equal += int((both[0].argmax(-1) == both[1].argmax(-1)).sum())
+        divergences.append(float((both[0].exp() * (both[0] - both[1])).sum(-1).mean()))
+        if progress is not None:
+            progress(done + 1, len(texts))
+    tokens = sum(len(ids) - 1 for ids in texts)
+    first, second = (Perplexity(tuple(each), tokens) for each in losses)
+    return Comparison(first, second, equal / tokens, tuple(divergences))
 
 
 def change(before: Perplexity, after: Perplexity) -> Change:

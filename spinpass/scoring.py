@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,9 +12,24 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from .errors import ConfigError
+from .evaluation import Scorer
 from .execution import run
+from .exporters.loading import load_model
 from .input_roles import Role
 from .synthetic import UserInput, bound_sizes, concrete, fresh, user_inputs
+
+
+@dataclass(frozen=True)
+class Opened:
+    """Something that scores, its program unless it is in ONNX Runtime, and its tokenizer."""
+
+    scorer: Scorer
+    program: ExportedProgram | None
+    tokenizer: Any
+
+    def tokens(self, text: str) -> list[int]:
+        """Token ids of a text, without special tokens."""
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 class ProgramScorer:
@@ -58,6 +75,36 @@ class ProgramScorer:
             if spec.dtype.is_floating_point
             else fresh(spec, size, torch.Generator())
         )
+
+
+def open_scorer(model: str, tokenizer: str | None = None, progress: Callable[[str], None] | None = None) -> Opened:
+    """A folder with ``model.onnx`` in ONNX Runtime, or anything that :func:`spinpass.exporters.loading.load_model`
+    takes.
+
+    Raises:
+        ConfigError: nothing there, or no tokenizer: name one.
+        ExportError: it cannot be loaded.
+    """
+    path = Path(model)
+    if path.suffix == ".onnx" or (path / "model.onnx").is_file():
+        from .runtime import OrtDecoder
+
+        decoder = OrtDecoder(path)
+        return Opened(decoder, None, _tokenizer(tokenizer) if tokenizer else decoder.tokenizer)
+    loaded = load_model(model, cache=False, progress=progress)
+    own = loaded.companions.tokenizer if loaded.companions else None
+    if own is None and tokenizer is None:
+        raise ConfigError(f"{model} has no tokenizer; name a folder that has one with --tokenizer")
+    return Opened(ProgramScorer(loaded.program), loaded.program, _tokenizer(tokenizer) if tokenizer else own)
+
+
+def _tokenizer(name: str) -> Any:
+    try:
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # files, hub and imports: no common base below Exception
+        raise ConfigError(f"there is no tokenizer at {name}: {error}") from error
 
 
 def _size(spec: UserInput, axis: int, length: int) -> int:

@@ -318,3 +318,51 @@ def test_the_commands_do_what_the_functions_do(pt2: Path, rotated: Path) -> None
     expected = spinpass.transform(load_program(pt2)).state_dict
     for name, tensor in load_program(rotated).state_dict.items():
         assert torch.equal(tensor, expected[name])
+
+
+# -- eval -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(" ".join(folders.WORDS[i * i % len(folders.WORDS)] for i in range(400)))
+    return path
+
+
+def test_eval_scores_a_model(folder: Path, text: Path) -> None:
+    result = run("eval", folder, "--text", text, "--windows", 4, "--length", 32, "--json")
+    assert result.exit_code == 0, result.stderr
+    found = document(result)
+    assert found["tokens"] == 4 * 31 and found["perplexity"] > 1 and len(found["losses"]) == 4
+
+
+def test_eval_compares_a_rotated_and_quantized_model_with_what_it_was(folder: Path, text: Path) -> None:
+    common = ("eval", folder, "--text", text, "--windows", 3, "--length", 32, "--json")
+    rotated = document(run(*common, "--rotate", "online"))
+    assert rotated["ratio"] == pytest.approx(1, abs=1e-5) and rotated["agreement"] == 1.0 and rotated["kl"] < 1e-8
+    quantized = document(run(*common, "--quantize", "w2-a4", "--calibration", text))
+    assert quantized["kl"] > 1e-4 and quantized["ratio"] != 1.0
+    shown = run(*common[:-1], "--quantize", "w8-rtn")
+    assert shown.exit_code == 0 and "KL(before" in shown.stdout
+
+
+def test_eval_scores_what_onnx_runtime_runs(folder: Path, text: Path, tmp_path: Path) -> None:
+    assert run("export", folder, tmp_path / "out").exit_code == 0
+    result = run("eval", tmp_path / "out", "--against", folder, "--text", text, "--windows", 2, "--length", 16, "--json")
+    assert result.exit_code == 0, result.stderr
+    assert document(result)["ratio"] == pytest.approx(1, abs=1e-4)
+
+
+def test_eval_says_what_is_missing(folder: Path, pt2: Path, text: Path, tmp_path: Path) -> None:
+    wrong = {
+        "--calibration FILE": (folder, "--quantize", "w4"),
+        "leave out": (folder, "--against", folder, "--rotate", "auto"),
+        "not a readable": (folder, "--text", tmp_path / "none.txt"),
+        "--tokenizer": (pt2,),
+        "the text has": (folder, "--text", text, "--windows", 999),
+        "is not a part of a scheme": (folder, "--quantize", "w4-nf4"),
+    }
+    for why, arguments in wrong.items():
+        result = run("eval", *arguments)
+        assert result.exit_code == 2 and why in result.stderr, (why, result.stderr)

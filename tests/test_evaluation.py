@@ -118,3 +118,17 @@ def test_speed_takes_turns_and_leaves_out_the_first() -> None:
 def test_speed_needs_something_to_time(tokens: int, repeats: int) -> None:
     with pytest.raises(ConfigError, match="at least one repeat of two tokens"):
         evaluation.speed({}, [1], tokens, repeats=repeats)
+
+
+def test_a_comparison_of_known_distributions() -> None:
+    p, q = 0.7, 0.4
+    found = evaluation.compare(Certain(p), Certain(q), [[0, 1, 2, 3], [2, 3, 0, 1]])
+    assert found.before.loss == pytest.approx(-math.log(p)) and found.after.loss == pytest.approx(-math.log(q))
+    assert found.ratio == pytest.approx(p / q)
+    assert found.divergence == pytest.approx(p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q)))
+    assert found.agreement == 1.0 and found.before.tokens == 6
+    other = evaluation.compare(Certain(0.7), Certain(0.1), [[0, 1, 2, 3]])
+    assert other.agreement == 0.0
+    assert json.loads(json.dumps(other.to_dict()))["kl_error"] is None, "one window has no standard error"
+    with pytest.raises(ConfigError, match="no windows"):
+        evaluation.compare(Certain(0.5), Certain(0.5), [])
