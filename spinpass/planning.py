@@ -369,6 +369,7 @@ class Planner:
         """Whatever else linear layers write and linear layers read, with nothing but norms between: free of cost."""
         if "R1" not in self.config.rotations:
             deque(self._residual_streams(), maxlen=0)  # the residual stream is left alone then
+        open_values: set[Node] = set()  # of spaces that were no latents: from there the same space would grow
         for linear in list(find_linears(self.editor)):
             if root_of(linear.operand) in self._stream_values:
                 continue
@@ -378,13 +379,15 @@ class Planner:
                 seed, dim = normed, len(shape(normed)) - 1
             layout = whole_axis(seed, dim)
             block = self.config.settings("latent").block_size or layout.width
-            if layout.width == 1 or layout.width % block or self._claimed(seed, layout):
+            if layout.width == 1 or layout.width % block or seed in open_values or self._claimed(seed, layout):
                 continue
             space = Walk(self.editor).grow(seed, layout)
-            if space.is_offline and space.writers and space.readers:
-                site = self._accept("latent", space, "offline")
-                if site is not None:
-                    yield site
+            if not space.is_offline or not space.writers or not space.readers:
+                open_values |= set(space.members) - {n for n in space.members if self.editor.is_weight(n)}
+                continue
+            site = self._accept("latent", space, "offline")
+            if site is not None:
+                yield site
 
     def _cache_walk(self, operand: Node) -> Walk:
         return Walk(self.editor, cache=cache_values(self.editor, operand) if self.config.cache == "rotated" else ())
