@@ -85,9 +85,7 @@ worst of three configurations. Seconds: of CPU time, for an uncertified `transfo
 
 
 def _head(types: Records) -> str:
-    versions = Counter(r.get("sources", {}).get("pass") for r in types.values())
-    now = records.pass_version()
-    stale = sum(count for version, count in versions.items() if version != now)
+    stale = _stale(types)
     lines = [
         "# Coverage",
         "",
@@ -98,6 +96,12 @@ def _head(types: Records) -> str:
     if stale:
         lines += ["", f"**{stale} of {len(types)} records were measured with other sources of the pass than these.**"]
     return "\n".join(lines)
+
+
+def _stale(found: Records) -> int:
+    """How many were measured with other sources of the pass than the present ones."""
+    now = records.pass_version()
+    return sum(record.get("sources", {}).get("pass") != now for record in found.values())
 
 
 def _summary(prefill: Records, decode: Records) -> str:
@@ -142,6 +146,9 @@ def _variant(found: Records) -> str:
     if loops:
         equal = sum(loop["tokens_equal"] for loop in loops)
         text += f" Greedy tokens from an empty cache equal in {equal} of {len(loops)} runs that could be made."
+    stale = _stale(made)
+    if stale:
+        text += f" **{stale} of them were measured with other sources of the pass than the others.**"
     others = [(n, r["status"], _cell(_why(r))) for n, r in found.items() if r["status"] != records.SAME]
     return text + ("\n\n" + table(("type", "status", "why"), others) if others else "")
 
