@@ -304,7 +304,8 @@ class Walk:
             if axis.pending is not None:
                 self._leave_zone(axis, f"{user.name} reads it: {error}")
             self._exits[node, user, axis.layout.dims] = (axis, str(error))
-            if not (isinstance(self._rule_or_none(user), Normalization) and self._rule(user).centres):  # type: ignore[union-attr]
+            rule = self._rule_or_none(user)
+            if not (isinstance(rule, Normalization) and rule.centres and self._is_whole(user, axis.layout)):
                 self._note_uncentred(node, axis, f"is read by {user.name} in the original basis")
 
     def _rule_or_none(self, node: Node) -> Rule | None:
@@ -629,6 +630,8 @@ class Walk:
         if axis.pending is not None and not constant:
             self._same_scale.append((at.node, partner.node, axis.pending.scale))
             return
+        if axis.pending is not None and axis.pending.shift is not None and axis.layout.count != 1:
+            raise Barrier("the norm's bias would be read by several vectors at once")
         self._note_uncentred(at.node, axis, f"is read by {user.name}")
         self._demand(
             partner.node,

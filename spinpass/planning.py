@@ -297,6 +297,8 @@ class Planner:
             root = root_of(linear.operand)
             if root in done or root in self._claims or shape(root)[-1:] == () or shape(root)[-1] not in widths:
                 continue
+            if linear.dim != len(shape(linear.operand)) - 1:
+                continue
             if self._claimed(linear.weight, whole_axis(linear.weight, linear.weight_dim)):
                 continue
             if root not in self._stream_values and normed_value(self.editor, root) is None:

@@ -24,13 +24,17 @@ _IDS = "input_ids"
 _CACHES = ("past_key_values", "cache_params", "state", "mems")
 
 
-def greedy(program: ExportedProgram, *, float64: bool, steps: int = STEPS) -> list[Tensor]:
-    """The logits of the last token after the prompt and after each of ``steps`` greedy tokens.
+def greedy(
+    program: ExportedProgram, *, float64: bool, steps: int = STEPS, like: ExportedProgram | None = None
+) -> list[Tensor]:
+    """The logits of the last token after the prompt and after each of ``steps`` greedy tokens. ``like``: the program
+    that the prompt is made for, if another: what a transformed one looks up may be read off it less exactly.
 
     A program that takes no other number of tokens than its example gets that number: the greedy token, repeated.
     Raises ConfigError where the program's inputs are not understood, ProgramError where it cannot be run so.
     """
     driver = _Driver(program)
+    driver.bound = driver.bound if like is None else _Driver(like).bound
     try:
         return _loop(driver, program, float64, PROMPT, 1, steps)
     except ProgramError:
@@ -107,6 +111,8 @@ class _Driver:
         if spec.name.startswith(_CACHES):
             return torch.zeros(size, dtype=example.dtype)
         if spec.role is Role.POSITION or "position" in spec.name:
+            if size[-1:] != [new]:
+                raise ProgramError(f"{spec.name} takes {size[-1]} positions, there are {new} tokens")
             return torch.arange(past, past + new, dtype=example.dtype).expand(size)
         if spec.role is Role.MASK or "mask" in spec.name:
             return torch.ones(size, dtype=example.dtype)

@@ -159,7 +159,7 @@ def _unlifted(before: ExportedProgram, after: ExportedProgram) -> dict[str, Any]
     """In its own dtype: the outputs for the example inputs, or, with a cache, the logits of greedy decoding."""
     try:
         if decoding.takes_cache(before):
-            ours, theirs = (decoding.greedy(program, float64=False) for program in (before, after))
+            ours, theirs = (decoding.greedy(p, float64=False, like=before) for p in (before, after))
         else:
             inputs = flat_inputs(before, before.example_inputs)
             ours, theirs = run(before, inputs), run(after, inputs)
@@ -193,7 +193,7 @@ def _again_decoding(before: ExportedProgram, after: ExportedProgram, found: dict
         original = decoding.greedy(before, float64=lifted)
     except (ProgramError, ConfigError) as error:
         return {"greedy": None, "greedy_why": _message(error)}
-    loop = decoding.compare(original, decoding.greedy(after, float64=lifted)) | {"lifted": lifted}
+    loop = decoding.compare(original, decoding.greedy(after, float64=lifted, like=before)) | {"lifted": lifted}
     # the constants of ``after`` are rounded to their dtype here
     allowed = max(found.get("own_bound", 0.0), certificate.BOUNDS[torch.float32])
     worse = not loop["tokens_equal"] or not loop["error"] <= allowed

@@ -228,3 +228,39 @@ class NormTwiceApart(Hazard):
     def between(self, x: Tensor, layer: int) -> Tensor:
         b = self.blocks[layer]
         return x + b.norm2(b.mlp(b.norm2(x)))
+
+
+class Merged(Hazard):
+    """Neighbouring tokens of a LayerNorm stream are merged into one vector, which is normed as a whole (pixel shuffle)."""
+
+    shape = Shape(norm="ln", bias=True)
+
+    def prepare(self) -> None:
+        self.wide, self.merge = nn.LayerNorm(2 * HIDDEN), nn.Linear(2 * HIDDEN, HIDDEN)
+
+    def finish(self, x: Tensor) -> Any:
+        pairs = x[:, :4].reshape(BATCH, 2, 2 * HIDDEN)
+        return self.head(self.norm(x)), self.merge(self.wide(pairs))
+
+
+class MergedBehindNorm(Hazard):
+    """The same behind the stream's own norm, whose bias every half of the merged vector has; read as it is."""
+
+    shape = Shape(norm="ln", bias=True)
+
+    def prepare(self) -> None:
+        self.merge = nn.Linear(2 * HIDDEN, HIDDEN)
+
+    def finish(self, x: Tensor) -> Any:
+        h = self.norm(x)
+        return self.head(h), self.merge(h[:, :4].reshape(BATCH, 2, 2 * HIDDEN))
+
+
+class TransposedInput(Hazard):
+    """A linear contracts the tokens of a normed stream, not its channels (token mixing)."""
+
+    def prepare(self) -> None:
+        self.mix = nn.Linear(5, 5)
+
+    def between(self, x: Tensor, layer: int) -> Tensor:
+        return x + self.mix(self.blocks[layer].norm2(x).mT).mT
