@@ -231,8 +231,8 @@ class Planner:
             if node in self._stream_values or node in self._claims:
                 continue
             space = self._stream(node)
-            if not space.writers:
-                continue  # a sum inside a recurrence
+            if not space.writers and len(space.readers) <= 1:
+                continue  # no stream: what one linear layer reads, a recurrence's states, say
             self._stream_values |= set(space.members)
             if any(n in space.members for n in self._heads):
                 continue  # a sum inside attention

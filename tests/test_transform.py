@@ -453,12 +453,13 @@ def test_rotating_a_rotated_program_is_exact_or_refused(name: str, form: str) ->
 def test_one_rotation_after_the_other_equals_all_at_once() -> None:
     before = program("llama_bias")
     step = before
-    for role in ROLES:
+    roles = [r for r in ROLES if r != "latent"]  # there is none in this model
+    for role in roles:
         step = transformed(step, rotations=role, form="offline")
     assert error(before, step) <= EXACT
     found = record.read(step)
     assert found is not None
-    assert {n.split(":")[0] for n in found.rotations} == set(ROLES), "the record forgets earlier rotations"
+    assert {n.split(":")[0] for n in found.rotations} == set(roles), "the record forgets earlier rotations"
 
 
 # -- exporters and caches ------------------------------------------------------------------------------------------------------------
