@@ -29,9 +29,8 @@ from examples.demo import packaged_model
 from spinpass import evaluation
 from spinpass.config import RotationConfig
 from spinpass.console import Screen
-from spinpass.exporters.loading import load_model
 from spinpass.quantization import quantize
-from spinpass.scoring import ProgramScorer
+from spinpass.scoring import ProgramScorer, open_scorer
 
 SCHEMES = ("w8-rtn-a8", "w8-rtn-a8static", "kv4", "w4g128-gptq-a8", "w4-gptq", "w4-gptq-a8-kv4", "a4-kv4",
            "w4-gptq-a4-kv4", "w4g32-rtn", "w4g32-rtn-asym")  # fmt: skip
@@ -44,10 +43,8 @@ VARIANTS: dict[str, RotationConfig | None] = {
 
 def main(
     model: Annotated[str, typer.Option(help="Folder, hub name or GGUF file; the demo's model if none.")] = "",
-    calibration: Annotated[
-        Path | None, typer.Option(help="Text to calibrate on; else the second half of help().")
-    ] = None,
-    text: Annotated[Path | None, typer.Option(help="Text to score on; else topics of Python's help().")] = None,
+    calibration: Annotated[Path | None, typer.Option(help="Text to calibrate on; else the other help topics.")] = None,
+    text: Annotated[Path | None, typer.Option(help="Text to score on; else every other topic of help().")] = None,
     schemes: Annotated[str, typer.Option(help="Separated by commas.")] = ",".join(SCHEMES),
     variants: Annotated[str, typer.Option(help="Separated by commas.")] = ",".join(VARIANTS),
     windows: Annotated[int, typer.Option(help="Windows that are scored.")] = 64,
@@ -64,13 +61,12 @@ def main(
     screen = Screen(as_json=as_json)
     with screen.steps() as steps:
         name = model or packaged_model()
-        loaded = load_model(name, cache=False, progress=steps.begin)
-        if loaded.companions is None or loaded.companions.tokenizer is None:
-            raise typer.BadParameter(f"{name} has no tokenizer", param_hint="--model")
-        tokenizer = loaded.companions.tokenizer
-        read = evaluation.windows(_tokens(tokenizer, _text(text, 0)), length, windows)
-        shown = evaluation.windows(_tokens(tokenizer, _text(calibration, 1)), length, samples)
-        grid = _Grid(loaded.program, read, shown, out, steps)
+        opened = open_scorer(name, progress=steps.begin)
+        if opened.program is None:
+            raise typer.BadParameter(f"{name} is an ONNX model; name what it was made of", param_hint="--model")
+        read = evaluation.windows(opened.tokens(_text(text, 0)), length, windows)
+        shown = evaluation.windows(opened.tokens(_text(calibration, 1)), length, samples)
+        grid = _Grid(opened.program, read, shown, out, steps)
         base = grid.cell("none", "untouched")
         wanted = [s.strip() for s in schemes.split(",")]
         cells = {scheme: {v: grid.cell(scheme, v) for v in chosen} for scheme in ["none", *wanted]}
@@ -124,10 +120,6 @@ def _text(path: Path | None, half: int) -> str:
         return path.read_text(encoding="utf-8")
     names = sorted(topics)
     return "\n\n".join(topics[n] for n in names[half::2])
-
-
-def _tokens(tokenizer: Any, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def _digest(program: ExportedProgram, *tokens: Sequence[Sequence[int]]) -> str:

@@ -144,7 +144,7 @@ def execute(
             value = value.clone()
         feed.append(value)
     with torch.no_grad(), _default_dtype(torch.float64 if float64 else torch.get_default_dtype()):
-        results = _Runner(ep.graph_module, float64=float64, tick=tick).run(*feed, enable_io_processing=False)
+        results = Runner(ep.graph_module, float64=float64, tick=tick).run(*feed, enable_io_processing=False)
     after = {spec.arg.name: value for spec, value in zip(ep.graph_signature.input_specs, feed, strict=True)}
     state = {name: after[name] for name, old in fed.items() if not torch.equal(old, after[name])}
     return _split_outputs(ep, results, state)
@@ -213,7 +213,7 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(previous)
 
 
-class _Runner(Interpreter):
+class Runner(Interpreter):
     """fx's interpreter (which frees every value after its last use), lifting as it goes."""
 
     def __init__(self, module: GraphModule, *, float64: bool, tick: Tick | None = None) -> None:
@@ -256,7 +256,7 @@ class _Body(torch.nn.Module):
 
     def __init__(self, module: GraphModule) -> None:
         super().__init__()
-        self.runner = _Runner(module, float64=True)
+        self.runner = Runner(module, float64=True)
 
     def forward(self, *args: Any) -> Any:
         return self.runner.run(*args, enable_io_processing=False)

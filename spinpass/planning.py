@@ -385,7 +385,7 @@ class Planner:
                 continue
             space = Walk(self.editor).grow(seed, layout)
             if not space.is_offline or not space.writers or not space.readers:
-                open_values |= set(space.members) - {n for n in space.members if self.editor.is_weight(n)}
+                open_values |= space.members.keys()
                 continue
             site = self._accept("latent", space, "offline")
             if site is not None:

@@ -148,7 +148,7 @@ def _variant(found: Records) -> str:
         text += f" Greedy tokens from an empty cache equal in {equal} of {len(loops)} runs that could be made."
     stale = _stale(made)
     if stale:
-        text += f" **{stale} of them were measured with other sources of the pass than the others.**"
+        text += f" **{stale} of them were measured with other sources of the pass than these.**"
     others = [(n, r["status"], _cell(_why(r))) for n, r in found.items() if r["status"] != records.SAME]
     return text + ("\n\n" + table(("type", "status", "why"), others) if others else "")
 

@@ -16,7 +16,7 @@ from torch.fx import Node
 from spinpass.config import ROLES, Role
 from spinpass.ops import Multilinear, Opaque, Square, rule_of
 from spinpass.passes.functionalize import open_program
-from spinpass.patterns.attention import find_attention
+from spinpass.patterns.attention import SOFTMAX, find_attention
 from spinpass.patterns.linear import as_linear
 from spinpass.patterns.mlp import ACTIVATIONS, find_down_projections
 from spinpass.planning import PlannedSpace, RotationPlan
@@ -117,7 +117,7 @@ def _place(editor: ProgramEditor, node: Node, operand: Node) -> Place:
 def _results(editor: ProgramEditor, attention: Node) -> Iterator[Node]:
     """What becomes of the weighted values before linear layers read them."""
     todo, seen = [attention], {attention}
-    weighed = op_name(attention) not in ("aten::softmax", "aten::_softmax", "aten::_safe_softmax")
+    weighed = op_name(attention) not in SOFTMAX
     while todo and len(seen) < _FARTHEST:
         here = todo.pop(0)
         for user in here.users:

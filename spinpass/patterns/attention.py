@@ -18,7 +18,7 @@ _FUSED = (
     "aten::_scaled_dot_product_flash_attention",
     "aten::_scaled_dot_product_efficient_attention",
 )
-_SOFTMAX = ("aten::softmax", "aten::_softmax", "aten::_safe_softmax")
+SOFTMAX = ("aten::softmax", "aten::_softmax", "aten::_safe_softmax")
 _TOWARDS_SCORES = (
     "aten::mul",
     "aten::div",
@@ -59,7 +59,7 @@ def find_attention(editor: ProgramEditor) -> list[Attention]:
             _fused(node)
             if op_name(node) in _FUSED
             else _spelled_out(editor, node)
-            if op_name(node) in _SOFTMAX
+            if op_name(node) in SOFTMAX
             else None
         )
         if match is not None:

@@ -20,7 +20,7 @@ _SMALLEST = 0.25  # of it: 2-bit grids cut deep
 @dataclass(frozen=True)
 class Codes:
     """A quantized matrix. ``q``: uint8 (out, in); ``scales``: (out, groups) in the weight's dtype; ``zeros``: uint8
-    (out, groups); ``order``: the group of every column, None where they lie side by side.
+    (out, groups), which lie side by side and are equally long but for the last.
     """
 
     q: Tensor
@@ -28,13 +28,10 @@ class Codes:
     zeros: Tensor
     bits: int
     symmetric: bool
-    order: Tensor | None = None
 
     @property
     def group_of(self) -> Tensor:
         """The group of every column, int64 (in,)."""
-        if self.order is not None:
-            return self.order
         columns, groups = self.q.shape[1], self.scales.shape[1]
         return torch.arange(columns) // -(-columns // groups)
 

@@ -8,14 +8,13 @@ alive at one node is kept.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import Node
 
-from ..execution import _Runner, constants, flat_inputs
+from ..execution import Runner, constants, flat_inputs
 
 Watch = Callable[[list[Tensor]], Mapping[str, Tensor]]  # values of one operand -> constants by placeholder name
 
@@ -30,7 +29,7 @@ def run_in_lockstep(
     node stand in one. The run ends with the last watched node. ``progress``: watched nodes done, and all.
     """
     module = program.graph_module
-    runners = [_Runner(module, float64=False) for _ in inputs]
+    runners = [Runner(module, float64=False) for _ in inputs]
     stored = constants(program)
     nodes = {n.name: n for n in module.graph.nodes}
     for runner, values in zip(runners, inputs):
@@ -55,7 +54,7 @@ def run_in_lockstep(
                 _step(runner, node)
 
 
-def _step(runner: Any, node: Node) -> None:
+def _step(runner: Runner, node: Node) -> None:
     runner.env[node] = runner.run_node(node)
     for finished in runner.user_to_last_uses.get(node, []):
         del runner.env[finished]

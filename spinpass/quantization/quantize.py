@@ -17,6 +17,7 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 
 from ..errors import ConfigError
+from ..execution import constants
 from ..passes.functionalize import open_program
 from ..program import ProgramEditor, shape
 from . import operators
@@ -194,6 +195,9 @@ class _Calibrator:
     done: dict[str, QuantizedWeight] = field(default_factory=dict)  # by FQN
     _hessians: dict[str, Tensor] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self._constants = constants(self.program)
+
     def watches(self) -> dict[str, tuple[str, Callable[[list[Tensor]], Mapping[str, Tensor]]]]:
         """What to do at which node, see :func:`run_in_lockstep`."""
         found: dict[str, tuple[str, Callable[[list[Tensor]], Mapping[str, Tensor]]]] = {}
@@ -250,7 +254,7 @@ class _Calibrator:
         return {name: self.changed[name]}
 
     def _round(self, name: str, dim: int, scheme: Weights, hessian: Tensor | None) -> None:
-        stored = self._constant(name)
+        stored = self._constants[name].detach()
         moved = stored.movedim(dim, -1)
         matrix = moved.reshape(-1, moved.shape[-1]).float()
         if scheme.method == "gptq" and hessian is not None:
@@ -273,12 +277,6 @@ class _Calibrator:
         s, z = static_range(values, bits, symmetric)
         self.changed |= {scale: s, zero: z}
         return {scale: s, zero: z}
-
-    def _constant(self, name: str) -> Tensor:
-        spec = next(s for s in self.program.graph_signature.input_specs if s.arg.name == name)
-        assert spec.target is not None
-        stored: Any = self.program.state_dict.get(spec.target, self.program.constants.get(spec.target))
-        return stored.detach()  # type: ignore[no-any-return]
 
 
 def static_range(values: Sequence[Tensor], bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
