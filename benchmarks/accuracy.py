@@ -2,8 +2,9 @@
 
 Every scheme is applied to the model as it is, and to the model rotated with R1 at the inputs of the linear layers
 (``online``) and in the residual stream (``offline``), and scored on the same windows; the ratio is to the perplexity of
-the unquantized model, its standard error that of the paired difference. Quantization is simulated in the graph
-(:mod:`spinpass.quantization`); embedding and head stay as they are unless a scheme names them. Finished cells are kept
+the unquantized model, its standard error that of the paired difference. Schemes that begin with ``ort:`` are exported,
+packed and run by the integer kernels of ONNX Runtime; the others are simulated in the graph
+(:mod:`spinpass.quantization`). Embedding and head stay as they are unless a scheme names them. Finished cells are kept
 under ``out/accuracy`` and not measured again.
 """
 
@@ -17,6 +18,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from pydoc_data.topics import topics
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import torch
@@ -27,16 +29,20 @@ from torch.export import ExportedProgram
 import spinpass
 from examples.demo import packaged_model
 from spinpass import evaluation
-from spinpass.config import RotationConfig
+from spinpass.config import ROLES, RotationConfig
 from spinpass.console import Screen
-from spinpass.quantization import quantize
-from spinpass.scoring import ProgramScorer, open_scorer
+from spinpass.exporters import onnx as exporter
+from spinpass.exporters.onnx_pack import pack_weights
+from spinpass.quantization import Quantized, quantize
+from spinpass.scoring import OnnxScorer, ProgramScorer, open_scorer
 
-SCHEMES = ("w8-rtn-a8", "w8-rtn-a8static", "kv4", "w4g128-gptq-a8", "w4-gptq", "w4-gptq-a8-kv4", "a4-kv4",
-           "w4-gptq-a4-kv4", "w4g32-rtn", "w4g32-rtn-asym")  # fmt: skip
+ORT = "ort:"  # in front of a scheme: the exported file with integers, in ONNX Runtime
+SCHEMES = ("ort:w8-rtn-a8", "ort:w8-rtn-a8static", "ort:w4g128-gptq-a8", "w4-gptq", "w4-gptq-a8-kv4", "a4-kv4",
+           "w4-gptq-a4-kv4", "w4g32-gptq")  # fmt: skip
 VARIANTS: dict[str, RotationConfig | None] = {
     "untouched": None,
     "online": RotationConfig(form="online", verify=False),
+    "online+heads": RotationConfig(form="online", rotations=ROLES, verify=False),
     "offline": RotationConfig(form="offline", verify=False),
 }
 
@@ -92,15 +98,18 @@ class _Grid:
         if path.is_file():
             return dict(json.loads(path.read_text(encoding="utf-8")))
         program, found = self._program(variant), dict[str, Any]()
-        if scheme != "none":
-            scorer = ProgramScorer(program)
-            tick = self.steps.start(f"quantize {scheme}, {variant}")
-            started = time.perf_counter()
-            made = quantize(program, scheme, [scorer.inputs(ids) for ids in self.shown], progress=tick)
-            found |= {"seconds": time.perf_counter() - started, "bytes": made.report.bytes_after}
-            program = made.program
-        tick = self.steps.start(f"score {scheme}, {variant}")
-        found |= {"losses": list(evaluation.perplexity(ProgramScorer(program), self.read, tick).losses)}
+        with TemporaryDirectory() as folder:
+            scorer: evaluation.Scorer = ProgramScorer(program)
+            if scheme != "none":
+                tick = self.steps.start(f"quantize {scheme}, {variant}")
+                started = time.perf_counter()
+                calibration = [ProgramScorer(program).inputs(ids) for ids in self.shown]
+                made = quantize(program, scheme.removeprefix(ORT), calibration, progress=tick)
+                found |= {"seconds": time.perf_counter() - started, "bytes": made.report.bytes_after}
+                self.steps.start(f"export {scheme}, {variant}")
+                scorer = _in_ort(made, Path(folder)) if scheme.startswith(ORT) else ProgramScorer(made.program)
+            tick = self.steps.start(f"score {scheme}, {variant}")
+            found |= {"losses": list(evaluation.perplexity(scorer, self.read, tick).losses)}
         path.parent.mkdir(parents=True, exist_ok=True)
         staging = path.with_suffix(f".{os.getpid()}.tmp")
         staging.write_text(json.dumps(found), encoding="utf-8")
@@ -113,6 +122,14 @@ class _Grid:
             self.steps.start(f"rotate, {variant}")
             self.programs[variant] = spinpass.transform(self.programs["untouched"], VARIANTS[variant])
         return self.programs[variant]
+
+
+def _in_ort(made: Quantized, folder: Path) -> OnnxScorer:
+    """The exported file, its weights packed; ``MatMulNBits`` rounds activations itself where the scheme rounds them."""
+    exporter.export(made.program, folder / "simulated", verify=False)
+    level = 4 if made.report.activations else 0
+    report = pack_weights(folder / "simulated", folder / "packed", made.report.weights, accuracy_level=level)
+    return OnnxScorer(made.program, report.path)
 
 
 def _text(path: Path | None, half: int) -> str:

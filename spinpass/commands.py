@@ -28,6 +28,7 @@ from .exporters.files import staged
 from .exporters.loading import LoadedModel, load_model, load_program, save_program
 from .options import (
     ALL,
+    DEFAULT,
     AsJson,
     BlockSize,
     CacheOption,
@@ -112,7 +113,7 @@ def export(
     ctx: typer.Context,
     model: Model,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the model and what belongs to it.")],
-    rotations: Rotations = ALL,
+    rotations: Rotations = DEFAULT,
     kind: KindOption = "hadamard",
     block_size: BlockSize = None,
     seed: Seed = 0,
@@ -160,7 +161,7 @@ def rotate(
     ctx: typer.Context,
     source: Annotated[Path, typer.Argument(metavar="IN.pt2", help="An exported program.")],
     target: Annotated[Path, typer.Argument(metavar="OUT.pt2", help="Where the rotated program goes.")],
-    rotations: Rotations = ALL,
+    rotations: Rotations = DEFAULT,
     kind: KindOption = "hadamard",
     block_size: BlockSize = None,
     seed: Seed = 0,
@@ -198,7 +199,7 @@ def rotate(
 def plan(
     ctx: typer.Context,
     model: Model,
-    rotations: Rotations = ALL,
+    rotations: Rotations = DEFAULT,
     kind: KindOption = "hadamard",
     block_size: BlockSize = None,
     seed: Seed = 0,

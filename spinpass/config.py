@@ -11,12 +11,13 @@ from torch import Tensor
 
 from .errors import ConfigError
 
-Role = Literal["R1", "R2", "R3", "R4", "latent"]
+Role = Literal["R1", "R2", "R3", "R4", "latent", "heads"]
 Kind = Literal["hadamard", "random-hadamard", "random-matrix"]
 Tied = Literal["keep", "untie", "auto"]
 Form = Literal["auto", "offline", "online"]
 Cache = Literal["rotated", "plain"]
 ROLES: tuple[Role, ...] = get_args(Role)
+DEFAULT_ROLES: tuple[Role, ...] = ("R1", "R2", "R3", "R4", "latent")
 
 
 @dataclass(frozen=True)
@@ -40,10 +41,11 @@ class RotationConfig:
 
     Args:
         rotations: any subset of R1 (residual stream), R2 (value heads), R3 (query and key heads), R4 (input of the
-        down projection), latent (whatever else lies between linears and folds entirely: MLA latents, embedding
-        projections). kind: ``hadamard`` (deterministic), ``random-hadamard`` (with random signs) or
-        ``random-matrix`` (random orthogonal,
-            dense: slow where it stays online).
+            down projection), latent (whatever else lies between linears and folds entirely: MLA latents, embedding
+            projections) and heads (one online Hadamard across all heads at the input of the output projection, on top
+            of R2; not by default: it pays for low-bit activations).
+        kind: ``hadamard`` (deterministic), ``random-hadamard`` (with random signs) or ``random-matrix`` (random
+            orthogonal, dense: slow where it stays online).
         block_size: rotate in diagonal blocks of this size; it must divide the size of every space. None: whole spaces.
         seed: of the random kinds. The rotation of a space depends on the seed and the space's name only, so that the
         prefill and
@@ -70,7 +72,7 @@ class RotationConfig:
         ConfigError: for a value that cannot be used.
     """
 
-    rotations: tuple[Role, ...] = ROLES
+    rotations: tuple[Role, ...] = DEFAULT_ROLES
     kind: Kind = "hadamard"
     block_size: int | None = None
     seed: int = 0

@@ -6,9 +6,10 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from .config import ROLES, Cache, Form, Kind, RotationConfig, Tied
+from .config import DEFAULT_ROLES, ROLES, Cache, Form, Kind, RotationConfig, Tied
 
 ALL = ",".join(ROLES)
+DEFAULT = ",".join(DEFAULT_ROLES)
 
 Rotations = Annotated[
     str, typer.Option(help="Comma-separated; in export, none writes the model as it is, to compare with.", metavar=ALL)

@@ -189,6 +189,7 @@ class Planner:
             ("R2", self._values),
             ("R3", self._queries),
             ("R4", self._down_projections),
+            ("heads", self._across_heads),
             ("latent", self._latents),
             ("R1", self._inputs_of_linears),  # last: what costs nothing comes first
         )
@@ -367,6 +368,21 @@ class Planner:
             if site is not None:
                 yield site
 
+    def _across_heads(self) -> Iterator[Site]:
+        """The inputs of the linear layers that read attention: R2 levels every head by itself, this all of them."""
+        done: set[Node] = set()
+        for attention in find_attention(self.editor):
+            reading = set(self._cache_walk(attention.value).grow(attention.value, attention.value_layout).readers)
+            for linear in [x for x in find_linears(self.editor) if x.weight in reading - done]:
+                layout = whole_axis(linear.operand, linear.dim)
+                space = LinearInputWalk(self.editor).grow(linear.operand, layout)
+                done |= set(space.readers)
+                if linear.dim != len(shape(linear.operand)) - 1 or not space.readers:
+                    continue
+                site = self._accept("heads", space, "online", over="R2")
+                if site is not None:
+                    yield site
+
     def _latents(self) -> Iterator[Site]:
         """Whatever else linear layers write and linear layers read, with nothing but norms between: free of cost."""
         if "R1" not in self.config.rotations:
@@ -396,12 +412,15 @@ class Planner:
 
     # -- deciding one space --------------------------------------------------------------------------------------------
 
-    def _accept(self, role: Role, space: Space, form: str, name: str | None = None) -> Site | None:
+    def _accept(
+        self, role: Role, space: Space, form: str, name: str | None = None, over: Role | None = None
+    ) -> Site | None:
+        """``over``: the rotation whose blocks this one may lie on top of."""
         writers, readers = self._names(space.writers), self._names(space.readers)
         name = self._unique(f"{role}:{name or self._common_name(role, space, writers, readers)}")
         if self.only is not None and name not in self.only:
             return None
-        why = self._objection(name, space, writers + readers)
+        why = self._objection(name, space, writers + readers, over)
         if why is not None:
             self._refuse(role, Refusal(name, why))
             return None
@@ -434,12 +453,14 @@ class Planner:
         if refusal not in self.refusals:
             self.refusals.append(refusal)
 
-    def _objection(self, name: str, space: Space, fqns: list[str]) -> str | None:
+    def _objection(self, name: str, space: Space, fqns: list[str], over: Role | None) -> str | None:
         pattern = self.config.excludes(name, fqns)
         if pattern is not None:
             return f"excluded by {pattern!r}"
         for node, types in space.members.items():
             for other, layout in self._claims.get(node, ()):
+                if layout.count > 1 and other.split(":")[0] == over:
+                    continue
                 if any(layout.overlaps(t.layout) for t in types):
                     return f"{self.editor.fqn(node)} is already rotated by {other}"
         for cache in space.carried:
@@ -490,7 +511,8 @@ class Planner:
     def _common_name(self, role: Role, space: Space, writers: list[str], readers: list[str]) -> str:
         if role == "R1" and writers:
             return "residual"
-        return _common_prefix(readers if role in ("R1", "R4", "latent") else writers + readers) or space.seed.name
+        across_weights = writers + readers if role in ("R2", "R3") else readers
+        return _common_prefix(across_weights) or space.seed.name
 
     def _attention_name(self, attention: Attention) -> str:
         """The parameters that the queries and keys are computed with name the space, in every program made of the
@@ -575,4 +597,5 @@ _NOTHING: dict[Role, str] = {
     "R2": "the program has no attention whose values come from and go to linear layers",
     "R3": "the program has no attention that contracts queries with keys",
     "R4": "the program has no linear layer that reads a nonlinearity",
+    "heads": "the program has no linear layer that reads several heads of attention at once",
 }

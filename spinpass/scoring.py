@@ -77,6 +77,26 @@ class ProgramScorer:
         )
 
 
+class OnnxScorer:
+    """The ONNX file that a program was exported to, its inputs under their names in the program, in ONNX Runtime.
+
+    Raises ExportError where ONNX Runtime cannot load it.
+    """
+
+    def __init__(self, program: ExportedProgram, path: Path) -> None:
+        from .exporters import onnx_session
+
+        self._program, self._ort = ProgramScorer(program), onnx_session
+        self._session = onnx_session.open_session(path)
+
+    def logits(self, ids: Sequence[int]) -> Tensor:
+        """(length, vocabulary), float32."""
+        taken = {node.name for node in self._session.get_inputs()}
+        given = {name: value for name, value in self._program.inputs(ids).items() if name in taken}
+        results = self._ort.run(self._session, {name: self._ort.to_ort(value) for name, value in given.items()})
+        return self._ort.from_ort(results[0])[0].float()
+
+
 def open_scorer(model: str, tokenizer: str | None = None, progress: Callable[[str], None] | None = None) -> Opened:
     """A folder with ``model.onnx`` in ONNX Runtime, or anything that :func:`spinpass.exporters.loading.load_model`
     takes.

@@ -275,3 +275,40 @@ def test_without_r1_the_stream_is_no_latent(beside: ExportedProgram) -> None:
     plan = planned(beside, rotations=("R2", "latent"))
     assert {s.role for s in plan.spaces} == {"R2", "latent"}
     assert not any("embed.weight" in s.writers for s in plan.spaces)
+
+
+# -- across heads ------------------------------------------------------------------------------------------------------
+
+
+def test_all_heads_of_an_output_projection_are_rotated_together_where_asked() -> None:
+    source = program(bias=True)
+    assert not any(s.role == "heads" for s in planned(source).spaces), "not by default"
+    spaces = {s.name: s for s in planned(source, rotations=("R2", "heads")).spaces}
+    assert set(spaces) == {"R2:blocks.0.attn", "heads:blocks.0.attn.o"}
+    across = spaces["heads:blocks.0.attn.o"]
+    assert across.size == HEADS * 8 and across.form == "online" and across.readers == ("blocks.0.attn.o.weight",)
+    assert across.flops == across.rotation.flops > 0
+
+
+@pytest.mark.parametrize("rotations", [("heads",), ("R2", "heads"), ("R1", "R2", "R3", "R4", "latent", "heads")])
+@pytest.mark.parametrize("form", ["offline", "online"])
+def test_a_rotation_across_heads_changes_nothing(rotations: tuple[str, ...], form: str) -> None:
+    source = program(layers=2, bias=True)
+    rotated = spinpass.transform(source, RotationConfig(rotations=rotations, form=form))  # type: ignore[arg-type]
+    assert spinpass.verify(source, rotated).worst.float64.relative < 1e-12
+    assert sum("hadamard" in str(n.target) for n in rotated.graph.nodes) >= 2, "one in front of each projection"
+
+
+def test_a_single_head_is_rotated_by_r2_already() -> None:
+    class OneHead(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v, self.o = (nn.Linear(16, 16, dtype=torch.float64) for _ in range(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.o(nn.functional.scaled_dot_product_attention(self.q(x), self.k(x), self.v(x)))  # type: ignore[no-any-return]
+
+    source = exported(OneHead(), (torch.randn(2, 5, 16, dtype=torch.float64),))
+    found = planned(source, rotations=("R2", "heads"))
+    assert [s.role for s in found.spaces] == ["R2"]
+    assert any("already rotated by R2" in r.why for r in found.refusals)

@@ -8,7 +8,7 @@ optimised the call is an opaque node without a body, so that nothing can look in
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -103,10 +103,10 @@ def _function(
     Reshape copies the leading axes (size 0), so no Shape op is needed. Half types are computed in float32 as in
     :func:`spinpass.hadamard.transform`.
     """
-    body = _Body()
+    body = Body()
     x = ir.Value(name="x")
     compute, array_type = _COMPUTE.get(dtype, _DEFAULT_COMPUTE)
-    value = x if compute == dtype else body.add("Cast", x, to=compute.value)
+    value = body.cast(x, dtype, compute)
     leading = [0] * (rank - 1)
     whole = view = [*leading, blocks * order]
     trailing = 1
@@ -120,22 +120,15 @@ def _function(
         value = body.add("MatMul", value, operand) if trailing == 1 else body.add("MatMul", operand, value)
         trailing *= f
     value = value if view == whole else body.reshape(value, whole)
-    y = value if compute == dtype else body.add("Cast", value, to=dtype.value)
-    y.name = "y"
-    graph = ir.Graph([x], [y], nodes=body.nodes, opset_imports={"": opset}, name=name)
-    attributes = [ir.Attr(key, ir.AttributeType.INT, None) for key in ("order", "transpose")]
-    function = ir.Function(DOMAIN, name, "", graph=graph, attributes=attributes)
-    function.doc_string = (
-        f"x (I ⊗ {'Hᵀ' if transpose else 'H'})/√{order}, H the Hadamard matrix of order {order}, {blocks} blocks"
-    )
-    return function
+    what = f"x (I ⊗ {'Hᵀ' if transpose else 'H'})/√{order}, H the Hadamard matrix of order {order}, {blocks} blocks"
+    return body.function(name, (x,), body.cast(value, compute, dtype), ("order", "transpose"), opset, what)
 
 
 def _above_one(size: int) -> list[int]:
     return [size] if size > 1 else []
 
 
-class _Body:
+class Body:
     """Collects the nodes of a function."""
 
     def __init__(self) -> None:
@@ -153,3 +146,17 @@ class _Body:
 
     def reshape(self, value: ir.Value, shape: list[int]) -> ir.Value:
         return self.add("Reshape", value, self.constant(np.array(shape, np.int64)))
+
+    def cast(self, value: ir.Value, given: ir.DataType, wanted: ir.DataType) -> ir.Value:
+        return value if given == wanted else self.add("Cast", value, to=wanted.value)
+
+    def function(
+        self, name: str, inputs: Sequence[ir.Value], y: ir.Value, attributes: Sequence[str], opset: int, what: str
+    ) -> ir.Function:
+        """The nodes as a function of spinpass's domain; ``attributes`` are integers that a call of it states."""
+        y.name = "y"
+        graph = ir.Graph(list(inputs), [y], nodes=self.nodes, opset_imports={"": opset}, name=name)
+        listed = [ir.Attr(key, ir.AttributeType.INT, None) for key in attributes]
+        function = ir.Function(DOMAIN, name, "", graph=graph, attributes=listed)
+        function.doc_string = what
+        return function

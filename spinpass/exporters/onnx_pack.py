@@ -1,8 +1,10 @@
 """Integer weights for ONNX Runtime from integers that exist: what :func:`spinpass.quantization.quantize` found goes
-into ``MatMulNBits`` and ``GatherBlockQuantized`` as it is, without another rounding.
+into integer kernels as it is, without another rounding.
 
-The kernels take blocks of 16 to 256 weights. One scale per output channel, or a group of several blocks, is the same
-scale repeated; the values (q − z)·s are those of the simulated program, bit for bit.
+8-bit weights behind 8-bit activations, per token or static, become integer products (:mod:`.onnx_integer`), all others
+``MatMulNBits``, tables ``GatherBlockQuantized``. The last two take blocks of 16 to 256 weights: one scale per output
+channel, or a group of several blocks, is the same scale repeated. The values (q − z)·s are those of the simulated
+program, bit for bit.
 """
 
 from __future__ import annotations
@@ -22,8 +24,10 @@ from torch import Tensor
 from spinpass.errors import ConfigError, ExportError
 from spinpass.quantization.quantize import QuantizedWeight
 
+from .onnx_functions import Body
+from .onnx_integer import IntegerProducts, arrays, has_integer_kernel, is_rounded_per_token
 from .onnx_paths import model_path
-from .onnx_quantize import Packed, QuantizeReport, Work, load, write
+from .onnx_quantize import Packed, QuantizeReport, Work, constant_matrix, load, write
 
 _BITS = (2, 4, 8)
 _BLOCKS = (256, 128, 64, 32, 16)
@@ -44,7 +48,7 @@ def pack_weights(
             is that of the quantized program: its constants must be what the integers stand for.
         weights: by parameter name, as in the report of :func:`spinpass.quantization.quantize`, of 2, 4 or 8 bits.
         accuracy_level: how ``MatMulNBits`` computes: 0 in the model's dtype (weight-only), 4 with activations rounded
-            to int8 per block as they come.
+            to int8 per block as they come, in place of a rounding to int8 per token that the program has there.
         external_data: as in :func:`spinpass.exporters.onnx.export`.
 
     Raises:
@@ -80,6 +84,31 @@ class _Packing(Work):
     weights: Mapping[str, QuantizedWeight] = field(default_factory=dict)
     named: Mapping[bytes, str] = field(default_factory=dict)
     found: set[str] = field(default_factory=set)
+    integers: dict[str, tuple[ir.Value, ir.Value, ir.Value]] = field(default_factory=dict)
+    products: IntegerProducts = field(default_factory=IntegerProducts)
+
+    def _matmul(self, node: ir.Node) -> None:
+        x, matrix = node.inputs[0], constant_matrix(node.inputs[1])
+        name = None if matrix is None else self._name(*matrix)
+        if x is None or name is None:
+            return super()._matmul(node)
+        if has_integer_kernel(x, self.weights[name]):
+            return self._integer_product(node, x, name)
+        rounding = x.producer()
+        if self.accuracy_level == 4 and is_rounded_per_token(x) and rounding is not None:
+            node.replace_input_with(0, rounding.inputs[0])  # the kernel rounds
+        return super()._matmul(node)
+
+    def _integer_product(self, node: ir.Node, x: ir.Value, name: str) -> None:
+        self.found.add(name)
+        if name not in self.integers:
+            made = arrays(self.weights[name]).items()
+            q, scales, zeros = (self.constant(f"{name}.{suffix}", array) for suffix, array in made)
+            self.integers[name] = (q, scales, zeros)
+        body = Body()
+        result = self.products.build(body, x, self.integers[name])
+        ir.convenience.replace_nodes_and_values(self.graph, node, [node], body.nodes, node.outputs, [result])
+        self.matmuls += 1
 
     def bits_of(self, constant: ir.Value, by_column: bool, head: bool) -> int | None:
         name = self._name(constant, by_column)

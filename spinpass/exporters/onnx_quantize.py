@@ -204,10 +204,10 @@ class Work:
                 self._gather(node)
 
     def _matmul(self, node: ir.Node) -> None:
-        x, weight = node.inputs
-        constant, by_column = _matrix(weight)
-        if x is None or constant is None:
+        x, matrix = node.inputs[0], constant_matrix(node.inputs[1])
+        if x is None or matrix is None:
             return
+        constant, by_column = matrix
         head = _is_head(node)
         bits = self.bits_of(constant, by_column, head)
         reason = self._why_keep(constant, bits, rank=2)
@@ -325,19 +325,18 @@ def _root_logger_kept() -> Iterator[None]:
         root.setLevel(level)
 
 
-def _matrix(value: ir.Value | None) -> tuple[ir.Value | None, bool]:
-    """The constant behind the right operand of a MatMul, and whether it is used transposed; (None, False) if there is
-    none."""
+def constant_matrix(value: ir.Value | None) -> tuple[ir.Value, bool] | None:
+    """The constant behind the right operand of a MatMul, and whether it is used transposed; None if there is none."""
     if value is None:
-        return None, False
+        return None
     if value.is_initializer():
         return value, False
     node = value.producer()
     if node is None or node.op_type != "Transpose" or node.domain not in ("", "ai.onnx"):
-        return None, False
+        return None
     constant, order = node.inputs[0], node.attributes.get("perm")
     if constant is None or not constant.is_initializer() or (order is not None and list(order.as_ints()) != [1, 0]):
-        return None, False
+        return None
     return constant, True
 
 

@@ -27,7 +27,7 @@ from torch.fx import GraphModule, Node
 from spinpass.errors import ExportError
 from spinpass.program import is_op, mutates
 
-from . import onnx_functions
+from . import onnx_functions, onnx_rounding
 
 _RULES = (
     rules.add_0_rule,
@@ -65,10 +65,14 @@ def translate(ep: ExportedProgram, opset: int | None) -> ir.Model:
             weights.
     """
     _refuse_fake_weights(ep)
-    import spinpass.library  # noqa: F401  registers the op that the table names
+    import spinpass.library
+    import spinpass.quantization.operators  # noqa: F401  the two register the ops that the table names
 
     table: dict[Any, Callable[..., Any]] = {
         torch.ops.spinpass.hadamard.default: onnx_functions.translation(),
+        torch.ops.spinpass.round_tokens.default: onnx_rounding.round_tokens(),
+        torch.ops.spinpass.round_rows.default: onnx_rounding.round_rows(),
+        torch.ops.spinpass.round_tensor.default: onnx_rounding.round_tensor,
         **_CASTS,
     }
     with _quiet():

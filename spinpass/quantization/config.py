@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 from ..errors import ConfigError
 
 Method = Literal["rtn", "gptq"]
+Calibration = Literal["mse", "percentile", "minmax"]
 WEIGHT_BITS, GROUP_SIZES = (2, 3, 4, 8), (16, 32, 64, 128, 256)
 
 
@@ -21,7 +22,9 @@ class Weights:
 
     ``method``: round to nearest, or GPTQ (arXiv 2210.17323), which needs calibration inputs; ``clip`` searches the
     range of least squared error instead of taking the largest weight; ``act_order`` lets GPTQ begin with the
-    largest inputs; ``damping`` is its share of the mean diagonal of the Hessian.
+    largest inputs; ``damping`` is its share of the mean diagonal of the Hessian. After it come ``sweeps`` rounds of
+    coordinate descent; ``follow`` aims at what the unquantized program would return, instead of at what this weight
+    would return behind the layers that are quantized already.
     """
 
     bits: int = 4
@@ -31,6 +34,8 @@ class Weights:
     clip: bool = True
     act_order: bool = False
     damping: float = 0.01
+    sweeps: int = 1
+    follow: bool = True
 
     def __post_init__(self) -> None:
         if self.bits not in WEIGHT_BITS:
@@ -41,22 +46,32 @@ class Weights:
             raise ConfigError(f"method {self.method!r} is not one of {', '.join(get_args(Method))}")
         if not self.damping > 0:
             raise ConfigError(f"damping {self.damping} is not above 0")
+        if self.sweeps < 0:
+            raise ConfigError(f"{self.sweeps} sweeps: choose 0 or more")
 
 
 @dataclass(frozen=True)
 class Activations:
-    """The inputs of linear layers: per token as they come, or ``static``, with one range for a whole tensor, that of
-    least squared error on the calibration inputs. ``symmetric``: None is symmetric for 8 bits per token and asymmetric
-    otherwise.
+    """The inputs of linear layers: per token as they come, or ``static``, with one range for a whole tensor, chosen on
+    the calibration inputs by ``calibration``: that of least squared error (``mse``), of ``percentile`` percent of the
+    values, or of all of them (``minmax``). ``sinks``: with ``mse``, tokens far above all others are scaled into the
+    range, where that helps. ``symmetric``: None is symmetric for 8 bits per token and asymmetric otherwise.
     """
 
     bits: int = 8
     static: bool = False
     symmetric: bool | None = None
+    calibration: Calibration = "mse"
+    percentile: float = 99.99
+    sinks: bool = True
 
     def __post_init__(self) -> None:
         if self.bits not in (4, 8):
             raise ConfigError(f"activations of {self.bits} bits: choose 4 or 8")
+        if self.calibration not in get_args(Calibration):
+            raise ConfigError(f"calibration {self.calibration!r} is not one of {', '.join(get_args(Calibration))}")
+        if not 50 < self.percentile <= 100:
+            raise ConfigError(f"percentile {self.percentile} is not above 50 and at most 100")
 
     @property
     def is_symmetric(self) -> bool:

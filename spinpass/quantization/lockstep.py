@@ -2,12 +2,12 @@
 
 At a node that is watched, what every input makes of its operands is at hand, and constants can be replaced before the
 node is run: so the layers behind see what earlier ones have become, in one run, and no more than the values that are
-alive at one node is kept.
+alive at one node is kept. Beside it runs the same program without any of that, to compare with.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -16,25 +16,29 @@ from torch.fx import Node
 
 from ..execution import Runner, constants, flat_inputs
 
-Watch = Callable[[list[Tensor]], Mapping[str, Tensor]]  # values of one operand -> constants by placeholder name
+# values of one operand, and those of the program as it was, -> constants by placeholder name
+Watch = Callable[[list[Tensor], list[Tensor]], Mapping[str, Tensor]]
 
 
 def run_in_lockstep(
     program: ExportedProgram,
     inputs: Sequence[object],
     watched: Mapping[str, tuple[str, Watch]],
+    skipped: Collection[str] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """``watched``: node name -> (name of the operand whose values it wants, what to do with them); several watches of a
-    node stand in one. The run ends with the last watched node. ``progress``: watched nodes done, and all.
+    node stand in one. ``skipped``: nodes that the program as it was does not have; it takes their first operand. The
+    run ends with the last watched node. ``progress``: watched nodes done, and all.
     """
     module = program.graph_module
-    runners = [Runner(module, float64=False) for _ in inputs]
     stored = constants(program)
     nodes = {n.name: n for n in module.graph.nodes}
-    for runner, values in zip(runners, inputs):
+    pairs = [(Runner(module, float64=False), Runner(module, float64=False)) for _ in inputs]
+    for pair, values in zip(pairs, inputs):
         known = {**stored, **flat_inputs(program, values)}
-        runner.env = {n: known[n.name] for n in module.graph.nodes if n.op == "placeholder"}
+        for runner in pair:
+            runner.env = {n: known[n.name] for n in module.graph.nodes if n.op == "placeholder"}
     done = 0
     with torch.no_grad():
         for node in module.graph.nodes:
@@ -42,19 +46,21 @@ def run_in_lockstep(
                 continue
             if node.name in watched:
                 operand, watch = watched[node.name]
-                for name, tensor in watch([runner.env[nodes[operand]] for runner in runners]).items():
-                    for runner in runners:
+                values, references = ([runner.env[nodes[operand]] for runner in side] for side in zip(*pairs))
+                for name, tensor in watch(values, references).items():
+                    for runner, _ in pairs:
                         runner.env[nodes[name]] = tensor
                 done += 1
                 if progress is not None:
                     progress(done, len(watched))
                 if done == len(watched):
                     return
-            for runner in runners:
+            for runner, reference in pairs:
                 _step(runner, node)
+                _step(reference, node, skip=node.name in skipped)
 
 
-def _step(runner: Runner, node: Node) -> None:
-    runner.env[node] = runner.run_node(node)
+def _step(runner: Runner, node: Node, skip: bool = False) -> None:
+    runner.env[node] = runner.env[node.all_input_nodes[0]] if skip else runner.run_node(node)
     for finished in runner.user_to_last_uses.get(node, []):
         del runner.env[finished]

@@ -1,8 +1,12 @@
 """Rounding of computed values, as operators of the graph:  x ≈ (q − z)·s, returned in the dtype of x.
 
 ``spinpass::round_tokens(x, bits, symmetric)``: a range for every vector of the last axis, found as it comes.
-``spinpass::round_tensor(x, scale, zero, bits)``: one given range. Importing this module registers both. They
-simulate: an integer kernel computes the same values.
+``spinpass::round_tensor(x, scale, zero, bits)``: one given range.
+``spinpass::round_rows(x, scale, zero, limit, bits)``: the same of x/k, times k, with k = max(1, max|x|/limit) for every
+vector of the last axis: a token far above all others (the first of a text, as a rule) is scaled into the range, instead
+of being cut or stretching it for the rest.
+
+Importing this module registers them. They simulate: an integer kernel computes the same values.
 """
 
 from __future__ import annotations
@@ -44,6 +48,19 @@ def round_tensor(x: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
     return torch.empty_like(x).copy_(result)
 
 
+@torch.library.custom_op(
+    "spinpass::round_rows",
+    mutates_args=(),
+    schema="(Tensor x, Tensor scale, Tensor zero, float limit, int bits) -> Tensor",
+)
+def round_rows(x: Tensor, scale: Tensor, zero: Tensor, limit: float, bits: int) -> Tensor:
+    """As ``round_tensor``; ``limit`` is infinite for no scaling."""
+    wide = x if x.dtype == torch.float64 else x.float()
+    factor = (wide.abs().amax(-1, keepdim=True) / limit).clamp_min(1)
+    result = (wide / factor / scale).round_().add_(zero).clamp_(0, 2**bits - 1).sub_(zero).mul_(scale).mul_(factor)
+    return torch.empty_like(x).copy_(result)
+
+
 @round_tokens.register_fake
 def _tokens_fake(x: Tensor, bits: int, symmetric: bool) -> Tensor:
     return torch.empty_like(x)
@@ -51,4 +68,9 @@ def _tokens_fake(x: Tensor, bits: int, symmetric: bool) -> Tensor:
 
 @round_tensor.register_fake
 def _tensor_fake(x: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
+    return torch.empty_like(x)
+
+
+@round_rows.register_fake
+def _rows_fake(x: Tensor, scale: Tensor, zero: Tensor, limit: float, bits: int) -> Tensor:
     return torch.empty_like(x)

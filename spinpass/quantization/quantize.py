@@ -7,6 +7,7 @@ depends on them (:mod:`.lockstep`): every layer is calibrated on what the quanti
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -20,25 +21,26 @@ from ..errors import ConfigError
 from ..execution import constants
 from ..passes.functionalize import open_program
 from ..program import ProgramEditor, shape
-from . import operators
+from . import operators  # noqa: F401  (registers torch.ops.spinpass)
 from .config import QuantizationConfig, Weights
 from .gptq import gptq
 from .grid import Codes, rounded
-from .lockstep import run_in_lockstep
+from .lockstep import Watch, run_in_lockstep
+from .moments import Moments
+from .ranges import static_range
 from .sites import WeightSite, cache_sites, table_sites, weight_sites
 
 Progress = Callable[[int, int], None]
 _ORIGIN = "quantization"
-_SAMPLED = 1 << 18  # values of a tensor that its static range is chosen on
-_RANGES, _SHRINK = 60, 0.93  # how many ranges are tried, and the ratio of one to the one before
-_EXTREMES = 256  # the smallest and largest values, which a sample would miss
+_LIMIT = 3  # of the arguments of round_rows
 
 
 @dataclass(frozen=True)
 class QuantizedWeight:
     """One weight: its integers, the axis of the constant that was contracted, and the relative error.
 
-    ``error``: ‖X(W − Ŵ)ᵀ‖² / ‖X Wᵀ‖² on the calibration inputs, ‖W − Ŵ‖² / ‖W‖² without any.
+    ``error``: ‖X Wᵀ − X̂ Ŵᵀ‖² / ‖X Wᵀ‖² on the calibration inputs, X in the unquantized program and X̂ in the quantized
+    one; ‖W − Ŵ‖² / ‖W‖² without any.
     """
 
     codes: Codes
@@ -111,13 +113,24 @@ def quantize(
     prepared = editor.finish()
     calibrator = _Calibrator(prepared, work)
     if calibration:
-        run_in_lockstep(prepared, calibration, calibrator.watches(), progress)
+        rounding = {*work.activations, *work.caches}
+        run_in_lockstep(prepared, calibration, calibrator.watches(), rounding, progress)
     calibrator.rest(progress if not calibration else None)
     result = ProgramEditor(prepared)
-    by_name = {n.name: n for n in result.nodes if n.op == "placeholder"}
+    by_name = {n.name: n for n in result.nodes}
     for name, tensor in calibrator.changed.items():
         result.queue(by_name[name], lambda _, new=tensor: new.double())  # type: ignore[misc]
+    for name in work.static:
+        _drop_limit(result, by_name[name])
     return Quantized(result.finish(), calibrator.report(program))
+
+
+def _drop_limit(editor: ProgramEditor, node: Node) -> None:
+    """round_rows(x, …, ∞) -> round_tensor(x, …)"""
+    x, scale, zero, limit, bits = node.args
+    if limit == math.inf:
+        plain = editor.call(torch.ops.spinpass.round_tensor.default, x, scale, zero, bits, after=node, origin=_ORIGIN)
+        editor.replace(node, plain, list(node.users))
 
 
 class _Work:
@@ -127,7 +140,7 @@ class _Work:
         self.editor, self.config = editor, config
         sites, self.kept = weight_sites(editor)
         self.weights: list[tuple[WeightSite, Weights]] = []
-        self.static: dict[str, tuple[str, str, str]] = {}  # rounding node -> operand, scale, zero point
+        self.static: dict[str, str] = {}  # rounding node -> operand
         self.activations: list[str] = []
         self.fqns = {site.weight.name: editor.fqn(site.weight) for site in sites}
         self.caches = [self._round_cache(node) for node in cache_sites(editor)] if config.cache else []
@@ -167,8 +180,8 @@ class _Work:
                 self.editor.add_constant(f"spinpass.{node.name}.{what}", torch.tensor(start))
                 for what, start in (("scale", 1.0), ("zero_point", 0.0))
             )
-            made = self._call("round_tensor", node, scale, zero, scheme.bits)
-            self.static[made.name] = (node.name, scale.name, zero.name)
+            made = self._call("round_rows", node, scale, zero, math.inf, scheme.bits)
+            self.static[made.name] = node.name
         self.activations.append(made.name)
         return made
 
@@ -193,21 +206,24 @@ class _Calibrator:
     work: _Work
     changed: dict[str, Tensor] = field(default_factory=dict)  # by placeholder name
     done: dict[str, QuantizedWeight] = field(default_factory=dict)  # by FQN
-    _hessians: dict[str, Tensor] = field(default_factory=dict)
+    _seen: dict[str, Moments] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._constants = constants(self.program)
+        self._nodes = {n.name: n for n in self.program.graph.nodes}
 
-    def watches(self) -> dict[str, tuple[str, Callable[[list[Tensor]], Mapping[str, Tensor]]]]:
+    def watches(self) -> dict[str, tuple[str, Watch]]:
         """What to do at which node, see :func:`run_in_lockstep`."""
-        found: dict[str, tuple[str, Callable[[list[Tensor]], Mapping[str, Tensor]]]] = {}
-        for name, (operand, scale, zero) in self.work.static.items():
-            found[name] = (operand, lambda values, s=scale, z=zero: self._static(values, s, z))  # type: ignore[misc]
+        found: dict[str, tuple[str, Watch]] = {}
+        for name, operand in self.work.static.items():
+            found[name] = (operand, lambda values, _, node=name: self._static(values, node))  # type: ignore[misc]
         for site, scheme in self.work.weights:
             operand = self.work.inputs[site.linear.name]
             found[site.linear.name] = (
                 operand,
-                lambda values, s=site, how=scheme, x=operand: self._weight(s, how, self._hessian(x, values, s)),  # type: ignore[misc]
+                lambda values, as_it_was, s=site, how=scheme, x=operand: self._weight(  # type: ignore[misc]
+                    s, how, self._moments(x, values, as_it_was, s)
+                ),
             )
         return found
 
@@ -232,74 +248,46 @@ class _Calibrator:
             self.done, tuple(work.activations), tuple(work.caches), work.kept, before, before - saved
         )
 
-    def _hessian(self, operand: str, values: list[Tensor], site: WeightSite) -> Tensor | None:
-        """XᵀX over all inputs; None for weights with more axes than two, whose tokens are dealt out."""
+    def _moments(
+        self, operand: str, values: list[Tensor], references: list[Tensor], site: WeightSite
+    ) -> Moments | None:
+        """Over all inputs; None for weights with more axes than two, whose tokens are dealt out."""
         if len(shape(site.weight)) != 2:
             return None
-        if operand not in self._hessians:
-            self._hessians.clear()  # only neighbours share an input
-            width = values[0].shape[-1]
-            total = torch.zeros(width, width, dtype=torch.float64)
-            for x in values:
-                flat = x.reshape(-1, width).float()
-                total += (flat.T @ flat).double()
-            self._hessians[operand] = total
-        return self._hessians[operand]
+        if operand not in self._seen:
+            self._seen.clear()  # only neighbours share an input
+            self._seen[operand] = Moments.of(values, references)
+        return self._seen[operand]
 
-    def _weight(self, site: WeightSite, scheme: Weights, hessian: Tensor | None) -> Mapping[str, Tensor]:
+    def _weight(self, site: WeightSite, scheme: Weights, moments: Moments | None) -> Mapping[str, Tensor]:
         name = site.weight.name
         if self.work.fqns[name] in self.done:  # read before, by another layer
             return {}
-        self._round(name, site.dim, scheme, hessian)
+        self._round(name, site.dim, scheme, moments)
         return {name: self.changed[name]}
 
-    def _round(self, name: str, dim: int, scheme: Weights, hessian: Tensor | None) -> None:
+    def _round(self, name: str, dim: int, scheme: Weights, moments: Moments | None) -> None:
         stored = self._constants[name].detach()
         moved = stored.movedim(dim, -1)
         matrix = moved.reshape(-1, moved.shape[-1]).float()
-        if scheme.method == "gptq" and hessian is not None:
-            codes = gptq(matrix, hessian, scheme)
+        if scheme.method == "gptq" and moments is not None:
+            target = moments.target(matrix, scheme.damping) if scheme.follow else matrix
+            codes = gptq(target, moments.own, scheme)
         else:
             codes = rounded(matrix, scheme)
         result = codes.dequantized()
         self.changed[name] = result.reshape(moved.shape).movedim(-1, dim).to(stored.dtype).contiguous()
-        off = result - matrix
-        if hessian is None:
-            error = float(off.square().sum() / matrix.square().sum().clamp_min(1e-30))
+        if moments is None:
+            error = float((result - matrix).square().sum() / matrix.square().sum().clamp_min(1e-30))
         else:
-            h = hessian.float()
-            error = float(((off @ h) * off).sum() / ((matrix @ h) * matrix).sum().clamp_min(1e-30))
+            error = moments.error(matrix, result)
         self.done[self.work.fqns[name]] = QuantizedWeight(codes, dim, scheme, error)
 
-    def _static(self, values: list[Tensor], scale: str, zero: str) -> Mapping[str, Tensor]:
-        assert self.work.config.activations is not None
-        bits, symmetric = self.work.config.activations.bits, self.work.config.activations.is_symmetric
-        s, z = static_range(values, bits, symmetric)
-        self.changed |= {scale: s, zero: z}
-        return {scale: s, zero: z}
-
-
-def static_range(values: Sequence[Tensor], bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
-    """(scale, zero point), float32 scalars, of the range of least squared error over ``values``; the whole range is one
-    of those tried, and the largest values are always among those that count.
-    """
-    flat = torch.cat([v.flatten().float() for v in values])
-    low, high = flat.min().clamp(max=0), flat.max().clamp(min=0)
-    if symmetric:
-        high = torch.maximum(-low, high)
-        low = -high
-    stride = -(-flat.numel() // _SAMPLED)
-    count = min(_EXTREMES, flat.numel())
-    parts = ((flat[::stride], stride), (flat.topk(count).values, 1), (flat.topk(count, largest=False).values, 1))
-    top = 2**bits - 1
-    best, least = (torch.tensor(1.0), torch.tensor(0.0)), float("inf")
-    for step in range(_RANGES):
-        shrink = _SHRINK**step
-        scale = ((high - low) * shrink / top).clamp_min(torch.finfo(torch.float32).tiny)
-        zero = torch.tensor((top + 1) / 2) if symmetric else (-low * shrink / scale).round()
-        error = sum(
-            weight * float((operators.round_tensor(x, scale, zero, bits) - x).square().sum()) for x, weight in parts
-        )
-        if error < least:
-            best, least = (scale, zero), error
-    return best
+    def _static(self, values: list[Tensor], name: str) -> Mapping[str, Tensor]:
+        scheme = self.work.config.activations
+        assert scheme is not None
+        found, node = static_range(values, scheme), self._nodes[name]
+        node.update_arg(_LIMIT, found.limit)
+        numbers = dict(zip((n.name for n in node.all_input_nodes[1:]), (found.scale, found.zero)))
+        self.changed |= numbers
+        return numbers

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import pytest
 import torch
@@ -20,6 +23,8 @@ from spinpass.exporters.onnx_pack import block_size, blocks, pack_weights, packe
 from spinpass.quantization import QuantizationConfig, Quantized, Weights, quantize
 from spinpass.quantization.grid import rounded
 from spinpass.quantization.quantize import QuantizedWeight
+from tests.decoders import Decoder, exported
+from tests.decoders import made as made_decoder
 
 VOCABULARY = 64
 
@@ -134,3 +139,98 @@ def test_a_wrong_integer_is_caught(tmp_path: Path, source: ExportedProgram) -> N
     weight.codes.q[0, 0] ^= 1
     with pytest.raises(ExportError, match=r"integers of up\.weight"):
         pack_weights(folder(tmp_path, made), tmp_path / "packed", made.report.weights)
+
+
+# -- integer products --------------------------------------------------------------------------------------------------
+
+
+def kernels(path: Path, tmp_path: Path) -> Counter[str]:
+    """What ONNX Runtime runs, by operator."""
+    options = ort.SessionOptions()
+    options.optimized_model_filepath, options.log_severity_level = str(tmp_path / "optimised.onnx"), 3
+    ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return Counter(node.op_type for node in onnx.load(tmp_path / "optimised.onnx").graph.node)
+
+
+@pytest.fixture(scope="module")
+def massive() -> ExportedProgram:
+    """One token is far above all others."""
+    model = Layers().eval()
+    with torch.no_grad():
+        model.embed.weight[IDS[0, 0]] *= 300
+    return torch.export.export(model, (IDS,), dynamic_shapes={"ids": {1: torch.export.Dim.AUTO}})
+
+
+@pytest.mark.parametrize(
+    ("scheme", "kernel"),
+    [
+        ("w8-rtn-a8", "MatMulInteger"),
+        ("w8-rtn-asym-a8", "MatMulInteger"),
+        ("w8-rtn-a8static", "MatMulIntegerToFloat"),
+        ("w8-gptq-asym-a8static", "MatMulIntegerToFloat"),
+    ],
+)
+@pytest.mark.parametrize("which", ["source", "massive"])
+def test_integer_products_compute_what_the_simulation_does(
+    tmp_path: Path, scheme: str, kernel: str, which: str, request: pytest.FixtureRequest
+) -> None:
+    program: ExportedProgram = request.getfixturevalue(which)
+    made = quantize(program, scheme, [(IDS,)])
+    scaled = [n for n in made.program.graph.nodes if str(n.target) == "spinpass.round_rows.default"]
+    assert bool(scaled) == (which == "massive" and "static" in scheme)
+    report = pack_weights(folder(tmp_path, made), tmp_path / "packed", made.report.weights)
+    run_by = kernels(report.path, tmp_path)
+    assert run_by[kernel] == 2 == report.matmuls and run_by["MatMul"] == 1, "the head alone is left"
+    expected = run(made.program, (IDS,))[0].numpy()
+    assert np.abs(outputs(report.path) - expected).max() < 2e-6 * np.abs(expected).max()
+
+
+def test_matmulnbits_rounds_in_place_of_the_program(tmp_path: Path, source: ExportedProgram) -> None:
+    made = quantize(source, "w4g32-rtn-a8")
+    simulated = folder(tmp_path, made)
+    weight_only = pack_weights(simulated, tmp_path / "level0", made.report.weights)
+    rounding = pack_weights(simulated, tmp_path / "level4", made.report.weights, accuracy_level=4)
+    expected = run(made.program, (IDS,))[0].numpy()
+    top = np.abs(expected).max()
+    assert np.abs(outputs(weight_only.path) - expected).max() < 2e-5 * top, "the rounding stays in the graph"
+    assert np.abs(outputs(rounding.path) - expected).max() < 2e-2 * top, "blocks are rounded instead of tokens"
+    assert not any("RoundTokens" in n.op_type for n in onnx.load(rounding.path).graph.node)
+
+
+@pytest.mark.parametrize("scheme", ["a4-kv4", "w4-rtn-a4static", "a8"])
+def test_roundings_without_kernels_are_simulated(tmp_path: Path, scheme: str) -> None:
+    program = exported(made_decoder(Decoder(layers=1), dtype=torch.float32))
+    ids = program.example_inputs[0]
+    quantized = quantize(program, scheme, [ids])
+    exporter.export(quantized.program, tmp_path / "simulated")  # certified against the program
+    session = ort.InferenceSession(tmp_path / "simulated" / "model.onnx", providers=["CPUExecutionProvider"])
+    found = session.run(None, {session.get_inputs()[0].name: ids[0].numpy()})[0]
+    expected, unrounded = (run(p, ids)[0].numpy() for p in (quantized.program, program))
+    assert np.abs(found - expected).max() < 1e-3 * np.abs(unrounded - expected).max()
+
+
+ROUNDINGS: dict[str, Callable[[Tensor], Tensor]] = {
+    "tokens of 8 bits": lambda x: torch.ops.spinpass.round_tokens(x, 8, True),
+    "tokens of 4 bits": lambda x: torch.ops.spinpass.round_tokens(x, 4, False),
+    "tensor of 8 bits": lambda x: torch.ops.spinpass.round_tensor(x, torch.tensor(0.03), torch.tensor(117.0), 8),
+    "tensor of 4 bits": lambda x: torch.ops.spinpass.round_tensor(x, torch.tensor(0.4), torch.tensor(7.0), 4),
+    "rows": lambda x: torch.ops.spinpass.round_rows(x, torch.tensor(0.02), torch.tensor(128.0), 2.0, 8),
+}
+
+
+@pytest.mark.parametrize("name", ROUNDINGS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
+def test_every_rounding_is_the_same_in_every_dtype(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
+    class Rounding(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return ROUNDINGS[name](x)
+
+    x = torch.randn(2, 7, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x[0, 1], x[1, 2] = 0, x[1, 2] * 9
+    program = torch.export.export(Rounding(), (x,))
+    exporter.export(program, tmp_path / "op")
+    session = ort.InferenceSession(tmp_path / "op" / "model.onnx", providers=["CPUExecutionProvider"])
+    found = session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
+    expected = ROUNDINGS[name](x).numpy()
+    assert found.dtype == expected.dtype and not np.array_equal(expected, x.numpy())
+    np.testing.assert_allclose(found, expected, rtol=4 * np.finfo(expected.dtype).eps, atol=1e-6)

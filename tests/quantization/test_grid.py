@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
 from spinpass.errors import ConfigError
 from spinpass.quantization import Activations, Cache, QuantizationConfig, Weights
-from spinpass.quantization.gptq import gptq
+from spinpass.quantization.gptq import gptq, refined
 from spinpass.quantization.grid import Codes, rounded
+from spinpass.quantization.moments import Moments
 
 
 def normal(*size: int, seed: int = 0) -> Tensor:
@@ -103,6 +106,40 @@ def test_gptq_survives_inputs_that_are_never_used_and_a_singular_hessian() -> No
     x[:, 5] = 0
     codes = gptq(normal(4, 32), (x.T @ x).double(), Weights(4))
     assert codes.dequantized().isfinite().all()
+
+
+@pytest.mark.parametrize("group_size", [None, 32])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_every_sweep_lowers_the_error(group_size: int | None, symmetric: bool) -> None:
+    x, matrix = correlated(512, 160), normal(24, 160)
+    errors = [
+        off(x, matrix, gptq(matrix, (x.T @ x).double(), Weights(3, group_size, symmetric, sweeps=sweeps)))
+        for sweeps in (0, 1, 3)
+    ]
+    assert errors[0] > errors[1] >= errors[2] * (1 - 1e-6)
+
+
+def test_scales_are_those_of_least_error() -> None:
+    """With codes fixed the error is a parabola of every scale."""
+    x, matrix = correlated(300, 64), normal(5, 64)
+    codes = refined(matrix, rounded(matrix, Weights(3, 32)), (x.T @ x).double(), 1)
+    least = off(x, matrix, codes)
+    for factor in (0.995, 1.005):
+        scales = codes.scales.clone()
+        scales[:, 1] *= factor
+        assert off(x, matrix, replace(codes, scales=scales)) > least
+
+
+def test_the_target_makes_up_for_what_earlier_layers_lost() -> None:
+    x, matrix = correlated(400, 48), normal(9, 48)
+    lost = 0.8 * x + 0.2 * x.roll(1, 1) + 0.1 * normal(400, 48, seed=7)
+    moments = Moments.of([lost], [x])
+    target = moments.target(matrix, 1e-6)
+    assert moments.error(matrix, target) < 0.3 * moments.error(matrix, matrix)
+    direct = float((x @ matrix.T - lost @ target.T).square().sum() / (x @ matrix.T).square().sum())
+    assert moments.error(matrix, target) == pytest.approx(direct, rel=1e-3)
+    same = Moments.of([x], [x])
+    assert torch.allclose(same.target(matrix, 0.01), matrix, atol=1e-4), "nothing was lost: nothing to make up for"
 
 
 # -- configurations --------------------------------------------------------------------------------------------------

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -15,7 +17,7 @@ import spinpass
 from spinpass.errors import ConfigError
 from spinpass.execution import run
 from spinpass.quantization import Activations, Cache, QuantizationConfig, Weights, quantize
-from spinpass.quantization.quantize import static_range
+from spinpass.quantization.ranges import static_range
 from spinpass.scoring import ProgramScorer
 from tests.decoders import HEADS, SEQ, VOCAB, Decoder, exported, made
 
@@ -112,13 +114,31 @@ def test_roundings_do_what_they_say() -> None:
 
 
 def test_a_static_range_gives_up_an_outlier_for_the_rest() -> None:
-    x = torch.randn(4000, generator=torch.Generator().manual_seed(0))
-    x[7] = 9.0
-    scale, zero = static_range([x], 4, symmetric=True)
-    assert float(scale) * 15 / 2 < 6
-    whole = torch.ops.spinpass.round_tensor(x, torch.tensor(18 / 15), torch.tensor(8.0), 4)
-    chosen = torch.ops.spinpass.round_tensor(x, scale, zero, 4)
-    assert (chosen - x).square().sum() < (whole - x).square().sum()
+    x = torch.randn(1, 4000, generator=torch.Generator().manual_seed(0))
+    x[0, 7] = 9.0
+    scheme = Activations(4, static=True, symmetric=True, sinks=False)
+    found = static_range([x], scheme)
+    assert float(found.scale) * 15 / 2 < 6 and math.isinf(found.limit)
+    whole = static_range([x], replace(scheme, calibration="minmax"))
+    assert float(whole.scale) == pytest.approx(18 / 15)
+    errors = [(torch.ops.spinpass.round_tensor(x, r.scale, r.zero, 4) - x).square().sum() for r in (found, whole)]
+    assert errors[0] < errors[1]
+    share = static_range([x], replace(scheme, calibration="percentile", percentile=99.0))
+    assert float(share.scale) * 15 / 2 == pytest.approx(float(x.abs().flatten().quantile(0.995)), rel=0.05)
+
+
+def test_a_massive_token_is_scaled_into_the_range_of_the_others() -> None:
+    x = torch.randn(6, 64, 32, generator=torch.Generator().manual_seed(0))
+    x[:, 0] *= 200
+    found = static_range(list(x), Activations(8, static=True))
+    assert 3 < found.limit < 7
+    rounded = torch.ops.spinpass.round_rows(x, found.scale, found.zero, found.limit, 8)
+    relative = ((rounded - x).square().sum(-1) / x.square().sum(-1)).sqrt()
+    assert float(relative.max()) < 0.02, "the massive tokens and the others alike"
+    without = static_range(list(x), Activations(8, static=True, sinks=False))
+    assert math.isinf(without.limit) and float(without.scale) > 20 * float(found.scale)
+    even = static_range(list(x[:, 1:]), Activations(8, static=True))
+    assert math.isinf(even.limit), "no token stands out: a maximum per token would be wasted"
 
 
 def test_static_ranges_become_constants() -> None:
@@ -127,6 +147,7 @@ def test_static_ranges_become_constants() -> None:
     assert len(rounding) == 8
     scales = [t for name, t in result.program.state_dict.items() if name.endswith(".scale")]
     assert len({float(s) for s in scales}) == 8 and not any(float(s) == 1.0 for s in scales)
+    assert not nodes(result.program, "round_rows"), "no token stands out"
     assert error(program(), result.program) < 1e-3
 
 
@@ -148,6 +169,16 @@ def test_later_layers_are_calibrated_on_what_earlier_ones_became() -> None:
     exact = QuantizationConfig(weights=None, overrides={last: Weights(4)})
     a, b = (quantize(program(), config, inputs()).report.weights[last].codes.q for config in (rounded, exact))
     assert not torch.equal(a, b)
+
+
+def test_a_weight_that_follows_the_unquantized_program_ends_nearer_to_it() -> None:
+    """Behind a coarsely rounded first layer."""
+    first = {"blocks.0.*": Weights(2, method="rtn")}
+    errors = []
+    for follow in (True, False):
+        config = QuantizationConfig(Weights(8, follow=follow), overrides=first)
+        errors.append(error(program(), quantize(program(), config, inputs(32)).program))
+    assert errors[0] < 0.9 * errors[1]
 
 
 @pytest.mark.parametrize("scheme", ["w3-rtn", "a4", "kv4"])

@@ -1,0 +1,52 @@
+"""Second moments of a layer's inputs: all that its calibration needs to know of the text.
+
+With X the inputs in the unquantized program and X̂ those behind the layers that are quantized already, what a layer's
+weight should be is not W but what makes up best for their difference:
+
+    min ‖X Wᵀ − X̂ Vᵀ‖²   at   V = W (XᵀX̂)(X̂ᵀX̂)⁻¹
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_TINY = 1e-30
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Sums over tokens, float64 (in, in): ``own`` X̂ᵀX̂, ``cross`` XᵀX̂, ``reference`` XᵀX."""
+
+    own: Tensor
+    cross: Tensor
+    reference: Tensor
+
+    @classmethod
+    def of(cls, values: Sequence[Tensor], references: Sequence[Tensor]) -> Moments:
+        """``values``, ``references``: X̂ and X, (..., in), pairwise of the same shape."""
+        width = values[0].shape[-1]
+        sums = [torch.zeros(width, width, dtype=torch.float64) for _ in range(3)]
+        for value, reference in zip(values, references):
+            own, there = (x.reshape(-1, width).float() for x in (value, reference))
+            for total, left, right in zip(sums, (own, there, there), (own, own, there)):
+                total += (left.T @ right).double()
+        return cls(*sums)
+
+    def target(self, matrix: Tensor, damping: float) -> Tensor:
+        """V for W = ``matrix`` (out, in), drawn to W by ``damping`` times the mean of the diagonal of X̂ᵀX̂."""
+        ridge = damping * self.own.diagonal().mean().clamp_min(_TINY) * torch.eye(len(self.own), dtype=torch.float64)
+        # V (X̂ᵀX̂ + λ) = W (XᵀX̂ + λ)
+        wanted = matrix.double() @ (self.cross + ridge)
+        solved: Tensor = torch.linalg.solve(self.own + ridge, wanted, left=False)
+        return solved.to(matrix.dtype)
+
+    def error(self, matrix: Tensor, quantized: Tensor) -> float:
+        """‖X Wᵀ − X̂ Ŵᵀ‖² / ‖X Wᵀ‖²."""
+        w, q = matrix.double(), quantized.double()
+        power = ((w @ self.reference) * w).sum()
+        off = power - 2 * ((w @ self.cross) * q).sum() + ((q @ self.own) * q).sum()
+        return float(off.clamp_min(0) / power.clamp_min(_TINY))

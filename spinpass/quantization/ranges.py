@@ -1,0 +1,102 @@
+"""Static ranges of activations, chosen on calibration inputs.
+
+    min over (scale, zero, limit)  Σ ‖x − k·round(x/k)‖²,      k = max(1, max|x|/limit) for every token
+
+A massive activation is one token's: it is scaled into the range of the others where that lowers the error by much.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import operators
+from .config import Activations
+
+_ROWS = 4096  # of the tokens that a range is chosen on, beside the largest
+_LARGEST = 64  # tokens that a sample would miss
+_RANGES, _SHRINK = 60, 0.93  # how many ranges are tried, and the ratio of one to the one before
+_LIMITS = (0.999, 0.99, 0.9)  # quantiles of the tokens' largest values
+_FAR = 2.0  # times the limit: what a token must reach to be far above the others
+_WORTH = 0.5  # a limit costs a maximum per token: it has to lower the error to this share
+
+
+@dataclass(frozen=True)
+class StaticRange:
+    """``scale`` and ``zero`` are float32 scalars; ``limit`` is infinite where no token is scaled."""
+
+    scale: Tensor
+    zero: Tensor
+    limit: float
+
+
+def static_range(values: Sequence[Tensor], scheme: Activations) -> StaticRange:
+    """The range for ``values``, each (..., channels), by the scheme's ``calibration``."""
+    rows = torch.cat([v.reshape(-1, v.shape[-1]).float() for v in values])
+    peaks = rows.abs().amax(1)
+    sample = _Sample.of(rows, peaks)
+    best = _chosen(sample, scheme, math.inf)
+    if scheme.calibration != "mse" or not scheme.sinks:
+        return best[0]
+    for quantile in _LIMITS:
+        limit = float(peaks.kthvalue(max(1, math.ceil(quantile * len(peaks)))).values)
+        if 0 < _FAR * limit < float(peaks.max()):
+            other = _chosen(sample, scheme, limit)
+            best = other if other[1] < _WORTH * best[1] else best
+    return best[0]
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """Tokens (n, channels) and how many each stands for (n,)."""
+
+    rows: Tensor
+    counts: Tensor
+
+    @classmethod
+    def of(cls, rows: Tensor, peaks: Tensor) -> _Sample:
+        large = peaks.topk(min(_LARGEST, len(rows))).indices
+        rest = torch.ones(len(rows), dtype=torch.bool)
+        rest[large] = False
+        others = rest.nonzero()[:, 0]
+        stride = max(1, -(-len(others) // _ROWS))
+        picked = others[::stride]
+        counts = torch.cat([torch.ones(len(large)), torch.full((len(picked),), len(others) / max(1, len(picked)))])
+        return cls(torch.cat([rows[large], rows[picked]]), counts)
+
+
+def _chosen(sample: _Sample, scheme: Activations, limit: float) -> tuple[StaticRange, float]:
+    """The range, and its squared error."""
+    factor = (sample.rows.abs().amax(1, keepdim=True) / limit).clamp_min(1)
+    scaled = sample.rows / factor
+    low, high = _ends(scaled, scheme)
+    top = 2**scheme.bits - 1
+    best, least = StaticRange(torch.tensor(1.0), torch.tensor(0.0), limit), math.inf
+    for step in range(_RANGES if scheme.calibration == "mse" else 1):
+        shrink = _SHRINK**step
+        scale = ((high - low) * shrink / top).clamp_min(torch.finfo(torch.float32).tiny)
+        zero = torch.tensor((top + 1) / 2) if scheme.is_symmetric else (-low * shrink / scale).round()
+        off = operators.round_tensor(scaled, scale, zero, scheme.bits) - scaled
+        error = float(((off * factor).square().sum(1) * sample.counts).sum())
+        if error < least:
+            best, least = StaticRange(scale, zero, limit), error
+    return best, least
+
+
+def _ends(rows: Tensor, scheme: Activations) -> tuple[Tensor, Tensor]:
+    """The widest range that is considered."""
+    if scheme.calibration == "percentile":
+        flat = rows.flatten()
+        outside = max(1, round(flat.numel() * (1 - scheme.percentile / 100) / 2))
+        low, high = flat.kthvalue(outside).values, flat.kthvalue(flat.numel() + 1 - outside).values
+    else:
+        low, high = rows.min(), rows.max()
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    if scheme.is_symmetric:
+        high = torch.maximum(-low, high)
+        low = -high
+    return low, high
