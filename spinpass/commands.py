@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 import platform
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Any
 
 import torch
@@ -21,9 +22,18 @@ from typer.core import TyperGroup
 from . import record
 from .certificate import Certificate
 from .config import RotationConfig
-from .console import Screen, Steps, certificate_table, comparison_table, plan_table, refusal_table
+from .console import (
+    Screen,
+    Steps,
+    certificate_table,
+    comparison_table,
+    plan_table,
+    refusal_table,
+    tuning_table,
+)
 from .errors import ConfigError, ExportError, SpinpassError
 from .eval_request import EvalRequest, Rotated
+from .evaluation import windows as cut
 from .exporters.files import staged
 from .exporters.loading import LoadedModel, load_model, load_program, save_program
 from .options import (
@@ -47,8 +57,14 @@ from .options import (
     configuration,
 )
 from .planning import RotationPlan
+from .quantization import QuantizationConfig, QuantizationReport
+from .quantization import quantize as quantize_program
+from .scoring import token_ids
+from .texts import LENGTH, SAMPLES, calibration_inputs, check_calibration, read_text
 from .transform import plan as make_plan
 from .transform import transform
+from .tuning import candidates
+from .tuning import tune as run_tuning
 from .verify import verify as make_certificate
 
 _USAGE_ERRORS = (ConfigError, ExportError)
@@ -124,36 +140,37 @@ def export(
     dtype: Dtype = "float32",
     no_cache: NoCache = False,
     int4: Int4 = False,
+    quantize: Annotated[str, typer.Option(help="Quantize, say w4g128-gptq-a8-head8-embed8.")] = "",
+    calibration: Annotated[Path | None, typer.Option(help="Text for GPTQ and static ranges.")] = None,
     no_verify: NoVerify = False,
     as_json: AsJson = False,
     verbose: Verbose = 0,
 ) -> None:
-    """Load MODEL, rotate it, certify it, and write a folder that ONNX Runtime runs."""
+    """Load MODEL, rotate it, certify it, and write a folder that ONNX Runtime runs.
+
+    With --quantize the weights are integers in the file, and 8-bit activations are multiplied as integers; what has no
+    kernel (4-bit activations, caches) is simulated. The certificate is that of the rotation.
+    """
     screen = _screen(ctx, as_json, verbose)
+    if quantize:
+        check_calibration(quantize, calibration)
+        if int4:
+            raise ConfigError("--int4 rounds the weights by itself: leave it out with --quantize")
     config = configuration(rotations, kind, block_size, seed, tied, form, cache, exclude, no_verify)
-    onnx, names, quantize = _onnx()
+    onnx = _onnx()
     _check_writable(out)
     with screen.steps() as steps:
         loaded = load_model(model, dtype=dtype, cache=not no_cache, progress=steps.begin)
         result = _rotated(loaded.program, config, steps)
-        report = onnx.export(
-            result.program,
-            out,
-            **names.cache_names(result.program),
-            verify=False if no_verify else None,
-            progress=lambda step: steps.begin(f"onnx: {step}"),
-        )
-        packed = None
-        if int4:
-            steps.start("pack to 4 bits")
-            packed = quantize.quantize_4bit(report.path, report.path)
-        files = _write_companions(loaded, report, packed, result, out)
+        if quantize:
+            result = _quantized(result, loaded, quantize, calibration, steps)
+        written = _write(onnx, loaded, result, out, steps, int4=int4, certify=not no_verify)
     if as_json:
-        about = {"ok": True, "out": str(out), "files": files, "seconds": steps.seconds}
-        screen.document(about | _manifest(loaded, report, packed, result))
+        about = {"ok": True, "out": str(out), "files": written.files, "seconds": steps.seconds}
+        screen.document(about | _manifest(loaded, written.report, written.packed, result))
         return
     _show(screen, result)
-    screen.show(_report_line(report), _files_table(out, files))
+    screen.show(_report_line(written.report), _files_table(out, written.files))
 
 
 @app.command()
@@ -272,6 +289,48 @@ def verify(
         raise typer.Exit(1)
 
 
+@app.command()
+def tune(
+    ctx: typer.Context,
+    model: Model,
+    quantize: Annotated[str, typer.Option(help="The scheme to tune for, say w4g128-gptq-a8.")],
+    calibration: Annotated[Path, typer.Option(help="UTF-8 text: its first half calibrates, its second half decides.")],
+    out: Annotated[Path | None, typer.Option(help="Folder to write the best model to, for ONNX Runtime.")] = None,
+    samples: Annotated[int, typer.Option(help="Windows to calibrate on.")] = SAMPLES,
+    windows: Annotated[int, typer.Option(help="Windows to decide on.")] = 8,
+    length: Annotated[int, typer.Option(help="Tokens per window.")] = LENGTH,
+    block_sizes: Annotated[str, typer.Option(help="Also try diagonal blocks of these sizes, say 64,128.")] = "",
+    dtype: Dtype = "float32",
+    as_json: AsJson = False,
+    verbose: Verbose = 0,
+) -> None:
+    """Measure what each way to rotate MODEL is worth under a scheme, and keep what helps; nothing, perhaps."""
+    screen = _screen(ctx, as_json, verbose)
+    sizes = _sizes(block_sizes)
+    QuantizationConfig.parse(quantize)
+    onnx = None if out is None else _onnx()
+    if out is not None:
+        _check_writable(out)
+    with screen.steps() as steps:
+        loaded = load_model(model, dtype=dtype, cache=out is not None, progress=steps.begin)
+        if loaded.companions is None or loaded.companions.tokenizer is None:
+            raise ConfigError(f"{model} has no tokenizer to read {calibration} with")
+        ids = token_ids(loaded.companions.tokenizer)(read_text(calibration))
+        half = len(ids) // 2
+        shown, decisive = (cut(part, length, n) for part, n in ((ids[:half], samples), (ids[half:], windows)))
+        found = run_tuning(loaded.program, quantize, shown, decisive, configs=candidates(sizes), steps=steps)
+        written = None
+        if onnx is not None and out is not None:
+            made = _Result(found.quantized.program, found.chosen.plan, found.quantized.report)
+            written = _write(onnx, loaded, made, out, steps)
+    if as_json:
+        screen.document({"ok": True, "model": model, "scheme": quantize, "seconds": steps.seconds} | found.to_dict())
+        return
+    screen.show(tuning_table(found, quantize, len(decisive), length), found.verdict)
+    if written is not None and out is not None:
+        screen.show(_files_table(out, written.files))
+
+
 @app.command("eval")
 def evaluate(
     ctx: typer.Context,
@@ -308,6 +367,7 @@ class _Result:
 
     program: ExportedProgram
     plan: RotationPlan | None = None
+    quantization: QuantizationReport | None = None
 
     @property
     def certificate(self) -> dict[str, Any] | None:
@@ -321,6 +381,7 @@ class _Result:
             "versions": {name: _version(name) for name in _PACKAGES} | {"python": platform.python_version()},
             "plan": self.plan and self.plan.to_dict(),
             "record": found and found.to_dict(),
+            "quantization": self.quantization and self.quantization.to_dict(),
         }
 
 
@@ -340,19 +401,83 @@ def _rotated(program: ExportedProgram, config: RotationConfig | None, steps: Ste
     return _Result(transform(program, plan=decided, progress=progress), decided)
 
 
+@dataclass(frozen=True)
+class _Written:
+    """A folder for ONNX Runtime: the exporter's report, that of packing, the names of all files."""
+
+    report: Any
+    packed: Any
+    files: list[str]
+
+
+def _write(
+    onnx: SimpleNamespace,
+    loaded: LoadedModel,
+    result: _Result,
+    out: Path,
+    steps: Steps,
+    *,
+    int4: bool = False,
+    certify: bool = True,
+) -> _Written:
+    """Export, pack, and put beside it what belongs to the model."""
+    quantized = result.quantization
+    report = onnx.export(
+        result.program,
+        out,
+        **onnx.cache_names(result.program),
+        # a value that lies at a tie may be rounded either way: there is no bound to hold a quantized file to
+        verify=None if certify and quantized is None else False,
+        progress=lambda step: steps.begin(f"onnx: {step}"),
+    )
+    packed = None
+    if int4:
+        steps.start("pack to 4 bits")
+        packed = onnx.quantize_4bit(report.path, report.path)
+    elif quantized is not None and quantized.weights:
+        steps.start("pack integers")
+        level = 4 if quantized.activations else 0
+        packed = onnx.pack_weights(report.path, report.path, quantized.weights, accuracy_level=level)
+    return _Written(report, packed, _write_companions(loaded, report, packed, result, out))
+
+
+def _sizes(text: str) -> list[int]:
+    """Numbers separated by commas. ConfigError for anything else."""
+    try:
+        return [int(part) for part in text.split(",") if part.strip()]
+    except ValueError as error:
+        raise ConfigError(f"--block-sizes {text!r} is not a list of numbers such as 64,128") from error
+
+
+def _quantized(result: _Result, loaded: LoadedModel, scheme: str, text: Path | None, steps: Steps) -> _Result:
+    """Calibrate on the text where there is one, and quantize."""
+    samples: list[Any] = []
+    if text is not None:
+        if loaded.companions is None:
+            raise ConfigError(f"{loaded.source.location} has no tokenizer to read {text} with: quantize with -rtn")
+        samples = calibration_inputs(result.program, token_ids(loaded.companions.tokenizer), text)
+    made = quantize_program(result.program, scheme, samples, progress=steps.start("quantize"))
+    return replace(result, program=made.program, quantization=made.report)
+
+
 def _screen(ctx: typer.Context, as_json: bool, verbose: int) -> Screen:
     state: _State = ctx.obj
     state.screen, state.tracebacks = Screen(as_json=as_json, verbose=verbose > 0), verbose > 1
     return state.screen
 
 
-def _onnx() -> tuple[Any, Any, Any]:
-    """The ONNX exporter, its names and its quantizer, imported when they are needed."""
+def _onnx() -> SimpleNamespace:
+    """What writes ONNX, imported when it is needed."""
     try:
-        from .exporters import onnx, onnx_names, onnx_quantize
+        from .exporters import onnx, onnx_names, onnx_pack, onnx_quantize
     except ModuleNotFoundError as error:
         raise ExportError(f"writing ONNX needs {error.name}: pip install 'spinpass[onnx]'") from error
-    return onnx, onnx_names, onnx_quantize
+    return SimpleNamespace(
+        export=onnx.export,
+        cache_names=onnx_names.cache_names,
+        pack_weights=onnx_pack.pack_weights,
+        quantize_4bit=onnx_quantize.quantize_4bit,
+    )
 
 
 def _onnx_compare() -> Any:
@@ -385,7 +510,7 @@ def _write_companions(loaded: LoadedModel, report: Any, packed: Any, result: _Re
 
 def _manifest(loaded: LoadedModel, report: Any, packed: Any, result: _Result) -> dict[str, Any]:
     """What spinpass.json holds."""
-    made = {"onnx": report.to_dict(), "int4": packed and packed.to_dict()}
+    made = {"onnx": report.to_dict(), "packed": packed and packed.to_dict()}
     return {"model": loaded.source.location} | result.to_dict() | made
 
 

@@ -18,6 +18,7 @@ from rich.table import Table
 
 from .evaluation import Comparison, Perplexity
 from .planning import PlannedSpace, RotationPlan
+from .tuning import Tuned
 
 Tick = Callable[[int, int], None]
 _OUTPUTS_SHOWN = 8
@@ -171,6 +172,20 @@ def comparison_table(found: Perplexity | Comparison, windows: int, length: int) 
     table.add_row("after ÷ before, paired", f"{found.ratio:.4f} ± {found.ratio * found.change.error:.4f}")
     table.add_row("same likeliest token", f"{found.agreement:.2%}")
     table.add_row("KL(before ‖ after)", f"{found.divergence:.5f} nats per token")
+    return table
+
+
+def tuning_table(found: Tuned, scheme: str, windows: int, length: int) -> Table:
+    """What every trial costs and what it is worth; the chosen one in bold."""
+    table = Table("rotation", "spaces", "FLOP/token", "perplexity ÷ original", "KL", "same token", title_justify="left")
+    table.title, table.caption_justify = f"Tuning for {scheme}", "left"
+    table.caption = f"{windows} held-out windows of {length} tokens; ± one standard error over windows, paired"
+    for trial in found.trials:
+        seen = trial.comparison
+        kept = "" if trial.plan is None else f"{len(trial.plan.spaces)} of {len(trial.spaces)}"
+        numbers = f"{seen.ratio:.4f} ± {seen.ratio * seen.change.error:.4f}", f"{seen.divergence:.5f}"
+        style = "bold" if trial is found.chosen else None
+        table.add_row(trial.name, kept, f"{trial.flops:,}", *numbers, f"{seen.agreement:.2%}", style=style)
     return table
 
 

@@ -29,7 +29,12 @@ class Opened:
 
     def tokens(self, text: str) -> list[int]:
         """Token ids of a text, without special tokens."""
-        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        return token_ids(self.tokenizer)(text)
+
+
+def token_ids(tokenizer: Any) -> Callable[[str], list[int]]:
+    """What a tokenizer of transformers makes of a text, without special tokens."""
+    return lambda text: list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 class ProgramScorer:

@@ -93,8 +93,8 @@ def _static(body: Body, x: ir.Value, weight: _Weight) -> ir.Value:
 
 def _codes_per_token(body: Body, rounding: ir.Node) -> tuple[ir.Value, ir.Value]:
     """uint8 codes around 128, and their scales (..., 1)."""
-    (x,) = _given(rounding)
-    codes, scale, _ = codes_of(body, x, 8, True, _FLOAT)
+    x, clip = _given(rounding)
+    codes, scale, _ = codes_of(body, x, clip, 8, True, _FLOAT)
     shifted = body.add("Add", codes, body.constant(np.array(_MIDDLE, np.float32)))
     return body.add("Cast", shifted, to=_UINT8.value), scale
 

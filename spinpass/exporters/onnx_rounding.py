@@ -26,10 +26,10 @@ _UINT8, _FLOAT, _DOUBLE = ir.DataType.UINT8, ir.DataType.FLOAT, ir.DataType.DOUB
 
 def round_tokens() -> Callable[..., Any]:
     """What ``torch.onnx.export`` should emit for ``torch.ops.spinpass.round_tokens``: an opaque node."""
-    call = onnxscript.values.Op(_OPSET, TOKENS, _schema(TOKENS, ("x",), ("bits", "symmetric")))
+    call = onnxscript.values.Op(_OPSET, TOKENS, _schema(TOKENS, ("x", "clip"), ("bits", "symmetric")))
 
-    def node(x: Any, bits: int, symmetric: bool) -> Any:
-        return _like(x, call(x, bits=bits, symmetric=int(symmetric)))
+    def node(x: Any, bits: int, symmetric: bool, clip: float = 1.0) -> Any:
+        return _like(x, call(x, op.Constant(value_float=clip), bits=bits, symmetric=int(symmetric)))
 
     return node
 
@@ -108,13 +108,15 @@ def _schema(name: str, inputs: tuple[str, ...], attributes: tuple[str, ...]) -> 
 
 def _tokens(node: ir.Node, dtype: ir.DataType, opset: int) -> ir.Function:
     bits, symmetric = arguments(node)
-    body, x, compute = Body(), ir.Value(name="x"), _compute(dtype)
-    codes, scale, zero = codes_of(body, body.cast(x, dtype, compute), bits, symmetric, compute)
+    body, compute = Body(), _compute(dtype)
+    x, clip = inputs = (ir.Value(name="x"), ir.Value(name="clip"))
+    share = body.cast(clip, _FLOAT, compute)
+    codes, scale, zero = codes_of(body, body.cast(x, dtype, compute), share, bits, symmetric, compute)
     centred = codes if zero is None else body.add("Sub", codes, zero)
     y = body.cast(body.add("Mul", centred, scale), compute, dtype)
     name = f"{TOKENS}_{bits}{'' if symmetric else '_asymmetric'}_{dtype.name.lower()}"
     what = f"x rounded to {bits} bits, with a range for every vector of the last axis"
-    return body.function(name, (x,), y, ("bits", "symmetric"), opset, what)
+    return body.function(name, inputs, y, ("bits", "symmetric"), opset, what)
 
 
 def _rows(node: ir.Node, dtype: ir.DataType, opset: int) -> ir.Function:
@@ -133,7 +135,7 @@ def _rows(node: ir.Node, dtype: ir.DataType, opset: int) -> ir.Function:
 
 
 def codes_of(
-    body: Body, x: ir.Value, bits: int, symmetric: bool, dtype: ir.DataType
+    body: Body, x: ir.Value, clip: ir.Value, bits: int, symmetric: bool, dtype: ir.DataType
 ) -> tuple[ir.Value, ir.Value, ir.Value | None]:
     """(codes as floats, scale, zero point) of x per vector of the last axis; no zero point where ``symmetric``."""
     axis = body.constant(np.array([-1], np.int64))
@@ -144,11 +146,11 @@ def codes_of(
     else:
         least = body.add("Min", body.add("ReduceMin", x, axis), nothing)
         low, span = nothing, body.add("Sub", body.add("Max", body.add("ReduceMax", x, axis), nothing), least)
-    step = body.add("Div", span, _number(body, top, dtype))
+    step = body.add("Div", body.add("Mul", span, clip), _number(body, top, dtype))
     scale = body.add("Where", body.add("Greater", step, nothing), step, _number(body, 1, dtype))
     codes, zero = body.add("Round", body.add("Div", x, scale)), None
     if not symmetric:
-        zero = body.add("Round", body.add("Div", body.add("Neg", least), scale))
+        zero = body.add("Round", body.add("Div", body.add("Mul", body.add("Neg", least), clip), scale))
         codes = body.add("Add", codes, zero)
     return body.add("Min", body.add("Max", codes, low), _number(body, top, dtype)), scale, zero
 

@@ -56,6 +56,8 @@ class Activations:
     the calibration inputs by ``calibration``: that of least squared error (``mse``), of ``percentile`` percent of the
     values, or of all of them (``minmax``). ``sinks``: with ``mse``, tokens far above all others are scaled into the
     range, where that helps. ``symmetric``: None is symmetric for 8 bits per token and asymmetric otherwise.
+    ``clip``: the share of each token's range that is covered; None is that of least error on the calibration inputs for
+    4 bits, where there are any, and all of it otherwise.
     """
 
     bits: int = 8
@@ -64,12 +66,14 @@ class Activations:
     calibration: Calibration = "mse"
     percentile: float = 99.99
     sinks: bool = True
+    clip: float | None = None
 
     def __post_init__(self) -> None:
         if self.bits not in (4, 8):
             raise ConfigError(f"activations of {self.bits} bits: choose 4 or 8")
         if self.calibration not in get_args(Calibration):
             raise ConfigError(f"calibration {self.calibration!r} is not one of {', '.join(get_args(Calibration))}")
+        _check_clip(self.clip)
         if not 50 < self.percentile <= 100:
             raise ConfigError(f"percentile {self.percentile} is not above 50 and at most 100")
 
@@ -81,14 +85,16 @@ class Activations:
 
 @dataclass(frozen=True)
 class Cache:
-    """Keys and values of attention, per head and token."""
+    """Keys and values of attention, per head and token; ``clip`` as for :class:`Activations`."""
 
     bits: int = 4
     symmetric: bool = False
+    clip: float | None = None
 
     def __post_init__(self) -> None:
         if self.bits not in (4, 8):
             raise ConfigError(f"a KV cache of {self.bits} bits: choose 4 or 8")
+        _check_clip(self.clip)
 
 
 @dataclass(frozen=True)
@@ -153,3 +159,8 @@ class QuantizationConfig:
     def excludes(self, fqn: str) -> bool:
         """The name matches a pattern of ``exclude``."""
         return any(fnmatchcase(fqn, pattern) for pattern in self.exclude)
+
+
+def _check_clip(clip: float | None) -> None:
+    if clip is not None and not 0 < clip <= 1:
+        raise ConfigError(f"clip {clip} is not above 0 and at most 1")

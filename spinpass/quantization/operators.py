@@ -1,6 +1,7 @@
 """Rounding of computed values, as operators of the graph:  x ≈ (q − z)·s, returned in the dtype of x.
 
-``spinpass::round_tokens(x, bits, symmetric)``: a range for every vector of the last axis, found as it comes.
+``spinpass::round_tokens(x, bits, symmetric, clip)``: a range for every vector of the last axis, found as it comes:
+``clip`` times that of its values.
 ``spinpass::round_tensor(x, scale, zero, bits)``: one given range.
 ``spinpass::round_rows(x, scale, zero, limit, bits)``: the same of x/k, times k, with k = max(1, max|x|/limit) for every
 vector of the last axis: a token far above all others (the first of a text, as a rule) is scaled into the range, instead
@@ -16,24 +17,24 @@ from torch import Tensor
 
 
 @torch.library.custom_op(
-    "spinpass::round_tokens", mutates_args=(), schema="(Tensor x, int bits, bool symmetric) -> Tensor"
+    "spinpass::round_tokens", mutates_args=(), schema="(Tensor x, int bits, bool symmetric, float clip=1.0) -> Tensor"
 )
-def round_tokens(x: Tensor, bits: int, symmetric: bool) -> Tensor:
-    """Symmetric: codes −2^(bits−1)+1 … 2^(bits−1)−1, scale max|x| / (2^(bits−1)−1). Otherwise codes 0 … 2^bits−1 over
-    min(x, 0) … max(x, 0). Computed in float32, or float64 for float64.
+def round_tokens(x: Tensor, bits: int, symmetric: bool, clip: float = 1.0) -> Tensor:
+    """Symmetric: codes −2^(bits−1)+1 … 2^(bits−1)−1, scale clip·max|x| / (2^(bits−1)−1). Otherwise codes 0 … 2^bits−1
+    over clip·min(x, 0) … clip·max(x, 0). Computed in float32, or float64 for float64.
     """
     wide = x if x.dtype == torch.float64 else x.float()
     if symmetric:
         top = 2 ** (bits - 1) - 1
-        scale = wide.abs().amax(-1, keepdim=True) / top
+        scale = wide.abs().amax(-1, keepdim=True) * clip / top
         scale = torch.where(scale > 0, scale, 1.0)
         result = (wide / scale).round_().clamp_(-top, top).mul_(scale)
     else:
         top = 2**bits - 1
         low, high = wide.amin(-1, keepdim=True).clamp(max=0), wide.amax(-1, keepdim=True).clamp(min=0)
-        scale = (high - low) / top
+        scale = (high - low) * clip / top
         scale = torch.where(scale > 0, scale, 1.0)
-        zero = (-low / scale).round_()
+        zero = (-low * clip / scale).round_()
         result = (wide / scale).round_().add_(zero).clamp_(0, top).sub_(zero).mul_(scale)
     return torch.empty_like(x).copy_(result)
 
@@ -62,7 +63,7 @@ def round_rows(x: Tensor, scale: Tensor, zero: Tensor, limit: float, bits: int) 
 
 
 @round_tokens.register_fake
-def _tokens_fake(x: Tensor, bits: int, symmetric: bool) -> Tensor:
+def _tokens_fake(x: Tensor, bits: int, symmetric: bool, clip: float = 1.0) -> Tensor:
     return torch.empty_like(x)
 
 

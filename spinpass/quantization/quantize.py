@@ -27,12 +27,13 @@ from .gptq import gptq
 from .grid import Codes, rounded
 from .lockstep import Watch, run_in_lockstep
 from .moments import Moments
-from .ranges import static_range
+from .ranges import static_range, token_clip
 from .sites import WeightSite, cache_sites, table_sites, weight_sites
 
 Progress = Callable[[int, int], None]
 _ORIGIN = "quantization"
 _LIMIT = 3  # of the arguments of round_rows
+_CLIP = 3  # of those of round_tokens
 
 
 @dataclass(frozen=True)
@@ -141,6 +142,7 @@ class _Work:
         sites, self.kept = weight_sites(editor)
         self.weights: list[tuple[WeightSite, Weights]] = []
         self.static: dict[str, str] = {}  # rounding node -> operand
+        self.clipped: dict[str, str] = {}  # the same, where a share of the range is to be chosen
         self.activations: list[str] = []
         self.fqns = {site.weight.name: editor.fqn(site.weight) for site in sites}
         self.caches = [self._round_cache(node) for node in cache_sites(editor)] if config.cache else []
@@ -174,7 +176,7 @@ class _Work:
         scheme = self.config.activations
         assert scheme is not None
         if not scheme.static:
-            made = self._call("round_tokens", node, scheme.bits, scheme.is_symmetric)
+            made = self._round_tokens(node, scheme.bits, scheme.is_symmetric, scheme.clip)
         else:
             scale, zero = (
                 self.editor.add_constant(f"spinpass.{node.name}.{what}", torch.tensor(start))
@@ -189,9 +191,15 @@ class _Work:
         scheme = self.config.cache
         assert scheme is not None
         users = list(node.users)
-        made = self._call("round_tokens", node, scheme.bits, scheme.symmetric)
+        made = self._round_tokens(node, scheme.bits, scheme.symmetric, scheme.clip)
         self.editor.replace(node, made, users)
         return made.name
+
+    def _round_tokens(self, node: Node, bits: int, symmetric: bool, clip: float | None) -> Node:
+        made = self._call("round_tokens", node, bits, symmetric, 1.0 if clip is None else clip)
+        if clip is None and bits < 8:  # at 8 bits there is nothing to win
+            self.clipped[made.name] = node.name
+        return made
 
     def _call(self, name: str, node: Node, *args: Any) -> Node:
         target = getattr(torch.ops.spinpass, name).default
@@ -217,6 +225,8 @@ class _Calibrator:
         found: dict[str, tuple[str, Watch]] = {}
         for name, operand in self.work.static.items():
             found[name] = (operand, lambda values, _, node=name: self._static(values, node))  # type: ignore[misc]
+        for name, operand in self.work.clipped.items():
+            found[name] = (operand, lambda values, _, node=name: self._clip(values, node))  # type: ignore[misc]
         for site, scheme in self.work.weights:
             operand = self.work.inputs[site.linear.name]
             found[site.linear.name] = (
@@ -282,6 +292,12 @@ class _Calibrator:
         else:
             error = moments.error(matrix, result)
         self.done[self.work.fqns[name]] = QuantizedWeight(codes, dim, scheme, error)
+
+    def _clip(self, values: list[Tensor], name: str) -> Mapping[str, Tensor]:
+        node = self._nodes[name]
+        _, bits, symmetric, _ = node.args
+        node.update_arg(_CLIP, token_clip(values, bits, symmetric))
+        return {}
 
     def _static(self, values: list[Tensor], name: str) -> Mapping[str, Tensor]:
         scheme = self.work.config.activations

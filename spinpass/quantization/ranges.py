@@ -1,4 +1,4 @@
-"""Static ranges of activations, chosen on calibration inputs.
+"""Ranges of activations, chosen on calibration inputs.
 
     min over (scale, zero, limit)  Σ ‖x − k·round(x/k)‖²,      k = max(1, max|x|/limit) for every token
 
@@ -23,6 +23,7 @@ _RANGES, _SHRINK = 60, 0.93  # how many ranges are tried, and the ratio of one t
 _LIMITS = (0.999, 0.99, 0.9)  # quantiles of the tokens' largest values
 _FAR = 2.0  # times the limit: what a token must reach to be far above the others
 _WORTH = 0.5  # a limit costs a maximum per token: it has to lower the error to this share
+_CLIPS = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.76, 0.72, 0.68)
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,19 @@ class _Sample:
         picked = others[::stride]
         counts = torch.cat([torch.ones(len(large)), torch.full((len(picked),), len(others) / max(1, len(picked)))])
         return cls(torch.cat([rows[large], rows[picked]]), counts)
+
+
+def token_clip(values: Sequence[Tensor], bits: int, symmetric: bool) -> float:
+    """The share of every token's range whose cover has the least squared error, relative to the token's power."""
+    rows = torch.cat([v.reshape(-1, v.shape[-1]).float() for v in values])
+    rows = rows[:: max(1, len(rows) // _ROWS)]
+    power = rows.square().sum(1).clamp_min(torch.finfo(torch.float32).tiny)
+
+    def error(clip: float) -> float:
+        off = operators.round_tokens(rows, bits, symmetric, clip) - rows
+        return float((off.square().sum(1) / power).sum())
+
+    return min(_CLIPS, key=error)
 
 
 def _chosen(sample: _Sample, scheme: Activations, limit: float) -> tuple[StaticRange, float]:

@@ -212,6 +212,7 @@ def test_roundings_without_kernels_are_simulated(tmp_path: Path, scheme: str) ->
 ROUNDINGS: dict[str, Callable[[Tensor], Tensor]] = {
     "tokens of 8 bits": lambda x: torch.ops.spinpass.round_tokens(x, 8, True),
     "tokens of 4 bits": lambda x: torch.ops.spinpass.round_tokens(x, 4, False),
+    "tokens, clipped": lambda x: torch.ops.spinpass.round_tokens(x, 4, False, 0.8),
     "tensor of 8 bits": lambda x: torch.ops.spinpass.round_tensor(x, torch.tensor(0.03), torch.tensor(117.0), 8),
     "tensor of 4 bits": lambda x: torch.ops.spinpass.round_tensor(x, torch.tensor(0.4), torch.tensor(7.0), 4),
     "rows": lambda x: torch.ops.spinpass.round_rows(x, torch.tensor(0.02), torch.tensor(128.0), 2.0, 8),

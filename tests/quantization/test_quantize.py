@@ -17,7 +17,7 @@ import spinpass
 from spinpass.errors import ConfigError
 from spinpass.execution import run
 from spinpass.quantization import Activations, Cache, QuantizationConfig, Weights, quantize
-from spinpass.quantization.ranges import static_range
+from spinpass.quantization.ranges import static_range, token_clip
 from spinpass.scoring import ProgramScorer
 from tests.decoders import HEADS, SEQ, VOCAB, Decoder, exported, made
 
@@ -111,6 +111,20 @@ def test_roundings_do_what_they_say() -> None:
     assert (torch.ops.spinpass.round_tokens(torch.zeros(2, 4), 4, False) == 0).all()
     half = torch.ops.spinpass.round_tokens(x.bfloat16(), 8, True)
     assert half.dtype == torch.bfloat16 and half.stride() == x.stride()
+
+
+def test_the_share_of_a_range_that_is_covered_is_chosen_for_four_bits() -> None:
+    x = torch.randn(64, 512, generator=torch.Generator().manual_seed(0))
+    share = token_clip([x], 4, False)
+    assert 0.7 < share < 0.95
+    kept, whole = ((torch.ops.spinpass.round_tokens(x, 4, False, c) - x).square().mean() for c in (share, 1.0))
+    assert kept < 0.95 * whole
+    result = quantize(program(), "a4-kv4", inputs())
+    shares = [n.args[3] for n in nodes(result.program, "round_tokens")]
+    assert len(shares) == 12 and any(s < 1 for s in shares)  # type: ignore[operator]
+    given = quantize(program(), QuantizationConfig(None, Activations(4, clip=0.9), Cache(4, clip=0.8)), inputs())
+    assert {n.args[3] for n in nodes(given.program, "round_tokens")} == {0.9, 0.8}
+    assert {n.args[3] for n in nodes(quantize(program(), "a4-kv4").program, "round_tokens")} == {1.0}
 
 
 def test_a_static_range_gives_up_an_outlier_for_the_rest() -> None:

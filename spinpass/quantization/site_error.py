@@ -1,0 +1,85 @@
+"""What rounding costs at each linear layer by itself:  ‖x̂ Ŵᵀ − x Wᵀ‖² / ‖x Wᵀ‖²,  every other layer left as it is.
+
+Cheap enough to ask it of every layer of a rotated and of an unrotated program: weights are rounded to nearest, whatever
+the method will be, so it says which basis is better to round in, not how good the result will be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from torch import Tensor
+from torch.export import ExportedProgram
+
+from ..execution import constants
+from ..passes.functionalize import open_program
+from ..program import shape
+from . import operators
+from .config import Activations, QuantizationConfig, Weights
+from .grid import rounded
+from .lockstep import Watch, run_in_lockstep
+from .ranges import static_range
+from .sites import WeightSite, weight_sites
+
+_TINY = 1e-30
+
+
+def site_errors(
+    program: ExportedProgram,
+    config: QuantizationConfig,
+    inputs: Sequence[object],
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, float]:
+    """By parameter name, for every weight of two axes that ``config`` rounds, or whose inputs it rounds.
+
+    Args:
+        program: a floating-point program, rotated or not; it is not changed.
+        inputs: as for :func:`spinpass.quantization.quantize`; a few hundred tokens will do.
+
+    Raises ConfigError where ``inputs`` do not fit the program.
+    """
+    editor = open_program(program)
+    sites, _ = weight_sites(editor)
+    named = [(site, editor.fqn(site.weight)) for site in sites if len(shape(site.weight)) == 2]
+    prepared = editor.finish()
+    stored, found = constants(prepared), dict[str, float]()
+
+    def watch(site: WeightSite, fqn: str, scheme: Weights | None, activations: Activations | None) -> Watch:
+        def measure(values: list[Tensor], _: list[Tensor]) -> Mapping[str, Tensor]:
+            matrix = stored[site.weight.name].detach().movedim(site.dim, -1).float()
+            found[fqn] = max(found.get(fqn, 0.0), _error(values, matrix, scheme, activations))
+            return {}
+
+        return measure
+
+    watched = {}
+    for site, fqn in named:
+        scheme = config.weights_of(fqn, head=site.head)
+        skipped = config.excludes(fqn) or (site.head and config.head is None)
+        activations = None if skipped else config.activations
+        if scheme is not None or activations is not None:
+            watched[site.linear.name] = (site.operand.name, watch(site, fqn, scheme, activations))
+    if watched:
+        run_in_lockstep(prepared, inputs, watched, progress=progress)
+    return found
+
+
+def _error(values: list[Tensor], matrix: Tensor, scheme: Weights | None, activations: Activations | None) -> float:
+    weight = matrix if scheme is None else rounded(matrix, scheme).dequantized()
+    round_values = _rounding(values, activations)
+    off = power = 0.0
+    for value in values:
+        x = value.float()
+        exact = x @ matrix.T
+        off += float((round_values(x) @ weight.T - exact).square().sum())
+        power += float(exact.square().sum())
+    return off / max(power, _TINY)
+
+
+def _rounding(values: list[Tensor], scheme: Activations | None) -> Callable[[Tensor], Tensor]:
+    if scheme is None:
+        return lambda x: x
+    if not scheme.static:
+        return lambda x: operators.round_tokens(x, scheme.bits, scheme.is_symmetric)
+    found = static_range(values, scheme)
+    return lambda x: operators.round_rows(x, found.scale, found.zero, found.limit, scheme.bits)

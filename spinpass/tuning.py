@@ -1,0 +1,232 @@
+"""tune:  measure on text what each way to rotate is worth under a scheme, and keep what helps.
+
+Whole configurations are quantized and scored on held-out text, paired over its windows. Before that every space of a
+configuration is judged by itself (:mod:`.quantization.site_error`): where its layers lose no less in the rotated basis,
+or nothing in it is rounded, it is left alone. Among what is equally good within the noise, what costs least is taken;
+nothing costs less than no rotation.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch.export import ExportedProgram
+
+from .config import ROLES, RotationConfig
+from .errors import ConfigError, RefusedError
+from .evaluation import Comparison, compare
+from .planning import PlannedSpace, RotationPlan
+from .quantization import QuantizationConfig, Quantized, quantize
+from .quantization.site_error import site_errors
+from .scoring import ProgramScorer
+from .transform import plan as make_plan
+from .transform import transform
+
+Windows = Sequence[Sequence[int]]
+_JUDGED_ON = 2  # calibration windows that spaces are judged on
+_NOTHING = "none"
+
+
+class Steps(Protocol):
+    """Told what begins; returns what is to be called with (done, all)."""
+
+    def start(self, name: str, /) -> Callable[[int, int], None]: ...
+
+
+@dataclass(frozen=True)
+class SpaceVerdict:
+    """The mean relative error of a space's layers, rounded in the one basis and in the other; None where nothing that
+    is rounded reads it.
+    """
+
+    space: str
+    unrotated: float | None
+    rotated: float | None
+
+    @property
+    def helps(self) -> bool:
+        """The rotated basis is the better one."""
+        return self.rotated is not None and self.unrotated is not None and self.rotated < self.unrotated
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One configuration, quantized and scored on held-out text."""
+
+    name: str
+    plan: RotationPlan | None
+    comparison: Comparison
+    spaces: tuple[SpaceVerdict, ...]
+
+    @property
+    def flops(self) -> int:
+        """Added floating-point operations per token."""
+        return 0 if self.plan is None else self.plan.flops
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return {
+            "name": self.name,
+            "flops_per_token": self.flops,
+            "spaces": 0 if self.plan is None else len(self.plan.spaces),
+            "comparison": self.comparison.to_dict(),
+            "judged": [{"space": s.space, "unrotated": s.unrotated, "rotated": s.rotated} for s in self.spaces],
+        }
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What was chosen: the rotated program (the one given where no rotation is worth it), quantized, and all trials."""
+
+    program: ExportedProgram
+    quantized: Quantized
+    chosen: Trial
+    trials: tuple[Trial, ...]
+
+    @property
+    def verdict(self) -> str:
+        """In one sentence."""
+        found = {t.name: t.comparison for t in self.trials}
+        if self.chosen.plan is None:
+            return f"rotation is not worth it here: perplexity × {found[_NOTHING].ratio:.4f} without any"
+        return (
+            f"{self.chosen.name}: perplexity × {self.chosen.comparison.ratio:.4f} after quantization, "
+            f"× {found[_NOTHING].ratio:.4f} without rotation"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return {
+            "chosen": self.chosen.name,
+            "verdict": self.verdict,
+            "trials": [t.to_dict() for t in self.trials],
+            "plan": self.chosen.plan and self.chosen.plan.to_dict(),
+        }
+
+
+def candidates(block_sizes: Sequence[int] = ()) -> dict[str, RotationConfig]:
+    """The configurations that :func:`tune` tries, by name: both forms of R1, heads as well, blocks of given sizes."""
+    forms = {
+        "offline": RotationConfig(form="offline", verify=False),
+        "online": RotationConfig(form="online", verify=False),
+        "online, across heads": RotationConfig(form="online", rotations=ROLES, verify=False),
+    }
+    blocks = {
+        f"online, blocks of {size}": RotationConfig(form="online", block_size=size, verify=False)
+        for size in block_sizes
+    }
+    return forms | blocks
+
+
+def tune(
+    program: ExportedProgram,
+    scheme: QuantizationConfig | str,
+    calibration: Windows,
+    held_out: Windows,
+    *,
+    configs: Mapping[str, RotationConfig] | None = None,
+    steps: Steps | None = None,
+) -> Tuned:
+    """Choose what to rotate for a scheme. The program is not changed.
+
+    Args:
+        program: of a language model, taking token ids.
+        scheme: as for :func:`spinpass.quantization.quantize`.
+        calibration: token ids, windows of them; GPTQ and static ranges are made on them, spaces judged on the first.
+        held_out: other windows, at least two: the choice is made on them.
+        configs: what to try besides no rotation; :func:`candidates` by default. A configuration that the program
+            refuses is left out.
+        steps: told what begins.
+
+    Raises:
+        ConfigError: too little text, a scheme that cannot be read or does not fit.
+    """
+    config = QuantizationConfig.parse(scheme) if isinstance(scheme, str) else scheme
+    if not calibration or len(held_out) < 2:
+        raise ConfigError("tuning needs a window to calibrate on and at least two others to choose by")
+    work = _Tuning(program, config, calibration, held_out, steps or _Silent())
+    trials = [work.trial(_NOTHING, None)]
+    for name, tried in (candidates() if configs is None else configs).items():
+        trials += work.trials(name, tried)
+    chosen = choose(trials)
+    rotated, quantized = work.made[chosen.name]
+    return Tuned(rotated, quantized, chosen, tuple(trials))
+
+
+def choose(trials: Sequence[Trial]) -> Trial:
+    """The cheapest of those whose divergence is that of the best within one standard error of their difference."""
+    best = min(trials, key=lambda t: t.comparison.divergence)
+    as_good = [t for t in trials if t is best or _is_as_good(t.comparison, best.comparison)]
+    return min(as_good, key=lambda t: (t.flops, t is not best))
+
+
+def _is_as_good(tried: Comparison, best: Comparison) -> bool:
+    differences = [a - b for a, b in zip(tried.divergences, best.divergences)]
+    error = statistics.stdev(differences) / math.sqrt(len(differences))
+    return statistics.fmean(differences) <= error
+
+
+class _Silent:
+    def start(self, name: str, /) -> Callable[[int, int], None]:
+        return lambda done, total: None
+
+
+class _Tuning:
+    """Makes and scores; ``made`` has the rotated and quantized programs of the trials that may still be chosen."""
+
+    def __init__(
+        self,
+        program: ExportedProgram,
+        config: QuantizationConfig,
+        calibration: Windows,
+        held_out: Windows,
+        steps: Steps,
+    ) -> None:
+        self.program, self.config, self.steps = program, config, steps
+        self.held_out, self.scorer = held_out, ProgramScorer(program)
+        self.calibration = [self.scorer.inputs(ids) for ids in calibration]
+        self.made: dict[str, tuple[ExportedProgram, Quantized]] = {}
+        self._unrotated = self._site_errors(program, "unrotated")
+
+    def trials(self, name: str, config: RotationConfig) -> list[Trial]:
+        """The configuration with those of its spaces that help; none where it is refused or nothing of it helps."""
+        whole = make_plan(self.program, config)
+        try:
+            rotated = transform(self.program, plan=whole)
+        except RefusedError:
+            return []
+        judged = self._judge(whole, self._site_errors(rotated, name))
+        useless = [v.space for v in judged if not v.helps]
+        if len(useless) == len(whole.spaces):
+            return []
+        return [self.trial(name, whole.without(*useless), judged)]
+
+    def trial(self, name: str, plan: RotationPlan | None, judged: tuple[SpaceVerdict, ...] = ()) -> Trial:
+        rotated = self.program if plan is None else transform(self.program, plan=plan)
+        calibration = self.calibration if self.config.needs_calibration else []
+        made = quantize(rotated, self.config, calibration, progress=self.steps.start(f"quantize, {name}"))
+        self.made[name] = (rotated, made)
+        tick = self.steps.start(f"score, {name}")
+        return Trial(name, plan, compare(self.scorer, ProgramScorer(made.program), self.held_out, tick), judged)
+
+    def _site_errors(self, program: ExportedProgram, name: str) -> dict[str, float]:
+        tick = self.steps.start(f"judge spaces, {name}")
+        return site_errors(program, self.config, self.calibration[:_JUDGED_ON], tick)
+
+    def _judge(self, plan: RotationPlan, rotated: dict[str, float]) -> tuple[SpaceVerdict, ...]:
+        return tuple(self._verdict(space, rotated) for space in plan.spaces)
+
+    def _verdict(self, space: PlannedSpace, rotated: dict[str, float]) -> SpaceVerdict:
+        if space.role == "R3" or (space.role == "R2" and self.config.cache is not None):
+            # what is rounded here is the cache, which is read by attention and by no layer: taken as it is
+            rounded = self.config.cache is not None
+            return SpaceVerdict(space.name, math.inf if rounded else None, 0.0 if rounded else None)
+        readers = [fqn for fqn in space.readers if fqn in self._unrotated and fqn in rotated]
+        if not readers:
+            return SpaceVerdict(space.name, None, None)
+        before, after = (statistics.fmean(e[fqn] for fqn in readers) for e in (self._unrotated, rotated))
+        return SpaceVerdict(space.name, before, after)

@@ -1,0 +1,106 @@
+"""Tuning: rotation is kept where it helps on text that nothing was calibrated on, and left where it does not."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch.export import ExportedProgram
+
+from spinpass import RotationConfig
+from spinpass.errors import ConfigError
+from spinpass.evaluation import Comparison, Perplexity
+from spinpass.execution import run
+from spinpass.quantization import QuantizationConfig
+from spinpass.quantization.site_error import site_errors
+from spinpass.tuning import SpaceVerdict, Trial, candidates, choose, tune
+from tests.decoders import SEQ, VOCAB, Decoder, exported, made
+
+
+@cache
+def program(outliers: bool) -> ExportedProgram:
+    """Two channels of the stream far above the others, or nothing to level: weights and inputs are even as they are."""
+    model: Any = made(Decoder(layers=2), dtype=torch.float32)
+    with torch.no_grad():
+        for block in model.blocks:
+            for norm in (block.norm1, block.norm2):
+                norm.weight.fill_(0.3 if outliers else 1.0)
+                if outliers:
+                    norm.weight[[3, 11]] = 12.0
+    return exported(model, dynamic_shapes={"ids": {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}})
+
+
+def windows(count: int, seed: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, VOCAB, (count, 4 * SEQ), generator=generator).tolist()
+
+
+def compared(*divergences: float) -> Comparison:
+    losses = Perplexity((1.0,) * len(divergences), 10)
+    return Comparison(losses, losses, 1.0, divergences)
+
+
+def test_rotation_is_kept_where_there_are_outliers() -> None:
+    found = tune(program(True), "a4", windows(2, 0), windows(6, 1))
+    assert {t.name for t in found.trials} == {"none", *candidates()}
+    assert found.chosen.plan is not None and found.chosen.name in found.verdict
+    none = found.trials[0]
+    assert found.chosen.comparison.divergence < 0.7 * none.comparison.divergence
+    ids = torch.tensor(windows(1, 2))
+    assert torch.allclose(run(found.program, (ids,))[0], run(program(True), (ids,))[0], atol=1e-4), "same function"
+    assert not torch.equal(run(found.quantized.program, (ids,))[0], run(found.program, (ids,))[0])
+    json.dumps(found.to_dict())
+
+
+def test_what_costs_nothing_wins_among_equals() -> None:
+    """At 8 bits everything is as good as the original: no rotation is worth a Hadamard."""
+    free = Trial("none", None, compared(0.10, 0.12, 0.11), ())
+    equal = replace(free, name="dear", plan=Any, comparison=compared(0.10, 0.125, 0.105))  # type: ignore[arg-type]
+    object.__setattr__(equal, "plan", type("Plan", (), {"flops": 7})())
+    assert choose([free, equal]) is free
+    better = replace(equal, name="better", comparison=compared(0.05, 0.06, 0.055))
+    assert choose([free, equal, better]) is better
+
+
+def test_a_space_in_which_nothing_is_rounded_is_left_alone() -> None:
+    found = tune(program(True), "a4", windows(2, 0), windows(4, 1))
+    verdicts = {v.space: v for t in found.trials if t.name == "online" for v in t.spaces}
+    r3 = [v for name, v in verdicts.items() if name.startswith("R3")]
+    assert r3 and not any(v.helps for v in r3), "no cache is rounded"
+    online = next(t for t in found.trials if t.name == "online")
+    assert online.plan is not None and not any(s.role == "R3" for s in online.plan.spaces)
+    cached = tune(program(True), "kv4", windows(1, 0), windows(4, 1), configs={"online": RotationConfig(form="online")})
+    kept = next(t.plan for t in cached.trials if t.plan is not None)
+    assert {s.role for s in kept.spaces} == {"R2", "R3"}, "nothing but the cache is rounded"
+
+
+def test_a_verdict_needs_both_bases() -> None:
+    assert SpaceVerdict("a", 2.0, 1.0).helps and not SpaceVerdict("a", 1.0, 2.0).helps
+    assert not SpaceVerdict("a", None, 1.0).helps and not SpaceVerdict("a", math.inf, None).helps
+
+
+def test_errors_of_sites_are_those_of_rounding_them_alone() -> None:
+    source = program(True)
+    config = QuantizationConfig.parse("w4-rtn-a4")
+    ids = torch.tensor(windows(2, 3))
+    found = site_errors(source, config, [(ids,)])
+    assert len(found) == 14 and "head.weight" not in found
+    name = "blocks.0.mlp.down.weight"
+    only = replace(config, weights=None, activations=None, overrides={name: replace(config.weights, method="rtn")})  # type: ignore[type-var]
+    assert 0 < site_errors(source, only, [(ids,)])[name] < found[name], "with its input rounded as well it loses more"
+    assert set(site_errors(source, only, [(ids,)])) == {name}
+    assert site_errors(source, QuantizationConfig.parse("kv4"), [(ids,)]) == {}
+
+
+def test_tuning_needs_text_to_decide_on() -> None:
+    with pytest.raises(ConfigError, match="a window to calibrate on and at least two others"):
+        tune(program(False), "w4", windows(1, 0), windows(1, 1))
+    with pytest.raises(ConfigError, match="a window to calibrate on"):
+        tune(program(False), "w4", [], windows(2, 1))
+    with pytest.raises(ConfigError, match="is not a part of a scheme"):
+        tune(program(False), "w4x", windows(1, 0), windows(2, 1))
