@@ -35,7 +35,7 @@ class Weights:
     act_order: bool = False
     damping: float = 0.01
     sweeps: int = 1
-    follow: bool = True
+    follow: bool = False
 
     def __post_init__(self) -> None:
         if self.bits not in WEIGHT_BITS:
@@ -145,9 +145,16 @@ class QuantizationConfig:
     @property
     def needs_calibration(self) -> bool:
         """Whether :func:`~spinpass.quantization.quantize` needs inputs."""
-        rounded = [w for w in (self.weights, *self.overrides.values()) if w is not None]
         static = self.activations is not None and self.activations.static
-        return static or any(w.method == "gptq" for w in rounded)
+        return static or any(w.method == "gptq" for w in self._layers())
+
+    @property
+    def follows(self) -> bool:
+        """Whether any weight is aimed at what the unquantized program returns."""
+        return any(w.follow and w.method == "gptq" for w in self._layers())
+
+    def _layers(self) -> list[Weights]:
+        return [w for w in (self.weights, *self.overrides.values()) if w is not None]
 
     def weights_of(self, fqn: str, *, head: bool) -> Weights | None:
         """How a linear layer's weight of this name is quantized, None if not at all."""

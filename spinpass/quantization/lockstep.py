@@ -2,7 +2,7 @@
 
 At a node that is watched, what every input makes of its operands is at hand, and constants can be replaced before the
 node is run: so the layers behind see what earlier ones have become, in one run, and no more than the values that are
-alive at one node is kept. Beside it runs the same program without any of that, to compare with.
+alive at one node is kept. Where asked for, the same program without any of that runs beside it, to compare with.
 """
 
 from __future__ import annotations
@@ -24,21 +24,24 @@ def run_in_lockstep(
     program: ExportedProgram,
     inputs: Sequence[object],
     watched: Mapping[str, tuple[str, Watch]],
-    skipped: Collection[str] = (),
+    reference: Collection[str] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """``watched``: node name -> (name of the operand whose values it wants, what to do with them); several watches of a
-    node stand in one. ``skipped``: nodes that the program as it was does not have; it takes their first operand. The
-    run ends with the last watched node. ``progress``: watched nodes done, and all.
+    node stand in one. ``reference``: run the program as it was as well, which takes the first operand of these nodes in
+    their place; without it watches are given the same values twice. The run ends with the last watched node.
+    ``progress``: watched nodes done, and all.
     """
     module = program.graph_module
     stored = constants(program)
     nodes = {n.name: n for n in module.graph.nodes}
-    pairs = [(Runner(module, float64=False), Runner(module, float64=False)) for _ in inputs]
-    for pair, values in zip(pairs, inputs):
+    runners: list[Runner] = []
+    references: list[Runner] = []
+    for values in inputs:
         known = {**stored, **flat_inputs(program, values)}
-        for runner in pair:
-            runner.env = {n: known[n.name] for n in module.graph.nodes if n.op == "placeholder"}
+        for side in (runners, references) if reference is not None else (runners,):
+            side.append(Runner(module, float64=False))
+            side[-1].env = {n: known[n.name] for n in module.graph.nodes if n.op == "placeholder"}
     done = 0
     with torch.no_grad():
         for node in module.graph.nodes:
@@ -46,18 +49,19 @@ def run_in_lockstep(
                 continue
             if node.name in watched:
                 operand, watch = watched[node.name]
-                values, references = ([runner.env[nodes[operand]] for runner in side] for side in zip(*pairs))
-                for name, tensor in watch(values, references).items():
-                    for runner, _ in pairs:
+                seen, unchanged = ([r.env[nodes[operand]] for r in side] for side in (runners, references))
+                for name, tensor in watch(seen, unchanged or seen).items():
+                    for runner in runners:
                         runner.env[nodes[name]] = tensor
                 done += 1
                 if progress is not None:
                     progress(done, len(watched))
                 if done == len(watched):
                     return
-            for runner, reference in pairs:
+            for runner in runners:
                 _step(runner, node)
-                _step(reference, node, skip=node.name in skipped)
+            for runner in references:
+                _step(runner, node, skip=reference is not None and node.name in reference)
 
 
 def _step(runner: Runner, node: Node, skip: bool = False) -> None:

@@ -27,14 +27,11 @@ class Moments:
 
     @classmethod
     def of(cls, values: Sequence[Tensor], references: Sequence[Tensor]) -> Moments:
-        """``values``, ``references``: X̂ and X, (..., in), pairwise of the same shape."""
-        width = values[0].shape[-1]
-        sums = [torch.zeros(width, width, dtype=torch.float64) for _ in range(3)]
-        for value, reference in zip(values, references):
-            own, there = (x.reshape(-1, width).float() for x in (value, reference))
-            for total, left, right in zip(sums, (own, there, there), (own, own, there)):
-                total += (left.T @ right).double()
-        return cls(*sums)
+        """``values``, ``references``: X̂ and X, (..., in), pairwise of the same shape; one list for both where X̂ = X."""
+        own = _product(values, values)
+        if references is values:
+            return cls(own, own, own)
+        return cls(own, _product(references, values), _product(references, references))
 
     def target(self, matrix: Tensor, damping: float) -> Tensor:
         """V for W = ``matrix`` (out, in), drawn to W by ``damping`` times the mean of the diagonal of X̂ᵀX̂."""
@@ -50,3 +47,12 @@ class Moments:
         power = ((w @ self.reference) * w).sum()
         off = power - 2 * ((w @ self.cross) * q).sum() + ((q @ self.own) * q).sum()
         return float(off.clamp_min(0) / power.clamp_min(_TINY))
+
+
+def _product(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
+    """Σ leftᵀ right over tokens."""
+    width = left[0].shape[-1]
+    total = torch.zeros(width, width, dtype=torch.float64)
+    for a, b in zip(left, right):
+        total += (a.reshape(-1, width).float().T @ b.reshape(-1, width).float()).double()
+    return total

@@ -40,8 +40,8 @@ _CLIP = 3  # of those of round_tokens
 class QuantizedWeight:
     """One weight: its integers, the axis of the constant that was contracted, and the relative error.
 
-    ``error``: ‖X Wᵀ − X̂ Ŵᵀ‖² / ‖X Wᵀ‖² on the calibration inputs, X in the unquantized program and X̂ in the quantized
-    one; ‖W − Ŵ‖² / ‖W‖² without any.
+    ``error``: ‖X Wᵀ − X̂ Ŵᵀ‖² / ‖X Wᵀ‖² on the calibration inputs, X̂ behind the layers that are quantized already and
+    X in the unquantized program where the weight follows it, else X = X̂; ‖W − Ŵ‖² / ‖W‖² without inputs.
     """
 
     codes: Codes
@@ -114,8 +114,8 @@ def quantize(
     prepared = editor.finish()
     calibrator = _Calibrator(prepared, work)
     if calibration:
-        rounding = {*work.activations, *work.caches}
-        run_in_lockstep(prepared, calibration, calibrator.watches(), rounding, progress)
+        reference = {*work.activations, *work.caches} if chosen.follows else None
+        run_in_lockstep(prepared, calibration, calibrator.watches(), reference, progress)
     calibrator.rest(progress if not calibration else None)
     result = ProgramEditor(prepared)
     by_name = {n.name: n for n in result.nodes}

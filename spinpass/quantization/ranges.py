@@ -17,10 +17,10 @@ from torch import Tensor
 from . import operators
 from .config import Activations
 
-_ROWS = 4096  # of the tokens that a range is chosen on, beside the largest
+_ROWS = 1024  # of the tokens that a range is chosen on, beside the largest
 _LARGEST = 64  # tokens that a sample would miss
-_RANGES, _SHRINK = 60, 0.93  # how many ranges are tried, and the ratio of one to the one before
-_LIMITS = (0.999, 0.99, 0.9)  # quantiles of the tokens' largest values
+_RANGES, _SHRINK = 40, 0.9  # how many ranges are tried, and the ratio of one to the one before
+_LIMITS = (0.99, 0.95)  # quantiles of the tokens' largest values
 _FAR = 2.0  # times the limit: what a token must reach to be far above the others
 _WORTH = 0.5  # a limit costs a maximum per token: it has to lower the error to this share
 _CLIPS = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.76, 0.72, 0.68)
