@@ -24,7 +24,8 @@ def pack(values: Tensor, bits: int, dim: int) -> Tensor:
     """
     moved = values.movedim(dim, -1).to(torch.int64) & (2**bits - 1)
     count = moved.shape[-1]
-    padded = torch.nn.functional.pad(moved, (0, -count % _PERIOD)).unflatten(-1, (-1, _PERIOD))
+    padded = torch.nn.functional.pad(moved, (0, -count % _PERIOD))
+    padded = padded.reshape(*moved.shape[:-1], -1, _PERIOD)
     result = torch.zeros(*padded.shape[:-1], bits, dtype=torch.int64, device=values.device)
     for i in range(_PERIOD):
         word, shift = divmod(i * bits, 32)
@@ -45,4 +46,5 @@ def unpack(packed: Tensor, bits: int, dim: int, count: int) -> Tensor:
         crossing = shift + bits > 32
         following = moved[..., (word + 1).clamp_max(packed.shape[dim] - 1)] << (32 - shift).clamp_max(31)
         values = torch.where(crossing, (values & ~(-1 << (32 - shift).clamp_max(31))) | following, values)
-    return (values & (2**bits - 1)).to(torch.uint8).movedim(-1, dim)
+    low: Tensor = values & (2**bits - 1)
+    return low.to(torch.uint8).movedim(-1, dim)
