@@ -4,9 +4,9 @@
 ``spinpass::round_weight(weight, scales, qzeros, g_idx, bits)``:  Ŵ of the integers that are nearest to a float weight
 
 The constants lie as in a GPTQ checkpoint: ``qweight`` int32 (in·bits/32, out), ``scales`` float (groups, out),
-``qzeros`` int32 (groups, out·bits/32), which holds z itself, and ``g_idx`` int32 (in,), or None for groups that lie side
-by side and are equally long but for the last. Words that are not filled end in zeros. Importing this module registers
-both operators. They compute on any device that torch does; no word is unpacked longer than the product lasts.
+``qzeros`` int32 (groups, out·bits/32), which holds z itself, and ``g_idx`` int32 (in,), or None for groups that lie
+side by side and are equally long but for the last. Words that are not filled end in zeros. Importing this module
+registers both operators. They are made of torch's own, and a weight is unpacked for as long as its product lasts.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from torch.fx.node import map_arg
 
 from ..errors import ConfigError
 from ..program import ProgramEditor, arguments, op_name, shape, value
-from . import packed_linear  # noqa: F401  # registers the operators
+from . import packed_linear  # registers the operators
 from .grid import Codes
 from .packing import pack as packed_words
 from .quantize import Quantized
@@ -82,7 +82,8 @@ def unpack(program: ExportedProgram) -> ExportedProgram:
 
     def product(editor: ProgramEditor, node: Node) -> tuple[Any, ...]:
         args = arguments(node)
-        weight = _shared(made, args["qweight"], lambda: _add_weight(editor, program, args))
+        weight = made.get(args["qweight"]) or _add_weight(editor, program, args)
+        made[args["qweight"]] = weight
         return aten.linear.default, args["x"], weight, args["bias"]
 
     made: dict[Node, Node] = {}
@@ -95,7 +96,7 @@ def rewritten(program: ExportedProgram, product: Callable[[ProgramEditor, Node],
 
     Raises ConfigError: the program has no packed layer.
     """
-    editor = ProgramEditor(_as_buffers(program))
+    editor = ProgramEditor(integers_as_buffers(program))
     layers = packed_layers(editor)
     if not layers:
         raise ConfigError("the program has no packed linear layer; quantize it and pack the result")
@@ -112,16 +113,17 @@ def packed_layers(editor: ProgramEditor) -> list[Node]:
     return [node for node in editor.nodes if op_name(node) == _OPERATOR]
 
 
-def evaluated(editor: ProgramEditor, program: ExportedProgram, node: Node | None) -> Tensor | None:
-    """The value of a stored constant, or of an expression of them, in its own dtype; None of None."""
-    if node is None:
-        return None
+def evaluated(editor: ProgramEditor, program: ExportedProgram, node: Node) -> Tensor:
+    """The value of a stored constant of ``program``, or of an expression of them, in its own dtype."""
     if editor.is_stored(node):
         name = editor.fqn(node)
-        return program.state_dict[name] if name in program.state_dict else program.constants[name]  # type: ignore[return-value]
+        stored: Tensor = program.state_dict[name] if name in program.state_dict else program.constants[name]
+        return stored.detach()
+    assert callable(node.target)
     args, kwargs = (map_arg(part, lambda n: evaluated(editor, program, n)) for part in (node.args, node.kwargs))
     with torch.no_grad():
-        return node.target(*args, **kwargs)  # type: ignore[operator,misc,no-any-return]
+        result: Tensor = node.target(*args, **kwargs)  # type: ignore[arg-type]
+    return result
 
 
 def replace_product(editor: ProgramEditor, node: Node, target: Callable[..., Any], *args: Any) -> None:
@@ -182,20 +184,20 @@ def _add_integers(editor: ProgramEditor, module: str, codes: Codes) -> tuple[Nod
 
 def _add_weight(editor: ProgramEditor, program: ExportedProgram, args: Mapping[str, Any]) -> Node:
     """The float weight of a packed layer as a constant."""
-    parts = [evaluated(editor, program, args[key]) for key in ("qweight", "scales", "qzeros", "g_idx")]
-    weight = packed_linear.dequantized(*parts, args["bits"], shape(args["x"])[-1])  # type: ignore[arg-type]
+    weight = weight_of(editor, program, args)
     return editor.add_constant(weight_name(editor, args["qweight"]), weight.to(value(args["x"]).dtype))
+
+
+def weight_of(editor: ProgramEditor, program: ExportedProgram, args: Mapping[str, Any]) -> Tensor:
+    """What the weight of a packed layer stands for, (out, in) in the scales' dtype."""
+    qweight, scales, qzeros = (evaluated(editor, program, args[key]) for key in ("qweight", "scales", "qzeros"))
+    g_idx = None if args["g_idx"] is None else evaluated(editor, program, args["g_idx"])
+    return packed_linear.dequantized(qweight, scales, qzeros, g_idx, args["bits"], shape(args["x"])[-1])
 
 
 def weight_name(editor: ProgramEditor, qweight: Node) -> str:
     """``x.weight`` for ``x.qweight``."""
     return editor.fqn(qweight).removesuffix(".qweight") + ".weight"
-
-
-def _shared(made: dict[Node, Node], key: Node, make: Callable[[], Node]) -> Node:
-    if key not in made:
-        made[key] = make()
-    return made[key]
 
 
 # -- programs with other constants ------------------------------------------------------------------------------------
@@ -232,7 +234,7 @@ def with_constants(
     )
 
 
-def _as_buffers(program: ExportedProgram) -> ExportedProgram:
+def integers_as_buffers(program: ExportedProgram) -> ExportedProgram:
     """Integer parameters as buffers: a program that an editor takes."""
     state, specs = dict(program.state_dict), copy.deepcopy(program.graph_signature.input_specs)
     for spec in specs:
