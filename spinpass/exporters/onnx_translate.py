@@ -27,7 +27,7 @@ from torch.fx import GraphModule, Node
 from spinpass.errors import ExportError
 from spinpass.program import is_op, mutates
 
-from . import onnx_functions
+from . import onnx_functions, onnx_packed
 
 _RULES = (
     rules.add_0_rule,
@@ -57,18 +57,20 @@ _ROUNDS = 2  # folding opens matches for the rules and the other way round; a th
 
 
 def translate(ep: ExportedProgram, opset: int | None) -> ir.Model:
-    """The optimised model of ``ep`` with its online Hadamards still opaque. ``ep`` is not changed, constants are not
-    copied.
+    """The optimised model of ``ep`` with its online Hadamards and packed layers still opaque. ``ep`` is not changed,
+    constants are not copied.
 
     Raises:
         ExportError: an op that ONNX has no translation for, a program that writes to its inputs or buffers, fake
             weights.
     """
     _refuse_fake_weights(ep)
-    import spinpass.library  # noqa: F401  registers the op that the table names
+    import spinpass.library
+    import spinpass.quantization.packed_linear  # noqa: F401  both register the ops that the table names
 
     table: dict[Any, Callable[..., Any]] = {
         torch.ops.spinpass.hadamard.default: onnx_functions.translation(),
+        torch.ops.spinpass.packed_linear.default: onnx_packed.translation(),
         **_CASTS,
     }
     with _quiet():

@@ -192,7 +192,9 @@ def weight_of(editor: ProgramEditor, program: ExportedProgram, args: Mapping[str
     """What the weight of a packed layer stands for, (out, in) in the scales' dtype."""
     qweight, scales, qzeros = (evaluated(editor, program, args[key]) for key in ("qweight", "scales", "qzeros"))
     g_idx = None if args["g_idx"] is None else evaluated(editor, program, args["g_idx"])
-    return packed_linear.dequantized(qweight, scales, qzeros, g_idx, args["bits"], shape(args["x"])[-1])
+    columns = shape(args["x"])[-1]
+    assert isinstance(columns, int)  # that of a stored weight
+    return packed_linear.dequantized(qweight, scales, qzeros, g_idx, args["bits"], columns)
 
 
 def weight_name(editor: ProgramEditor, qweight: Node) -> str:

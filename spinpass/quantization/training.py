@@ -126,9 +126,11 @@ def _layers(program: ExportedProgram) -> dict[str, _Layer]:
         name = weight_name(editor, args["qweight"])
         if not editor.is_stored(args["scales"]):
             raise ConfigError(f"the scales of {name} are computed in the graph: pack them as constants to train them")
-        stored = [None if args[key] is None else editor.fqn(args[key]) for key in ("scales", "qzeros", "g_idx")]
-        size = (shape(args["scales"])[1], shape(args["x"])[-1])
-        found[name] = _Layer(editor.fqn(args["qweight"]), *stored, args["bits"], size)  # type: ignore[arg-type]
+        (_, out), columns = shape(args["scales"]), shape(args["x"])[-1]
+        assert isinstance(out, int) and isinstance(columns, int)  # those of a stored weight
+        g_idx = None if args["g_idx"] is None else editor.fqn(args["g_idx"])
+        qweight, scales, qzeros = (editor.fqn(args[key]) for key in ("qweight", "scales", "qzeros"))
+        found[name] = _Layer(qweight, scales, qzeros, g_idx, args["bits"], (out, columns))
     if not found:
         raise ConfigError("the program has no packed linear layer; quantize it and pack the result")
     return found
