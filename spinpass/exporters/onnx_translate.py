@@ -26,6 +26,7 @@ from torch.fx import GraphModule, Node
 
 from spinpass.errors import ExportError
 from spinpass.program import is_op, mutates
+from spinpass.quantization.double_program import decode_scales
 
 from . import onnx_functions, onnx_packed
 
@@ -65,8 +66,8 @@ def translate(ep: ExportedProgram, opset: int | None) -> ir.Model:
             weights.
     """
     _refuse_fake_weights(ep)
-    import spinpass.library
-    import spinpass.quantization.packed_linear  # noqa: F401  both register the ops that the table names
+    ep = decode_scales(ep)
+    import spinpass.library  # noqa: F401  registers the op that the table names
 
     table: dict[Any, Callable[..., Any]] = {
         torch.ops.spinpass.hadamard.default: onnx_functions.translation(),

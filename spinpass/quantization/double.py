@@ -97,7 +97,7 @@ class DoubleQuantized:
 
     def tensors(self) -> dict[str, Tensor]:
         """What is stored, by the names of the layout: ``qweight`` and ``qzeros`` packed as in a GPTQ checkpoint of the
-        format ``gptq`` (z − 1), ``g_idx`` int32 (in,).
+        format ``gptq`` (z − 1 modulo 2^bits, with its ambiguous z = 0), ``g_idx`` int32 (in,).
         """
         found = {"qweight": pack(self.q.T, self.bits, 0), "g_idx": _group_of(self).to(torch.int32)}
         found |= {"qscales_scales": self.scales.scales, "qscales_zeros": self.scales.zeros}
@@ -131,7 +131,7 @@ def double_quantize(
     """Round the scales and offsets of a weight.
 
     A decoded scale is within (max − min)/30 of the original (form ``statistic``) or (max − min)/510 (``scales``), max
-    and min over what shares statistics; so is an offset in the form ``statistic``.
+    and min over what shares statistics, up to rounding in ``dtype``; so is an offset in the form ``statistic``.
 
     Args:
         mode: 1 or 2, see the module's table.
@@ -140,23 +140,18 @@ def double_quantize(
         matrix: the float weight (out, in), to choose the integers anew as the nearest on the rounded grid.
         dtype: of the statistics.
 
-    Raises ConfigError: a mode, form or size that is none of these.
+    Raises ConfigError: a mode or form that is none of these, a size that does not divide the outputs.
     """
     chosen = form or ("statistic" if codes.symmetric else "scales")
-    out = len(codes.q)
-    if mode not in (1, 2) or chosen not in get_args(Form):
-        raise ConfigError(f"mode {mode} and form {chosen!r}: choose mode 1 or 2 and form 'statistic' or 'scales'")
-    if mode == 1 and size not in (None, 1):
-        raise ConfigError(f"size {size} in mode 1, whose statistics are those of one output: leave it out")
-    if size is not None and (size < 1 or out % size):
-        raise ConfigError(f"size {size} does not divide the {out} outputs")
-    width = 1 if mode == 1 else size or out
-    scales = _rounded(codes.scales.T, mode, width, _BITS[chosen], dtype)
+    if chosen not in get_args(Form):
+        raise ConfigError(f"form {chosen!r} is not 'statistic' or 'scales'")
+    scales = round_statistics(codes.scales.T, mode, size, _BITS[chosen], dtype)
     offsets, zeros = None, codes.zeros
     if chosen == "statistic" and codes.symmetric:
         offsets = Statistics(scales.q, scales.scales * 2 ** (codes.bits - 1), scales.zeros)
     elif chosen == "statistic":
-        offsets = _rounded((codes.zeros.to(codes.scales.dtype) * codes.scales).T, mode, width, _BITS[chosen], dtype)
+        products = codes.zeros.to(codes.scales.dtype) * codes.scales
+        offsets = round_statistics(products.T, mode, size, _BITS[chosen], dtype)
     made = DoubleQuantized(codes.q, codes.bits, scales, offsets, None if offsets else zeros, codes.index)
     return made if matrix is None else _nearest(made, matrix)
 
@@ -186,8 +181,18 @@ def from_tensors(tensors: Mapping[str, Tensor], bits: int) -> DoubleQuantized:
     return DoubleQuantized(q, bits, Statistics(stored, *of_scales), None, zeros, kept)
 
 
-def _rounded(values: Tensor, mode: int, width: int, bits: int, dtype: torch.dtype) -> Statistics:
-    """Of values (groups, out): on a grid from the smallest to the largest that share statistics."""
+def round_statistics(values: Tensor, mode: int, size: int | None, bits: int, dtype: torch.dtype) -> Statistics:
+    """Of values (groups, out): on a grid from the smallest to the largest that share statistics. Arguments and errors
+    as of :func:`double_quantize`.
+    """
+    out = values.shape[1]
+    if mode not in (1, 2):
+        raise ConfigError(f"mode {mode} of double quantization is not 1 or 2")
+    if mode == 1 and size not in (None, 1):
+        raise ConfigError(f"size {size} in mode 1, whose statistics are those of one output: leave it out")
+    if size is not None and (size < 1 or out % size):
+        raise ConfigError(f"size {size} does not divide the {out} outputs")
+    width = 1 if mode == 1 else size or out
     shaped = values.to(dtype).reshape(len(values), -1, width)
     dim = 0 if mode == 1 else 2
     low, high = shaped.amin(dim, keepdim=True), shaped.amax(dim, keepdim=True)

@@ -100,17 +100,30 @@ def rewritten(program: ExportedProgram, product: Callable[[ProgramEditor, Node],
     layers = packed_layers(editor)
     if not layers:
         raise ConfigError("the program has no packed linear layer; quantize it and pack the result")
-    read = [source for node in layers for source in node.all_input_nodes if editor.is_stored(source)]
+    read = {stored for node in layers for stored in _constants_behind(editor, node)}
     for node in layers:
         replace_product(editor, node, *product(editor, node))
     result = editor.finish()
     users = {n.name: len(n.users) for n in result.graph.nodes if n.op == "placeholder"}
-    return without_constants(result, {editor.fqn(n) for n in read if not users[n.name]})
+    kept = {editor.fqn(n) for n in read if users[n.name]}
+    return integers_as_parameters(without_constants(result, {editor.fqn(n) for n in read} - kept), kept)
+
+
+def _constants_behind(editor: ProgramEditor, node: Node) -> set[Node]:
+    """The stored constants that a node reads, or that a constant expression does that it reads."""
+    constants = [source for source in node.all_input_nodes if editor.is_constant(source)]
+    stored = {source for source in constants if editor.is_stored(source)}
+    return stored.union(*(_constants_behind(editor, source) for source in constants))
 
 
 def packed_layers(editor: ProgramEditor) -> list[Node]:
     """The packed linear layers, in graph order."""
-    return [node for node in editor.nodes if op_name(node) == _OPERATOR]
+    return [node for node in editor.nodes if is_packed(node)]
+
+
+def is_packed(node: Node) -> bool:
+    """The node is a packed linear layer."""
+    return op_name(node) == _OPERATOR
 
 
 def evaluated(editor: ProgramEditor, program: ExportedProgram, node: Node) -> Tensor:
@@ -244,4 +257,14 @@ def integers_as_buffers(program: ExportedProgram) -> ExportedProgram:
             tensor = state[spec.target]
             if not tensor.is_floating_point():
                 spec.kind, spec.persistent, state[spec.target] = InputKind.BUFFER, True, tensor.detach()
+    return with_constants(program, state, specs)
+
+
+def integers_as_parameters(program: ExportedProgram, names: Collection[str]) -> ExportedProgram:
+    """The inverse of :func:`integers_as_buffers` for these names."""
+    state, specs = dict(program.state_dict), copy.deepcopy(program.graph_signature.input_specs)
+    for spec in specs:
+        if spec.kind == InputKind.BUFFER and spec.target in names:
+            spec.kind, spec.persistent = InputKind.PARAMETER, None
+            state[spec.target] = torch.nn.Parameter(state[spec.target], requires_grad=False)
     return with_constants(program, state, specs)

@@ -125,7 +125,7 @@ def _layers(program: ExportedProgram) -> dict[str, _Layer]:
         args = arguments(node)
         name = weight_name(editor, args["qweight"])
         if not editor.is_stored(args["scales"]):
-            raise ConfigError(f"the scales of {name} are computed in the graph: pack them as constants to train them")
+            raise ConfigError(f"the scales of {name} are computed in the graph: make them constants with decode_scales")
         (_, out), columns = shape(args["scales"]), shape(args["x"])[-1]
         assert isinstance(out, int) and isinstance(columns, int)  # those of a stored weight
         g_idx = None if args["g_idx"] is None else editor.fqn(args["g_idx"])

@@ -137,8 +137,8 @@ def test_statistics_take_few_bytes_and_equal_scales_are_exact() -> None:
 
 def test_bad_settings_say_what_is_wrong() -> None:
     for settings, why in (
-        ({"mode": 3}, "mode 3 and form 'statistic'"),
-        ({"form": "zeros"}, "form 'zeros'"),
+        ({"mode": 3}, "mode 3 of double quantization is not 1 or 2"),
+        ({"form": "zeros"}, "form 'zeros' is not"),
         ({"mode": 1, "size": 8}, "size 8 in mode 1"),
         ({"size": 5}, "size 5 does not divide the 32 outputs"),
         ({"size": 0}, "size 0 does not divide"),
@@ -150,4 +150,4 @@ def test_bad_settings_say_what_is_wrong() -> None:
     with pytest.raises(ConfigError, match=r"form 'statistic' needs qzeros_zeros as well"):
         from_tensors(stored, 4)
     with pytest.raises(ConfigError, match=r"form 'scales' needs qscales, qzeros as well"):
-        from_tensors({k: t for k, t in stored.items() if k != "qstatistic"} | {}, 4)
+        from_tensors({k: t for k, t in stored.items() if k != "qstatistic"}, 4)
