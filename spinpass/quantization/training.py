@@ -5,7 +5,8 @@ integers as parameters.
 
 Every forward pass rounds the latent weights w to integers again; gradients pass straight through the rounding
 (:func:`.packed_linear.round_weight`). With ``frozen`` integers only the scales are trained, as in PEQA (Kim et al.,
-arXiv 2305.14152), on the packed graph itself.
+arXiv 2305.14152), on the packed graph itself. Roundings of activations and caches pass gradients straight through as
+well, those of a static range where the value lies within it; importing this module registers that.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch.fx import Node
 
 from ..errors import ConfigError
 from ..program import ProgramEditor, arguments, shape, value
+from . import operators
 from .packed_linear import nearest
 from .packed_program import integers_as_buffers, packed_layers, rewritten, weight_name, weight_of, with_constants
 from .packing import pack as packed_words
@@ -168,3 +170,23 @@ def _latent_products(
         return aten.linear.default, args["x"], weight, args["bias"]
 
     return product
+
+
+def _tokens_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    """The range is that of the values themselves: all lie within it."""
+    return gradient, None, None
+
+
+def _tensor_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.bits = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _tensor_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    x, scale, zero = ctx.saved_tensors
+    level = (x.to(scale.dtype) / scale).round() + zero
+    return gradient * ((level >= 0) & (level <= 2**ctx.bits - 1)), None, None, None
+
+
+operators.round_tokens.register_autograd(_tokens_backward)
+operators.round_tensor.register_autograd(_tensor_backward, setup_context=_tensor_context)

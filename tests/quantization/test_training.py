@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
+import spinpass
 from spinpass.errors import ConfigError
 from spinpass.execution import run
 from spinpass.quantization import QuantizationConfig, Quantized, Weights, quantize
@@ -21,6 +24,7 @@ from spinpass.quantization.training import Trainable
 from tests.decoders import SEQ, VOCAB, Decoder, exported, made
 
 IDS = torch.randint(VOCAB, (2, SEQ), generator=torch.Generator().manual_seed(3))
+README = Path(__file__).parents[2] / "README.md"
 UP = "blocks.0.mlp.up"
 
 
@@ -144,6 +148,43 @@ def test_gradients_of_frozen_scales_are_those_of_the_dequantized_program() -> No
     expected = terms.unflatten(1, (-1, 16)).sum(-1).T
     found = dict(module.graph.named_parameters())[f"{UP}.scales"].grad
     assert found is not None and torch.allclose(found, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_gradients_pass_roundings_of_activations() -> None:
+    x = normal(3, 16).requires_grad_()
+    upstream = normal(3, 16, seed=1)
+    torch.ops.spinpass.round_tokens(x, 4, False).backward(upstream)
+    assert x.grad is not None and torch.equal(x.grad, upstream)
+    x.grad = None
+    scale, zero = torch.tensor(0.1), torch.tensor(8.0)
+    torch.ops.spinpass.round_tensor(x, scale, zero, 4).backward(upstream)
+    within = ((x / scale).round() >= -8) & ((x / scale).round() <= 7)
+    assert x.grad is not None and torch.equal(x.grad, upstream * within) and not within.all() and within.any()
+
+
+@pytest.mark.parametrize("scheme", ["w4g16-rtn-a8-kv4", "w4g16-rtn-a8static"])
+def test_programs_with_rounded_activations_are_trained(scheme: str) -> None:
+    module = Trainable(pack(quantize(program(), scheme, [(IDS,)])).program)
+    module(IDS).square().sum().backward()
+    moving = [p for p in module.parameters() if p.requires_grad]
+    assert len(moving) == 14 and all(p.grad is not None and p.grad.abs().sum() > 0 for p in moving)
+
+
+def test_the_passage_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    sizes = dict(hidden=32, ffn=64, kv=4, heads=4)
+    source = exported(made(Decoder(layers=1, **sizes), dtype=torch.float32))
+    rotated = spinpass.transform(source, spinpass.RotationConfig(form="online"))
+    names: dict[str, Any] = {"program": rotated, "result": quantize(rotated, "w4g16-a8-kv4", [(IDS,)])}
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
+    (passage,) = (b for b in blocks if "write_gptq" in b)
+    exec(passage, names)
+    assert (tmp_path / "folder" / "model.safetensors").is_file()
+    for name in names["result"].report.weights:
+        stored, simulated = names["program"].state_dict[name], names["result"].program.state_dict[name]
+        assert torch.allclose(stored, simulated, rtol=2**-11)
+    assert torch.equal(run(names["packed"], (IDS,))[0], run(names["result"].program, (IDS,))[0])
+    assert torch.equal(run(names["unpack"](names["packed"]), (IDS,))[0], run(names["packed"], (IDS,))[0])
 
 
 def test_other_parameters_move_when_asked() -> None:
