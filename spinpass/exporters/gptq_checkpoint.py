@@ -19,7 +19,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +32,10 @@ from torch.fx import Node
 from spinpass.errors import ConfigError, ExportError
 from spinpass.passes.functionalize import open_program
 from spinpass.program import ProgramEditor
-from spinpass.quantization.config import WEIGHT_BITS
+from spinpass.quantization.config import GROUP_SIZES, WEIGHT_BITS, Weights
 from spinpass.quantization.grid import Codes
 from spinpass.quantization.packing import pack, unpack, words
-from spinpass.quantization.quantize import QuantizedWeight
+from spinpass.quantization.quantize import QuantizationReport, Quantized, QuantizedWeight
 from spinpass.quantization.sites import weight_sites
 
 from .files import staged
@@ -293,11 +293,42 @@ def dequantize_checkpoint(
     return editor.finish()
 
 
+def quantized_checkpoint(program: ExportedProgram, checkpoint: GptqCheckpoint, *, strict: bool = True) -> Quantized:
+    """The checkpoint as if :func:`spinpass.quantization.quantize` had returned it: its integers stay, and can be packed
+    (:func:`spinpass.quantization.pack`) and written again. Scales become float32; errors are not known (NaN).
+
+    Arguments and errors as of :func:`dequantize_checkpoint`.
+    """
+    loaded = dequantize_checkpoint(program, checkpoint, strict=strict)
+    analysed = open_program(loaded)
+    dims = {analysed.fqn(site.weight): site.dim for site in weight_sites(analysed)[0]}
+    weights = {
+        name: QuantizedWeight(_widened(codes), dims.get(name, 1), _scheme(codes), float("nan"))
+        for name, codes in checkpoint.codes.items()
+    }
+    before = sum(t.nbytes for t in loaded.state_dict.values())
+    saved = sum(loaded.state_dict[name].nbytes - weight.codes.nbytes for name, weight in weights.items())
+    return Quantized(loaded, QuantizationReport(weights, (), (), {}, before, before - saved))
+
+
+def _scheme(codes: Codes) -> Weights:
+    """How a weight was quantized, as far as its layout says: a group size that is none of ours is left out."""
+    columns, groups = codes.q.shape[1], codes.scales.shape[1]
+    size = -(-columns // groups)
+    listed = size if groups > 1 and size in GROUP_SIZES else None
+    return Weights(codes.bits, listed, codes.symmetric, act_order=codes.index is not None)
+
+
+def _widened(codes: Codes) -> Codes:
+    """With scales in float32, in which every product (q − z)·s of a half type is exact."""
+    return replace(codes, scales=codes.scales.float())
+
+
 def _dequantized(checkpoint: GptqCheckpoint, dims: Mapping[str, int]) -> Iterable[tuple[str, Tensor]]:
     yield from checkpoint.tensors.items()
     for name, codes in checkpoint.codes.items():
-        wide = Codes(codes.q, codes.scales.float(), codes.zeros, codes.bits, codes.symmetric, codes.index)
-        yield name, wide.dequantized() if dims.get(name, 1) == 1 else wide.dequantized().T
+        matrix = _widened(codes).dequantized()
+        yield name, matrix if dims.get(name, 1) == 1 else matrix.T
 
 
 def _by_name(editor: ProgramEditor) -> dict[str, Node]:

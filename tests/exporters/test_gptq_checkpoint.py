@@ -16,8 +16,15 @@ from torch import Tensor
 import spinpass
 from spinpass.errors import ConfigError, ExportError
 from spinpass.execution import run
-from spinpass.exporters.gptq_checkpoint import dequantize_checkpoint, read_gptq, write_gptq
-from spinpass.quantization import QuantizationConfig, Weights, quantize
+from spinpass.exporters import onnx
+from spinpass.exporters.gptq_checkpoint import (
+    GptqCheckpoint,
+    dequantize_checkpoint,
+    quantized_checkpoint,
+    read_gptq,
+    write_gptq,
+)
+from spinpass.quantization import QuantizationConfig, Weights, pack, quantize
 from spinpass.quantization.grid import Codes, rounded
 from spinpass.quantization.quantize import QuantizedWeight
 from tests.decoders import SEQ, VOCAB, Decoder, exported, made
@@ -141,6 +148,29 @@ def test_a_checkpoint_becomes_a_program_that_is_rotated_and_quantized_again(tmp_
     assert len(quantize(rotated, "w8-rtn").report.weights) == len(weights)
 
 
+def test_the_integers_of_a_checkpoint_are_packed_and_run_in_onnx_runtime(tmp_path: Path, program: Any) -> None:
+    """Half scales and groups of any columns, as other tools write them."""
+    quantized = quantize(program, "w4g16-rtn-asym")
+    weights = dict(quantized.report.weights)
+    name = "blocks.0.mlp.up.weight"
+    index = torch.randperm(32, generator=torch.Generator().manual_seed(5)) // 16
+    weights[name] = replace(weights[name], codes=replace(weights[name].codes, index=index))
+    rest = {n: t for n, t in quantized.program.state_dict.items() if n not in weights}
+    write_gptq(tmp_path / "in", weights, tensors=rest, checkpoint_format="gptq_v2")
+    checkpoint = read_gptq(tmp_path / "in")
+    loaded = quantized_checkpoint(program, checkpoint)
+    packed = pack(loaded)
+    assert not packed.kept and loaded.report.bytes_after < loaded.report.bytes_before
+    expected = run(dequantize_checkpoint(program, checkpoint), (IDS,))[0]
+    assert torch.equal(run(packed.program, (IDS,))[0], expected)
+    assert loaded.report.weights[name].scheme == Weights(4, 16, symmetric=False, act_order=True)
+    report = onnx.export(packed.program, tmp_path / "onnx")
+    assert report.certificate is not None and report.certificate.ok
+    write_gptq(tmp_path / "out", loaded.report.weights, tensors=rest, checkpoint_format="gptq_v2")
+    again = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(t, again[n]) for n, t in load_file(tmp_path / "in" / "model.safetensors").items())
+
+
 def test_a_transposed_constant_is_found_by_its_use() -> None:
     class Transposed(torch.nn.Module):
         def __init__(self) -> None:
@@ -156,16 +186,12 @@ def test_a_transposed_constant_is_found_by_its_use() -> None:
     quantized = quantize(source, QuantizationConfig(Weights(method="rtn"), head=Weights(method="rtn")))
     assert quantized.report.weights["linear.weight"].dim == 0
     codes = {n: w.codes for n, w in quantized.report.weights.items()}
-    from spinpass.exporters.gptq_checkpoint import GptqCheckpoint
-
     loaded = dequantize_checkpoint(source, GptqCheckpoint(codes, {}, {}), strict=False)
     for name in codes:
         assert torch.equal(loaded.state_dict[name], quantized.program.state_dict[name])
 
 
 def test_what_does_not_belong_to_the_program_is_refused(program: Any) -> None:
-    from spinpass.exporters.gptq_checkpoint import GptqCheckpoint
-
     codes = rounded(normal(64, 32), Weights(method="rtn"))
     name = "blocks.0.mlp.up.weight"
     with pytest.raises(ConfigError, match=r"has x\.weight, which the program has not"):
@@ -181,8 +207,6 @@ def test_what_does_not_belong_to_the_program_is_refused(program: Any) -> None:
 
 
 def test_a_tied_table_takes_one_value() -> None:
-    from spinpass.exporters.gptq_checkpoint import GptqCheckpoint
-
     tied = exported(made(Decoder(layers=1, tied=True), dtype=torch.float32))
     table = normal(*tied.state_dict["embed.weight"].shape)
     one = dequantize_checkpoint(tied, GptqCheckpoint({}, {"embed.weight": table}, {}), strict=False)
