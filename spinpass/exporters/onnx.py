@@ -20,7 +20,7 @@ from torch.export import ExportedProgram
 from spinpass import record
 from spinpass.errors import ConfigError, ProgramError
 
-from . import onnx_functions, onnx_rounding, onnx_translate
+from . import onnx_functions, onnx_packed, onnx_rounding, onnx_translate
 from .files import staged
 from .onnx_certificate import OnnxCertificate, certify
 from .onnx_names import GraphNames, Names, renamed, signature_names
@@ -143,8 +143,11 @@ def export(
 
 
 def _finish(model: ir.Model, names: GraphNames, metadata: Mapping[str, str]) -> int:
-    """Names, metadata and the functions of the Hadamards, in place; returns how many there are."""
+    """Names, metadata, kernels of packed layers and the functions of the Hadamards, in place; returns how many of these
+    there are.
+    """
     common.ClearMetadataAndDocStringPass()(model)
+    onnx_packed.lower(model)
     hadamards = onnx_functions.attach(model)
     onnx_rounding.attach(model)
     for value, name in zip((*model.graph.inputs, *model.graph.outputs), (*names.inputs, *names.outputs), strict=True):

@@ -21,7 +21,7 @@ from .onnx_functions import Body
 from .onnx_rounding import ROWS, TOKENS, arguments, codes_of, factor_of, is_call
 
 _MIDDLE = 128
-_UINT8, _FLOAT = ir.DataType.UINT8, ir.DataType.FLOAT
+_UINT8, _FLOAT, _DOUBLE = ir.DataType.UINT8, ir.DataType.FLOAT, ir.DataType.DOUBLE
 _Weight = tuple[ir.Value, ir.Value, ir.Value]
 
 
@@ -94,7 +94,7 @@ def _static(body: Body, x: ir.Value, weight: _Weight) -> ir.Value:
 def _codes_per_token(body: Body, rounding: ir.Node) -> tuple[ir.Value, ir.Value]:
     """uint8 codes around 128, and their scales (..., 1)."""
     x, clip = _given(rounding)
-    codes, scale, _ = codes_of(body, x, clip, 8, True, _FLOAT)
+    codes, scale, _ = codes_of(body, x, body.cast(clip, _DOUBLE, _FLOAT), 8, True, _FLOAT)
     shifted = body.add("Add", codes, body.constant(np.array(_MIDDLE, np.float32)))
     return body.add("Cast", shifted, to=_UINT8.value), scale
 
@@ -102,7 +102,7 @@ def _codes_per_token(body: Body, rounding: ir.Node) -> tuple[ir.Value, ir.Value]
 def _scaled_rows(body: Body, rounding: ir.Node) -> tuple[ir.Value, ir.Value]:
     """The rounded x/k, and k (..., 1)."""
     x, scale, zero, limit = _given(rounding)
-    factor = factor_of(body, x, limit, _FLOAT)
+    factor = factor_of(body, x, body.cast(limit, _DOUBLE, _FLOAT), _FLOAT)
     point = body.add("Cast", zero, to=_UINT8.value)
     codes = body.add("QuantizeLinear", body.add("Div", x, factor), scale, point)
     return body.add("DequantizeLinear", codes, scale, point), factor

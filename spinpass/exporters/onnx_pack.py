@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from spinpass.errors import ConfigError, ExportError
+from spinpass.quantization.grid import Codes
 from spinpass.quantization.quantize import QuantizedWeight
 
 from .onnx_functions import Body
@@ -52,7 +53,7 @@ def pack_weights(
         external_data: as in :func:`spinpass.exporters.onnx.export`.
 
     Raises:
-        ConfigError: a weight of 3 bits, an accuracy level out of range.
+        ConfigError: a weight of 3 bits, an accuracy level out of range, groups that the kernels' blocks do not fit.
         ExportError: no readable model at ``source``; it has no product or lookup of what the integers of a weight
             stand for; ``destination`` cannot be written. Nothing is left behind.
     """
@@ -123,8 +124,8 @@ class _Packing(Work):
         self.found.add(name)
         weight = self.weights[name]
         rows, columns = weight.codes.q.shape
-        block = block_size(weight)
-        q, scales, zeros = blocks(weight, block)
+        block = block_size(weight.codes, name)
+        q, scales, zeros = blocks(weight.codes, block)
         kind = ml_dtypes.bfloat16 if constant.dtype == ir.DataType.BFLOAT16 else constant.const_value.numpy().dtype
         label = f"{name}.q{bits}"
         inputs = [
@@ -142,17 +143,25 @@ class _Packing(Work):
         return self.named.get(_digest(stored if by_column else stored.T))
 
 
-def block_size(weight: QuantizedWeight) -> int:
-    """The largest block that no group border cuts; for one group per row, the one that wastes fewest weights."""
-    columns, groups = weight.codes.q.shape[1], weight.codes.scales.shape[1]
-    if groups > 1:
-        return -(-columns // groups)
-    return min(_BLOCKS, key=lambda b: (-(-columns // b) * b, -b))
+def block_size(codes: Codes, name: str) -> int:
+    """The largest block that no group border cuts; for one group per row, the one that wastes fewest weights.
+
+    Raises ConfigError: groups of a size that no block divides, or of columns that do not lie side by side.
+    """
+    columns, groups = codes.q.shape[1], codes.scales.shape[1]
+    if groups == 1:
+        return min(_BLOCKS, key=lambda b: (-(-columns // b) * b, -b))
+    if codes.index is not None:
+        raise ConfigError(f"the groups of {name} do not lie side by side, as MatMulNBits needs them")
+    size = -(-columns // groups)
+    fitting = [b for b in _BLOCKS if size % b == 0]
+    if not fitting:
+        raise ConfigError(f"the groups of {name} have {size} weights; MatMulNBits takes multiples of {_BLOCKS[-1]}")
+    return fitting[0]
 
 
-def blocks(weight: QuantizedWeight, block: int) -> tuple[Tensor, Tensor, Tensor]:
+def blocks(codes: Codes, block: int) -> tuple[Tensor, Tensor, Tensor]:
     """(codes (out, in padded to blocks), scales (out, blocks), zero points (out, blocks)); padding stands for zero."""
-    codes = weight.codes
     columns = codes.q.shape[1]
     count = -(-columns // block)
     at = codes.group_of[torch.arange(count) * block]

@@ -29,7 +29,7 @@ def round_tokens() -> Callable[..., Any]:
     call = onnxscript.values.Op(_OPSET, TOKENS, _schema(TOKENS, ("x", "clip"), ("bits", "symmetric")))
 
     def node(x: Any, bits: int, symmetric: bool, clip: float = 1.0) -> Any:
-        return _like(x, call(x, op.Constant(value_float=clip), bits=bits, symmetric=int(symmetric)))
+        return _like(x, call(x, _scalar(clip), bits=bits, symmetric=int(symmetric)))
 
     return node
 
@@ -39,7 +39,7 @@ def round_rows() -> Callable[..., Any]:
     call = onnxscript.values.Op(_OPSET, ROWS, _schema(ROWS, ("x", "scale", "zero", "limit"), ("bits",)))
 
     def node(x: Any, scale: Any, zero: Any, limit: float, bits: int) -> Any:
-        return _like(x, call(x, scale, zero, op.Constant(value_float=limit), bits=bits))
+        return _like(x, call(x, scale, zero, _scalar(limit), bits=bits))
 
     return node
 
@@ -86,6 +86,10 @@ def arguments(node: ir.Node) -> tuple[int, bool]:
 _OPSET = onnxscript.values.Opset(DOMAIN, VERSION)
 
 
+def _scalar(value: float) -> Any:
+    return op.Constant(value=onnx.helper.make_tensor("value", onnx.TensorProto.DOUBLE, [], [value]))
+
+
 def _like(x: Any, y: Any) -> Any:
     y.dtype, y.shape = x.dtype, x.shape
     return y
@@ -110,7 +114,7 @@ def _tokens(node: ir.Node, dtype: ir.DataType, opset: int) -> ir.Function:
     bits, symmetric = arguments(node)
     body, compute = Body(), _compute(dtype)
     x, clip = inputs = (ir.Value(name="x"), ir.Value(name="clip"))
-    share = body.cast(clip, _FLOAT, compute)
+    share = body.cast(clip, _DOUBLE, compute)
     codes, scale, zero = codes_of(body, body.cast(x, dtype, compute), share, bits, symmetric, compute)
     centred = codes if zero is None else body.add("Sub", codes, zero)
     y = body.cast(body.add("Mul", centred, scale), compute, dtype)
@@ -124,7 +128,8 @@ def _rows(node: ir.Node, dtype: ir.DataType, opset: int) -> ir.Function:
     body, compute = Body(), _compute(dtype)
     x, scale, zero, limit = inputs = [ir.Value(name=n) for n in ("x", "scale", "zero", "limit")]
     wide = body.cast(x, dtype, compute)
-    step, middle, bound = (body.cast(v, _FLOAT, compute) for v in (scale, zero, limit))
+    step, middle = (body.cast(v, _FLOAT, compute) for v in (scale, zero))
+    bound = body.cast(limit, _DOUBLE, compute)
     factor = factor_of(body, wide, bound, compute)
     codes = body.add("Add", body.add("Round", body.add("Div", body.add("Div", wide, factor), step)), middle)
     codes = body.add("Min", body.add("Max", codes, _number(body, 0, compute)), _number(body, 2**bits - 1, compute))

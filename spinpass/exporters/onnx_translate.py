@@ -26,8 +26,9 @@ from torch.fx import GraphModule, Node
 
 from spinpass.errors import ExportError
 from spinpass.program import is_op, mutates
+from spinpass.quantization.double_program import decode_scales
 
-from . import onnx_functions, onnx_rounding
+from . import onnx_functions, onnx_packed, onnx_rounding
 
 _RULES = (
     rules.add_0_rule,
@@ -57,8 +58,8 @@ _ROUNDS = 2  # folding opens matches for the rules and the other way round; a th
 
 
 def translate(ep: ExportedProgram, opset: int | None) -> ir.Model:
-    """The optimised model of ``ep`` with its online Hadamards still opaque. ``ep`` is not changed, constants are not
-    copied.
+    """The optimised model of ``ep`` with its online Hadamards and packed layers still opaque. ``ep`` is not changed,
+    constants are not copied.
 
     Raises:
         ExportError: an op that ONNX has no translation for, a program that writes to its inputs or buffers, fake
@@ -66,13 +67,15 @@ def translate(ep: ExportedProgram, opset: int | None) -> ir.Model:
     """
     _refuse_fake_weights(ep)
     import spinpass.library
-    import spinpass.quantization.operators  # noqa: F401  the two register the ops that the table names
+    import spinpass.quantization.operators  # noqa: F401  the two register ops that the table names
 
+    ep = decode_scales(ep)
     table: dict[Any, Callable[..., Any]] = {
         torch.ops.spinpass.hadamard.default: onnx_functions.translation(),
         torch.ops.spinpass.round_tokens.default: onnx_rounding.round_tokens(),
         torch.ops.spinpass.round_rows.default: onnx_rounding.round_rows(),
         torch.ops.spinpass.round_tensor.default: onnx_rounding.round_tensor,
+        torch.ops.spinpass.packed_linear.default: onnx_packed.translation(),
         **_CASTS,
     }
     with _quiet():

@@ -18,6 +18,7 @@ from torch.export import ExportedProgram
 
 from spinpass import library  # noqa: F401  # registers the op that rotated programs call
 from spinpass.errors import ConfigError, ExportError, ProgramError
+from spinpass.quantization import operators, packed_linear  # noqa: F401  # those of quantized and packed programs
 
 from .files import staged
 

@@ -20,7 +20,8 @@ _SMALLEST = 0.25  # of it: 2-bit grids cut deep
 @dataclass(frozen=True)
 class Codes:
     """A quantized matrix. ``q``: uint8 (out, in); ``scales``: (out, groups) in the weight's dtype; ``zeros``: uint8
-    (out, groups), which lie side by side and are equally long but for the last.
+    (out, groups). Groups lie side by side and are equally long but for the last, unless ``index``, int64 (in,), has the
+    group of every column.
     """
 
     q: Tensor
@@ -28,10 +29,13 @@ class Codes:
     zeros: Tensor
     bits: int
     symmetric: bool
+    index: Tensor | None = None
 
     @property
     def group_of(self) -> Tensor:
         """The group of every column, int64 (in,)."""
+        if self.index is not None:
+            return self.index
         columns, groups = self.q.shape[1], self.scales.shape[1]
         return torch.arange(columns) // -(-columns // groups)
 

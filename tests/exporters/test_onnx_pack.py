@@ -22,7 +22,6 @@ from spinpass.exporters import onnx as exporter
 from spinpass.exporters.onnx_pack import block_size, blocks, pack_weights, packed_bits
 from spinpass.quantization import QuantizationConfig, Quantized, Weights, quantize
 from spinpass.quantization.grid import rounded
-from spinpass.quantization.quantize import QuantizedWeight
 from tests.decoders import Decoder, exported
 from tests.decoders import made as made_decoder
 
@@ -103,14 +102,22 @@ def test_dequantized_values_are_equal_bit_for_bit(
 
 def test_blocks_repeat_the_scale_of_a_row() -> None:
     codes = rounded(torch.randn(3, 160), Weights(4, symmetric=False))
-    weight = QuantizedWeight(codes, 1, Weights(4), 0.0)
-    size = block_size(weight)
+    size = block_size(codes, "w")
     assert size == 32 and 160 % size == 0
-    q, scales, zeros = blocks(weight, size)
+    q, scales, zeros = blocks(codes, size)
     assert q.shape == (3, 160) and torch.equal(scales, codes.scales.expand(3, 5)) and zeros.shape == (3, 5)
-    narrow = replace(weight, codes=rounded(torch.randn(3, 40), Weights(4, symmetric=False)))
-    q, _, zeros = blocks(narrow, block_size(narrow))
+    narrow = rounded(torch.randn(3, 40), Weights(4, symmetric=False))
+    q, _, zeros = blocks(narrow, block_size(narrow, "w"))
     assert q.shape == (3, 48) and torch.equal(q[:, 40:], zeros[:, -1:].expand(3, 8)), "padding stands for zero"
+
+
+def test_groups_that_no_block_fits_are_refused() -> None:
+    codes = rounded(torch.randn(3, 96), Weights(4, 32))
+    assert block_size(replace(codes, scales=codes.scales[:, :1], zeros=codes.zeros[:, :1]), "w") == 32
+    with pytest.raises(ConfigError, match=r"the groups of w have 24 weights"):
+        block_size(replace(codes, scales=torch.ones(3, 4), zeros=torch.ones(3, 4, dtype=torch.uint8)), "w")
+    with pytest.raises(ConfigError, match=r"the groups of w do not lie side by side"):
+        block_size(replace(codes, index=torch.arange(96) % 3), "w")
 
 
 def test_bits_are_packed_from_below() -> None:
