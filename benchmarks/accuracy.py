@@ -75,7 +75,7 @@ def main(
         grid = _Grid(opened.program, read, shown, out, steps)
         base = grid.cell("none", "untouched")
         wanted = [s.strip() for s in schemes.split(",")]
-        cells = {scheme: {v: grid.cell(scheme, v) for v in chosen} for scheme in ["none", *wanted]}
+        cells = {scheme: {v: grid.cell(scheme, v) for v in chosen} for scheme in wanted}
     rows = {s: {v: _ratio(base, cell) | cell for v, cell in by.items()} for s, by in cells.items()}
     if as_json:
         screen.document({"model": name, "windows": windows, "length": length, "unquantized": base, "schemes": rows})
