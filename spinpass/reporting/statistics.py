@@ -27,8 +27,8 @@ class Statistics:
 
     ``ratio``: the largest max|x| / median|x| of any vector, infinite where a median is 0; ``mean_ratio``: its mean over
     the vectors where it is finite; vectors of zeros count in neither. ``kurtosis``: excess, over all values; 0 for
-    Gaussian ones. ``surface``: float32, at most :data:`SURFACE`, |x| by vector and channel of the first window, each
-    bin the largest in it. Without vectors, or where nothing varies, a number is nan.
+    Gaussian ones. ``surface``: float32, at most :data:`SURFACE`, |x| by vector and channel of the first window and its
+    ``surface_vectors``, each bin the largest in it. Without vectors, or where nothing varies, a number is nan.
     """
 
     vectors: int
@@ -37,6 +37,7 @@ class Statistics:
     mean_ratio: float
     kurtosis: float
     surface: Tensor
+    surface_vectors: int
 
     @property
     def peak(self) -> float:
@@ -69,7 +70,7 @@ class Accumulator:
         self._peaks = torch.zeros(channels)
         self._ratio = math.nan
         self._moments = Moments()
-        self._surface = torch.zeros(0, 0)
+        self._surface, self._surface_vectors = torch.zeros(0, channels), 0
 
     def update(self, values: Tensor) -> None:
         """``values``: float (..., channels), read and not kept."""
@@ -78,7 +79,7 @@ class Accumulator:
             return
         size = x.abs()
         if not self._vectors:
-            self._surface = pooled(size)
+            self._surface, self._surface_vectors = pooled(size), len(size)
         self._vectors += len(x)
         self._peaks = torch.maximum(self._peaks, size.amax(0))
         self._add_ratios(size.sort(-1).values)
@@ -99,9 +100,8 @@ class Accumulator:
     def result(self) -> Statistics:
         """Of everything so far."""
         mean = self._ratios / self._finite if self._finite else math.nan
-        return Statistics(
-            self._vectors, self._peaks.clone(), self._ratio, mean, self._moments.excess_kurtosis, self._surface
-        )
+        kurtosis, surface = self._moments.excess_kurtosis, (self._surface, self._surface_vectors)
+        return Statistics(self._vectors, self._peaks.clone(), self._ratio, mean, kurtosis, *surface)
 
 
 @dataclass(frozen=True)
@@ -133,9 +133,7 @@ class Moments:
             return a
         d, na, nb = b.mean - a.mean, a.count, b.count
         second = a.second + b.second + d**2 * na * nb / n
-        third = (
-            a.third + b.third + d**3 * na * nb * (na - nb) / n**2 + 3 * d * (na * b.second - nb * a.second) / n
-        )  # fmt: skip
+        third = a.third + b.third + d**3 * na * nb * (na - nb) / n**2 + 3 * d * (na * b.second - nb * a.second) / n
         fourth = (
             a.fourth
             + b.fourth

@@ -1,0 +1,146 @@
+"""Pictures of a report, each drawn for light and for dark pages, as data URIs: nothing is fetched.
+
+Surfaces of |x| over tokens and channels as in QuaRot (arXiv 2404.00456, figure 1) and SpinQuant (2405.16406, figure 2),
+bars of one number per layer before and after. Importing this module needs matplotlib.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+import numpy
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from .statistics import Statistics
+
+BEFORE, AFTER = "#d9662a", "#2a7fba"  # told apart by the colour-blind as well
+_THEMES = {"light": ("#202428", "#d5d9de"), "dark": ("#e3e6ea", "#4a5058")}  # text, grid
+_PANELS = 3  # in a row
+_SYMLOG = 1.0  # linear below
+Bars = Mapping[str, Sequence[tuple[int, float, float]]]  # panel -> (layer, before, after)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """Two data URIs of one picture, and what it shows, in words."""
+
+    light: str
+    dark: str
+    alt: str
+
+
+def surfaces(title: str, before: Statistics, after: Statistics, axis: str) -> Picture:
+    """|x| of one site before and after on one scale, and the largest |x| of every channel. ``axis``: what a vector is."""
+
+    def draw(figure: Figure, grid: str) -> None:
+        top = float(max(before.surface.max(), after.surface.max()))
+        for k, (name, side) in enumerate((("before", before), ("after", after))):
+            _surface(figure, 131 + k, f"{name}: max {_short(side.peak)}, max/median {_short(side.ratio)}", side, top, axis)
+        _channels(figure, before, after, grid)
+
+    alt = (
+        f"{title}: the largest activation is {_short(before.peak)} before and {_short(after.peak)} after rotation, "
+        f"max/median {_short(before.ratio)} before and {_short(after.ratio)} after"
+    )
+    return _picture(draw, (12.0, 3.9), alt, "png")
+
+
+def bars(label: str, panels: Bars, *, scale: str = "log") -> Picture:
+    """Two bars per layer in a panel per kind of layer. What is not finite is left out; ``scale``: log, symlog, linear."""
+
+    def draw(figure: Figure, grid: str) -> None:
+        rows = -(-len(panels) // _PANELS)
+        for k, (name, values) in enumerate(panels.items()):
+            axes = figure.add_subplot(rows, min(_PANELS, len(panels)), k + 1)
+            _bars(axes, name, values, scale, grid)
+            if k % _PANELS == 0:
+                axes.set_ylabel(label)
+        figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper right", ncols=2, frameon=False)
+
+    rows = -(-len(panels) // _PANELS)
+    alt = "; ".join(f"{name}: {_extremes(values)}" for name, values in panels.items())
+    return _picture(draw, (4.0 * min(_PANELS, len(panels)), 2.3 * rows + 0.4), f"{label}, per layer. {alt}", "svg")
+
+
+def _surface(figure: Figure, position: int, title: str, side: Statistics, top: float, axis: str) -> None:
+    axes: Any = figure.add_subplot(position, projection="3d")
+    rows, columns = side.surface.shape
+    channels, vectors = (numpy.arange(n) * (of / n) for n, of in ((columns, len(side.peaks)), (rows, side.surface_vectors)))
+    x, y = numpy.meshgrid(channels, vectors)
+    axes.plot_surface(x, y, side.surface.numpy(), cmap="coolwarm", vmin=0, vmax=top, rstride=1, cstride=1, linewidth=0, antialiased=False)
+    axes.set_zlim(0, top or 1)
+    axes.set_xlabel("channel")
+    axes.set_ylabel(axis)
+    axes.set_zlabel("|x|")
+    axes.set_title(title, fontsize=9)
+    axes.view_init(elev=24, azim=-58)
+    for dimension in (axes.xaxis, axes.yaxis, axes.zaxis):
+        dimension.set_pane_color((0.5, 0.5, 0.5, 0.08))
+        dimension.set_major_locator(MaxNLocator(4, integer=dimension is not axes.zaxis))
+
+
+def _channels(figure: Figure, before: Statistics, after: Statistics, grid: str) -> None:
+    axes = figure.add_subplot(133)
+    for side, color, name in ((before, BEFORE, "before"), (after, AFTER, "after")):
+        axes.plot(side.peaks.tolist(), color=color, linewidth=0.8, label=name)
+    if min(float(side.peaks.min()) for side in (before, after)) > 0:
+        axes.set_yscale("log")
+    axes.set_xlabel("channel")
+    axes.set_title("max |x| of each channel, all windows", fontsize=9)
+    axes.legend(frameon=False)
+    _frame(axes, grid)
+
+
+def _bars(axes: Any, name: str, values: Sequence[tuple[int, float, float]], scale: str, grid: str) -> None:
+    for offset, side, color, label in ((-0.2, 1, BEFORE, "before"), (0.2, 2, AFTER, "after")):
+        shown = [(entry[0] + offset, entry[side]) for entry in values if math.isfinite(entry[side])]
+        axes.bar([x for x, _ in shown], [y for _, y in shown], width=0.4, color=color, label=label)
+    axes.set_yscale(scale, **({"linthresh": _SYMLOG} if scale == "symlog" else {}))
+    axes.set_title(name, fontsize=8)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if len(values) == 1:
+        axes.set_xticks([])
+    _frame(axes, grid)
+
+
+def _frame(axes: Any, grid: str) -> None:
+    axes.grid(axis="y", color=grid, linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _extremes(values: Sequence[tuple[int, float, float]]) -> str:
+    sides = (("before", [v[1] for v in values]), ("after", [v[2] for v in values]))
+    return ", ".join(f"at most {_short(max(numbers))} {name}" for name, numbers in sides)
+
+
+def _picture(draw: Callable[[Figure, str], None], size: tuple[float, float], alt: str, kind: str) -> Picture:
+    made = {theme: _drawn(draw, size, kind, *colors) for theme, colors in _THEMES.items()}
+    return Picture(made["light"], made["dark"], alt)
+
+
+def _drawn(draw: Callable[[Figure, str], None], size: tuple[float, float], kind: str, text: str, grid: str) -> str:
+    colors = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+    with matplotlib.rc_context(
+        dict.fromkeys(colors, text) | {"font.size": 8, "svg.hashsalt": "spinpass", "grid.color": grid}
+    ):
+        figure = Figure(figsize=size, layout="constrained")
+        FigureCanvasAgg(figure)
+        draw(figure, grid)
+        file = io.BytesIO()
+        metadata = {"Date": None} if kind == "svg" else {}
+        figure.savefig(file, format=kind, dpi=110, transparent=True, metadata=metadata)
+    mime = "image/svg+xml" if kind == "svg" else "image/png"
+    return f"data:{mime};base64,{base64.b64encode(file.getvalue()).decode('ascii')}"
+
+
+def _short(number: float) -> str:
+    return f"{number:.3g}" if abs(number) < 1000 or not math.isfinite(number) else f"{number:,.0f}"
