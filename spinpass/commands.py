@@ -309,7 +309,7 @@ def report(
     out: Annotated[Path, typer.Option("--out", "-o", help="The HTML file.")] = Path("report.html"),
     scheme: Annotated[list[str] | None, typer.Option(help="Quantize so, say w4g128-a8; may be repeated.")] = None,
     text: Annotated[Path | None, typer.Option(help="UTF-8 text to run; else Python's help texts.")] = None,
-    calibration: Annotated[Path | None, typer.Option(help="Text to calibrate on; else other parts of the same.")] = None,
+    calibration: Annotated[Path | None, typer.Option(help="To calibrate on; else other parts of the text.")] = None,
     windows: Annotated[int, typer.Option(help="How many windows of the text.")] = 8,
     length: Annotated[int, typer.Option(help="Tokens per window.")] = 256,
     tokenizer: Annotated[str, typer.Option(help="Folder of the tokenizer, where MODEL has none.")] = "",

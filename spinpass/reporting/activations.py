@@ -145,7 +145,7 @@ class WatchedScorer:
 
     def __init__(self, program: ExportedProgram, like: WatchedScorer | None = None) -> None:
         editor = open_program(program)
-        self.names = like.names if like else first_names(editor)
+        self.names: Mapping[str, str] = first_names(editor) if like is None else like.names
         self._names = {node.name: names for node, names in find_sites(editor, self.names).items()}
         self.left = weight_sites(editor)[1]
         self.bytes = editor.nbytes()

@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 from ..console import grouped_refusals, grouped_spaces, online_parts
 from ..evaluation import Change, Perplexity, change
 from ..exporters.files import staged
-from . import pictures
 from .activations import INPUT, Pair
 from .families import families, joined, label, worst_of_each
 from .markup import Html, details, figure, html, section, table, tag
+from .pictures import bars, short, surfaces
 from .report import Report
+from .statistics import Statistics
 
 _SURFACES = 6  # pictures of single sites
 _PANELS = 12  # kinds of layers in a picture of bars
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 _SIDES = ("untouched", "rotated")
 Progress = Callable[[int, int], None]
+Number = Callable[[Statistics], float]
+_PEAK: Number = attrgetter("peak")
+_RATIO: Number = attrgetter("ratio")
+_MEAN: Number = attrgetter("mean_ratio")
+_KURTOSIS: Number = attrgetter("kurtosis")
 
 
 def write(report: Report, path: Path, progress: Progress | None = None) -> None:
@@ -61,8 +68,12 @@ def _head(report: Report) -> Html:
 def _header(report: Report) -> Html:
     config = report.plan.config
     rotations = f"{', '.join(config.rotations)}; {config.kind}, R1 {config.form}"
-    where = f"{_counted(report.windows, 'window')} of {report.length} tokens"
-    return tag("header", tag("h1", f"Rotation of {report.model}"), tag("p", f"{rotations}. {where}.", class_="quiet"))
+    about = tag("p", f"{rotations}. {_where(report)}.", class_="quiet")
+    return tag("header", tag("h1", f"Rotation of {report.model}"), about)
+
+
+def _where(report: Report) -> str:
+    return f"{_counted(report.windows, 'window')} of {report.length} tokens"
 
 
 def _footer(report: Report) -> Html:
@@ -74,23 +85,25 @@ def _footer(report: Report) -> Html:
 
 
 def _tiles(report: Report) -> Html:
-    tiles = []
     inputs = [p for p in report.pairs if p.kind == INPUT]
-    for name, pairs in (("inputs of linear layers", inputs), ("keys and values", [p for p in report.pairs if p.kind != INPUT])):
+    caches = [p for p in report.pairs if p.kind != INPUT]
+    made = []
+    for what, pairs, get in (
+        ("worst max/median of |x|, inputs of linear layers", inputs, _RATIO),
+        ("worst max/median of |x|, keys and values", caches, _RATIO),
+        ("worst excess kurtosis, inputs of linear layers", inputs, _KURTOSIS),
+    ):
         if pairs:
-            worst = [max((_number(s.ratio) for s in side), default=0.0) for side in _sides_of(pairs)]
-            tiles.append(_tile(_arrow(*map(_short, worst)), f"worst max/median of |x|, {name}"))
-    if inputs:
-        worst = [max((_number(s.kurtosis) for s in side), default=0.0) for side in _sides_of(inputs)]
-        tiles.append(_tile(_arrow(*map(_short, worst)), "worst excess kurtosis, inputs of linear layers"))
-    both = report.unquantized.before, report.unquantized.after
-    tiles.append(_tile(_arrow(*(f"{p.value:.3f}" for p in both)), "perplexity, unquantized"))
+            made.append(_tile(_arrow(*(_worst(get, side) for side in _sides_of(pairs))), what))
+    made.append(
+        _tile(_arrow(*(_digits(p) for p in (report.unquantized.before, report.unquantized.after))), "perplexity")
+    )
     for scheme, found in report.schemes.items():
-        values = (side.comparison.after.value for side in (found.untouched, found.rotated))
-        tiles.append(_tile(_arrow(*(f"{value:.3f}" for value in values)), f"perplexity, {scheme}"))
-    tiles.append(_tile(f"{report.plan.flops:,}", "FLOP per token added by online rotations"))
-    tiles.append(_tile(_verdict(report), "certificate"))
-    return tag("div", *tiles, class_="tiles")
+        both = (found.untouched.comparison.after, found.rotated.comparison.after)
+        made.append(_tile(_arrow(*map(_digits, both)), f"perplexity, {scheme}"))
+    made.append(_tile(f"{report.plan.flops:,}", "FLOP per token added by online rotations"))
+    made.append(_tile(_verdict(report), "certificate"))
+    return tag("div", *made, class_="tiles")
 
 
 def _tile(value: object, what: str) -> Html:
@@ -108,8 +121,16 @@ def _verdict(report: Report) -> Html:
     return tag("em", "same function" if ok else "NOT the same function", class_="good" if ok else "bad")
 
 
-def _sides_of(pairs: list[Pair]) -> tuple[list[Any], list[Any]]:
+def _sides_of(pairs: list[Pair]) -> tuple[list[Statistics], list[Statistics]]:
     return [p.before for p in pairs], [p.after for p in pairs]
+
+
+def _worst(get: Number, side: list[Statistics]) -> str:
+    return short(max(_number(get(found)) for found in side))
+
+
+def _digits(found: Perplexity) -> str:
+    return f"{found.value:.3f}"
 
 
 # -- activations ------------------------------------------------------------------------------------------------------
@@ -119,29 +140,26 @@ def _activations(report: Report) -> Iterator[object]:
     yield tag(
         "p",
         "What a quantizer sees where it rounds: the inputs of the linear layers (one scale per token), keys behind the "
-        "position embedding and values (one scale per head and token). max/median is that of |x| in one such vector, the "
-        "worst of all; the larger it is, the fewer of the levels are left for the other channels. Excess kurtosis is 0 for "
-        "Gaussian values. Norm scales that the rotation folds into weights are gone from the inputs after it.",
+        "position embedding and values (one scale per head and token). max/median is that of |x| in one such vector, "
+        "the worst of all; the larger it is, the fewer levels are left for the other channels. Excess kurtosis is 0 "
+        "for Gaussian values. Norm scales that rotation folds into weights are gone from the inputs after it.",
     )
-    for name, get, scale in (
-        ("max/median of |x|", lambda side: side.ratio, "log"),
-        ("excess kurtosis", lambda side: side.kurtosis, "symlog"),
-        ("max |x|", lambda side: side.peak, "log"),
-    ):
-        panels = families((label(p), (get(p.before), get(p.after))) for p in report.pairs)
-        yield from _bars(name, panels, scale)
+    for name, get, lowest in (("max/median of |x|", _RATIO, 1.0), ("excess kurtosis", _KURTOSIS, None),
+                              ("max |x|", _PEAK, None)):  # fmt: skip
+        yield from _bars(name, families((label(p), (get(p.before), get(p.after))) for p in report.pairs), lowest)
     yield from _unmeasured(report)
     yield details(f"All {len(report.pairs)} sites", _site_table(report))
 
 
-def _bars(name: str, panels: Mapping[str, list[tuple[int, float, float]]], scale: str) -> Iterator[Html]:
+def _bars(name: str, panels: Mapping[str, list[tuple[int, float, float]]], lowest: float | None) -> Iterator[Html]:
     finite = {k: v for k, v in panels.items() if any(math.isfinite(x) for entry in v for x in entry[1:])}
     most = sorted(finite, key=lambda k: max(_number(entry[1]) for entry in finite[k]), reverse=True)[:_PANELS]
     shown = {k: finite[k] for k in finite if k in most}
     if shown:
-        rest = f" {len(finite) - len(shown)} kinds of layers with smaller values are in the table." * (len(finite) > len(shown))
+        left = len(finite) - len(shown)
+        rest = f" {_counted(left, 'kind')} of layers with smaller values: see the table." if left else ""
         caption = f"{name} of every layer, before and after rotation.{rest}"
-        yield figure(pictures.bars(name, shown, scale=scale), caption)
+        yield figure(bars(name, shown, lowest=lowest), caption)
 
 
 def _unmeasured(report: Report) -> Iterator[Html]:
@@ -163,8 +181,8 @@ def _site_table(report: Report) -> Html:
 def _site_row(pair: Pair) -> list[object]:
     sides = (pair.before, pair.after)
     row: list[object] = [label(pair), len(pair.before.peaks)]
-    for get in (lambda s: s.peak, lambda s: s.ratio, lambda s: s.mean_ratio, lambda s: s.kurtosis):
-        row += [_short(get(side)) for side in sides]
+    for get in (_PEAK, _RATIO, _MEAN, _KURTOSIS):
+        row += [short(get(side)) for side in sides]
     return row + [int(side.peaks.argmax()) if side.vectors else "–" for side in sides]
 
 
@@ -177,8 +195,14 @@ def _sites(report: Report) -> Iterator[object]:
     for pair in worst_of_each(report.pairs, _SURFACES):
         axis = "token" if pair.kind == INPUT else "vector"
         yield tag("h3", label(pair))
-        numbers = f"{pair.before.vectors:,} vectors of {len(pair.before.peaks)} channels"
-        yield figure(pictures.surfaces(label(pair), pair.before, pair.after, axis), numbers)
+        yield figure(surfaces(label(pair), pair.before, pair.after, axis), _numbers(pair))
+
+
+def _numbers(pair: Pair) -> Html:
+    named = (("max |x|", _PEAK), ("max/median", _RATIO), ("mean of it", _MEAN), ("excess kurtosis", _KURTOSIS))
+    changes = (Html(f"{html(name)} {_arrow(short(get(pair.before)), short(get(pair.after)))}") for name, get in named)
+    counted = html(f"All windows, {pair.before.vectors:,} vectors of {len(pair.before.peaks)} channels: ")
+    return Html(counted + "; ".join(changes))
 
 
 # -- quantization -----------------------------------------------------------------------------------------------------
@@ -187,11 +211,10 @@ def _sites(report: Report) -> Iterator[object]:
 def _perplexity(report: Report) -> Iterator[object]:
     yield tag(
         "p",
-        f"{_counted(report.windows, 'window')} of {report.length} tokens, the same for every row; ± one standard error over "
-        "windows. Ratios are paired by window, so that their errors are far smaller than those of the perplexities. "
-        "Quantization is simulated in the graph.",
+        f"{_where(report)}, the same for every row; ± one standard error over windows. Ratios are paired by window, so "
+        "that their errors are far smaller than those of the perplexities. Quantization is simulated in the graph.",
     )
-    head = ("scheme", "program", "perplexity", "÷ unquantized", "÷ untouched", "same likeliest token", "KL, nats per token")
+    head = ("scheme", "program", "perplexity", "÷ unquantized", "÷ untouched", "same likeliest token", "KL, nats/token")
     yield table(head, _perplexity_rows(report), numbers=5)
 
 
@@ -216,16 +239,20 @@ def _quantization(report: Report) -> Iterator[object]:
         return
     yield tag(
         "p",
-        "‖X(W − Ŵ)ᵀ‖² ÷ ‖X Wᵀ‖² of every weight on the windows to calibrate on, each behind the quantized layers before "
-        "it; X is rounded as well where the scheme rounds activations, and counts as it is then.",
+        "‖X(W − Ŵ)ᵀ‖² ÷ ‖X Wᵀ‖² of every weight W on the windows to calibrate on. X is what the quantized layers "
+        "before it return, rounded where the scheme rounds activations.",
     )
     for name, scheme in report.schemes.items():
         errors = scheme.errors()
         yield tag("h3", name)
         panels = families((joined([fqn]), both) for fqn, both in errors.items())
-        yield from _bars("relative error", panels, "log")
-        rows = ([fqn, *map(_small, both), _short(both[1] / both[0]) if both[0] else ""] for fqn, both in errors.items())
+        yield from _bars("relative error", panels, None)
+        rows = ([fqn, *map(_small, both), _quotient(*both)] for fqn, both in errors.items())
         yield details(f"All {len(errors)} weights", table(("weight", *_SIDES, "rotated ÷ untouched"), rows, numbers=3))
+
+
+def _quotient(before: float, after: float) -> str:
+    return short(after / before) if before else ""
 
 
 # -- plan, certificate, cost ------------------------------------------------------------------------------------------
@@ -269,20 +296,21 @@ def _certificate(report: Report) -> Iterator[object]:
 def _output_row(output: Mapping[str, Any]) -> list[object]:
     exact, native = output["float64"], output["native"]
     verdict = tag("em", "ok" if output["ok"] else output["failure"], class_="good" if output["ok"] else "bad")
-    errors = (f"{float(exact['error']):.1e}", _share(exact["argmax"]), f"{float(native['error']):.1e}", _share(native["argmax"]))
+    errors = [cell for found in (exact, native) for cell in (f"{float(found['error']):.1e}", _share(found["argmax"]))]
     size = "×".join(map(str, output["shape"]))
     return [output["name"], size, verdict, f"{float(exact['scale']):.3g}", *errors]
 
 
 def _cost(report: Report) -> Iterator[object]:
-    sizes = [("unquantized", name, f"{size:,}", f"{rate:,.0f}") for name, size, rate in zip(_SIDES, report.bytes, report.rates)]
+    plain = zip(_SIDES, report.bytes, report.rates)
+    sizes = [("unquantized", name, f"{size:,}", f"{rate:,.0f}") for name, size, rate in plain]
     for scheme, found in report.schemes.items():
         sizes += [(scheme, name, f"{side.bytes:,}", "") for name, side in zip(_SIDES, (found.untouched, found.rotated))]
     yield table(("scheme", "program", "bytes of constants", "tokens per second"), sizes, numbers=2)
     yield tag(
         "p",
-        f"Tokens per second: {_counted(report.windows, 'window')} of {report.length} tokens through the exported graph, node "
-        "by node in PyTorch, in turns; the median. Kernels are faster. Quantized programs are simulated, their speed says nothing.",
+        f"Tokens per second: {_where(report)} through the exported graph, node by node in PyTorch, both programs in "
+        "turns; the median. Quantized programs are simulated: their speed would say nothing.",
         class_="quiet",
     )
     yield table(("step", "seconds"), [(name, f"{time:.1f}") for name, time in report.seconds.items()], numbers=1)
@@ -301,12 +329,6 @@ def _ratio(found: Change) -> str:
 
 def _with_error(value: float, error: float, digits: int) -> str:
     return f"{value:.{digits}f}" + ("" if math.isnan(error) else f" ± {error:.{digits}f}")
-
-
-def _short(value: float) -> str:
-    if not math.isfinite(value):
-        return "–" if math.isnan(value) else "∞"
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def _small(value: float) -> str:

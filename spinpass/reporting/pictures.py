@@ -17,14 +17,13 @@ import matplotlib
 import numpy
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from .statistics import Statistics
 
 BEFORE, AFTER = "#d9662a", "#2a7fba"  # told apart by the colour-blind as well
 _THEMES = {"light": ("#202428", "#d5d9de"), "dark": ("#e3e6ea", "#4a5058")}  # text, grid
 _PANELS = 3  # in a row
-_SYMLOG = 1.0  # linear below
 Bars = Mapping[str, Sequence[tuple[int, float, float]]]  # panel -> (layer, before, after)
 
 
@@ -38,44 +37,61 @@ class Picture:
 
 
 def surfaces(title: str, before: Statistics, after: Statistics, axis: str) -> Picture:
-    """|x| of one site before and after on one scale, and the largest |x| of every channel. ``axis``: what a vector is."""
+    """|x| of one site before and after, on one scale, and the peak of every channel. ``axis``: what a vector is."""
 
     def draw(figure: Figure, grid: str) -> None:
         top = float(max(before.surface.max(), after.surface.max()))
         for k, (name, side) in enumerate((("before", before), ("after", after))):
-            _surface(figure, 131 + k, f"{name}: max {_short(side.peak)}, max/median {_short(side.ratio)}", side, top, axis)
-        _channels(figure, before, after, grid)
+            _surface(figure.add_subplot(131 + k, projection="3d"), name, side, top, axis)
+        _channels(figure.add_subplot(133), before, after, grid)
 
     alt = (
-        f"{title}: the largest activation is {_short(before.peak)} before and {_short(after.peak)} after rotation, "
-        f"max/median {_short(before.ratio)} before and {_short(after.ratio)} after"
+        f"{title}: the largest activation is {short(before.peak)} before and {short(after.peak)} after rotation, "
+        f"max/median {short(before.ratio)} before and {short(after.ratio)} after"
     )
     return _picture(draw, (12.0, 3.9), alt, "png")
 
 
-def bars(label: str, panels: Bars, *, scale: str = "log") -> Picture:
-    """Two bars per layer in a panel per kind of layer. What is not finite is left out; ``scale``: log, symlog, linear."""
+def bars(label: str, panels: Bars, *, lowest: float | None = None) -> Picture:
+    """Two bars per layer in a panel per kind of layer, logarithmic, all on one scale. What is not finite is left out.
+
+    ``lowest``: where the scale begins; None: at the power of ten below the smallest number. With negative numbers it is
+    linear between −1 and 1.
+    """
+    numbers = [x for values in panels.values() for entry in values for x in entry[1:] if math.isfinite(x)]
+    columns = min(_PANELS, len(panels))
+    rows = -(-len(panels) // columns)
 
     def draw(figure: Figure, grid: str) -> None:
-        rows = -(-len(panels) // _PANELS)
+        shared = None
         for k, (name, values) in enumerate(panels.items()):
-            axes = figure.add_subplot(rows, min(_PANELS, len(panels)), k + 1)
-            _bars(axes, name, values, scale, grid)
-            if k % _PANELS == 0:
+            axes = shared = figure.add_subplot(rows, columns, k + 1, sharey=shared)
+            _bars(axes, name, values, grid)
+            if k % columns == 0:
                 axes.set_ylabel(label)
+            else:
+                axes.tick_params(labelleft=False)
+        _logarithmic(figure.axes[0], numbers, lowest)
         figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper right", ncols=2, frameon=False)
 
-    rows = -(-len(panels) // _PANELS)
     alt = "; ".join(f"{name}: {_extremes(values)}" for name, values in panels.items())
-    return _picture(draw, (4.0 * min(_PANELS, len(panels)), 2.3 * rows + 0.4), f"{label}, per layer. {alt}", "svg")
+    return _picture(draw, (4.0 * columns, 2.0 * rows + 0.4), f"{label}, per layer. {alt}", "svg")
 
 
-def _surface(figure: Figure, position: int, title: str, side: Statistics, top: float, axis: str) -> None:
-    axes: Any = figure.add_subplot(position, projection="3d")
+def short(number: float) -> str:
+    """Three digits, or whole thousands; – for nan."""
+    if not math.isfinite(number):
+        return "–" if math.isnan(number) else "∞"
+    return f"{number:,.0f}" if abs(number) >= 1000 else f"{number:.3g}"
+
+
+def _surface(axes: Any, title: str, side: Statistics, top: float, axis: str) -> None:
     rows, columns = side.surface.shape
-    channels, vectors = (numpy.arange(n) * (of / n) for n, of in ((columns, len(side.peaks)), (rows, side.surface_vectors)))
+    channels = numpy.arange(columns) * (len(side.peaks) / columns)
+    vectors = numpy.arange(rows) * (side.surface_vectors / rows)
     x, y = numpy.meshgrid(channels, vectors)
-    axes.plot_surface(x, y, side.surface.numpy(), cmap="coolwarm", vmin=0, vmax=top, rstride=1, cstride=1, linewidth=0, antialiased=False)
+    style = {"cmap": "coolwarm", "vmin": 0, "vmax": top, "rstride": 1, "cstride": 1, "linewidth": 0}
+    axes.plot_surface(x, y, side.surface.numpy(), antialiased=False, **style)
     axes.set_zlim(0, top or 1)
     axes.set_xlabel("channel")
     axes.set_ylabel(axis)
@@ -87,28 +103,39 @@ def _surface(figure: Figure, position: int, title: str, side: Statistics, top: f
         dimension.set_major_locator(MaxNLocator(4, integer=dimension is not axes.zaxis))
 
 
-def _channels(figure: Figure, before: Statistics, after: Statistics, grid: str) -> None:
-    axes = figure.add_subplot(133)
+def _channels(axes: Any, before: Statistics, after: Statistics, grid: str) -> None:
     for side, color, name in ((before, BEFORE, "before"), (after, AFTER, "after")):
         axes.plot(side.peaks.tolist(), color=color, linewidth=0.8, label=name)
-    if min(float(side.peaks.min()) for side in (before, after)) > 0:
-        axes.set_yscale("log")
+    _logarithmic(axes, [*before.peaks.tolist(), *after.peaks.tolist()], None)
     axes.set_xlabel("channel")
     axes.set_title("max |x| of each channel, all windows", fontsize=9)
     axes.legend(frameon=False)
     _frame(axes, grid)
 
 
-def _bars(axes: Any, name: str, values: Sequence[tuple[int, float, float]], scale: str, grid: str) -> None:
+def _bars(axes: Any, name: str, values: Sequence[tuple[int, float, float]], grid: str) -> None:
     for offset, side, color, label in ((-0.2, 1, BEFORE, "before"), (0.2, 2, AFTER, "after")):
         shown = [(entry[0] + offset, entry[side]) for entry in values if math.isfinite(entry[side])]
         axes.bar([x for x, _ in shown], [y for _, y in shown], width=0.4, color=color, label=label)
-    axes.set_yscale(scale, **({"linthresh": _SYMLOG} if scale == "symlog" else {}))
     axes.set_title(name, fontsize=8)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if len(values) == 1:
         axes.set_xticks([])
     _frame(axes, grid)
+
+
+def _logarithmic(axes: Any, numbers: Sequence[float], lowest: float | None) -> None:
+    """Whole decades, so that bars of nearly the same number look so; linear between −1 and 1 if some are negative."""
+    positive = [x for x in numbers if x > 0] or [1.0]
+    top = 10.0 ** math.ceil(math.log10(max(positive)) + 1e-9)
+    if min(numbers, default=0.0) < 0:
+        axes.set_yscale("symlog", linthresh=1.0)
+        axes.set_ylim(-(10.0 ** math.ceil(math.log10(max(1.0, -min(numbers))))), max(top, 1.0))
+    else:
+        axes.set_yscale("log")
+        axes.set_ylim(10.0 ** math.floor(math.log10(min(positive))) if lowest is None else lowest, top)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _frame(axes: Any, grid: str) -> None:
@@ -119,7 +146,7 @@ def _frame(axes: Any, grid: str) -> None:
 
 def _extremes(values: Sequence[tuple[int, float, float]]) -> str:
     sides = (("before", [v[1] for v in values]), ("after", [v[2] for v in values]))
-    return ", ".join(f"at most {_short(max(numbers))} {name}" for name, numbers in sides)
+    return ", ".join(f"at most {short(max(numbers))} {name}" for name, numbers in sides)
 
 
 def _picture(draw: Callable[[Figure, str], None], size: tuple[float, float], alt: str, kind: str) -> Picture:
@@ -128,10 +155,9 @@ def _picture(draw: Callable[[Figure, str], None], size: tuple[float, float], alt
 
 
 def _drawn(draw: Callable[[Figure, str], None], size: tuple[float, float], kind: str, text: str, grid: str) -> str:
-    colors = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
-    with matplotlib.rc_context(
-        dict.fromkeys(colors, text) | {"font.size": 8, "svg.hashsalt": "spinpass", "grid.color": grid}
-    ):
+    style: Any = {"font.size": 8, "text.parse_math": False, "svg.hashsalt": "spinpass", "grid.color": grid}
+    style |= dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), text)
+    with matplotlib.rc_context(style):
         figure = Figure(figsize=size, layout="constrained")
         FigureCanvasAgg(figure)
         draw(figure, grid)
@@ -140,7 +166,3 @@ def _drawn(draw: Callable[[Figure, str], None], size: tuple[float, float], kind:
         figure.savefig(file, format=kind, dpi=110, transparent=True, metadata=metadata)
     mime = "image/svg+xml" if kind == "svg" else "image/png"
     return f"data:{mime};base64,{base64.b64encode(file.getvalue()).decode('ascii')}"
-
-
-def _short(number: float) -> str:
-    return f"{number:.3g}" if abs(number) < 1000 or not math.isfinite(number) else f"{number:,.0f}"
