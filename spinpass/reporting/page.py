@@ -62,14 +62,19 @@ def _head(report: Report) -> Html:
     style = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
     policy = Html(f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">')
     about = Html('<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">')
-    return tag("head", about, policy, tag("title", f"Rotation of {report.model}"), tag("style", Html(style)))
+    return tag("head", about, policy, tag("title", _title(report)), tag("style", Html(style)))
 
 
 def _header(report: Report) -> Html:
     config = report.plan.config
     rotations = f"{', '.join(config.rotations)}; {config.kind}, R1 {config.form}"
     about = tag("p", f"{rotations}. {_where(report)}.", class_="quiet")
-    return tag("header", tag("h1", f"Rotation of {report.model}"), about)
+    return tag("header", tag("h1", _title(report)), about)
+
+
+def _title(report: Report) -> str:
+    path = Path(report.model)
+    return f"Rotation of {path.resolve().name if path.exists() else report.model}"
 
 
 def _where(report: Report) -> str:
@@ -94,7 +99,10 @@ def _tiles(report: Report) -> Html:
         ("worst excess kurtosis, inputs of linear layers", inputs, _KURTOSIS),
     ):
         if pairs:
-            made.append(_tile(_arrow(*(_worst(get, side) for side in _sides_of(pairs))), what))
+            before = max(pairs, key=lambda p: _number(get(p.before)))
+            after = max(pairs, key=lambda p: _number(get(p.after)))
+            where = f"{_place(before)} → {_place(after)}" if before is not after else _place(before)
+            made.append(_tile(_arrow(short(get(before.before)), short(get(after.after))), what, where))
     made.append(
         _tile(_arrow(*(_digits(p) for p in (report.unquantized.before, report.unquantized.after))), "perplexity")
     )
@@ -106,8 +114,13 @@ def _tiles(report: Report) -> Html:
     return tag("div", *made, class_="tiles")
 
 
-def _tile(value: object, what: str) -> Html:
-    return tag("div", tag("b", value), tag("span", what), class_="tile")
+def _tile(value: object, what: str, where: str = "") -> Html:
+    lines = [tag("span", line) for line in (what, where) if line]
+    return tag("div", tag("b", value), *lines, class_="tile")
+
+
+def _place(pair: Pair) -> str:
+    return joined(pair.weights) if pair.kind == INPUT else f"{pair.kind}, {joined(pair.weights)}"
 
 
 def _arrow(before: str, after: str) -> Html:
@@ -119,14 +132,6 @@ def _verdict(report: Report) -> Html:
         return html("not certified")
     ok = bool(report.certificate["ok"])
     return tag("em", "same function" if ok else "NOT the same function", class_="good" if ok else "bad")
-
-
-def _sides_of(pairs: list[Pair]) -> tuple[list[Statistics], list[Statistics]]:
-    return [p.before for p in pairs], [p.after for p in pairs]
-
-
-def _worst(get: Number, side: list[Statistics]) -> str:
-    return short(max(_number(get(found)) for found in side))
 
 
 def _digits(found: Perplexity) -> str:

@@ -18,11 +18,14 @@ import numpy
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+from torch import Tensor
+from torch.nn import functional
 
 from .statistics import Statistics
 
 BEFORE, AFTER = "#d9662a", "#2a7fba"  # told apart by the colour-blind as well
 _THEMES = {"light": ("#202428", "#d5d9de"), "dark": ("#e3e6ea", "#4a5058")}  # text, grid
+_MAP = matplotlib.colormaps["coolwarm"]
 _PANELS = 3  # in a row
 Bars = Mapping[str, Sequence[tuple[int, float, float]]]  # panel -> (layer, before, after)
 
@@ -90,8 +93,9 @@ def _surface(axes: Any, title: str, side: Statistics, top: float, axis: str) -> 
     channels = numpy.arange(columns) * (len(side.peaks) / columns)
     vectors = numpy.arange(rows) * (side.surface_vectors / rows)
     x, y = numpy.meshgrid(channels, vectors)
-    style = {"cmap": "coolwarm", "vmin": 0, "vmax": top, "rstride": 1, "cstride": 1, "linewidth": 0}
-    axes.plot_surface(x, y, side.surface.numpy(), antialiased=False, **style)
+    colors = _MAP(_highest_corner(side.surface).numpy() / (top or 1))
+    style = {"facecolors": colors, "shade": False, "rstride": 1, "cstride": 1, "linewidth": 0, "antialiased": False}
+    axes.plot_surface(x, y, side.surface.numpy(), **style)
     axes.set_zlim(0, top or 1)
     axes.set_xlabel("channel")
     axes.set_ylabel(axis)
@@ -101,6 +105,13 @@ def _surface(axes: Any, title: str, side: Statistics, top: float, axis: str) -> 
     for dimension in (axes.xaxis, axes.yaxis, axes.zaxis):
         dimension.set_pane_color((0.5, 0.5, 0.5, 0.08))
         dimension.set_major_locator(MaxNLocator(4, integer=dimension is not axes.zaxis))
+
+
+def _highest_corner(heights: Tensor) -> Tensor:
+    """Of every face of a surface: its colour is that of the spike that it belongs to."""
+    padded = functional.pad(heights[None], (0, 1, 0, 1), mode="replicate")
+    highest: Tensor = functional.max_pool2d(padded, 2, stride=1)[0]
+    return highest
 
 
 def _channels(axes: Any, before: Statistics, after: Statistics, grid: str) -> None:
