@@ -14,8 +14,11 @@ from torch.export import ExportedProgram
 from .. import evaluation
 from ..console import Steps
 from ..errors import ConfigError
+from ..passes.functionalize import open_program
 from ..planning import RotationPlan
+from ..program import shape
 from ..quantization import QuantizationConfig, quantize
+from ..quantization.sites import weight_sites
 from ..scoring import Opened, ProgramScorer, open_scorer
 from .activations import WatchedScorer, paired
 from .report import Quantized, Report, Scheme
@@ -47,11 +50,25 @@ class ReportRequest:
                 raise ConfigError(f"the scheme {scheme} is named twice")
 
     def open(self, steps: Steps) -> tuple[ExportedProgram, Opened]:
-        """Load and export the model. Raises ConfigError for an ONNX model."""
+        """Load and export the model, see :meth:`check`. Raises ConfigError for an ONNX model too."""
         opened = open_scorer(self.model, self.tokenizer or None, steps.begin)
         if opened.program is None:
             raise ConfigError(f"{self.model} is an ONNX model; a report needs the program it was made of")
+        self.check(opened.program)
         return opened.program, opened
+
+    def check(self, program: ExportedProgram) -> None:
+        """Before minutes of work. Raises ConfigError: groups of a scheme that do not divide what a layer contracts."""
+        editor = open_program(program)
+        for text in self.schemes:
+            config = QuantizationConfig.parse(text)
+            for site in weight_sites(editor)[0]:
+                fqn, inputs = editor.fqn(site.weight), shape(site.weight)[site.dim]
+                weights = config.weights_of(fqn, head=site.head)
+                if weights and weights.group_size and isinstance(inputs, int) and inputs % weights.group_size:
+                    raise ConfigError(
+                        f"{text}: groups of {weights.group_size} do not divide the {inputs} inputs of {fqn}"
+                    )
 
     def texts(self, opened: Opened) -> tuple[Windows, Windows]:
         """Token ids of the windows that are scored, and of those to calibrate on."""
