@@ -137,7 +137,9 @@ def _bars(axes: Any, name: str, values: Sequence[tuple[int, float, float]], grid
 
 def _logarithmic(axes: Any, numbers: Sequence[float], lowest: float | None) -> None:
     """Whole decades, so that bars of nearly the same number look so; linear between −1 and 1 if some are negative."""
-    positive = [x for x in numbers if x > 0] or [1.0]
+    positive = [x for x in numbers if x > 0]
+    if not positive:
+        return
     top = 10.0 ** math.ceil(math.log10(max(positive)) + 1e-9)
     if min(numbers, default=0.0) < 0:
         axes.set_yscale("symlog", linthresh=1.0)
