@@ -32,7 +32,7 @@ class ReportRequest:
     """The options of the command.
 
     Windows to calibrate on come from ``calibration``, or from the same text, between those that are scored. Raises
-    ConfigError: a scheme that does not parse or is named twice.
+    ConfigError: a scheme that does not parse or is named twice, a text that cannot be read.
     """
 
     model: str
@@ -48,6 +48,8 @@ class ReportRequest:
             QuantizationConfig.parse(scheme)
             if self.schemes.count(scheme) > 1:
                 raise ConfigError(f"the scheme {scheme} is named twice")
+        for path in (self.text, self.calibration):
+            _read(path)
 
     def open(self, steps: Steps) -> tuple[ExportedProgram, Opened]:
         """Load and export the model, see :meth:`check`. Raises ConfigError for an ONNX model too."""
