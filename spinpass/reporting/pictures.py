@@ -1,4 +1,4 @@
-"""Pictures of a report, each drawn for light and for dark pages, as data URIs: nothing is fetched.
+"""Pictures of a report, each for light and for dark pages, as data URIs of SVG: nothing is fetched.
 
 Surfaces of |x| over tokens and channels as in QuaRot (arXiv 2404.00456, figure 1) and SpinQuant (2405.16406, figure 2),
 bars of one number per layer before and after. Importing this module needs matplotlib.
@@ -17,14 +17,15 @@ import matplotlib
 import numpy
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 from torch import Tensor
 from torch.nn import functional
 
 from .statistics import Statistics
 
 BEFORE, AFTER = "#d9662a", "#2a7fba"  # told apart by the colour-blind as well
-_THEMES = {"light": ("#202428", "#d5d9de"), "dark": ("#e3e6ea", "#4a5058")}  # text, grid
+_TEXT, _GRID = "#202428", "#d5d9de"
+_DARK_TEXT, _DARK_GRID = "#e3e6ea", "#4a5058"
 _MAP = matplotlib.colormaps["coolwarm"]
 _PANELS = 3  # in a row
 Bars = Mapping[str, Sequence[tuple[int, float, float]]]  # panel -> (layer, before, after)
@@ -42,17 +43,17 @@ class Picture:
 def surfaces(title: str, before: Statistics, after: Statistics, axis: str) -> Picture:
     """|x| of one site before and after, on one scale, and the peak of every channel. ``axis``: what a vector is."""
 
-    def draw(figure: Figure, grid: str) -> None:
+    def draw(figure: Figure) -> None:
         top = float(max(before.surface.max(), after.surface.max()))
         for k, (name, side) in enumerate((("before", before), ("after", after))):
             _surface(figure.add_subplot(131 + k, projection="3d"), name, side, top, axis)
-        _channels(figure.add_subplot(133), before, after, grid)
+        _channels(figure.add_subplot(133), before, after)
 
     alt = (
         f"{title}: the largest activation is {short(before.peak)} before and {short(after.peak)} after rotation, "
         f"max/median {short(before.ratio)} before and {short(after.ratio)} after"
     )
-    return _picture(draw, (12.0, 3.9), alt, "png")
+    return _picture(draw, (12.0, 3.9), alt)
 
 
 def bars(label: str, panels: Bars, *, lowest: float | None = None) -> Picture:
@@ -65,11 +66,11 @@ def bars(label: str, panels: Bars, *, lowest: float | None = None) -> Picture:
     columns = min(_PANELS, len(panels))
     rows = -(-len(panels) // columns)
 
-    def draw(figure: Figure, grid: str) -> None:
+    def draw(figure: Figure) -> None:
         shared = None
         for k, (name, values) in enumerate(panels.items()):
             axes = shared = figure.add_subplot(rows, columns, k + 1, sharey=shared)
-            _bars(axes, name, values, grid)
+            _bars(axes, name, values)
             if k % columns == 0:
                 axes.set_ylabel(label)
             else:
@@ -78,7 +79,7 @@ def bars(label: str, panels: Bars, *, lowest: float | None = None) -> Picture:
         figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper right", ncols=2, frameon=False)
 
     alt = "; ".join(f"{name}: {_extremes(values)}" for name, values in panels.items())
-    return _picture(draw, (4.0 * columns, 2.0 * rows + 0.4), f"{label}, per layer. {alt}", "svg")
+    return _picture(draw, (4.0 * columns, 2.0 * rows + 0.4), f"{label}, per layer. {alt}")
 
 
 def short(number: float) -> str:
@@ -95,7 +96,7 @@ def _surface(axes: Any, title: str, side: Statistics, top: float, axis: str) -> 
     x, y = numpy.meshgrid(channels, vectors)
     colors = _MAP(_highest_corner(side.surface).numpy() / (top or 1))
     style = {"facecolors": colors, "shade": False, "rstride": 1, "cstride": 1, "linewidth": 0, "antialiased": False}
-    axes.plot_surface(x, y, side.surface.numpy(), **style)
+    axes.plot_surface(x, y, side.surface.numpy(), rasterized=True, **style)
     axes.set_zlim(0, top or 1)
     axes.set_xlabel("channel")
     axes.set_ylabel(axis)
@@ -114,17 +115,17 @@ def _highest_corner(heights: Tensor) -> Tensor:
     return highest
 
 
-def _channels(axes: Any, before: Statistics, after: Statistics, grid: str) -> None:
+def _channels(axes: Any, before: Statistics, after: Statistics) -> None:
     for side, color, name in ((before, BEFORE, "before"), (after, AFTER, "after")):
         axes.plot(side.peaks.tolist(), color=color, linewidth=0.8, label=name)
     _logarithmic(axes, [*before.peaks.tolist(), *after.peaks.tolist()], None)
     axes.set_xlabel("channel")
     axes.set_title("max |x| of each channel, all windows", fontsize=9)
     axes.legend(frameon=False)
-    _frame(axes, grid)
+    _frame(axes)
 
 
-def _bars(axes: Any, name: str, values: Sequence[tuple[int, float, float]], grid: str) -> None:
+def _bars(axes: Any, name: str, values: Sequence[tuple[int, float, float]]) -> None:
     for offset, side, color, label in ((-0.2, 1, BEFORE, "before"), (0.2, 2, AFTER, "after")):
         shown = [(entry[0] + offset, entry[side]) for entry in values if math.isfinite(entry[side])]
         axes.bar([x for x, _ in shown], [y for _, y in shown], width=0.4, color=color, label=label)
@@ -132,7 +133,7 @@ def _bars(axes: Any, name: str, values: Sequence[tuple[int, float, float]], grid
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if len(values) == 1:
         axes.set_xticks([])
-    _frame(axes, grid)
+    _frame(axes)
 
 
 def _logarithmic(axes: Any, numbers: Sequence[float], lowest: float | None) -> None:
@@ -148,11 +149,11 @@ def _logarithmic(axes: Any, numbers: Sequence[float], lowest: float | None) -> N
         axes.set_yscale("log")
         axes.set_ylim(10.0 ** math.floor(math.log10(min(positive))) if lowest is None else lowest, top)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_minor_locator(NullLocator())
 
 
-def _frame(axes: Any, grid: str) -> None:
-    axes.grid(axis="y", color=grid, linewidth=0.6)
+def _frame(axes: Any) -> None:
+    axes.grid(axis="y", color=_GRID, linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
 
@@ -162,20 +163,23 @@ def _extremes(values: Sequence[tuple[int, float, float]]) -> str:
     return ", ".join(f"at most {short(max(numbers))} {name}" for name, numbers in sides)
 
 
-def _picture(draw: Callable[[Figure, str], None], size: tuple[float, float], alt: str, kind: str) -> Picture:
-    made = {theme: _drawn(draw, size, kind, *colors) for theme, colors in _THEMES.items()}
-    return Picture(made["light"], made["dark"], alt)
+def _picture(draw: Callable[[Figure], None], size: tuple[float, float], alt: str) -> Picture:
+    """Drawn once: the dark picture is the light one with other colours of text and grid."""
+    light = _drawn(draw, size)
+    return Picture(_uri(light), _uri(light.replace(_TEXT, _DARK_TEXT).replace(_GRID, _DARK_GRID)), alt)
 
 
-def _drawn(draw: Callable[[Figure, str], None], size: tuple[float, float], kind: str, text: str, grid: str) -> str:
-    style: Any = {"font.size": 8, "text.parse_math": False, "svg.hashsalt": "spinpass", "grid.color": grid}
-    style |= dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), text)
+def _drawn(draw: Callable[[Figure], None], size: tuple[float, float]) -> str:
+    style: Any = {"font.size": 8, "text.parse_math": False, "svg.hashsalt": "spinpass", "grid.color": _GRID}
+    style |= dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), _TEXT)
     with matplotlib.rc_context(style):
         figure = Figure(figsize=size, layout="constrained")
         FigureCanvasAgg(figure)
-        draw(figure, grid)
+        draw(figure)
         file = io.BytesIO()
-        metadata = {"Date": None} if kind == "svg" else {}
-        figure.savefig(file, format=kind, dpi=110, transparent=True, metadata=metadata)
-    mime = "image/svg+xml" if kind == "svg" else "image/png"
-    return f"data:{mime};base64,{base64.b64encode(file.getvalue()).decode('ascii')}"
+        figure.savefig(file, format="svg", dpi=140, transparent=True, metadata={"Date": None})
+    return file.getvalue().decode("utf-8")
+
+
+def _uri(svg: str) -> str:
+    return f"data:image/svg+xml;base64,{base64.b64encode(svg.encode('utf-8')).decode('ascii')}"

@@ -66,10 +66,19 @@ def rendered() -> str:
     return page.render(reports.report())
 
 
-def decoded(uri: str) -> tuple[str, bytes]:
+def check_picture(uri: str) -> int:
+    """It is SVG that can be parsed, and so are the bitmaps in it, which are counted."""
     head, data = uri.split(",", 1)
-    assert head.startswith("data:image/") and head.endswith(";base64")
-    return head[len("data:image/") : -len(";base64")], base64.b64decode(data, validate=True)
+    assert head == "data:image/svg+xml;base64"
+    root = ElementTree.fromstring(base64.b64decode(data, validate=True))
+    assert root.tag == "{http://www.w3.org/2000/svg}svg"
+    bitmaps = list(root.iter("{http://www.w3.org/2000/svg}image"))
+    for bitmap in bitmaps:
+        inner, pixels = bitmap.attrib["{http://www.w3.org/1999/xlink}href"].split(",", 1)
+        assert inner == "data:image/png;base64"
+        image = Image.open(io.BytesIO(base64.b64decode(pixels)))
+        assert len(image.convert("RGBA").getcolors(1 << 24) or []) > 1, "something is painted"
+    return len(bitmaps)
 
 
 def bare(**changes: Any) -> Any:
@@ -96,11 +105,7 @@ def test_every_picture_decodes_and_has_words() -> None:
     for attributes in document.all("img"):
         assert len(str(attributes["alt"])) > 40
     for uri in [a["src"] for a in document.all("img")] + [a["srcset"] for a in document.all("source")]:
-        kind, data = decoded(str(uri))
-        if kind == "png":
-            Image.open(io.BytesIO(data)).verify()
-        else:
-            assert kind == "svg+xml" and ElementTree.fromstring(data).tag.endswith("svg")
+        check_picture(str(uri))
 
 
 def test_what_the_page_says_is_what_was_measured() -> None:
@@ -227,8 +232,24 @@ def test_bars_leave_out_what_is_not_finite_and_do_not_read_mathematics() -> None
 def test_a_surface_of_zeros_can_be_drawn() -> None:
     gathered = Accumulator(1)
     gathered.update(torch.zeros(1, 1))
-    kind, data = decoded(surfaces("nothing", gathered.result(), gathered.result(), "token").dark)
-    assert kind == "png" and Image.open(io.BytesIO(data)).size[0] > 1000
+    flat = surfaces("nothing", gathered.result(), gathered.result(), "token")
+    assert check_picture(flat.light) == 0
+
+
+def test_a_surface_shows_its_spike_in_red() -> None:
+    spiky, flat = Accumulator(60), Accumulator(60)
+    x = torch.full((30, 60), 0.1)
+    flat.update(x)
+    x[15, 30] = 9
+    spiky.update(x)
+    made = surfaces("spike", spiky.result(), flat.result(), "token")
+    assert check_picture(made.light) == check_picture(made.dark) == 2
+    svg = base64.b64decode(made.light.split(",", 1)[1]).decode()
+    reds = []
+    for part in svg.split("data:image/png;base64,")[1:]:
+        image = Image.open(io.BytesIO(base64.b64decode(part.split('"', 1)[0]))).convert("RGBA")
+        reds.append(sum(n for n, (r, g, b, a) in image.getcolors(1 << 24) or [] if a == 255 and r > 150 > 2 * b))  # type: ignore[misc]
+    assert reds[0] > 20 and reds[1] == 0
 
 
 @pytest.mark.parametrize(
