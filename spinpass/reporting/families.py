@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from typing import TypeVar
 
 from ..console import layer_pattern
 from .activations import Pair
 
-Values = tuple[float, float]  # before, after
+T = TypeVar("T")
 
 
 def label(pair: Pair) -> str:
@@ -26,17 +27,17 @@ def joined(fqns: Sequence[str]) -> str:
     return ".".join(names[0] if len(names) == 1 else "{" + ",".join(names) + "}" for names in columns)
 
 
-def families(values: Iterable[tuple[str, Values]]) -> dict[str, list[tuple[int, float, float]]]:
+def families(values: Iterable[tuple[str, tuple[T, T]]]) -> dict[str, list[tuple[int, T, T]]]:
     """name -> (before, after) as pattern -> (layer, before, after). The layer is the first number in a name, or the
     place in its family where several have the same.
     """
-    found: dict[str, list[tuple[str, Values]]] = {}
+    found: dict[str, list[tuple[str, tuple[T, T]]]] = {}
     for name, both in values:
         found.setdefault(layer_pattern(name), []).append((name, both))
     return {pattern: _numbered(members) for pattern, members in found.items()}
 
 
-def _numbered(members: Sequence[tuple[str, Values]]) -> list[tuple[int, float, float]]:
+def _numbered(members: Sequence[tuple[str, tuple[T, T]]]) -> list[tuple[int, T, T]]:
     layers = [_layer(name) for name, _ in members]
     places = layers if len(set(layers)) == len(layers) else range(len(layers))
     return [(place, *both) for place, (_, both) in zip(places, members)]

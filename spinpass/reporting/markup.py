@@ -53,3 +53,8 @@ def details(summary: str, *children: object) -> Html:
 def section(identifier: str, title: str, *children: object) -> Html:
     """With a heading that the contents link to."""
     return tag("section", tag("h2", title), *children, id=identifier)
+
+
+def arrow(before: str, after: str) -> Html:
+    """In the colours of the pictures."""
+    return Html(f"{tag('em', before, class_='before')} → {tag('em', after, class_='after')}")

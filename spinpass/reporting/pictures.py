@@ -15,7 +15,10 @@ from typing import Any
 
 import matplotlib
 import numpy
+import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 from torch import Tensor
@@ -28,6 +31,9 @@ _TEXT, _GRID = "#202428", "#d5d9de"
 _DARK_TEXT, _DARK_GRID = "#e3e6ea", "#4a5058"
 _MAP = matplotlib.colormaps["coolwarm"]
 _PANELS = 3  # in a row
+_COLUMNS = 600  # of a heatmap
+_DYNAMIC = 1e5  # the largest ratio of two peaks that its colours tell apart
+Channels = Mapping[str, Sequence[tuple[int, Tensor, Tensor]]]  # panel -> (layer, peaks before, peaks after)
 Bars = Mapping[str, Sequence[tuple[int, float, float]]]  # panel -> (layer, before, after)
 
 
@@ -82,6 +88,30 @@ def bars(label: str, panels: Bars, *, lowest: float | None = None) -> Picture:
     return _picture(draw, (4.0 * columns, 2.0 * rows + 0.4), f"{label}, per layer. {alt}")
 
 
+def heatmaps(panels: Channels) -> Picture:
+    """The peak of every channel (columns) of every layer (rows), before and after, on one logarithmic scale.
+
+    Where there are more channels than :data:`_COLUMNS`, a column shows the largest of several.
+    """
+    peaks = [peaks for layers in panels.values() for _, *sides in layers for peaks in sides]
+    top = max(float(side.max()) for side in peaks) or 1.0
+    bottom = max(min(float(side[side > 0].min()) if (side > 0).any() else top for side in peaks), top / _DYNAMIC)
+    norm = LogNorm(min(bottom, top / 2), top)
+    heights = [0.8 if len(layers) == 1 else 1.8 for layers in panels.values()]
+
+    def draw(figure: Figure) -> None:
+        grid = figure.add_gridspec(len(panels), 2, height_ratios=heights)
+        for row, (name, layers) in enumerate(panels.items()):
+            for column, side in enumerate(("before", "after")):
+                chosen = [(place, both[column]) for place, *both in layers]
+                _heatmap(figure.add_subplot(grid[row, column]), f"{name}, {side}", chosen, norm)
+        scale: Any = {"label": "max |x|", "location": "top", "aspect": 70, "format": FuncFormatter(_tick), "pad": 0.01}
+        figure.colorbar(ScalarMappable(norm, "magma"), ax=figure.axes, **scale).minorticks_off()
+
+    alt = "max |x| of every channel of every layer, before and after rotation: " + ", ".join(panels)
+    return _picture(draw, (12.0, 0.7 + sum(heights)), alt)
+
+
 def short(number: float) -> str:
     """Three digits, or whole thousands; – for nan."""
     if not math.isfinite(number):
@@ -106,6 +136,21 @@ def _surface(axes: Any, title: str, side: Statistics, top: float, axis: str) -> 
     for dimension in (axes.xaxis, axes.yaxis, axes.zaxis):
         dimension.set_pane_color((0.5, 0.5, 0.5, 0.08))
         dimension.set_major_locator(MaxNLocator(4, integer=dimension is not axes.zaxis))
+
+
+def _heatmap(axes: Any, title: str, layers: Sequence[tuple[int, Tensor]], norm: LogNorm) -> None:
+    widest = max(len(peaks) for _, peaks in layers)
+    rows = [functional.adaptive_max_pool1d(peaks[None], min(widest, _COLUMNS))[0] for _, peaks in layers]
+    values = torch.stack(rows).clamp_min(norm.vmin or 0.0).numpy()
+    extent = (0, widest, len(layers) - 0.5, -0.5)
+    axes.imshow(values, norm=norm, cmap="magma", aspect="auto", interpolation="nearest", extent=extent)
+    axes.set_title(title, fontsize=8)
+    axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.yaxis.set_major_formatter(
+        FuncFormatter(lambda row, _: str(layers[int(row)][0]) if 0 <= row < len(layers) else "")
+    )
+    if len(layers) == 1:
+        axes.set_yticks([])
 
 
 def _highest_corner(heights: Tensor) -> Tensor:
@@ -148,8 +193,12 @@ def _logarithmic(axes: Any, numbers: Sequence[float], lowest: float | None) -> N
     else:
         axes.set_yscale("log")
         axes.set_ylim(10.0 ** math.floor(math.log10(min(positive))) if lowest is None else lowest, top)
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
+    axes.yaxis.set_major_formatter(FuncFormatter(_tick))
     axes.yaxis.set_minor_locator(NullLocator())
+
+
+def _tick(value: float, _: int | None = None) -> str:
+    return short(value)
 
 
 def _frame(axes: Any) -> None:

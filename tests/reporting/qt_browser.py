@@ -6,11 +6,13 @@ environment.
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
 
 from PySide6.QtCore import QTimer, QUrl
+from PySide6.QtGui import QImage
 from PySide6.QtWebEngineWidgets import QWebEngineView
 from PySide6.QtWidgets import QApplication
 
@@ -23,27 +25,31 @@ FACTS = """JSON.stringify({
     scripts: document.scripts.length,
     fetched: performance.getEntriesByType('resource').filter(e => !e.name.startsWith('data:')).length,
 })"""
-_LAID_OUT, _PAINTED, _LATEST = 300, 1500, 90_000  # milliseconds
+_LAID_OUT, _AGAIN, _LATEST = 300, 700, 120_000  # milliseconds
 
 
 def main(page: Path, image: Path, width: int) -> None:
-    """Load, make the window as tall as the page, wait until it is painted, save."""
+    """Load, make the window as tall as the page, wait until two looks in a row show the same, save."""
     app = QApplication(sys.argv[:1])
     view = QWebEngineView()
     view.resize(width, 900)
-    facts: list[Any] = []
+    facts: list[str] = []
+    looks: list[QImage] = []
 
     def measure() -> None:
         view.page().runJavaScript(FACTS, 0, fit)
 
     def fit(found: Any) -> None:
-        facts.append(found)
-        view.resize(width, int(str(found).split('"height":')[1].split(",")[0]))
-        QTimer.singleShot(_PAINTED, save)
+        facts.append(str(found))
+        view.resize(width, json.loads(facts[0])["height"])
+        QTimer.singleShot(_AGAIN, look)
 
-    def save() -> None:
-        view.grab().save(str(image))
-        app.quit()
+    def look() -> None:
+        looks.append(view.grab().toImage())
+        if len(looks) > 1 and looks[-1] == looks[-2] and painted(looks[-1]):
+            looks[-1].save(str(image))
+            app.quit()
+        QTimer.singleShot(_AGAIN, look)
 
     view.loadFinished.connect(lambda _: QTimer.singleShot(_LAID_OUT, measure))
     view.load(QUrl.fromLocalFile(str(page.resolve())))
@@ -51,6 +57,13 @@ def main(page: Path, image: Path, width: int) -> None:
     QTimer.singleShot(_LATEST, app.quit)
     app.exec()
     print(facts[0])
+
+
+def painted(image: QImage) -> bool:
+    """More than a few colours, in the first and in the last part of the page."""
+    height, part = image.height(), 900
+    rows = ([*range(0, part, 7)], [*range(height - part, height, 7)])
+    return all(len({image.pixel(x, y) for y in ys for x in range(0, image.width(), 7)}) > 5 for ys in rows)
 
 
 if __name__ == "__main__":

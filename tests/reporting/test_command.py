@@ -90,7 +90,7 @@ def test_bad_usage(arguments: tuple[str, ...], reason: str, folder: Path, tmp_pa
 
 def test_without_matplotlib(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    for name in ("page", "pictures"):
+    for name in ("page", "sections", "pictures"):
         monkeypatch.delitem(sys.modules, f"spinpass.reporting.{name}", raising=False)
         monkeypatch.delattr(f"spinpass.reporting.{name}", raising=False)
     result = run(folder, "-o", tmp_path / "page.html")

@@ -26,7 +26,7 @@ from spinpass.reporting import page
 from spinpass.reporting.activations import INPUT, Name, Pair, Unpaired
 from spinpass.reporting.families import families, joined, label, worst_of_each
 from spinpass.reporting.markup import Html, table, tag
-from spinpass.reporting.pictures import bars, short, surfaces
+from spinpass.reporting.pictures import bars, heatmaps, short, surfaces
 from spinpass.reporting.statistics import Accumulator
 from tests.reporting import reports
 
@@ -101,7 +101,7 @@ def test_the_page_is_well_formed_and_stands_alone() -> None:
 
 def test_every_picture_decodes_and_has_words() -> None:
     document = Document(rendered())
-    assert len(document.all("img")) == len(document.all("source")) == 3 + 1 + 6  # bars, errors, surfaces
+    assert len(document.all("img")) == len(document.all("source")) == 3 + 1 + 1 + 6  # bars, heatmap, errors, surfaces
     for attributes in document.all("img"):
         assert len(str(attributes["alt"])) > 40
     for uri in [a["src"] for a in document.all("img")] + [a["srcset"] for a in document.all("source")]:
@@ -234,6 +234,13 @@ def test_a_surface_of_zeros_can_be_drawn() -> None:
     gathered.update(torch.zeros(1, 1))
     flat = surfaces("nothing", gathered.result(), gathered.result(), "token")
     assert check_picture(flat.light) == 0
+
+
+def test_a_heatmap_has_two_panels_for_every_kind_of_layer() -> None:
+    wide, narrow = torch.rand(5000), torch.rand(8)
+    wide[4321] = 100
+    made = heatmaps({"a": [(0, wide, wide), (4, wide[:4000], wide[:4000])], "$b_c$": [(0, narrow, narrow)]})
+    assert check_picture(made.light) >= 4 and "$b_c$" in made.alt and made.light != made.dark
 
 
 def test_a_surface_shows_its_spike_in_red() -> None:
