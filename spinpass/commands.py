@@ -333,6 +333,8 @@ def report(
     config = configuration(rotations, kind, block_size, seed, tied, form, cache, exclude, no_verify)
     if config is None:
         raise ConfigError("a report needs a rotation; choose from " + ALL)
+    if out.is_dir():
+        raise ConfigError(f"{out} is a folder; name a file in it, {out / 'report.html'} say")
     page, asked = _reporting(), ReportRequest(model, text, calibration, tuple(scheme or ()), windows, length, tokenizer)
     _check_writable(out.parent)
     with screen.steps() as steps:
