@@ -43,7 +43,7 @@ def found() -> dict[str, Browser]:
 
 def _qt(page: Path, image: Path, dark: bool) -> Facts:
     flags = f"--no-sandbox --disable-gpu --blink-settings=preferredColorScheme={0 if dark else 1}"
-    module = [sys.executable, "-m", "tests.reporting.qt_browser", page, image, WIDTH]
+    module = [sys.executable, "-m", "tests.reporting.qt_browser", page.resolve(), image.resolve(), WIDTH]
     done = _run(module, {"QT_QPA_PLATFORM": "offscreen", "QTWEBENGINE_CHROMIUM_FLAGS": flags})
     facts: Facts = json.loads(done)
     return facts
@@ -71,6 +71,7 @@ def _run(command: list[Any], environment: dict[str, str]) -> str:
     done = subprocess.run(
         [str(part) for part in command],
         env=os.environ | environment,
+        cwd=Path(__file__).parents[2],  # where the module is found
         capture_output=True,
         text=True,
         timeout=_SECONDS,

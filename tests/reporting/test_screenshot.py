@@ -69,3 +69,17 @@ def test_the_browser_finds_nothing_wrong(shot: Any) -> None:
     assert len(facts["images"]) >= 8
     for width, is_light, alt in facts["images"]:
         assert width > 400 and is_light != dark and "before" in alt
+
+
+def test_a_damaged_picture_does_not_go_unseen(html: Path, tmp_path: Path) -> None:
+    if "qt" not in BROWSERS:
+        pytest.skip("these browsers only take pictures")
+    damaged = tmp_path / "damaged.html"
+    text = html.read_text(encoding="utf-8")
+    damaged.write_text(
+        text.replace('<img src="data:image/svg+xml;base64,', '<img src="data:image/svg+xml;base64,AAAA', 1)
+    )
+    facts = BROWSERS["qt"](damaged, tmp_path / "damaged.png", False)
+    assert facts is not None
+    broken = [width for width, *_ in facts["images"] if width < 400]
+    assert len(broken) == 1
