@@ -59,6 +59,7 @@ from .options import (
 from .planning import RotationPlan
 from .quantization import QuantizationConfig, QuantizationReport
 from .quantization import quantize as quantize_program
+from .reporting.request import ReportRequest
 from .scoring import token_ids
 from .texts import LENGTH, SAMPLES, calibration_inputs, check_calibration, read_text
 from .transform import plan as make_plan
@@ -361,6 +362,54 @@ def evaluate(
         screen.show(comparison_table(found, windows, length))
 
 
+@app.command()
+def report(
+    ctx: typer.Context,
+    model: Model,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The HTML file.")] = Path("report.html"),
+    scheme: Annotated[list[str] | None, typer.Option(help="Quantize so, say w4g128-a8; may be repeated.")] = None,
+    text: Annotated[Path | None, typer.Option(help="UTF-8 text to run; else Python's help texts.")] = None,
+    calibration: Annotated[Path | None, typer.Option(help="To calibrate on; else other parts of the text.")] = None,
+    windows: Annotated[int, typer.Option(help="How many windows of the text.")] = 8,
+    length: Annotated[int, typer.Option(help="Tokens per window.")] = 256,
+    tokenizer: Annotated[str, typer.Option(help="Folder of the tokenizer, where MODEL has none.")] = "",
+    rotations: Rotations = DEFAULT,
+    kind: KindOption = "hadamard",
+    block_size: BlockSize = None,
+    seed: Seed = 0,
+    tied: TiedOption = "auto",
+    form: FormOption = "auto",
+    cache: CacheOption = "rotated",
+    exclude: Exclude = None,
+    no_verify: NoVerify = False,
+    as_json: AsJson = False,
+    verbose: Verbose = 0,
+) -> None:
+    """Write a page on what rotation does to MODEL: its activations, its quantization errors, its perplexity.
+
+    With every number behind it in JSON mode.
+    """
+    screen = _screen(ctx, as_json, verbose)
+    config = configuration(rotations, kind, block_size, seed, tied, form, cache, exclude, no_verify)
+    if config is None:
+        raise ConfigError("a report needs a rotation; choose from " + ALL)
+    if out.is_dir():
+        raise ConfigError(f"{out} is a folder; name a file in it, {out / 'report.html'} say")
+    page, asked = _reporting(), ReportRequest(model, text, calibration, tuple(scheme or ()), windows, length, tokenizer)
+    _check_writable(out.parent)
+    with screen.steps() as steps:
+        program, opened = asked.open(steps)
+        texts = asked.texts(opened)
+        result = _rotated(program, config, steps)
+        assert result.plan is not None
+        versions = result.to_dict()["versions"]
+        found = asked.measure((program, result.program), texts, result.plan, result.certificate, steps, versions)
+        page.write(found, out, steps.start("draw"))
+    if as_json:
+        screen.document({"ok": True, "out": str(out)} | found.to_dict())
+    screen.show(_files_table(out.parent, [out.name]))
+
+
 @dataclass(frozen=True)
 class _Result:
     """A program and how it came about; without a plan where nothing was asked for."""
@@ -486,6 +535,15 @@ def _onnx_compare() -> Any:
     except ModuleNotFoundError as error:
         raise ExportError(f"reading ONNX needs {error.name}: pip install 'spinpass[onnx]'") from error
     return compare_file
+
+
+def _reporting() -> Any:
+    """The pages, imported when they are needed: they draw with matplotlib."""
+    try:
+        from .reporting import page
+    except ModuleNotFoundError as error:
+        raise ExportError(f"a report needs {error.name}: pip install 'spinpass[report]'") from error
+    return page
 
 
 def _check_writable(folder: Path) -> None:

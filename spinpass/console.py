@@ -118,10 +118,10 @@ def plan_table(plan: RotationPlan, *, every_space: bool = False) -> Table:
     for name in ("space", "rotation", "form", "online"):
         table.add_column(name, no_wrap=name in ("space", "rotation"))
     table.add_column("FLOP/token", justify="right")
-    for name, spaces in _groups(plan.spaces, every_space).items():
+    for name, spaces in grouped_spaces(plan, every_space=every_space).items():
         first = spaces[0]
         label = f"{name} ({len(spaces)}×)" if len(spaces) > 1 else name
-        table.add_row(label, str(first.rotation), first.form, _online(spaces), f"{sum(s.flops for s in spaces):,}")
+        table.add_row(label, str(first.rotation), first.form, online_parts(spaces), f"{sum(s.flops for s in spaces):,}")
     total = f"{len(plan.spaces)} spaces, {plan.flops:,} FLOP per token and {plan.bytes_added:,} bytes added"
     table.caption = "\n".join([total, *_notes(plan)])
     return table
@@ -132,11 +132,7 @@ def refusal_table(plan: RotationPlan, *, every_space: bool = False) -> Table | N
     if not plan.refusals:
         return None
     table = Table("left alone", "why", title="Refused", title_justify="left")
-    reasons: dict[tuple[str, str], int] = {}
-    for refusal in plan.refusals:
-        key = (refusal.what, refusal.why) if every_space else (_pattern(refusal.what), _pattern(refusal.why))
-        reasons[key] = reasons.get(key, 0) + 1
-    for (what, why), count in reasons.items():
+    for (what, why), count in grouped_refusals(plan, every_space=every_space).items():
         table.add_row(f"{what} ({count}×)" if count > 1 else what, why)
     return table
 
@@ -189,30 +185,44 @@ def tuning_table(found: Tuned, scheme: str, windows: int, length: int) -> Table:
     return table
 
 
-def _groups(spaces: tuple[PlannedSpace, ...], every_space: bool) -> dict[str, list[PlannedSpace]]:
+def grouped_spaces(plan: RotationPlan, *, every_space: bool = False) -> dict[str, list[PlannedSpace]]:
+    """Spaces that differ only in the layer, under one name; each under its own with ``every_space``."""
     groups: dict[tuple[str, ...], list[PlannedSpace]] = {}
-    for space in spaces:
-        name = space.name if every_space else _pattern(space.name)
-        groups.setdefault((name, str(space.size), str(space.rotation), space.form, _online([space])), []).append(space)
+    for space in plan.spaces:
+        name = space.name if every_space else layer_pattern(space.name)
+        key = (name, str(space.size), str(space.rotation), space.form, online_parts([space]))
+        groups.setdefault(key, []).append(space)
     named: dict[str, list[PlannedSpace]] = {}
     for (name, *_), members in groups.items():
         named[members[0].name if len(members) == 1 else name if name not in named else members[0].name] = members
     return named
 
 
-def _notes(plan: RotationPlan) -> list[str]:
-    return sorted({note for space in plan.spaces for note in space.notes})
+def grouped_refusals(plan: RotationPlan, *, every_space: bool = False) -> dict[tuple[str, str], int]:
+    """(what is left alone, why) -> how often; those that differ only in the layer count together."""
+    reasons: dict[tuple[str, str], int] = {}
+    for refusal in plan.refusals:
+        key = (refusal.what, refusal.why)
+        key = key if every_space else (layer_pattern(refusal.what), layer_pattern(refusal.why))
+        reasons[key] = reasons.get(key, 0) + 1
+    return reasons
 
 
-def _pattern(name: str) -> str:
+def layer_pattern(name: str) -> str:
+    """The name with ``*`` for every number that is a part of it."""
     return re.sub(r"(?<=[._])\d+(?=[._:]|$)", "*", name)
 
 
-def _online(spaces: list[PlannedSpace]) -> str:
+def online_parts(spaces: list[PlannedSpace]) -> str:
+    """How many rotations stay in the graph, and why the first."""
     parts = [part for space in spaces for part in space.online]
     if not parts:
         return "nothing"
     return f"{len(parts)} Hadamard{'s' * (len(parts) != 1)}: {parts[0].why}"
+
+
+def _notes(plan: RotationPlan) -> list[str]:
+    return sorted({note for space in plan.spaces for note in space.notes})
 
 
 def _difference(data: Mapping[str, Any], *, scale: bool = False) -> tuple[str, ...]:

@@ -303,7 +303,7 @@ def test_without_the_onnx_packages(pt2: Path, tmp_path: Path, monkeypatch: pytes
 def test_version_and_help() -> None:
     result = run("--version")
     assert result.exit_code == 0 and f"torch {torch.__version__}" in result.stdout
-    for command in ("export", "rotate", "plan", "verify"):
+    for command in ("export", "rotate", "plan", "verify", "eval", "report"):
         result = run(command, "--help")
         assert result.exit_code == 0 and "--json" in result.stdout
 

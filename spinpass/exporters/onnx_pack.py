@@ -151,9 +151,9 @@ def block_size(codes: Codes, name: str) -> int:
     columns, groups = codes.q.shape[1], codes.scales.shape[1]
     if groups == 1:
         return min(_BLOCKS, key=lambda b: (-(-columns // b) * b, -b))
-    if codes.index is not None:
+    size = codes.group_length
+    if size is None:
         raise ConfigError(f"the groups of {name} do not lie side by side, as MatMulNBits needs them")
-    size = -(-columns // groups)
     fitting = [b for b in _BLOCKS if size % b == 0]
     if not fitting:
         raise ConfigError(f"the groups of {name} have {size} weights; MatMulNBits takes multiples of {_BLOCKS[-1]}")

@@ -79,7 +79,7 @@ class _Operands:
         self.graph = graph
         name = name.removesuffix(".qweight")
         self.order: ir.Value | None = None
-        if codes.index is not None:
+        if codes.group_length is None:
             order, codes = _sorted(codes, name)
             self.order = self._constant(f"{name}.order", order.numpy())
         self.codes = replace(codes, bits=_STORED_BITS[codes.bits])

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .config import Weights
-from .grid import Codes, chosen_range, to_codes
+from .grid import Codes, chosen_range, to_codes, uneven_index
 
 _BLOCK = 128
 
@@ -62,7 +62,8 @@ def gptq(matrix: Tensor, hessian: Tensor, scheme: Weights) -> Codes:
     if scheme.act_order:
         q = q[:, order.argsort()]
     scales, zeros = (torch.stack(parts, 1) for parts in zip(*fixed))
-    codes = Codes(q.to(torch.uint8), scales, zeros.to(torch.uint8), scheme.bits, scheme.symmetric)
+    index = uneven_index(columns, size)
+    codes = Codes(q.to(torch.uint8), scales, zeros.to(torch.uint8), scheme.bits, scheme.symmetric, index)
     return refined(matrix, codes, hessian, scheme.sweeps)
 
 

@@ -39,6 +39,15 @@ class Codes:
         columns, groups = self.q.shape[1], self.scales.shape[1]
         return torch.arange(columns) // -(-columns // groups)
 
+    @property
+    def group_length(self) -> int | None:
+        """How many columns every group but the last has; None where groups do not lie side by side."""
+        columns, groups = self.q.shape[1], self.scales.shape[1]
+        if self.index is None:
+            return -(-columns // groups)
+        length = int((self.index == 0).sum())
+        return length if length and torch.equal(self.index, torch.arange(columns) // length) else None
+
     def dequantized(self) -> Tensor:
         """(q − z)·s in the scales' dtype, (out, in): one product per weight, as a kernel computes it."""
         at = self.group_of
@@ -62,7 +71,13 @@ def rounded(matrix: Tensor, scheme: Weights, importance: Tensor | None = None) -
     scales = torch.stack([s for s, _ in ranges], 1)
     zeros = torch.stack([z for _, z in ranges], 1)
     q = torch.cat([to_codes(part, s, z, scheme.bits) for part, (s, z) in zip(parts, ranges)], 1)
-    return Codes(q.to(torch.uint8), scales.to(matrix.dtype), zeros.to(torch.uint8), scheme.bits, scheme.symmetric)
+    q, scales, zeros = q.to(torch.uint8), scales.to(matrix.dtype), zeros.to(torch.uint8)
+    return Codes(q, scales, zeros, scheme.bits, scheme.symmetric, uneven_index(matrix.shape[1], size))
+
+
+def uneven_index(columns: int, size: int) -> Tensor | None:
+    """The group of every column where groups of ``size`` leave a shorter one at the end; None where they do not."""
+    return torch.arange(columns) // size if columns > size and columns % size else None
 
 
 def chosen_range(part: Tensor, scheme: Weights, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -101,8 +101,8 @@ def quantize(
         progress: called with (steps done, all steps) while weights are rounded.
 
     Raises:
-        ConfigError: calibration inputs are needed and there are none, or they do not fit the program; a group size
-            that does not divide a weight's contracted axis; nothing in the program to quantize.
+        ConfigError: calibration inputs are needed and there are none, or they do not fit the program; nothing in the
+            program to quantize.
     """
     chosen = QuantizationConfig.parse(config) if isinstance(config, str) else config
     if chosen.needs_calibration and not calibration:
@@ -151,7 +151,6 @@ class _Work:
             fqn = self.fqns[site.weight.name]
             scheme = config.weights_of(fqn, head=site.head)
             if scheme is not None:
-                self._check_group(site, scheme, fqn)
                 self.weights.append((site, scheme))
             else:
                 self.kept[site.linear.name] = "excluded" if config.excludes(fqn) else "not asked for"
@@ -163,14 +162,6 @@ class _Work:
         self.inputs = {s.linear.name: rounded_already.get(s.operand, s.operand).name for s in sites}
         self.tables = [] if config.embedding is None else [(t, config.embedding) for t in table_sites(editor)]
         self.fqns |= {table.name: editor.fqn(table) for table, _ in self.tables}
-
-    def _check_group(self, site: WeightSite, scheme: Weights, fqn: str) -> None:
-        size = shape(site.weight)[site.dim]
-        if scheme.group_size is not None and isinstance(size, int) and size % scheme.group_size:
-            raise ConfigError(
-                f"{fqn} contracts {size} inputs, which groups of {scheme.group_size} do not divide; choose another "
-                "group_size, or one for this weight in overrides"
-            )
 
     def _round_activation(self, node: Node) -> Node:
         scheme = self.config.activations

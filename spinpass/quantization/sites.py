@@ -13,6 +13,8 @@ from ..patterns.attention import find_attention
 from ..patterns.linear import find_linears, whole_axis
 from ..program import ProgramEditor, is_float, op_name, shape
 
+OWN = "spinpass."  # what constants that the passes add are called
+
 
 @dataclass(frozen=True)
 class WeightSite:
@@ -38,6 +40,8 @@ def weight_sites(editor: ProgramEditor) -> tuple[list[WeightSite], dict[str, str
             left[linear.node.name] = "it contracts another axis than the last of its input"
         elif stored is None:
             left[linear.node.name] = "its weight is computed from several constants"
+        elif editor.fqn(stored[0]).startswith(OWN):
+            left[linear.node.name] = "it is a rotation"
         else:
             found.append(WeightSite(linear.node, linear.operand, *stored, linear.node not in leading))
     return found, left

@@ -62,7 +62,7 @@ def outputs(path: Path) -> Any:
 
 @pytest.mark.parametrize(
     "scheme",
-    ["w4g32-rtn-head8", "w4-rtn-head4", "w4g16-rtn-asym-head8-embed8", "w8-rtn-asym-head8", "w2g32-rtn", "w4g32-gptq"],
+    ["w4g64-rtn-head8", "w4g32-rtn-head8", "w4-rtn-head4", "w4g16-rtn-asym-head8-embed8", "w8-rtn-asym-head8", "w2g32-rtn", "w4g32-gptq"],
 )
 def test_the_kernels_compute_what_the_simulation_does(tmp_path: Path, source: ExportedProgram, scheme: str) -> None:
     made = quantize(source, scheme, [(IDS,)])

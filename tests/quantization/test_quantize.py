@@ -219,11 +219,22 @@ def test_scores_are_those_of_the_program() -> None:
     assert torch.allclose(ProgramScorer(program()).logits(ids[1].tolist()), expected[1], atol=1e-5)
 
 
+@pytest.mark.parametrize("how", ["rtn", "gptq", "gptq-order"])
+def test_a_last_group_may_be_shorter(how: str) -> None:
+    codes = quantize(program(), f"w4g16-{how}", inputs()).report.weights["blocks.0.attn.q.weight"].codes
+    assert codes.scales.shape[1] == 2 and codes.group_of.tolist() == [0] * 16 + [1] * 8
+    assert codes.group_length == 16
+
+
+def test_matrices_of_rotations_are_not_quantized() -> None:
+    dense = spinpass.RotationConfig(rotations=("R4",), kind="random-matrix", verify=False)
+    result = quantize(spinpass.transform(program(), dense), "w4-rtn-a8")
+    assert len(result.report.weights) == 14 and "it is a rotation" in result.report.kept.values()
+
+
 def test_bad_input_says_what_to_do() -> None:
     with pytest.raises(ConfigError, match="calibration inputs"):
         quantize(program(), "w4")
-    with pytest.raises(ConfigError, match="groups of 16"):
-        quantize(program(), "w4g16-rtn")
     with pytest.raises(ConfigError, match="nothing to quantize"):
         quantize(program(), QuantizationConfig(weights=Weights(method="rtn"), exclude=("*",)))
     with pytest.raises(ConfigError):

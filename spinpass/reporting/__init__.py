@@ -1,0 +1,1 @@
+"""A report people look at: what rotation does to a program's activations, its quantization error and its perplexity."""

@@ -1,0 +1,218 @@
+"""Activations where a quantizer would round them, before and after rotation, paired by the weights beside them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.export.graph_signature import OutputKind
+from torch.fx import GraphModule, Node
+
+from ..execution import Runner, constants
+from ..passes.functionalize import open_program
+from ..patterns.attention import cache_values, find_attention
+from ..program import ProgramEditor, shape
+from ..quantization.sites import WeightSite, cache_sites, weight_sites
+from ..scoring import ProgramScorer
+from .statistics import Accumulator, Statistics
+
+INPUT, KEY, VALUE, KEY_VALUE = "input", "key", "value", "key and value"
+
+
+@dataclass(frozen=True)
+class Name:
+    """What a site is called in every program: its kind and the FQN of the weight that reads an input, or that made a
+    key or a value; ``use`` counts from 0 where one weight is used several times.
+    """
+
+    kind: str
+    weight: str
+    use: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.kind} of {self.weight}" + (f", use {self.use + 1}" if self.use else "")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One value before and after rotation, and all names it has in both programs."""
+
+    names: tuple[Name, ...]
+    before: Statistics
+    after: Statistics
+
+    @property
+    def kind(self) -> str:
+        """Of all names."""
+        return self.names[0].kind
+
+    @property
+    def weights(self) -> tuple[str, ...]:
+        """Their FQNs."""
+        return tuple(name.weight for name in self.names)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        sides = {"before": self.before.to_dict(), "after": self.after.to_dict()}
+        return {"kind": self.kind, "weights": list(self.weights), "use": self.names[0].use} | sides
+
+
+@dataclass(frozen=True)
+class Unpaired:
+    """A site that cannot be compared, and why."""
+
+    name: Name
+    why: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return {"site": str(self.name), "why": self.why}
+
+
+def first_names(editor: ProgramEditor) -> dict[str, str]:
+    """Every FQN of every stored constant -> the first FQN of that constant."""
+    stored = [node for node in editor.nodes if editor.is_stored(node)]
+    names = {editor.fqn(node): editor.fqn(node) for node in stored}
+    return names | {alias: editor.fqn(node) for node in stored for alias in editor.fqns(node)[1:]}
+
+
+def find_sites(editor: ProgramEditor, names: Mapping[str, str] | None = None) -> dict[Node, list[Name]]:
+    """Every value that a linear layer reads and every key and value of attention, with its names, in graph order.
+
+    ``names``: :func:`first_names` of the program whose layers count; the products with matrices that a pass has added
+    do not. None: this one.
+    """
+    known = first_names(editor) if names is None else names
+    sites = [s for s in weight_sites(editor)[0] if editor.fqn(s.weight) in known and _reads_channels(s)]
+    writers = {site.linear: known[editor.fqn(site.weight)] for site in sites}
+    found: dict[Node, list[Name]] = {}
+    uses: dict[tuple[str, str], int] = {}
+
+    def add(node: Node, kind: str, weight: str) -> None:
+        use = uses[kind, weight] = uses.get((kind, weight), -1) + 1
+        found.setdefault(node, []).append(Name(kind, weight, use))
+
+    for site in sites:
+        add(site.operand, INPUT, writers[site.linear])
+    kinds = _cache_kinds(editor)
+    for node in cache_sites(editor):
+        for weight in _made_by(node, writers) or [node.name]:
+            add(node, kinds.get(node, KEY_VALUE), weight)
+    return found
+
+
+def _reads_channels(site: WeightSite) -> bool:
+    """False for outer products, positions times frequencies say."""
+    return shape(site.operand)[-1] != 1
+
+
+def _cache_kinds(editor: ProgramEditor) -> dict[Node, str]:
+    kinds: dict[Node, str] = {}
+    for attention in find_attention(editor):
+        for kind, operand in ((KEY, attention.key), (VALUE, attention.value)):
+            for node in cache_values(editor, operand):
+                kinds[node] = kind if kinds.get(node, kind) == kind else KEY_VALUE
+    return kinds
+
+
+def _made_by(node: Node, writers: Mapping[Node, str]) -> list[str]:
+    """The weights whose products a value consists of, the nearest on every path."""
+    found: dict[str, None] = {}
+    todo, seen = [node], {node}
+    while todo:
+        at = todo.pop()
+        if at in writers:
+            found[writers[at]] = None
+            continue
+        fresh = [source for source in at.all_input_nodes if source not in seen]
+        seen.update(fresh)
+        todo += fresh
+    return list(found)
+
+
+class WatchedScorer:
+    """Scores windows as :class:`~spinpass.scoring.ProgramScorer`, and meanwhile gathers statistics of every site.
+
+    ``like``: the program before rotation, whose layers count. ``rates``: tokens per second of each window, the
+    gathering not counted; ``left``: linear layers that are no sites, by node, and why; ``bytes``: of all constants.
+    Raises ConfigError as the scorer does.
+    """
+
+    def __init__(self, program: ExportedProgram, like: WatchedScorer | None = None) -> None:
+        editor = open_program(program)
+        self.names: Mapping[str, str] = first_names(editor) if like is None else like.names
+        self._names = {node.name: names for node, names in find_sites(editor, self.names).items()}
+        self.left = weight_sites(editor)[1]
+        self.bytes = editor.nbytes()
+        self._program = editor.finish()
+        self._scorer = ProgramScorer(self._program)
+        self._gathered: dict[str, Accumulator] = {}
+        self.rates: list[float] = []
+
+    def logits(self, ids: Sequence[int]) -> Tensor:
+        """(length, vocabulary), float32."""
+        values = constants(self._program) | self._scorer.inputs(ids)
+        feed = [values[spec.arg.name] for spec in self._program.graph_signature.input_specs]
+        runner = _Watching(self._program.graph_module, self._watch, set(self._names))
+        began = time.perf_counter()
+        with torch.no_grad():
+            results = runner.run(*feed, enable_io_processing=False)
+        self.rates.append(len(ids) / (time.perf_counter() - began - runner.watching))
+        kinds = [spec.kind for spec in self._program.graph_signature.output_specs]
+        logits: Tensor = results[kinds.index(OutputKind.USER_OUTPUT)]
+        return logits[0].float()
+
+    def _watch(self, name: str, value: Tensor) -> None:
+        if name not in self._gathered:
+            self._gathered[name] = Accumulator(value.shape[-1])
+        self._gathered[name].update(value)
+
+    def statistics(self) -> dict[Name, Statistics]:
+        """By every name of every site that was reached; sites with several names share one object."""
+        results = {node: gathered.result() for node, gathered in self._gathered.items()}
+        return {name: results[node] for node, names in self._names.items() if node in results for name in names}
+
+
+class _Watching(Runner):
+    """Shows the values of some nodes as they come; ``watching``: the seconds that took."""
+
+    def __init__(self, module: GraphModule, watch: Callable[[str, Tensor], None], names: set[str]) -> None:
+        super().__init__(module, float64=False)
+        self._watch, self._names, self.watching = watch, names, 0.0
+
+    def run_node(self, n: Node) -> Any:
+        result = super().run_node(n)
+        if n.name in self._names:
+            began = time.perf_counter()
+            self._watch(n.name, result)
+            self.watching += time.perf_counter() - began
+        return result
+
+
+def paired(
+    before: Mapping[Name, Statistics], after: Mapping[Name, Statistics]
+) -> tuple[tuple[Pair, ...], tuple[Unpaired, ...]]:
+    """Sites by name, those of one value in both programs together; and what has no partner."""
+    left = {unpaired.name: unpaired for unpaired in _without_partner(before, after)}
+    groups: dict[tuple[str, int, int], list[Name]] = {}
+    for name in before:
+        if name not in left:
+            groups.setdefault((name.kind, id(before[name]), id(after[name])), []).append(name)
+    pairs = (Pair(tuple(names), before[names[0]], after[names[0]]) for names in groups.values())
+    return tuple(pairs), tuple(left.values())
+
+
+def _without_partner(before: Mapping[Name, Statistics], after: Mapping[Name, Statistics]) -> Iterator[Unpaired]:
+    for name in [*before, *(name for name in after if name not in before)]:
+        if name not in after:
+            yield Unpaired(name, "the rotated program has no such site")
+        elif name not in before:
+            yield Unpaired(name, "only the rotated program has this site")
+        elif len(before[name].peaks) != len(after[name].peaks):
+            sizes = len(before[name].peaks), len(after[name].peaks)
+            yield Unpaired(name, f"{sizes[0]} channels before, {sizes[1]} after: not the same value")

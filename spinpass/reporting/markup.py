@@ -1,0 +1,60 @@
+"""HTML out of values: every string is escaped, and only :class:`Html` is taken as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from html import escape
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .pictures import Picture
+
+
+class Html(str):
+    """Markup that is ready."""
+
+
+def html(value: object) -> Html:
+    """A value as markup: escaped unless it is some."""
+    return value if isinstance(value, Html) else Html(escape(str(value)))
+
+
+def tag(name: str, *children: object, **attributes: str) -> Html:
+    """``<name …>children</name>``; a trailing underscore of an attribute's name is dropped."""
+    inside = "".join(f' {key.rstrip("_")}="{escape(text)}"' for key, text in attributes.items())
+    return Html(f"<{name}{inside}>{''.join(map(html, children))}</{name}>")
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[object]], *, numbers: int, caption: str = "") -> Html:
+    """The last ``numbers`` columns are numbers; it scrolls sideways where it does not fit."""
+    first = len(head) - numbers
+
+    def cells(kind: str, values: Sequence[object]) -> Html:
+        made = (tag(kind, v, **({"class_": "number"} if k >= first else {})) for k, v in enumerate(values))
+        return tag("tr", *made)
+
+    body = tag("tbody", *(cells("td", row) for row in rows))
+    parts = [tag("caption", caption)] if caption else []
+    return tag("div", tag("table", *parts, tag("thead", cells("th", head)), body), class_="scroll")
+
+
+def figure(picture: Picture, caption: object) -> Html:
+    """The picture for the reader's colour scheme."""
+    dark = Html(f'<source srcset="{escape(picture.dark)}" media="(prefers-color-scheme: dark)">')
+    light = Html(f'<img src="{escape(picture.light)}" alt="{escape(picture.alt)}">')
+    return tag("figure", tag("picture", dark, light), tag("figcaption", caption))
+
+
+def details(summary: str, *children: object) -> Html:
+    """Folded until asked for."""
+    return tag("details", tag("summary", summary), *children)
+
+
+def section(identifier: str, title: str, *children: object) -> Html:
+    """With a heading that the contents link to."""
+    return tag("section", tag("h2", title), *children, id=identifier)
+
+
+def arrow(before: str, after: str) -> Html:
+    """In the colours of the pictures."""
+    return Html(f"{tag('em', before, class_='before')} → {tag('em', after, class_='after')}")

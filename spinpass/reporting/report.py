@@ -1,0 +1,113 @@
+"""What a report says, as values: every number of the page, before anything is drawn."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..evaluation import Change, Comparison, Perplexity, change
+from ..planning import RotationPlan
+from .activations import Pair, Unpaired
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """One program under one scheme: compared with the untouched unquantized program; the relative error of every weight
+    by FQN (:attr:`spinpass.quantization.quantize.QuantizedWeight.error`), and the bytes of all constants.
+    """
+
+    comparison: Comparison
+    errors: Mapping[str, float]
+    bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        found = self.comparison.to_dict()
+        return {"bytes": self.bytes, "errors": dict(self.errors)} | {k: v for k, v in found.items() if k != "before"}
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """The same scheme applied to the untouched and to the rotated program."""
+
+    untouched: Quantized
+    rotated: Quantized
+
+    @property
+    def gain(self) -> Change:
+        """Of the loss by rotation, under the scheme, paired by window."""
+        return change(self.untouched.comparison.after, self.rotated.comparison.after)
+
+    def errors(self) -> dict[str, tuple[float, float]]:
+        """Weight -> relative errors (untouched, rotated); nan where only one program has it."""
+        sides = self.untouched.errors, self.rotated.errors
+        names = dict.fromkeys([*sides[0], *sides[1]])
+        return {name: (sides[0].get(name, math.nan), sides[1].get(name, math.nan)) for name in names}
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        gain = {"rotated_over_untouched": math.exp(self.gain.mean), "standard_error": None}
+        if not math.isnan(self.gain.error):
+            gain["standard_error"] = math.exp(self.gain.mean) * self.gain.error
+        return {"untouched": self.untouched.to_dict(), "rotated": self.rotated.to_dict()} | gain
+
+
+@dataclass(frozen=True)
+class Report:
+    """A model before and after rotation.
+
+    ``left``: linear layers that were not measured, by node of the untouched program, and why. ``unquantized``: the
+    rotated program compared with the untouched one. ``bytes``: of the constants, before and after; ``rates``: tokens
+    per second through the exported graph, before and after. ``seconds``: of every step. ``certificate``: as
+    :meth:`spinpass.Certificate.to_dict`, None where it was switched off.
+    """
+
+    model: str
+    windows: int
+    length: int
+    plan: RotationPlan
+    certificate: Mapping[str, Any] | None
+    pairs: tuple[Pair, ...]
+    unpaired: tuple[Unpaired, ...]
+    left: Mapping[str, str]
+    unquantized: Comparison
+    schemes: Mapping[str, Scheme]
+    bytes: tuple[int, int]
+    rates: tuple[float, float]
+    seconds: Mapping[str, float]
+    versions: Mapping[str, str]
+
+    def perplexities(self) -> Iterator[tuple[str, str, Perplexity]]:
+        """(scheme or "", untouched or rotated, perplexity)."""
+        yield "", "untouched", self.unquantized.before
+        yield "", "rotated", self.unquantized.after
+        for name, scheme in self.schemes.items():
+            yield name, "untouched", scheme.untouched.comparison.after
+            yield name, "rotated", scheme.rotated.comparison.after
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return {
+            "model": self.model,
+            "windows": self.windows,
+            "length": self.length,
+            "activations": {
+                "sites": [pair.to_dict() for pair in self.pairs],
+                "unpaired": [unpaired.to_dict() for unpaired in self.unpaired],
+                "not_measured": dict(self.left),
+            },
+            "unquantized": self.unquantized.to_dict(),
+            "schemes": {name: scheme.to_dict() for name, scheme in self.schemes.items()},
+            "plan": self.plan.to_dict(),
+            "certificate": self.certificate,
+            "bytes": _sides(self.bytes),
+            "tokens_per_second": _sides(self.rates),
+            "seconds": dict(self.seconds),
+            "versions": dict(self.versions),
+        }
+
+
+def _sides(values: tuple[float, float]) -> dict[str, float]:
+    return dict(zip(("before", "after"), values))
