@@ -23,6 +23,7 @@ from torch.export.graph_signature import (
     InputKind,
     InputSpec,
     OutputKind,
+    OutputSpec,
     TensorArgument,
 )
 from torch.fx import Graph, GraphModule, Node
@@ -339,6 +340,14 @@ class ProgramEditor:
         for i, (spec, node) in enumerate(zip(self.outputs, self.output_node.args[0])):  # type: ignore[arg-type]
             if isinstance(node, Node):
                 yield i, spec.kind, spec.target, node
+
+    def add_mutation(self, node: Node, new: Node) -> None:
+        """Let ``new`` be what a user input holds after the program has run."""
+        at = next((i for i, s in enumerate(self.outputs) if s.kind == OutputKind.USER_OUTPUT), len(self.outputs))
+        self.outputs.insert(at, OutputSpec(OutputKind.USER_INPUT_MUTATION, TensorArgument(new.name), node.name))
+        returned = list(self.output_node.args[0])  # type: ignore[arg-type]
+        returned.insert(at, new)
+        self.output_node.args = (tuple(returned),)
 
     def user_output_index(self, index: int) -> int:
         """The index among the user outputs of output ``index`` of the graph."""

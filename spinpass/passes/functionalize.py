@@ -3,8 +3,8 @@
     v = x[..., a:b]; v.copy_(y); f(x)  ->  f(slice_scatter(x, y, a, b));   writes that cover x  ->  f(cat(y, ...))
 
 Only the in-place operators and what reads the written memory change; everything else stays as it was exported, which
-``run_decompositions``, which traces the program again, does not promise. It is used where memory of the program's
-inputs or buffers is written, because those writes are outputs.
+``run_decompositions``, which traces the program again, does not promise. What is written into an input (a KV cache)
+becomes an output that updates it. ``run_decompositions`` is used where memory of a buffer is written.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class _Unsupported(Exception):
 
 
 def functionalize(editor: ProgramEditor) -> None:
-    """Replace every in-place operator of the graph, which must not write to inputs or constants."""
+    """Replace every in-place operator of the graph, which must not write to constants."""
     detached = [n for n in editor.nodes if op_name(n) == "aten::detach_"]  # which changes no value
     for node in detached:
         node.replace_all_uses_with(node.all_input_nodes[0])
@@ -51,6 +51,7 @@ def functionalize(editor: ProgramEditor) -> None:
             memory.write(node)
         elif node.op not in ("placeholder", "get_attr"):
             memory.read(node)
+    memory.return_inputs()
     editor.erase(memory.written)
 
 
@@ -64,6 +65,7 @@ class _Memory:
         self._views: dict[Node, set[Node]] = {}  # root -> all views of its memory
         self._current: dict[Node, Node] = {}
         self._stale: set[Node] = set()
+        self._inputs = set(editor.user_inputs())
         for node in editor.nodes:
             if mutates(node):
                 self._find_memory(_written(node))
@@ -73,8 +75,8 @@ class _Memory:
         root = node
         while (source := _viewed(self.editor, root)) is not None:
             root = source
-        if root.op != "call_function":
-            raise _Unsupported(f"{root.name} is memory of an input or a constant")
+        if root.op != "call_function" and root not in self._inputs:
+            raise _Unsupported(f"{root.name} is memory of a constant")
         if root in self._views:
             return
         views: set[Node] = set()
@@ -108,6 +110,12 @@ class _Memory:
                 self._stale.add(view)
         self._current[node] = new
         self._stale.discard(node)
+
+    def return_inputs(self) -> None:
+        """Let the program return what it has written into its inputs."""
+        for root in self._views:
+            if root in self._inputs:
+                self.editor.add_mutation(root, self._contents(root, self.editor.output_node))
 
     def _root(self, node: Node) -> Node:
         while node in self._viewed:

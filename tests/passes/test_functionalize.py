@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
+from spinpass.execution import execute, flat_inputs
 from spinpass.passes import functionalize as functionalize_pass
 from spinpass.passes.functionalize import open_program
 from spinpass.program import mutates, op_name
@@ -146,14 +148,40 @@ def test_what_nothing_depends_on_is_gone() -> None:
     assert all(op_name(n) != "aten::tanh" for n in open_program(program(unused)).nodes)
 
 
-def test_writes_to_inputs_are_outputs() -> None:
-    def update(x: Tensor, y: Tensor) -> Tensor:
-        x.add_(y)
-        return x * 2
+def whole(x: Tensor, y: Tensor) -> Tensor:
+    x.add_(y)
+    return x * 2
 
-    result = open_program(program(update)).finish()
+
+def part(x: Tensor, y: Tensor) -> Tensor:
+    x[:, 1:3].copy_(2 * y[:, 1:3])
+    return x.sum(-1) + y.sum(-1)
+
+
+def both_and_again(x: Tensor, y: Tensor) -> Tensor:
+    y.mul_(x)
+    x[0].copy_(y[1])
+    y[2].zero_()
+    return x - y
+
+
+@pytest.mark.parametrize("case", [whole, part, both_and_again], ids=lambda f: f.__name__)
+def test_writes_to_inputs_are_outputs(case: Function, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    source = program(case)
+    monkeypatch.setattr(ExportedProgram, "run_decompositions", None)  # the program is not traced again
+    result = open_program(source).finish()
     assert not any(mutates(n) for n in result.graph.nodes)
-    assert torch.equal(run(result, (X.clone(), Y))[0], (X + Y) * 2)
+    written = set(result.graph_signature.user_inputs_to_mutate.values())
+    assert written == ({"x", "y"} if case is both_and_again else {"x"})
+    torch.export.save(result, tmp_path / "saved.pt2")
+    inputs = {"x": X.clone(), "y": Y.clone()}
+    expected = case(inputs["x"], inputs["y"])
+    for ep in (result, torch.export.load(tmp_path / "saved.pt2")):
+        found = execute(ep, flat_inputs(ep, (X, Y)))
+        assert torch.equal(found.outputs[0], expected)
+        assert set(found.state) == written and all(torch.equal(found.state[n], inputs[n]) for n in written)
+    x, y = X.clone(), Y.clone()
+    assert torch.equal(result.module()(x, y), expected) and torch.equal(x, inputs["x"]) and torch.equal(y, inputs["y"])
 
 
 def test_a_write_that_is_not_put_back_changes_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
