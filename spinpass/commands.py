@@ -5,26 +5,21 @@ A command prints a table, or with ``--json`` one JSON document, on stdout; progr
 
 from __future__ import annotations
 
-import json
-import platform
-from dataclasses import dataclass, field, replace
-from importlib.metadata import PackageNotFoundError, version
+import os
+import sys
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Annotated, Any
 
 import torch
 import typer
 from rich.table import Table
-from torch.export import ExportedProgram
 from typer.core import TyperGroup
 
-from . import record
 from .certificate import Certificate
 from .config import RotationConfig
 from .console import (
     Screen,
-    Steps,
     certificate_table,
     comparison_table,
     plan_table,
@@ -34,47 +29,35 @@ from .console import (
 from .errors import ConfigError, ExportError, SpinpassError
 from .eval_request import EvalRequest, Rotated
 from .evaluation import windows as cut
-from .exporters.files import staged
-from .exporters.loading import LoadedModel, load_model, load_program, save_program
+from .exporters.loading import load_model, load_program, save_program
+from .folder import Result, check_writable, manifest, onnx_tools, quantized, rotated, version_of, write_folder
 from .options import (
     ALL,
-    DEFAULT,
     AsJson,
-    BlockSize,
-    CacheOption,
     Dtype,
-    Exclude,
-    FormOption,
     Int4,
-    KindOption,
     Model,
     NoCache,
     NoVerify,
-    Rotations,
-    Seed,
-    TiedOption,
     Verbose,
-    configuration,
+    rotation_options,
 )
 from .planning import RotationPlan
-from .quantization import QuantizationConfig, QuantizationReport
-from .quantization import quantize as quantize_program
+from .quantization import QuantizationConfig
 from .reporting.request import ReportRequest
 from .scoring import token_ids
-from .texts import LENGTH, SAMPLES, calibration_inputs, check_calibration, read_text
+from .texts import LENGTH, SAMPLES, check_calibration, read_text
 from .transform import plan as make_plan
-from .transform import transform
 from .tuning import candidates
 from .tuning import tune as run_tuning
 from .verify import verify as make_certificate
 
 _USAGE_ERRORS = (ConfigError, ExportError)
-_PACKAGES = ("spinpass", "torch", "transformers", "onnx", "onnxscript", "onnxruntime")
 
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"spinpass {_version('spinpass')}, torch {torch.__version__}")
+        typer.echo(f"spinpass {version_of('spinpass')}, torch {torch.__version__}")
         raise typer.Exit
 
 
@@ -98,6 +81,9 @@ class _Commands(TyperGroup):
         ctx.obj = state = _State()
         try:
             return super().invoke(ctx)
+        except BrokenPipeError as error:  # whoever read the output has left; nothing more can be said
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(1) from error
         except Exception as error:  # the last place that can say it in one line
             if state.tracebacks or hasattr(error, "exit_code"):  # typer's own way out
                 raise
@@ -126,18 +112,12 @@ def _root(version: Version = False) -> None:
 
 
 @app.command()
+@rotation_options
 def export(
     ctx: typer.Context,
     model: Model,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the model and what belongs to it.")],
-    rotations: Rotations = DEFAULT,
-    kind: KindOption = "hadamard",
-    block_size: BlockSize = None,
-    seed: Seed = 0,
-    tied: TiedOption = "auto",
-    form: FormOption = "auto",
-    cache: CacheOption = "rotated",
-    exclude: Exclude = None,
+    config: RotationConfig | None = None,
     dtype: Dtype = "float32",
     no_cache: NoCache = False,
     int4: Int4 = False,
@@ -157,52 +137,44 @@ def export(
         check_calibration(quantize, calibration)
         if int4:
             raise ConfigError("--int4 rounds the weights by itself: leave it out with --quantize")
-    config = configuration(rotations, kind, block_size, seed, tied, form, cache, exclude, no_verify)
-    onnx = _onnx()
-    _check_writable(out)
+    onnx = onnx_tools()
+    check_writable(out)
     with screen.steps() as steps:
         loaded = load_model(model, dtype=dtype, cache=not no_cache, progress=steps.begin)
-        result = _rotated(loaded.program, config, steps)
+        result = rotated(loaded.program, config, steps, certify=not no_verify)
         if quantize:
-            result = _quantized(result, loaded, quantize, calibration, steps)
-        written = _write(onnx, loaded, result, out, steps, int4=int4, certify=not no_verify)
+            result = quantized(result, loaded, quantize, calibration, steps)
+        written = write_folder(onnx, loaded, result, out, steps, int4=int4, certify=not no_verify)
     if as_json:
         about = {"ok": True, "out": str(out), "files": written.files, "seconds": steps.seconds}
-        screen.document(about | _manifest(loaded, written.report, written.packed, result))
+        screen.document(about | manifest(loaded, written.report, written.packed, result))
         return
     _show(screen, result)
     screen.show(_report_line(written.report), _files_table(out, written.files))
 
 
 @app.command()
+@rotation_options
 def rotate(
     ctx: typer.Context,
     source: Annotated[Path, typer.Argument(metavar="IN.pt2", help="An exported program.")],
     target: Annotated[Path, typer.Argument(metavar="OUT.pt2", help="Where the rotated program goes.")],
-    rotations: Rotations = DEFAULT,
-    kind: KindOption = "hadamard",
-    block_size: BlockSize = None,
-    seed: Seed = 0,
-    tied: TiedOption = "auto",
-    form: FormOption = "auto",
-    cache: CacheOption = "rotated",
-    exclude: Exclude = None,
+    config: RotationConfig | None = None,
     no_verify: NoVerify = False,
     as_json: AsJson = False,
     verbose: Verbose = 0,
 ) -> None:
     """Rotate an exported program, certify it, and save it."""
     screen = _screen(ctx, as_json, verbose)
-    config = configuration(rotations, kind, block_size, seed, tied, form, cache, exclude, no_verify)
     if config is None:
         raise ConfigError("rotate needs a rotation; choose from " + ALL)
     if target.suffix != ".pt2":
         raise ConfigError(f"{target} does not end in .pt2, the name of an exported program")
-    _check_writable(target.parent)
+    check_writable(target.parent)
     with screen.steps() as steps:
         steps.start("load")
         program = load_program(source)
-        result = _rotated(program, config, steps)
+        result = rotated(program, config, steps, certify=not no_verify)
         steps.start("save")
         save_program(result.program, target)
     if as_json:
@@ -214,17 +186,11 @@ def rotate(
 
 
 @app.command()
+@rotation_options
 def plan(
     ctx: typer.Context,
     model: Model,
-    rotations: Rotations = DEFAULT,
-    kind: KindOption = "hadamard",
-    block_size: BlockSize = None,
-    seed: Seed = 0,
-    tied: TiedOption = "auto",
-    form: FormOption = "auto",
-    cache: CacheOption = "rotated",
-    exclude: Exclude = None,
+    config: RotationConfig | None = None,
     dtype: Dtype = "float32",
     no_cache: NoCache = False,
     as_json: AsJson = False,
@@ -235,7 +201,6 @@ def plan(
     Exits with 1 if nothing can be rotated.
     """
     screen = _screen(ctx, as_json, verbose)
-    config = configuration(rotations, kind, block_size, seed, tied, form, cache, exclude)
     if config is None:
         raise ConfigError("a plan needs a rotation; choose from " + ALL)
     with screen.steps() as steps:
@@ -309,9 +274,9 @@ def tune(
     screen = _screen(ctx, as_json, verbose)
     sizes = _sizes(block_sizes)
     QuantizationConfig.parse(quantize)
-    onnx = None if out is None else _onnx()
+    onnx = None if out is None else onnx_tools()
     if out is not None:
-        _check_writable(out)
+        check_writable(out)
     with screen.steps() as steps:
         loaded = load_model(model, dtype=dtype, cache=out is not None, progress=steps.begin)
         if loaded.companions is None or loaded.companions.tokenizer is None:
@@ -322,8 +287,8 @@ def tune(
         found = run_tuning(loaded.program, quantize, shown, decisive, configs=candidates(sizes), steps=steps)
         written = None
         if onnx is not None and out is not None:
-            made = _Result(found.quantized.program, found.chosen.plan, found.quantized.report)
-            written = _write(onnx, loaded, made, out, steps)
+            made = Result(found.quantized.program, found.chosen.plan, found.quantized.report)
+            written = write_folder(onnx, loaded, made, out, steps)
     if as_json:
         screen.document({"ok": True, "model": model, "scheme": quantize, "seconds": steps.seconds} | found.to_dict())
         return
@@ -363,6 +328,7 @@ def evaluate(
 
 
 @app.command()
+@rotation_options
 def report(
     ctx: typer.Context,
     model: Model,
@@ -373,14 +339,7 @@ def report(
     windows: Annotated[int, typer.Option(help="How many windows of the text.")] = 8,
     length: Annotated[int, typer.Option(help="Tokens per window.")] = 256,
     tokenizer: Annotated[str, typer.Option(help="Folder of the tokenizer, where MODEL has none.")] = "",
-    rotations: Rotations = DEFAULT,
-    kind: KindOption = "hadamard",
-    block_size: BlockSize = None,
-    seed: Seed = 0,
-    tied: TiedOption = "auto",
-    form: FormOption = "auto",
-    cache: CacheOption = "rotated",
-    exclude: Exclude = None,
+    config: RotationConfig | None = None,
     no_verify: NoVerify = False,
     as_json: AsJson = False,
     verbose: Verbose = 0,
@@ -390,17 +349,16 @@ def report(
     With every number behind it in JSON mode.
     """
     screen = _screen(ctx, as_json, verbose)
-    config = configuration(rotations, kind, block_size, seed, tied, form, cache, exclude, no_verify)
     if config is None:
         raise ConfigError("a report needs a rotation; choose from " + ALL)
     if out.is_dir():
         raise ConfigError(f"{out} is a folder; name a file in it, {out / 'report.html'} say")
     page, asked = _reporting(), ReportRequest(model, text, calibration, tuple(scheme or ()), windows, length, tokenizer)
-    _check_writable(out.parent)
+    check_writable(out.parent)
     with screen.steps() as steps:
         program, opened = asked.open(steps)
         texts = asked.texts(opened)
-        result = _rotated(program, config, steps)
+        result = rotated(program, config, steps, certify=not no_verify)
         assert result.plan is not None
         versions = result.to_dict()["versions"]
         found = asked.measure((program, result.program), texts, result.plan, result.certificate, steps, versions)
@@ -408,86 +366,6 @@ def report(
     if as_json:
         screen.document({"ok": True, "out": str(out)} | found.to_dict())
     screen.show(_files_table(out.parent, [out.name]))
-
-
-@dataclass(frozen=True)
-class _Result:
-    """A program and how it came about; without a plan where nothing was asked for."""
-
-    program: ExportedProgram
-    plan: RotationPlan | None = None
-    quantization: QuantizationReport | None = None
-
-    @property
-    def certificate(self) -> dict[str, Any] | None:
-        """As the program's record holds it; None where it was not certified."""
-        found = record.read(self.program)
-        return found.certificate if found is not None else None
-
-    def to_dict(self) -> dict[str, Any]:
-        found = record.read(self.program)
-        return {
-            "versions": {name: _version(name) for name in _PACKAGES} | {"python": platform.python_version()},
-            "plan": self.plan and self.plan.to_dict(),
-            "record": found and found.to_dict(),
-            "quantization": self.quantization and self.quantization.to_dict(),
-        }
-
-
-def _rotated(program: ExportedProgram, config: RotationConfig | None, steps: Steps) -> _Result:
-    """Plan, rotate and certify."""
-    if config is None:
-        return _Result(program)
-    steps.start("plan")
-    decided = make_plan(program, config)
-    tick = steps.start("rotate")
-
-    def progress(done: int, total: int) -> None:
-        tick(done, total)
-        if done == total and config.verify:
-            steps.start("certify")
-
-    return _Result(transform(program, plan=decided, progress=progress), decided)
-
-
-@dataclass(frozen=True)
-class _Written:
-    """A folder for ONNX Runtime: the exporter's report, that of packing, the names of all files."""
-
-    report: Any
-    packed: Any
-    files: list[str]
-
-
-def _write(
-    onnx: SimpleNamespace,
-    loaded: LoadedModel,
-    result: _Result,
-    out: Path,
-    steps: Steps,
-    *,
-    int4: bool = False,
-    certify: bool = True,
-) -> _Written:
-    """Export, pack, and put beside it what belongs to the model."""
-    quantized = result.quantization
-    report = onnx.export(
-        result.program,
-        out,
-        **onnx.cache_names(result.program),
-        # a value that lies at a tie may be rounded either way: there is no bound to hold a quantized file to
-        verify=None if certify and quantized is None else False,
-        progress=lambda step: steps.begin(f"onnx: {step}"),
-    )
-    packed = None
-    if int4:
-        steps.start("pack to 4 bits")
-        packed = onnx.quantize_4bit(report.path, report.path)
-    elif quantized is not None and quantized.weights:
-        steps.start("pack integers")
-        level = 4 if quantized.activations else 0
-        packed = onnx.pack_weights(report.path, report.path, quantized.weights, accuracy_level=level)
-    return _Written(report, packed, _write_companions(loaded, report, packed, result, out))
 
 
 def _sizes(text: str) -> list[int]:
@@ -498,35 +376,10 @@ def _sizes(text: str) -> list[int]:
         raise ConfigError(f"--block-sizes {text!r} is not a list of numbers such as 64,128") from error
 
 
-def _quantized(result: _Result, loaded: LoadedModel, scheme: str, text: Path | None, steps: Steps) -> _Result:
-    """Calibrate on the text where there is one, and quantize."""
-    samples: list[Any] = []
-    if text is not None:
-        if loaded.companions is None:
-            raise ConfigError(f"{loaded.source.location} has no tokenizer to read {text} with: quantize with -rtn")
-        samples = calibration_inputs(result.program, token_ids(loaded.companions.tokenizer), text)
-    made = quantize_program(result.program, scheme, samples, progress=steps.start("quantize"))
-    return replace(result, program=made.program, quantization=made.report)
-
-
 def _screen(ctx: typer.Context, as_json: bool, verbose: int) -> Screen:
     state: _State = ctx.obj
     state.screen, state.tracebacks = Screen(as_json=as_json, verbose=verbose > 0), verbose > 1
     return state.screen
-
-
-def _onnx() -> SimpleNamespace:
-    """What writes ONNX, imported when it is needed."""
-    try:
-        from .exporters import onnx, onnx_names, onnx_pack, onnx_quantize
-    except ModuleNotFoundError as error:
-        raise ExportError(f"writing ONNX needs {error.name}: pip install 'spinpass[onnx]'") from error
-    return SimpleNamespace(
-        export=onnx.export,
-        cache_names=onnx_names.cache_names,
-        pack_weights=onnx_pack.pack_weights,
-        quantize_4bit=onnx_quantize.quantize_4bit,
-    )
 
 
 def _onnx_compare() -> Any:
@@ -546,33 +399,7 @@ def _reporting() -> Any:
     return page
 
 
-def _check_writable(folder: Path) -> None:
-    """Before minutes of work: ExportError where nothing can be written. Leaves no new folder behind."""
-    created = not folder.exists()
-    with staged(folder):
-        pass
-    if created:
-        folder.rmdir()
-
-
-def _write_companions(loaded: LoadedModel, report: Any, packed: Any, result: _Result, out: Path) -> list[str]:
-    """Tokenizer, configuration and spinpass.json; returns the names of all files of the export."""
-    written = {path.name for path in (packed or report).files}
-    if loaded.companions is not None:
-        written |= {path.name for path in loaded.companions.save(out)}
-    manifest = _manifest(loaded, report, packed, result)
-    with staged(out) as staging:
-        (staging / "spinpass.json").write_text(json.dumps(manifest, indent=2), encoding="utf-8")
-    return sorted(written | {"spinpass.json"})
-
-
-def _manifest(loaded: LoadedModel, report: Any, packed: Any, result: _Result) -> dict[str, Any]:
-    """What spinpass.json holds."""
-    made = {"onnx": report.to_dict(), "packed": packed and packed.to_dict()}
-    return {"model": loaded.source.location} | result.to_dict() | made
-
-
-def _show(screen: Screen, result: _Result) -> None:
+def _show(screen: Screen, result: Result) -> None:
     if result.plan is not None:
         _show_plan(screen, result.plan)
     if result.certificate is not None:
@@ -595,13 +422,6 @@ def _files_table(folder: Path, names: list[str]) -> Table:
     for name in names:
         table.add_row(name, f"{(folder / name).stat().st_size / 1e6:.2f}")
     return table
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:  # not installed, or run from a source tree
-        return "not installed"
 
 
 def _one_line(error: Exception) -> str:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 import typer
@@ -46,18 +49,35 @@ Model = Annotated[
 ]
 
 
+def rotation_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of a rotation in place of its parameter ``config``, which gets what they amount to."""
+    own = inspect.signature(command, eval_str=True)
+    options = inspect.signature(configuration, eval_str=True).parameters
+    listed: list[inspect.Parameter] = []
+    for parameter in own.parameters.values():
+        listed += options.values() if parameter.name == "config" else [parameter]
+
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        config = configuration(**{name: given.pop(name) for name in options})
+        command(**given, config=config)
+
+    run.__signature__ = own.replace(parameters=listed)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in listed}
+    return run
+
+
 def configuration(
-    rotations: str,
-    kind: Kind,
-    block_size: int | None,
-    seed: int,
-    tied: Tied,
-    form: Form,
-    cache: Cache,
-    exclude: list[str] | None,
-    no_verify: bool = False,
+    rotations: Rotations = DEFAULT,
+    kind: KindOption = "hadamard",
+    block_size: BlockSize = None,
+    seed: Seed = 0,
+    tied: TiedOption = "auto",
+    form: FormOption = "auto",
+    cache: CacheOption = "rotated",
+    exclude: Exclude = None,
 ) -> RotationConfig | None:
-    """What the options ask for; None for ``--rotations none``. Certifies programs of any size unless told otherwise."""
+    """What the options ask for; None for ``--rotations none``."""
     if rotations.strip().lower() == "none":
         return None
     chosen: Any = tuple(name.strip() for name in rotations.split(","))
@@ -70,5 +90,4 @@ def configuration(
         form=form,
         cache=cache,
         exclude=tuple(exclude or ()),
-        verify=not no_verify,
     )
