@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,6 @@ import torch
 from onnxruntime.quantization import QuantType, quantize_dynamic
 from torch import Tensor
 from torch.export import ExportedProgram
-from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
-from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
-    X86InductorQuantizer,
-    get_default_x86_inductor_quantization_config,
-)
 
 import spinpass
 from spinpass import RotationConfig
@@ -52,6 +48,12 @@ def distance(found: Tensor) -> float:
 
 
 def with_pt2e(source: ExportedProgram) -> Tensor:
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+    from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
+        X86InductorQuantizer,
+        get_default_x86_inductor_quantization_config,
+    )
+
     quantizer = X86InductorQuantizer()
     quantizer.set_global(get_default_x86_inductor_quantization_config())
     prepared = prepare_pt2e(source.module(), quantizer)
@@ -63,6 +65,7 @@ def with_pt2e(source: ExportedProgram) -> Tensor:
     return found
 
 
+@pytest.mark.skipif(find_spec("torchao") is None, reason="needs torchao: pip install 'spinpass[torchao]'")
 def test_pt2e_takes_a_rotated_program_and_gains() -> None:
     before, after = distance(with_pt2e(program())), distance(with_pt2e(rotated()))
     assert after < 0.8 * before < 0.2
