@@ -21,7 +21,7 @@ help:
 	@echo "make test   all tests;  TESTS=tests/test_verify.py  runs some"
 	@echo "make slow   the wide sweeps that make test leaves out"
 	@echo "make bench  exactness on real and tiny models, cost of the pass, speed of the Hadamards"
-	@echo "make accuracy  what rotation buys under quantization: perplexities, paired (about an hour, resumable)"
+	@echo "make accuracy  what rotation buys under quantization: perplexities, paired (about an hour and a half, resumable)"
 	@echo "make zoo    every model type of transformers, tiny: export, rotate, certify; writes COVERAGE.md (about 25 minutes, resumable)"
 	@echo "make zoo-all  the same with KV caches, in bfloat16 and float16, decomposed, and with images"
 	@echo "make demo   the whole way on a real model: export, rotate, certify, quantize, generate"

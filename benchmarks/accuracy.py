@@ -1,8 +1,9 @@
 """What rotation buys: perplexity of quantized programs, untouched and rotated, over the same windows.
 
-Every scheme is applied to the model as it is, and to the model rotated with R1 at the inputs of the linear layers
-(``online``) and in the residual stream (``offline``), and scored on the same windows; the ratio is to the perplexity of
-the unquantized model, its standard error that of the paired difference. Schemes that begin with ``ort:`` are exported,
+Every scheme is applied to the model as it is, and to the model rotated: with R1 in the residual stream (``offline``), at
+the inputs of the linear layers (``online``), or there and across heads at the output projections (``online+heads``). All
+are scored on the same windows; the ratio is to the perplexity of the unquantized model, its standard error that of the
+paired difference. Schemes that begin with ``ort:`` are exported,
 packed and run by the integer kernels of ONNX Runtime; the others are simulated in the graph
 (:mod:`spinpass.quantization`). Embedding and head stay as they are unless a scheme names them. Finished cells are kept
 under ``out/accuracy`` and not measured again.
@@ -45,6 +46,7 @@ VARIANTS: dict[str, RotationConfig | None] = {
     "online+heads": RotationConfig(form="online", rotations=ROLES, verify=False),
     "offline": RotationConfig(form="offline", verify=False),
 }
+SHOWN = ("untouched", "online+heads")  # unless told otherwise
 
 
 def main(
@@ -52,7 +54,7 @@ def main(
     calibration: Annotated[Path | None, typer.Option(help="Text to calibrate on; else the other help topics.")] = None,
     text: Annotated[Path | None, typer.Option(help="Text to score on; else every other topic of help().")] = None,
     schemes: Annotated[str, typer.Option(help="Separated by commas.")] = ",".join(SCHEMES),
-    variants: Annotated[str, typer.Option(help="Separated by commas.")] = ",".join(VARIANTS),
+    variants: Annotated[str, typer.Option(help=f"Of {', '.join(VARIANTS)}.")] = ",".join(SHOWN),
     windows: Annotated[int, typer.Option(help="Windows that are scored.")] = 64,
     length: Annotated[int, typer.Option(help="Tokens per window.")] = 512,
     samples: Annotated[int, typer.Option(help="Windows to calibrate on.")] = 16,
