@@ -1,12 +1,11 @@
 """What rotation buys: perplexity of quantized programs, untouched and rotated, over the same windows.
 
-Every scheme is applied to the model as it is, and to the model rotated: with R1 in the residual stream (``offline``), at
-the inputs of the linear layers (``online``), or there and across heads at the output projections (``online+heads``). All
-are scored on the same windows; the ratio is to the perplexity of the unquantized model, its standard error that of the
-paired difference. Schemes that begin with ``ort:`` are exported,
-packed and run by the integer kernels of ONNX Runtime; the others are simulated in the graph
-(:mod:`spinpass.quantization`). Embedding and head stay as they are unless a scheme names them. Finished cells are kept
-under ``out/accuracy`` and not measured again.
+Every scheme is applied to the model as it is, and to the model rotated: with R1 in the residual stream (``offline``),
+at the inputs of the linear layers (``online``), or there and across heads at the output projections
+(``online+heads``). All are scored on the same windows; the ratio is to the perplexity of the unquantized model, its
+standard error that of the paired difference. Schemes that begin with ``ort:`` are exported, packed and run by the
+integer kernels of ONNX Runtime; the others are simulated in the graph (:mod:`spinpass.quantization`). Embedding and
+head stay as they are unless a scheme names them. Finished cells are kept under ``out/accuracy`` and not measured again.
 """
 
 from __future__ import annotations
