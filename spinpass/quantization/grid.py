@@ -60,19 +60,17 @@ class Codes:
         return self.q.numel() * self.bits // 8 + self.scales.nbytes + zeros
 
 
-def rounded(matrix: Tensor, scheme: Weights, importance: Tensor | None = None) -> Codes:
-    """Round a float matrix (out, in) to nearest. ``importance`` (in,) weighs the columns' squared errors when the range
-    is chosen. A last group may be shorter.
-    """
-    size = scheme.group_size or matrix.shape[1]
-    parts = torch.split(matrix, size, 1)
-    weights = [None] * len(parts) if importance is None else list(torch.split(importance, size))
-    ranges = [chosen_range(part, scheme, weight) for part, weight in zip(parts, weights)]
-    scales = torch.stack([s for s, _ in ranges], 1)
-    zeros = torch.stack([z for _, z in ranges], 1)
-    q = torch.cat([to_codes(part, s, z, scheme.bits) for part, (s, z) in zip(parts, ranges)], 1)
-    q, scales, zeros = q.to(torch.uint8), scales.to(matrix.dtype), zeros.to(torch.uint8)
-    return Codes(q, scales, zeros, scheme.bits, scheme.symmetric, uneven_index(matrix.shape[1], size))
+def rounded(matrix: Tensor, scheme: Weights) -> Codes:
+    """Round a float matrix (out, in) to nearest. A last group may be shorter."""
+    out, columns = matrix.shape
+    size = scheme.group_size or columns
+    whole = columns - columns % size
+    parts = [matrix[:, :whole].reshape(-1, size), matrix[:, whole:]]  # all groups of all rows at once
+    found = [(*chosen_range(part, scheme), part) for part in parts if part.numel()]
+    q = torch.cat([to_codes(part, s, z, scheme.bits).reshape(out, -1) for s, z, part in found], 1)
+    scales, zeros = (torch.cat([each[k].reshape(out, -1) for each in found], 1) for k in (0, 1))
+    index = uneven_index(columns, size)
+    return Codes(q.to(torch.uint8), scales, zeros.to(torch.uint8), scheme.bits, scheme.symmetric, index)
 
 
 def uneven_index(columns: int, size: int) -> Tensor | None:
@@ -80,8 +78,8 @@ def uneven_index(columns: int, size: int) -> Tensor | None:
     return torch.arange(columns) // size if columns > size and columns % size else None
 
 
-def chosen_range(part: Tensor, scheme: Weights, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """(scale, zero point), each (out,), of one group (out, size)."""
+def chosen_range(part: Tensor, scheme: Weights) -> tuple[Tensor, Tensor]:
+    """(scale, zero point), each (rows,), of one group of each row (rows, size)."""
     levels = 2**scheme.bits - 1
     low, high = part.amin(1).clamp(max=0), part.amax(1).clamp(min=0)
     if scheme.symmetric:
@@ -90,11 +88,11 @@ def chosen_range(part: Tensor, scheme: Weights, importance: Tensor | None = None
     best_scale, best_zero = _grid(low, high, levels, scheme.symmetric)
     if not scheme.clip:
         return best_scale, best_zero
-    least = _error(part, best_scale, best_zero, scheme.bits, importance)
+    least = _error(part, best_scale, best_zero, scheme.bits)
     for step in range(1, _SHRUNK):
         shrink = 1 - (1 - _SMALLEST) * step / _SHRUNK
         scale, zero = _grid(low * shrink, high * shrink, levels, scheme.symmetric)
-        error = _error(part, scale, zero, scheme.bits, importance)
+        error = _error(part, scale, zero, scheme.bits)
         better = error < least
         least = torch.where(better, error, least)
         best_scale, best_zero = torch.where(better, scale, best_scale), torch.where(better, zero, best_zero)
@@ -113,6 +111,5 @@ def _grid(low: Tensor, high: Tensor, levels: int, symmetric: bool) -> tuple[Tens
     return scale, zero
 
 
-def _error(part: Tensor, scale: Tensor, zero: Tensor, bits: int, importance: Tensor | None) -> Tensor:
-    error = (to_codes(part, scale, zero, bits) - zero[:, None]) * scale[:, None] - part
-    return (error.square() if importance is None else error.square() * importance).sum(1)
+def _error(part: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
+    return ((to_codes(part, scale, zero, bits) - zero[:, None]) * scale[:, None] - part).square().sum(1)

@@ -55,15 +55,23 @@ def test_a_range_without_clipping_covers_the_largest_weight() -> None:
     assert (codes.dequantized() - matrix).abs().max() <= step / 2 + 1e-6
 
 
-def test_clipping_lowers_the_error_and_importance_moves_it() -> None:
+def test_clipping_lowers_the_error() -> None:
     matrix = normal(16, 64)
     matrix[:, 3] *= 6
     clipped, whole = (rounded(matrix, Weights(3, method="rtn", clip=c)).dequantized() for c in (True, False))
     assert (clipped - matrix).square().sum() < 0.8 * (whole - matrix).square().sum()
-    important = torch.full((64,), 1e-3)
-    important[3] = 1.0
-    weighed = rounded(matrix, Weights(3, method="rtn"), important).dequantized()
-    assert (weighed - matrix)[:, 3].square().sum() < (clipped - matrix)[:, 3].square().sum()
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_every_group_is_rounded_by_itself(symmetric: bool) -> None:
+    matrix, scheme = normal(5, 72), Weights(3, 32, symmetric=symmetric)
+    codes = rounded(matrix, scheme)
+    assert codes.scales.shape == (5, 3) and codes.group_of.tolist() == [0] * 32 + [1] * 32 + [2] * 8
+    for k, part in enumerate(matrix.split(32, 1)):
+        alone = rounded(part, replace(scheme, group_size=None))
+        assert torch.equal(alone.dequantized(), codes.dequantized()[:, 32 * k : 32 * k + part.shape[1]])
+    wide = rounded(matrix, replace(scheme, group_size=128))
+    assert wide.scales.shape == (5, 1) and torch.equal(wide.q, rounded(matrix, replace(scheme, group_size=None)).q)
 
 
 def test_bytes_are_those_of_packed_codes() -> None:
