@@ -103,7 +103,8 @@ class QuantizationConfig:
 
     ``head``: the linear layers behind which there is no other, ``embedding``: tables looked up by token, both rounded
     to nearest. ``overrides``: pattern of parameter names -> weights; the first that matches counts. ``exclude``:
-    patterns of parameter names whose linear layers stay as they are, weights and inputs.
+    patterns of parameter names whose linear layers stay as they are, weights and inputs. ``average_bits``: give the
+    weights 2, 3, 4 or 8 bits each, by what each loses, so that they have this many on average.
     """
 
     weights: Weights | None = field(default_factory=Weights)
@@ -113,19 +114,28 @@ class QuantizationConfig:
     embedding: Weights | None = None
     overrides: Mapping[str, Weights] = field(default_factory=dict)
     exclude: tuple[str, ...] = ()
+    average_bits: float | None = None
+
+    def __post_init__(self) -> None:
+        least, most = min(WEIGHT_BITS), max(WEIGHT_BITS)
+        if self.average_bits is not None and not least <= self.average_bits <= most:
+            raise ConfigError(f"{self.average_bits} bits on average: choose a number from {least} to {most}")
 
     @classmethod
     def parse(cls, text: str) -> QuantizationConfig:
-        """From parts joined by ``-``: ``w4`` ``w4g128`` (weights, perhaps in groups), ``asym``, ``rtn`` or ``gptq``
-        (the default), ``order``, ``a8`` ``a8static`` (activations), ``kv4`` (cache), ``head8``, ``embed8``.
+        """From parts joined by ``-``: ``w4`` ``w4g128`` (weights, perhaps in groups; ``w3.5``: mixed, on average),
+        ``asym``, ``rtn`` or ``gptq`` (the default), ``order``, ``a8`` ``a8static`` (activations), ``kv4`` (cache),
+        ``head8``, ``embed8``.
 
         Raises ConfigError: a part it does not know, or a value out of range.
         """
         weights: dict[str, Any] = {}
         found: dict[str, Any] = {"weights": None}
         for part in text.lower().split("-"):
-            if match := re.fullmatch(r"w(\d+)(?:g(\d+))?", part):
-                weights |= {"bits": int(match[1]), "group_size": int(match[2]) if match[2] else None}
+            if match := re.fullmatch(r"w(\d+)(\.\d+)?(?:g(\d+))?", part):
+                if match[2]:
+                    found["average_bits"] = float(match[1] + match[2])
+                weights |= {"bits": 4 if match[2] else int(match[1]), "group_size": int(match[3]) if match[3] else None}
             elif part in ("rtn", "gptq"):
                 weights["method"] = part
             elif part in ("asym", "order"):
@@ -146,7 +156,7 @@ class QuantizationConfig:
     def needs_calibration(self) -> bool:
         """Whether :func:`~spinpass.quantization.quantize` needs inputs."""
         static = self.activations is not None and self.activations.static
-        return static or any(w.method == "gptq" for w in self._layers())
+        return static or self.average_bits is not None or any(w.method == "gptq" for w in self._layers())
 
     @property
     def follows(self) -> bool:

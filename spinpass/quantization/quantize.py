@@ -22,6 +22,7 @@ from ..execution import constants
 from ..passes.functionalize import open_program
 from ..program import ProgramEditor, shape
 from . import operators  # noqa: F401  (registers torch.ops.spinpass)
+from .allocate import allocated
 from .config import QuantizationConfig, Weights
 from .gptq import gptq
 from .grid import Codes, rounded
@@ -106,7 +107,11 @@ def quantize(
     """
     chosen = QuantizationConfig.parse(config) if isinstance(config, str) else config
     if chosen.needs_calibration and not calibration:
-        raise ConfigError("GPTQ and static activations need calibration inputs; give some, or use method='rtn'")
+        raise ConfigError(
+            "GPTQ, static activations and average_bits need calibration inputs; give some, or use method='rtn'"
+        )
+    if chosen.average_bits is not None:
+        chosen = allocated(program, chosen, calibration, progress)
     editor = open_program(program)
     work = _Work(editor, chosen)
     if not (work.weights or work.tables or work.activations or work.caches):

@@ -1,0 +1,117 @@
+"""Mixed bit widths from a budget:  min Σ error(layer, bits)  with  Σ weights · bits ≤ budget · Σ weights.
+
+Every layer's error at every width is measured by itself (:mod:`.site_error`). All begin at the fewest bits; the step
+that lowers the sum by most per bit of storage is taken until the budget is spent. Steps of a layer are those of the
+lower convex hull of its errors, so that a poor width is jumped over; the greedy choice is then that of the Lagrangian.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from torch.export import ExportedProgram
+
+from ..errors import ConfigError
+from ..passes.functionalize import open_program
+from ..program import shape
+from .config import WEIGHT_BITS, QuantizationConfig, Weights
+from .site_error import site_errors
+from .sites import weight_sites
+
+_JUDGED_ON = 4  # calibration inputs
+_Hull = list[tuple[int, float]]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A weight of ``size`` elements, and its error by bits."""
+
+    size: int
+    errors: Mapping[int, float]
+
+
+def allocated(
+    program: ExportedProgram,
+    config: QuantizationConfig,
+    inputs: Sequence[object],
+    progress: Callable[[int, int], None] | None = None,
+) -> QuantizationConfig:
+    """``config`` with an override for every weight of two axes, so that these have ``config.average_bits`` on average.
+
+    Heads, and what overrides or exclusions name already, stay as they are.
+
+    Raises ConfigError: no such budget or no weights are asked for, or a budget outside of what the widths allow.
+    """
+    budget, how = config.average_bits, config.weights
+    if budget is None or how is None:
+        raise ConfigError("bits are allocated to weights within average_bits: name both")
+    editor = open_program(program)
+    sites = [s for s in weight_sites(editor)[0] if not s.head and len(shape(s.weight)) == 2]
+    names = {editor.fqn(s.weight): s.weight for s in sites}
+    free = {fqn: node for fqn, node in names.items() if config.weights_of(fqn, head=False) == how}
+    errors = {bits: _errors(program, replace(how, bits=bits), config, inputs, progress) for bits in WEIGHT_BITS}
+    sizes = {fqn: _size(shape(node)) for fqn, node in free.items()}
+    layers = {fqn: Layer(sizes[fqn], {bits: errors[bits][fqn] for bits in WEIGHT_BITS}) for fqn in free}
+    chosen = {fqn: replace(how, bits=bits) for fqn, bits in allocate(layers, budget).items()}
+    return replace(config, overrides={**config.overrides, **chosen}, average_bits=None)
+
+
+def allocate(layers: Mapping[str, Layer], budget: float) -> dict[str, int]:
+    """Bits for every layer, at most ``budget`` per weight on average. ConfigError where the fewest are more."""
+    hulls = {name: _hull(layer.errors) for name, layer in layers.items()}
+    chosen = {name: hull[0][0] for name, hull in hulls.items()}
+    left = budget * sum(layer.size for layer in layers.values())
+    left -= sum(chosen[name] * layer.size for name, layer in layers.items())
+    if left < 0:
+        raise ConfigError(f"{budget} bits per weight are fewer than the least, {min(WEIGHT_BITS)}")
+    steps = [(_gain(hull, 0, layers[name]), name, 0) for name, hull in hulls.items() if len(hull) > 1]
+    heapq.heapify(steps)
+    while steps:
+        _, name, at = heapq.heappop(steps)
+        hull, layer = hulls[name], layers[name]
+        cost = (hull[at + 1][0] - hull[at][0]) * layer.size
+        if cost > left:
+            continue
+        left -= cost
+        chosen[name] = hull[at + 1][0]
+        if at + 2 < len(hull):
+            heapq.heappush(steps, (_gain(hull, at + 1, layer), name, at + 1))
+    return chosen
+
+
+def _errors(
+    program: ExportedProgram,
+    how: Weights,
+    config: QuantizationConfig,
+    inputs: Sequence[object],
+    progress: Callable[[int, int], None] | None,
+) -> dict[str, float]:
+    return site_errors(program, replace(config, weights=how, average_bits=None), inputs[:_JUDGED_ON], progress)
+
+
+def _hull(errors: Mapping[int, float]) -> _Hull:
+    """(bits, error) from the fewest bits on, every step lowering the error by less per bit than the one before."""
+    hull: _Hull = []
+    for point in sorted(errors.items()):
+        while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-2], point):
+            hull.pop()
+        if not hull or point[1] < hull[-1][1]:
+            hull.append(point)
+    return hull
+
+
+def _slope(first: tuple[int, float], second: tuple[int, float]) -> float:
+    return (second[1] - first[1]) / (second[0] - first[0])
+
+
+def _gain(hull: _Hull, at: int, layer: Layer) -> float:
+    """The change of the error per bit of storage, negative: the least comes first."""
+    return _slope(hull[at], hull[at + 1]) / layer.size
+
+
+def _size(sizes: Sequence[object]) -> int:
+    rows, columns = sizes
+    assert isinstance(rows, int) and isinstance(columns, int)  # a stored constant
+    return rows * columns
