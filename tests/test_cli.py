@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 import spinpass
 from spinpass import cli, commands, errors, record
+from spinpass import folder as folder_module
 from spinpass.exporters import files
 from spinpass.exporters.loading import load_program, save_program
 from spinpass.runtime import OrtDecoder
@@ -301,7 +302,7 @@ def test_failed_certificate(pt2: Path, tmp_path: Path, monkeypatch: pytest.Monke
     def fail(*_: object, **__: object) -> None:
         raise errors.VerificationError("the programs are not equivalent: logits")
 
-    monkeypatch.setattr(commands, "transform", fail)
+    monkeypatch.setattr(folder_module, "transform", fail)
     result = run("rotate", pt2, tmp_path / "x.pt2")
     assert result.exit_code == 1 and "not equivalent: logits" in result.stderr
 
