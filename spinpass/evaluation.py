@@ -202,7 +202,12 @@ def change(before: Perplexity, after: Perplexity) -> Change:
     """How much worse ``after`` is, window by window. ConfigError if the two were not measured on as many windows."""
     if len(before.losses) != len(after.losses):
         raise ConfigError(f"{len(before.losses)} and {len(after.losses)} windows cannot be compared in pairs")
-    differences = [b - a for a, b in zip(before.losses, after.losses)]
+    return paired(before.losses, after.losses)
+
+
+def paired(before: Sequence[float], after: Sequence[float]) -> Change:
+    """The mean of ``after − before`` over windows, in nats per token, and its standard error."""
+    differences = [b - a for a, b in zip(before, after)]
     return Change(statistics.fmean(differences), _standard_error(differences))
 
 

@@ -18,7 +18,7 @@ from torch.export import ExportedProgram
 
 from .config import ROLES, RotationConfig
 from .errors import ConfigError, RefusedError
-from .evaluation import Comparison, compare
+from .evaluation import Comparison, compare, paired
 from .planning import PlannedSpace, RotationPlan
 from .quantization import QuantizationConfig, Quantized, quantize
 from .quantization.site_error import site_errors
@@ -165,9 +165,8 @@ def choose(trials: Sequence[Trial]) -> Trial:
 
 
 def _is_as_good(tried: Comparison, best: Comparison) -> bool:
-    differences = [a - b for a, b in zip(tried.divergences, best.divergences)]
-    error = statistics.stdev(differences) / math.sqrt(len(differences))
-    return statistics.fmean(differences) <= error
+    change = paired(best.divergences, tried.divergences)
+    return change.mean <= change.error
 
 
 class _Silent:

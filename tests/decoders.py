@@ -228,6 +228,16 @@ def made(model: nn.Module, *, dtype: torch.dtype = torch.float64, seed: int = 0)
     return randomise(model, seed).to(dtype).eval()
 
 
+def with_outliers(model: Any, level: float = 0.3, outlier: float = 12.0) -> Any:
+    """A decoder whose norms raise two channels far above the others, as those of language models do; changed in place."""
+    with torch.no_grad():
+        for block in model.blocks:
+            for norm in (block.norm1, block.norm2):
+                norm.weight.fill_(level)
+                norm.weight[[3, 11]] = outlier
+    return model
+
+
 def exported(model: nn.Module, args: tuple[Any, ...] | None = None, **options: Any) -> ExportedProgram:
     with torch.no_grad():
         return torch.export.export(model, (tokens(),) if args is None else args, strict=False, **options)

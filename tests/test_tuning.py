@@ -19,19 +19,14 @@ from spinpass.execution import run
 from spinpass.quantization import QuantizationConfig
 from spinpass.quantization.site_error import site_errors
 from spinpass.tuning import SpaceVerdict, Trial, candidates, choose, tune
-from tests.decoders import SEQ, VOCAB, Decoder, exported, made
+from tests.decoders import SEQ, VOCAB, Decoder, exported, made, with_outliers
 
 
 @cache
 def program(outliers: bool) -> ExportedProgram:
     """Two channels of the stream far above the others, or nothing to level: weights and inputs are even as they are."""
-    model: Any = made(Decoder(layers=2), dtype=torch.float32)
-    with torch.no_grad():
-        for block in model.blocks:
-            for norm in (block.norm1, block.norm2):
-                norm.weight.fill_(0.3 if outliers else 1.0)
-                if outliers:
-                    norm.weight[[3, 11]] = 12.0
+    model = made(Decoder(layers=2), dtype=torch.float32)
+    with_outliers(model, *(() if outliers else (1.0, 1.0)))
     return exported(model, dynamic_shapes={"ids": {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}})
 
 

@@ -16,8 +16,8 @@ from torch.export import ExportedProgram
 from ..errors import ConfigError
 from ..passes.functionalize import open_program
 from ..program import shape
-from .config import WEIGHT_BITS, QuantizationConfig, Weights
-from .site_error import site_errors
+from .config import WEIGHT_BITS, QuantizationConfig
+from .site_error import site_errors_of_each
 from .sites import weight_sites
 
 _JUDGED_ON = 4  # calibration inputs
@@ -51,7 +51,8 @@ def allocated(
     sites = [s for s in weight_sites(editor)[0] if not s.head and len(shape(s.weight)) == 2]
     names = {editor.fqn(s.weight): s.weight for s in sites}
     free = {fqn: node for fqn, node in names.items() if config.weights_of(fqn, head=False) == how}
-    errors = {bits: _errors(program, replace(how, bits=bits), config, inputs, progress) for bits in WEIGHT_BITS}
+    widths = [replace(config, weights=replace(how, bits=bits), average_bits=None) for bits in WEIGHT_BITS]
+    errors = dict(zip(WEIGHT_BITS, site_errors_of_each(program, widths, inputs[:_JUDGED_ON], progress)))
     sizes = {fqn: _size(shape(node)) for fqn, node in free.items()}
     layers = {fqn: Layer(sizes[fqn], {bits: errors[bits][fqn] for bits in WEIGHT_BITS}) for fqn in free}
     chosen = {fqn: replace(how, bits=bits) for fqn, bits in allocate(layers, budget).items()}
@@ -79,16 +80,6 @@ def allocate(layers: Mapping[str, Layer], budget: float) -> dict[str, int]:
         if at + 2 < len(hull):
             heapq.heappush(steps, (_gain(hull, at + 1, layer), name, at + 1))
     return chosen
-
-
-def _errors(
-    program: ExportedProgram,
-    how: Weights,
-    config: QuantizationConfig,
-    inputs: Sequence[object],
-    progress: Callable[[int, int], None] | None,
-) -> dict[str, float]:
-    return site_errors(program, replace(config, weights=how, average_bits=None), inputs[:_JUDGED_ON], progress)
 
 
 def _hull(errors: Mapping[int, float]) -> _Hull:

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from .grid import Codes
+from .grid import Codes, group_of
 from .packing import pack, unpack
 
 Form = Literal["statistic", "scales"]
@@ -75,8 +75,13 @@ class DoubleQuantized:
         if self.has_zero_points:
             return self.codes().dequantized()
         scales, offsets = self.decoded()
-        at = _group_of(self)
+        at = self.group_of
         return self.q.to(scales.dtype) * scales[:, at] - offsets[:, at]
+
+    @property
+    def group_of(self) -> Tensor:
+        """The group of every column, int64 (in,)."""
+        return group_of(self.q.shape[1], len(self.scales.q), self.index)
 
     @property
     def has_zero_points(self) -> bool:
@@ -99,7 +104,7 @@ class DoubleQuantized:
         """What is stored, by the names of the layout: ``qweight`` and ``qzeros`` packed as in a GPTQ checkpoint of the
         format ``gptq`` (z − 1 modulo 2^bits, with its ambiguous z = 0), ``g_idx`` int32 (in,).
         """
-        found = {"qweight": pack(self.q.T, self.bits, 0), "g_idx": _group_of(self).to(torch.int32)}
+        found = {"qweight": pack(self.q.T, self.bits, 0), "g_idx": self.group_of.to(torch.int32)}
         found |= {"qscales_scales": self.scales.scales, "qscales_zeros": self.scales.zeros}
         if self.offsets is not None:
             found["qstatistic"] = self.scales.q << 4 | self.offsets.q
@@ -205,14 +210,7 @@ def round_statistics(values: Tensor, mode: int, size: int | None, bits: int, dty
 
 def _nearest(weight: DoubleQuantized, matrix: Tensor) -> DoubleQuantized:
     scales, offsets = weight.decoded()
-    at = _group_of(weight)
+    at = weight.group_of
     exact = (matrix.to(scales.dtype) + offsets[:, at]) / scales[:, at]
     q = exact.round().clamp(0, 2**weight.bits - 1).to(torch.uint8)
     return DoubleQuantized(q, weight.bits, weight.scales, weight.offsets, weight.zeros, weight.index)
-
-
-def _group_of(weight: DoubleQuantized) -> Tensor:
-    if weight.index is not None:
-        return weight.index
-    columns, groups = weight.q.shape[1], len(weight.scales.q)
-    return torch.arange(columns) // -(-columns // groups)

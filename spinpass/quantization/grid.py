@@ -34,10 +34,7 @@ class Codes:
     @property
     def group_of(self) -> Tensor:
         """The group of every column, int64 (in,)."""
-        if self.index is not None:
-            return self.index
-        columns, groups = self.q.shape[1], self.scales.shape[1]
-        return torch.arange(columns) // -(-columns // groups)
+        return group_of(self.q.shape[1], self.scales.shape[1], self.index)
 
     @property
     def group_length(self) -> int | None:
@@ -71,6 +68,11 @@ def rounded(matrix: Tensor, scheme: Weights) -> Codes:
     scales, zeros = (torch.cat([each[k].reshape(out, -1) for each in found], 1) for k in (0, 1))
     index = uneven_index(columns, size)
     return Codes(q.to(torch.uint8), scales, zeros.to(torch.uint8), scheme.bits, scheme.symmetric, index)
+
+
+def group_of(columns: int, groups: int, index: Tensor | None) -> Tensor:
+    """``index`` where there is one; else groups lie side by side, equally long but for the last. int64 (columns,)."""
+    return torch.arange(columns) // -(-columns // groups) if index is None else index
 
 
 def uneven_index(columns: int, size: int) -> Tensor | None:

@@ -20,7 +20,7 @@ from torch.fx import Node
 from ..errors import ConfigError
 from ..execution import constants
 from ..passes.functionalize import open_program
-from ..program import ProgramEditor, shape
+from ..program import ProgramEditor, arguments, shape
 from . import operators  # noqa: F401  (registers torch.ops.spinpass)
 from .allocate import allocated
 from .config import QuantizationConfig, Weights
@@ -133,9 +133,9 @@ def quantize(
 
 def _drop_limit(editor: ProgramEditor, node: Node) -> None:
     """round_rows(x, …, ∞) -> round_tensor(x, …)"""
-    x, scale, zero, limit, bits = node.args
-    if limit == math.inf:
-        plain = editor.call(torch.ops.spinpass.round_tensor.default, x, scale, zero, bits, after=node, origin=_ORIGIN)
+    args = arguments(node)
+    if args.pop("limit") == math.inf:
+        plain = editor.call(torch.ops.spinpass.round_tensor.default, *args.values(), after=node, origin=_ORIGIN)
         editor.replace(node, plain, list(node.users))
 
 
@@ -291,8 +291,8 @@ class _Calibrator:
 
     def _clip(self, values: list[Tensor], name: str) -> Mapping[str, Tensor]:
         node = self._nodes[name]
-        _, bits, symmetric, _ = node.args
-        node.update_arg(_CLIP, token_clip(values, bits, symmetric))
+        args = arguments(node)
+        node.update_arg(_CLIP, token_clip(values, args["bits"], args["symmetric"]))
         return {}
 
     def _static(self, values: list[Tensor], name: str) -> Mapping[str, Tensor]:

@@ -22,6 +22,7 @@ from .ranges import static_range
 from .sites import WeightSite, weight_sites
 
 _TINY = 1e-30
+_Asked = tuple[Weights | None, Activations | None]
 
 
 def site_errors(
@@ -31,6 +32,19 @@ def site_errors(
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, float]:
     """By parameter name, for every weight of two axes that ``config`` rounds, or whose inputs it rounds.
+
+    See :func:`site_errors_of_each`.
+    """
+    return site_errors_of_each(program, [config], inputs, progress)[0]
+
+
+def site_errors_of_each(
+    program: ExportedProgram,
+    configs: Sequence[QuantizationConfig],
+    inputs: Sequence[object],
+    progress: Callable[[int, int], None] | None = None,
+) -> list[dict[str, float]]:
+    """:func:`site_errors` of several configurations, in one run of the program.
 
     Args:
         program: a floating-point program, rotated or not; it is not changed.
@@ -42,26 +56,33 @@ def site_errors(
     sites, _ = weight_sites(editor)
     named = [(site, editor.fqn(site.weight)) for site in sites if len(shape(site.weight)) == 2]
     prepared = editor.finish()
-    stored, found = constants(prepared), dict[str, float]()
+    stored = constants(prepared)
+    found: list[dict[str, float]] = [{} for _ in configs]
 
-    def watch(site: WeightSite, fqn: str, scheme: Weights | None, activations: Activations | None) -> Watch:
+    def watch(site: WeightSite, fqn: str, asked: Sequence[_Asked]) -> Watch:
         def measure(values: list[Tensor], _: list[Tensor]) -> Mapping[str, Tensor]:
             matrix = stored[site.weight.name].detach().movedim(site.dim, -1).float()
-            found[fqn] = max(found.get(fqn, 0.0), _error(values, matrix, scheme, activations))
+            for errors, (scheme, activations) in zip(found, asked):
+                if scheme is not None or activations is not None:
+                    errors[fqn] = max(errors.get(fqn, 0.0), _error(values, matrix, scheme, activations))
             return {}
 
         return measure
 
     watched = {}
     for site, fqn in named:
-        scheme = config.weights_of(fqn, head=site.head)
-        skipped = config.excludes(fqn) or (site.head and config.head is None)
-        activations = None if skipped else config.activations
-        if scheme is not None or activations is not None:
-            watched[site.linear.name] = (site.operand.name, watch(site, fqn, scheme, activations))
+        asked = [_asked(config, fqn, site.head) for config in configs]
+        if any(how != (None, None) for how in asked):
+            watched[site.linear.name] = (site.operand.name, watch(site, fqn, asked))
     if watched:
         run_in_lockstep(prepared, inputs, watched, progress=progress)
     return found
+
+
+def _asked(config: QuantizationConfig, fqn: str, head: bool) -> _Asked:
+    """How the weight of a layer is rounded, and how its inputs are."""
+    skipped = config.excludes(fqn) or (head and config.head is None)
+    return config.weights_of(fqn, head=head), None if skipped else config.activations
 
 
 def _error(values: list[Tensor], matrix: Tensor, scheme: Weights | None, activations: Activations | None) -> float:

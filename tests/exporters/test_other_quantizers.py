@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -20,7 +19,7 @@ import spinpass
 from spinpass import RotationConfig
 from spinpass.execution import run
 from spinpass.exporters import onnx as exporter
-from tests.decoders import VOCAB, Decoder, exported, made
+from tests.decoders import VOCAB, Decoder, exported, made, with_outliers
 
 IDS = torch.randint(0, VOCAB, (2, 5), generator=torch.Generator().manual_seed(0))
 
@@ -28,12 +27,7 @@ IDS = torch.randint(0, VOCAB, (2, 5), generator=torch.Generator().manual_seed(0)
 @cache
 def program() -> ExportedProgram:
     """With two channels of the stream far above the others."""
-    model: Any = made(Decoder(layers=2), dtype=torch.float32)
-    with torch.no_grad():
-        for block in model.blocks:
-            for norm in (block.norm1, block.norm2):
-                norm.weight.fill_(0.3)
-                norm.weight[[3, 11]] = 12.0
+    model = with_outliers(made(Decoder(layers=2), dtype=torch.float32))
     return exported(model)
 
 

@@ -19,7 +19,7 @@ from spinpass.execution import run
 from spinpass.quantization import Activations, Cache, QuantizationConfig, Weights, quantize
 from spinpass.quantization.ranges import static_range, token_clip
 from spinpass.scoring import ProgramScorer
-from tests.decoders import HEADS, SEQ, VOCAB, Decoder, exported, made
+from tests.decoders import HEADS, SEQ, VOCAB, Decoder, exported, made, with_outliers
 
 aten = torch.ops.aten
 
@@ -36,12 +36,7 @@ def program() -> ExportedProgram:
 @cache
 def outlying() -> ExportedProgram:
     """The same with two channels of the stream far above the others, as language models have them."""
-    model: Any = made(Decoder(layers=2), dtype=torch.float32)
-    with torch.no_grad():
-        for block in model.blocks:
-            for norm in (block.norm1, block.norm2):
-                norm.weight.fill_(0.3)
-                norm.weight[[3, 11]] = 12.0
+    model = with_outliers(made(Decoder(layers=2), dtype=torch.float32))
     return export(model)
 
 

@@ -14,7 +14,7 @@ from spinpass import record
 from spinpass.console import Steps
 from spinpass.reporting.report import Report
 from spinpass.reporting.request import ReportRequest
-from tests.decoders import VOCAB, Decoder, exported, made
+from tests.decoders import VOCAB, Decoder, exported, made, with_outliers
 
 LENGTH, WINDOWS = 12, 3
 SCHEME = "w4-rtn-a8"
@@ -28,12 +28,7 @@ def export(model: torch.nn.Module) -> ExportedProgram:
 @cache
 def outlying() -> tuple[Any, ExportedProgram]:
     """A decoder with two channels far above the others, as language models have them, and its program."""
-    model: Any = made(Decoder(layers=2), dtype=torch.float32)
-    with torch.no_grad():
-        for block in model.blocks:
-            for norm in (block.norm1, block.norm2):
-                norm.weight.fill_(0.3)
-                norm.weight[[3, 11]] = 12.0
+    model = with_outliers(made(Decoder(layers=2), dtype=torch.float32))
     return model, export(model)
 
 
