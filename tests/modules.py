@@ -387,3 +387,14 @@ def _randomise(model: Decoder, seed: int) -> None:
                 p.copy_(
                     z / math.sqrt(p.shape[0] if model.options.linear == "conv1d" and "head" not in name else p.shape[1])
                 )
+
+
+class Twice(nn.Module):
+    """One linear layer that is applied twice, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.head = nn.Linear(32, 32), nn.Linear(32, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.linear(self.linear(x).tanh()).tanh())  # type: ignore[no-any-return]

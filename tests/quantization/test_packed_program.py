@@ -21,6 +21,7 @@ from spinpass.quantization.packed_program import pack, unpack
 from spinpass.quantization.packing import pack as packed_words
 from spinpass.quantization.quantize import QuantizedWeight
 from tests.decoders import SEQ, VOCAB, Decoder, exported, made
+from tests.modules import Twice
 
 IDS = torch.randint(VOCAB, (2, SEQ), generator=torch.Generator().manual_seed(3))
 SIZES = dict(layers=1, hidden=32, ffn=48, kv=4, bias=True)
@@ -228,14 +229,6 @@ def test_a_program_with_nothing_to_pack_says_why(program: ExportedProgram) -> No
 
 
 def test_one_constant_for_layers_that_share_it() -> None:
-    class Twice(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.linear, self.head = nn.Linear(32, 32), nn.Linear(32, 8)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.head(self.linear(self.linear(x).tanh()).tanh())  # type: ignore[no-any-return]
-
     torch.manual_seed(0)
     source = torch.export.export(Twice(), (normal(2, 32),))
     quantized = quantize(source, "w4-rtn")

@@ -22,6 +22,7 @@ from spinpass.quantization.packed_program import pack
 from spinpass.quantization.packing import pack as packed_words
 from spinpass.quantization.training import Trainable
 from tests.decoders import SEQ, VOCAB, Decoder, exported, made
+from tests.modules import Twice
 
 IDS = torch.randint(VOCAB, (2, SEQ), generator=torch.Generator().manual_seed(3))
 README = Path(__file__).parents[2] / "README.md"
@@ -230,14 +231,6 @@ def test_half_programs_are_trained_in_float32_and_tied_tables_stay_tied() -> Non
 
 
 def test_a_shared_weight_is_rounded_once() -> None:
-    class Twice(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.linear, self.head = nn.Linear(32, 32), nn.Linear(32, 8)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.head(self.linear(self.linear(x).tanh()).tanh())  # type: ignore[no-any-return]
-
     torch.manual_seed(0)
     how = Weights(4, method="rtn")
     made_of = quantize(torch.export.export(Twice(), (normal(2, 32),)), QuantizationConfig(how, head=how))
