@@ -34,9 +34,11 @@ def is_rounded_per_token(x: ir.Value) -> bool:
 def is_static(x: ir.Value) -> bool:
     """The value is what uint8 codes with one scale stand for, large tokens scaled perhaps."""
     node = x.producer()
-    if node is None:
+    if node is None or not (node.op_type == "DequantizeLinear" or (is_call(node, ROWS) and arguments(node)[0] == 8)):
         return False
-    return node.op_type == "DequantizeLinear" or (is_call(node, ROWS) and arguments(node)[0] == 8)
+    scale = node.inputs[1]
+    # a range for every channel cannot be taken out of the sum over channels
+    return scale is not None and scale.shape is not None and scale.shape.rank() == 0
 
 
 def has_integer_kernel(x: ir.Value, weight: QuantizedWeight) -> bool:

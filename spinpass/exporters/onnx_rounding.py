@@ -49,7 +49,8 @@ def round_tensor(x: Any, scale: Any, zero: Any, bits: int) -> Any:
     dtype = x.dtype
     if bits == 8 and dtype == _FLOAT:
         code = op.Cast(zero, to=_UINT8.value)
-        return op.DequantizeLinear(op.QuantizeLinear(x, scale, code), scale, code)
+        axis = -1 if len(scale.shape) else 1  # of a scalar it says nothing
+        return op.DequantizeLinear(op.QuantizeLinear(x, scale, code, axis=axis), scale, code, axis=axis)
     compute = dtype if dtype == _DOUBLE else _FLOAT
     wide, step, middle = (op.Cast(v, to=compute.value) for v in (x, scale, zero))
     floor, top = (op.Cast(op.Constant(value_float=float(v)), to=compute.value) for v in (0, 2**bits - 1))

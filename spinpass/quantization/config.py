@@ -52,10 +52,10 @@ class Weights:
 
 @dataclass(frozen=True)
 class Activations:
-    """The inputs of linear layers: per token as they come, or ``static``, with one range for a whole tensor, chosen on
-    the calibration inputs by ``calibration``: that of least squared error (``mse``), of ``percentile`` percent of the
-    values, or of all of them (``minmax``). ``sinks``: with ``mse``, tokens far above all others are scaled into the
-    range, where that helps. ``symmetric``: None is symmetric for 8 bits per token and asymmetric otherwise.
+    """The inputs of linear layers: per token as they come, or ``static``, with one range for a whole tensor, or for each
+    channel of it (``per_channel``, which is static), chosen on the calibration inputs by ``calibration``: that of least squared error (``mse``), of ``percentile`` percent of the
+    values, or of all of them (``minmax``). ``sinks``: with ``mse`` and one range, tokens far above all others are scaled
+    into it, where that helps. ``symmetric``: None is symmetric for 8 bits per token and asymmetric otherwise.
     ``clip``: the share of each token's range that is covered; None is that of least error on the calibration inputs for
     4 bits, where there are any, and all of it otherwise.
     """
@@ -67,8 +67,11 @@ class Activations:
     percentile: float = 99.99
     sinks: bool = True
     clip: float | None = None
+    per_channel: bool = False
 
     def __post_init__(self) -> None:
+        if self.per_channel and not self.static:
+            raise ConfigError("activations per_channel need ranges that are known before: static=True")
         if self.bits not in (4, 8):
             raise ConfigError(f"activations of {self.bits} bits: choose 4 or 8")
         if self.calibration not in get_args(Calibration):
@@ -124,7 +127,7 @@ class QuantizationConfig:
     @classmethod
     def parse(cls, text: str) -> QuantizationConfig:
         """From parts joined by ``-``: ``w4`` ``w4g128`` (weights, perhaps in groups; ``w3.5``: mixed, on average),
-        ``asym``, ``rtn`` or ``gptq`` (the default), ``order``, ``a8`` ``a8static`` (activations), ``kv4`` (cache),
+        ``asym``, ``rtn`` or ``gptq`` (the default), ``order``, ``a8`` ``a8static`` ``a8channel`` (activations), ``kv4`` (cache),
         ``head8``, ``embed8``.
 
         Raises ConfigError: a part it does not know, or a value out of range.
@@ -140,8 +143,9 @@ class QuantizationConfig:
                 weights["method"] = part
             elif part in ("asym", "order"):
                 weights |= {"symmetric": False} if part == "asym" else {"act_order": True}
-            elif match := re.fullmatch(r"a(\d+)(static)?", part):
-                found["activations"] = Activations(int(match[1]), bool(match[2]))
+            elif match := re.fullmatch(r"a(\d+)(static|channel)?", part):
+                how = {"static": match[2] is not None, "per_channel": match[2] == "channel"}
+                found["activations"] = Activations(int(match[1]), **how)
             elif match := re.fullmatch(r"kv(\d+)", part):
                 found["cache"] = Cache(int(match[1]))
             elif match := re.fullmatch(r"(head|embed)(\d+)", part):

@@ -87,8 +87,8 @@ def _rescaled(matrix: Tensor, codes: Codes, hessian: Tensor) -> Codes:
     right = (z * (w @ h)) @ picked  # (rows, groups)
     left = torch.empty(rows, groups, groups, dtype=torch.float64)
     for group in range(groups):  # zᵀ H z between this group and every other
-        inside = z * picked[:, group]
-        left[:, group] = ((inside @ h) * z) @ picked
+        inside = (at == group).nonzero()[:, 0]
+        left[:, group] = ((z[:, inside] @ h[inside]) * z) @ picked
     ridge = 1e-9 * left.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-30)
     left += ridge[:, None, None] * torch.eye(groups, dtype=torch.float64)
     before = codes.scales.double()

@@ -45,7 +45,10 @@ class Moments:
         """‖X Wᵀ − X̂ Ŵᵀ‖² / ‖X Wᵀ‖²."""
         w, q = matrix.double(), quantized.double()
         power = ((w @ self.reference) * w).sum()
-        off = power - 2 * ((w @ self.cross) * q).sum() + ((q @ self.own) * q).sum()
+        if self.cross is self.own:  # X = X̂
+            off = (((w - q) @ self.own) * (w - q)).sum()
+        else:
+            off = power - 2 * ((w @ self.cross) * q).sum() + ((q @ self.own) * q).sum()
         return float(off.clamp_min(0) / power.clamp_min(_TINY))
 
 

@@ -2,7 +2,7 @@
 
 ``spinpass::round_tokens(x, bits, symmetric, clip)``: a range for every vector of the last axis, found as it comes:
 ``clip`` times that of its values.
-``spinpass::round_tensor(x, scale, zero, bits)``: one given range.
+``spinpass::round_tensor(x, scale, zero, bits)``: one given range, or one for each channel of the last axis.
 ``spinpass::round_rows(x, scale, zero, limit, bits)``: the same of x/k, times k, with k = max(1, max|x|/limit) for every
 vector of the last axis: a token far above all others (the first of a text, as a rule) is scaled into the range, instead
 of being cut or stretching it for the rest.
@@ -43,7 +43,7 @@ def round_tokens(x: Tensor, bits: int, symmetric: bool, clip: float = 1.0) -> Te
     "spinpass::round_tensor", mutates_args=(), schema="(Tensor x, Tensor scale, Tensor zero, int bits) -> Tensor"
 )
 def round_tensor(x: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
-    """Codes 0 … 2^bits − 1 for one scale and one zero point, scalars."""
+    """Codes 0 … 2^bits − 1 for scales and zero points that are scalars or (channels,)."""
     wide = x if x.dtype == torch.float64 else x.float()
     result = (wide / scale).round_().add_(zero).clamp_(0, 2**bits - 1).sub_(zero).mul_(scale)
     return torch.empty_like(x).copy_(result)

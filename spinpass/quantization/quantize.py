@@ -174,8 +174,9 @@ class _Work:
         if not scheme.static:
             made = self._round_tokens(node, scheme.bits, scheme.is_symmetric, scheme.clip)
         else:
+            each = shape(node)[-1:] if scheme.per_channel else ()
             scale, zero = (
-                self.editor.add_constant(f"spinpass.{node.name}.{what}", torch.tensor(start))
+                self.editor.add_constant(f"spinpass.{node.name}.{what}", torch.full(each, start))
                 for what, start in (("scale", 1.0), ("zero_point", 0.0))
             )
             made = self._call("round_rows", node, scale, zero, math.inf, scheme.bits)

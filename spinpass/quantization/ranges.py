@@ -28,7 +28,7 @@ _CLIPS = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.76, 0.72, 0.68)
 
 @dataclass(frozen=True)
 class StaticRange:
-    """``scale`` and ``zero`` are float32 scalars; ``limit`` is infinite where no token is scaled."""
+    """``scale`` and ``zero`` are float32, scalars or (channels,); ``limit`` is infinite where no token is scaled."""
 
     scale: Tensor
     zero: Tensor
@@ -41,6 +41,8 @@ def static_range(values: Sequence[Tensor], scheme: Activations) -> StaticRange:
     peaks = rows.abs().amax(1)
     sample = _Sample.of(rows, peaks)
     best = _chosen(sample, scheme, math.inf)
+    if scheme.per_channel:
+        return best[0]
     if scheme.calibration != "mse" or not scheme.sinks:
         return best[0]
     for quantile in _LIMITS:
@@ -84,31 +86,35 @@ def token_clip(values: Sequence[Tensor], bits: int, symmetric: bool) -> float:
 
 
 def _chosen(sample: _Sample, scheme: Activations, limit: float) -> tuple[StaticRange, float]:
-    """The range, and its squared error."""
+    """The range, and its squared error; every channel its own where the scheme says so."""
     factor = (sample.rows.abs().amax(1, keepdim=True) / limit).clamp_min(1)
     scaled = sample.rows / factor
     low, high = _ends(scaled, scheme)
     top = 2**scheme.bits - 1
-    best, least = StaticRange(torch.tensor(1.0), torch.tensor(0.0), limit), math.inf
+    best_scale, best_zero, least = torch.ones_like(low), torch.zeros_like(low), torch.full_like(low, math.inf)
     for step in range(_RANGES if scheme.calibration == "mse" else 1):
         shrink = _SHRINK**step
         scale = ((high - low) * shrink / top).clamp_min(torch.finfo(torch.float32).tiny)
-        zero = torch.tensor((top + 1) / 2) if scheme.is_symmetric else (-low * shrink / scale).round()
+        zero = torch.full_like(low, (top + 1) / 2) if scheme.is_symmetric else (-low * shrink / scale).round()
         off = operators.round_tensor(scaled, scale, zero, scheme.bits) - scaled
-        error = float(((off * factor).square().sum(1) * sample.counts).sum())
-        if error < least:
-            best, least = StaticRange(scale, zero, limit), error
-    return best, least
+        error = sample.counts @ (off * factor).square()
+        error = error if scheme.per_channel else error.sum()
+        better = error < least
+        least = torch.where(better, error, least)
+        best_scale, best_zero = torch.where(better, scale, best_scale), torch.where(better, zero, best_zero)
+    return StaticRange(best_scale, best_zero, limit), float(least.sum())
 
 
 def _ends(rows: Tensor, scheme: Activations) -> tuple[Tensor, Tensor]:
-    """The widest range that is considered."""
+    """The widest range that is considered: scalars, or (channels,)."""
+    columns = rows if scheme.per_channel else rows.reshape(-1, 1)
     if scheme.calibration == "percentile":
-        flat = rows.flatten()
-        outside = max(1, round(flat.numel() * (1 - scheme.percentile / 100) / 2))
-        low, high = flat.kthvalue(outside).values, flat.kthvalue(flat.numel() + 1 - outside).values
+        outside = max(1, round(len(columns) * (1 - scheme.percentile / 100) / 2))
+        low, high = (columns.kthvalue(k, 0).values for k in (outside, len(columns) + 1 - outside))
     else:
-        low, high = rows.min(), rows.max()
+        low, high = columns.amin(0), columns.amax(0)
+    if not scheme.per_channel:
+        low, high = low[0], high[0]
     low, high = low.clamp(max=0), high.clamp(min=0)
     if scheme.is_symmetric:
         high = torch.maximum(-low, high)

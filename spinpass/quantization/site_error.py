@@ -18,7 +18,7 @@ from . import operators
 from .config import Activations, QuantizationConfig, Weights
 from .grid import rounded
 from .lockstep import Watch, run_in_lockstep
-from .ranges import static_range
+from .ranges import static_range, token_clip
 from .sites import WeightSite, weight_sites
 
 _TINY = 1e-30
@@ -101,6 +101,9 @@ def _rounding(values: list[Tensor], scheme: Activations | None) -> Callable[[Ten
     if scheme is None:
         return lambda x: x
     if not scheme.static:
-        return lambda x: operators.round_tokens(x, scheme.bits, scheme.is_symmetric)
+        clip = scheme.clip
+        if clip is None:  # as `quantize` chooses it; at 8 bits there is nothing to win
+            clip = token_clip(values, scheme.bits, scheme.is_symmetric) if scheme.bits < 8 else 1.0
+        return lambda x: operators.round_tokens(x, scheme.bits, scheme.is_symmetric, clip)
     found = static_range(values, scheme)
     return lambda x: operators.round_rows(x, found.scale, found.zero, found.limit, scheme.bits)

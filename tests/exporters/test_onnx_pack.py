@@ -192,6 +192,15 @@ def test_integer_products_compute_what_the_simulation_does(
     assert np.abs(outputs(report.path) - expected).max() < 2e-6 * np.abs(expected).max()
 
 
+def test_ranges_of_channels_keep_their_products_in_float(tmp_path: Path, source: ExportedProgram) -> None:
+    made = quantize(source, "w8-rtn-a8channel", [(IDS,)])
+    report = pack_weights(folder(tmp_path, made), tmp_path / "packed", made.report.weights)
+    run_by = kernels(report.path, tmp_path)
+    assert not run_by["MatMulIntegerToFloat"] and not run_by["MatMulInteger"]
+    expected = run(made.program, (IDS,))[0].numpy()
+    assert np.abs(outputs(report.path) - expected).max() < 2e-6 * np.abs(expected).max()
+
+
 def test_matmulnbits_rounds_in_place_of_the_program(tmp_path: Path, source: ExportedProgram) -> None:
     made = quantize(source, "w4g32-rtn-a8")
     simulated = folder(tmp_path, made)
@@ -204,7 +213,7 @@ def test_matmulnbits_rounds_in_place_of_the_program(tmp_path: Path, source: Expo
     assert not any("RoundTokens" in n.op_type for n in onnx.load(rounding.path).graph.node)
 
 
-@pytest.mark.parametrize("scheme", ["a4-kv4", "w4-rtn-a4static", "a8"])
+@pytest.mark.parametrize("scheme", ["a4-kv4", "w4-rtn-a4static", "a8", "a8channel", "a4channel"])
 def test_roundings_without_kernels_are_simulated(tmp_path: Path, scheme: str) -> None:
     program = exported(made_decoder(Decoder(layers=1), dtype=torch.float32))
     ids = program.example_inputs[0]
@@ -222,6 +231,8 @@ ROUNDINGS: dict[str, Callable[[Tensor], Tensor]] = {
     "tokens, clipped": lambda x: torch.ops.spinpass.round_tokens(x, 4, False, 0.8),
     "tensor of 8 bits": lambda x: torch.ops.spinpass.round_tensor(x, torch.tensor(0.03), torch.tensor(117.0), 8),
     "tensor of 4 bits": lambda x: torch.ops.spinpass.round_tensor(x, torch.tensor(0.4), torch.tensor(7.0), 4),
+    "channels of 8 bits": lambda x: torch.ops.spinpass.round_tensor(x, torch.linspace(0.01, 0.05, x.shape[-1]), torch.linspace(100, 140, x.shape[-1]).round(), 8),
+    "channels of 4 bits": lambda x: torch.ops.spinpass.round_tensor(x, torch.linspace(0.1, 0.5, x.shape[-1]), torch.full(x.shape[-1:], 7.0), 4),
     "rows": lambda x: torch.ops.spinpass.round_rows(x, torch.tensor(0.02), torch.tensor(128.0), 2.0, 8),
 }
 

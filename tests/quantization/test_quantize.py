@@ -150,6 +150,26 @@ def test_a_massive_token_is_scaled_into_the_range_of_the_others() -> None:
     assert math.isinf(even.limit), "no token stands out: a maximum per token would be wasted"
 
 
+@pytest.mark.parametrize("calibration", ["mse", "percentile", "minmax"])
+def test_every_channel_may_have_its_own_static_range(calibration: Any) -> None:
+    x = torch.randn(2, 200, 16, generator=torch.Generator().manual_seed(0)) * torch.logspace(-2, 2, 16)
+    whole, each = (static_range(list(x), Activations(8, static=True, calibration=calibration, per_channel=p)) for p in (False, True))
+    assert each.scale.shape == each.zero.shape == (16,) and whole.scale.shape == () and math.isinf(each.limit)
+    relative = [
+        ((torch.ops.spinpass.round_tensor(x, r.scale, r.zero, 8) - x).square().sum((0, 1)) / x.square().sum((0, 1))).amax()
+        for r in (whole, each)
+    ]
+    assert relative[0] > 0.9, "the small channels are lost in one range"
+    assert relative[1] < 1e-2
+
+
+def test_a_range_of_every_channel_is_a_constant_of_the_program() -> None:
+    one, each = (quantize(outlying(), scheme, inputs()) for scheme in ("a8static", "a8channel"))
+    rounding = nodes(each.program, "round_tensor")
+    assert len(rounding) == 8 and all(n.args[1].meta["val"].shape == n.meta["val"].shape[-1:] for n in rounding)
+    assert error(outlying(), each.program) < error(outlying(), one.program)
+
+
 def test_static_ranges_become_constants() -> None:
     result = quantize(program(), "a8static", inputs())
     rounding = nodes(result.program, "round_tensor")
@@ -228,6 +248,8 @@ def test_matrices_of_rotations_are_not_quantized() -> None:
 
 
 def test_bad_input_says_what_to_do() -> None:
+    with pytest.raises(ConfigError, match="per_channel need ranges that are known before: static=True"):
+        Activations(8, per_channel=True)
     with pytest.raises(ConfigError, match="calibration inputs"):
         quantize(program(), "w4")
     with pytest.raises(ConfigError, match="nothing to quantize"):
