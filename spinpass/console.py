@@ -156,18 +156,22 @@ def certificate_table(certificate: Mapping[str, Any], *, every_output: bool = Fa
     return table
 
 
-def comparison_table(found: Perplexity | Comparison, windows: int, length: int) -> Table:
-    """Perplexities with their standard errors, and how two models differ."""
-    table = Table(title="Perplexity", title_justify="left", caption_justify="left", show_header=False)
-    table.caption = f"{windows} windows of {length} tokens; ± one standard error over windows"
-    if isinstance(found, Perplexity):
-        table.add_row("perplexity", f"{found.value:.4f} ± {found.error:.4f}")
-        return table
-    table.add_row("before", f"{found.before.value:.4f} ± {found.before.error:.4f}")
-    table.add_row("after", f"{found.after.value:.4f} ± {found.after.error:.4f}")
-    table.add_row("after ÷ before, paired", f"{found.ratio:.4f} ± {found.ratio * found.change.error:.4f}")
-    table.add_row("same likeliest token", f"{found.agreement:.2%}")
-    table.add_row("KL(before ‖ after)", f"{found.divergence:.5f} nats per token")
+def comparison_table(
+    main: Perplexity | Comparison, files: Mapping[str, Comparison], windows: int, length: int
+) -> Table:
+    """Perplexities with their standard errors, and how models differ: a line for each."""
+    table = Table(title="Perplexity", title_justify="left", caption_justify="left")
+    table.caption = f"{windows} windows of {length} tokens; ± one standard error over windows, ratios paired"
+    compared = dict(files) if isinstance(main, Perplexity) else {"after": main, **files}
+    table.add_column("", overflow="fold")
+    for name in ("perplexity", *(("÷ before", "same token", "KL, nats per token") if compared else ())):
+        table.add_column(name, no_wrap=True)
+    first = main if isinstance(main, Perplexity) else main.before
+    table.add_row("before" if compared else "model", f"{first.value:.4f} ± {first.error:.4f}")
+    for name, each in compared.items():
+        ratio = f"{each.ratio:.4f} ± {each.ratio * each.change.error:.4f}"
+        after = f"{each.after.value:.4f} ± {each.after.error:.4f}"
+        table.add_row(name, after, ratio, f"{each.agreement:.2%}", f"{each.divergence:.5f}")
     return table
 
 

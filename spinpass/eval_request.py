@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from . import evaluation
 from .config import RotationConfig
@@ -12,10 +13,22 @@ from .console import Steps
 from .errors import ConfigError
 from .quantization import quantize as quantized
 from .scoring import Opened, ProgramScorer, open_scorer
-from .texts import calibration_inputs, check_calibration, read_text
+from .texts import calibration_inputs, check_calibration, read_dataset, read_text
 from .transform import transform
 
 Rotated = Literal["no", "auto", "offline", "online"]
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """``main``: of the model, perhaps against another; ``files``: of ONNX folders, against the model as it was."""
+
+    main: evaluation.Perplexity | evaluation.Comparison
+    files: Mapping[str, evaluation.Comparison]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return self.main.to_dict() | ({"files": {k: c.to_dict() for k, c in self.files.items()}} if self.files else {})
 
 
 @dataclass(frozen=True)
@@ -31,23 +44,33 @@ class EvalRequest:
     windows: int
     length: int
     tokenizer: str
+    dataset: str = ""
+    files: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.against and (self.quantize or self.rotate != "no"):
             raise ConfigError("--against compares two models as they are: leave out --quantize and --rotate")
+        if self.against and self.files:
+            raise ConfigError("--file is compared with MODEL: leave out --against")
+        if self.dataset and self.text is not None:
+            raise ConfigError("--text and --dataset both name what to score on: leave out one of them")
         if self.quantize:
             check_calibration(self.quantize, self.calibration)
 
-    def run(self, steps: Steps) -> evaluation.Perplexity | evaluation.Comparison:
-        """Score the model, or compare it with the other one or with what it was."""
+    def run(self, steps: Steps) -> Evaluated:
+        """Score the model, or compare it with the other one or with what it was, and with files made of it."""
         opened = open_scorer(self.model, self.tokenizer or None, steps.begin)
-        texts = evaluation.windows(opened.tokens(read_text(self.text)), self.length, self.windows)
+        text = read_dataset(self.dataset) if self.dataset else read_text(self.text)
+        texts = evaluation.windows(opened.tokens(text), self.length, self.windows)
         if self.against:
             other = open_scorer(self.against, self.tokenizer or None, steps.begin)
-            return evaluation.compare(other.scorer, opened.scorer, texts, steps.start("compare"))
-        if not self.quantize and self.rotate == "no":
-            return evaluation.perplexity(opened.scorer, texts, steps.start("score"))
-        return evaluation.compare(opened.scorer, self._changed(opened, steps), texts, steps.start("compare"))
+            return Evaluated(evaluation.compare(other.scorer, opened.scorer, texts, steps.start("compare")), {})
+        changed = [self._changed(opened, steps)] if self.quantize or self.rotate != "no" else []
+        files = [open_scorer(file, self.tokenizer or None, steps.begin).scorer for file in self.files]
+        if not changed and not files:
+            return Evaluated(evaluation.perplexity(opened.scorer, texts, steps.start("score")), {})
+        found = evaluation.compare_each(opened.scorer, [*changed, *files], texts, steps.start("compare"))
+        return Evaluated(found[0] if changed else found[0].before, dict(zip(self.files, found[len(changed) :])))
 
     def _changed(self, opened: Opened, steps: Steps) -> ProgramScorer:
         if opened.program is None:

@@ -179,23 +179,36 @@ def compare(
     before: Scorer, after: Scorer, texts: Sequence[Sequence[int]], progress: Progress | None = None
 ) -> Comparison:
     """Both decoders read every window. ``progress`` as in :func:`perplexity`; ConfigError if there are no windows."""
+    return compare_each(before, [after], texts, progress)[0]
+
+
+def compare_each(
+    before: Scorer, others: Sequence[Scorer], texts: Sequence[Sequence[int]], progress: Progress | None = None
+) -> list[Comparison]:
+    """:func:`compare` of several decoders with the first one, which reads every window once."""
     if not texts:
         raise ConfigError("there are no windows to evaluate on")
-    losses: tuple[list[float], list[float]] = ([], [])
-    divergences: list[float] = []
-    equal = 0
+    losses: list[list[float]] = [[] for _ in (before, *others)]
+    divergences: list[list[float]] = [[] for _ in others]
+    equal = [0] * len(others)
     for done, ids in enumerate(texts):
         following = torch.tensor(list(ids[1:]))
-        both = [decoder.logits(ids)[:-1].double().log_softmax(-1) for decoder in (before, after)]
-        for kept, logits in zip(losses, both):
-            kept.append(float(functional.nll_loss(logits, following)))
-        equal += int((both[0].argmax(-1) == both[1].argmax(-1)).sum())
-        divergences.append(float((both[0].exp() * (both[0] - both[1])).sum(-1).mean()))
+        expected = _log_probabilities(before, ids)
+        losses[0].append(float(functional.nll_loss(expected, following)))
+        for k, other in enumerate(others):
+            found = _log_probabilities(other, ids)
+            losses[k + 1].append(float(functional.nll_loss(found, following)))
+            equal[k] += int((expected.argmax(-1) == found.argmax(-1)).sum())
+            divergences[k].append(float((expected.exp() * (expected - found)).sum(-1).mean()))
         if progress is not None:
             progress(done + 1, len(texts))
     tokens = sum(len(ids) - 1 for ids in texts)
-    first, second = (Perplexity(tuple(each), tokens) for each in losses)
-    return Comparison(first, second, equal / tokens, tuple(divergences))
+    first, *rest = (Perplexity(tuple(each), tokens) for each in losses)
+    return [Comparison(first, e, n / tokens, tuple(d)) for e, n, d in zip(rest, equal, divergences)]
+
+
+def _log_probabilities(decoder: Scorer, ids: Sequence[int]) -> Tensor:
+    return decoder.logits(ids)[:-1].double().log_softmax(-1)
 
 
 def change(before: Perplexity, after: Perplexity) -> Change:

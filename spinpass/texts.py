@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -17,6 +17,7 @@ from .scoring import ProgramScorer
 Tokenize = Callable[[str], list[int]]
 SAMPLES = 16  # windows to calibrate on
 LENGTH = 512  # tokens of each
+_ENOUGH = 4_000_000  # characters of a dataset
 
 
 def read_text(path: Path | None) -> str:
@@ -27,6 +28,41 @@ def read_text(path: Path | None) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not a readable UTF-8 text: {error}") from error
+
+
+def read_dataset(name: str) -> str:
+    """The documents of a dataset, ``NAME[:CONFIG[:SPLIT]]`` as the package datasets knows it, a hub name or a folder:
+    the first few million characters of its column ``text``, or of the only one that holds strings. The split is
+    ``test`` where none is named.
+
+    Raises ConfigError: the package is missing, there is no such dataset or split, or no column of text.
+    """
+    try:
+        import datasets
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"--dataset needs the package {error.name}: pip install datasets, or use --text") from error
+    where, config, split = (*name.split(":"), "", "")[:3]
+    try:
+        rows = datasets.load_dataset(where, config or None, split=split or "test", streaming=True)
+        columns = [c for c, kind in (rows.features or {}).items() if getattr(kind, "dtype", "") == "string"]
+        if "text" not in columns and len(columns) != 1:
+            raise ConfigError(f"the dataset {name} has no column 'text'; of strings it has {columns or 'none'}")
+        column = "text" if "text" in columns else columns[0]
+        return _joined(row[column] for row in rows)
+    except ConfigError:
+        raise
+    except Exception as error:  # files, hub, builders: no common base below Exception
+        raise ConfigError(f"the dataset {name} cannot be read: {error}") from error
+
+
+def _joined(documents: Iterable[str]) -> str:
+    found, length = [], 0
+    for document in documents:
+        found.append(document)
+        length += len(document)
+        if length > _ENOUGH:
+            break
+    return "\n\n".join(found)
 
 
 def check_calibration(scheme: str, path: Path | None) -> None:

@@ -52,10 +52,11 @@ class Weights:
 
 @dataclass(frozen=True)
 class Activations:
-    """The inputs of linear layers: per token as they come, or ``static``, with one range for a whole tensor, or for each
-    channel of it (``per_channel``, which is static), chosen on the calibration inputs by ``calibration``: that of least squared error (``mse``), of ``percentile`` percent of the
-    values, or of all of them (``minmax``). ``sinks``: with ``mse`` and one range, tokens far above all others are scaled
-    into it, where that helps. ``symmetric``: None is symmetric for 8 bits per token and asymmetric otherwise.
+    """The inputs of linear layers: per token as they come, or ``static``, with one range for a whole tensor, or for
+    each channel of it (``per_channel``, which is static), chosen on the calibration inputs by ``calibration``: that of
+    least squared error (``mse``), of ``percentile`` percent of the values, or of all of them (``minmax``). ``sinks``:
+    with ``mse`` and one range, tokens far above all others are scaled into it, where that helps. ``symmetric``: None is
+    symmetric for 8 bits per token and asymmetric otherwise.
     ``clip``: the share of each token's range that is covered; None is that of least error on the calibration inputs for
     4 bits, where there are any, and all of it otherwise.
     """
@@ -127,8 +128,8 @@ class QuantizationConfig:
     @classmethod
     def parse(cls, text: str) -> QuantizationConfig:
         """From parts joined by ``-``: ``w4`` ``w4g128`` (weights, perhaps in groups; ``w3.5``: mixed, on average),
-        ``asym``, ``rtn`` or ``gptq`` (the default), ``order``, ``a8`` ``a8static`` ``a8channel`` (activations), ``kv4`` (cache),
-        ``head8``, ``embed8``.
+        ``asym``, ``rtn`` or ``gptq`` (the default), ``order``, ``a8`` ``a8static`` ``a8channel`` (activations), ``kv4``
+        (cache), ``head8``, ``embed8``.
 
         Raises ConfigError: a part it does not know, or a value out of range.
         """
@@ -144,8 +145,8 @@ class QuantizationConfig:
             elif part in ("asym", "order"):
                 weights |= {"symmetric": False} if part == "asym" else {"act_order": True}
             elif match := re.fullmatch(r"a(\d+)(static|channel)?", part):
-                how = {"static": match[2] is not None, "per_channel": match[2] == "channel"}
-                found["activations"] = Activations(int(match[1]), **how)
+                static, per_channel = match[2] is not None, match[2] == "channel"
+                found["activations"] = Activations(int(match[1]), static, per_channel=per_channel)
             elif match := re.fullmatch(r"kv(\d+)", part):
                 found["cache"] = Cache(int(match[1]))
             elif match := re.fullmatch(r"(head|embed)(\d+)", part):

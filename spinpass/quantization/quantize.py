@@ -20,7 +20,7 @@ from torch.fx import Node
 from ..errors import ConfigError
 from ..execution import constants
 from ..passes.functionalize import open_program
-from ..program import ProgramEditor, arguments, shape
+from ..program import ProgramEditor, arguments, shape, value
 from . import operators  # noqa: F401  (registers torch.ops.spinpass)
 from .allocate import allocated
 from .config import QuantizationConfig, Weights
@@ -174,7 +174,7 @@ class _Work:
         if not scheme.static:
             made = self._round_tokens(node, scheme.bits, scheme.is_symmetric, scheme.clip)
         else:
-            each = shape(node)[-1:] if scheme.per_channel else ()
+            each = value(node).shape[-1:] if scheme.per_channel else ()
             scale, zero = (
                 self.editor.add_constant(f"spinpass.{node.name}.{what}", torch.full(each, start))
                 for what, start in (("scale", 1.0), ("zero_point", 0.0))
