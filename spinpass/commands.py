@@ -16,6 +16,7 @@ import typer
 from rich.table import Table
 from typer.core import TyperGroup
 
+from .artefact import read_artefact
 from .certificate import Certificate
 from .config import RotationConfig
 from .console import (
@@ -31,6 +32,7 @@ from .eval_request import EvalRequest, Rotated
 from .evaluation import windows as cut
 from .exporters.loading import load_model, load_program, save_program
 from .folder import Result, check_writable, manifest, onnx_tools, quantized, rotated, version_of, write_folder
+from .inspection import artefact_tables
 from .options import (
     ALL,
     AsJson,
@@ -369,6 +371,33 @@ def report(
     if as_json:
         screen.document({"ok": True, "out": str(out)} | found.to_dict())
     screen.show(_files_table(out.parent, [out.name]))
+
+
+@app.command()
+def inspect(
+    ctx: typer.Context,
+    path: Annotated[Path, typer.Argument(metavar="DIR", help="An exported folder, an .onnx or a .pt2 file.")],
+    beside: Annotated[Path | None, typer.Option("--with", help="Another one, to share a KV cache with.")] = None,
+    check: Annotated[bool, typer.Option("--check", help="Also read every file and compare its hash.")] = False,
+    as_json: AsJson = False,
+    verbose: Verbose = 0,
+) -> None:
+    """Show what an exported model says of itself: rotations, the basis of its cache, certificates, files, versions.
+
+    Exits with 1 if its parts do not belong together, with 2 if the two cannot share a cache.
+    """
+    screen = _screen(ctx, as_json, verbose)
+    found = read_artefact(path)
+    found.check(files=check)
+    if beside is not None:
+        other = read_artefact(beside)
+        other.check(files=check)
+        found.require_same_basis(other)
+    if as_json:
+        screen.document({"ok": True} | found.to_dict())
+    screen.show(*artefact_tables(found))
+    if beside is not None:
+        screen.show(f"shares a KV cache with {beside}")
 
 
 def _sizes(text: str) -> list[int]:

@@ -29,7 +29,8 @@ class InvariantError(SpinpassError):
 
 
 class VerificationError(SpinpassError):
-    """The transformed program does not compute the function of the original within the stated bound."""
+    """A program does not compute the function of the original within the stated bound, or an exported file is not what
+    it says of itself."""
 
 
 class ExportError(SpinpassError):

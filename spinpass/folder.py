@@ -15,6 +15,7 @@ from typing import Any
 from torch.export import ExportedProgram
 
 from . import record
+from .artefact import MANIFEST, hashes
 from .config import RotationConfig
 from .console import Steps
 from .errors import ConfigError, ExportError
@@ -143,10 +144,10 @@ def _write_companions(loaded: LoadedModel, report: Any, packed: Any, result: Res
     written = {path.name for path in (packed or report).files}
     if loaded.companions is not None:
         written |= {path.name for path in loaded.companions.save(out)}
-    about = manifest(loaded, report, packed, result)
+    about = manifest(loaded, report, packed, result) | {"files": hashes(out, written)}
     with staged(out) as staging:
-        (staging / "spinpass.json").write_text(json.dumps(about, indent=2), encoding="utf-8")
-    return sorted(written | {"spinpass.json"})
+        (staging / MANIFEST).write_text(json.dumps(about, indent=2), encoding="utf-8")
+    return sorted(written | {MANIFEST})
 
 
 def manifest(loaded: LoadedModel, report: Any, packed: Any, result: Result) -> dict[str, Any]:
