@@ -1,0 +1,71 @@
+"""What calibration costs: ``python -m benchmarks.gptq [PROGRAM.pt2]``.
+
+GPTQ of every linear layer of a rotated program, on windows of tokens drawn at random (the cost does not depend on the
+text): CPU and wall-clock seconds, and the peak of memory above the loaded program, as a multiple of its weights.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.table import Table
+
+import spinpass
+from benchmarks.transform import MEGABYTE, memory, packaged_program, reset_peak
+from spinpass.console import Screen
+from spinpass.exporters.loading import load_program
+from spinpass.quantization import quantize
+from spinpass.scoring import ProgramScorer
+
+
+def main(
+    program: Annotated[Path | None, typer.Argument(help="An exported program; SmolLM2-135M if none is given.")] = None,
+    scheme: Annotated[str, typer.Option(help="What to quantize.")] = "w4-gptq",
+    samples: Annotated[int, typer.Option(help="Windows to calibrate on.")] = 16,
+    length: Annotated[int, typer.Option(help="Tokens per window.")] = 512,
+    threads: Annotated[int, typer.Option(help="Of torch.")] = 2,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Rotate, quantize, and print what that took."""
+    torch.set_num_threads(threads)
+    screen = Screen(as_json=as_json)
+    with screen.steps() as steps:
+        path = program or packaged_program(steps)
+        steps.start("rotate")
+        rotated = spinpass.transform(load_program(path), spinpass.RotationConfig(form="online", verify=False))
+        figures = measured(rotated, scheme, samples, length, steps.start(f"quantize, {scheme}"))
+    if as_json:
+        screen.document({"program": str(path), "scheme": scheme, "threads": threads} | figures)
+    table = Table("CPU s", "wall s", "peak MB", "peak ÷ weights", title=f"{scheme}, {samples} × {length} tokens")
+    peak, weights = figures["peak_bytes"], figures["weight_bytes"]
+    times = f"{figures['cpu_seconds']:.0f}", f"{figures['wall_seconds']:.0f}"
+    table.add_row(*times, f"{peak / MEGABYTE:.0f}", f"{peak / weights:.2f}")
+    screen.show(table)
+
+
+def measured(
+    program: torch.export.ExportedProgram, scheme: str, samples: int, length: int, progress: Any
+) -> dict[str, float]:
+    """Of one call of ``quantize``."""
+    generator = torch.Generator().manual_seed(0)
+    windows = torch.randint(1000, (samples, length), generator=generator)
+    inputs = [ProgramScorer(program).inputs(ids) for ids in windows.tolist()]
+    distinct = {t.data_ptr(): t.nbytes for t in program.state_dict.values()}
+    loaded = reset_peak()
+    wall, cpu = time.perf_counter(), time.process_time()
+    quantize(program, scheme, inputs, progress=progress)
+    cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+    return {
+        "cpu_seconds": cpu,
+        "wall_seconds": wall,
+        "peak_bytes": memory("VmHWM") - loaded,
+        "weight_bytes": sum(distinct.values()),
+    }
+
+
+if __name__ == "__main__":
+    typer.run(main)
