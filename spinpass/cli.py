@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
 
-def main() -> None:
-    """Run the command line and exit: 0 done, 1 refused or not equivalent, 2 bad usage."""
+def main(arguments: Sequence[str] | None = None, name: str = "spinpass") -> None:
+    """Run the command line on ``arguments``, those of the process by default, and exit: 0 done, 1 refused or not
+    equivalent, 2 bad usage. ``name`` is what its help calls the program."""
     try:
         from .commands import app
     except ModuleNotFoundError as error:
@@ -14,7 +16,7 @@ def main() -> None:
             raise
         print(f"spinpass: the command line needs {error.name}: pip install 'spinpass[cli]'", file=sys.stderr)
         sys.exit(2)
-    app(prog_name="spinpass")
+    app(arguments, prog_name=name)
 
 
 if __name__ == "__main__":

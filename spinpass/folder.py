@@ -20,7 +20,7 @@ from .config import RotationConfig
 from .console import Steps
 from .errors import ConfigError, ExportError
 from .exporters.files import staged
-from .exporters.loading import LoadedModel
+from .exporters.loading import Companions, LoadedModel
 from .planning import RotationPlan
 from .quantization import QuantizationReport, quantize
 from .scoring import token_ids
@@ -119,14 +119,14 @@ def write_folder(
 
     if pack is None:
         report = export(out)
-        return Written(report, None, _write_companions(loaded, report, None, result, out))
+        return Written(report, None, _write_companions(onnx, loaded, report, None, result, out))
     out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as staging:
         report = export(Path(staging))
         steps.start("pack")
         packed = pack(report.path, out)
     report = replace(report, path=packed.path, files=packed.files)
-    return Written(report, packed, _write_companions(loaded, report, packed, result, out))
+    return Written(report, packed, _write_companions(onnx, loaded, report, packed, result, out))
 
 
 def _packing(onnx: SimpleNamespace, made: QuantizationReport | None, int4: bool) -> Callable[[Path, Path], Any] | None:
@@ -139,15 +139,30 @@ def _packing(onnx: SimpleNamespace, made: QuantizationReport | None, int4: bool)
     return lambda source, target: onnx.pack_weights(source, target, made.weights, accuracy_level=level)
 
 
-def _write_companions(loaded: LoadedModel, report: Any, packed: Any, result: Result, out: Path) -> list[str]:
-    """Tokenizer, configuration and spinpass.json; returns the names of all files of the export."""
+def _write_companions(
+    onnx: SimpleNamespace, loaded: LoadedModel, report: Any, packed: Any, result: Result, out: Path
+) -> list[str]:
+    """Tokenizer, configurations and spinpass.json; returns the names of all files of the export."""
     written = {path.name for path in (packed or report).files}
+    about = manifest(loaded, report, packed, result)
     if loaded.companions is not None:
         written |= {path.name for path in loaded.companions.save(out)}
-    about = manifest(loaded, report, packed, result) | {"files": hashes(out, written)}
+        about["genai"] = _write_genai_config(onnx, loaded.companions, out)
+        written |= {about["genai"]["file"]} - {None}
+    about["files"] = hashes(out, written)
     with staged(out) as staging:
         (staging / MANIFEST).write_text(json.dumps(about, indent=2), encoding="utf-8")
     return sorted(written | {MANIFEST})
+
+
+def _write_genai_config(onnx: SimpleNamespace, companions: Companions, out: Path) -> dict[str, str | None]:
+    """Where ONNX Runtime GenAI can run the graph; else the reason why not, and no file of an earlier export."""
+    try:
+        file = onnx.save_genai_config(out, companions.config, companions.generation_config)
+    except ExportError as error:
+        (out / onnx.GENAI_CONFIG).unlink(missing_ok=True)
+        return {"file": None, "reason": str(error)}
+    return {"file": file.name, "reason": None}
 
 
 def manifest(loaded: LoadedModel, report: Any, packed: Any, result: Result) -> dict[str, Any]:
@@ -159,7 +174,7 @@ def manifest(loaded: LoadedModel, report: Any, packed: Any, result: Result) -> d
 def onnx_tools() -> SimpleNamespace:
     """What writes ONNX, imported when it is needed."""
     try:
-        from .exporters import onnx, onnx_names, onnx_pack, onnx_quantize
+        from .exporters import genai, onnx, onnx_names, onnx_pack, onnx_quantize
     except ModuleNotFoundError as error:
         raise ExportError(f"writing ONNX needs {error.name}: pip install 'spinpass[onnx]'") from error
     return SimpleNamespace(
@@ -167,6 +182,8 @@ def onnx_tools() -> SimpleNamespace:
         cache_names=onnx_names.cache_names,
         pack_weights=onnx_pack.pack_weights,
         quantize_4bit=onnx_quantize.quantize_4bit,
+        save_genai_config=genai.save_genai_config,
+        GENAI_CONFIG=genai.CONFIG,
     )
 
 

@@ -46,6 +46,20 @@ def tokenizer() -> Any:
     return made
 
 
+def letters_tokenizer() -> Any:
+    """Byte-level BPE over the letters of :data:`WORDS`, at most 96 tokens: the kind that other runtimes read as well."""
+    from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
+    from tokenizers.models import BPE
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = Tokenizer(BPE())
+    pieces.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+    pieces.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    trainer = trainers.BpeTrainer(vocab_size=96, special_tokens=["<pad>", "<s>", "</s>"], show_progress=False)
+    pieces.train_from_iterator([" ".join(WORDS)] * 4, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=pieces, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+
+
 def model_folder(folder: Path, name: str = "llama_tied") -> Path:
     """``save_pretrained`` of a tiny model and of the tokenizer."""
     model: Any = models.build(name)

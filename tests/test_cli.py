@@ -65,10 +65,12 @@ def test_export_writes_a_folder_that_runs(folder: Path, tmp_path: Path) -> None:
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == set(data["files"])
     assert {"model.onnx", "tokenizer.json", "config.json", "generation_config.json", "spinpass.json"} <= names
+    assert "genai_config.json" in names
     manifest = json.loads((tmp_path / "out" / "spinpass.json").read_text())
     assert {space["rotation"] for space in manifest["plan"]["spaces"]} == {"R1", "R2", "R3", "R4"}
     assert manifest["record"]["certificate"]["ok"] and manifest["onnx"]["certificate"]["ok"]
     assert manifest["versions"]["torch"] == torch.__version__ and manifest["packed"] is None
+    assert manifest["genai"] == {"file": "genai_config.json", "reason": None}
     assert "present.0.key" in manifest["onnx"]["outputs"]
     assert len(OrtDecoder(tmp_path / "out").generate([5, 6, 7], 4, end=()).tokens) == 4
     assert "load" in result.stderr and "certify" in result.stderr
@@ -405,7 +407,9 @@ def test_eval_compares_a_rotated_and_quantized_model_with_what_it_was(folder: Pa
 
 def test_eval_scores_what_onnx_runtime_runs(folder: Path, text: Path, tmp_path: Path) -> None:
     assert run("export", folder, tmp_path / "out").exit_code == 0
-    result = run("eval", tmp_path / "out", "--against", folder, "--text", text, "--windows", 2, "--length", 16, "--json")
+    result = run(
+        "eval", tmp_path / "out", "--against", folder, "--text", text, "--windows", 2, "--length", 16, "--json"
+    )
     assert result.exit_code == 0, result.stderr
     assert document(result)["ratio"] == pytest.approx(1, abs=1e-4)
 

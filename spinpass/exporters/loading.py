@@ -22,6 +22,7 @@ from torch.export import ExportedProgram
 from spinpass.errors import ConfigError, ExportError
 
 from .files import staged
+from .older_transformers import add_older_words
 from .pt2 import load_program, save_program
 
 __all__ = ["Companions", "LoadedModel", "Source", "load_model", "load_program", "locate", "save_program"]
@@ -51,15 +52,16 @@ class Companions:
     tokenizer: Any
 
     def save(self, folder: str | Path) -> tuple[Path, ...]:
-        """Write ``config.json``, ``generation_config.json`` and the tokenizer's files; returns their paths.
+        """Write ``config.json``, ``generation_config.json`` and the tokenizer's files, for transformers 5 and 4.
 
-        Raises ExportError where they cannot be written; nothing is left half written.
+        Returns their paths. Raises ExportError where they cannot be written; nothing is left half written.
         """
         folder = Path(folder)
         with staged(folder) as staging, _quiet():
             for part in (self.config, self.generation_config, self.tokenizer):
                 if part is not None:
                     part.save_pretrained(staging)
+            add_older_words(staging)
             names = sorted(path.name for path in staging.iterdir() if path.is_file())
         return tuple(folder / name for name in names)
 

@@ -173,6 +173,7 @@ def _optimise(model: ir.Model) -> None:
     stays one.
     """
     common.InlinePass()(model)
+    _settle_sizes(model.graph)
     _share_initializers(model.graph)
     for _ in range(_ROUNDS):
         optimizer.fold_constants(model, onnx_shape_inference=True)
@@ -187,6 +188,15 @@ def _optimise(model: ir.Model) -> None:
     )
     for simplify in finish:
         simplify(model)
+
+
+def _settle_sizes(graph: ir.Graph) -> None:
+    """A size that export has found to be a number is written as one: torch makes a name of it, ``"2"``, in caches."""
+    for value in (*graph.inputs, *(output for node in graph for output in node.outputs)):
+        if value.shape is None:
+            continue
+        sizes = [size if isinstance(size, int) else size.value for size in value.shape]
+        value.shape = ir.Shape([int(s) if isinstance(s, str) and s.isdigit() else s for s in sizes])
 
 
 def _drop_reshapes(graph: ir.Graph) -> None:
