@@ -38,6 +38,7 @@ from .options import (
     Int4,
     Model,
     NoCache,
+    NoFuse,
     NoVerify,
     Verbose,
     rotation_options,
@@ -123,6 +124,7 @@ def export(
     int4: Int4 = False,
     quantize: Annotated[str, typer.Option(help="Quantize, say w4g128-gptq-a8-head8-embed8.")] = "",
     calibration: Annotated[Path | None, typer.Option(help="Text for GPTQ and static ranges.")] = None,
+    no_fuse: NoFuse = False,
     no_verify: NoVerify = False,
     as_json: AsJson = False,
     verbose: Verbose = 0,
@@ -144,13 +146,13 @@ def export(
         result = rotated(loaded.program, config, steps, certify=not no_verify)
         if quantize:
             result = quantized(result, loaded, quantize, calibration, steps)
-        written = write_folder(onnx, loaded, result, out, steps, int4=int4, certify=not no_verify)
+        written = write_folder(onnx, loaded, result, out, steps, int4=int4, fuse=not no_fuse, certify=not no_verify)
     if as_json:
         about = {"ok": True, "out": str(out), "files": written.files, "seconds": steps.seconds}
         screen.document(about | manifest(loaded, written.report, written.packed, result))
         return
     _show(screen, result)
-    screen.show(_report_line(written.report), _files_table(out, written.files))
+    screen.show(*_report_lines(written.report), _files_table(out, written.files))
 
 
 @app.command()
@@ -411,9 +413,9 @@ def _show_plan(screen: Screen, decided: RotationPlan) -> None:
     screen.show(plan_table(decided, every_space=screen.verbose), *([refused] if refused else []))
 
 
-def _report_line(report: Any) -> str:
+def _report_lines(report: Any) -> list[str]:
     proof = report.certificate.verdict if report.certificate is not None else f"not certified: {report.uncertified}"
-    return f"ONNX opset {report.opset}, {report.hadamards} online Hadamards; {proof}"
+    return [f"ONNX opset {report.opset}, {report.hadamards} online Hadamards; {proof}", *report.fused_lines()]
 
 
 def _files_table(folder: Path, names: list[str]) -> Table:

@@ -98,6 +98,7 @@ def write_folder(
     steps: Steps,
     *,
     int4: bool = False,
+    fuse: bool = True,
     certify: bool = True,
 ) -> Written:
     """Export, pack, and put beside it what belongs to the model. Weights are packed before anything appears in ``out``.
@@ -111,6 +112,7 @@ def write_folder(
             result.program,
             folder,
             **onnx.cache_names(result.program),
+            fuse=fuse,
             # a value that lies at a tie may be rounded either way: there is no bound to hold a quantized file to
             verify=None if certify and result.quantization is None else False,
             progress=lambda step: steps.begin(f"onnx: {step}"),

@@ -51,7 +51,8 @@ class Builder:
         assert self.anchor is not None
         new = ir.node(op, list(inputs), dict(attributes), domain=domain, num_outputs=len(results))
         for value, (like, shape, dtype) in zip(new.outputs, results, strict=True):
-            value.dtype = dtype if dtype is not None else like.dtype if like is not None else None
+            kind = dtype if dtype is not None else like.dtype if like is not None else None
+            value.type = None if kind is None else ir.TensorType(kind)
             known = shape if shape is not None else like.shape if like is not None else None
             value.shape = None if known is None else ir.Shape(known)
         self.graph.insert_before(self.anchor, new)

@@ -29,6 +29,14 @@ class Fused:
     skip_norms: int
     kept: tuple[str, ...]
 
+    @property
+    def summary(self) -> str:
+        """One line."""
+        return (
+            f"fused: {self.attention} GroupQueryAttention, {self.rotary} RotaryEmbedding, "
+            f"{self.norms + self.skip_norms} norms ({self.skip_norms} with the sum in front)"
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
         return asdict(self) | {"kept": list(self.kept)}

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import onnx_ir as ir
 
@@ -205,5 +206,5 @@ def _width(x: ir.Value) -> int:
     return math.prod(size for size in (sizes(x)[1], sizes(x)[3]) if isinstance(size, int))
 
 
-def _attributes(node: ir.Node) -> dict[str, object]:
+def _attributes(node: ir.Node) -> dict[str, Any]:
     return {name: attribute.value for name, attribute in node.attributes.items()}

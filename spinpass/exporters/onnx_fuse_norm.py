@@ -105,11 +105,11 @@ def _scaled(value: ir.Value) -> tuple[ir.Value, ir.Value | None]:
     users = list(value.consumers())
     if len(users) != 1 or users[0].op_type != "Mul" or users[0].domain != "" or value.is_graph_output():
         return value, None
-    scales = [v for v in users[0].inputs if v is not value]
-    array = constant(scales[0]) if scales else None
-    if array is None or array.shape != (static(value, -1),) or scales[0].dtype != value.dtype:
+    scale = next((v for v in users[0].inputs if v is not None and v is not value), None)
+    array = constant(scale)
+    if scale is None or array is None or array.shape != (static(value, -1),) or scale.dtype != value.dtype:
         return value, None
-    return users[0].outputs[0], scales[0]
+    return users[0].outputs[0], scale
 
 
 def _same(a: ir.Value, b: ir.Value) -> bool:

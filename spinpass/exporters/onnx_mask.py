@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -60,12 +61,12 @@ def read_mask(
     return Mask(None, needed=True)
 
 
-def _future(s: int, p: int) -> np.ndarray:  # type: ignore[type-arg]
+def _future(s: int, p: int) -> np.ndarray[Any, Any]:
     """(s, p + s), True where a key comes after its query."""
     return np.asarray(np.arange(p + s)[None] > np.arange(p, p + s)[:, None])
 
 
-def _equals(mask: np.ndarray, s: int, p: int, window: int | None) -> bool:  # type: ignore[type-arg]
+def _equals(mask: np.ndarray[Any, Any], s: int, p: int, window: int | None) -> bool:
     """``mask`` is 0 for the keys of the causal mask with this window, and closed for all others."""
     closed = _future(s, p)
     if window is not None:
@@ -73,7 +74,7 @@ def _equals(mask: np.ndarray, s: int, p: int, window: int | None) -> bool:  # ty
     return bool(np.where(closed, mask <= _CLOSED, mask == 0).all())
 
 
-def _window(mask: np.ndarray) -> int | None:  # type: ignore[type-arg]
+def _window(mask: np.ndarray[Any, Any]) -> int | None:
     """How many keys the last query of the longest probe sees."""
     seen = int((mask.reshape(-1, mask.shape[-1])[-1] == 0).sum())
     return seen if 0 < seen < mask.shape[-1] else None
@@ -131,13 +132,13 @@ class _Cone:
         text = ir.to_proto(ir.Model(graph, ir_version=10)).SerializeToString()
         return ort.InferenceSession(text, options, providers=["CPUExecutionProvider"])
 
-    def run(self, session: ort.InferenceSession, known: dict[str | int, int], fill: int) -> np.ndarray:  # type: ignore[type-arg]
+    def run(self, session: ort.InferenceSession, known: dict[str | int, int], fill: int) -> np.ndarray[Any, Any]:
         """The mask in float64; integer inputs are filled with ones, or with the numbers 0, 1, ... if ``fill`` is 0."""
         types = {i.name: _NUMPY[i.type] for i in session.get_inputs()}
         feed = {}
         for v in self.inputs:
             shape = [_size(size, known) for size in names(sizes(v))]
-            ones = np.ones(shape, types[str(v.name)])
+            ones: np.ndarray[Any, Any] = np.ones(shape, types[str(v.name)])
             feed[str(v.name)] = ones if fill else np.cumsum(ones, -1).astype(ones.dtype) - ones
         (mask,) = session.run(None, feed)
         return np.asarray(mask, np.float64)

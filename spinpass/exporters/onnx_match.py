@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -16,7 +17,7 @@ def made_by(value: ir.Value | None, *ops: str, domain: str = "") -> ir.Node | No
     return node if node is not None and node.op_type in ops and node.domain == domain else None
 
 
-def constant(value: ir.Value | None) -> np.ndarray | None:  # type: ignore[type-arg]
+def constant(value: ir.Value | None) -> np.ndarray[Any, Any] | None:
     """The array of an initializer or of a Constant; None for a computed value."""
     found = None if value is None else ir.convenience.get_const_tensor(value)
     return None if found is None else np.asarray(found.numpy())
