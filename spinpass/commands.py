@@ -30,13 +30,24 @@ from .errors import ConfigError, ExportError, SpinpassError
 from .eval_request import EvalRequest, Rotated
 from .evaluation import windows as cut
 from .exporters.loading import load_model, load_program, save_program
-from .folder import Result, check_writable, manifest, onnx_tools, quantized, rotated, version_of, write_folder
+from .folder import (
+    CacheBits,
+    Result,
+    check_writable,
+    manifest,
+    onnx_tools,
+    quantized,
+    rotated,
+    version_of,
+    write_folder,
+)
 from .generate_request import GenerateRequest
 from .options import (
     ALL,
     AsJson,
     Dtype,
     Int4,
+    KvCache,
     Model,
     NoCache,
     NoFuse,
@@ -125,7 +136,8 @@ def export(
     no_cache: NoCache = False,
     int4: Int4 = False,
     quantize: Annotated[str, typer.Option(help="Quantize, say w4g128-gptq-a8-head8-embed8.")] = "",
-    calibration: Annotated[Path | None, typer.Option(help="Text for GPTQ and static ranges.")] = None,
+    calibration: Annotated[Path | None, typer.Option(help="Text for GPTQ, static ranges and --kv-cache.")] = None,
+    kv_cache: KvCache = None,
     no_fuse: NoFuse = False,
     no_verify: NoVerify = False,
     as_json: AsJson = False,
@@ -141,6 +153,7 @@ def export(
         check_calibration(quantize, calibration)
         if int4:
             raise ConfigError("--int4 rounds the weights by itself: leave it out with --quantize")
+    cache = _cache_bits(kv_cache, calibration, no_fuse or no_cache)
     onnx = onnx_tools()
     check_writable(out)
     with screen.steps() as steps:
@@ -148,10 +161,12 @@ def export(
         result = rotated(loaded.program, config, steps, certify=not no_verify)
         if quantize:
             result = quantized(result, loaded, quantize, calibration, steps)
-        written = write_folder(onnx, loaded, result, out, steps, int4=int4, fuse=not no_fuse, certify=not no_verify)
+        written = write_folder(
+            onnx, loaded, result, out, steps, int4=int4, fuse=not no_fuse, cache=cache, certify=not no_verify
+        )
     if as_json:
         about = {"ok": True, "out": str(out), "files": written.files, "seconds": steps.seconds}
-        screen.document(about | manifest(loaded, written.report, written.packed, result))
+        screen.document(about | manifest(loaded, written.report, written.packed, written.cache, result))
         return
     _show(screen, result)
     screen.show(*_report_lines(written.report), _files_table(out, written.files))
@@ -399,6 +414,17 @@ def report(
     if as_json:
         screen.document({"ok": True, "out": str(out)} | found.to_dict())
     screen.show(_files_table(out.parent, [out.name]))
+
+
+def _cache_bits(stored: str | None, text: Path | None, unfused: bool) -> CacheBits | None:
+    """ConfigError where a quantized cache lacks what it needs."""
+    if stored is None:
+        return None
+    if text is None:
+        raise ConfigError(f"--kv-cache {stored} needs a text for its scales: add --calibration FILE")
+    if unfused:
+        raise ConfigError("--kv-cache is GroupQueryAttention's: leave out --no-fuse and --no-cache")
+    return CacheBits(int(stored.removeprefix("int")), text)
 
 
 def _sizes(text: str) -> list[int]:

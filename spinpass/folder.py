@@ -23,7 +23,7 @@ from .exporters.loading import LoadedModel
 from .planning import RotationPlan
 from .quantization import QuantizationReport, quantize
 from .scoring import token_ids
-from .texts import calibration_inputs
+from .texts import calibration_inputs, calibration_windows
 from .transform import plan, transform
 
 _PACKAGES = ("spinpass", "torch", "transformers", "onnx", "onnxscript", "onnxruntime")
@@ -82,11 +82,20 @@ def quantized(result: Result, loaded: LoadedModel, scheme: str, text: Path | Non
 
 
 @dataclass(frozen=True)
+class CacheBits:
+    """How the KV cache is stored: integers of so many ``bits``, with scales from the UTF-8 file ``text``."""
+
+    bits: int
+    text: Path
+
+
+@dataclass(frozen=True)
 class Written:
-    """A folder for ONNX Runtime: the exporter's report, that of packing, the names of all files."""
+    """A folder for ONNX Runtime: the exporter's report, those of packing and of the cache, the names of all files."""
 
     report: Any
     packed: Any
+    cache: Any
     files: list[str]
 
 
@@ -99,9 +108,11 @@ def write_folder(
     *,
     int4: bool = False,
     fuse: bool = True,
+    cache: CacheBits | None = None,
     certify: bool = True,
 ) -> Written:
-    """Export, pack, and put beside it what belongs to the model. Weights are packed before anything appears in ``out``.
+    """Export, pack, quantize the cache, and put beside it what belongs to the model. What is written on the way does
+    not appear in ``out``.
 
     Raises ExportError, ConfigError: as :func:`spinpass.exporters.onnx.export` and what packs.
     """
@@ -118,16 +129,32 @@ def write_folder(
             progress=lambda step: steps.begin(f"onnx: {step}"),
         )
 
-    if pack is None:
+    later: dict[str, Callable[[Path, Path], Any]] = {} if pack is None else {"pack": pack}
+    if cache is not None:
+        later["cache"] = _cache_writer(onnx, loaded, cache)
+    if not later:
         report = export(out)
-        return Written(report, None, _write_companions(loaded, report, None, result, out))
+        return Written(report, None, None, _write_companions(loaded, report, None, None, result, out))
     out.parent.mkdir(parents=True, exist_ok=True)
+    made: dict[str, Any] = {}
     with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as staging:
-        report = export(Path(staging))
-        steps.start("pack")
-        packed = pack(report.path, out)
-    report = replace(report, path=packed.path, files=packed.files)
-    return Written(report, packed, _write_companions(loaded, report, packed, result, out))
+        report = export(Path(staging, "0"))
+        source = report.path
+        for step, write in later.items():
+            steps.start(step)
+            made[step] = write(source, out if step == list(later)[-1] else Path(staging, step))
+            source = made[step].path
+    report = replace(report, path=source, files=made[step].files)
+    packed, stored = made.get("pack"), made.get("cache")
+    return Written(report, packed, stored, _write_companions(loaded, report, packed, stored, result, out))
+
+
+def _cache_writer(onnx: SimpleNamespace, loaded: LoadedModel, cache: CacheBits) -> Callable[[Path, Path], Any]:
+    """What quantizes the cache of an exported file. ConfigError where no tokenizer can read the text."""
+    if loaded.companions is None or loaded.companions.tokenizer is None:
+        raise ConfigError(f"{loaded.source.location} has no tokenizer to read {cache.text} with")
+    texts = calibration_windows(token_ids(loaded.companions.tokenizer), cache.text)
+    return lambda source, target: onnx.quantize_cache(source, target, cache.bits, texts)
 
 
 def _packing(onnx: SimpleNamespace, made: QuantizationReport | None, int4: bool) -> Callable[[Path, Path], Any] | None:
@@ -140,27 +167,29 @@ def _packing(onnx: SimpleNamespace, made: QuantizationReport | None, int4: bool)
     return lambda source, target: onnx.pack_weights(source, target, made.weights, accuracy_level=level)
 
 
-def _write_companions(loaded: LoadedModel, report: Any, packed: Any, result: Result, out: Path) -> list[str]:
+def _write_companions(
+    loaded: LoadedModel, report: Any, packed: Any, cache: Any, result: Result, out: Path
+) -> list[str]:
     """Tokenizer, configuration and spinpass.json; returns the names of all files of the export."""
-    written = {path.name for path in (packed or report).files}
+    written = {path.name for path in report.files}
     if loaded.companions is not None:
         written |= {path.name for path in loaded.companions.save(out)}
-    about = manifest(loaded, report, packed, result)
+    about = manifest(loaded, report, packed, cache, result)
     with staged(out) as staging:
         (staging / "spinpass.json").write_text(json.dumps(about, indent=2), encoding="utf-8")
     return sorted(written | {"spinpass.json"})
 
 
-def manifest(loaded: LoadedModel, report: Any, packed: Any, result: Result) -> dict[str, Any]:
+def manifest(loaded: LoadedModel, report: Any, packed: Any, cache: Any, result: Result) -> dict[str, Any]:
     """What spinpass.json holds."""
-    made = {"onnx": report.to_dict(), "packed": packed and packed.to_dict()}
+    made = {"onnx": report.to_dict(), "packed": packed and packed.to_dict(), "cache": cache and cache.to_dict()}
     return {"model": loaded.source.location} | result.to_dict() | made
 
 
 def onnx_tools() -> SimpleNamespace:
     """What writes ONNX, imported when it is needed."""
     try:
-        from .exporters import onnx, onnx_names, onnx_pack, onnx_quantize
+        from .exporters import onnx, onnx_cache, onnx_names, onnx_pack, onnx_quantize
     except ModuleNotFoundError as error:
         raise ExportError(f"writing ONNX needs {error.name}: pip install 'spinpass[onnx]'") from error
     return SimpleNamespace(
@@ -168,6 +197,7 @@ def onnx_tools() -> SimpleNamespace:
         cache_names=onnx_names.cache_names,
         pack_weights=onnx_pack.pack_weights,
         quantize_4bit=onnx_quantize.quantize_4bit,
+        quantize_cache=onnx_cache.quantize_cache,
     )
 
 

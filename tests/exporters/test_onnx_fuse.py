@@ -149,7 +149,9 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, padding: Tensor, past_k: Tensor, past_v: Tensor) -> dict[str, Tensor]:
         batch, tokens, _ = x.shape
-        q, k, v = (part.transpose(1, 2) for part in x.view(batch, tokens, HEADS + 2 * KV, SIZE).split([HEADS, KV, KV], 2))
+        q, k, v = (
+            part.transpose(1, 2) for part in x.view(batch, tokens, HEADS + 2 * KV, SIZE).split([HEADS, KV, KV], 2)
+        )
         k, v = torch.cat([past_k, k], 2), torch.cat([past_v, v], 2)
         rows = torch.arange(tokens)[:, None] + past_k.shape[2]
         mask = self.mask(rows, torch.arange(tokens + past_k.shape[2])[None], padding)
