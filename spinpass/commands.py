@@ -31,15 +31,28 @@ from .errors import ConfigError, ExportError, SpinpassError
 from .eval_request import EvalRequest, Rotated
 from .evaluation import windows as cut
 from .exporters.loading import load_model, load_program, save_program
-from .folder import Result, check_writable, manifest, onnx_tools, quantized, rotated, version_of, write_folder
+from .folder import (
+    CacheBits,
+    Result,
+    check_writable,
+    manifest,
+    onnx_tools,
+    quantized,
+    rotated,
+    version_of,
+    write_folder,
+)
+from .generate_request import GenerateRequest
 from .inspection import artefact_tables
 from .options import (
     ALL,
     AsJson,
     Dtype,
     Int4,
+    KvCache,
     Model,
     NoCache,
+    NoFuse,
     NoVerify,
     Verbose,
     rotation_options,
@@ -47,6 +60,7 @@ from .options import (
 from .planning import RotationPlan
 from .quantization import QuantizationConfig
 from .reporting.request import ReportRequest
+from .sampling import Sampling
 from .scoring import token_ids
 from .texts import LENGTH, SAMPLES, check_calibration, read_text
 from .transform import plan as make_plan
@@ -124,7 +138,9 @@ def export(
     no_cache: NoCache = False,
     int4: Int4 = False,
     quantize: Annotated[str, typer.Option(help="Quantize, say w4g128-gptq-a8-head8-embed8.")] = "",
-    calibration: Annotated[Path | None, typer.Option(help="Text for GPTQ and static ranges.")] = None,
+    calibration: Annotated[Path | None, typer.Option(help="Text for GPTQ, static ranges and --kv-cache.")] = None,
+    kv_cache: KvCache = None,
+    no_fuse: NoFuse = False,
     no_verify: NoVerify = False,
     as_json: AsJson = False,
     verbose: Verbose = 0,
@@ -139,6 +155,7 @@ def export(
         check_calibration(quantize, calibration)
         if int4:
             raise ConfigError("--int4 rounds the weights by itself: leave it out with --quantize")
+    cache = _cache_bits(kv_cache, calibration, no_fuse or no_cache)
     onnx = onnx_tools()
     check_writable(out)
     with screen.steps() as steps:
@@ -146,13 +163,15 @@ def export(
         result = rotated(loaded.program, config, steps, certify=not no_verify)
         if quantize:
             result = quantized(result, loaded, quantize, calibration, steps)
-        written = write_folder(onnx, loaded, result, out, steps, int4=int4, certify=not no_verify)
+        written = write_folder(
+            onnx, loaded, result, out, steps, int4=int4, fuse=not no_fuse, cache=cache, certify=not no_verify
+        )
     if as_json:
         about = {"ok": True, "out": str(out), "files": written.files, "seconds": steps.seconds}
-        screen.document(about | manifest(loaded, written.report, written.packed, result))
+        screen.document(about | manifest(loaded, written.report, written.packed, written.cache, result))
         return
     _show(screen, result)
-    screen.show(_report_line(written.report), _files_table(out, written.files))
+    screen.show(*_report_lines(written.report), _files_table(out, written.files))
 
 
 @app.command()
@@ -333,6 +352,35 @@ def evaluate(
 
 
 @app.command()
+def generate(
+    ctx: typer.Context,
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that spinpass export wrote.")],
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(help="How many tokens at most.")] = 128,
+    chat: Annotated[bool, typer.Option("--chat", help="PROMPT is a user's turn in the tokenizer's template.")] = False,
+    temperature: Annotated[float, typer.Option(help="Draw at this temperature; 0 takes the likeliest token.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Draw from so many; 0: from all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Draw from this share of the probability.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    threads: Annotated[int | None, typer.Option(help="Of ONNX Runtime; its own choice by default.")] = None,
+    provider: Annotated[str, typer.Option(help="ONNX Runtime's execution provider.")] = "CPUExecutionProvider",
+    as_json: AsJson = False,
+    verbose: Verbose = 0,
+) -> None:
+    """Continue PROMPT with a model in ONNX Runtime, and say how fast that was."""
+    screen = _screen(ctx, as_json, verbose)
+    sampling = Sampling(temperature, top_k, top_p, seed)
+    request = GenerateRequest(folder, prompt, max_new_tokens, chat, sampling, threads, provider)
+    found = request.run(lambda piece: None if as_json else typer.echo(piece, nl=False))
+    if as_json:
+        screen.document({"ok": True, "folder": str(folder)} | found)
+        return
+    typer.echo()
+    rates = f"prefill {found['prefill_tokens_per_second']:.1f}, decode {found['decode_tokens_per_second']:.1f} tokens/s"
+    typer.echo(f"{found['prompt_tokens']} + {found['new_tokens']} tokens; {rates}", err=True)
+
+
+@app.command()
 @rotation_options
 def report(
     ctx: typer.Context,
@@ -400,6 +448,17 @@ def inspect(
         screen.show(f"shares a KV cache with {beside}")
 
 
+def _cache_bits(stored: str | None, text: Path | None, unfused: bool) -> CacheBits | None:
+    """ConfigError where a quantized cache lacks what it needs."""
+    if stored is None:
+        return None
+    if text is None:
+        raise ConfigError(f"--kv-cache {stored} needs a text for its scales: add --calibration FILE")
+    if unfused:
+        raise ConfigError("--kv-cache is GroupQueryAttention's: leave out --no-fuse and --no-cache")
+    return CacheBits(int(stored.removeprefix("int")), text)
+
+
 def _sizes(text: str) -> list[int]:
     """Numbers separated by commas. ConfigError for anything else."""
     try:
@@ -443,9 +502,9 @@ def _show_plan(screen: Screen, decided: RotationPlan) -> None:
     screen.show(plan_table(decided, every_space=screen.verbose), *([refused] if refused else []))
 
 
-def _report_line(report: Any) -> str:
+def _report_lines(report: Any) -> list[str]:
     proof = report.certificate.verdict if report.certificate is not None else f"not certified: {report.uncertified}"
-    return f"ONNX opset {report.opset}, {report.hadamards} online Hadamards; {proof}"
+    return [f"ONNX opset {report.opset}, {report.hadamards} online Hadamards; {proof}", *report.fused_lines()]
 
 
 def _files_table(folder: Path, names: list[str]) -> Table:

@@ -24,7 +24,7 @@ from .exporters.loading import Companions, LoadedModel
 from .planning import RotationPlan
 from .quantization import QuantizationReport, quantize
 from .scoring import token_ids
-from .texts import calibration_inputs
+from .texts import calibration_inputs, calibration_windows
 from .transform import plan, transform
 
 _PACKAGES = ("spinpass", "torch", "transformers", "onnx", "onnxscript", "onnxruntime")
@@ -83,11 +83,20 @@ def quantized(result: Result, loaded: LoadedModel, scheme: str, text: Path | Non
 
 
 @dataclass(frozen=True)
+class CacheBits:
+    """How the KV cache is stored: integers of so many ``bits``, with scales from the UTF-8 file ``text``."""
+
+    bits: int
+    text: Path
+
+
+@dataclass(frozen=True)
 class Written:
-    """A folder for ONNX Runtime: the exporter's report, that of packing, the names of all files."""
+    """A folder for ONNX Runtime: the exporter's report, those of packing and of the cache, the names of all files."""
 
     report: Any
     packed: Any
+    cache: Any
     files: list[str]
 
 
@@ -99,9 +108,12 @@ def write_folder(
     steps: Steps,
     *,
     int4: bool = False,
+    fuse: bool = True,
+    cache: CacheBits | None = None,
     certify: bool = True,
 ) -> Written:
-    """Export, pack, and put beside it what belongs to the model. Weights are packed before anything appears in ``out``.
+    """Export, pack, quantize the cache, and put beside it what belongs to the model. What is written on the way does
+    not appear in ``out``.
 
     Raises ExportError, ConfigError: as :func:`spinpass.exporters.onnx.export` and what packs.
     """
@@ -112,21 +124,38 @@ def write_folder(
             result.program,
             folder,
             **onnx.cache_names(result.program),
+            fuse=fuse,
             # a value that lies at a tie may be rounded either way: there is no bound to hold a quantized file to
             verify=None if certify and result.quantization is None else False,
             progress=lambda step: steps.begin(f"onnx: {step}"),
         )
 
-    if pack is None:
+    later: dict[str, Callable[[Path, Path], Any]] = {} if pack is None else {"pack": pack}
+    if cache is not None:
+        later["cache"] = _cache_writer(onnx, loaded, cache)
+    if not later:
         report = export(out)
-        return Written(report, None, _write_companions(onnx, loaded, report, None, result, out))
+        return Written(report, None, None, _write_companions(onnx, loaded, report, None, None, result, out))
     out.parent.mkdir(parents=True, exist_ok=True)
+    made: dict[str, Any] = {}
     with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as staging:
-        report = export(Path(staging))
-        steps.start("pack")
-        packed = pack(report.path, out)
-    report = replace(report, path=packed.path, files=packed.files)
-    return Written(report, packed, _write_companions(onnx, loaded, report, packed, result, out))
+        report = export(Path(staging, "0"))
+        source = report.path
+        for step, write in later.items():
+            steps.start(step)
+            made[step] = write(source, out if step == list(later)[-1] else Path(staging, step))
+            source = made[step].path
+    report = replace(report, path=source, files=made[step].files)
+    packed, stored = made.get("pack"), made.get("cache")
+    return Written(report, packed, stored, _write_companions(onnx, loaded, report, packed, stored, result, out))
+
+
+def _cache_writer(onnx: SimpleNamespace, loaded: LoadedModel, cache: CacheBits) -> Callable[[Path, Path], Any]:
+    """What quantizes the cache of an exported file. ConfigError where no tokenizer can read the text."""
+    if loaded.companions is None or loaded.companions.tokenizer is None:
+        raise ConfigError(f"{loaded.source.location} has no tokenizer to read {cache.text} with")
+    texts = calibration_windows(token_ids(loaded.companions.tokenizer), cache.text)
+    return lambda source, target: onnx.quantize_cache(source, target, cache.bits, texts)
 
 
 def _packing(onnx: SimpleNamespace, made: QuantizationReport | None, int4: bool) -> Callable[[Path, Path], Any] | None:
@@ -140,11 +169,11 @@ def _packing(onnx: SimpleNamespace, made: QuantizationReport | None, int4: bool)
 
 
 def _write_companions(
-    onnx: SimpleNamespace, loaded: LoadedModel, report: Any, packed: Any, result: Result, out: Path
+    onnx: SimpleNamespace, loaded: LoadedModel, report: Any, packed: Any, cache: Any, result: Result, out: Path
 ) -> list[str]:
     """Tokenizer, configurations and spinpass.json; returns the names of all files of the export."""
-    written = {path.name for path in (packed or report).files}
-    about = manifest(loaded, report, packed, result)
+    written = {path.name for path in report.files}
+    about = manifest(loaded, report, packed, cache, result)
     if loaded.companions is not None:
         written |= {path.name for path in loaded.companions.save(out)}
         about["genai"] = _write_genai_config(onnx, loaded.companions, out)
@@ -165,16 +194,16 @@ def _write_genai_config(onnx: SimpleNamespace, companions: Companions, out: Path
     return {"file": file.name, "reason": None}
 
 
-def manifest(loaded: LoadedModel, report: Any, packed: Any, result: Result) -> dict[str, Any]:
+def manifest(loaded: LoadedModel, report: Any, packed: Any, cache: Any, result: Result) -> dict[str, Any]:
     """What spinpass.json holds."""
-    made = {"onnx": report.to_dict(), "packed": packed and packed.to_dict()}
+    made = {"onnx": report.to_dict(), "packed": packed and packed.to_dict(), "cache": cache and cache.to_dict()}
     return {"model": loaded.source.location} | result.to_dict() | made
 
 
 def onnx_tools() -> SimpleNamespace:
     """What writes ONNX, imported when it is needed."""
     try:
-        from .exporters import genai, onnx, onnx_names, onnx_pack, onnx_quantize
+        from .exporters import genai, onnx, onnx_cache, onnx_names, onnx_pack, onnx_quantize
     except ModuleNotFoundError as error:
         raise ExportError(f"writing ONNX needs {error.name}: pip install 'spinpass[onnx]'") from error
     return SimpleNamespace(
@@ -182,6 +211,7 @@ def onnx_tools() -> SimpleNamespace:
         cache_names=onnx_names.cache_names,
         pack_weights=onnx_pack.pack_weights,
         quantize_4bit=onnx_quantize.quantize_4bit,
+        quantize_cache=onnx_cache.quantize_cache,
         save_genai_config=genai.save_genai_config,
         GENAI_CONFIG=genai.CONFIG,
     )

@@ -40,6 +40,13 @@ Dtype = Annotated[
 NoCache = Annotated[bool, typer.Option("--no-cache", help="Export the prompt's pass alone, without a KV cache.")]
 NoVerify = Annotated[bool, typer.Option("--no-verify", help="Do not certify the result.")]
 Int4 = Annotated[bool, typer.Option("--int4", help="Pack the weights to 4 bits (MatMulNBits).")]
+KvCache = Annotated[
+    Literal["int8", "int4"] | None,
+    typer.Option(help="Keep keys and values as integers, with scales from the calibration text."),
+]
+NoFuse = Annotated[
+    bool, typer.Option("--no-fuse", help="Standard ONNX operators only, instead of ONNX Runtime's for attention.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 Verbose = Annotated[
     int, typer.Option("-v", "--verbose", count=True, help="Log every pass, show every line; -vv: tracebacks.")

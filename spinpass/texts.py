@@ -80,6 +80,13 @@ def calibration_inputs(
     """
     if path is None:
         return []
-    scorer, ids = ProgramScorer(program), tokenize(read_text(path))
-    count = max(1, min(samples, len(ids) // length))
-    return [scorer.inputs(window) for window in windows(ids, length, count)]
+    scorer = ProgramScorer(program)
+    return [scorer.inputs(window) for window in calibration_windows(tokenize, path, length, samples)]
+
+
+def calibration_windows(
+    tokenize: Tokenize, path: Path, length: int = LENGTH, samples: int = SAMPLES
+) -> list[list[int]]:
+    """The tokens of such windows. Raises ConfigError as :func:`calibration_inputs`."""
+    ids = tokenize(read_text(path))
+    return [list(window) for window in windows(ids, length, max(1, min(samples, len(ids) // length)))]

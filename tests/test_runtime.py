@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from spinpass import runtime
+from spinpass import decoding
 from spinpass.errors import ConfigError, ExportError
 from spinpass.exporters import onnx as exporter
 from spinpass.exporters import onnx_names
@@ -72,7 +72,7 @@ def test_logits(model: nn.Module, decoder: OrtDecoder, monkeypatch: pytest.Monke
     with torch.no_grad():
         expected = model(torch.tensor([PROMPT])).logits[0]
     for chunk in (512, 4, 1):
-        monkeypatch.setattr(runtime, "_PROMPT_CHUNK", chunk)
+        monkeypatch.setattr(decoding, "PROMPT_CHUNK", chunk)
         torch.testing.assert_close(decoder.logits(PROMPT), expected, atol=1e-4, rtol=1e-4)
 
 

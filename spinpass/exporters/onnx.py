@@ -20,9 +20,10 @@ from torch.export import ExportedProgram
 from spinpass import record
 from spinpass.errors import ConfigError, ProgramError
 
-from . import onnx_functions, onnx_packed, onnx_rounding, onnx_translate
+from . import onnx_functions, onnx_fuse, onnx_packed, onnx_rounding, onnx_translate
 from .files import staged
 from .onnx_certificate import OnnxCertificate, certify
+from .onnx_fuse import Fused
 from .onnx_names import GraphNames, Names, renamed, signature_names
 from .onnx_paths import PROTOBUF_LIMIT, data_name, model_path, remove_stale_data
 from .onnx_session import NoKernelError
@@ -36,7 +37,8 @@ class OnnxReport:
     """What :func:`export` wrote.
 
     ``bytes`` is the size of all ``files`` together, ``hadamards`` the number of online Hadamards in the graph. Without
-    a ``certificate``, ``uncertified`` says why. ``seconds`` maps the steps to wall-clock time.
+    a ``certificate``, ``uncertified`` says why. ``seconds`` maps the steps to wall-clock time. ``fused`` is what became
+    of attention and norms, None where it was not asked for.
     """
 
     path: Path
@@ -49,6 +51,11 @@ class OnnxReport:
     certificate: OnnxCertificate | None
     uncertified: str
     seconds: Mapping[str, float]
+    fused: Fused | None = None
+
+    def fused_lines(self) -> list[str]:
+        """What was fused, and a line for every attention that was not; nothing where it was not asked for."""
+        return [] if self.fused is None else [self.fused.summary, *(f"not fused: {why}" for why in self.fused.kept)]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
@@ -63,6 +70,7 @@ class OnnxReport:
             "certificate": None if self.certificate is None else self.certificate.to_dict(),
             "uncertified": self.uncertified,
             "seconds": dict(self.seconds),
+            "fused": None if self.fused is None else self.fused.to_dict(),
         }
 
 
@@ -73,6 +81,7 @@ def export(
     input_names: Names = None,
     output_names: Names = None,
     opset: int | None = None,
+    fuse: bool = False,
     external_data: bool | None = None,
     external_threshold: int = PROTOBUF_LIMIT,
     verify: bool | None = None,
@@ -90,6 +99,9 @@ def export(
             ``past_key_values_0``), or the program's own names where it has no keys; ``output.`` in front where an input
             has that name.
         opset: ONNX opset; None takes the one torch translates to.
+        fuse: use ONNX Runtime's own operators for attention, rotary embeddings and norms where they compute the same
+            (:mod:`.onnx_fuse`). The file then needs ONNX Runtime, and takes several tokens on top of a cache for one
+            sequence at a time; prompts and single tokens in batches.
         external_data: weights in ``name.onnx.data`` beside the file; None does that above ``external_threshold`` bytes.
         verify: compare ONNX Runtime's outputs with the program's. None does so up to 2 GiB of weights and where ONNX
             Runtime has the kernels on a CPU; True insists.
@@ -111,7 +123,9 @@ def export(
     clock.start("translate")
     names = renamed(signature_names(ep), input_names, output_names)
     model = onnx_translate.translate(ep, opset)
-    hadamards = _finish(model, names, _record(ep, names) | dict(metadata or {}))
+    fused = onnx_fuse.fuse(model) if fuse else None
+    about = {} if fused is None else {"spinpass.fused": json.dumps(fused.to_dict())}
+    hadamards = _finish(model, names, _record(ep, names) | about | dict(metadata or {}))
     weights = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
     external = weights > external_threshold if external_data is None else external_data
     if not external and weights > PROTOBUF_LIMIT:
@@ -124,7 +138,7 @@ def export(
         written = sorted(staging.iterdir())
         size = sum(file.stat().st_size for file in written)
         clock.start("certify")
-        certificate, uncertified = _certify(ep, staging / target.name, inputs, verify, weights)
+        certificate, uncertified = _certify(ep, staging / target.name, inputs, verify, weights, fused)
     files = tuple(target.parent / file.name for file in written)
     remove_stale_data(target, files)
     clock.stop()
@@ -139,6 +153,7 @@ def export(
         certificate=certificate,
         uncertified=uncertified,
         seconds=clock.seconds,
+        fused=fused,
     )
 
 
@@ -169,7 +184,7 @@ def _record(ep: ExportedProgram, names: GraphNames) -> dict[str, str]:
 
 
 def _certify(
-    ep: ExportedProgram, path: Path, inputs: object, verify: bool | None, weights: int
+    ep: ExportedProgram, path: Path, inputs: object, verify: bool | None, weights: int, fused: Fused | None
 ) -> tuple[OnnxCertificate | None, str]:
     """The certificate, or None and why there is none. Raises VerificationError where it fails."""
     if verify is False:
@@ -177,7 +192,7 @@ def _certify(
     if verify is None and weights > VERIFY_LIMIT:
         return None, f"{weights:,} bytes of weights are above the limit of {VERIFY_LIMIT:,}: pass verify=True"
     try:
-        certificate = certify(ep, path, inputs)
+        certificate = certify(ep, path, inputs, fused=fused is not None and fused.attention > 0)
     except NoKernelError as error:
         if verify:
             raise

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from spinpass import execution, synthetic
 from spinpass.certificate import BOUNDS, Difference, compare
 from spinpass.errors import VerificationError
 
+from .onnx_cases import fused_cases
 from .onnx_session import from_ort, open_session, run, to_ort
 
 
@@ -51,7 +52,7 @@ class OnnxCertificate:
     @property
     def worst(self) -> OnnxOutput:
         """The output that fails, else the one with the largest relative error."""
-        return max(self.outputs, key=lambda o: (not o.ok, o.difference.relative))
+        return max(self.outputs, key=_badness)
 
     @property
     def verdict(self) -> str:
@@ -89,19 +90,27 @@ class OnnxCertificate:
         }
 
 
-def certify(ep: ExportedProgram, path: Path, inputs: object = None) -> OnnxCertificate:
+def certify(ep: ExportedProgram, path: Path, inputs: object = None, *, fused: bool = False) -> OnnxCertificate:
     """Run the file at ``path`` (CPU, default optimisations) and ``ep`` on ``inputs`` and compare.
 
     ``inputs`` as in :func:`spinpass.execution.flat_inputs`; None makes them from the program's own specs. Inputs and
-    outputs of the file are matched to the program's by position.
+    outputs of the file are matched to the program's by position. A ``fused`` file is compared on several parts of them,
+    see :mod:`.onnx_cases`, and each output is where it is worst.
 
     Raises:
         ExportError: ONNX Runtime cannot load or run the file.
         ConfigError: the inputs do not fit the program.
     """
     values = synthetic.synthetic_inputs(ep) if inputs is None else execution.flat_inputs(ep, inputs)
-    expected = [v for v, constant in zip(execution.run(ep, values), _constant_outputs(ep), strict=True) if not constant]
     session = open_session(path)
+    found = [_certify(ep, session, case) for case in (fused_cases(ep, values) if fused else [values])]
+    outputs = tuple(max(same, key=_badness) for same in zip(*(c.outputs for c in found), strict=True))
+    return OnnxCertificate(outputs, found[0].dtype, tuple(text for c in found for text in c.inputs))
+
+
+def _certify(ep: ExportedProgram, session: Any, values: Mapping[str, Any]) -> OnnxCertificate:
+    returned = execution.run(ep, dict(values))
+    expected = [v for v, constant in zip(returned, _constant_outputs(ep), strict=True) if not constant]
     constant = {spec.arg.name for spec in ep.graph_signature.input_specs if isinstance(spec.arg, ConstantArgument)}
     fed = [value for name, value in values.items() if name not in constant]
     names = [i.name for i in session.get_inputs()]
@@ -114,6 +123,10 @@ def certify(ep: ExportedProgram, path: Path, inputs: object = None) -> OnnxCerti
     ]
     described = tuple(f"{name} {_describe(value)}" for name, value in zip(names, fed, strict=True))
     return OnnxCertificate(tuple(outputs), dtype, described)
+
+
+def _badness(output: OnnxOutput) -> tuple[bool, float]:
+    return not output.ok, output.difference.relative
 
 
 def _compare(name: str, reference: Tensor, result: Tensor, dtype: torch.dtype) -> OnnxOutput:

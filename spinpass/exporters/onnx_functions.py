@@ -69,7 +69,12 @@ def attach(model: ir.Model) -> int:
 
 def calls(model: ir.Model) -> Iterator[ir.Node]:
     """The online Hadamards of a model, before or after :func:`attach`."""
-    return (node for node in model.graph.all_nodes() if node.domain == DOMAIN and node.op_type.startswith(OP))
+    return filter(is_call, model.graph.all_nodes())
+
+
+def is_call(node: ir.Node) -> bool:
+    """The node is an online Hadamard."""
+    return node.domain == DOMAIN and node.op_type.startswith(OP)
 
 
 def function_name(order: int, blocks: int, rank: int, dtype: ir.DataType, *, transpose: bool) -> str:

@@ -122,7 +122,7 @@ def write(
         open_session(staging / target.name)
         written = sorted(staging.iterdir())
         after = sum(file.stat().st_size for file in written)
-        for file in _companions(source, origin) if origin.parent.resolve() != target.parent.resolve() else ():
+        for file in companions(source, origin) if origin.parent.resolve() != target.parent.resolve() else ():
             shutil.copyfile(file, staging / file.name)
         files = tuple(target.parent / file.name for file in sorted(staging.iterdir()))
     remove_stale_data(target, files)
@@ -159,7 +159,7 @@ def _size(path: Path, model: ir.Model) -> int:
     return path.stat().st_size + sum(file.stat().st_size for file in data if file.is_file())
 
 
-def _companions(source: str | Path, origin: Path) -> Iterator[Path]:
+def companions(source: str | Path, origin: Path) -> Iterator[Path]:
     """The files beside the model that belong to it, if ``source`` is a folder."""
     if Path(source).is_dir():
         yield from (f for f in origin.parent.iterdir() if f.is_file() and not f.name.endswith((".onnx", ".onnx.data")))

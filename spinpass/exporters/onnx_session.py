@@ -22,6 +22,8 @@ DTYPES = {
     "tensor(bfloat16)": torch.bfloat16,
     "tensor(int64)": torch.int64,
     "tensor(int32)": torch.int32,
+    "tensor(int8)": torch.int8,
+    "tensor(uint8)": torch.uint8,
     "tensor(bool)": torch.bool,
 }
 """What ONNX Runtime calls the types of a graph's inputs."""

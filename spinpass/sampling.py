@@ -1,0 +1,44 @@
+"""How the next token is chosen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from spinpass.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen. ``temperature`` 0 takes the likeliest; ``top_k`` 0 and ``top_p`` 1 restrict
+    nothing.
+
+    Raises ConfigError for values out of range.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.temperature >= 0:
+            raise ConfigError(f"temperature {self.temperature} is negative")
+        if self.top_k < 0:
+            raise ConfigError(f"top_k {self.top_k} is negative; 0 keeps all tokens")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p {self.top_p} is not in (0, 1]")
+
+    def choose(self, logits: Tensor, generator: torch.Generator) -> int:
+        """A token for float logits of shape (vocabulary,)."""
+        if self.temperature == 0:
+            return int(logits.argmax())
+        scaled, tokens = (logits.double() / self.temperature).sort(descending=True)
+        probabilities = scaled.softmax(-1)
+        if self.top_k:
+            probabilities[self.top_k :] = 0
+        before = probabilities.cumsum(-1) - probabilities
+        probabilities[before >= self.top_p * probabilities.sum()] = 0
+        return int(tokens[torch.multinomial(probabilities, 1, generator=generator)])
