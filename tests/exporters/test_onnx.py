@@ -23,7 +23,7 @@ from torch.export import Dim, ExportedProgram
 
 from spinpass import library, record, rotation
 from spinpass.errors import ConfigError, ExportError, ProgramError, VerificationError
-from spinpass.exporters import files, onnx_certificate, onnx_functions, onnx_names
+from spinpass.exporters import file_certificate, files, onnx_certificate, onnx_functions, onnx_names
 from spinpass.exporters import onnx as exporter
 from spinpass.hadamard import factor_matrices
 
@@ -570,7 +570,7 @@ def test_a_damaged_file(tmp_path: Path) -> None:
 
 def test_errors_that_are_not_finite_become_text() -> None:
     reference, result = torch.tensor([[1.0]]), torch.tensor([[float("nan")]])
-    output = onnx_certificate._compare("y", reference, result, torch.float32)
+    output = file_certificate.compare_output("y", reference, result, torch.float32)
     certificate = onnx_certificate.OnnxCertificate((output,), torch.float32, ())
     assert not certificate.ok
     assert json.loads(json.dumps(certificate.to_dict()))["outputs"][0]["max_abs_error"] == "inf"

@@ -1,7 +1,8 @@
 """The exporters of transformers with a rotation between ``torch.export`` and the conversion.
 
     from spinpass.exporters.transformers import RotatedOnnxExporter
-    exported = RotatedOnnxExporter(rotation=spinpass.RotationConfig()).export_for_generation(model, inputs, OnnxConfig())
+    exporter = RotatedOnnxExporter(rotation=spinpass.RotationConfig())
+    exported = exporter.export_for_generation(model, inputs, OnnxConfig(dynamic=True))
 
 Nothing is imported before a class is asked for: transformers, and the package of a backend, only where it is used.
 """
@@ -51,7 +52,7 @@ def __getattr__(name: str) -> Any:
         return getattr(import_module(f".{_HOMES[name]}", __name__), name)
     except ModuleNotFoundError as error:
         raise ExportError(
-            f"{name} needs transformers 5.20 or newer with its exporters ({error}): pip install 'spinpass[transformers]'"
+            f"{name} needs transformers 5 with its exporters ({error}): pip install 'spinpass[transformers]'"
         ) from error
 
 

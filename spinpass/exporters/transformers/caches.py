@@ -36,8 +36,8 @@ class Rotated:
 def check_caches(components: Mapping[str, Rotated]) -> None:
     """Raise ExportError unless every component that takes or returns a cache keeps it in the basis of the others.
 
-    Bases agree where names of spaces, fingerprints of rotations and axes do: one component may have refused what another
-    accepted.
+    Bases agree where names of spaces, fingerprints of rotations and axes do: one component may have refused what
+    another accepted.
     """
     found = {f"{name} takes": _bases(c.record.inputs) for name, c in components.items() if c.takes_cache}
     found |= {f"{name} returns": _bases(c.record.outputs) for name, c in components.items() if c.returns_cache}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch.export import ExportedProgram
-from transformers.exporters import DynamoExporter
+from transformers.exporters.exporter_dynamo import DynamoExporter
 
 from spinpass.config import RotationConfig
 from spinpass.errors import ConfigError, ExportError
@@ -17,7 +17,7 @@ from .caches import Rotated, check_caches
 from .quantizers import refuse_graph_quantizer
 
 
-class RotationMixin(DynamoExporter):  # type: ignore[misc]  # transformers has no types
+class RotationMixin(DynamoExporter):
     """Rotates every program that transformers traces, before a backend converts it.
 
     A backend's exporter comes first among the bases, ``class Mine(BackendExporter, RotationMixin)``: its
@@ -43,12 +43,12 @@ class RotationMixin(DynamoExporter):  # type: ignore[misc]  # transformers has n
         self.rotation = rotation or RotationConfig()
         self._components: list[Rotated] = []
         self._last: ExportedProgram | None = None
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # transformers leaves it unannotated
 
     def validate_environment(self) -> None:
         """As of transformers. Raises ExportError, naming the extra, where a package is missing or too old."""
         try:
-            super().validate_environment()
+            super().validate_environment()  # type: ignore[no-untyped-call]  # as above
         except ImportError as error:
             raise ExportError(f"{error}: pip install 'spinpass[{self.extra}]'") from error
 
@@ -62,7 +62,7 @@ class RotationMixin(DynamoExporter):  # type: ignore[misc]  # transformers has n
         refuse_graph_quantizer(config)
         program, metadata = super().export_program(model, sample_inputs, config)
         rotated = transform(program, self.rotation)
-        made = Rotated.of(rotated, metadata.out_spec)
+        made = Rotated.of(rotated, metadata.out_spec or "")
         self._components.append(made)
         self._last = rotated
         metadata.packages["spinpass"] = made.record.version

@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import Any
 
 import torch
-from transformers.exporters import OnnxExporter
+from transformers.exporters.exporter_onnx import OnnxExporter
 
 from spinpass import library  # noqa: F401  # registers the operator that is translated
 from spinpass.exporters import onnx_functions
@@ -18,7 +18,7 @@ from .mixin import RotationMixin
 from .quantizers import calibrated, refuse_graph_quantizer
 
 
-class RotatedOnnxExporter(OnnxExporter, RotationMixin):  # type: ignore[misc]  # transformers has no types
+class RotatedOnnxExporter(OnnxExporter, RotationMixin):
     """Exports to a rotated ``onnx_ir.Model`` that stock ONNX Runtime runs, ``ort_fusions`` included.
 
     Online Hadamards are opaque nodes while transformers optimizes and fuses the graph; then they become calls of named
