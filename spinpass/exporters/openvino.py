@@ -16,6 +16,7 @@ from torch.export import ExportedProgram
 
 from spinpass import record
 from spinpass.errors import ConfigError, ExportError, ProgramError
+from spinpass.program import shape, value
 
 from .clock import Clock
 from .file_certificate import Comparison, FileCertificate
@@ -102,6 +103,7 @@ def export(
     names = renamed(signature_names(ep), input_names, output_names)
     model = _convert(openvino, lower_hadamards(ep))
     _name_ports(model, names)
+    _fix_shapes(openvino, model, ep)
     if (found := record.read(ep)) is not None:
         model.set_rt_info(json.dumps(found.to_dict()), ["spinpass", "record"])
     weights = sum(t.nbytes for t in {id(t): t for t in (*ep.state_dict.values(), *_tensors(ep.constants))}.values())
@@ -152,6 +154,14 @@ def _name_ports(model: Any, names: GraphNames) -> None:
             )
         for port, name in zip(ports, wanted):
             port.get_tensor().set_names({name})
+
+
+def _fix_shapes(openvino: Any, model: Any, ep: ExportedProgram) -> None:
+    """The program's own shapes on the inputs: the frontend leaves out sizes that it does not need."""
+    taken = [node for node in ep.graph.nodes if node.name in ep.graph_signature.user_inputs]
+    tensors = [node for node in taken if isinstance(value(node), torch.Tensor)]
+    shapes = [[size if isinstance(size, int) else -1 for size in shape(node)] for node in tensors]
+    model.reshape({port: openvino.PartialShape(sizes) for port, sizes in zip(model.inputs, shapes, strict=True)})
 
 
 def _certify(
