@@ -64,8 +64,13 @@ class Session:
 def _into(given: Any, carried: Carried | None, float64: bool) -> Any:
     if carried is None or not isinstance(given, Tensor):
         return given
-    rotated = _blockwise(given, carried, inverse=False)
+    rotated = into_basis(given, carried)
     return rotated if float64 else rotated.to(given.dtype)
+
+
+def into_basis(x: Tensor, carried: Carried) -> Tensor:
+    """A plain cache tensor as the rotated program takes it, in float64."""
+    return _blockwise(x, carried, inverse=False)
 
 
 def _blockwise(x: Tensor, carried: Carried, *, inverse: bool) -> Tensor:

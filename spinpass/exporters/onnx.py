@@ -7,7 +7,6 @@ is compared with the program before it appears under its name, and appears by re
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +20,10 @@ from spinpass import record
 from spinpass.errors import ConfigError, ProgramError
 
 from . import onnx_functions, onnx_fuse, onnx_packed, onnx_rounding, onnx_translate
+from .clock import Clock
+from .file_certificate import FileCertificate
 from .files import staged
-from .onnx_certificate import OnnxCertificate, certify
+from .onnx_certificate import certify
 from .onnx_fuse import Fused
 from .onnx_names import GraphNames, Names, renamed, signature_names
 from .onnx_paths import PROTOBUF_LIMIT, data_name, model_path, remove_stale_data
@@ -48,7 +49,7 @@ class OnnxReport:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     hadamards: int
-    certificate: OnnxCertificate | None
+    certificate: FileCertificate | None
     uncertified: str
     seconds: Mapping[str, float]
     fused: Fused | None = None
@@ -119,7 +120,7 @@ def export(
     if not isinstance(ep, ExportedProgram):
         raise ProgramError(f"export takes a torch.export.ExportedProgram, got {type(ep).__name__}")
     target = model_path(path)
-    clock = _Clock(progress)
+    clock = Clock(progress)
     clock.start("translate")
     names = renamed(signature_names(ep), input_names, output_names)
     model = onnx_translate.translate(ep, opset)
@@ -185,7 +186,7 @@ def _record(ep: ExportedProgram, names: GraphNames) -> dict[str, str]:
 
 def _certify(
     ep: ExportedProgram, path: Path, inputs: object, verify: bool | None, weights: int, fused: Fused | None
-) -> tuple[OnnxCertificate | None, str]:
+) -> tuple[FileCertificate | None, str]:
     """The certificate, or None and why there is none. Raises VerificationError where it fails."""
     if verify is False:
         return None, "switched off"
@@ -199,23 +200,3 @@ def _certify(
         return None, str(error)
     certificate.raise_if_failed()
     return certificate, ""
-
-
-class _Clock:
-    """Wall-clock seconds per step."""
-
-    def __init__(self, progress: Callable[[str], None] | None) -> None:
-        self.seconds: dict[str, float] = {}
-        self._progress = progress
-        self._step = ""
-        self._began = 0.0
-
-    def start(self, step: str) -> None:
-        self.stop()
-        if self._progress is not None:
-            self._progress(step)
-        self._step, self._began = step, time.perf_counter()
-
-    def stop(self) -> None:
-        if self._step:
-            self.seconds[self._step] = time.perf_counter() - self._began

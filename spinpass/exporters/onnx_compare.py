@@ -21,12 +21,13 @@ from spinpass.certificate import BOUNDS, compare
 from spinpass.errors import VerificationError
 from spinpass.record import Carried
 
-from .onnx_certificate import OnnxCertificate, OnnxOutput
+from .file_certificate import FileCertificate, FileOutput
+from .onnx_certificate import KIND
 from .onnx_names import signature_names
 from .onnx_session import DTYPES, from_ort, open_session, run, to_ort
 
 
-def compare_file(program: ExportedProgram, path: Path) -> OnnxCertificate:
+def compare_file(program: ExportedProgram, path: Path) -> FileCertificate:
     """Run both on synthetic inputs made from the specs of ``program``; inputs and outputs are matched by position.
 
     Raises:
@@ -56,7 +57,7 @@ def compare_file(program: ExportedProgram, path: Path) -> OnnxCertificate:
                 _rotated(result, there.get(output.name), back=True), dtype)
         for i, (output, result) in enumerate(zip(session.get_outputs(), results, strict=True))
     ]  # fmt: skip
-    return OnnxCertificate(tuple(outputs), dtype, tuple(f"{n} {list(v.shape)}" for n, v in given.items()))
+    return FileCertificate(tuple(outputs), dtype, tuple(f"{n} {list(v.shape)}" for n, v in given.items()), KIND)
 
 
 def _carried_by(session: Any) -> dict[str, Carried]:
@@ -85,10 +86,10 @@ def _rotated(value: Any, carried: Carried | None, *, back: bool = False) -> Any:
     return blocks.flatten(-2).movedim(-1, carried.dim).to(value.dtype)
 
 
-def _output(name: str, reference: Tensor, result: Tensor, dtype: torch.dtype) -> OnnxOutput:
+def _output(name: str, reference: Tensor, result: Tensor, dtype: torch.dtype) -> FileOutput:
     floating = reference.is_floating_point() or reference.is_complex()
     difference = compare(reference, result, argmax=floating and reference.ndim == 3)
-    return OnnxOutput(name, tuple(reference.shape), difference, BOUNDS[dtype] if floating else 0.0)
+    return FileOutput(name, tuple(reference.shape), difference, BOUNDS[dtype] if floating else 0.0)
 
 
 def _roundoff(dtype: torch.dtype) -> float:

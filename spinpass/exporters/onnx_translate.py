@@ -29,6 +29,7 @@ from spinpass.program import is_op, mutates
 from spinpass.quantization.double_program import decode_scales
 
 from . import onnx_functions, onnx_packed, onnx_rounding
+from .refusals import refuse_fake_weights, refuse_mutation
 
 _RULES = (
     rules.add_0_rule,
@@ -65,7 +66,7 @@ def translate(ep: ExportedProgram, opset: int | None) -> ir.Model:
         ExportError: an op that ONNX has no translation for, a program that writes to its inputs or buffers, fake
             weights.
     """
-    _refuse_fake_weights(ep)
+    refuse_fake_weights(ep)
     import spinpass.library
     import spinpass.quantization.operators  # noqa: F401  the two register ops that the table names
 
@@ -139,7 +140,7 @@ class _Program(ExportedProgram):
             own = torch.export.default_decompositions()
             table |= {target: own[target] for target in _CASTS if target in own}
             program = super().run_decompositions(table, decompose_custom_triton_ops)
-        _refuse_mutation(program)
+        refuse_mutation(program, "an ONNX graph")
         return program
 
 
@@ -233,26 +234,6 @@ def _share_initializers(graph: ir.Graph) -> None:
 
 
 # -- refusals ---------------------------------------------------------------------------------------------------------
-
-
-def _refuse_fake_weights(ep: ExportedProgram) -> None:
-    for name, tensor in (*ep.state_dict.items(), *ep.constants.items()):
-        if isinstance(tensor, torch.Tensor) and type(tensor.data) is not torch.Tensor:
-            raise ExportError(
-                f"{name} is a {type(tensor.data).__name__}, not a tensor with values:"
-                " load the weights into the program first"
-            )
-
-
-def _refuse_mutation(ep: ExportedProgram) -> None:
-    signature = ep.graph_signature
-    written = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
-    if written:
-        more = f" and {len(written) - 1} more" if len(written) > 1 else ""
-        raise ExportError(
-            f"the program writes to {written[0]}{more} in place, and an ONNX graph keeps no state between calls:"
-            " export the program with that state (a static cache, say) as inputs and outputs"
-        )
 
 
 def _refusal(error: BaseException) -> ExportError | None:

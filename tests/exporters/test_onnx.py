@@ -23,7 +23,7 @@ from torch.export import Dim, ExportedProgram
 
 from spinpass import library, record, rotation
 from spinpass.errors import ConfigError, ExportError, ProgramError, VerificationError
-from spinpass.exporters import files, onnx_certificate, onnx_functions, onnx_names
+from spinpass.exporters import file_certificate, files, onnx_certificate, onnx_functions, onnx_names
 from spinpass.exporters import onnx as exporter
 from spinpass.hadamard import factor_matrices
 
@@ -497,7 +497,7 @@ def test_the_certificate_compares_every_output(tmp_path: Path) -> None:
 
 
 def test_a_program_without_outputs_and_one_with_whole_numbers(tmp_path: Path) -> None:
-    empty = onnx_certificate.OnnxCertificate((), torch.float32, ())
+    empty = file_certificate.FileCertificate((), torch.float32, (), onnx_certificate.KIND)
     assert empty.ok and empty.verdict == "equivalent: the program has no outputs"
     ep = traced(lambda _, i: {"i": i * 2}, torch.tensor([1, 2]))
     report = exporter.export(ep, tmp_path / "m.onnx")
@@ -570,7 +570,7 @@ def test_a_damaged_file(tmp_path: Path) -> None:
 
 def test_errors_that_are_not_finite_become_text() -> None:
     reference, result = torch.tensor([[1.0]]), torch.tensor([[float("nan")]])
-    output = onnx_certificate._compare("y", reference, result, torch.float32)
-    certificate = onnx_certificate.OnnxCertificate((output,), torch.float32, ())
+    output = file_certificate.compare_output("y", reference, result, 1e-4)
+    certificate = file_certificate.FileCertificate((output,), torch.float32, (), onnx_certificate.KIND)
     assert not certificate.ok
     assert json.loads(json.dumps(certificate.to_dict()))["outputs"][0]["max_abs_error"] == "inf"

@@ -1,0 +1,108 @@
+"""OpenVINO models on a CPU, in the precision they were written in, with errors that say what failed."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spinpass.errors import ConfigError, ExportError
+
+
+def import_openvino() -> Any:
+    """The package. Raises ExportError where it is not installed."""
+    try:
+        import openvino
+    except ModuleNotFoundError as error:
+        raise ExportError(f"this needs the package {error.name}: pip install 'spinpass[openvino]'") from error
+    return openvino
+
+
+class CompiledModel:
+    """A model file compiled for the CPU at float32: OpenVINO's own choice may be less precise.
+
+    ``inputs`` and ``outputs`` are names; ``shapes`` those of the inputs, None for dynamic axes.
+
+    Raises:
+        ExportError: OpenVINO is missing or cannot load the file.
+    """
+
+    def __init__(self, path: str | Path, *, threads: int | None = None) -> None:
+        options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
+        if threads is not None:
+            options["INFERENCE_NUM_THREADS"] = threads
+        openvino = import_openvino()
+        try:
+            self._model = openvino.Core().compile_model(str(path), "CPU", options)
+        except Exception as error:  # OpenVINO raises RuntimeError and its subclasses, and TypeError for options
+            raise ExportError(
+                f"OpenVINO {openvino.__version__} cannot load {Path(path).name}: {reason(error)}"
+            ) from error
+        self._request = self._model.create_infer_request()
+        self.inputs = tuple(port.get_any_name() for port in self._model.inputs)
+        self.shapes = tuple(_shape(port.get_partial_shape()) for port in self._model.inputs)
+        self.outputs = tuple(port.get_any_name() for port in self._model.outputs)
+
+    def run(self, values: Sequence[Tensor]) -> list[Tensor]:
+        """All outputs for one value per input, in order. Raises ExportError where OpenVINO fails."""
+        feed = {i: value.detach().cpu().contiguous().numpy() for i, value in enumerate(values)}
+        try:
+            results = self._request.infer(feed, share_inputs=False, share_outputs=False)
+        except Exception as error:  # see __init__
+            raise ExportError(f"OpenVINO cannot run the model: {reason(error)}") from error
+        return [torch.from_numpy(results[port]) for port in self._model.outputs]
+
+
+def _shape(partial: Any) -> tuple[int | None, ...]:
+    """None for a dynamic axis."""
+    return tuple(None if size.is_dynamic else size.get_length() for size in partial)
+
+
+def generate(model: CompiledModel, ids: Sequence[int], max_new_tokens: int, *, end: Collection[int] = ()) -> list[int]:
+    """Continue ``ids`` greedily with a model that takes tokens and a cache and returns logits and the cache; the new
+    tokens, an end token included.
+
+    A cache is what has three axes or more; its dynamic axes but the first grow, and its outputs come in the order of
+    its inputs. Raises ConfigError for an empty prompt, a limit below 1, or a model without a cache that grows.
+    """
+    if not ids or max_new_tokens < 1:
+        raise ConfigError(f"there are {len(ids)} tokens to start from and {max_new_tokens} to make: give at least one")
+    cache = [torch.zeros(_empty(shape)) for shape in model.shapes if len(shape) >= 3]
+    if not cache or any(t.numel() for t in cache) or len(cache) + 1 != len(model.outputs):
+        raise ConfigError(
+            f"a model that takes {', '.join(model.inputs)} and returns {', '.join(model.outputs)} cannot generate: "
+            "export the graph that decodes, with a cache of dynamic length as inputs and outputs"
+        )
+    tokens: list[int] = []
+    given, length = list(ids), len(ids)
+    while True:
+        positions = torch.arange(length - len(given), length)
+        known = {
+            "position_ids": positions[None],
+            "cache_position": positions,
+            "attention_mask": torch.ones(1, length).long(),
+        }
+        rest = iter(cache)
+        fed = [
+            next(rest) if len(shape) >= 3 else known.get(name, torch.tensor([given]))
+            for name, shape in zip(model.inputs, model.shapes)
+        ]
+        logits, *cache = model.run(fed)
+        tokens.append(int(logits[0, -1].argmax()))
+        if tokens[-1] in end or len(tokens) == max_new_tokens:
+            return tokens
+        given, length = tokens[-1:], length + 1
+
+
+def _empty(shape: Sequence[int | None]) -> list[int]:
+    """Batch 1, no tokens."""
+    return [(1 if axis == 0 else 0) if size is None else size for axis, size in enumerate(shape)]
+
+
+def reason(error: BaseException) -> str:
+    """What OpenVINO says at the end of its long messages: the cause."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[-1] if lines else type(error).__name__)[:300]

@@ -1,0 +1,55 @@
+"""A cache that several components share: whether all of them keep it in the same basis."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch.export import ExportedProgram
+
+from spinpass import execution, record
+from spinpass.errors import ExportError
+from spinpass.record import Carried, Record
+
+_CACHE = "past_key_values"
+
+
+@dataclass(frozen=True)
+class Rotated:
+    """A rotated component: its record, and whether it takes and returns a cache, in whatever basis."""
+
+    record: Record
+    takes_cache: bool
+    returns_cache: bool
+
+    @staticmethod
+    def of(program: ExportedProgram, out_spec: str) -> Rotated:
+        """Raises ExportError where the program has no record. ``out_spec`` as in transformers' metadata."""
+        found = record.read(program)
+        if found is None:
+            raise ExportError("no output of the rotated program is computed: there is nothing to export")
+        takes = any(name.startswith(_CACHE) for name in execution.user_input_names(program))
+        return Rotated(found, takes, _CACHE in out_spec)
+
+
+def check_caches(components: Mapping[str, Rotated]) -> None:
+    """Raise ExportError unless every component that takes or returns a cache keeps it in the basis of the others.
+
+    Bases agree where names of spaces, fingerprints of rotations and axes do: one component may have refused what
+    another accepted.
+    """
+    found = {f"{name} takes": _bases(c.record.inputs) for name, c in components.items() if c.takes_cache}
+    found |= {f"{name} returns": _bases(c.record.outputs) for name, c in components.items() if c.returns_cache}
+    for what, bases in found.items():
+        first, expected = next(iter(found.items()))
+        differing = sorted(space for space, _, _ in bases ^ expected)
+        if differing:
+            raise ExportError(
+                f"the cache that {what} is not in the basis of the one that {first}: {differing[0]} differs; "
+                'set RotationConfig(cache="plain"), which keeps caches in the original basis'
+            )
+
+
+def _bases(carried: Mapping[Any, Carried]) -> frozenset[tuple[str, str, int]]:
+    return frozenset((entry.space, entry.rotation.fingerprint(), entry.dim) for entry in carried.values())

@@ -1,0 +1,12 @@
+"""transformers' DynamoExporter, rotated."""
+
+from __future__ import annotations
+
+from .mixin import RotationMixin
+
+
+class RotatedDynamoExporter(RotationMixin):
+    """Exports to a rotated ``ExportedProgram``, online Hadamards as ``torch.ops.spinpass.hadamard``.
+
+    What it saves loads where ``spinpass`` has been imported, which registers that operator.
+    """

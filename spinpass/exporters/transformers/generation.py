@@ -1,0 +1,60 @@
+"""Greedy text from what transformers' exporters export for generation."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+
+from spinpass.errors import ConfigError
+
+
+def generate(exported: Any, ids: Sequence[int], max_new_tokens: int, *, end: Collection[int] = ()) -> list[int]:
+    """Continue ``ids`` greedily with the components ``prefill`` and ``decode`` of an ``ExportedModel``.
+
+    The cache that prefill returns is what decode is given, as it is: a rotated pair keeps it in the same basis. Returns
+    the new tokens, an end token included.
+
+    Raises:
+        ConfigError: an empty prompt, a limit below 1, or a component is missing.
+    """
+    if not ids or max_new_tokens < 1:
+        raise ConfigError(
+            f"nothing to generate from {len(ids)} tokens up to {max_new_tokens} new ones: give at least one"
+        )
+    missing = {"prefill", "decode"} - set(exported.components)
+    if missing:
+        raise ConfigError(
+            f"the exported model has the components {', '.join(exported.components)} and not {missing.pop()}: "
+            "export it with export_for_generation"
+        )
+    tokens: list[int] = []
+    cache, name, given = _empty_cache(), "prefill", list(ids)
+    while True:
+        returned = exported.runners[name](
+            **_inputs(exported.components[name].metadata, given, len(tokens) + len(ids), cache)
+        )
+        tokens.append(int(returned.logits[0, -1].argmax()))
+        if tokens[-1] in end or len(tokens) == max_new_tokens:
+            return tokens
+        cache, name, given = returned.past_key_values, "decode", tokens[-1:]
+
+
+def _inputs(metadata: Any, ids: Sequence[int], length: int, cache: Any) -> dict[str, Any]:
+    """What the component was traced with, of: ids, their positions, a mask over all ``length`` tokens, the cache."""
+    positions = torch.arange(length - len(ids), length)
+    known = {
+        "input_ids": torch.tensor([list(ids)]),
+        "position_ids": positions[None],
+        "cache_position": positions,
+        "attention_mask": torch.ones(1, length, dtype=torch.int64),
+        "past_key_values": cache,
+    }
+    return {name: value for name, value in known.items() if name in metadata.kwargs}
+
+
+def _empty_cache() -> Any:
+    from transformers import DynamicCache
+
+    return DynamicCache()
