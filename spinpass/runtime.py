@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,7 +28,7 @@ _PREFIX = re.compile(r"^(input\.|output\.)?(past_key_values|present_key_values|p
 
 @dataclass(frozen=True)
 class Generation:
-    """What :meth:`OrtDecoder.generate` returns: the new tokens without the prompt, and wall-clock times.
+    """What :meth:`Decoder.generate` returns: the new tokens without the prompt, and wall-clock times.
 
     ``decode_seconds`` covers the calls of one token each, ``decoded`` how many there were; ``finished`` is whether an
     end token came.
@@ -85,30 +86,19 @@ class Sampling:
         return int(tokens[torch.multinomial(probabilities, 1, generator=generator)])
 
 
-class OrtDecoder:
-    """A model folder (``model.onnx``, and for text a tokenizer and ``generation_config.json`` or ``config.json``) ready
-    to run.
+class Decoder(ABC):
+    """A model file that reads and writes text, one sequence at a time. ``path``: the file; what belongs to it
+    (tokenizer, ``generation_config.json`` or ``config.json``) lies beside it."""
 
-    The graph takes token ids, optionally ``position_ids``, ``cache_position`` and ``attention_mask``, and a cache of
-    dynamic length; it returns logits first and then the cache.
+    path: Path
 
-    Raises:
-        ExportError: no model there, ONNX Runtime cannot load it, or the graph has no cache of dynamic length.
-        ConfigError: ONNX Runtime does not have ``provider``.
-    """
+    @abstractmethod
+    def _empty(self, ids: Sequence[int]) -> Any:
+        """The state before the first token of a text that begins with ``ids``; ConfigError where there is none."""
 
-    def __init__(
-        self, folder: str | Path, *, provider: str = "CPUExecutionProvider", threads: int | None = None
-    ) -> None:
-        from spinpass.exporters import onnx_session
-        from spinpass.exporters.onnx_paths import model_path
-
-        self.path = model_path(folder)
-        if not self.path.is_file():
-            raise ExportError(f"there is no model at {self.path}")
-        self._ort = onnx_session
-        self._session = onnx_session.open_session(self.path, provider, threads)
-        self._graph = _Graph.of(self._session, self.path)
+    @abstractmethod
+    def _step(self, ids: Sequence[int], state: Any) -> Tensor:
+        """Read new tokens, advance ``state``, return their logits (length, vocabulary)."""
 
     @property
     def folder(self) -> Path:
@@ -181,9 +171,34 @@ class OrtDecoder:
                 return frozenset(value if isinstance(value, list) else [value])
         return frozenset()
 
+
+class OrtDecoder(Decoder):
+    """A model folder (``model.onnx``, and for text a tokenizer and ``generation_config.json`` or ``config.json``) ready
+    to run.
+
+    The graph takes token ids, optionally ``position_ids``, ``cache_position`` and ``attention_mask``, and a cache of
+    dynamic length; it returns logits first and then the cache.
+
+    Raises:
+        ExportError: no model there, ONNX Runtime cannot load it, or the graph has no cache of dynamic length.
+        ConfigError: ONNX Runtime does not have ``provider``.
+    """
+
+    def __init__(
+        self, folder: str | Path, *, provider: str = "CPUExecutionProvider", threads: int | None = None
+    ) -> None:
+        from spinpass.exporters import onnx_session
+        from spinpass.exporters.onnx_paths import model_path
+
+        self.path = model_path(folder)
+        if not self.path.is_file():
+            raise ExportError(f"there is no model at {self.path}")
+        self._ort = onnx_session
+        self._session = onnx_session.open_session(self.path, provider, threads)
+        self._graph = _Graph.of(self._session, self.path)
+
     def _empty(self, ids: Sequence[int]) -> _State:
-        if not len(ids):
-            raise ConfigError("there are no tokens to start from: give at least one")
+        check_start(ids)
         cache = {slot.name: self._ort.to_ort(torch.zeros(slot.empty, dtype=slot.dtype)) for slot in self._graph.cache}
         return _State(0, cache)
 
@@ -277,6 +292,12 @@ def _empty_shape(value: Any, batch: int | str, path: Path) -> tuple[int, ...]:
             f"{path}: the cache {value.name} of shape {value.shape} has a fixed length: export it with a dynamic one"
         )
     return shape
+
+
+def check_start(ids: Sequence[int]) -> None:
+    """ConfigError for an empty sequence."""
+    if not len(ids):
+        raise ConfigError("there are no tokens to start from: give at least one")
 
 
 def _chunks(ids: Sequence[int]) -> list[Sequence[int]]:

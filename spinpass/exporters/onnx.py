@@ -7,7 +7,6 @@ is compared with the program before it appears under its name, and appears by re
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from spinpass import record
 from spinpass.errors import ConfigError, ProgramError
 
 from . import onnx_functions, onnx_packed, onnx_rounding, onnx_translate
+from .clock import Clock
 from .files import staged
 from .onnx_certificate import OnnxCertificate, certify
 from .onnx_names import GraphNames, Names, renamed, signature_names
@@ -107,7 +107,7 @@ def export(
     if not isinstance(ep, ExportedProgram):
         raise ProgramError(f"export takes a torch.export.ExportedProgram, got {type(ep).__name__}")
     target = model_path(path)
-    clock = _Clock(progress)
+    clock = Clock(progress)
     clock.start("translate")
     names = renamed(signature_names(ep), input_names, output_names)
     model = onnx_translate.translate(ep, opset)
@@ -184,23 +184,3 @@ def _certify(
         return None, str(error)
     certificate.raise_if_failed()
     return certificate, ""
-
-
-class _Clock:
-    """Wall-clock seconds per step."""
-
-    def __init__(self, progress: Callable[[str], None] | None) -> None:
-        self.seconds: dict[str, float] = {}
-        self._progress = progress
-        self._step = ""
-        self._began = 0.0
-
-    def start(self, step: str) -> None:
-        self.stop()
-        if self._progress is not None:
-            self._progress(step)
-        self._step, self._began = step, time.perf_counter()
-
-    def stop(self) -> None:
-        if self._step:
-            self.seconds[self._step] = time.perf_counter() - self._began

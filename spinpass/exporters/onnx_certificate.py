@@ -2,91 +2,34 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
-from torch import Tensor
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument
 
 from spinpass import execution, synthetic
-from spinpass.certificate import BOUNDS, Difference, compare
-from spinpass.errors import VerificationError
+from spinpass.certificate import BOUNDS
 
+from .file_certificate import (
+    FileCertificate,
+    FileOutput,
+    as_tensor,
+    compare_output,
+    constant_outputs,
+    describe,
+    narrowest_dtype,
+)
 from .onnx_session import from_ort, open_session, run, to_ort
 
-
-@dataclass(frozen=True)
-class OnnxOutput:
-    """One output: ONNX Runtime's value against the program's. ``bound`` is on the error relative to
-    ``difference.scale``; it is 0 for integers."""
-
-    name: str
-    shape: tuple[int, ...]
-    difference: Difference
-    bound: float
-
-    @property
-    def ok(self) -> bool:
-        return self.difference.relative <= self.bound
+OnnxOutput = FileOutput
 
 
 @dataclass(frozen=True)
-class OnnxCertificate:
-    """How far the file is from the program. ``dtype`` is the narrowest float type the program computes in, which sets
-    the bound (:data:`spinpass.certificate.BOUNDS`); ``inputs`` says what both were given."""
+class OnnxCertificate(FileCertificate):
+    """How far an ONNX file is from the program."""
 
-    outputs: tuple[OnnxOutput, ...]
-    dtype: torch.dtype
-    inputs: tuple[str, ...]
-
-    @property
-    def ok(self) -> bool:
-        return all(output.ok for output in self.outputs)
-
-    @property
-    def worst(self) -> OnnxOutput:
-        """The output that fails, else the one with the largest relative error."""
-        return max(self.outputs, key=lambda o: (not o.ok, o.difference.relative))
-
-    @property
-    def verdict(self) -> str:
-        """One line: equivalent or not, and by how much."""
-        if not self.outputs:
-            return "equivalent: the program has no outputs"
-        name, difference, bound = self.worst.name, self.worst.difference, self.worst.bound
-        found = f"{name}: max |error| {difference.error:.1e}, relative {difference.relative:.1e}, bound {bound:.0e}"
-        return f"equivalent: at worst {found}" if self.ok else f"NOT equivalent: {found}"
-
-    def raise_if_failed(self) -> None:
-        """VerificationError naming the worst output, unless :attr:`ok`."""
-        if not self.ok:
-            raise VerificationError(f"the ONNX file does not compute what the program computes: {self.verdict}")
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able; errors that are not finite become strings."""
-        return {
-            "ok": self.ok,
-            "verdict": self.verdict,
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "inputs": list(self.inputs),
-            "outputs": [
-                {
-                    "name": o.name,
-                    "shape": list(o.shape),
-                    "max_abs_error": _plain(o.difference.error),
-                    "max_abs": _plain(o.difference.scale),
-                    "argmax_agreement": o.difference.argmax,
-                    "bound": o.bound,
-                    "ok": o.ok,
-                }
-                for o in self.outputs
-            ],
-        }
+    kind: str = "ONNX file"
 
 
 def certify(ep: ExportedProgram, path: Path, inputs: object = None) -> OnnxCertificate:
@@ -100,48 +43,17 @@ def certify(ep: ExportedProgram, path: Path, inputs: object = None) -> OnnxCerti
         ConfigError: the inputs do not fit the program.
     """
     values = synthetic.synthetic_inputs(ep) if inputs is None else execution.flat_inputs(ep, inputs)
-    expected = [v for v, constant in zip(execution.run(ep, values), _constant_outputs(ep), strict=True) if not constant]
+    expected = [v for v, constant in zip(execution.run(ep, values), constant_outputs(ep), strict=True) if not constant]
     session = open_session(path)
     constant = {spec.arg.name for spec in ep.graph_signature.input_specs if isinstance(spec.arg, ConstantArgument)}
     fed = [value for name, value in values.items() if name not in constant]
     names = [i.name for i in session.get_inputs()]
-    feed = {name: to_ort(_tensor(value)) for name, value in zip(names, fed, strict=True)}
+    feed = {name: to_ort(as_tensor(value)) for name, value in zip(names, fed, strict=True)}
     found = map(from_ort, run(session, feed))
-    dtype = _narrowest(ep)
+    dtype = narrowest_dtype(ep)
     outputs = [
-        _compare(output.name, _tensor(reference), result, dtype)
+        compare_output(output.name, as_tensor(reference), result, BOUNDS[dtype])
         for output, reference, result in zip(session.get_outputs(), expected, found, strict=True)
     ]
-    described = tuple(f"{name} {_describe(value)}" for name, value in zip(names, fed, strict=True))
+    described = tuple(f"{name} {describe(value)}" for name, value in zip(names, fed, strict=True))
     return OnnxCertificate(tuple(outputs), dtype, described)
-
-
-def _compare(name: str, reference: Tensor, result: Tensor, dtype: torch.dtype) -> OnnxOutput:
-    exact = not (reference.is_floating_point() or reference.is_complex())
-    difference = compare(reference, result, argmax=not exact)
-    return OnnxOutput(name, tuple(reference.shape), difference, 0.0 if exact else BOUNDS[dtype])
-
-
-def _narrowest(ep: ExportedProgram) -> torch.dtype:
-    """The float type with the largest roundoff among all values of the program; float32 if there is none."""
-    values = [node.meta.get("val") for node in ep.graph.nodes]
-    found = {value.dtype for value in values if isinstance(value, Tensor) and value.dtype in BOUNDS}
-    return max(found, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32)
-
-
-def _constant_outputs(ep: ExportedProgram) -> Sequence[bool]:
-    return [
-        isinstance(s.arg, ConstantArgument) for s in ep.graph_signature.output_specs if s.kind.name == "USER_OUTPUT"
-    ]
-
-
-def _tensor(value: Any) -> Tensor:
-    return value if isinstance(value, Tensor) else torch.tensor(value)
-
-
-def _describe(value: Any) -> str:
-    return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}" if isinstance(value, Tensor) else repr(value)
-
-
-def _plain(x: float) -> float | str:
-    return x if math.isfinite(x) else str(x)
