@@ -30,15 +30,28 @@ from .errors import ConfigError, ExportError, SpinpassError
 from .eval_request import EvalRequest, Rotated
 from .evaluation import windows as cut
 from .exporters.loading import load_model, load_program, save_program
-from .folder import Result, check_writable, manifest, onnx_tools, quantized, rotated, version_of, write_folder
+from .folder import (
+    Result,
+    check_writable,
+    executorch_tools,
+    manifest,
+    onnx_tools,
+    quantized,
+    rotated,
+    version_of,
+    write_folder,
+    write_pte_folder,
+)
 from .options import (
     ALL,
     AsJson,
+    Context,
     Dtype,
     Int4,
     Model,
     NoCache,
     NoVerify,
+    To,
     Verbose,
     rotation_options,
 )
@@ -121,30 +134,39 @@ def export(
     dtype: Dtype = "float32",
     no_cache: NoCache = False,
     int4: Int4 = False,
+    to: To = "onnx",
+    context: Context = 1024,
     quantize: Annotated[str, typer.Option(help="Quantize, say w4g128-gptq-a8-head8-embed8.")] = "",
     calibration: Annotated[Path | None, typer.Option(help="Text for GPTQ and static ranges.")] = None,
     no_verify: NoVerify = False,
     as_json: AsJson = False,
     verbose: Verbose = 0,
 ) -> None:
-    """Load MODEL, rotate it, certify it, and write a folder that ONNX Runtime runs.
+    """Load MODEL, rotate it, certify it, and write a folder that ONNX Runtime or ExecuTorch runs.
 
     With --quantize the weights are integers in the file, and 8-bit activations are multiplied as integers; what has no
-    kernel (4-bit activations, caches) is simulated. The certificate is that of the rotation.
+    kernel (4-bit activations, caches) is simulated. The certificate is that of the rotation. ExecuTorch takes integers
+    alone: 4-bit weights in groups of 32, say, and 8-bit activations (w4g32-gptq-a8).
     """
     screen = _screen(ctx, as_json, verbose)
     if quantize:
         check_calibration(quantize, calibration)
         if int4:
             raise ConfigError("--int4 rounds the weights by itself: leave it out with --quantize")
-    onnx = onnx_tools()
+    if to == "executorch":
+        _check_executorch(int4, no_cache)
+    tools = onnx_tools() if to == "onnx" else executorch_tools()
     check_writable(out)
     with screen.steps() as steps:
-        loaded = load_model(model, dtype=dtype, cache=not no_cache, progress=steps.begin)
+        inside = context if to == "executorch" else None
+        loaded = load_model(model, dtype=dtype, cache=not no_cache, context=inside, progress=steps.begin)
         result = rotated(loaded.program, config, steps, certify=not no_verify)
         if quantize:
             result = quantized(result, loaded, quantize, calibration, steps)
-        written = write_folder(onnx, loaded, result, out, steps, int4=int4, certify=not no_verify)
+        if to == "executorch":
+            written = write_pte_folder(tools, loaded, result, out, steps, certify=not no_verify)
+        else:
+            written = write_folder(tools, loaded, result, out, steps, int4=int4, certify=not no_verify)
     if as_json:
         about = {"ok": True, "out": str(out), "files": written.files, "seconds": steps.seconds}
         screen.document(about | manifest(loaded, written.report, written.packed, result))
@@ -382,6 +404,14 @@ def _screen(ctx: typer.Context, as_json: bool, verbose: int) -> Screen:
     return state.screen
 
 
+def _check_executorch(int4: bool, no_cache: bool) -> None:
+    """ConfigError for options that mean nothing to ExecuTorch."""
+    if int4:
+        raise ConfigError("--int4 packs for ONNX Runtime: use --quantize w4g32-gptq-a8 with --to executorch")
+    if no_cache:
+        raise ConfigError("--to executorch writes a decoder with its cache inside: leave --no-cache out")
+
+
 def _onnx_compare() -> Any:
     try:
         from .exporters.onnx_compare import compare_file
@@ -413,6 +443,8 @@ def _show_plan(screen: Screen, decided: RotationPlan) -> None:
 
 def _report_line(report: Any) -> str:
     proof = report.certificate.verdict if report.certificate is not None else f"not certified: {report.uncertified}"
+    if report.path.suffix == ".pte":
+        return f"{report.delegates} delegates, {report.integer_layers} linear layers on integers; {proof}"
     return f"ONNX opset {report.opset}, {report.hadamards} online Hadamards; {proof}"
 
 

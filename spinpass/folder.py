@@ -1,4 +1,5 @@
-"""From a loaded model to a folder that ONNX Runtime runs: rotate, certify, quantize, export, pack, what lies beside."""
+"""From a loaded model to a folder that ONNX Runtime or ExecuTorch runs: rotate, certify, quantize, export, pack, what
+lies beside."""
 
 from __future__ import annotations
 
@@ -21,12 +22,12 @@ from .errors import ConfigError, ExportError
 from .exporters.files import staged
 from .exporters.loading import LoadedModel
 from .planning import RotationPlan
-from .quantization import QuantizationReport, quantize
+from .quantization import QuantizationReport, Quantized, quantize
 from .scoring import token_ids
 from .texts import calibration_inputs
 from .transform import plan, transform
 
-_PACKAGES = ("spinpass", "torch", "transformers", "onnx", "onnxscript", "onnxruntime")
+_PACKAGES = ("spinpass", "torch", "transformers", "onnx", "onnxscript", "onnxruntime", "executorch")
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,11 @@ class Result:
     program: ExportedProgram
     plan: RotationPlan | None = None
     quantization: QuantizationReport | None = None
+
+    @property
+    def exportable(self) -> ExportedProgram | Quantized:
+        """With its integers, where there are any."""
+        return self.program if self.quantization is None else Quantized(self.program, self.quantization)
 
     @property
     def certificate(self) -> dict[str, Any] | None:
@@ -128,6 +134,25 @@ def write_folder(
     return Written(report, packed, _write_companions(loaded, report, packed, result, out))
 
 
+def write_pte_folder(
+    executorch: SimpleNamespace,
+    loaded: LoadedModel,
+    result: Result,
+    out: Path,
+    steps: Steps,
+    *,
+    certify: bool = True,
+) -> Written:
+    """Export for ExecuTorch, and put beside the file what belongs to the model.
+
+    Raises ExportError, ConfigError, VerificationError: as :func:`spinpass.exporters.executorch.export`.
+    """
+    report = executorch.export(
+        result.exportable, out, verify=certify, progress=lambda step: steps.begin(f"executorch: {step}")
+    )
+    return Written(report, None, _write_companions(loaded, report, None, result, out))
+
+
 def _packing(onnx: SimpleNamespace, made: QuantizationReport | None, int4: bool) -> Callable[[Path, Path], Any] | None:
     """What makes integers of the exported file, if there are any."""
     if int4:
@@ -151,7 +176,8 @@ def _write_companions(loaded: LoadedModel, report: Any, packed: Any, result: Res
 
 def manifest(loaded: LoadedModel, report: Any, packed: Any, result: Result) -> dict[str, Any]:
     """What spinpass.json holds."""
-    made = {"onnx": report.to_dict(), "packed": packed and packed.to_dict()}
+    kind = "executorch" if report.path.suffix == ".pte" else "onnx"
+    made = {kind: report.to_dict(), "packed": packed and packed.to_dict()}
     return {"model": loaded.source.location} | result.to_dict() | made
 
 
@@ -167,6 +193,15 @@ def onnx_tools() -> SimpleNamespace:
         pack_weights=onnx_pack.pack_weights,
         quantize_4bit=onnx_quantize.quantize_4bit,
     )
+
+
+def executorch_tools() -> SimpleNamespace:
+    """What writes for ExecuTorch, imported when it is needed."""
+    try:
+        from .exporters import executorch
+    except ModuleNotFoundError as error:
+        raise ExportError(f"writing for ExecuTorch needs {error.name}: pip install 'spinpass[executorch]'") from error
+    return SimpleNamespace(export=executorch.export)
 
 
 def check_writable(folder: Path) -> None:

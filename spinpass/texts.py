@@ -38,12 +38,14 @@ def check_calibration(scheme: str, path: Path | None) -> None:
 def calibration_inputs(
     program: ExportedProgram, tokenize: Tokenize, path: Path | None, length: int = LENGTH, samples: int = SAMPLES
 ) -> list[dict[str, Any]]:
-    """Windows of ``length`` tokens spread over the text, as inputs of the program; none without a text.
+    """Windows of ``length`` tokens, or as many as the program takes, spread over the text, as its inputs; none without
+    a text.
 
     Raises ConfigError: a text that cannot be read, or is shorter than one window.
     """
     if path is None:
         return []
     scorer, ids = ProgramScorer(program), tokenize(read_text(path))
+    length = min(length, scorer.longest or length)
     count = max(1, min(samples, len(ids) // length))
     return [scorer.inputs(window) for window in windows(ids, length, count)]

@@ -19,11 +19,12 @@ from executorch.exir import ExecutorchBackendConfig, to_edge_transform_and_lower
 from executorch.exir.passes.init_mutable_pass import InitializedMutableBufferPass
 from torch import Tensor
 from torch.export import ExportedProgram
-from torch.export.graph_signature import OutputKind
+from torch.export.graph_signature import InputKind, OutputKind
 
 from spinpass import synthetic
 from spinpass.errors import ConfigError, ExportError, ProgramError
-from spinpass.program import op_name
+from spinpass.execution import origin
+from spinpass.program import mutates, op_name
 from spinpass.quantization import Quantized
 
 from .clock import Clock
@@ -60,6 +61,11 @@ class PteReport:
     certificate: PteCertificate | None
     uncertified: str
     seconds: Mapping[str, float]
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """What was written: the one file."""
+        return (self.path,)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
@@ -210,11 +216,14 @@ def _operator(node: torch.fx.Node) -> str:
 def _initialised_buffers(program: ExportedProgram) -> list[str]:
     """Placeholders of buffers that the program updates and that do not start as zeros."""
     signature = program.graph_signature
+    written = {origin(source).name for node in program.graph.nodes if mutates(node) for source in node.all_input_nodes}
     updated = {spec.target for spec in signature.output_specs if spec.kind is OutputKind.BUFFER_MUTATION}
     return [
         spec.arg.name
         for spec in signature.input_specs
-        if spec.target in updated and bool(_stored(program, str(spec.target)).count_nonzero())
+        if spec.kind is InputKind.BUFFER
+        and (spec.arg.name in written or spec.target in updated)
+        and bool(_stored(program, str(spec.target)).count_nonzero())
     ]
 
 
