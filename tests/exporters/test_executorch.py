@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from typer.testing import CliRunner
 
 pytest.importorskip("executorch")
 
 import spinpass
+from spinpass.commands import app
 from spinpass.errors import ConfigError, ExportError, ProgramError, VerificationError
 from spinpass.execution import run
 from spinpass.exporters import executorch, executorch_certificate
@@ -24,7 +27,7 @@ from spinpass.exporters.own_constants import give_own_constants
 from spinpass.exporters.static_cache import export_static_cache
 from spinpass.program import op_name
 from spinpass.quantization import Quantized, quantize
-from tests import decoders, models
+from tests import decoders, folders, models
 from tests.decoders import made, snapshot, tokens
 
 CONTEXT = 24
@@ -43,14 +46,14 @@ def rotated(program: ExportedProgram, **options: Any) -> ExportedProgram:
 
 
 class Perceptron(nn.Module):
-    """Two layers around a nonlinearity that a Hadamard stands behind."""
+    """Layers around a nonlinearity that a Hadamard stands behind, and a head."""
 
     def __init__(self, inner: int = 96) -> None:
         super().__init__()
-        self.up, self.down = nn.Linear(64, inner), nn.Linear(inner, 32, bias=False)
+        self.up, self.down, self.head = nn.Linear(64, inner), nn.Linear(inner, 32, bias=False), nn.Linear(32, 8)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(torch.nn.functional.silu(self.up(x)))
+        return self.head(torch.tanh(self.down(torch.nn.functional.silu(self.up(x)))))
 
 
 def perceptron(inner: int = 96) -> ExportedProgram:
@@ -281,3 +284,28 @@ def test_the_model_is_left_as_it_was(model: Any) -> None:
     settings = model.generation_config
     export_static_cache(model, 8)
     assert model.generation_config is settings and not [n for n, _ in model.named_buffers() if "cache" in n]
+
+
+# -- the command line -------------------------------------------------------------------------------------------------
+
+
+def test_the_command_line_writes_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("what is the weather like if it is on " * 20)
+    folders.model_folder(tmp_path / "model", "llama_tied", num_hidden_layers=1, hidden_size=32, intermediate_size=64)
+    options = ["--to", "executorch", "--context", "24", "--quantize", "w4g32-gptq-a8", "--json"]
+    calibration = ["--calibration", str(tmp_path / "text")]
+    result = CliRunner().invoke(app, ["export", str(tmp_path / "model"), str(tmp_path / "out"), *options, *calibration])
+    assert result.exit_code == 0, result.stderr
+    data = json.loads(result.stdout)
+    assert set(data["files"]) == {path.name for path in (tmp_path / "out").iterdir()} >= {"model.pte", "tokenizer.json"}
+    manifest = json.loads((tmp_path / "out" / "spinpass.json").read_text())
+    assert manifest["executorch"]["integer_layers"] == 7 and manifest["executorch"]["certificate"]["ok"]
+    decoder = PteDecoder(tmp_path / "out")
+    prompt = decoder.tokenizer("what is the")["input_ids"]
+    assert len(decoder.generate(prompt, 4, end=()).tokens) == 4
+
+
+@pytest.mark.parametrize("option, message", [("--int4", "packs for ONNX Runtime"), ("--no-cache", "its cache inside")])
+def test_options_that_mean_nothing_to_executorch(option: str, message: str, tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["export", str(tmp_path), str(tmp_path), "--to", "executorch", option])
+    assert result.exit_code == 2 and message in result.stderr
