@@ -31,22 +31,14 @@ from .errors import ConfigError, ExportError, SpinpassError
 from .eval_request import EvalRequest, Rotated
 from .evaluation import windows as cut
 from .exporters.loading import load_model, load_program, save_program
-from .folder import (
-    CacheBits,
-    Result,
-    check_writable,
-    manifest,
-    onnx_tools,
-    quantized,
-    rotated,
-    version_of,
-    write_folder,
-)
+from .folder import Result, check_writable, quantized, rotated, version_of
 from .generate_request import GenerateRequest
 from .inspection import artefact_tables
+from .onnx_folder import CacheBits, onnx_tools, write_folder
 from .options import (
     ALL,
     AsJson,
+    Context,
     Dtype,
     Int4,
     KvCache,
@@ -54,10 +46,12 @@ from .options import (
     NoCache,
     NoFuse,
     NoVerify,
+    To,
     Verbose,
     rotation_options,
 )
 from .planning import RotationPlan
+from .pte_folder import executorch_tools, write_pte_folder
 from .quantization import QuantizationConfig
 from .reporting.request import ReportRequest
 from .sampling import Sampling
@@ -137,6 +131,8 @@ def export(
     dtype: Dtype = "float32",
     no_cache: NoCache = False,
     int4: Int4 = False,
+    to: To = "onnx",
+    context: Context = 1024,
     quantize: Annotated[str, typer.Option(help="Quantize, say w4g128-gptq-a8-head8-embed8.")] = "",
     calibration: Annotated[Path | None, typer.Option(help="Text for GPTQ, static ranges and --kv-cache.")] = None,
     kv_cache: KvCache = None,
@@ -145,10 +141,11 @@ def export(
     as_json: AsJson = False,
     verbose: Verbose = 0,
 ) -> None:
-    """Load MODEL, rotate it, certify it, and write a folder that ONNX Runtime runs.
+    """Load MODEL, rotate it, certify it, and write a folder that ONNX Runtime or ExecuTorch runs.
 
     With --quantize the weights are integers in the file, and 8-bit activations are multiplied as integers; what has no
-    kernel (4-bit activations, caches) is simulated. The certificate is that of the rotation.
+    kernel (4-bit activations, caches) is simulated. The certificate is that of the rotation. ExecuTorch takes integers
+    alone: 4-bit weights in groups of 32, say, and 8-bit activations (w4g32-gptq-a8).
     """
     screen = _screen(ctx, as_json, verbose)
     if quantize:
@@ -156,19 +153,26 @@ def export(
         if int4:
             raise ConfigError("--int4 rounds the weights by itself: leave it out with --quantize")
     cache = _cache_bits(kv_cache, calibration, no_fuse or no_cache)
-    onnx = onnx_tools()
+    if to == "executorch":
+        _check_executorch(int4, no_cache, kv_cache)
+    tools = onnx_tools() if to == "onnx" else executorch_tools()
     check_writable(out)
     with screen.steps() as steps:
-        loaded = load_model(model, dtype=dtype, cache=not no_cache, progress=steps.begin)
+        inside = context if to == "executorch" else None
+        loaded = load_model(model, dtype=dtype, cache=not no_cache, context=inside, progress=steps.begin)
         result = rotated(loaded.program, config, steps, certify=not no_verify)
         if quantize:
             result = quantized(result, loaded, quantize, calibration, steps)
-        written = write_folder(
-            onnx, loaded, result, out, steps, int4=int4, fuse=not no_fuse, cache=cache, certify=not no_verify
-        )
+        if to == "executorch":
+            written = write_pte_folder(tools, loaded, result, out, steps, certify=not no_verify)
+        else:
+            fuse, certify = not no_fuse, not no_verify
+            written = write_folder(
+                tools, loaded, result, out, steps, int4=int4, fuse=fuse, cache=cache, certify=certify
+            )
     if as_json:
         about = {"ok": True, "out": str(out), "files": written.files, "seconds": steps.seconds}
-        screen.document(about | manifest(loaded, written.report, written.packed, written.cache, result))
+        screen.document(about | dict(written.manifest))
         return
     _show(screen, result)
     screen.show(*_report_lines(written.report), _files_table(out, written.files))
@@ -448,6 +452,16 @@ def inspect(
         screen.show(f"shares a KV cache with {beside}")
 
 
+def _check_executorch(int4: bool, no_cache: bool, kv_cache: str | None) -> None:
+    """ConfigError for options that mean nothing to ExecuTorch."""
+    if int4:
+        raise ConfigError("--int4 packs for ONNX Runtime: use --quantize w4g32-gptq-a8 with --to executorch")
+    if no_cache:
+        raise ConfigError("--to executorch writes a decoder with its cache inside: leave --no-cache out")
+    if kv_cache is not None:
+        raise ConfigError("--kv-cache is ONNX Runtime's: leave it out with --to executorch")
+
+
 def _cache_bits(stored: str | None, text: Path | None, unfused: bool) -> CacheBits | None:
     """ConfigError where a quantized cache lacks what it needs."""
     if stored is None:
@@ -504,6 +518,8 @@ def _show_plan(screen: Screen, decided: RotationPlan) -> None:
 
 def _report_lines(report: Any) -> list[str]:
     proof = report.certificate.verdict if report.certificate is not None else f"not certified: {report.uncertified}"
+    if report.path.suffix == ".pte":
+        return [f"{report.delegates} delegates, {report.integer_layers} linear layers on integers; {proof}"]
     return [f"ONNX opset {report.opset}, {report.hadamards} online Hadamards; {proof}", *report.fused_lines()]
 
 

@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from .decoder_graph import DecoderGraph
 from .sampling import Sampling
 
 PROMPT_CHUNK = 512
 """Tokens per call while one sequence's prompt is read: bounds the memory of the logits."""
 
 
+class Graph(Protocol):
+    """A model with a KV cache in some runtime."""
+
+    def start(self, batch: int, /) -> Any:
+        """The state before the first token of so many sequences."""
+
+    def step(self, ids: Tensor, state: Any, /) -> Tensor:
+        """Read new tokens (batch, length), advance ``state``; their logits (batch, length, vocabulary)."""
+
+
 def new_tokens(
-    graph: DecoderGraph, ids: Tensor, limit: int, sampling: Sampling, stop: Collection[int], pad: int = 0
+    graph: Graph, ids: Tensor, limit: int, sampling: Sampling, stop: Collection[int], pad: int = 0
 ) -> Iterator[Tensor]:
     """The tokens (batch,) that follow ``ids`` (batch, length), up to ``limit`` of each; a sequence that met a token of
     ``stop`` (which is returned) goes on with ``pad``, and all end when every one has.

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from .execution import origin
-from .program import arguments, is_float, is_op, op_name, shape, value
+from .program import arguments, is_float, is_op, mutates, op_name, shape, value
 
 
 class Role(enum.Enum):
@@ -39,7 +39,7 @@ def role_of(node: Node) -> tuple[Role, int | None]:
     """The role of an integer placeholder by the strongest of its uses, and the size of the smallest axis it indexes."""
     uses = list(_uses(node))
     rows = [n for n in (_rows(user, via) for user, via in uses) if n is not None]
-    places = [n for n in (_places(user, via) for user, via in uses) if n is not None]
+    places = [n for n in (_places(user, via) for user, via in _shifted_uses(node)) if n is not None]
     if places:
         return Role.POSITION, min((n for n in places + rows if n), default=None)
     if rows:
@@ -61,6 +61,29 @@ def _uses(node: Node) -> Iterator[tuple[Node, Node]]:
             if user not in seen and origin(user) is node:
                 seen.add(user)
                 stack.append(user)
+
+
+def _shifted_uses(node: Node) -> Iterator[tuple[Node, Node]]:
+    """The same, also where it was added to something or copied into a buffer before: a start, and the places from
+    there on."""
+    stack, seen = [node], {node}
+    while stack:
+        for user, via in _uses(stack.pop()):
+            yield user, via
+            for carrier in _carriers(user, via):
+                if carrier not in seen:
+                    seen.add(carrier)
+                    stack.append(carrier)
+
+
+def _carriers(user: Node, via: Node) -> list[Node]:
+    if is_float(user):
+        return []
+    if _base(user) == "aten::add":
+        return [user]
+    if _base(user) != "aten::copy" or arguments(user)["src"] is not via:
+        return []
+    return [user, origin(arguments(user)["self"])] if mutates(user) else [user]
 
 
 def _base(node: Node) -> str:

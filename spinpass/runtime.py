@@ -1,4 +1,4 @@
-"""Text out of an exported folder: a decoder with a KV cache in ONNX Runtime.
+"""Text out of an exported folder: decoders with a KV cache.
 
 ``OrtModel`` generates as transformers does. ``OrtDecoder`` is for trying an export and for measuring it, one sequence
 at a time: it returns times, and logits of every position.
@@ -23,12 +23,12 @@ from .model_folder import ModelFolder
 from .ort_model import OrtModel
 from .sampling import Sampling
 
-__all__ = ["Generation", "OrtDecoder", "OrtModel", "Sampling"]
+__all__ = ["Decoder", "Generation", "OrtDecoder", "OrtModel", "Sampling"]
 
 
 @dataclass(frozen=True)
 class Generation:
-    """What :meth:`OrtDecoder.generate` returns: the new tokens without the prompt, and wall-clock times.
+    """What :meth:`Decoder.generate` returns: the new tokens without the prompt, and wall-clock times.
 
     ``decode_seconds`` covers the calls of one token each, ``decoded`` how many there were; ``finished`` is whether an
     end token came.
@@ -52,26 +52,13 @@ class Generation:
         return self.decoded / self.decode_seconds if self.decoded else 0.0
 
 
-class OrtDecoder:
-    """A model folder (``model.onnx``, and for text a tokenizer and ``generation_config.json`` or ``config.json``) ready
-    to run.
-
-    The graph takes token ids, optionally ``position_ids``, ``cache_position`` and ``attention_mask``, and a cache of
-    dynamic length; it returns logits first and then the cache.
-
-    Raises:
-        ExportError: no model there, ONNX Runtime cannot load it, or the graph has no cache of dynamic length.
-        ConfigError: ONNX Runtime does not have ``provider``.
+class Decoder:
+    """A model file that a runtime has loaded as ``graph``, and what lies beside it: for text a tokenizer and
+    ``generation_config.json`` or ``config.json``. One sequence at a time.
     """
 
-    def __init__(
-        self, folder: str | Path, *, provider: str = "CPUExecutionProvider", threads: int | None = None
-    ) -> None:
-        from spinpass.exporters.onnx_paths import model_path
-
-        self.path = model_path(folder)
-        self._graph = DecoderGraph.open(self.path, provider, threads)
-        self._files = ModelFolder(self.path.parent)
+    def __init__(self, path: Path, graph: decoding.Graph) -> None:
+        self.path, self._graph, self._files = path, graph, ModelFolder(path.parent)
 
     @property
     def folder(self) -> Path:
@@ -127,6 +114,26 @@ class OrtDecoder:
     def check_length(self, prompt: int, new: int) -> None:
         """ConfigError where so many tokens are more than the model has positions for."""
         self._files.check_length(prompt, new)
+
+
+class OrtDecoder(Decoder):
+    """A folder with ``model.onnx``, in ONNX Runtime.
+
+    The graph takes token ids, optionally ``position_ids``, ``cache_position`` and ``attention_mask``, and a cache of
+    dynamic length; it returns logits first and then the cache.
+
+    Raises:
+        ExportError: no model there, ONNX Runtime cannot load it, or the graph has no cache of dynamic length.
+        ConfigError: ONNX Runtime does not have ``provider``.
+    """
+
+    def __init__(
+        self, folder: str | Path, *, provider: str = "CPUExecutionProvider", threads: int | None = None
+    ) -> None:
+        from spinpass.exporters.onnx_paths import model_path
+
+        path = model_path(folder)
+        super().__init__(path, DecoderGraph.open(path, provider, threads))
 
 
 def _tensor(ids: Sequence[int]) -> Tensor:

@@ -52,6 +52,15 @@ class ProgramScorer:
             raise ConfigError(f"which input takes the token ids is not clear: looked up in tables are {names}")
         self._ids = lookups[0]
 
+    @property
+    def longest(self) -> int | None:
+        """The most tokens that the program takes at once; None where it names no limit."""
+        length = self._ids.shape[-1]
+        if isinstance(length, int):
+            return length
+        allowed = self.program.range_constraints.get(length)
+        return int(allowed.upper) if allowed is not None and allowed.upper < 2**31 else None
+
     def inputs(self, ids: Sequence[int]) -> dict[str, Any]:
         """The program's inputs by name: one sequence, every token of it seen, positions from 0, no cache."""
         tokens = torch.tensor([list(ids)], dtype=self._ids.dtype)

@@ -81,6 +81,7 @@ def calibration_inputs(
     if path is None:
         return []
     scorer = ProgramScorer(program)
+    length = min(length, scorer.longest or length)
     return [scorer.inputs(window) for window in calibration_windows(tokenize, path, length, samples)]
 
 

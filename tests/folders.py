@@ -60,9 +60,9 @@ def letters_tokenizer() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=pieces, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
 
 
-def model_folder(folder: Path, name: str = "llama_tied") -> Path:
-    """``save_pretrained`` of a tiny model and of the tokenizer."""
-    model: Any = models.build(name)
+def model_folder(folder: Path, name: str = "llama_tied", **config: Any) -> Path:
+    """``save_pretrained`` of a tiny model and of the tokenizer; ``config`` overrides entries of its configuration."""
+    model: Any = models.build(name, **config)
     model.save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder

@@ -24,6 +24,7 @@ from spinpass.errors import ConfigError, ExportError
 from .files import staged
 from .older_transformers import add_older_words
 from .pt2 import load_program, save_program
+from .static_cache import export_static_cache
 
 __all__ = ["Companions", "LoadedModel", "Source", "load_model", "load_program", "locate", "save_program"]
 
@@ -95,6 +96,7 @@ def load_model(
     *,
     dtype: str = "float32",
     cache: bool = True,
+    context: int | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> LoadedModel:
     """Load and export ``model``. A ``.pt2`` file is taken as it is.
@@ -103,10 +105,11 @@ def load_model(
         model: a folder of transformers or a name on the hub, a ``.gguf`` file or a folder with one, a ``.pt2`` file.
         dtype: of the weights: ``float32``, ``float16``, ``bfloat16``, or ``auto`` for what is stored.
         cache: one graph with the KV cache as inputs and outputs; False exports the prompt's pass alone, without cache.
+        context: with a cache of that many tokens inside instead (:mod:`.static_cache`), which ExecuTorch takes.
         progress: called with the name of each step before it starts.
 
     Raises:
-        ConfigError: no such file or folder, no model in it, an unknown dtype.
+        ConfigError: no such file or folder, no model in it, an unknown dtype, a context that does not fit.
         ExportError: transformers is missing, cannot load the model, or cannot export it.
     """
     source = locate(model)
@@ -119,7 +122,7 @@ def load_model(
     with _quiet():
         loaded, tokenizer = _load(source, _DTYPES[dtype])
         report("export")
-        program = _exported(loaded, cache, source.location)
+        program = _exported(loaded, cache, source.location, context)
     return LoadedModel(source, program, Companions(loaded.config, loaded.generation_config, tokenizer))
 
 
@@ -162,17 +165,21 @@ def _load(source: Source, dtype: Any) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def _exported(model: Any, cache: bool, name: str) -> ExportedProgram:
+def _exported(model: Any, cache: bool, name: str, context: int | None) -> ExportedProgram:
     ids = torch.arange(_SAMPLE[0] * _SAMPLE[1]).reshape(_SAMPLE) % model.get_input_embeddings().num_embeddings
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     exporters = _module("transformers.exporters", f"exporting {name}")
     stages = _module("transformers.exporters.utils", f"exporting {name}")
     try:
+        if context is not None:
+            return export_static_cache(model, context)
         if cache:
             model, inputs = stages.decompose_for_generation(model, inputs, multi_token_decode=True)["decode"]
         else:
             inputs = inputs | {"use_cache": False}
         exported = exporters.DynamoExporter().export(model, inputs, exporters.DynamoConfig(dynamic=True))
+    except ConfigError:
+        raise
     except Exception as error:  # whatever tracing a model's own code raises
         raise ExportError(f"{name} cannot be exported: {_summary(error)}") from error
     program: ExportedProgram = exported.program
