@@ -21,6 +21,8 @@ from .record import Carried
 
 MANIFEST = "spinpass.json"
 METADATA = "spinpass.record"  # the key of the record among an ONNX file's metadata
+_MODELS = ("model.onnx", "model.pte", "model.safetensors")
+_SUFFIXES = {".onnx", ".pte", ".safetensors", ".pt2"}
 _CHUNK = 2**20
 
 
@@ -42,6 +44,11 @@ class Artefact:
 
         ``files`` also reads every file whole and compares its hash. Raises VerificationError, naming what differs.
         """
+        self.check_rotations()
+        self._check_files(read=files)
+
+    def check_rotations(self) -> None:
+        """As :meth:`check`, whatever became of the other files."""
         if self.manifest:
             stated = (self.manifest.get("record") or {}).get("rotations", {})
             for space in sorted(self.rotations.keys() | stated.keys()):
@@ -56,7 +63,6 @@ class Artefact:
                     f"{self.path} keeps {name} in another basis ({carried.rotation}) than its rotation of "
                     f"{carried.space} has: the file was changed; export again"
                 )
-        self._check_files(read=files)
 
     def _check_files(self, *, read: bool) -> None:
         for name, stated in self.manifest.get("files", {}).items():
@@ -80,27 +86,39 @@ class Artefact:
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
         carried = {name: each.to_dict() for name, each in self.bases.items()}
-        return {"path": str(self.path), "rotations": dict(self.rotations), "cache": carried, **self.manifest}
+        return {"path": str(self.path), "rotations": dict(self.rotations), "bases": carried, **self.manifest}
 
 
 def read_artefact(path: str | Path) -> Artefact:
-    """A folder with ``model.onnx``, an ``.onnx`` file, or a ``.pt2`` program; no weights of ONNX files are read.
+    """A folder that was exported, an ``.onnx`` file, or a ``.pt2`` program; no weights of ONNX files are read.
+
+    What neither an ExecuTorch file nor a checkpoint says of itself is taken from ``spinpass.json``.
 
     Raises:
         ConfigError: nothing of that kind is there.
         ExportError: it cannot be read.
     """
     path = Path(path)
-    file = path / "model.onnx" if path.is_dir() else path
-    if not file.is_file() or file.suffix not in (".onnx", ".pt2"):
-        raise ConfigError(f"there is no model at {path}: name a folder with model.onnx, an .onnx or a .pt2 file")
+    file = next((f for name in _MODELS if (f := path / name).is_file()), None) if path.is_dir() else path
+    if file is None or not file.is_file() or file.suffix not in _SUFFIXES:
+        raise ConfigError(f"there is no model at {path}: name a folder with {' or '.join(_MODELS)}, or a .pt2 file")
+    if file.suffix == ".pt2":
+        found = record.read(load_program(file))
+        if found is None:
+            return Artefact(file, {}, {}, {})
+        outputs = {f"output {index}": carried for index, carried in found.outputs.items()}
+        return Artefact(file, found.rotations, {**found.inputs, **outputs}, {})
+    manifest = _manifest(file)
     if file.suffix == ".onnx":
-        return Artefact(file, *_onnx_record(file), _manifest(file.parent / MANIFEST))
-    found = record.read(load_program(file))
-    if found is None:
-        return Artefact(file, {}, {}, {})
-    outputs = {f"output {index}": carried for index, carried in found.outputs.items()}
-    return Artefact(file, found.rotations, {**found.inputs, **outputs}, {})
+        return Artefact(file, *_onnx_record(file, _metadata(file)), manifest)
+    return Artefact(file, (manifest.get("record") or {}).get("rotations", {}), {}, manifest)
+
+
+def check_loaded(file: Path, metadata: Mapping[str, str]) -> None:
+    """An ONNX file with this metadata, which a runtime has just loaded, carries the rotations that it and the manifest
+    beside it name. VerificationError where not, ExportError where either cannot be read.
+    """
+    Artefact(file, *_onnx_record(file, metadata), _manifest(file)).check_rotations()
 
 
 def hashes(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
@@ -108,8 +126,7 @@ def hashes(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
     return {name: {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)} for name in sorted(names)}
 
 
-def _onnx_record(file: Path) -> tuple[dict[str, str], dict[str, Carried]]:
-    """The rotations and bases that the file's metadata hold; outputs have names there in place of numbers."""
+def _metadata(file: Path) -> dict[str, str]:
     try:
         import onnx
 
@@ -118,7 +135,12 @@ def _onnx_record(file: Path) -> tuple[dict[str, str], dict[str, Carried]]:
         raise ExportError(f"reading ONNX needs {error.name}: pip install 'spinpass[onnx]'") from error
     except Exception as error:  # protobuf's errors have no common base
         raise ExportError(f"{file} is no ONNX model: {error}") from error
-    stored = {entry.key: entry.value for entry in model.metadata_props}.get(METADATA)
+    return {entry.key: entry.value for entry in model.metadata_props}
+
+
+def _onnx_record(file: Path, metadata: Mapping[str, str]) -> tuple[dict[str, str], dict[str, Carried]]:
+    """The rotations and bases that the file's metadata hold; outputs have names there in place of numbers."""
+    stored = metadata.get(METADATA)
     if stored is None:
         return {}, {}
     try:
@@ -129,7 +151,9 @@ def _onnx_record(file: Path) -> tuple[dict[str, str], dict[str, Carried]]:
         raise ExportError(f"{file} has a record of rotations that cannot be read ({error}): export it again") from error
 
 
-def _manifest(file: Path) -> Mapping[str, Any]:
+def _manifest(model: Path) -> Mapping[str, Any]:
+    """Of the folder of ``model``; empty where there is none, or one that does not list it."""
+    file = model.parent / MANIFEST
     if not file.is_file():
         return {}
     try:
@@ -138,7 +162,7 @@ def _manifest(file: Path) -> Mapping[str, Any]:
         raise ExportError(f"{file} cannot be read ({error}): export the folder again") from error
     if not isinstance(found, dict):
         raise ExportError(f"{file} is not what spinpass writes: export the folder again")
-    return found
+    return found if model.name in found.get("files", {}) else {}
 
 
 def _basis(carried: Carried | None) -> str:

@@ -30,15 +30,18 @@ from .console import (
 from .errors import ConfigError, ExportError, SpinpassError
 from .eval_request import EvalRequest, Rotated
 from .evaluation import windows as cut
+from .exporters.gptq_checkpoint import GptqReport
 from .exporters.loading import load_model, load_program, save_program
 from .folder import Result, check_writable, quantized, rotated, version_of
 from .generate_request import GenerateRequest
+from .gptq_folder import write_gptq_folder
 from .inspection import artefact_tables
 from .onnx_folder import CacheBits, onnx_tools, write_folder
 from .options import (
     ALL,
     AsJson,
     Context,
+    Dequantize,
     Dtype,
     Int4,
     KvCache,
@@ -133,6 +136,7 @@ def export(
     int4: Int4 = False,
     to: To = "onnx",
     context: Context = 1024,
+    dequantize: Dequantize = False,
     quantize: Annotated[str, typer.Option(help="Quantize, say w4g128-gptq-a8-head8-embed8.")] = "",
     calibration: Annotated[Path | None, typer.Option(help="Text for GPTQ, static ranges and --kv-cache.")] = None,
     kv_cache: KvCache = None,
@@ -155,15 +159,22 @@ def export(
     cache = _cache_bits(kv_cache, calibration, no_fuse or no_cache)
     if to == "executorch":
         _check_executorch(int4, no_cache, kv_cache)
-    tools = onnx_tools() if to == "onnx" else executorch_tools()
+    if to == "gptq" and (int4 or kv_cache is not None):
+        raise ConfigError("--int4 and --kv-cache are ONNX Runtime's: use --quantize w4g128-gptq, say, with --to gptq")
+    tools = {"onnx": onnx_tools, "executorch": executorch_tools}[to]() if to != "gptq" else None
     check_writable(out)
     with screen.steps() as steps:
         inside = context if to == "executorch" else None
-        loaded = load_model(model, dtype=dtype, cache=not no_cache, context=inside, progress=steps.begin)
+        cached = not no_cache and to != "gptq"
+        loaded = load_model(
+            model, dtype=dtype, cache=cached, context=inside, dequantize=dequantize, progress=steps.begin
+        )
         result = rotated(loaded.program, config, steps, certify=not no_verify)
         if quantize:
             result = quantized(result, loaded, quantize, calibration, steps)
-        if to == "executorch":
+        if tools is None:
+            written = write_gptq_folder(loaded, result, out, steps, certify=not no_verify)
+        elif to == "executorch":
             written = write_pte_folder(tools, loaded, result, out, steps, certify=not no_verify)
         else:
             fuse, certify = not no_fuse, not no_verify
@@ -517,6 +528,8 @@ def _show_plan(screen: Screen, decided: RotationPlan) -> None:
 
 
 def _report_lines(report: Any) -> list[str]:
+    if isinstance(report, GptqReport):
+        return [report.summary]
     proof = report.certificate.verdict if report.certificate is not None else f"not certified: {report.uncertified}"
     if report.path.suffix == ".pte":
         return [f"{report.delegates} delegates, {report.integer_layers} linear layers on integers; {proof}"]

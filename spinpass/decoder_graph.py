@@ -16,6 +16,8 @@ from torch import Tensor
 
 from spinpass.errors import ExportError
 
+from .artefact import check_loaded
+
 _PREFIX = re.compile(r"^(input\.|output\.)?(past_key_values|present_key_values|past|present)?")
 
 
@@ -55,13 +57,16 @@ class DecoderGraph:
         Raises:
             ExportError: no file there, ONNX Runtime cannot load it or lacks an operator, or the graph has no cache of
                 dynamic length.
+            VerificationError: its rotations are not those that it or ``spinpass.json`` beside it names.
             ConfigError: ONNX Runtime does not have ``provider``.
         """
         from spinpass.exporters.onnx_session import open_session
 
         if not path.is_file():
             raise ExportError(f"there is no model at {path}")
-        return DecoderGraph.of(open_session(path, provider, threads), path)
+        session = open_session(path, provider, threads)
+        check_loaded(path, session.get_modelmeta().custom_metadata_map)
+        return DecoderGraph.of(session, path)
 
     @staticmethod
     def of(session: Any, path: Path) -> DecoderGraph:

@@ -35,11 +35,12 @@ def _facts(manifest: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "versions", ", ".join(f"{name} {number}" for name, number in manifest.get("versions", {}).items())
     certificate = (manifest.get("record") or {}).get("certificate")
     yield "rotation certified", certificate["verdict"] if certificate else "no"
-    onnx = manifest.get("onnx") or {}
-    if onnx:
-        proof = onnx.get("certificate")
-        yield "file certified", proof["verdict"] if proof else f"no: {onnx.get('uncertified')}"
-        yield "online Hadamards", str(onnx.get("hadamards"))
+    exported = manifest.get("onnx") or manifest.get("executorch") or {}
+    if exported:
+        proof = exported.get("certificate")
+        yield "file certified", proof["verdict"] if proof else f"no: {exported.get('uncertified')}"
+    if "hadamards" in exported:
+        yield "online Hadamards", str(exported["hadamards"])
     made = manifest.get("quantization")
     if made:
         layers = Counter(f"{w['bits']} bits" + (f", groups of {w['group_size']}" if w["group_size"] else "")

@@ -39,9 +39,12 @@ Dtype = Annotated[
 ]
 NoCache = Annotated[bool, typer.Option("--no-cache", help="Export the prompt's pass alone, without a KV cache.")]
 NoVerify = Annotated[bool, typer.Option("--no-verify", help="Do not certify the result.")]
-To = Annotated[Literal["onnx", "executorch"], typer.Option(help="What the folder is for: ONNX Runtime or ExecuTorch.")]
+To = Annotated[Literal["onnx", "executorch", "gptq"], typer.Option(help="For this runtime, or as a checkpoint.")]
 Context = Annotated[
     int, typer.Option(help="With --to executorch: tokens that the KV cache inside holds, prompt and answer.")
+]
+Dequantize = Annotated[
+    bool, typer.Option("--dequantize", help="Where MODEL is a GPTQ checkpoint, take the values of its integers.")
 ]
 Int4 = Annotated[bool, typer.Option("--int4", help="Pack the weights to 4 bits (MatMulNBits).")]
 KvCache = Annotated[

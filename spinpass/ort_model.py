@@ -37,6 +37,7 @@ class OrtModel:
         Raises:
             ExportError: no model there, ONNX Runtime cannot load it or lacks an operator of it, or it is no decoder
                 with a cache.
+            VerificationError: its rotations are not those that it or ``spinpass.json`` beside it names.
             ConfigError: ONNX Runtime does not have ``provider``.
         """
         from spinpass.exporters.onnx_paths import model_path

@@ -9,8 +9,9 @@ above the result.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -194,6 +195,7 @@ class ProgramEditor:
         by_name = {n.name: n for n in self.graph.nodes if n.op == "placeholder"}
         self._constants: dict[Node, Constant] = {}
         self._aliases: dict[Node, Node] = {}
+        self._retired: dict[Node, float] = {}
         mutated = {s.target for s in self.outputs if s.kind == OutputKind.BUFFER_MUTATION}
         stored: dict[tuple[Any, ...], Node] = {}
         for spec in self.inputs:
@@ -302,18 +304,21 @@ class ProgramEditor:
         """Bytes of all distinct constants."""
         return self._nbytes
 
-    def deferred(self, node: Node) -> Callable[[], Tensor]:
+    def deferred(self, node: Node, given: Mapping[Node, Tensor] = MappingProxyType({})) -> Callable[[], Tensor]:
         """Computes the float64 value that a constant node has now, whatever is queued later; nothing is computed yet.
 
-        Casts to lower precision inside the expression are lifted to float64 as well.
+        Casts to lower precision inside the expression are lifted to float64 as well. ``given``: values to take in place
+        of those of some nodes.
         """
+        if node in given:
+            return lambda: given[node]
         if node in self._constants:
             constant = self._constants[node]
             now = Constant(constant.fqn, constant.tensor, list(constant.steps))
             return now.compute_float64
         if not self.is_constant(node):
             raise InvariantError(f"{node.name} is not a constant")
-        sources = {n: self.deferred(n) for n in node.all_input_nodes}
+        sources = {n: self.deferred(n, given) for n in node.all_input_nodes}
         args, kwargs = lifted(node)
         target = node.target
 
@@ -442,6 +447,32 @@ class ProgramEditor:
         self.replace(node, stored)
         return stored
 
+    def retire(self, node: Node, value: float) -> None:
+        """What the constant expression ``node`` stood for is folded elsewhere, and it is all ``value`` by now.
+
+        Where nothing reads the constant behind it any more, the finished program stores what gives that value, so that
+        its state dict fits the architecture that the program was exported from.
+        """
+        behind = self._behind(node)
+        if len(behind) != 1 or behind <= self._retired.keys():
+            return
+        (stored,) = behind
+        tensor = self._constants[stored].tensor
+        device = "cpu" if isinstance(tensor, torch._subclasses.FakeTensor) else tensor.device
+        for fill in (value, 1.0 - value):  # the value itself, or its distance from 1
+            filled = torch.full(tensor.shape, fill, dtype=torch.float64, device=device)
+            if bool((self.deferred(node, {stored: filled})() == value).all()):
+                self._retired[stored] = fill
+                return
+
+    def _behind(self, node: Node) -> set[Node]:
+        """The stored constants that a constant expression is computed from."""
+        return {node} if node in self._constants else {s for n in node.all_input_nodes for s in self._behind(n)}
+
+    def has_alias(self, node: Node) -> bool:
+        """The constant is stored under a further name that nothing reads."""
+        return node in self._aliases.values()
+
     def split(self, node: Node, users: Iterable[Node]) -> Node:
         """Give ``users`` a constant of their own, equal to ``node`` (untying). Its stored alias is reused where
         there is one.
@@ -476,11 +507,8 @@ class ProgramEditor:
     def check_weights(self, weights: Iterable[Node]) -> None:
         """Raise QuantizedWeightError where a linear layer's weight is unpacked from integers inside the program."""
         for weight in weights:
-            todo = [weight]
-            while todo:
-                node = todo.pop()
-                todo += [] if node in self._constants else node.all_input_nodes
-                if node in self._constants and self._constants[node].tensor.dtype in _PACKED_TYPES:
+            for node in self._behind(weight):
+                if self._constants[node].tensor.dtype in _PACKED_TYPES:
                     raise QuantizedWeightError(
                         f"{self.fqn(node)} is a quantized or packed weight ({self._constants[node].tensor.dtype}); "
                         "rotate the floating-point program first and quantize the result"
@@ -499,6 +527,10 @@ class ProgramEditor:
                 self._store(spec, constant.compute(), state_dict, constants)
             if progress is not None:
                 progress(done + 1, len(self._constants))
+        for node, fill in self._retired.items():
+            if all(map(_is_check, node.users)):
+                neutral = torch.full_like(self._constants[node].tensor, fill)
+                self._store(specs[node.name], neutral, state_dict, constants)
         for alias, chief in self._aliases.items():
             held = state_dict if self.fqn(chief) in state_dict else constants
             (constants if self.fqn(alias) in constants else state_dict)[self.fqn(alias)] = held[self.fqn(chief)]

@@ -124,6 +124,7 @@ class OrtDecoder(Decoder):
 
     Raises:
         ExportError: no model there, ONNX Runtime cannot load it, or the graph has no cache of dynamic length.
+        VerificationError: its rotations are not those that it or ``spinpass.json`` beside it names.
         ConfigError: ONNX Runtime does not have ``provider``.
     """
 

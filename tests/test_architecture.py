@@ -72,7 +72,7 @@ def test_only_one_file_touches_private_torch_api(path: Path) -> None:
 
 @pytest.mark.parametrize("path", CORE, ids=name)
 def test_the_core_needs_torch_alone(path: Path) -> None:
-    optional = {"console.py", "cli.py", "commands.py", "options.py", "__main__.py", "pictures.py"}
+    optional = {"console.py", "cli.py", "commands.py", "options.py", "__main__.py", "pictures.py", "inspection.py"}
     found = re.findall(
         r"^(?:import|from) (numpy|transformers|onnx\w*|typer|rich|safetensors|gguf|matplotlib)\b",
         path.read_text(),

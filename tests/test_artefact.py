@@ -18,6 +18,7 @@ from spinpass.commands import app
 from spinpass.errors import ConfigError, ExportError, VerificationError
 from spinpass.exporters import onnx as exporter
 from spinpass.exporters.pt2 import save_program
+from spinpass.runtime import OrtModel
 from tests import folders
 
 RUN = CliRunner()
@@ -80,7 +81,7 @@ def test_inspect_shows_it(out: Path) -> None:
     for part in ("Rotations", "Cache", "rotation certified", "file certified", "model.onnx", "hadamard("):
         assert part in shown.stdout, part
     data = json.loads(RUN.invoke(app, ["inspect", str(out), "--json"]).stdout)
-    assert data["ok"] and data["rotations"] and data["cache"] and data["onnx"]["certificate"]
+    assert data["ok"] and data["rotations"] and data["bases"] and data["onnx"]["certificate"]
 
 
 def test_artefacts_share_a_cache_only_in_the_same_basis(out: Path, seeded: Path, model: Path, tmp_path: Path) -> None:
@@ -100,6 +101,8 @@ def test_a_model_file_of_another_export_is_refused(out: Path, seeded: Path, tmp_
     with pytest.raises(VerificationError, match="disagree about the rotation of .*: they come from different exports"):
         read_artefact(mixed).check()
     assert RUN.invoke(app, ["inspect", str(mixed)]).exit_code == 1
+    with pytest.raises(VerificationError, match="come from different exports"):
+        OrtModel.from_pretrained(mixed)
 
 
 def test_a_changed_basis_is_refused(out: Path, tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ from spinpass.quantization.sites import weight_sites
 from .files import staged
 
 FORMATS = ("gptq", "gptq_v2")
-_MODEL, _CONFIG, _OLD_CONFIG = "model.safetensors", "config.json", "quantize_config.json"
+_MODEL, _CONFIG, QUANTIZE_CONFIG = "model.safetensors", "config.json", "quantize_config.json"
 _PARTS = ("qweight", "qzeros", "scales", "g_idx")
 
 
@@ -55,6 +55,13 @@ class GptqReport:
     files: tuple[Path, ...]
     bytes: int
     changed: Mapping[str, float]
+
+    @property
+    def summary(self) -> str:
+        """One line."""
+        worst = max(self.changed.values(), default=0.0)
+        note = f"; scales in a half type: {len(self.changed)} weights changed by up to {worst:.1e}" if worst else ""
+        return f"GPTQ checkpoint of {self.bytes / 1e6:.1f} MB{note}"
 
 
 @dataclass(frozen=True)
@@ -111,7 +118,7 @@ def write_gptq(
     folder = Path(folder)
     with staged(folder, sum(t.nbytes for t in stored.values())) as staging:
         save(stored, staging / _MODEL, metadata={"format": "pt"})
-        (staging / _OLD_CONFIG).write_text(json.dumps(found, indent=2))
+        (staging / QUANTIZE_CONFIG).write_text(json.dumps(found, indent=2))
         (staging / _CONFIG).write_text(json.dumps({**(config or {}), "quantization_config": found}, indent=2))
         written = sorted(staging.iterdir())
         size = sum(file.stat().st_size for file in written)
@@ -185,7 +192,7 @@ def read_gptq(folder: str | Path) -> GptqCheckpoint:
 
 
 def _read_config(folder: Path) -> Mapping[str, Any]:
-    for name in (_CONFIG, _OLD_CONFIG):
+    for name in (_CONFIG, QUANTIZE_CONFIG):
         if not (folder / name).is_file():
             continue
         try:
@@ -196,7 +203,7 @@ def _read_config(folder: Path) -> Mapping[str, Any]:
         if config:
             break
     else:
-        raise ConfigError(f"{folder} has no {_CONFIG} with a quantization_config and no {_OLD_CONFIG}")
+        raise ConfigError(f"{folder} has no {_CONFIG} with a quantization_config and no {QUANTIZE_CONFIG}")
     method, layout = config.get("quant_method", "gptq"), config.get("checkpoint_format", "gptq")
     if method != "gptq" or layout not in FORMATS:
         raise ConfigError(

@@ -21,6 +21,7 @@ from torch.export import ExportedProgram
 
 from spinpass.errors import ConfigError, ExportError
 
+from . import gptq_model
 from .files import staged
 from .older_transformers import add_older_words
 from .pt2 import load_program, save_program
@@ -97,6 +98,7 @@ def load_model(
     dtype: str = "float32",
     cache: bool = True,
     context: int | None = None,
+    dequantize: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> LoadedModel:
     """Load and export ``model``. A ``.pt2`` file is taken as it is.
@@ -106,10 +108,12 @@ def load_model(
         dtype: of the weights: ``float32``, ``float16``, ``bfloat16``, or ``auto`` for what is stored.
         cache: one graph with the KV cache as inputs and outputs; False exports the prompt's pass alone, without cache.
         context: with a cache of that many tokens inside instead (:mod:`.static_cache`), which ExecuTorch takes.
+        dequantize: where the folder holds a GPTQ checkpoint, take the values of its integers; refused otherwise.
         progress: called with the name of each step before it starts.
 
     Raises:
-        ConfigError: no such file or folder, no model in it, an unknown dtype, a context that does not fit.
+        ConfigError: no such file or folder, no model in it, an unknown dtype, a context that does not fit, packed
+            weights that may not be dequantized.
         ExportError: transformers is missing, cannot load the model, or cannot export it.
     """
     source = locate(model)
@@ -119,10 +123,14 @@ def load_model(
     report("load")
     if source.kind == "program":
         return LoadedModel(source, load_program(source.location), None)
+    packed = _is_packed(source, dequantize)
     with _quiet():
-        loaded, tokenizer = _load(source, _DTYPES[dtype])
+        loaded, tokenizer = _load(source, _DTYPES[dtype], packed)
         report("export")
         program = _exported(loaded, cache, source.location, context)
+    if packed:
+        report("dequantize")
+        program = gptq_model.with_values(program, source.location)
     return LoadedModel(source, program, Companions(loaded.config, loaded.generation_config, tokenizer))
 
 
@@ -145,12 +153,29 @@ def _folder(path: Path) -> Source:
     raise ConfigError(f"{path} holds no model: neither config.json with weights nor a GGUF file")
 
 
-def _load(source: Source, dtype: Any) -> tuple[Any, Any]:
+def _is_packed(source: Source, dequantize: bool) -> bool:
+    """The folder holds a GPTQ checkpoint. ConfigError where that is not to be dequantized."""
+    if source.kind != "transformers" or not Path(source.location).is_dir():
+        return False
+    if gptq_model.quantization_method(Path(source.location)) != "gptq":
+        return False
+    if not dequantize:
+        raise ConfigError(
+            f"{source.location} holds packed weights (gptq), which are not rotated behind your back: "
+            "add --dequantize (dequantize=True) to take their values as floats"
+        )
+    return True
+
+
+def _load(source: Source, dtype: Any, packed: bool) -> tuple[Any, Any]:
     """(model, tokenizer or None)."""
     transformers = _module("transformers", f"loading {source.location}")
     where: dict[str, Any] = {"gguf_file": source.gguf} if source.gguf else {}
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(source.location, dtype=dtype, **where).eval()
+        if packed:
+            model = gptq_model.skeleton(transformers, source.location, dtype)
+        else:
+            model = transformers.AutoModelForCausalLM.from_pretrained(source.location, dtype=dtype, **where).eval()
     except Exception as error:  # hub, file, configuration and import errors: no common base below Exception
         raise ExportError(f"transformers cannot load {source.location}: {_summary(error)}") from error
     if source.gguf:  # the weights are dequantized, yet the model says otherwise and refuses to be saved

@@ -24,9 +24,12 @@ def fuse_norm_scale(editor: ProgramEditor, space: Space, origin: str) -> Space:
     Returns the space with the biases that had to be made, where they write into it.
     """
     made = [(use.node, _shift_result(editor, use, origin)) for use in space.shifts]
+    for use in space.shifts:
+        editor.retire(use.shift, 0.0)
     for constant in space.constants:
         if constant.type.pending is not None and constant.type.pending.scale is not None:
             _scale(editor, editor.current(constant.node), constant.type)
+            editor.retire(constant.type.pending.scale, 1.0)
     for node in space.scales:
         _unscale(editor, node, space, origin)
     written = tuple(

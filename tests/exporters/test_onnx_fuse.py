@@ -146,9 +146,13 @@ class Attention(nn.Module):
     def __init__(self, mask: Callable[[Tensor, Tensor, Tensor], Tensor | None]) -> None:
         super().__init__()
         self.mask = mask
+        self.table = nn.Embedding(96, (HEADS + 2 * KV) * SIZE)
+        nn.init.normal_(self.table.weight, generator=torch.Generator().manual_seed(0))
 
-    def forward(self, x: Tensor, padding: Tensor, past_k: Tensor, past_v: Tensor) -> dict[str, Tensor]:
+    def forward(self, ids: Tensor, padding: Tensor, past_k: Tensor, past_v: Tensor) -> dict[str, Tensor]:
+        x = self.table(ids)
         batch, tokens, _ = x.shape
+        torch._check(padding.shape[1] == tokens + past_k.shape[2])
         q, k, v = (
             part.transpose(1, 2) for part in x.view(batch, tokens, HEADS + 2 * KV, SIZE).split([HEADS, KV, KV], 2)
         )
@@ -163,11 +167,11 @@ class Attention(nn.Module):
 def exported(mask: Callable[[Tensor, Tensor, Tensor], Tensor | None]) -> ExportedProgram:
     batch, tokens, past = 2, 3, 5
     args = (
-        torch.randn(batch, tokens, (HEADS + 2 * KV) * SIZE), torch.ones(batch, tokens + past, dtype=torch.long),
+        torch.randint(0, 96, (batch, tokens)), torch.ones(batch, tokens + past, dtype=torch.long),
         torch.randn(batch, KV, past, SIZE), torch.randn(batch, KV, past, SIZE),
     )  # fmt: skip
-    b, n, p = Dim("b"), Dim("n"), Dim("p")
-    shapes = ({0: b, 1: n}, {0: b, 1: n + p}, {0: b, 2: p}, {0: b, 2: p})
+    size = Dim.DYNAMIC
+    shapes = ({0: size, 1: size}, {0: size, 1: size}, {0: size, 2: size}, {0: size, 2: size})
     return torch.export.export(Attention(mask), args, dynamic_shapes=shapes)
 
 
@@ -198,10 +202,10 @@ def test_padding_on_either_side(tmp_path: Path, side: str) -> None:
     padding = torch.ones(2, 6, dtype=torch.long)
     padding[1, slice(0, 2) if side == "left" else slice(4, 6)] = 0
     real = padding.bool()
-    x, empty = torch.randn(2, 6, (HEADS + 2 * KV) * SIZE), torch.zeros(2, KV, 0, SIZE)
-    values = dict(zip([i.name for i in session.get_inputs()], (x, padding, empty, empty), strict=True))
+    ids, empty = torch.randint(0, 96, (2, 6)), torch.zeros(2, KV, 0, SIZE)
+    values = dict(zip([i.name for i in session.get_inputs()], (ids, padding, empty, empty), strict=True))
     found = torch.from_numpy(run(session, {name: to_ort(v) for name, v in values.items()})[0].numpy())
-    expected = Attention(padded)(x, padding, empty, empty)["y"]
+    expected = Attention(padded)(ids, padding, empty, empty)["y"]
     torch.testing.assert_close(found[real], expected[real], atol=1e-5, rtol=1e-5)
 
 

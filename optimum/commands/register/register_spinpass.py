@@ -25,11 +25,16 @@ _VALUES = {
     "cache": ("CACHE", "let the KV cache travel rotated, or leave it plain"),
     "dtype": ("DTYPE", "of the weights: float32, float16, bfloat16, or auto as stored"),
     "quantize": ("SCHEME", "quantize, say w4g128-gptq-a8-head8-embed8, instead of --weights"),
-    "calibration": ("FILE", "text for GPTQ and static ranges"),
+    "calibration": ("FILE", "text for GPTQ, static ranges and --kv-cache"),
+    "to": ("TARGET", "onnx, executorch, or gptq for a checkpoint"),
+    "context": ("N", "with --to executorch: tokens that the KV cache inside holds"),
+    "kv-cache": ("BITS", "int8 or int4: keep keys and values as integers"),
 }
 _SWITCHES = {
     "no-cache": "export the prompt's pass alone, without a KV cache",
     "no-verify": "do not certify the result",
+    "no-fuse": "standard ONNX operators only, instead of ONNX Runtime's for attention",
+    "dequantize": "where MODEL is a GPTQ checkpoint, take the values of its integers",
     "json": "print one JSON document",
 }
 
