@@ -422,8 +422,9 @@ def _pow(node: Node, args: dict[str, Any]) -> Rule:
 
 
 def _where(node: Node, args: dict[str, Any]) -> Rule:
-    condition, x, other = args["condition"], args["self"], args["other"]
-    return _elementwise(node, [condition, x], [condition, other], opaque=[condition])
+    condition = args["condition"]
+    values = [v for v in (args["self"], args["other"]) if isinstance(v, Node) or v != 0]
+    return _elementwise(node, *([condition, v] for v in values), opaque=[condition])
 
 
 def _masked_fill(node: Node, args: dict[str, Any]) -> Rule:

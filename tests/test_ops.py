@@ -345,6 +345,8 @@ CASES: dict[str, tuple[int, Callable[[], Node]]] = {
     "square": (1, lambda: single(aten.square.default, X)),
     "where": (2, lambda: single(aten.where.self, MASK, X, Y)),
     "where scalar": (0, lambda: single(aten.where.ScalarOther, MASK, X, 1.0)),
+    "where else 0": (2, lambda: single(aten.where.ScalarOther, MASK, X, 0)),
+    "where 0 else": (2, lambda: single(aten.where.ScalarSelf, MASK, 0.0, X)),
     "where channel": (2, lambda: single(aten.where.self, torch.tensor([True, False, True, True]), X, Y)),
     "masked_fill": (2, lambda: single(aten.masked_fill.Scalar, X, MASK, 0)),
     "masked_fill 1": (0, lambda: single(aten.masked_fill.Scalar, X, MASK, 1.0)),
