@@ -25,14 +25,21 @@ def main() -> None:
     parser.add_argument("--model", default="", help="a model folder, a name on the hub, a GGUF file")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    source = locate(given.model or packaged_model())
-    where: dict[str, Any] = {"gguf_file": source.gguf} if source.gguf else {}
-    model = AutoModelForCausalLM.from_pretrained(source.location, dtype=torch.float32, **where).eval()
-    tokenizer = AutoTokenizer.from_pretrained(source.location, **where)
+    model, tokenizer = original_model(given.model or packaged_model())
     answers = [answer(model, tokenizer, prompt) for prompt in PROMPTS]
     given.out.parent.mkdir(parents=True, exist_ok=True)
     given.out.write_text(json.dumps(answers, indent=2), encoding="utf-8")
     print(f"{given.out}: {len(answers)} prompts, {sum(len(a['tokens']) for a in answers)} tokens")
+
+
+def original_model(name: str) -> tuple[Any, Any]:
+    """The model of a folder, a name on the hub or a GGUF file as transformers loads it, and its tokenizer."""
+    source = locate(name)
+    where: dict[str, Any] = {"gguf_file": source.gguf} if source.gguf else {}
+    model = AutoModelForCausalLM.from_pretrained(source.location, dtype=torch.float32, **where).eval()
+    if source.gguf:  # dequantized as it is, it can be exported
+        model.hf_quantizer = None
+    return model, AutoTokenizer.from_pretrained(source.location, **where)
 
 
 def answer(model: Any, tokenizer: Any, prompt: str) -> dict[str, Any]:
