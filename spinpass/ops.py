@@ -423,8 +423,15 @@ def _pow(node: Node, args: dict[str, Any]) -> Rule:
 
 def _where(node: Node, args: dict[str, Any]) -> Rule:
     condition = args["condition"]
-    values = [v for v in (args["self"], args["other"]) if isinstance(v, Node) or v != 0]
+    values = [v for v in (args["self"], args["other"]) if not _is_zero(v)]
     return _elementwise(node, *([condition, v] for v in values), opaque=[condition])
+
+
+def _is_zero(value: Any) -> bool:
+    """The number, or one made by the program."""
+    if not isinstance(value, Node):
+        return bool(value == 0)
+    return set(shape(value)) <= {1} and isinstance(rule_of(value), Zeros)
 
 
 def _masked_fill(node: Node, args: dict[str, Any]) -> Rule:

@@ -230,6 +230,18 @@ def single(target: Any, *args: Any, **kwargs: Any) -> Node:
     return node
 
 
+def where_zeros(size: tuple[int, ...]) -> Node:
+    """X where the mask is false, else zeros that the program makes."""
+    node = single(aten.where.self, MASK, torch.zeros(size), X)
+    (given,) = (n for n in node.all_input_nodes if value(n).shape == size and not value(n).any() and n is not node.args[0])
+    with node.graph.inserting_before(given):
+        made = node.graph.call_function(aten.zeros.default, (list(size),))
+    made.meta["val"] = torch.zeros(size)
+    given.replace_all_uses_with(made)
+    node.graph.erase_node(given)
+    return node
+
+
 def item(node: Node, which: int) -> Node:
     import operator
 
@@ -347,6 +359,8 @@ CASES: dict[str, tuple[int, Callable[[], Node]]] = {
     "where scalar": (0, lambda: single(aten.where.ScalarOther, MASK, X, 1.0)),
     "where else 0": (2, lambda: single(aten.where.ScalarOther, MASK, X, 0)),
     "where 0 else": (2, lambda: single(aten.where.ScalarSelf, MASK, 0.0, X)),
+    "where zeros else": (2, lambda: where_zeros(())),
+    "where whole zeros": (2, lambda: where_zeros((2, 3, 4))),
     "where channel": (2, lambda: single(aten.where.self, torch.tensor([True, False, True, True]), X, Y)),
     "masked_fill": (2, lambda: single(aten.masked_fill.Scalar, X, MASK, 0)),
     "masked_fill 1": (0, lambda: single(aten.masked_fill.Scalar, X, MASK, 1.0)),
