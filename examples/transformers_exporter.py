@@ -24,7 +24,7 @@ inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 exporter = RotatedOnnxExporter(rotation=spinpass.RotationConfig(form="online"))
 exported = exporter.export_for_generation(model, inputs, OnnxConfig(dynamic=True, ort_fusions="cpu"))
 for name, component in zip(exported.components, exporter.records):
-    print(f"{name}: {len(component.rotations)} spaces rotated, {len(component.outputs)} cache outputs in a rotated basis")
+    print(f"{name}: {len(component.rotations)} spaces rotated, {len(component.outputs)} rotated cache outputs")
 
 with tempfile.TemporaryDirectory() as folder:
     exported.save_pretrained(folder)  # an ordinary folder: who loads it needs no spinpass

@@ -30,13 +30,13 @@ from .console import (
 from .errors import ConfigError, ExportError, SpinpassError
 from .eval_request import EvalRequest, Rotated
 from .evaluation import windows as cut
+from .export_request import ExportRequest
 from .exporters.gptq_checkpoint import GptqReport
 from .exporters.loading import load_model, load_program, save_program
-from .folder import Result, check_writable, quantized, rotated, version_of
+from .folder import Result, check_writable, rotated, version_of
 from .generate_request import GenerateRequest
-from .gptq_folder import write_gptq_folder
 from .inspection import artefact_tables
-from .onnx_folder import CacheBits, onnx_tools, write_folder
+from .onnx_folder import onnx_tools, write_folder
 from .options import (
     ALL,
     AsJson,
@@ -54,12 +54,11 @@ from .options import (
     rotation_options,
 )
 from .planning import RotationPlan
-from .pte_folder import executorch_tools, write_pte_folder
 from .quantization import QuantizationConfig
 from .reporting.request import ReportRequest
 from .sampling import Sampling
 from .scoring import token_ids
-from .texts import LENGTH, SAMPLES, check_calibration, read_text
+from .texts import LENGTH, SAMPLES, read_text
 from .transform import plan as make_plan
 from .tuning import candidates
 from .tuning import tune as run_tuning
@@ -152,38 +151,15 @@ def export(
     alone: 4-bit weights in groups of 32, say, and 8-bit activations (w4g32-gptq-a8).
     """
     screen = _screen(ctx, as_json, verbose)
-    if quantize:
-        check_calibration(quantize, calibration)
-        if int4:
-            raise ConfigError("--int4 rounds the weights by itself: leave it out with --quantize")
-    cache = _cache_bits(kv_cache, calibration, no_fuse or no_cache)
-    if to == "executorch":
-        _check_executorch(int4, no_cache, kv_cache)
-    if to == "gptq" and (int4 or kv_cache is not None):
-        raise ConfigError("--int4 and --kv-cache are ONNX Runtime's: use --quantize w4g128-gptq, say, with --to gptq")
-    tools = {"onnx": onnx_tools, "executorch": executorch_tools}[to]() if to != "gptq" else None
-    check_writable(out)
+    request = ExportRequest(
+        model, out, config, to, quantize=quantize, calibration=calibration, int4=int4, kv_cache=kv_cache, dtype=dtype,
+        cache=not no_cache, context=context, dequantize=dequantize, fuse=not no_fuse, certify=not no_verify,
+    )  # fmt: skip
     with screen.steps() as steps:
-        inside = context if to == "executorch" else None
-        cached = not no_cache and to != "gptq"
-        loaded = load_model(
-            model, dtype=dtype, cache=cached, context=inside, dequantize=dequantize, progress=steps.begin
-        )
-        result = rotated(loaded.program, config, steps, certify=not no_verify)
-        if quantize:
-            result = quantized(result, loaded, quantize, calibration, steps)
-        if tools is None:
-            written = write_gptq_folder(loaded, result, out, steps, certify=not no_verify)
-        elif to == "executorch":
-            written = write_pte_folder(tools, loaded, result, out, steps, certify=not no_verify)
-        else:
-            fuse, certify = not no_fuse, not no_verify
-            written = write_folder(
-                tools, loaded, result, out, steps, int4=int4, fuse=fuse, cache=cache, certify=certify
-            )
+        result, written = request.run(steps)
     if as_json:
         about = {"ok": True, "out": str(out), "files": written.files, "seconds": steps.seconds}
-        screen.document(about | dict(written.manifest))
+        screen.document(dict(written.manifest) | about)
         return
     _show(screen, result)
     screen.show(*_report_lines(written.report), _files_table(out, written.files))
@@ -461,27 +437,6 @@ def inspect(
     screen.show(*artefact_tables(found))
     if beside is not None:
         screen.show(f"shares a KV cache with {beside}")
-
-
-def _check_executorch(int4: bool, no_cache: bool, kv_cache: str | None) -> None:
-    """ConfigError for options that mean nothing to ExecuTorch."""
-    if int4:
-        raise ConfigError("--int4 packs for ONNX Runtime: use --quantize w4g32-gptq-a8 with --to executorch")
-    if no_cache:
-        raise ConfigError("--to executorch writes a decoder with its cache inside: leave --no-cache out")
-    if kv_cache is not None:
-        raise ConfigError("--kv-cache is ONNX Runtime's: leave it out with --to executorch")
-
-
-def _cache_bits(stored: str | None, text: Path | None, unfused: bool) -> CacheBits | None:
-    """ConfigError where a quantized cache lacks what it needs."""
-    if stored is None:
-        return None
-    if text is None:
-        raise ConfigError(f"--kv-cache {stored} needs a text for its scales: add --calibration FILE")
-    if unfused:
-        raise ConfigError("--kv-cache is GroupQueryAttention's: leave out --no-fuse and --no-cache")
-    return CacheBits(int(stored.removeprefix("int")), text)
 
 
 def _sizes(text: str) -> list[int]:

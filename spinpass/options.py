@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from .config import DEFAULT_ROLES, ROLES, Cache, Form, Kind, RotationConfig, Tied
+from .export_request import IntegerCache, Target
 
 ALL = ",".join(ROLES)
 DEFAULT = ",".join(DEFAULT_ROLES)
@@ -39,7 +40,7 @@ Dtype = Annotated[
 ]
 NoCache = Annotated[bool, typer.Option("--no-cache", help="Export the prompt's pass alone, without a KV cache.")]
 NoVerify = Annotated[bool, typer.Option("--no-verify", help="Do not certify the result.")]
-To = Annotated[Literal["onnx", "executorch", "gptq"], typer.Option(help="For this runtime, or as a checkpoint.")]
+To = Annotated[Target, typer.Option(help="For this runtime, or as a checkpoint.")]
 Context = Annotated[
     int, typer.Option(help="With --to executorch: tokens that the KV cache inside holds, prompt and answer.")
 ]
@@ -48,7 +49,7 @@ Dequantize = Annotated[
 ]
 Int4 = Annotated[bool, typer.Option("--int4", help="Pack the weights to 4 bits (MatMulNBits).")]
 KvCache = Annotated[
-    Literal["int8", "int4"] | None,
+    IntegerCache | None,
     typer.Option(help="Keep keys and values as integers, with scales from the calibration text."),
 ]
 NoFuse = Annotated[

@@ -102,9 +102,7 @@ def quantize_4bit(
     return write(model, work, source, target, external_data)
 
 
-def write(
-    model: ir.Model, work: Work, source: str | Path, target: Path, external_data: bool | None
-) -> QuantizeReport:
+def write(model: ir.Model, work: Work, source: str | Path, target: Path, external_data: bool | None) -> QuantizeReport:
     """Store a model whose nodes ``work`` has replaced, whole or not at all; see :func:`quantize_4bit`."""
     origin = model_path(source)
     if not (work.matmuls or work.heads or work.tables):

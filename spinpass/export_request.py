@@ -1,0 +1,101 @@
+"""What ``spinpass export`` is asked for, and how it is carried out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+from .config import RotationConfig
+from .console import Steps
+from .errors import ConfigError
+from .exporters.loading import load_model
+from .folder import Result, Written, check_writable, quantized, rotated
+from .gptq_folder import write_gptq_folder
+from .onnx_folder import CacheBits, onnx_tools, write_folder
+from .pte_folder import executorch_tools, write_pte_folder
+from .texts import check_calibration
+
+Target = Literal["onnx", "executorch", "gptq"]
+IntegerCache = Literal["int8", "int4"]
+
+
+@dataclass(frozen=True)
+class ExportRequest:
+    """The options of the command. Raises ConfigError for combinations that mean nothing."""
+
+    model: str
+    out: Path
+    config: RotationConfig | None
+    to: Target = "onnx"
+    quantize: str = ""
+    calibration: Path | None = None
+    int4: bool = False
+    kv_cache: IntegerCache | None = None
+    dtype: str = "float32"
+    cache: bool = True
+    context: int = 1024
+    dequantize: bool = False
+    fuse: bool = True
+    certify: bool = True
+
+    def __post_init__(self) -> None:
+        if self.quantize:
+            check_calibration(self.quantize, self.calibration)
+            if self.int4:
+                raise ConfigError("--int4 rounds the weights by itself: leave it out with --quantize")
+        if self.to == "gptq" and (self.int4 or self.kv_cache is not None):
+            raise ConfigError(
+                "--int4 and --kv-cache are ONNX Runtime's: use --quantize w4g128-gptq, say, with --to gptq"
+            )
+        if self.to == "executorch":
+            self._check_executorch()
+        elif self.kv_cache is not None:
+            self._check_integer_cache()
+
+    def _check_executorch(self) -> None:
+        if self.int4:
+            raise ConfigError("--int4 packs for ONNX Runtime: use --quantize w4g32-gptq-a8 with --to executorch")
+        if not self.cache:
+            raise ConfigError("--to executorch writes a decoder with its cache inside: leave --no-cache out")
+        if self.kv_cache is not None:
+            raise ConfigError("--kv-cache is ONNX Runtime's: leave it out with --to executorch")
+
+    def _check_integer_cache(self) -> None:
+        if self.calibration is None:
+            raise ConfigError(f"--kv-cache {self.kv_cache} needs a text for its scales: add --calibration FILE")
+        if not (self.fuse and self.cache):
+            raise ConfigError("--kv-cache is GroupQueryAttention's: leave out --no-fuse and --no-cache")
+
+    def run(self, steps: Steps) -> tuple[Result, Written]:
+        """Load, rotate, certify, quantize, write. What is missing is said before the minutes of work.
+
+        Raises whatever the steps do: ConfigError, ExportError, RefusedError, VerificationError.
+        """
+        write = self._writer()
+        check_writable(self.out)
+        loaded = load_model(
+            self.model,
+            dtype=self.dtype,
+            cache=self.cache and self.to != "gptq",
+            context=self.context if self.to == "executorch" else None,
+            dequantize=self.dequantize,
+            progress=steps.begin,
+        )
+        result = rotated(loaded.program, self.config, steps, certify=self.certify)
+        if self.quantize:
+            result = quantized(result, loaded, self.quantize, self.calibration, steps)
+        return result, write(loaded, result, self.out, steps, certify=self.certify)
+
+    def _writer(self) -> Callable[..., Written]:
+        """What writes the folder, its packages imported. Raises ExportError where one is missing."""
+        if self.to == "gptq":
+            return write_gptq_folder
+        if self.to == "executorch":
+            return partial(write_pte_folder, executorch_tools())
+        bits = None
+        if self.kv_cache is not None and self.calibration is not None:
+            bits = CacheBits(int(self.kv_cache.removeprefix("int")), self.calibration)
+        return partial(write_folder, onnx_tools(), int4=self.int4, fuse=self.fuse, cache=bits)
