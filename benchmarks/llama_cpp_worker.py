@@ -26,7 +26,8 @@ def main() -> None:
     try:
         import llama_cpp
     except ImportError as error:
-        return say({"error": str(error)})
+        say({"error": str(error)})
+        return
     kernels = llama_cpp.llama_print_system_info().decode()
     say({"version": llama_cpp.__version__, "kernels": kernels})
     for line in sys.stdin:

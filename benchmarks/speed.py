@@ -17,6 +17,8 @@ rotation against float32; ``--transformers`` adds the decoding graph that transf
 
 from __future__ import annotations
 
+import sys
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -175,7 +177,8 @@ def _of_transformers(source: str, out: Path, steps: Steps) -> Path:
     ids = torch.arange(32).reshape(2, 16)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     stage, inputs = decompose_for_generation(model, inputs)["decode"]
-    exported = OnnxExporter().export(stage, inputs, OnnxConfig(dynamic=True, ort_fusions="cpu"))
+    with redirect_stdout(sys.stderr):  # torch says there how far it is
+        exported = OnnxExporter().export(stage, inputs, OnnxConfig(dynamic=True, ort_fusions="cpu"))
     path = out / "transformers" / "model.onnx"
     path.parent.mkdir()
     OnnxExporter.save_program(exported.program, path)
