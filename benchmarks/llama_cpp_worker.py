@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import logging
 import os
 import statistics
 import sys
@@ -28,6 +29,7 @@ def main() -> None:
     except ImportError as error:
         say({"error": str(error)})
         return
+    logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)
     kernels = llama_cpp.llama_print_system_info().decode()
     say({"version": llama_cpp.__version__, "kernels": kernels})
     for line in sys.stdin:
