@@ -5,7 +5,8 @@ same file is run by ONNX Runtime: ``--int4`` with and without rotation and, wher
 Perplexity is over the same windows of tokens, every token but the first of a window predicted from those before it;
 the reference are the float32 values that the GGUF file stands for. Prefill and decoding are timed as in
 :mod:`benchmarks.timing`, in turns. llama.cpp computes the logits of a prompt's last token, an exported graph those of
-all tokens: the row "all logits" has llama.cpp do the same.
+all tokens: the row "all logits" has llama.cpp do the same. Several threads are timed by the wall clock and wait for
+each other in loops: that says nothing on a machine whose cores are not idle.
 
 PATH is the interpreter of an environment with llama-cpp-python (``pip install llama-cpp-python`` compiles it, which
 takes a quarter of an hour of CPU time); it need not have anything else.
