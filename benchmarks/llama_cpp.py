@@ -1,7 +1,8 @@
 """Beside what one would fetch instead: the same weights in llama.cpp. ``python -m benchmarks.llama_cpp --python PATH``.
 
 The GGUF file is run by llama.cpp as it is and with its weights rounded to Q4_0; what ``spinpass export`` makes of the
-same file is run by ONNX Runtime: ``--int4`` with and without rotation and, where ``--quantize`` names one, a scheme.
+same file is run by ONNX Runtime: ``--int4`` with and without rotation and, where ``--quantize`` names one, a scheme
+with R1 online.
 Perplexity is over the same windows of tokens, every token but the first of a window predicted from those before it;
 the reference are the float32 values that the GGUF file stands for. Prefill and decoding are timed as in
 :mod:`benchmarks.timing`, in turns. llama.cpp computes the logits of a prompt's last token, an exported graph those of
@@ -173,14 +174,17 @@ def _kinds(gguf: Path) -> str:
 
 def _folders(loaded: LoadedModel, out: Path, scheme: str, calibration: Path | None, steps: Steps) -> dict[str, Path]:
     """What the command line writes with ``--int4`` and ``--quantize``."""
-    config = RotationConfig()
-    turned = rotated(loaded.program, config, steps, certify=False)
+    turned = rotated(loaded.program, RotationConfig(), steps, certify=False)
     wanted: dict[str, tuple[Callable[[], Result], bool]] = {
         "spinpass, --int4 --rotations none": (lambda: Result(loaded.program), True),
         "spinpass, --int4": (lambda: turned, True),
     }
     if scheme:
-        wanted[f"spinpass, {scheme}"] = (lambda: quantized(turned, loaded, scheme, calibration, steps), False)
+        online = rotated(loaded.program, RotationConfig(form="online"), steps, certify=False)
+        wanted[f"spinpass, --form online --quantize {scheme}"] = (
+            lambda: quantized(online, loaded, scheme, calibration, steps),
+            False,
+        )
     found = {}
     for number, (name, (make, int4)) in enumerate(wanted.items()):
         folder = found[name] = out / f"folder{number}"

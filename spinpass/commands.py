@@ -158,11 +158,11 @@ def export(
     with screen.steps() as steps:
         result, written = request.run(steps)
     if as_json:
-        about = {"ok": True, "out": str(out), "files": written.files, "seconds": steps.seconds}
+        about = {"ok": True, "out": str(out), "files": written.files, "notes": request.notes, "seconds": steps.seconds}
         screen.document(dict(written.manifest) | about)
         return
     _show(screen, result)
-    screen.show(*_report_lines(written.report), _files_table(out, written.files))
+    screen.show(*_report_lines(written.report), _files_table(out, written.files), *request.notes)
 
 
 @app.command()

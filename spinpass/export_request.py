@@ -16,6 +16,7 @@ from .folder import Result, Written, check_writable, quantized, rotated
 from .gptq_folder import write_gptq_folder
 from .onnx_folder import CacheBits, onnx_tools, write_folder
 from .pte_folder import executorch_tools, write_pte_folder
+from .quantization import QuantizationConfig
 from .texts import check_calibration
 
 Target = Literal["onnx", "executorch", "gptq"]
@@ -68,6 +69,29 @@ class ExportRequest:
             raise ConfigError(f"--kv-cache {self.kv_cache} needs a text for its scales: add --calibration FILE")
         if not (self.fuse and self.cache):
             raise ConfigError("--kv-cache is GroupQueryAttention's: leave out --no-fuse and --no-cache")
+
+    @property
+    def notes(self) -> list[str]:
+        """What the user should know about the combination."""
+        found = []
+        if self.int4 and self.config is not None:
+            found.append(
+                "4-bit weights alone seldom gain from a rotation and may lose: compare with --rotations none, or round "
+                "activations as well, --quantize w4g128-gptq-a8"
+            )
+        scheme = QuantizationConfig.parse(self.quantize) if self.quantize else None
+        if self.to == "onnx" and scheme is not None and scheme.weights is not None and scheme.activations is None:
+            found.append(
+                f"{self.quantize} leaves activations alone: ONNX Runtime multiplies in floats, and decoding is several "
+                "times slower than with -a8"
+            )
+        rotation = self.config
+        if scheme is not None and rotation is not None and rotation.form == "auto" and "R1" in rotation.rotations:
+            found.append(
+                "form auto folds R1 into the weights where it can, norm scales included; --form online costs two "
+                "Hadamards per layer and usually loses less under quantization (spinpass tune measures it)"
+            )
+        return found
 
     def run(self, steps: Steps) -> tuple[Result, Written]:
         """Load, rotate, certify, quantize, write. What is missing is said before the minutes of work.

@@ -14,8 +14,9 @@ import torch
 from typer.testing import CliRunner
 
 import spinpass
-from spinpass import cli, commands, errors, record
+from spinpass import RotationConfig, cli, commands, errors, record
 from spinpass import folder as folder_module
+from spinpass.export_request import ExportRequest
 from spinpass.exporters import files
 from spinpass.exporters.loading import load_program, save_program
 from spinpass.runtime import OrtDecoder
@@ -97,6 +98,17 @@ def test_export_of_a_quantized_model(folder: Path, tmp_path: Path, scheme: str) 
     assert manifest["packed"]["bytes_after"] < manifest["packed"]["bytes_before"]
     assert len(manifest["quantization"]["weights"]) >= 14 and manifest["quantization"]["activations"]
     assert len(OrtDecoder(tmp_path / "out").generate([5, 6, 7], 4, end=()).tokens) == 4
+
+
+def test_export_says_what_to_know_of_a_combination() -> None:
+    def notes(**options: Any) -> str:
+        return " ".join(ExportRequest("model", Path("out"), **options).notes)
+
+    rotated, online = RotationConfig(), RotationConfig(form="online")
+    assert "seldom gain from a rotation" in notes(config=rotated, int4=True) and not notes(config=None, int4=True)
+    assert "slower than with -a8" in notes(config=online, quantize="w4g128-rtn")
+    assert "--form online" in notes(config=rotated, quantize="w4-rtn-a8")
+    assert not notes(config=online, quantize="w4-rtn-a8") and not notes(config=rotated)
 
 
 def test_export_needs_a_text_for_gptq(folder: Path, pt2: Path, tmp_path: Path) -> None:
