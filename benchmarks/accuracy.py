@@ -37,8 +37,8 @@ from spinpass.quantization import Quantized, quantize
 from spinpass.scoring import OnnxScorer, ProgramScorer, open_scorer
 
 ORT = "ort:"  # in front of a scheme: the exported file with integers, in ONNX Runtime
-SCHEMES = ("ort:w8-rtn-a8", "ort:w8-rtn-a8static", "ort:w4g128-gptq-a8", "w4-gptq", "w4-gptq-a8-kv4", "a4-kv4",
-           "w4-gptq-a4-kv4", "w4g32-gptq")  # fmt: skip
+SCHEMES = ("ort:w8-gptq-a8", "ort:w8-gptq-a8static", "ort:w4g128-gptq-a8", "w4-asym-gptq", "w4-asym-gptq-a8-kv4",
+           "a4-kv4", "w4-asym-gptq-a4-kv4", "w4g32-gptq")  # fmt: skip
 VARIANTS: dict[str, RotationConfig | None] = {
     "untouched": None,
     "online": RotationConfig(form="online", verify=False),

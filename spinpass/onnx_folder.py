@@ -68,6 +68,9 @@ def write_folder(
     made: dict[str, Any] = {}
     with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as staging:
         report = export(Path(staging, "0"))
+        if cache is not None and report.fused.kept:
+            why = report.fused.kept[0]
+            raise ExportError(f"only ONNX Runtime's own attention reads a cache of integers, and this is not it: {why}")
         source = report.path
         for step, write in later.items():
             steps.start(step)

@@ -16,7 +16,7 @@ from ..errors import ConfigError
 from ..planning import RotationPlan
 from ..quantization import QuantizationConfig, quantize
 from ..scoring import Opened, ProgramScorer, open_scorer
-from ..texts import SAMPLES, read_text
+from ..texts import SAMPLES, calibration_windows, read_text
 from .activations import WatchedScorer, paired
 from .report import Quantized, Report, Scheme
 
@@ -62,9 +62,8 @@ class ReportRequest:
         if self.calibration is None:
             both = evaluation.windows(ids, self.length, 2 * self.windows)
             return both[::2], both[1::2][:SAMPLES]
-        others = opened.tokens(read_text(self.calibration))
-        count = max(1, min(SAMPLES, len(others) // self.length))
-        return evaluation.windows(ids, self.length, self.windows), evaluation.windows(others, self.length, count)
+        others = calibration_windows(opened.tokens, self.calibration, self.length)
+        return evaluation.windows(ids, self.length, self.windows), others
 
     def measure(
         self,
