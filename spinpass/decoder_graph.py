@@ -89,7 +89,7 @@ class DecoderGraph:
         names = [output.name for output in outputs]
         logits = names.index("logits") if "logits" in names else 0
         continued = _continuations([i.name for i in stored], names, logits, path)
-        batch = next(i for i in inputs if i.name == ids[0]).shape[0]
+        batch = _size(next(i for i in inputs if i.name == ids[0]).shape[0])
         if isinstance(batch, int) and batch != 1:
             raise ExportError(f"{path} was exported for batches of {batch}: export it with a dynamic batch axis")
         slots = (_Slot(i.name, _empty_shape(i, batch, path), DTYPES[i.type], continued[i.name]) for i in stored)
@@ -138,9 +138,14 @@ def _continuations(stored: list[str], outputs: list[str], logits: int, path: Pat
 
 def _empty_shape(value: Any, batch: int | str, path: Path) -> tuple[int, ...]:
     """No tokens; -1 for the batch: the dynamic axes that are not the batch are the length."""
-    shape = tuple(-1 if size == batch else 0 if isinstance(size, str) else size for size in value.shape)
+    shape = tuple(-1 if size == batch else 0 if isinstance(size, str) else size for size in map(_size, value.shape))
     if 0 not in shape:
         raise ExportError(
             f"{path}: the cache {value.name} of shape {value.shape} has a fixed length: export it with a dynamic one"
         )
     return shape
+
+
+def _size(stated: int | str) -> int | str:
+    """Of an axis. Some exporters write the number of a fixed axis as a name."""
+    return int(stated) if str(stated).isdecimal() else stated

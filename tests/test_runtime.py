@@ -68,6 +68,18 @@ def test_names_do_not_matter(model: nn.Module, program: ExportedProgram, tmp_pat
         assert list(OrtDecoder(tmp_path / name).generate(PROMPT, 5).tokens) == reference(model, 5)
 
 
+def test_fixed_axes_may_be_named_by_their_size(model: nn.Module, folder: Path, tmp_path: Path) -> None:
+    import onnx
+
+    file = onnx.load(folder / "model.onnx")
+    named = [d for i in file.graph.input for d in i.type.tensor_type.shape.dim if d.HasField("dim_value")]
+    assert len(named) == 2 * 4, "heads and their size, of keys and values in two layers"
+    for dim in named:
+        dim.dim_param = str(dim.dim_value)
+    onnx.save(file, tmp_path / "model.onnx")
+    assert list(OrtDecoder(tmp_path, threads=1).generate(PROMPT, 6).tokens) == reference(model, 6)
+
+
 def test_logits(model: nn.Module, decoder: OrtDecoder, monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.no_grad():
         expected = model(torch.tensor([PROMPT])).logits[0]
