@@ -24,7 +24,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
-import onnx_ir as ir
 import torch
 import typer
 from rich.table import Table
@@ -180,9 +179,6 @@ def _of_transformers(source: str, out: Path, steps: Steps) -> Path:
     stage, inputs = decompose_for_generation(model, inputs)["decode"]
     with redirect_stdout(sys.stderr):  # torch says there how far it is
         exported = OnnxExporter().export(stage, inputs, OnnxConfig(dynamic=True, ort_fusions="cpu"))
-    for value in exported.program.graph.inputs:  # it writes the cache's fixed sizes as names of dynamic ones
-        sizes = [size if isinstance(size, int) else str(size.value) for size in value.shape]
-        value.shape = ir.Shape([int(size) if str(size).isdigit() else size for size in sizes])
     path = out / "transformers" / "model.onnx"
     path.parent.mkdir()
     OnnxExporter.save_program(exported.program, path)
