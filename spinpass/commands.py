@@ -45,6 +45,7 @@ from .options import (
     Dtype,
     Int4,
     KvCache,
+    LastLogits,
     Model,
     NoCache,
     NoFuse,
@@ -139,6 +140,7 @@ def export(
     quantize: Annotated[str, typer.Option(help="Quantize, say w4g128-gptq-a8-head8-embed8.")] = "",
     calibration: Annotated[Path | None, typer.Option(help="Text for GPTQ, static ranges and --kv-cache.")] = None,
     kv_cache: KvCache = None,
+    last_logits: LastLogits = False,
     no_fuse: NoFuse = False,
     no_verify: NoVerify = False,
     as_json: AsJson = False,
@@ -153,7 +155,8 @@ def export(
     screen = _screen(ctx, as_json, verbose)
     request = ExportRequest(
         model, out, config, to, quantize=quantize, calibration=calibration, int4=int4, kv_cache=kv_cache, dtype=dtype,
-        cache=not no_cache, context=context, dequantize=dequantize, fuse=not no_fuse, certify=not no_verify,
+        cache=not no_cache, context=context, dequantize=dequantize, last_logits=last_logits, fuse=not no_fuse,
+        certify=not no_verify,
     )  # fmt: skip
     with screen.steps() as steps:
         result, written = request.run(steps)

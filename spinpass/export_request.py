@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -15,6 +15,7 @@ from .exporters.loading import load_model
 from .folder import Result, Written, check_writable, quantized, rotated
 from .gptq_folder import write_gptq_folder
 from .onnx_folder import CacheBits, onnx_tools, write_folder
+from .passes.last_token import last_token
 from .pte_folder import executorch_tools, write_pte_folder
 from .quantization import QuantizationConfig
 from .texts import check_calibration
@@ -39,6 +40,7 @@ class ExportRequest:
     cache: bool = True
     context: int = 1024
     dequantize: bool = False
+    last_logits: bool = False
     fuse: bool = True
     certify: bool = True
 
@@ -51,6 +53,8 @@ class ExportRequest:
             raise ConfigError(
                 "--int4 and --kv-cache are ONNX Runtime's: use --quantize w4g128-gptq, say, with --to gptq"
             )
+        if self.to == "gptq" and self.last_logits:
+            raise ConfigError("a checkpoint has no logits: leave out --last-logits with --to gptq")
         if self.to == "executorch":
             self._check_executorch()
         elif self.kv_cache is not None:
@@ -111,6 +115,8 @@ class ExportRequest:
         result = rotated(loaded.program, self.config, steps, certify=self.certify)
         if self.quantize:
             result = quantized(result, loaded, self.quantize, self.calibration, steps)
+        if self.last_logits:
+            result = replace(result, program=last_token(result.program))
         return result, write(loaded, result, self.out, steps, certify=self.certify)
 
     def _writer(self) -> Callable[..., Written]:

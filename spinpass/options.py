@@ -55,6 +55,9 @@ KvCache = Annotated[
 NoFuse = Annotated[
     bool, typer.Option("--no-fuse", help="Standard ONNX operators only, instead of ONNX Runtime's for attention.")
 ]
+LastLogits = Annotated[
+    bool, typer.Option("--last-logits", help="Compute the logits of the last token alone: prompts are read faster.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 Verbose = Annotated[
     int, typer.Option("-v", "--verbose", count=True, help="Log every pass, show every line; -vv: tracebacks.")

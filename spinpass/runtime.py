@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spinpass.errors import ConfigError
+from spinpass.errors import ConfigError, ExportError
 
 from . import decoding
 from .decoder_graph import DecoderGraph
@@ -66,10 +66,15 @@ class Decoder:
 
     def logits(self, ids: Sequence[int]) -> Tensor:
         """Logits (length, vocabulary) of every position, float32, from an empty cache. ConfigError for an empty
-        sequence."""
+        sequence, ExportError where the file returns the last position's alone."""
         state = self._graph.start(1)
         parts = torch.split(_tensor(ids), decoding.PROMPT_CHUNK, 1)
-        return torch.cat([self._graph.step(part, state)[0] for part in parts]).float()
+        found = torch.cat([self._graph.step(part, state)[0] for part in parts]).float()
+        if len(found) != len(ids):
+            raise ExportError(
+                f"{self.path} returns the logits of the last token alone: export it without --last-logits to score it"
+            )
+        return found
 
     def generate(
         self,

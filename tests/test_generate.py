@@ -190,6 +190,20 @@ def test_packed_weights_generate(original: Path, tmp_path: Path) -> None:
     assert out.shape == (1, len(PROMPTS[0]) + NEW)
 
 
+def test_the_logits_of_the_last_token_alone(original: Path, model: OrtModel, tmp_path: Path) -> None:
+    made = run("export", original, tmp_path / "out", "--last-logits")
+    assert made.exit_code == 0 and "equivalent" in made.stdout, made.stderr
+    short = OrtModel.from_pretrained(tmp_path / "out", threads=1)
+    ids, mask = padded("left")
+    a, b = (m.generate(ids, mask, max_new_tokens=NEW, eos_token_id=[]) for m in (model, short))
+    assert torch.equal(a, b)
+    assert short.graph.step(ids[:1], short.graph.start(1)).shape[1] == 1
+    scored = run("eval", tmp_path / "out", "--windows", 1, "--length", 8)
+    assert scored.exit_code == 2 and "export it without --last-logits to score it" in scored.stderr
+    refused = run("export", original, tmp_path / "no", "--last-logits", "--to", "gptq", "--quantize", "w8-rtn")
+    assert refused.exit_code == 2 and "a checkpoint has no logits" in refused.stderr
+
+
 def test_a_folder_without_a_model() -> None:
     with pytest.raises(ExportError, match="there is no model at"):
         OrtModel.from_pretrained("no/such/folder")

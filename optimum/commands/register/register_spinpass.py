@@ -33,6 +33,7 @@ _VALUES = {
 _SWITCHES = {
     "no-cache": "export the prompt's pass alone, without a KV cache",
     "no-verify": "do not certify the result",
+    "last-logits": "compute the logits of the last token alone: prompts are read faster",
     "no-fuse": "standard ONNX operators only, instead of ONNX Runtime's for attention",
     "dequantize": "where MODEL is a GPTQ checkpoint, take the values of its integers",
     "json": "print one JSON document",

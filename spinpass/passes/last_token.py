@@ -1,0 +1,82 @@
+"""LastToken:  (f(x) W)[:, −1:]  ->  f(x[:, −1:]) W:  the head works on a prompt's last token alone.
+
+Generation reads no other logits; those of a long prompt are a good part of what a small model computes, and gigabytes
+for a large vocabulary. Everything between the logits and the first linear layer in front of them must act on each token
+alone.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.export import ExportedProgram
+from torch.fx import Node
+from torch.fx.node import map_arg
+
+from .. import record
+from ..errors import ConfigError
+from ..program import ProgramEditor, arguments, op_name, shape
+
+_TOKENS = 1  # the axis
+_PER_TOKEN = {
+    "aten::to", "aten::_to_copy", "aten::tanh", "aten::clone", "aten::contiguous", "aten::linear", "aten::mul",
+    "aten::div", "aten::add", "aten::sub", "spinpass::hadamard", "spinpass::round_tokens",
+}  # fmt: skip
+_ORIGIN = "last token"
+
+
+def last_token(program: ExportedProgram) -> ExportedProgram:
+    """The program with logits (batch, 1, vocabulary), those of the last token, as its first output.
+
+    Raises:
+        ConfigError: the first output does not come out of a linear layer token by token.
+        ProgramError: as :class:`~spinpass.program.ProgramEditor`.
+    """
+    editor = ProgramEditor(program)
+    logits = next((node for _, _, _, node in editor.output_values()), None)
+    if logits is None or len(shape(logits)) != 3:
+        raise ConfigError("the program's first output is no tensor of logits, (batch, tokens, vocabulary)")
+    tail = _tail(editor, logits)
+    source = _source(editor, tail[0])
+    one = editor.call(torch.ops.aten.select.int, source, _TOKENS, -1, after=source, origin=_ORIGIN)
+    instead = {source: editor.call(torch.ops.aten.unsqueeze.default, one, _TOKENS, after=one, origin=_ORIGIN)}
+    for node in tail:
+        args, kwargs = map_arg((node.args, node.kwargs), lambda n: instead.get(n, n))
+        instead[node] = editor.call(node.target, *args, after=node, origin=_ORIGIN, **kwargs)  # type: ignore[arg-type]
+    if shape(instead[logits])[_TOKENS] != 1:
+        raise ConfigError("the logits are added to something for every token: export the logits of all tokens")
+    editor.output_node.replace_input_with(logits, instead[logits])
+    found = record.read(program)
+    if found is not None:
+        record.write(editor.graph, found)
+    return editor.finish()
+
+
+def _tail(editor: ProgramEditor, logits: Node) -> list[Node]:
+    """From the first linear layer that is met on the way back to the logits, in the order of the graph."""
+    tail = [logits]
+    while True:
+        node = tail[-1]
+        if op_name(node) not in _PER_TOKEN and not _keeps_all(node):
+            raise ConfigError(
+                f"the logits come out of {op_name(node)} ({node.name}), which is not known to act on each token alone: "
+                "export the logits of all tokens"
+            )
+        if op_name(node) == "aten::linear":
+            return tail[::-1]
+        tail.append(_source(editor, node))
+
+
+def _source(editor: ProgramEditor, node: Node) -> Node:
+    """The one operand that depends on the tokens. ConfigError where there are several."""
+    sources = [n for n in node.all_input_nodes if not editor.is_constant(n) and len(shape(n)) == 3]
+    if len(sources) != 1 or len(sources) != sum(not editor.is_constant(n) for n in node.all_input_nodes):
+        raise ConfigError(f"the logits depend on several values in {node.name}: export the logits of all tokens")
+    return sources[0]
+
+
+def _keeps_all(node: Node) -> bool:
+    """A slice that leaves out nothing, as models write it that may be asked for some logits."""
+    if op_name(node) != "aten::slice":
+        return False
+    given = arguments(node)
+    return given["start"] in (None, 0) and given["step"] == 1 and shape(node) == shape(given["self"])
