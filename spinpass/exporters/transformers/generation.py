@@ -30,7 +30,7 @@ def generate(exported: Any, ids: Sequence[int], max_new_tokens: int, *, end: Col
             "export it with export_for_generation"
         )
     tokens: list[int] = []
-    cache, name, given = _empty_cache(), "prefill", list(ids)
+    cache, name, given = _empty_cache(exported.config), "prefill", list(ids)
     while True:
         returned = exported.runners[name](
             **_inputs(exported.components[name].metadata, given, len(tokens) + len(ids), cache)
@@ -54,7 +54,8 @@ def _inputs(metadata: Any, ids: Sequence[int], length: int, cache: Any) -> dict[
     return {name: value for name, value in known.items() if name in metadata.kwargs}
 
 
-def _empty_cache() -> Any:
+def _empty_cache(config: Any) -> Any:
+    """As the components were traced with: its layers are there, without tokens."""
     from transformers import DynamicCache
 
-    return DynamicCache()
+    return DynamicCache(config=config)

@@ -38,7 +38,10 @@ class RotatedOnnxExporter(OnnxExporter, RotationMixin):
         onnx_functions.attach(converted)
         quantizer = calibrated(config, sample_inputs, self.rotated_program).quantizer
         if quantizer is not None:
+            functions = dict(converted.functions)
             converted = quantizer.quantize(converted, sample_inputs, config.export_format)
+            # it leaves what functions hold in a folder that is gone; their bodies are not quantized
+            converted.functions.update({key: functions[key] for key in converted.functions if key in functions})
         return converted, metadata
 
 
