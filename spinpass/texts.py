@@ -44,7 +44,7 @@ def read_dataset(name: str) -> str:
     where, config, split = (*name.split(":"), "", "")[:3]
     try:
         rows = datasets.load_dataset(where, config or None, split=split or "test", streaming=True)
-        columns = [c for c, kind in (rows.features or {}).items() if getattr(kind, "dtype", "") == "string"]
+        columns = _string_columns(rows)
         if "text" not in columns and len(columns) != 1:
             raise ConfigError(f"the dataset {name} has no column 'text'; of strings it has {columns or 'none'}")
         column = "text" if "text" in columns else columns[0]
@@ -53,6 +53,14 @@ def read_dataset(name: str) -> str:
         raise
     except Exception as error:  # files, hub, builders: no common base below Exception
         raise ConfigError(f"the dataset {name} cannot be read: {error}") from error
+
+
+def _string_columns(rows: Any) -> list[str]:
+    """By the dataset's types, or by its first row where a stream does not know them before."""
+    if rows.features:
+        strings = ("string", "large_string")
+        return [name for name, kind in rows.features.items() if getattr(kind, "dtype", "") in strings]
+    return [name for name, value in next(iter(rows), {}).items() if isinstance(value, str)]
 
 
 def _joined(documents: Iterable[str]) -> str:

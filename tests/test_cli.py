@@ -448,7 +448,7 @@ def test_eval_reads_datasets_by_name(folder: Path, text: Path, tmp_path: Path) -
     (data / "test.csv").write_text("text\n" + "\n".join(text.read_text().split(" ")))
     common = ("eval", folder, "--windows", 2, "--length", 16, "--json")
     assert document(run(*common, "--dataset", data))["tokens"] == 2 * 15
-    (data / "test.csv").write_text("a,b\nx,y\n")
+    (data / "test.csv").write_text("a,b\nx,y\n")  # a stream of it knows no types before its first row
     for name, why in {f"{data}": "has no column 'text'", f"{data}::nosuch": "cannot be read"}.items():
         result = run(*common, "--dataset", name)
         assert result.exit_code == 2 and why in result.stderr, result.stderr

@@ -273,7 +273,7 @@ def test_the_cache_has_an_end(text: PteDecoder) -> None:
 @pytest.mark.parametrize("settings, context, message", [
     ({}, 4, "a context of 4 tokens: at least 5"),
     ({}, 65, "a context of 65 tokens: the model has 64 positions"),
-    (dict(sliding_window=8, layer_types=["sliding_attention"]), 16, "sees a window of 8, which does not slide"),
+    (dict(sliding_window=8, use_sliding_window=True, layer_types=["sliding_attention"]), 16, "sees a window of 8, which does not slide"),
 ])  # fmt: skip
 def test_contexts_that_do_not_fit(settings: dict[str, Any], context: int, message: str) -> None:
     with pytest.raises(ConfigError, match=message):

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from torch.export import ExportedProgram
 from transformers.exporters.exporter_executorch import ExecutorchExporter
+
+from spinpass.exporters.lower_hadamards import lower_hadamards
+from spinpass.exporters.own_constants import give_own_constants
 
 from .mixin import RotationMixin
 
@@ -10,5 +14,8 @@ from .mixin import RotationMixin
 class RotatedExecutorchExporter(ExecutorchExporter, RotationMixin):
     """Exports to a rotated ExecuTorch program, online Hadamards as linear layers that backends take like any other."""
 
-    lowers_hadamards = True
     extra = "executorch"
+
+    def lowered(self, program: ExportedProgram) -> ExportedProgram:
+        """As :meth:`RotationMixin.lowered`: matrices are not shared, which partitions cannot be."""
+        return give_own_constants(lower_hadamards(program))

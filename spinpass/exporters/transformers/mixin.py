@@ -9,7 +9,6 @@ from transformers.exporters.exporter_dynamo import DynamoExporter
 
 from spinpass.config import RotationConfig
 from spinpass.errors import ConfigError, ExportError
-from spinpass.exporters.lower_hadamards import lower_hadamards
 from spinpass.record import Record
 from spinpass.transform import transform
 
@@ -30,9 +29,6 @@ class RotationMixin(DynamoExporter):
         ConfigError: ``rotation`` is no RotationConfig.
         ExportError: a package of the backend is missing.
     """
-
-    lowers_hadamards = False
-    """Whether online Hadamards become linear layers, for backends that cannot be taught an operator."""
 
     extra = "transformers"
     """The extra of spinpass that installs what this exporter needs."""
@@ -66,7 +62,11 @@ class RotationMixin(DynamoExporter):
         self._components.append(made)
         self._last = rotated
         metadata.packages["spinpass"] = made.record.version
-        return (lower_hadamards(rotated) if self.lowers_hadamards else rotated), metadata
+        return self.lowered(rotated), metadata
+
+    def lowered(self, program: ExportedProgram) -> ExportedProgram:
+        """The rotated program as the backend takes it: as it is, unless it cannot be taught an operator."""
+        return program
 
     @property
     def records(self) -> list[Record]:

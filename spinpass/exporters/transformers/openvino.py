@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch.export import ExportedProgram
 from transformers.exporters.exporter_openvino import OpenVINOExporter
+
+from spinpass.exporters.lower_hadamards import lower_hadamards
 
 from .mixin import RotationMixin
 from .quantizers import calibrated
@@ -13,8 +16,11 @@ from .quantizers import calibrated
 class RotatedOpenVINOExporter(OpenVINOExporter, RotationMixin):
     """Exports to a rotated ``openvino.Model``, online Hadamards as matrix products."""
 
-    lowers_hadamards = True
     extra = "openvino"
+
+    def lowered(self, program: ExportedProgram) -> ExportedProgram:
+        """As :meth:`RotationMixin.lowered`."""
+        return lower_hadamards(program)
 
     def export_program(self, model: Any, sample_inputs: Any, config: Any) -> tuple[Any, Any]:
         """As of transformers; the quantizer's samples hold the cache in the rotated basis."""
