@@ -80,7 +80,7 @@ speed: $(READY)
 
 # optimum's models for ONNX Runtime need transformers 4
 consumer: $(READY) $(CONSUMER)/.installed
-	$(BIN)/python -m benchmarks.tokens --runtimes ORTModelForCausalLM,GenAI --consumer $(CONSUMER)/bin/python
+	$(BIN)/python -m benchmarks.tokens --runtimes ORTModelForCausalLM,GenAI --consumer $(CONSUMER)/bin/python $(TOKENS)
 
 $(CONSUMER)/.installed: constraints-consumer.txt
 	$(PYTHON) -m venv $(CONSUMER)

@@ -66,6 +66,7 @@ def main(
     model: Annotated[str, typer.Option(help="Folder, hub name or GGUF file; the demo's model if none.")] = "",
     form: Annotated[Form, typer.Option(help="Of R1.")] = "auto",
     runtimes: Annotated[str, typer.Option(help="Separated by commas; all if none.")] = "",
+    prompts: Annotated[int, typer.Option(help="How many of the demo's prompts.", min=1)] = len(PROMPTS),
     context: Annotated[int, typer.Option(help="Tokens that ExecuTorch's cache holds.")] = 256,
     consumer: Annotated[Path | None, typer.Option(help="Interpreter of an environment with optimum-onnx.")] = None,
     out: Annotated[Path | None, typer.Option(help="Keep the exported models in this folder.")] = None,
@@ -84,12 +85,12 @@ def main(
         loaded = load_model(name, progress=steps.begin)
         steps.start("transformers")
         original, tokenizer = original_model(name)
-        expected = [answer(original, tokenizer, prompt) for prompt in PROMPTS]
+        expected = [answer(original, tokenizer, prompt) for prompt in PROMPTS[:prompts]]
         case = Case(original, loaded, config, expected, context, out or Path(temporary), consumer)
         rows = [_row(runtime, case, steps) for runtime in chosen]
     if as_json:
         screen.document({"model": name, "config": config.to_dict(), "runtimes": [asdict(row) for row in rows]})
-    screen.show(_table(rows))
+    screen.show(_table(rows, len(expected)))
     raise SystemExit(any(row.tokens != row.expected or row.answers != len(expected) for row in rows if not row.skipped))
 
 
@@ -219,12 +220,12 @@ RUNTIMES: dict[str, Callable[[str, Case], Row]] = {
 }
 
 
-def _table(rows: list[Row]) -> Table:
+def _table(rows: list[Row], prompts: int) -> Table:
     table = Table("runtime", "answers equal", "tokens equal", title="Greedy tokens, rotated R1–R4, float32")
     for row in rows:
-        told = (f"{row.answers} of {len(PROMPTS)}", f"{row.tokens} of {row.expected}")
+        told = (f"{row.answers} of {prompts}", f"{row.tokens} of {row.expected}")
         table.add_row(row.runtime, *((f"skipped: {row.skipped}", "") if row.skipped else told))
-    table.caption = f"{len(PROMPTS)} prompts, up to {ANSWER} new tokens each"
+    table.caption = f"{prompts} prompts, up to {ANSWER} new tokens each"
     return table
 
 
