@@ -40,9 +40,10 @@ from spinpass.exporters import onnx
 from spinpass.exporters.loading import load_model, locate
 from spinpass.exporters.onnx_names import cache_names
 from spinpass.exporters.onnx_quantize import quantize_4bit
+from spinpass.passes.last_token import last_token
 from spinpass.scoring import ProgramScorer
 
-BASE, AGAIN, FLOAT, UNFUSED = "4-bit", "4-bit, again", "fp32", "fp32, unfused"
+BASE, AGAIN, LAST, FLOAT, UNFUSED = "4-bit", "4-bit, again", "4-bit, --last-logits", "fp32", "fp32, unfused"
 TRANSFORMERS = "fp32, transformers"
 ROTATED = {
     "4-bit, R1+R2 offline": RotationConfig(rotations=("R1", "R2"), form="offline", verify=False),
@@ -146,6 +147,8 @@ def _exported(program: ExportedProgram, out: Path, steps: Steps) -> Exports:
     quantize_4bit(out / FLOAT, out / BASE)
     keep(BASE, out / BASE)
     made.about[AGAIN] = made.about[BASE]
+    quantize_4bit(write(last_token(program), "last, fp32"), out / LAST)
+    keep(LAST, out / LAST)
     for name, config in ROTATED.items():
         steps.start(f"rotate {name}")
         plan = spinpass.plan(program, config)
