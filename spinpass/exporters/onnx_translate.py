@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -82,17 +82,8 @@ def translate(ep: ExportedProgram, opset: int | None) -> ir.Model:
     with _quiet():
         program = _convert(_Program(ep), opset, table) or _convert(_Program(ep, decompose=True), opset, table)
     model: ir.Model = program.model
-    _state_sizes(model.graph.inputs)
     _optimise(model)
     return model
-
-
-def _state_sizes(values: Iterable[ir.Value]) -> None:
-    """Sizes that torch.onnx writes as the symbol "2" become numbers."""
-    for value in values:
-        if value.shape is not None:
-            named = [size if isinstance(size, int) else size.value for size in value.shape]
-            value.shape = ir.Shape([int(s) if isinstance(s, str) and s.isdigit() else s for s in named])
 
 
 def _convert(ep: _Program, opset: int | None, table: dict[Any, Any]) -> Any:
