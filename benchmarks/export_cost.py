@@ -37,7 +37,6 @@ inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 exported = OnnxExporter().export_for_generation(model, inputs, OnnxConfig(dynamic=True, ort_fusions="cpu"))
 exported.save_pretrained(sys.argv[2])
 """
-app = typer.Typer(add_completion=False)
 
 
 def main(

@@ -31,13 +31,14 @@ from torch.export import ExportedProgram
 from torch.utils.flop_counter import FlopCounterMode
 
 import spinpass
+from benchmarks.consumers.expected import original_model
 from benchmarks.timing import PHASES, Contender, OrtContender, Work, cells, compared, measured
 from examples.demo import packaged_model
 from spinpass.config import RotationConfig
 from spinpass.console import Screen, Steps
 from spinpass.execution import run
 from spinpass.exporters import onnx
-from spinpass.exporters.loading import load_model, locate
+from spinpass.exporters.loading import load_model
 from spinpass.exporters.onnx_names import cache_names
 from spinpass.exporters.onnx_quantize import quantize_4bit
 from spinpass.passes.last_token import last_token
@@ -169,14 +170,11 @@ def _flops(program: ExportedProgram) -> int:
 
 def _of_transformers(source: str, out: Path, steps: Steps) -> Path:
     """A folder with the graph that decodes single tokens, as transformers exports and fuses it."""
-    from transformers import AutoModelForCausalLM
     from transformers.exporters import OnnxConfig, OnnxExporter
     from transformers.exporters.utils import decompose_for_generation
 
     steps.start("export with transformers")
-    found = locate(source)
-    where: dict[str, Any] = {"gguf_file": found.gguf} if found.gguf else {}
-    model = AutoModelForCausalLM.from_pretrained(found.location, dtype=torch.float32, **where).eval()
+    model, _ = original_model(source)
     ids = torch.arange(32).reshape(2, 16)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     stage, inputs = decompose_for_generation(model, inputs)["decode"]

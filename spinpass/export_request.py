@@ -13,7 +13,7 @@ from .console import Steps
 from .errors import ConfigError
 from .exporters.loading import load_model
 from .folder import Result, Written, check_writable, quantized, rotated
-from .gptq_folder import write_gptq_folder
+from .gptq_folder import WEIGHTS_ONLY, check_rotation, write_gptq_folder
 from .onnx_folder import CacheBits, onnx_tools, write_folder
 from .passes.last_token import last_token
 from .pte_folder import executorch_tools, write_pte_folder
@@ -49,16 +49,25 @@ class ExportRequest:
             check_calibration(self.quantize, self.calibration)
             if self.int4:
                 raise ConfigError("--int4 rounds the weights by itself: leave it out with --quantize")
-        if self.to == "gptq" and (self.int4 or self.kv_cache is not None):
-            raise ConfigError(
-                "--int4 and --kv-cache are ONNX Runtime's: use --quantize w4g128-gptq, say, with --to gptq"
-            )
-        if self.to == "gptq" and self.last_logits:
-            raise ConfigError("a checkpoint has no logits: leave out --last-logits with --to gptq")
+        if self.to == "gptq":
+            self._check_checkpoint()
         if self.to == "executorch":
             self._check_executorch()
         elif self.kv_cache is not None:
             self._check_integer_cache()
+
+    def _check_checkpoint(self) -> None:
+        if self.int4 or self.kv_cache is not None:
+            raise ConfigError(
+                "--int4 and --kv-cache are ONNX Runtime's: use --quantize w4g128-gptq, say, with --to gptq"
+            )
+        if self.last_logits:
+            raise ConfigError("a checkpoint has no logits: leave out --last-logits with --to gptq")
+        scheme = self._scheme
+        if scheme is None or scheme.weights is None:
+            raise ConfigError(WEIGHTS_ONLY)
+        if scheme.activations is not None or scheme.cache is not None:
+            raise ConfigError("a GPTQ checkpoint holds weights alone: leave the parts a… and kv… out of --quantize")
 
     def _check_executorch(self) -> None:
         if self.int4:
@@ -75,6 +84,10 @@ class ExportRequest:
             raise ConfigError("--kv-cache is GroupQueryAttention's: leave out --no-fuse and --no-cache")
 
     @property
+    def _scheme(self) -> QuantizationConfig | None:
+        return QuantizationConfig.parse(self.quantize) if self.quantize else None
+
+    @property
     def notes(self) -> list[str]:
         """What the user should know about the combination."""
         found = []
@@ -83,7 +96,7 @@ class ExportRequest:
                 "4-bit weights alone seldom gain from a rotation and may lose: compare with --rotations none, or round "
                 "activations as well, --quantize w4g128-gptq-a8"
             )
-        scheme = QuantizationConfig.parse(self.quantize) if self.quantize else None
+        scheme = self._scheme
         if self.to == "onnx" and scheme is not None and scheme.weights is not None and scheme.activations is None:
             found.append(
                 f"{self.quantize} leaves activations alone: ONNX Runtime multiplies in floats, and decoding is several "
@@ -113,6 +126,8 @@ class ExportRequest:
             progress=steps.begin,
         )
         result = rotated(loaded.program, self.config, steps, certify=self.certify)
+        if self.to == "gptq":
+            check_rotation(loaded, result)
         if self.quantize:
             result = quantized(result, loaded, self.quantize, self.calibration, steps)
         if self.last_logits:

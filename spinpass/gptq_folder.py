@@ -20,22 +20,11 @@ from .passes.untie import untie
 from .program import ProgramEditor
 from .verify import verify
 
+WEIGHTS_ONLY = "--to gptq writes quantized weights: add --quantize, say w4g128-gptq"
 
-def write_gptq_folder(loaded: LoadedModel, result: Result, out: Path, steps: Steps, *, certify: bool = True) -> Written:
-    """Write the integers, everything else in the program's dtype, tokenizer and configuration.
 
-    Raises:
-        ConfigError: nothing is quantized, more than weights is, a rotation is online or adds parameters, or a weight
-            does not fit the layout; the message says what to ask for instead.
-        VerificationError: (``certify``) the model's architecture with these weights is another function, as where a
-            norm had to become one of another kind.
-        ExportError: safetensors is missing, or the folder is not writable.
-    """
-    made = result.quantization
-    if made is None or not made.weights:
-        raise ConfigError("--to gptq writes quantized weights: add --quantize, say w4g128-gptq")
-    if made.activations or made.caches:
-        raise ConfigError("a GPTQ checkpoint holds weights alone: leave the parts a… and kv… out of --quantize")
+def check_rotation(loaded: LoadedModel, result: Result) -> None:
+    """ConfigError, saying what to ask for instead, where a rotation is online or adds parameters."""
     online = [space for space in result.plan.spaces if space.online] if result.plan is not None else []
     if online:
         raise ConfigError(
@@ -47,6 +36,20 @@ def write_gptq_folder(loaded: LoadedModel, result: Result, out: Path, steps: Ste
         raise ConfigError(
             f"the rotation adds {added[0]}, which the model of the configuration has not: leave out R1, or --tied keep"
         )
+
+
+def write_gptq_folder(loaded: LoadedModel, result: Result, out: Path, steps: Steps, *, certify: bool = True) -> Written:
+    """Write the integers, everything else in the program's dtype, tokenizer and configuration.
+
+    Raises:
+        ConfigError: no weight is quantized, or one does not fit the layout.
+        VerificationError: (``certify``) the model's architecture with these weights is another function, as where a
+            norm had to become one of another kind.
+        ExportError: safetensors is missing, or the folder is not writable.
+    """
+    made = result.quantization
+    if made is None or not made.weights:
+        raise ConfigError(WEIGHTS_ONLY)
     if certify:
         steps.start("certify the checkpoint")
         _check_architecture(loaded, result)

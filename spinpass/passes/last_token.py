@@ -68,8 +68,8 @@ def _tail(editor: ProgramEditor, logits: Node) -> list[Node]:
 
 def _source(editor: ProgramEditor, node: Node) -> Node:
     """The one operand that depends on the tokens. ConfigError where there are several."""
-    sources = [n for n in node.all_input_nodes if not editor.is_constant(n) and len(shape(n)) == 3]
-    if len(sources) != 1 or len(sources) != sum(not editor.is_constant(n) for n in node.all_input_nodes):
+    sources = [n for n in node.all_input_nodes if not editor.is_constant(n)]
+    if len(sources) != 1 or len(shape(sources[0])) != 3:
         raise ConfigError(f"the logits depend on several values in {node.name}: export the logits of all tokens")
     return sources[0]
 
