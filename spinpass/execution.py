@@ -122,10 +122,15 @@ def _constant(ep: ExportedProgram, spec: InputSpec) -> Any:
 
 
 def execute(
-    ep: ExportedProgram, values: Mapping[str, Any], *, float64: bool = False, tick: Tick | None = None
+    ep: ExportedProgram,
+    values: Mapping[str, Any],
+    *,
+    float64: bool = False,
+    tick: Tick | None = None,
+    gradients: bool = False,
 ) -> Execution:
     """Run `ep` with `values` by placeholder name; a value for a constant replaces the stored one, and may be
-    :class:`Deferred` in a lifted run.
+    :class:`Deferred` in a lifted run. `gradients`: record those of the values that require them.
 
     `tick` is called after every node. Nothing in `values` or in the program is modified: what the program writes in
     place is cloned first.
@@ -143,7 +148,7 @@ def execute(
             fed[name] = value
             value = value.clone()
         feed.append(value)
-    with torch.no_grad(), _default_dtype(torch.float64 if float64 else torch.get_default_dtype()):
+    with torch.set_grad_enabled(gradients), _default_dtype(torch.float64 if float64 else torch.get_default_dtype()):
         results = Runner(ep.graph_module, float64=float64, tick=tick).run(*feed, enable_io_processing=False)
     after = {spec.arg.name: value for spec, value in zip(ep.graph_signature.input_specs, feed, strict=True)}
     state = {name: after[name] for name, old in fed.items() if not torch.equal(old, after[name])}

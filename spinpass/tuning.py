@@ -3,7 +3,7 @@
 Whole configurations are quantized and scored on held-out text, paired over its windows. Before that every space of a
 configuration is judged by itself (:mod:`.quantization.site_error`): where its layers lose no less in the rotated basis,
 or nothing in it is rounded, it is left alone. Among what is equally good within the noise, what costs least is taken;
-nothing costs less than no rotation.
+nothing costs less than no rotation. Scales are distilled last, those of what was chosen.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from torch.export import ExportedProgram
@@ -21,6 +21,7 @@ from .errors import ConfigError, RefusedError
 from .evaluation import Comparison, compare, paired
 from .planning import PlannedSpace, RotationPlan
 from .quantization import QuantizationConfig, Quantized, quantize
+from .quantization.distill import distilled
 from .quantization.site_error import site_errors
 from .scoring import ProgramScorer
 from .transform import plan as make_plan
@@ -154,6 +155,9 @@ def tune(
         trials += work.trials(name, tried)
     chosen = choose(trials)
     rotated, quantized = work.made[chosen.name]
+    if config.distill:
+        tick = work.steps.start(f"distill, {chosen.name}")
+        quantized = distilled(rotated, quantized, work.calibration, epochs=config.distill, progress=tick)
     return Tuned(rotated, quantized, chosen, tuple(trials))
 
 
@@ -185,7 +189,7 @@ class _Tuning:
         held_out: Windows,
         steps: Steps,
     ) -> None:
-        self.program, self.config, self.steps = program, config, steps
+        self.program, self.config, self.steps = program, replace(config, distill=0), steps
         self.held_out, self.scorer = held_out, ProgramScorer(program)
         self.calibration = [self.scorer.inputs(ids) for ids in calibration]
         self.made: dict[str, tuple[ExportedProgram, Quantized]] = {}

@@ -35,7 +35,7 @@ from spinpass.program import ProgramEditor
 from spinpass.quantization.config import GROUP_SIZES, WEIGHT_BITS, Weights
 from spinpass.quantization.grid import Codes
 from spinpass.quantization.packing import pack, unpack, words
-from spinpass.quantization.quantize import QuantizationReport, Quantized, QuantizedWeight
+from spinpass.quantization.report import QuantizationReport, Quantized, QuantizedWeight
 from spinpass.quantization.sites import weight_sites
 
 from .files import staged

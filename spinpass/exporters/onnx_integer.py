@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from spinpass.quantization.quantize import QuantizedWeight
+from spinpass.quantization.report import QuantizedWeight
 
 from .onnx_functions import Body
 from .onnx_rounding import ROWS, TOKENS, arguments, codes_of, factor_of, is_call

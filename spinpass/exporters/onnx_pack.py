@@ -3,8 +3,8 @@ into integer kernels as it is, without another rounding.
 
 8-bit weights behind 8-bit activations, per token or static, become integer products (:mod:`.onnx_integer`), all others
 ``MatMulNBits``, tables ``GatherBlockQuantized``. The last two take blocks of 16 to 256 weights: one scale per output
-channel, or a group of several blocks, is the same scale repeated. The values (q − z)·s are those of the simulated
-program, bit for bit.
+channel, or a group of several blocks, is the same scale repeated; three bits are stored as four, whose grid holds them.
+The values (q − z)·s are those of the simulated program, bit for bit.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from torch import Tensor
 
 from spinpass.errors import ConfigError, ExportError
 from spinpass.quantization.grid import Codes
-from spinpass.quantization.quantize import QuantizedWeight
+from spinpass.quantization.report import QuantizedWeight
 
 from .onnx_functions import Body
 from .onnx_integer import IntegerProducts, arrays, has_integer_kernel, is_rounded_per_token
 from .onnx_paths import model_path
 from .onnx_quantize import Packed, QuantizeReport, Work, constant_matrix, load, write
 
-_BITS = (2, 4, 8)
 _BLOCKS = (256, 128, 64, 32, 16)
+STORED_BITS = {2: 2, 3: 4, 4: 4, 8: 8}
 
 
 def pack_weights(
@@ -47,21 +47,18 @@ def pack_weights(
     Args:
         source, destination: an ``.onnx`` file, or a folder with ``model.onnx``, whose other files are copied. The model
             is that of the quantized program: its constants must be what the integers stand for.
-        weights: by parameter name, as in the report of :func:`spinpass.quantization.quantize`, of 2, 4 or 8 bits.
+        weights: by parameter name, as in the report of :func:`spinpass.quantization.quantize`.
         accuracy_level: how ``MatMulNBits`` computes: 0 in the model's dtype (weight-only), 4 with activations rounded
             to int8 per block as they come, in place of a rounding to int8 per token that the program has there.
         external_data: as in :func:`spinpass.exporters.onnx.export`.
 
     Raises:
-        ConfigError: a weight of 3 bits, an accuracy level out of range, groups that the kernels' blocks do not fit.
+        ConfigError: an accuracy level out of range, groups that the kernels' blocks do not fit.
         ExportError: no readable model at ``source``; it has no product or lookup of what the integers of a weight
             stand for; ``destination`` cannot be written. Nothing is left behind.
     """
     if accuracy_level not in range(5):
         raise ConfigError(f"accuracy_level {accuracy_level} is not one of 0, 1, 2, 3, 4")
-    odd = sorted(name for name, w in weights.items() if w.codes.bits not in _BITS)
-    if odd:
-        raise ConfigError(f"{odd[0]} has {weights[odd[0]].codes.bits} bits; MatMulNBits takes 2, 4 or 8")
     model = load(model_path(source))
     named = {_digest(w.codes.dequantized()): name for name, w in weights.items()}
     work = _Packing(model.graph, 0, True, accuracy_level, None, None, frozenset(), weights=weights, named=named)
@@ -95,10 +92,28 @@ class _Packing(Work):
             return super()._matmul(node)
         if has_integer_kernel(x, self.weights[name]):
             return self._integer_product(node, x, name)
-        rounding = x.producer()
-        if self.accuracy_level == 4 and is_rounded_per_token(x) and rounding is not None:
-            node.replace_input_with(0, rounding.inputs[0])  # the kernel rounds
+        if self.accuracy_level == 4:  # the kernel rounds
+            node.replace_input_with(0, self._before_rounding(x))
         return super()._matmul(node)
+
+    def _before_rounding(self, x: ir.Value) -> ir.Value:
+        """What was rounded to int8 per token, also where channels are picked of the rounded value; else ``x``."""
+        node = x.producer()
+        source = None if node is None else node.inputs[0]
+        if node is None or source is None:
+            return x
+        if is_rounded_per_token(x):
+            return source
+        axis = node.attributes.get("axis")
+        if node.op_type != "Gather" or axis is None or x.shape is None or axis.as_int() not in (-1, len(x.shape) - 1):
+            return x
+        exact = self._before_rounding(source)
+        if exact is source:
+            return x
+        picked = ir.node("Gather", [exact, node.inputs[1]], {"axis": -1})
+        picked.outputs[0].type, picked.outputs[0].shape = x.type, x.shape
+        self.graph.insert_before(node, picked)
+        return picked.outputs[0]
 
     def _integer_product(self, node: ir.Node, x: ir.Value, name: str) -> None:
         self.found.add(name)
@@ -113,7 +128,7 @@ class _Packing(Work):
 
     def bits_of(self, constant: ir.Value, by_column: bool, head: bool) -> int | None:
         name = self._name(constant, by_column)
-        return None if name is None else self.weights[name].codes.bits
+        return None if name is None else STORED_BITS[self.weights[name].codes.bits]
 
     def table_bits_of(self, constant: ir.Value) -> int | None:
         return self.bits_of(constant, True, False)
@@ -122,17 +137,17 @@ class _Packing(Work):
         name = self._name(constant, by_column)
         assert name is not None and constant.const_value is not None  # by its bits
         self.found.add(name)
-        weight = self.weights[name]
-        rows, columns = weight.codes.q.shape
-        block = block_size(weight.codes, name)
-        q, scales, zeros = blocks(weight.codes, block)
+        codes = self.weights[name].codes
+        rows, columns = codes.q.shape
+        block = block_size(codes, name)
+        q, scales, zeros = blocks(codes, block)
         kind = ml_dtypes.bfloat16 if constant.dtype == ir.DataType.BFLOAT16 else constant.const_value.numpy().dtype
         label = f"{name}.q{bits}"
         inputs = [
             self.constant(label, packed_bits(q, bits).reshape(rows, q.shape[1] // block, -1)),
             self.constant(f"{label}.scales", scales.float().numpy().astype(kind)),
         ]
-        if not weight.codes.symmetric:
+        if bool((zeros != 2 ** (bits - 1)).any()):
             inputs.append(self.constant(f"{label}.zero_points", packed_bits(zeros, bits)))
         return Packed(columns, rows, bits, block, tuple(inputs))
 

@@ -28,11 +28,10 @@ from spinpass.quantization.grid import Codes
 from spinpass.quantization.packing import unpack
 
 from .onnx_functions import DOMAIN, VERSION
-from .onnx_pack import block_size, blocks, packed_bits
+from .onnx_pack import STORED_BITS, block_size, blocks, packed_bits
 
 OP = "PackedLinear"
 _RUNTIME = "com.microsoft"
-_STORED_BITS = {2: 2, 3: 4, 4: 4, 8: 8}
 
 
 def translation() -> Callable[..., Any]:
@@ -82,7 +81,7 @@ class _Operands:
         if codes.group_length is None:
             order, codes = _sorted(codes, name)
             self.order = self._constant(f"{name}.order", order.numpy())
-        self.codes = replace(codes, bits=_STORED_BITS[codes.bits])
+        self.codes = replace(codes, bits=STORED_BITS[codes.bits])
         try:
             self.block = block_size(self.codes, name)
         except ConfigError as error:

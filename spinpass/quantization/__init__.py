@@ -3,7 +3,8 @@
 from .config import Activations, Cache, QuantizationConfig, Weights
 from .double_program import decode_scales, double_quantize_program
 from .packed_program import Packed, pack, unpack
-from .quantize import QuantizationReport, Quantized, quantize
+from .quantize import quantize
+from .report import QuantizationReport, Quantized
 from .training import Trainable
 
 __all__ = [

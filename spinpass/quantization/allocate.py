@@ -1,6 +1,7 @@
 """Mixed bit widths from a budget:  min Σ error(layer, bits)  with  Σ weights · bits ≤ budget · Σ weights.
 
-Every layer's error at every width is measured by itself (:mod:`.site_error`). All begin at the fewest bits; the step
+Every layer's error at every width is measured by itself (:mod:`.site_error`), or with mixed rows every group's of its
+inputs (:mod:`.group_error`). All begin at the fewest bits; the step
 that lowers the sum by most per bit of storage is taken until the budget is spent. Steps of a layer are those of the
 lower convex hull of its errors, so that a poor width is jumped over; the greedy choice is then that of the Lagrangian.
 """
@@ -8,35 +9,32 @@ lower convex hull of its errors, so that a poor width is jumped over; the greedy
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
+from typing import TypeVar
 
 from torch.export import ExportedProgram
 
 from ..errors import ConfigError
 from ..passes.functionalize import open_program
 from ..program import shape
-from .config import WEIGHT_BITS, QuantizationConfig
+from .config import WEIGHT_BITS, QuantizationConfig, Weights
+from .group_error import Layer, group_errors
+from .mixed_rows import splittable
 from .site_error import site_errors_of_each
 from .sites import weight_sites
 
 _JUDGED_ON = 4  # calibration inputs
 _Hull = list[tuple[int, float]]
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A weight of ``size`` elements, and its error by bits."""
-
-    size: int
-    errors: Mapping[int, float]
+_Progress = Callable[[int, int], None] | None
+_Key = TypeVar("_Key", str, tuple[str, int])
 
 
 def allocated(
     program: ExportedProgram,
     config: QuantizationConfig,
     inputs: Sequence[object],
-    progress: Callable[[int, int], None] | None = None,
+    progress: _Progress = None,
 ) -> QuantizationConfig:
     """``config`` with an override for every weight of two axes, so that these have ``config.average_bits`` on average.
 
@@ -51,15 +49,45 @@ def allocated(
     sites = [s for s in weight_sites(editor)[0] if not s.head and len(shape(s.weight)) == 2]
     names = {editor.fqn(s.weight): s.weight for s in sites}
     free = {fqn: node for fqn, node in names.items() if config.weights_of(fqn, head=False) == how}
-    widths = [replace(config, weights=replace(how, bits=bits), average_bits=None) for bits in WEIGHT_BITS]
-    errors = dict(zip(WEIGHT_BITS, site_errors_of_each(program, widths, inputs[:_JUDGED_ON], progress)))
-    sizes = {fqn: _size(shape(node)) for fqn, node in free.items()}
-    layers = {fqn: Layer(sizes[fqn], {bits: errors[bits][fqn] for bits in WEIGHT_BITS}) for fqn in free}
-    chosen = {fqn: replace(how, bits=bits) for fqn, bits in allocate(layers, budget).items()}
-    return replace(config, overrides={**config.overrides, **chosen}, average_bits=None)
+    if config.mixed_rows:
+        chosen = _by_groups(program, how, budget, free, inputs[:_JUDGED_ON], progress)
+    else:
+        widths = [replace(config, weights=replace(how, bits=bits), average_bits=None) for bits in WEIGHT_BITS]
+        errors = dict(zip(WEIGHT_BITS, site_errors_of_each(program, widths, inputs[:_JUDGED_ON], progress)))
+        layers = {n: Layer(_size(shape(w)), {bits: errors[bits][n] for bits in WEIGHT_BITS}) for n, w in free.items()}
+        chosen = {fqn: replace(how, bits=bits) for fqn, bits in allocate(layers, budget).items()}
+    return replace(config, overrides={**config.overrides, **chosen}, average_bits=None, mixed_rows=False)
 
 
-def allocate(layers: Mapping[str, Layer], budget: float) -> dict[str, int]:
+def _by_groups(
+    program: ExportedProgram,
+    how: Weights,
+    budget: float,
+    names: Collection[str],
+    inputs: Sequence[object],
+    progress: _Progress,
+) -> dict[str, Weights]:
+    """Every group of a weight's inputs gets bits by itself; groups of a layer that cannot be split get the same."""
+    errors = group_errors(program, how, names, inputs, progress)
+    can_split = splittable(program)
+    units: dict[tuple[str, int], Layer] = {}
+    for fqn, groups in errors.items():
+        units |= {(fqn, k): unit for k, unit in enumerate(groups if fqn in can_split else [_joined(groups)])}
+    found: dict[str, list[int]] = {}
+    for (fqn, _), bits in allocate(units, budget).items():  # in the order of the groups
+        found.setdefault(fqn, []).append(bits)
+    return {
+        fqn: replace(how, bits=max(bits), group_bits=tuple(bits) if len(set(bits)) > 1 else None)
+        for fqn, bits in found.items()
+    }
+
+
+def _joined(groups: Sequence[Layer]) -> Layer:
+    size = sum(group.size for group in groups)
+    return Layer(size, {bits: sum(group.errors[bits] for group in groups) for bits in WEIGHT_BITS})
+
+
+def allocate(layers: Mapping[_Key, Layer], budget: float) -> dict[_Key, int]:
     """Bits for every layer, at most ``budget`` per weight on average. ConfigError where the fewest are more."""
     hulls = {name: _hull(layer.errors) for name, layer in layers.items()}
     chosen = {name: hull[0][0] for name, hull in hulls.items()}

@@ -24,7 +24,8 @@ class Weights:
     range of least squared error instead of taking the largest weight; ``act_order`` lets GPTQ begin with the
     largest inputs; ``damping`` is its share of the mean diagonal of the Hessian. After it come ``sweeps`` rounds of
     coordinate descent; ``follow`` aims at what the unquantized program would return, instead of at what this weight
-    would return behind the layers that are quantized already.
+    would return behind the layers that are quantized already. ``group_bits``: widths of the groups, in their order,
+    where they differ within the weight (mixed-bit rows); ``bits`` is then what groups have that are not named.
     """
 
     bits: int = 4
@@ -36,10 +37,14 @@ class Weights:
     damping: float = 0.01
     sweeps: int = 1
     follow: bool = False
+    group_bits: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        if self.bits not in WEIGHT_BITS:
-            raise ConfigError(f"weights of {self.bits} bits: choose one of {', '.join(map(str, WEIGHT_BITS))}")
+        for bits in (self.bits, *(self.group_bits or ())):
+            if bits not in WEIGHT_BITS:
+                raise ConfigError(f"weights of {bits} bits: choose one of {', '.join(map(str, WEIGHT_BITS))}")
+        if self.group_bits is not None and self.group_size is None:
+            raise ConfigError("group_bits are widths of groups: name their group_size")
         if self.group_size is not None and self.group_size not in GROUP_SIZES:
             raise ConfigError(f"group_size {self.group_size} is not one of {', '.join(map(str, GROUP_SIZES))} or None")
         if self.method not in get_args(Method):
@@ -48,6 +53,22 @@ class Weights:
             raise ConfigError(f"damping {self.damping} is not above 0")
         if self.sweeps < 0:
             raise ConfigError(f"{self.sweeps} sweeps: choose 0 or more")
+
+    def of_group(self, group: int) -> Weights:
+        """How one group is rounded: without ``group_bits``, by the width that it has there."""
+        if self.group_bits is None:
+            return self
+        return replace(self, bits=self.width_of(group), group_bits=None)
+
+    def width_of(self, group: int) -> int:
+        """Bits of one group."""
+        listed = self.group_bits or ()
+        return listed[group] if group < len(listed) else self.bits
+
+    def widths(self, groups: int) -> tuple[int, tuple[int, ...] | None]:
+        """The most bits that a group has, and those of every group unless they all have as many."""
+        each = tuple(map(self.width_of, range(groups)))
+        return max(each), each if len(set(each)) > 1 else None
 
 
 @dataclass(frozen=True)
@@ -108,7 +129,9 @@ class QuantizationConfig:
     ``head``: the linear layers behind which there is no other, ``embedding``: tables looked up by token, both rounded
     to nearest. ``overrides``: pattern of parameter names -> weights; the first that matches counts. ``exclude``:
     patterns of parameter names whose linear layers stay as they are, weights and inputs. ``average_bits``: give the
-    weights 2, 3, 4 or 8 bits each, by what each loses, so that they have this many on average.
+    weights 2, 3, 4 or 8 bits each, by what each loses, so that they have this many on average; with ``mixed_rows`` to
+    every group of a weight's inputs by itself. ``distill``: how many times to go through the calibration inputs to
+    train the scales of the weights by what the unquantized program returns (:mod:`.distill`).
     """
 
     weights: Weights | None = field(default_factory=Weights)
@@ -119,17 +142,26 @@ class QuantizationConfig:
     overrides: Mapping[str, Weights] = field(default_factory=dict)
     exclude: tuple[str, ...] = ()
     average_bits: float | None = None
+    mixed_rows: bool = False
+    distill: int = 0
 
     def __post_init__(self) -> None:
         least, most = min(WEIGHT_BITS), max(WEIGHT_BITS)
+        if self.mixed_rows and (self.average_bits is None or self.weights is None or self.weights.group_size is None):
+            raise ConfigError(
+                "mixed rows are groups of several widths: name average_bits and a group_size, w3.5g64 say"
+            )
+        if self.distill < 0:
+            raise ConfigError(f"{self.distill} rounds of distillation: choose 0 or more")
         if self.average_bits is not None and not least <= self.average_bits <= most:
             raise ConfigError(f"{self.average_bits} bits on average: choose a number from {least} to {most}")
 
     @classmethod
     def parse(cls, text: str) -> QuantizationConfig:
         """From parts joined by ``-``: ``w4`` ``w4g128`` (weights, perhaps in groups; ``w3.5``: mixed, on average),
-        ``asym``, ``rtn`` or ``gptq`` (the default), ``order``, ``a8`` ``a8static`` ``a8channel`` (activations), ``kv4``
-        (cache), ``head8``, ``embed8``.
+        ``rows`` (mixed within weights too: ``w3.5g64-rows``), ``asym``, ``rtn`` or ``gptq`` (the default), ``order``,
+        ``a8`` ``a8static`` ``a8channel`` (activations), ``kv4`` (cache), ``head8``, ``embed8``, ``distill`` or
+        ``distill4`` (rounds).
 
         Raises ConfigError: a part it does not know, or a value out of range.
         """
@@ -142,6 +174,10 @@ class QuantizationConfig:
                 weights |= {"bits": 4 if match[2] else int(match[1]), "group_size": int(match[3]) if match[3] else None}
             elif part in ("rtn", "gptq"):
                 weights["method"] = part
+            elif part == "rows":
+                found["mixed_rows"] = True
+            elif match := re.fullmatch(r"distill(\d*)", part):
+                found["distill"] = int(match[1] or 1)
             elif part in ("asym", "order"):
                 weights |= {"symmetric": False} if part == "asym" else {"act_order": True}
             elif match := re.fullmatch(r"a(\d+)(static|channel)?", part):
@@ -161,7 +197,8 @@ class QuantizationConfig:
     def needs_calibration(self) -> bool:
         """Whether :func:`~spinpass.quantization.quantize` needs inputs."""
         static = self.activations is not None and self.activations.static
-        return static or self.average_bits is not None or any(w.method == "gptq" for w in self._layers())
+        asked = static or self.average_bits is not None or self.distill > 0
+        return asked or any(w.method == "gptq" for w in self._layers())
 
     @property
     def follows(self) -> bool:

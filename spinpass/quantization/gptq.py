@@ -38,7 +38,8 @@ def gptq(matrix: Tensor, hessian: Tensor, scheme: Weights) -> Codes:
     fixed: list[tuple[Tensor, Tensor]] = []
     order = torch.arange(columns)
     if scheme.act_order or scheme.group_size is None:
-        fixed = [chosen_range(part, scheme) for part in torch.split(matrix, size, 1)]
+        parts = torch.split(matrix, size, 1)
+        fixed = [chosen_range(part, scheme.of_group(group)) for group, part in enumerate(parts)]
     if scheme.act_order:
         order = diagonal.argsort(descending=True)
         work, h, group_of = work[:, order], h[order][:, order], group_of[order]
@@ -51,10 +52,10 @@ def gptq(matrix: Tensor, hessian: Tensor, scheme: Weights) -> Codes:
             group = int(group_of[j])
             if group == len(fixed):  # the group begins: its range is that of the weights as they are by now
                 # columns of the group that lie in later blocks still miss this block's corrections, as in the original
-                fixed.append(chosen_range(work[:, j : j + size], scheme))
+                fixed.append(chosen_range(work[:, j : j + size], scheme.of_group(group)))
             scale, zero = fixed[group]
             column = work[:, j : j + 1]
-            q[:, j : j + 1] = to_codes(column, scale, zero, scheme.bits)
+            q[:, j : j + 1] = to_codes(column, scale, zero, scheme.width_of(group))
             left = (column - (q[:, j : j + 1] - zero[:, None]) * scale[:, None]) / upper[j, j]
             work[:, j:end] -= left * upper[j, j:end]
             errors[:, j - start : j - start + 1] = left
@@ -63,7 +64,8 @@ def gptq(matrix: Tensor, hessian: Tensor, scheme: Weights) -> Codes:
         q = q[:, order.argsort()]
     scales, zeros = (torch.stack(parts, 1) for parts in zip(*fixed))
     index = uneven_index(columns, size)
-    codes = Codes(q.to(torch.uint8), scales, zeros.to(torch.uint8), scheme.bits, scheme.symmetric, index)
+    bits, group_bits = scheme.widths(len(fixed))
+    codes = Codes(q.to(torch.uint8), scales, zeros.to(torch.uint8), bits, scheme.symmetric, index, group_bits)
     return refined(matrix, codes, hessian, scheme.sweeps)
 
 
@@ -104,6 +106,7 @@ def _descended(matrix: Tensor, codes: Codes, hessian: Tensor) -> Codes:
     h = hessian.to(matrix.dtype)
     curvature = h.diagonal().clone()
     curvature[curvature <= 0] = 1
+    top = codes.top.tolist()
     scales, zeros = codes.scales[:, at], codes.zeros.to(matrix.dtype)[:, at]
     q = codes.q.to(matrix.dtype)
     slope = (matrix - (q - zeros) * scales) @ h
@@ -112,7 +115,7 @@ def _descended(matrix: Tensor, codes: Codes, hessian: Tensor) -> Codes:
         changes = torch.empty(len(q), end - start, dtype=matrix.dtype)
         for j in range(start, end):
             scale = scales[:, j]
-            moved = (q[:, j] + slope[:, j] / (curvature[j] * scale)).round_().clamp_(0, 2**codes.bits - 1)
+            moved = (q[:, j] + slope[:, j] / (curvature[j] * scale)).round_().clamp_(0, top[j])
             change = (moved - q[:, j]) * scale
             q[:, j] = moved
             slope[:, j:end] -= change[:, None] * h[j, j:end]

@@ -21,7 +21,7 @@ _SMALLEST = 0.25  # of it: 2-bit grids cut deep
 class Codes:
     """A quantized matrix. ``q``: uint8 (out, in); ``scales``: (out, groups) in the weight's dtype; ``zeros``: uint8
     (out, groups). Groups lie side by side and are equally long but for the last, unless ``index``, int64 (in,), has the
-    group of every column.
+    group of every column. ``group_bits``: the bits of each group where they differ; ``bits`` is then the most.
     """
 
     q: Tensor
@@ -30,6 +30,14 @@ class Codes:
     bits: int
     symmetric: bool
     index: Tensor | None = None
+    group_bits: tuple[int, ...] | None = None
+
+    @property
+    def top(self) -> Tensor:
+        """The largest code of every column, 2^bits − 1, int64 (in,)."""
+        if self.group_bits is None:
+            return torch.full(self.q.shape[1:], 2**self.bits - 1)
+        return 2 ** torch.tensor(self.group_bits)[self.group_of] - 1
 
     @property
     def group_of(self) -> Tensor:
@@ -53,12 +61,29 @@ class Codes:
     @property
     def nbytes(self) -> int:
         """Packed: ``bits`` per weight, scales, and zero points of ``bits`` where there are any."""
+        if self.group_bits is not None:
+            return sum(codes.nbytes for _, codes in self.parts().values())
         zeros = 0 if self.symmetric else self.zeros.numel() * self.bits // 8
         return self.q.numel() * self.bits // 8 + self.scales.nbytes + zeros
+
+    def parts(self) -> dict[int, tuple[Tensor, Codes]]:
+        """By width, ascending: the columns whose groups have it, int64, and their codes, all of this one width."""
+        widths = torch.tensor(self.group_bits or [self.bits] * self.scales.shape[1])
+        found = {}
+        for bits in sorted(set(widths.tolist())):
+            groups = (widths == bits).nonzero()[:, 0]
+            columns = torch.isin(self.group_of, groups).nonzero()[:, 0]
+            at = torch.searchsorted(groups, self.group_of[columns])
+            index = None if torch.equal(at, group_of(len(columns), len(groups), None)) else at
+            kept = (self.q[:, columns], self.scales[:, groups], self.zeros[:, groups])
+            found[bits] = (columns, Codes(*kept, bits, self.symmetric, index))
+        return found
 
 
 def rounded(matrix: Tensor, scheme: Weights) -> Codes:
     """Round a float matrix (out, in) to nearest. A last group may be shorter."""
+    if scheme.group_bits is not None:
+        return _rounded_by_group(matrix, scheme)
     out, columns = matrix.shape
     size = scheme.group_size or columns
     whole = columns - columns % size
@@ -68,6 +93,17 @@ def rounded(matrix: Tensor, scheme: Weights) -> Codes:
     scales, zeros = (torch.cat([each[k].reshape(out, -1) for each in found], 1) for k in (0, 1))
     index = uneven_index(columns, size)
     return Codes(q.to(torch.uint8), scales, zeros.to(torch.uint8), scheme.bits, scheme.symmetric, index)
+
+
+def _rounded_by_group(matrix: Tensor, scheme: Weights) -> Codes:
+    """Every group of columns at its own width."""
+    assert scheme.group_size is not None  # the scheme has checked
+    parts = torch.split(matrix, scheme.group_size, 1)
+    found = [rounded(part, scheme.of_group(group)) for group, part in enumerate(parts)]
+    q, scales, zeros = (torch.cat([getattr(codes, name) for codes in found], 1) for name in ("q", "scales", "zeros"))
+    index = uneven_index(matrix.shape[1], scheme.group_size)
+    bits, group_bits = scheme.widths(len(parts))
+    return Codes(q, scales, zeros, bits, scheme.symmetric, index, group_bits)
 
 
 def group_of(columns: int, groups: int, index: Tensor | None) -> Tensor:

@@ -8,15 +8,13 @@ program and refuse it; :func:`unpack`, which has to be called, is the way back.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
-from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec
 from torch.fx import Node
 from torch.fx.node import map_arg
 
@@ -25,13 +23,12 @@ from ..program import ProgramEditor, arguments, op_name, shape, value
 from . import packed_linear  # registers the operators
 from .grid import Codes
 from .packing import pack as packed_words
-from .quantize import Quantized
-from .sites import WeightSite, weight_sites
+from .products import operands, replace_product, sites_by_name, why_kept
+from .report import Quantized
+from .signature import integers_as_buffers, integers_as_parameters, without_constants
 
 aten = torch.ops.aten
 _OPERATOR = "spinpass::packed_linear"
-_PRODUCTS = {"aten::linear": ("input", "weight"), "aten::matmul": ("self", "other"), "aten::mm": ("self", "mat2")}
-_TRANSPOSES = {"aten::t", "aten::transpose", "aten::permute", "aten::numpy_T"}
 
 
 @dataclass(frozen=True)
@@ -52,20 +49,18 @@ def pack(quantized: Quantized) -> Packed:
     Raises ConfigError where no weight of the program can be packed.
     """
     editor = ProgramEditor(quantized.program)
-    sites: dict[str, list[WeightSite]] = {}
-    for site in weight_sites(editor)[0]:
-        sites.setdefault(editor.fqn(site.weight), []).append(site)
+    sites = sites_by_name(editor)
     kept: dict[str, str] = {}
     dead: set[str] = set()
     for name, weight in quantized.report.weights.items():
-        reason = _why_keep(editor, sites.get(name, []))
+        reason = why_kept(editor, sites.get(name, []))
         if reason:
             kept[name] = reason
             continue
         dead.update(editor.fqns(sites[name][0].weight))
-        constants = _add_integers(editor, name.removesuffix(".weight"), weight.codes)
+        constants = _add_integers(editor, _module(name), weight.codes)
         for site in sites[name]:
-            x, bias = _operands(site)
+            x, bias = operands(site)
             target = torch.ops.spinpass.packed_linear.default
             replace_product(editor, site.linear, target, x, *constants, bias, weight.codes.bits)
     if not dead:
@@ -139,51 +134,6 @@ def evaluated(editor: ProgramEditor, program: ExportedProgram, node: Node) -> Te
     return result
 
 
-def replace_product(editor: ProgramEditor, node: Node, target: Callable[..., Any], *args: Any) -> None:
-    """``target(*args)`` instead of a layer, with the record that the layer may carry."""
-    made = editor.call(target, *args, after=node, origin="quantization")
-    made.meta["custom"] = {**node.meta.get("custom", {}), **made.meta["custom"]}
-    editor.replace(node, made)
-
-
-def _why_keep(editor: ProgramEditor, sites: list[WeightSite]) -> str:
-    """Why a weight stays what it is; empty where it can be packed."""
-    if not sites:
-        return "no linear layer reads it"
-    weight = sites[0].weight
-    if len(shape(weight)) != 2:
-        return f"its shape {list(shape(weight))} is that of several matrices"
-    products = {site.linear for site in sites}
-    for site in sites:
-        if _operands(site) is None:
-            return f"{site.linear.name} ({op_name(site.linear)}) is no product with the weight as it is stored"
-    other = [reader for reader in _readers(weight) if reader not in products]
-    return f"{other[0].name} reads it too" if other else ""
-
-
-def _readers(node: Node) -> list[Node]:
-    """Who reads a matrix, itself or transposed."""
-    found: list[Node] = []
-    for user in node.users:
-        found += _readers(user) if op_name(user) in _TRANSPOSES else [user]
-    return found
-
-
-def _operands(site: WeightSite) -> Any:
-    """(input, bias or None) of a layer that multiplies by the stored weight or its transpose; None for any other."""
-    name, args = op_name(site.linear), arguments(site.linear)
-    if name == "aten::addmm":
-        plain = args["alpha"] == 1 == args["beta"] and len(shape(args["self"])) == 1
-        x, weight, bias = (args["mat1"] if plain else None), args["mat2"], args["self"]
-    elif name in _PRODUCTS:
-        x, weight, bias = *(args[key] for key in _PRODUCTS[name]), args.get("bias")
-    else:
-        return None
-    while op_name(weight) in _TRANSPOSES:
-        weight = weight.all_input_nodes[0]
-    return (x, bias) if weight is site.weight and x is site.operand else None
-
-
 def _add_integers(editor: ProgramEditor, module: str, codes: Codes) -> tuple[Node | None, ...]:
     """(qweight, scales, qzeros, g_idx) as constants."""
     tensors = {
@@ -210,61 +160,15 @@ def weight_of(editor: ProgramEditor, program: ExportedProgram, args: Mapping[str
     return packed_linear.dequantized(qweight, scales, qzeros, g_idx, args["bits"], columns)
 
 
+def scales_name(name: str) -> str:
+    """``x.scales`` for ``x.weight``."""
+    return f"{_module(name)}.scales"
+
+
+def _module(name: str) -> str:
+    return name.removesuffix(".weight")
+
+
 def weight_name(editor: ProgramEditor, qweight: Node) -> str:
     """``x.weight`` for ``x.qweight``."""
     return editor.fqn(qweight).removesuffix(".qweight") + ".weight"
-
-
-# -- programs with other constants ------------------------------------------------------------------------------------
-
-
-def without_constants(program: ExportedProgram, names: Collection[str]) -> ExportedProgram:
-    """Drop constants that no operator reads, placeholders and all. ``program`` is used up."""
-    dropped = {s.arg.name for s in program.graph_signature.input_specs if s.target in names}
-    for node in [n for n in program.graph.nodes if n.op == "placeholder" and n.name in dropped]:
-        program.graph.erase_node(node)
-    specs = [s for s in program.graph_signature.input_specs if s.arg.name not in dropped]
-    state = {name: t for name, t in program.state_dict.items() if name not in names}
-    return with_constants(program, state, specs)
-
-
-def with_constants(
-    program: ExportedProgram, state_dict: Mapping[str, Tensor], specs: list[InputSpec] | None = None
-) -> ExportedProgram:
-    """A copy with another state dict, and other input specs if any are given."""
-    signature = program.graph_signature
-    return ExportedProgram(
-        root=program.graph_module,
-        graph=copy.deepcopy(program.graph),
-        graph_signature=ExportGraphSignature(
-            input_specs=copy.deepcopy(signature.input_specs) if specs is None else specs,
-            output_specs=copy.deepcopy(signature.output_specs),
-        ),
-        state_dict=dict(state_dict),
-        range_constraints=program.range_constraints,
-        module_call_graph=program.module_call_graph,
-        example_inputs=program.example_inputs,
-        constants=program.constants,
-        verifiers=program.verifiers,
-    )
-
-
-def integers_as_buffers(program: ExportedProgram) -> ExportedProgram:
-    """Integer parameters as buffers: a program that an editor takes."""
-    state, specs = dict(program.state_dict), copy.deepcopy(program.graph_signature.input_specs)
-    for spec in specs:
-        if spec.kind == InputKind.PARAMETER and spec.target is not None:
-            tensor = state[spec.target]
-            if not tensor.is_floating_point():
-                spec.kind, spec.persistent, state[spec.target] = InputKind.BUFFER, True, tensor.detach()
-    return with_constants(program, state, specs)
-
-
-def integers_as_parameters(program: ExportedProgram, names: Collection[str]) -> ExportedProgram:
-    """The inverse of :func:`integers_as_buffers` for these names."""
-    state, specs = dict(program.state_dict), copy.deepcopy(program.graph_signature.input_specs)
-    for spec in specs:
-        if spec.kind == InputKind.BUFFER and spec.target in names:
-            spec.kind, spec.persistent = InputKind.PARAMETER, None
-            state[spec.target] = torch.nn.Parameter(state[spec.target], requires_grad=False)
-    return with_constants(program, state, specs)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,65 +24,20 @@ from ..program import ProgramEditor, arguments, shape, value
 from . import operators  # noqa: F401  (registers torch.ops.spinpass)
 from .allocate import allocated
 from .config import QuantizationConfig, Weights
+from .distill import distilled
 from .gptq import gptq
-from .grid import Codes, rounded
+from .grid import rounded
 from .lockstep import Watch, run_in_lockstep
+from .mixed_rows import split_rows
 from .moments import Moments
 from .ranges import static_range, token_clip
+from .report import QuantizationReport, Quantized, QuantizedWeight
 from .sites import WeightSite, cache_sites, table_sites, weight_sites
 
 Progress = Callable[[int, int], None]
 _ORIGIN = "quantization"
 _LIMIT = 3  # of the arguments of round_rows
 _CLIP = 3  # of those of round_tokens
-
-
-@dataclass(frozen=True)
-class QuantizedWeight:
-    """One weight: its integers, the axis of the constant that was contracted, and the relative error.
-
-    ``error``: ‖X Wᵀ − X̂ Ŵᵀ‖² / ‖X Wᵀ‖² on the calibration inputs, X̂ behind the layers that are quantized already and
-    X in the unquantized program where the weight follows it, else X = X̂; ‖W − Ŵ‖² / ‖W‖² without inputs.
-    """
-
-    codes: Codes
-    dim: int
-    scheme: Weights
-    error: float
-
-
-@dataclass(frozen=True)
-class QuantizationReport:
-    """What was quantized, and why the rest was not. ``bytes_before`` and ``bytes_after``: of all constants."""
-
-    weights: Mapping[str, QuantizedWeight]
-    activations: tuple[str, ...]
-    caches: tuple[str, ...]
-    kept: Mapping[str, str]
-    bytes_before: int
-    bytes_after: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able, without the integers."""
-        weights = {
-            name: asdict(w.scheme) | {"error": w.error, "bytes": w.codes.nbytes} for name, w in self.weights.items()
-        }
-        return {
-            "weights": weights,
-            "activations": list(self.activations),
-            "caches": list(self.caches),
-            "kept": dict(self.kept),
-            "bytes_before": self.bytes_before,
-            "bytes_after": self.bytes_after,
-        }
-
-
-@dataclass(frozen=True)
-class Quantized:
-    """A simulated quantized program and what was done to it."""
-
-    program: ExportedProgram
-    report: QuantizationReport
 
 
 def quantize(
@@ -108,7 +63,7 @@ def quantize(
     chosen = QuantizationConfig.parse(config) if isinstance(config, str) else config
     if chosen.needs_calibration and not calibration:
         raise ConfigError(
-            "GPTQ, static activations and average_bits need calibration inputs; give some, or use method='rtn'"
+            "GPTQ, static activations, distill and average_bits need calibration inputs; give some, or use method='rtn'"
         )
     if chosen.average_bits is not None:
         chosen = allocated(program, chosen, calibration, progress)
@@ -124,11 +79,14 @@ def quantize(
     calibrator.rest(progress if not calibration else None)
     result = ProgramEditor(prepared)
     by_name = {n.name: n for n in result.nodes}
-    for name, tensor in calibrator.changed.items():
-        result.queue(by_name[name], lambda _, new=tensor: new.double())  # type: ignore[misc]
+    for name, compute in calibrator.changed.items():
+        result.queue(by_name[name], lambda _, new=compute: new().double())  # type: ignore[misc]
     for name in work.static:
         _drop_limit(result, by_name[name])
-    return Quantized(result.finish(), calibrator.report(program))
+    made = split_rows(Quantized(result.finish(), calibrator.report(program)))
+    if chosen.distill:
+        made = distilled(program, made, calibration, epochs=chosen.distill, progress=progress)
+    return made
 
 
 def _drop_limit(editor: ProgramEditor, node: Node) -> None:
@@ -209,7 +167,7 @@ class _Calibrator:
 
     program: ExportedProgram
     work: _Work
-    changed: dict[str, Tensor] = field(default_factory=dict)  # by placeholder name
+    changed: dict[str, Callable[[], Tensor]] = field(default_factory=dict)  # by placeholder name, computed when asked
     done: dict[str, QuantizedWeight] = field(default_factory=dict)  # by FQN
     _seen: dict[str, Moments] = field(default_factory=dict)
 
@@ -270,10 +228,9 @@ class _Calibrator:
         name = site.weight.name
         if self.work.fqns[name] in self.done:  # read before, by another layer
             return {}
-        self._round(name, site.dim, scheme, moments)
-        return {name: self.changed[name]}
+        return {name: self._round(name, site.dim, scheme, moments)}
 
-    def _round(self, name: str, dim: int, scheme: Weights, moments: Moments | None) -> None:
+    def _round(self, name: str, dim: int, scheme: Weights, moments: Moments | None) -> Tensor:
         stored = self._constants[name].detach()
         moved = stored.movedim(dim, -1)
         matrix = moved.reshape(-1, moved.shape[-1]).float()
@@ -283,12 +240,14 @@ class _Calibrator:
         else:
             codes = rounded(matrix, scheme)
         result = codes.dequantized()
-        self.changed[name] = result.reshape(moved.shape).movedim(-1, dim).to(stored.dtype).contiguous()
+        # the integers are kept, a quarter of what they stand for
+        self.changed[name] = lambda: codes.dequantized().reshape(moved.shape).movedim(-1, dim).to(stored.dtype)
         if moments is None:
             error = float((result - matrix).square().sum() / matrix.square().sum().clamp_min(1e-30))
         else:
             error = moments.error(matrix, result)
         self.done[self.work.fqns[name]] = QuantizedWeight(codes, dim, scheme, error)
+        return result.reshape(moved.shape).movedim(-1, dim).to(stored.dtype).contiguous()
 
     def _clip(self, values: list[Tensor], name: str) -> Mapping[str, Tensor]:
         node = self._nodes[name]
@@ -302,5 +261,5 @@ class _Calibrator:
         found, node = static_range(values, scheme), self._nodes[name]
         node.update_arg(_LIMIT, found.limit)
         numbers = dict(zip((n.name for n in node.all_input_nodes[1:]), (found.scale, found.zero)))
-        self.changed |= numbers
+        self.changed |= {name: lambda value=value: value for name, value in numbers.items()}
         return numbers

@@ -24,8 +24,9 @@ from ..errors import ConfigError
 from ..program import ProgramEditor, arguments, shape, value
 from . import operators
 from .packed_linear import nearest
-from .packed_program import integers_as_buffers, packed_layers, rewritten, weight_name, weight_of, with_constants
+from .packed_program import packed_layers, rewritten, weight_name, weight_of
 from .packing import pack as packed_words
+from .signature import integers_as_buffers, with_constants
 
 aten = torch.ops.aten
 

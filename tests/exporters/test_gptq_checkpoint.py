@@ -26,7 +26,7 @@ from spinpass.exporters.gptq_checkpoint import (
 )
 from spinpass.quantization import QuantizationConfig, Weights, pack, quantize
 from spinpass.quantization.grid import Codes, rounded
-from spinpass.quantization.quantize import QuantizedWeight
+from spinpass.quantization.report import QuantizedWeight
 from tests.decoders import SEQ, VOCAB, Decoder, exported, made
 
 IDS = torch.randint(VOCAB, (2, SEQ), generator=torch.Generator().manual_seed(3))

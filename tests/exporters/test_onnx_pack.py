@@ -62,7 +62,8 @@ def outputs(path: Path) -> Any:
 
 @pytest.mark.parametrize(
     "scheme",
-    ["w4g64-rtn-head8", "w4g32-rtn-head8", "w4-rtn-head4", "w4g16-rtn-asym-head8-embed8", "w8-rtn-asym-head8", "w2g32-rtn", "w4g32-gptq"],
+    ["w4g64-rtn-head8", "w4g32-rtn-head8", "w4-rtn-head4", "w4g16-rtn-asym-head8-embed8", "w8-rtn-asym-head8", "w2g32-rtn", "w3-rtn", "w3g32-rtn-asym",
+     "w4g32-gptq", "w3.5g32-rtn-rows", "w2.6g16-gptq-asym-rows"],
 )
 def test_the_kernels_compute_what_the_simulation_does(tmp_path: Path, source: ExportedProgram, scheme: str) -> None:
     made = quantize(source, scheme, [(IDS,)])
@@ -133,9 +134,6 @@ def test_a_model_with_other_constants_is_refused(tmp_path: Path, source: Exporte
         pack_weights(tmp_path / "original", tmp_path / "packed", made.report.weights)
     assert not (tmp_path / "packed").exists()
     where = folder(tmp_path, made)
-    three = quantize(source, "w3-rtn")
-    with pytest.raises(ConfigError, match="has 3 bits"):
-        pack_weights(where, tmp_path / "packed", three.report.weights)
     with pytest.raises(ConfigError, match="accuracy_level 5"):
         pack_weights(where, tmp_path / "packed", made.report.weights, accuracy_level=5)
 

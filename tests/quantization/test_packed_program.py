@@ -19,7 +19,7 @@ from spinpass.quantization.grid import Codes, rounded
 from spinpass.quantization.packed_linear import dequantized, packed_linear
 from spinpass.quantization.packed_program import pack, unpack
 from spinpass.quantization.packing import pack as packed_words
-from spinpass.quantization.quantize import QuantizedWeight
+from spinpass.quantization.report import QuantizedWeight
 from tests.decoders import SEQ, VOCAB, Decoder, exported, made
 from tests.modules import Twice
 

@@ -1,0 +1,63 @@
+"""Programs with other constants: without some, with others in their place, integers as parameters or as buffers."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Mapping
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec
+
+
+def without_constants(program: ExportedProgram, names: Collection[str]) -> ExportedProgram:
+    """Drop constants that no operator reads, placeholders and all. ``program`` is used up."""
+    dropped = {s.arg.name for s in program.graph_signature.input_specs if s.target in names}
+    for node in [n for n in program.graph.nodes if n.op == "placeholder" and n.name in dropped]:
+        program.graph.erase_node(node)
+    specs = [s for s in program.graph_signature.input_specs if s.arg.name not in dropped]
+    state = {name: t for name, t in program.state_dict.items() if name not in names}
+    return with_constants(program, state, specs)
+
+
+def with_constants(
+    program: ExportedProgram, state_dict: Mapping[str, Tensor], specs: list[InputSpec] | None = None
+) -> ExportedProgram:
+    """A copy with another state dict, and other input specs if any are given."""
+    signature = program.graph_signature
+    return ExportedProgram(
+        root=program.graph_module,
+        graph=copy.deepcopy(program.graph),
+        graph_signature=ExportGraphSignature(
+            input_specs=copy.deepcopy(signature.input_specs) if specs is None else specs,
+            output_specs=copy.deepcopy(signature.output_specs),
+        ),
+        state_dict=dict(state_dict),
+        range_constraints=program.range_constraints,
+        module_call_graph=program.module_call_graph,
+        example_inputs=program.example_inputs,
+        constants=program.constants,
+        verifiers=program.verifiers,
+    )
+
+
+def integers_as_buffers(program: ExportedProgram) -> ExportedProgram:
+    """Integer parameters as buffers: a program that an editor takes."""
+    state, specs = dict(program.state_dict), copy.deepcopy(program.graph_signature.input_specs)
+    for spec in specs:
+        if spec.kind == InputKind.PARAMETER and spec.target is not None:
+            tensor = state[spec.target]
+            if not tensor.is_floating_point():
+                spec.kind, spec.persistent, state[spec.target] = InputKind.BUFFER, True, tensor.detach()
+    return with_constants(program, state, specs)
+
+
+def integers_as_parameters(program: ExportedProgram, names: Collection[str]) -> ExportedProgram:
+    """The inverse of :func:`integers_as_buffers` for these names."""
+    state, specs = dict(program.state_dict), copy.deepcopy(program.graph_signature.input_specs)
+    for spec in specs:
+        if spec.kind == InputKind.BUFFER and spec.target in names:
+            spec.kind, spec.persistent = InputKind.PARAMETER, None
+            state[spec.target] = torch.nn.Parameter(state[spec.target], requires_grad=False)
+    return with_constants(program, state, specs)

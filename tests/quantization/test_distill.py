@@ -1,0 +1,104 @@
+"""Distilled scales: the same integers, a smaller divergence, and never a larger one."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+from torch import Tensor
+
+import spinpass
+from spinpass.errors import ConfigError
+from spinpass.execution import run
+from spinpass.quantization import QuantizationConfig, Quantized, pack, quantize
+from spinpass.quantization import distill as distilling
+from spinpass.quantization.distill import distilled
+from tests.quantization.test_quantize import inputs, program
+
+
+@cache
+def made(scheme: str = "w2g16-rtn-asym-a8") -> Quantized:
+    return quantize(program(), scheme)
+
+
+def divergence(quantized: Quantized) -> float:
+    """On inputs that were not trained on: KL to the unquantized program, per token."""
+    total = 0.0
+    for ids in inputs(8)[4:]:
+        wanted, found = (torch.log_softmax(run(p, ids)[0].double(), -1) for p in (program(), quantized.program))
+        total += float((wanted.exp() * (wanted - found)).sum(-1).mean())
+    return total
+
+
+def test_scales_come_closer_to_the_unquantized_program() -> None:
+    trained = distilled(program(), made(), inputs(), epochs=4, rate=0.02)
+    assert divergence(trained) < 0.9 * divergence(made())
+    moved = 0
+    for name, before in made().report.weights.items():
+        after = trained.report.weights[name]
+        assert torch.equal(before.codes.q, after.codes.q) and torch.equal(before.codes.zeros, after.codes.zeros)
+        assert (after.codes.scales > 0).all()
+        moved += not torch.equal(before.codes.scales, after.codes.scales)
+    assert moved == len(made().report.weights)
+
+
+def test_the_program_computes_what_the_report_says() -> None:
+    trained = distilled(program(), made(), inputs(), rate=0.02)
+    (ids, *_) = inputs()
+    assert torch.equal(run(trained.program, ids)[0], run(pack(trained).program, ids)[0])
+    assert not torch.equal(run(trained.program, ids)[0], run(made().program, ids)[0])
+
+
+def test_a_step_that_does_harm_is_not_taken() -> None:
+    assert distilled(program(), made(), inputs(), rate=3.0) is made()
+
+
+def test_no_input_is_changed() -> None:
+    before = {name: t.clone() for name, t in made().program.state_dict.items()}
+    teacher = {name: t.clone() for name, t in program().state_dict.items()}
+    distilled(program(), made(), inputs(), rate=0.02)
+    assert all(torch.equal(t, before[name]) for name, t in made().program.state_dict.items())
+    assert all(torch.equal(t, teacher[name]) for name, t in program().state_dict.items())
+    assert all(t.grad is None for t in program().state_dict.values())
+
+
+def test_gradients_reach_the_scales_through_the_whole_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against a difference quotient of the loss along the gradient, in a program whose inputs are not rounded."""
+    quantized = quantize(program(), "w4g16-rtn")
+    student = distilling._Student(pack(quantized).program, quantized)
+    (ids, *_) = inputs()
+
+    def loss() -> Tensor:
+        return student.loss(program(), ids)
+
+    torch.autograd.backward(loss())
+    slopes = {name: move.grad.clone() for name, move in student.moves.items() if move.grad is not None}
+    assert slopes.keys() == student.moves.keys()
+    step, length = 2e-3, sum(float(g.square().sum()) for g in slopes.values()) ** 0.5
+    found = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            for name, move in student.moves.items():
+                move.copy_(sign * step * slopes[name] / length)
+        found.append(float(loss().detach()))
+    assert (found[0] - found[1]) / (2 * step) == pytest.approx(length, rel=0.05)
+
+
+def test_a_scheme_can_ask_for_it() -> None:
+    assert QuantizationConfig.parse("w4-rtn-distill").distill == 1
+    assert QuantizationConfig.parse("w4-rtn-distill12").distill == 12
+    assert QuantizationConfig.parse("w4-rtn-distill").needs_calibration
+    plain, trained = (quantize(program(), scheme, inputs()) for scheme in ("w2-rtn", "w2-rtn-distill8"))
+    assert divergence(trained) < divergence(plain)
+    rotated = spinpass.transform(program(), spinpass.RotationConfig(form="online", verify=False))
+    assert quantize(rotated, "w2-rtn-distill8", inputs()).report.weights.keys() == plain.report.weights.keys()
+
+
+def test_refusals() -> None:
+    with pytest.raises(ConfigError, match="distilling needs calibration inputs"):
+        distilled(program(), made(), [])
+    with pytest.raises(ConfigError, match="distill and average_bits need calibration inputs"):
+        quantize(program(), "w4-rtn-distill")
+    with pytest.raises(ConfigError, match="-1 rounds of distillation"):
+        QuantizationConfig(distill=-1)
