@@ -2,8 +2,9 @@
 
 Every scheme is applied to the model as it is, and to the model rotated: with R1 in the residual stream (``offline``),
 at the inputs of the linear layers (``online``), or there and across heads at the output projections
-(``online+heads``). All are scored on the same windows; the ratio is to the perplexity of the unquantized model, its
-standard error that of the paired difference. Schemes that begin with ``ort:`` are exported, packed and run by the
+(``online+heads``); ``tuned`` is what :func:`spinpass.tuning.tune` chooses on text between the windows of calibration.
+All are scored on the same windows; the ratio is to the perplexity of the unquantized model, its standard error that of
+the paired difference. Schemes that begin with ``ort:`` are exported, packed and run by the
 integer kernels of ONNX Runtime; the others are simulated in the graph (:mod:`spinpass.quantization`). Embedding and
 head stay as they are unless a scheme names them. Finished cells are kept under ``out/accuracy`` and not measured again.
 """
@@ -35,10 +36,13 @@ from spinpass.exporters import onnx as exporter
 from spinpass.exporters.onnx_pack import pack_weights
 from spinpass.quantization import Quantized, quantize
 from spinpass.scoring import OnnxScorer, ProgramScorer, open_scorer
+from spinpass.tuning import tune
 
 ORT = "ort:"  # in front of a scheme: the exported file with integers, in ONNX Runtime
-SCHEMES = ("ort:w8-gptq-a8", "ort:w8-gptq-a8static", "ort:w4g128-gptq-a8", "w4-asym-gptq", "w4-asym-gptq-a8-kv4",
-           "a4-kv4", "w4-asym-gptq-a4-kv4", "w4g32-gptq")  # fmt: skip
+SCHEMES = ("ort:w8-gptq-a8", "ort:w8-gptq-a8static", "ort:w4g128-gptq-a8-distill", "w4-asym-gptq-distill",
+           "w4-asym-gptq-a8-kv4-distill", "a4-kv4", "w4-asym-gptq-a4-kv4-distill", "w4g32-gptq")  # fmt: skip
+TUNED = "tuned"
+DECISIVE = 8  # windows that tuning decides on
 VARIANTS: dict[str, RotationConfig | None] = {
     "untouched": None,
     "online": RotationConfig(form="online", verify=False),
@@ -53,7 +57,7 @@ def main(
     calibration: Annotated[Path | None, typer.Option(help="Text to calibrate on; else the other help topics.")] = None,
     text: Annotated[Path | None, typer.Option(help="Text to score on; else every other topic of help().")] = None,
     schemes: Annotated[str, typer.Option(help="Separated by commas.")] = ",".join(SCHEMES),
-    variants: Annotated[str, typer.Option(help=f"Of {', '.join(VARIANTS)}.")] = ",".join(SHOWN),
+    variants: Annotated[str, typer.Option(help=f"Of {', '.join(VARIANTS)} and {TUNED}.")] = ",".join(SHOWN),
     windows: Annotated[int, typer.Option(help="Windows that are scored.")] = 64,
     length: Annotated[int, typer.Option(help="Tokens per window.")] = 512,
     samples: Annotated[int, typer.Option(help="Windows to calibrate on.")] = 16,
@@ -62,9 +66,10 @@ def main(
 ) -> None:
     """Measure the grid and print it."""
     chosen = [s.strip() for s in variants.split(",")]
-    unknown = sorted(set(chosen) - set(VARIANTS))
+    unknown = sorted(set(chosen) - {*VARIANTS, TUNED})
     if unknown:
-        raise typer.BadParameter(f"{unknown[0]!r} is not one of {', '.join(VARIANTS)}", param_hint="--variants")
+        listed = f"{', '.join(VARIANTS)}, {TUNED}"
+        raise typer.BadParameter(f"{unknown[0]!r} is not one of {listed}", param_hint="--variants")
     screen = Screen(as_json=as_json)
     with screen.steps() as steps:
         name = model or packaged_model()
@@ -72,12 +77,19 @@ def main(
         if opened.program is None:
             raise typer.BadParameter(f"{name} is an ONNX model; name what it was made of", param_hint="--model")
         read = evaluation.windows(opened.tokens(_text(text, 0)), length, windows)
-        shown = evaluation.windows(opened.tokens(_text(calibration, 1)), length, samples)
-        grid = _Grid(opened.program, read, shown, out, steps)
+        ids = opened.tokens(_text(calibration, 1))
+        shown = evaluation.windows(ids, length, samples)
+        decisive = evaluation.windows(_between(ids, length, samples), length, DECISIVE) if TUNED in chosen else []
+        grid = _Grid(opened.program, read, shown, decisive, out, steps)
         base = grid.cell("none", "untouched")
         wanted = [s.strip() for s in schemes.split(",")]
         cells = {scheme: {v: grid.cell(scheme, v) for v in chosen} for scheme in wanted}
     rows = {s: {v: _ratio(base, cell) | cell for v, cell in by.items()} for s, by in cells.items()}
+    for by in rows.values():
+        others = [cell for v, cell in by.items() if v != TUNED]
+        if TUNED in by and others:
+            best = min(others, key=lambda cell: cell["ratio"])
+            by[TUNED]["over_best"] = _ratio(best, by[TUNED])
     if as_json:
         screen.document({"model": name, "windows": windows, "length": length, "unquantized": base, "schemes": rows})
     screen.show(_table(rows, chosen, windows, length, evaluation.Perplexity(tuple(base["losses"]), 0).value))
@@ -87,10 +99,16 @@ class _Grid:
     """Cells of (scheme, variant), measured or read from disk."""
 
     def __init__(
-        self, program: ExportedProgram, read: list[list[int]], shown: list[list[int]], out: Path, steps: Any
+        self,
+        program: ExportedProgram,
+        read: list[list[int]],
+        shown: list[list[int]],
+        decisive: list[list[int]],
+        out: Path,
+        steps: Any,
     ) -> None:
         self.programs = {"untouched": program}
-        self.read, self.shown, self.out, self.steps = read, shown, out, steps
+        self.read, self.shown, self.decisive, self.out, self.steps = read, shown, decisive, out, steps
         self.key = _digest(program, read, shown)
 
     def cell(self, scheme: str, variant: str) -> dict[str, Any]:
@@ -98,15 +116,13 @@ class _Grid:
         path = self.out / self.key / f"{scheme}@{variant}.json"
         if path.is_file():
             return dict(json.loads(path.read_text(encoding="utf-8")))
-        program, found = self._program(variant), dict[str, Any]()
+        found = dict[str, Any]()
         with TemporaryDirectory() as folder:
-            scorer: evaluation.Scorer = ProgramScorer(program)
+            scorer: evaluation.Scorer = ProgramScorer(self.programs["untouched"])
             if scheme != "none":
-                tick = self.steps.start(f"quantize {scheme}, {variant}")
                 started = time.perf_counter()
-                calibration = [ProgramScorer(program).inputs(ids) for ids in self.shown]
-                made = quantize(program, scheme.removeprefix(ORT), calibration, progress=tick)
-                found |= {"seconds": time.perf_counter() - started, "bytes": made.report.bytes_after}
+                made, about = self._made(scheme.removeprefix(ORT), variant)
+                found |= {"seconds": time.perf_counter() - started, "bytes": made.report.bytes_after} | about
                 self.steps.start(f"export {scheme}, {variant}")
                 scorer = _in_ort(made, Path(folder)) if scheme.startswith(ORT) else ProgramScorer(made.program)
             tick = self.steps.start(f"score {scheme}, {variant}")
@@ -116,6 +132,19 @@ class _Grid:
         staging.write_text(json.dumps(found), encoding="utf-8")
         os.replace(staging, path)
         return found
+
+    def _made(self, scheme: str, variant: str) -> tuple[Quantized, dict[str, Any]]:
+        """Quantized, and how it was chosen."""
+        if variant == TUNED:
+            tuned = tune(self.programs["untouched"], scheme, self.shown, self.decisive, steps=self.steps)
+            return tuned.quantized, {
+                "chosen": tuned.chosen.name,
+                "trials": {trial.name: trial.comparison.ratio for trial in tuned.trials},
+            }
+        program = self._program(variant)
+        tick = self.steps.start(f"quantize {scheme}, {variant}")
+        calibration = [ProgramScorer(program).inputs(ids) for ids in self.shown]
+        return quantize(program, scheme, calibration, progress=tick), {}
 
     def _program(self, variant: str) -> ExportedProgram:
         if variant not in self.programs:
@@ -140,6 +169,12 @@ def _text(path: Path | None, half: int) -> str:
     return "\n\n".join(topics[n] for n in names[half::2])
 
 
+def _between(ids: Sequence[int], length: int, count: int) -> list[int]:
+    """The tokens that :func:`evaluation.windows` leaves out."""
+    step = len(ids) // count
+    return [token for start in range(0, count * step, step) for token in ids[start + length : start + step]]
+
+
 def _digest(program: ExportedProgram, *tokens: Sequence[Sequence[int]]) -> str:
     """Of the weights (a sample of each), the tokens, and the sources of the package."""
     hashed = hashlib.sha256(json.dumps(tokens).encode())
@@ -159,10 +194,21 @@ def _ratio(base: dict[str, Any], cell: dict[str, Any]) -> dict[str, float]:
     return {"ratio": ratio, "standard_error": ratio * change.error}
 
 
+def _text_of(cell: dict[str, Any]) -> str:
+    text = _with_error(cell)
+    if "over_best" in cell:
+        text += f"\n{cell['chosen']}; ÷ best {_with_error(cell['over_best'])}"
+    return text
+
+
+def _with_error(figures: dict[str, Any]) -> str:
+    return f"{figures['ratio']:.4f} ± {figures['standard_error']:.4f}"
+
+
 def _table(rows: dict[str, dict[str, Any]], variants: list[str], windows: int, length: int, base: float) -> Table:
     table = Table("scheme", *variants, title="Perplexity ÷ unquantized", title_justify="left", caption_justify="left")
     for scheme, by in rows.items():
-        table.add_row(scheme, *(f"{by[v]['ratio']:.4f} ± {by[v]['standard_error']:.4f}" for v in variants))
+        table.add_row(scheme, *(_text_of(by[v]) for v in variants))
     table.caption = f"{windows} windows of {length} tokens; unquantized perplexity {base:.3f}"
     return table
 

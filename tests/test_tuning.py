@@ -52,6 +52,23 @@ def test_rotation_is_kept_where_there_are_outliers() -> None:
     json.dumps(found.to_dict())
 
 
+def test_scales_of_what_was_chosen_are_distilled() -> None:
+    shown, decisive = windows(16, 0), windows(4, 1)
+    configs = {"online": RotationConfig(form="online", verify=False)}
+    plain, trained = (
+        tune(program(True), f"w2-rtn{part}", shown, decisive, configs=configs) for part in ("", "-distill4")
+    )
+    assert trained.chosen.name == plain.chosen.name
+    assert trained.chosen.comparison.divergence == plain.chosen.comparison.divergence, "trials are made without"
+    ids = (torch.tensor(windows(2, 3)),)
+    wanted, *found = (
+        torch.log_softmax(run(p, ids)[0].double(), -1)
+        for p in (program(True), plain.quantized.program, trained.quantized.program)
+    )
+    before, after = ((wanted.exp() * (wanted - f)).sum(-1).mean() for f in found)
+    assert after < 0.9 * before
+
+
 def test_what_costs_nothing_wins_among_equals() -> None:
     """At 8 bits everything is as good as the original: no rotation is worth a Hadamard."""
     free = Trial("none", None, compared(0.10, 0.12, 0.11), ())

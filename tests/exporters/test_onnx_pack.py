@@ -199,8 +199,9 @@ def test_ranges_of_channels_keep_their_products_in_float(tmp_path: Path, source:
     assert np.abs(outputs(report.path) - expected).max() < 2e-6 * np.abs(expected).max()
 
 
-def test_matmulnbits_rounds_in_place_of_the_program(tmp_path: Path, source: ExportedProgram) -> None:
-    made = quantize(source, "w4g32-rtn-a8")
+@pytest.mark.parametrize("scheme", ["w4g32-rtn-a8", "w3.5g32-rtn-rows-a8"])
+def test_matmulnbits_rounds_in_place_of_the_program(tmp_path: Path, source: ExportedProgram, scheme: str) -> None:
+    made = quantize(source, scheme, [(IDS,)])
     simulated = folder(tmp_path, made)
     weight_only = pack_weights(simulated, tmp_path / "level0", made.report.weights)
     rounding = pack_weights(simulated, tmp_path / "level4", made.report.weights, accuracy_level=4)
