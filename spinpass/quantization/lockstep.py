@@ -1,8 +1,9 @@
-"""Run a program on many inputs node by node, all of them one node further before the next.
+"""Run a program on many inputs side by side, all of them up to a node that is watched before one goes on.
 
-At a node that is watched, what every input makes of its operands is at hand, and constants can be replaced before the
-node is run: so the layers behind see what earlier ones have become, in one run, and no more than the values that are
-alive at one node is kept. Where asked for, the same program without any of that runs beside it, to compare with.
+There, what every input makes of its operands is at hand, and constants can be replaced before the node is run: so the
+layers behind see what earlier ones have become, in one run. Of every input the values that are alive at a watched node
+are kept, and what lies between two such nodes (the scores of an attention, say) of one input at a time. Where asked
+for, the same program without any of that runs beside it, to compare with.
 """
 
 from __future__ import annotations
@@ -43,11 +44,18 @@ def run_in_lockstep(
             side.append(Runner(module, float64=False))
             side[-1].env = {n: known[n.name] for n in module.graph.nodes if n.op == "placeholder"}
     done = 0
+    ahead: list[Node] = []
+    skipped = frozenset(reference or ())
     with torch.no_grad():
         for node in module.graph.nodes:
             if node.op == "placeholder":
                 continue
             if node.name in watched:
+                for runner in runners:
+                    _advance(runner, ahead)
+                for runner in references:
+                    _advance(runner, ahead, skipped)
+                ahead = []
                 operand, watch = watched[node.name]
                 seen, unchanged = ([r.env[nodes[operand]] for r in side] for side in (runners, references))
                 for name, tensor in watch(seen, unchanged or seen).items():
@@ -58,13 +66,11 @@ def run_in_lockstep(
                     progress(done, len(watched))
                 if done == len(watched):
                     return
-            for runner in runners:
-                _step(runner, node)
-            for runner in references:
-                _step(runner, node, skip=reference is not None and node.name in reference)
+            ahead.append(node)
 
 
-def _step(runner: Runner, node: Node, skip: bool = False) -> None:
-    runner.env[node] = runner.env[node.all_input_nodes[0]] if skip else runner.run_node(node)
-    for finished in runner.user_to_last_uses.get(node, []):
-        del runner.env[finished]
+def _advance(runner: Runner, nodes: Sequence[Node], skipped: Collection[str] = ()) -> None:
+    for node in nodes:
+        runner.env[node] = runner.env[node.all_input_nodes[0]] if node.name in skipped else runner.run_node(node)
+        for finished in runner.user_to_last_uses.get(node, []):
+            del runner.env[finished]
