@@ -50,6 +50,7 @@ from .options import (
     NoCache,
     NoFuse,
     NoVerify,
+    Samples,
     To,
     Verbose,
     rotation_options,
@@ -139,6 +140,7 @@ def export(
     dequantize: Dequantize = False,
     quantize: Annotated[str, typer.Option(help="Quantize, say w4g128-gptq-a8-head8-embed8.")] = "",
     calibration: Annotated[Path | None, typer.Option(help="Text for GPTQ, static ranges and --kv-cache.")] = None,
+    samples: Samples = SAMPLES,
     kv_cache: KvCache = None,
     last_logits: LastLogits = False,
     no_fuse: NoFuse = False,
@@ -156,7 +158,7 @@ def export(
     request = ExportRequest(
         model, out, config, to, quantize=quantize, calibration=calibration, int4=int4, kv_cache=kv_cache, dtype=dtype,
         cache=not no_cache, context=context, dequantize=dequantize, last_logits=last_logits, fuse=not no_fuse,
-        certify=not no_verify,
+        certify=not no_verify, samples=samples,
     )  # fmt: skip
     with screen.steps() as steps:
         result, written = request.run(steps)
@@ -277,7 +279,7 @@ def tune(
     quantize: Annotated[str, typer.Option(help="The scheme to tune for, say w4g128-gptq-a8.")],
     calibration: Annotated[Path, typer.Option(help="UTF-8 text: its first half calibrates, its second half decides.")],
     out: Annotated[Path | None, typer.Option(help="Folder to write the best model to, for ONNX Runtime.")] = None,
-    samples: Annotated[int, typer.Option(help="Windows to calibrate on.")] = SAMPLES,
+    samples: Samples = SAMPLES,
     windows: Annotated[int, typer.Option(help="Windows to decide on.")] = 8,
     length: Annotated[int, typer.Option(help="Tokens per window.")] = LENGTH,
     block_sizes: Annotated[str, typer.Option(help="Also try diagonal blocks of these sizes, say 64,128.")] = "",
@@ -321,6 +323,7 @@ def evaluate(
     against: Annotated[str, typer.Option(help="Another model, the one to compare with.")] = "",
     quantize: Annotated[str, typer.Option(help="Quantize MODEL first, say w4g128-a8-kv4; compared with itself.")] = "",
     calibration: Annotated[Path | None, typer.Option(help="Text for GPTQ and static ranges.")] = None,
+    samples: Samples = SAMPLES,
     rotate_form: Annotated[Rotated, typer.Option("--rotate", help="Rotate MODEL before, with R1 in this form.")] = "no",
     file: Annotated[list[str] | None, typer.Option(help="An ONNX folder made of MODEL, beside it; repeatable.")] = None,
     windows: Annotated[int, typer.Option(help="How many windows of the text.")] = 16,
@@ -335,7 +338,7 @@ def evaluate(
     ratio of perplexities, how often both would say the same token, and the divergence of their predictions.
     """
     screen = _screen(ctx, as_json, verbose)
-    named = (dataset, tuple(file or ()))
+    named = (dataset, tuple(file or ()), samples)
     request = EvalRequest(model, against, quantize, calibration, rotate_form, text, windows, length, tokenizer, *named)
     with screen.steps() as steps:
         found = request.run(steps)

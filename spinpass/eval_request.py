@@ -13,7 +13,7 @@ from .console import Steps
 from .errors import ConfigError
 from .quantization import quantize as quantized
 from .scoring import Opened, ProgramScorer, open_scorer
-from .texts import calibration_inputs, check_calibration, read_dataset, read_text
+from .texts import SAMPLES, calibration_inputs, check_calibration, check_samples, read_dataset, read_text
 from .transform import transform
 
 Rotated = Literal["no", "auto", "offline", "online"]
@@ -46,8 +46,10 @@ class EvalRequest:
     tokenizer: str
     dataset: str = ""
     files: tuple[str, ...] = ()
+    samples: int = SAMPLES
 
     def __post_init__(self) -> None:
+        check_samples(self.samples)
         if self.against and (self.quantize or self.rotate != "no"):
             raise ConfigError("--against compares two models as they are: leave out --quantize and --rotate")
         if self.against and self.files:
@@ -80,6 +82,6 @@ class EvalRequest:
             steps.start("rotate")
             program = transform(program, RotationConfig(form=self.rotate))
         if self.quantize:
-            samples = calibration_inputs(program, opened.tokens, self.calibration, self.length)
+            samples = calibration_inputs(program, opened.tokens, self.calibration, self.length, self.samples)
             program = quantized(program, self.quantize, samples, progress=steps.start("quantize")).program
         return ProgramScorer(program)

@@ -18,7 +18,7 @@ from .onnx_folder import CacheBits, onnx_tools, write_folder
 from .passes.last_token import last_token
 from .pte_folder import executorch_tools, write_pte_folder
 from .quantization import QuantizationConfig
-from .texts import check_calibration
+from .texts import SAMPLES, check_calibration, check_samples
 
 Target = Literal["onnx", "executorch", "gptq"]
 IntegerCache = Literal["int8", "int4"]
@@ -43,8 +43,10 @@ class ExportRequest:
     last_logits: bool = False
     fuse: bool = True
     certify: bool = True
+    samples: int = SAMPLES
 
     def __post_init__(self) -> None:
+        check_samples(self.samples)
         if self.quantize:
             check_calibration(self.quantize, self.calibration)
             if self.int4:
@@ -68,6 +70,8 @@ class ExportRequest:
             raise ConfigError(WEIGHTS_ONLY)
         if scheme.activations is not None or scheme.cache is not None:
             raise ConfigError("a GPTQ checkpoint holds weights alone: leave the parts a… and kv… out of --quantize")
+        if scheme.mixed_rows:
+            raise ConfigError("weights of a GPTQ checkpoint have one width each: leave the part rows out of --quantize")
 
     def _check_executorch(self) -> None:
         if self.int4:
@@ -129,7 +133,7 @@ class ExportRequest:
         if self.to == "gptq":
             check_rotation(loaded, result)
         if self.quantize:
-            result = quantized(result, loaded, self.quantize, self.calibration, steps)
+            result = quantized(result, loaded, self.quantize, self.calibration, steps, self.samples)
         if self.last_logits:
             result = replace(result, program=last_token(result.program))
         return result, write(loaded, result, self.out, steps, certify=self.certify)

@@ -24,7 +24,7 @@ from .exporters.loading import LoadedModel
 from .planning import RotationPlan
 from .quantization import QuantizationReport, Quantized, quantize
 from .scoring import token_ids
-from .texts import calibration_inputs
+from .texts import SAMPLES, calibration_inputs
 from .transform import plan, transform
 
 _PACKAGES = ("spinpass", "torch", "transformers", "onnx", "onnxscript", "onnxruntime", "executorch")
@@ -76,13 +76,15 @@ def rotated(program: ExportedProgram, config: RotationConfig | None, steps: Step
     return Result(transform(program, plan=decided, progress=progress), decided)
 
 
-def quantized(result: Result, loaded: LoadedModel, scheme: str, text: Path | None, steps: Steps) -> Result:
-    """Calibrate on the text where there is one, and quantize. ConfigError where no tokenizer can read it."""
+def quantized(
+    result: Result, loaded: LoadedModel, scheme: str, text: Path | None, steps: Steps, windows: int = SAMPLES
+) -> Result:
+    """Calibrate on windows of the text where there is one, and quantize. ConfigError where no tokenizer can read it."""
     samples: list[Any] = []
     if text is not None:
         if loaded.companions is None or loaded.companions.tokenizer is None:
             raise ConfigError(f"{loaded.source.location} has no tokenizer to read {text} with: quantize with -rtn")
-        samples = calibration_inputs(result.program, token_ids(loaded.companions.tokenizer), text)
+        samples = calibration_inputs(result.program, token_ids(loaded.companions.tokenizer), text, samples=windows)
     made = quantize(result.program, scheme, samples, progress=steps.start("quantize"))
     return replace(result, program=made.program, quantization=made.report)
 

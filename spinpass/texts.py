@@ -79,6 +79,12 @@ def check_calibration(scheme: str, path: Path | None) -> None:
         raise ConfigError(f"{scheme} needs a text to calibrate on: add --calibration FILE, or -rtn")
 
 
+def check_samples(samples: int) -> None:
+    """ConfigError where it is no number of windows."""
+    if samples < 1:
+        raise ConfigError(f"{samples} samples to calibrate on: choose 1 or more")
+
+
 def calibration_inputs(
     program: ExportedProgram, tokenize: Tokenize, path: Path | None, length: int = LENGTH, samples: int = SAMPLES
 ) -> list[dict[str, Any]]:

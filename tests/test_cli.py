@@ -87,11 +87,14 @@ def test_export_of_the_original_in_4_bits(folder: Path, tmp_path: Path) -> None:
     assert len(OrtDecoder(tmp_path).generate([5, 6, 7], 4, end=()).tokens) == 4
 
 
-@pytest.mark.parametrize("scheme", ["w8-rtn-a8", "w4g16-gptq-a8static-kv8-head8-embed8"])
+@pytest.mark.parametrize(
+    "scheme",
+    ["w8-rtn-a8", "w4g16-gptq-a8static-kv8-head8-embed8", "w4g16-rtn-a8-distill2-head8", "w3.5g16-rtn-rows-a8"],
+)
 def test_export_of_a_quantized_model(folder: Path, tmp_path: Path, scheme: str) -> None:
     text = tmp_path / "text.txt"
     text.write_text("The cat sat on the mat and looked at the moon. " * 200)
-    given = ["--quantize", scheme, "--calibration", text, "--no-verify"]
+    given = ["--quantize", scheme, "--calibration", text, "--samples", 2, "--no-verify"]
     result = run("export", folder, tmp_path / "out", *given)
     assert result.exit_code == 0, result.stderr
     manifest = json.loads((tmp_path / "out" / "spinpass.json").read_text())
@@ -470,6 +473,7 @@ def test_eval_says_what_is_missing(folder: Path, pt2: Path, text: Path, tmp_path
         "--tokenizer": (pt2,),
         "the text has": (folder, "--text", text, "--windows", 999),
         "is not a part of a scheme": (folder, "--quantize", "w4-nf4"),
+        "0 samples to calibrate on": (folder, "--quantize", "w4", "--calibration", text, "--samples", 0),
     }
     for why, arguments in wrong.items():
         result = run("eval", *arguments)

@@ -75,6 +75,7 @@ def test_packed_weights_are_refused_in_python_too(checkpoint: Path) -> None:
     [
         ((), "add --quantize"),
         (("--quantize", "w4-rtn-a8", *OFFLINE), "holds weights alone"),
+        (("--quantize", "w3.5g16-rows", "--calibration", __file__, *OFFLINE), "one width each"),
         (("--quantize", "w4-rtn"), "know no online rotation, such as that of"),
         (("--quantize", "w4-rtn", "--kv-cache", "int8", "--calibration", __file__), "are ONNX Runtime's"),
         (("--int4",), "are ONNX Runtime's"),

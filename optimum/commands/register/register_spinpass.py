@@ -26,6 +26,7 @@ _VALUES = {
     "dtype": ("DTYPE", "of the weights: float32, float16, bfloat16, or auto as stored"),
     "quantize": ("SCHEME", "quantize, say w4g128-gptq-a8-head8-embed8, instead of --weights"),
     "calibration": ("FILE", "text for GPTQ, static ranges and --kv-cache"),
+    "samples": ("N", "windows of 512 tokens to calibrate on"),
     "to": ("TARGET", "onnx, executorch, or gptq for a checkpoint"),
     "context": ("N", "with --to executorch: tokens that the KV cache inside holds"),
     "kv-cache": ("BITS", "int8 or int4: keep keys and values as integers"),
