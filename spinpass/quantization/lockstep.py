@@ -1,9 +1,10 @@
 """Run a program on many inputs side by side, all of them up to a node that is watched before one goes on.
 
 There, what every input makes of its operands is at hand, and constants can be replaced before the node is run: so the
-layers behind see what earlier ones have become, in one run. Of every input the values that are alive at a watched node
-are kept, and what lies between two such nodes (the scores of an attention, say) of one input at a time. Where asked
-for, the same program without any of that runs beside it, to compare with.
+layers behind see what earlier ones have become, in one run. Of every input the values are kept that some watched node
+still needs, and what lies between two such nodes (the scores of an attention, say) of one input at a time; what is only
+returned, a KV cache for instance, is not. Where asked for, the same program without any of that runs beside it, to
+compare with.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 
 from ..execution import Runner, constants, flat_inputs
+from .sites import leading_to
 
 # values of one operand, and those of the program as it was, -> constants by placeholder name
 Watch = Callable[[list[Tensor], list[Tensor]], Mapping[str, Tensor]]
@@ -43,18 +45,20 @@ def run_in_lockstep(
         for side in (runners, references) if reference is not None else (runners,):
             side.append(Runner(module, float64=False))
             side[-1].env = {n: known[n.name] for n in module.graph.nodes if n.op == "placeholder"}
+    wanted = {nodes[name] for name in watched}
+    needed = wanted | leading_to(wanted, module.graph.nodes)
+    order = [node for node in module.graph.nodes if node in needed and node.op != "placeholder"]
+    finished = _last_uses(order)
     done = 0
     ahead: list[Node] = []
     skipped = frozenset(reference or ())
     with torch.no_grad():
-        for node in module.graph.nodes:
-            if node.op == "placeholder":
-                continue
-            if node.name in watched:
+        for node in order:
+            if node in wanted:
                 for runner in runners:
-                    _advance(runner, ahead)
+                    _advance(runner, ahead, finished)
                 for runner in references:
-                    _advance(runner, ahead, skipped)
+                    _advance(runner, ahead, finished, skipped)
                 ahead = []
                 operand, watch = watched[node.name]
                 seen, unchanged = ([r.env[nodes[operand]] for r in side] for side in (runners, references))
@@ -64,13 +68,22 @@ def run_in_lockstep(
                 done += 1
                 if progress is not None:
                     progress(done, len(watched))
-                if done == len(watched):
-                    return
             ahead.append(node)
 
 
-def _advance(runner: Runner, nodes: Sequence[Node], skipped: Collection[str] = ()) -> None:
+def _last_uses(order: Sequence[Node]) -> dict[Node, list[Node]]:
+    """By node, the values that no later one of ``order`` reads."""
+    last = {source: node for node in order for source in node.all_input_nodes}
+    found: dict[Node, list[Node]] = {}
+    for source, node in last.items():
+        found.setdefault(node, []).append(source)
+    return found
+
+
+def _advance(
+    runner: Runner, nodes: Sequence[Node], finished: Mapping[Node, list[Node]], skipped: Collection[str] = ()
+) -> None:
     for node in nodes:
         runner.env[node] = runner.env[node.all_input_nodes[0]] if node.name in skipped else runner.run_node(node)
-        for finished in runner.user_to_last_uses.get(node, []):
-            del runner.env[finished]
+        for source in finished.get(node, []):
+            del runner.env[source]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from torch.fx import Node
@@ -33,7 +33,7 @@ def weight_sites(editor: ProgramEditor) -> tuple[list[WeightSite], dict[str, str
     """Every linear layer with a stored weight, in graph order, and for the others why not, by node."""
     found, left = [], dict[str, str]()
     linears = list(find_linears(editor))
-    leading = _leading_to({linear.node for linear in linears}, editor)
+    leading = leading_to({linear.node for linear in linears}, editor.nodes)
     for linear in linears:
         stored = _stored(editor, linear.weight, linear.weight_dim)
         if linear.dim != len(shape(linear.operand)) - 1:
@@ -113,10 +113,10 @@ def _stored(editor: ProgramEditor, node: Node, dim: int) -> tuple[Node, int] | N
     return node, layout.dims[0]
 
 
-def _leading_to(targets: set[Node], editor: ProgramEditor) -> set[Node]:
-    """Everything from which one of ``targets`` is reached."""
+def leading_to(targets: set[Node], nodes: Iterable[Node]) -> set[Node]:
+    """Those of ``nodes``, which are in graph order, from which one of ``targets`` is reached."""
     found: set[Node] = set()
-    for node in reversed(list(editor.nodes)):
+    for node in reversed(list(nodes)):
         if any(user in targets or user in found for user in node.users):
             found.add(node)
     return found

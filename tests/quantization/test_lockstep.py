@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import Node
 
 from spinpass.execution import Runner, constants, execute, flat_inputs, run
@@ -64,3 +64,24 @@ def test_a_watch_sees_all_inputs_and_what_earlier_ones_have_changed() -> None:
 
 def operand(linear: str) -> str:
     return NODES[linear].all_input_nodes[0].name
+
+
+def test_what_is_only_returned_is_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Returning(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            kept = self.first(x)
+            return self.second(kept.relu()), kept.sin()
+
+    program = torch.export.export(Returning(), (torch.randn(2, 8),))
+    names = {str(n.target): n.name for n in program.graph.nodes}
+    linears = [n for n in program.graph.nodes if str(n.target) == "aten.linear.default"]
+    executed: list[str] = []
+    plain = Runner.run_node
+    monkeypatch.setattr(Runner, "run_node", lambda self, node: executed.append(node.name) or plain(self, node))
+    watches = {n.name: (n.all_input_nodes[0].name, lambda values, _: {}) for n in linears}
+    run_in_lockstep(program, [(torch.randn(2, 8),)], watches)
+    assert executed == [linears[0].name, names["aten.relu.default"]]
