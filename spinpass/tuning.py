@@ -210,8 +210,7 @@ class _Tuning:
 
     def trial(self, name: str, plan: RotationPlan | None, judged: tuple[SpaceVerdict, ...] = ()) -> Trial:
         rotated = self.program if plan is None else transform(self.program, plan=plan)
-        calibration = self.calibration if self.config.needs_calibration else []
-        made = quantize(rotated, self.config, calibration, progress=self.steps.start(f"quantize, {name}"))
+        made = quantize(rotated, self.config, self.calibration, progress=self.steps.start(f"quantize, {name}"))
         self.made[name] = (rotated, made)
         tick = self.steps.start(f"score, {name}")
         return Trial(name, plan, compare(self.scorer, ProgramScorer(made.program), self.held_out, tick), judged)

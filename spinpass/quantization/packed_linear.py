@@ -88,9 +88,13 @@ def _integers(qweight: Tensor, bits: int, columns: int) -> Tensor:
 
 def _spread(scales: Tensor, qzeros: Tensor, g_idx: Tensor | None, bits: int, columns: int) -> tuple[Tensor, Tensor]:
     """(scale, zero point) of every weight, (out, in), in the scales' dtype."""
-    at = _groups(scales, g_idx, columns)
     zeros = unpack(qzeros, bits, 1, scales.shape[1]).to(scales.dtype)
-    return scales[at].T, zeros[at].T
+    if g_idx is not None:
+        at = g_idx.long()
+        return scales[at].T, zeros[at].T
+    size = -(-columns // scales.shape[0])
+    step, zero = (t.T[:, :, None].expand(-1, -1, size).flatten(1)[:, :columns] for t in (scales, zeros))
+    return step, zero
 
 
 def _groups(scales: Tensor, g_idx: Tensor | None, columns: int) -> Tensor:

@@ -39,12 +39,15 @@ def pack(values: Tensor, bits: int, dim: int) -> Tensor:
 def unpack(packed: Tensor, bits: int, dim: int, count: int) -> Tensor:
     """The inverse of :func:`pack`: uint8, axis ``dim`` of ``packed`` (int32) becoming ``count`` values long."""
     moved = packed.movedim(dim, -1)
+    if 32 % bits == 0:  # no value crosses a word
+        shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=packed.device)
+        every: Tensor = ((moved[..., None] >> shifts) & (2**bits - 1)).to(torch.uint8)
+        return every.flatten(-2)[..., :count].movedim(-1, dim)
     first = torch.arange(count, device=packed.device) * bits
     word, shift = first // 32, (first % 32).to(torch.int32)
     values = moved[..., word] >> shift
-    if 32 % bits:
-        crossing = shift + bits > 32
-        following = moved[..., (word + 1).clamp_max(packed.shape[dim] - 1)] << (32 - shift).clamp_max(31)
-        values = torch.where(crossing, (values & ~(-1 << (32 - shift).clamp_max(31))) | following, values)
+    crossing = shift + bits > 32
+    following = moved[..., (word + 1).clamp_max(packed.shape[dim] - 1)] << (32 - shift).clamp_max(31)
+    values = torch.where(crossing, (values & ~(-1 << (32 - shift).clamp_max(31))) | following, values)
     low: Tensor = values & (2**bits - 1)
     return low.to(torch.uint8).movedim(-1, dim)
