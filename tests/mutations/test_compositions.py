@@ -129,7 +129,7 @@ def exact(choice: Composition, setting: dict[str, Any], mode: str) -> None:
     check(program, steps(program, args), args, {"R1", "R2", "R3", "R4"}, **setting)
 
 
-@settings(max_examples=25, phases=(Phase.explicit, Phase.generate), derandomize=True, **COMMON)
+@settings(max_examples=12, phases=(Phase.explicit, Phase.generate), derandomize=True, **COMMON)
 @given(choice=COMPOSITIONS, setting=SETTINGS, mode=MODES)
 def test_hazards_put_together(choice: Composition, setting: dict[str, Any], mode: str) -> None:
     exact(choice, setting, mode)
