@@ -42,7 +42,7 @@ ORT = "ort:"  # in front of a scheme: the exported file with integers, in ONNX R
 SCHEMES = ("ort:w8-gptq-a8", "ort:w8-gptq-a8static", "ort:w4g128-gptq-a8-distill", "w4-asym-gptq-distill",
            "w4-asym-gptq-a8-kv4-distill", "a4-kv4", "w4-asym-gptq-a4-kv4-distill", "w4g32-gptq")  # fmt: skip
 TUNED = "tuned"
-DECISIVE = 8  # windows that tuning decides on
+DECISIVE = 16  # windows that tuning decides on
 VARIANTS: dict[str, RotationConfig | None] = {
     "untouched": None,
     "online": RotationConfig(form="online", verify=False),

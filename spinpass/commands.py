@@ -280,7 +280,7 @@ def tune(
     calibration: Annotated[Path, typer.Option(help="UTF-8 text: its first half calibrates, its second half decides.")],
     out: Annotated[Path | None, typer.Option(help="Folder to write the best model to, for ONNX Runtime.")] = None,
     samples: Samples = SAMPLES,
-    windows: Annotated[int, typer.Option(help="Windows to decide on.")] = 8,
+    windows: Annotated[int, typer.Option(help="Windows to decide on.")] = 16,
     length: Annotated[int, typer.Option(help="Tokens per window.")] = LENGTH,
     block_sizes: Annotated[str, typer.Option(help="Also try diagonal blocks of these sizes, say 64,128.")] = "",
     dtype: Dtype = "float32",

@@ -1,9 +1,10 @@
 """tune:  measure on text what each way to rotate is worth under a scheme, and keep what helps.
 
 Whole configurations are quantized and scored on held-out text, paired over its windows. Before that every space of a
-configuration is judged by itself (:mod:`.quantization.site_error`): where its layers lose no less in the rotated basis,
-or nothing in it is rounded, it is left alone. Among what is equally good within the noise, what costs least is taken;
-nothing costs less than no rotation. Scales are distilled last, those of what was chosen.
+configuration is judged by itself (:mod:`.quantization.site_error`): where nothing is rounded it is left alone, and the
+configuration is tried once more with only the spaces whose layers lose less in the rotated basis. Among what is about
+as good as the best, what costs least is taken; no rotation, which costs nothing, also where nothing is significantly
+better. Scales are distilled last, those of what was chosen.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ from .transform import transform
 Windows = Sequence[Sequence[int]]
 _JUDGED_ON = 2  # calibration windows that spaces are judged on
 _NOTHING = "none"
+_WHERE_IT_HELPS = ", where it helps"
+_ABOUT = 1.02  # times the divergence of the best
 
 
 class Steps(Protocol):
@@ -150,26 +153,33 @@ def tune(
     if not calibration or len(held_out) < 2:
         raise ConfigError("tuning needs a window to calibrate on and at least two others to choose by")
     work = _Tuning(program, config, calibration, held_out, steps or _Silent())
-    trials = [work.trial(_NOTHING, None)]
+    work.try_plan(_NOTHING, None)
     for name, tried in (candidates() if configs is None else configs).items():
-        trials += work.trials(name, tried)
+        work.try_config(name, tried)
+    trials = tuple(work.trials)
     chosen = choose(trials)
     rotated, quantized = work.made[chosen.name]
     if config.distill:
         tick = work.steps.start(f"distill, {chosen.name}")
         quantized = distilled(rotated, quantized, work.calibration, epochs=config.distill, progress=tick)
-    return Tuned(rotated, quantized, chosen, tuple(trials))
+    return Tuned(rotated, quantized, chosen, trials)
 
 
 def choose(trials: Sequence[Trial]) -> Trial:
-    """The cheapest of those whose divergence is that of the best within one standard error of their difference."""
+    """The cheapest of those that diverge at most 2 % more than the best; no rotation also where it diverges more by no
+    more than one standard error of the difference.
+    """
     best = min(trials, key=lambda t: t.comparison.divergence)
-    as_good = [t for t in trials if t is best or _is_as_good(t.comparison, best.comparison)]
+    as_good = [t for t in trials if _is_about(t, best) or (t.plan is None and _is_within_noise(t, best))]
     return min(as_good, key=lambda t: (t.flops, t is not best))
 
 
-def _is_as_good(tried: Comparison, best: Comparison) -> bool:
-    change = paired(best.divergences, tried.divergences)
+def _is_about(tried: Trial, best: Trial) -> bool:
+    return tried.comparison.divergence <= _ABOUT * best.comparison.divergence
+
+
+def _is_within_noise(tried: Trial, best: Trial) -> bool:
+    change = paired(best.comparison.divergences, tried.comparison.divergences)
     return change.mean <= change.error
 
 
@@ -192,28 +202,35 @@ class _Tuning:
         self.program, self.config, self.steps = program, replace(config, distill=0), steps
         self.held_out, self.scorer = held_out, ProgramScorer(program)
         self.calibration = [self.scorer.inputs(ids) for ids in calibration]
+        self.trials: list[Trial] = []
         self.made: dict[str, tuple[ExportedProgram, Quantized]] = {}
         self._unrotated = self._site_errors(program, "unrotated")
 
-    def trials(self, name: str, config: RotationConfig) -> list[Trial]:
-        """The configuration with those of its spaces that help; none where it is refused or nothing of it helps."""
-        whole = make_plan(self.program, config)
+    def try_config(self, name: str, config: RotationConfig) -> None:
+        """With all of its spaces, and with those that help; not where it is refused or nothing of it is rounded."""
+        plan = make_plan(self.program, config)
         try:
-            rotated = transform(self.program, plan=whole)
+            rotated = transform(self.program, plan=plan)
         except RefusedError:
-            return []
-        judged = self._judge(whole, self._site_errors(rotated, name))
-        useless = [v.space for v in judged if not v.helps]
-        if len(useless) == len(whole.spaces):
-            return []
-        return [self.trial(name, whole.without(*useless), judged)]
+            return
+        judged = self._judge(plan, self._site_errors(rotated, name))
+        rounded = [v.space for v in judged if v.rotated is not None]
+        helping = [v.space for v in judged if v.helps]
+        for trial, kept in ((name, rounded), (name + _WHERE_IT_HELPS, helping)):
+            if kept and (kept is rounded or kept != rounded):
+                self.try_plan(trial, plan.without(*(v.space for v in judged if v.space not in kept)), judged)
 
-    def trial(self, name: str, plan: RotationPlan | None, judged: tuple[SpaceVerdict, ...] = ()) -> Trial:
+    def try_plan(self, name: str, plan: RotationPlan | None, judged: tuple[SpaceVerdict, ...] = ()) -> None:
         rotated = self.program if plan is None else transform(self.program, plan=plan)
         made = quantize(rotated, self.config, self.calibration, progress=self.steps.start(f"quantize, {name}"))
-        self.made[name] = (rotated, made)
         tick = self.steps.start(f"score, {name}")
-        return Trial(name, plan, compare(self.scorer, ProgramScorer(made.program), self.held_out, tick), judged)
+        compared = compare(self.scorer, ProgramScorer(made.program), self.held_out, tick)
+        self.trials.append(Trial(name, plan, compared, judged))
+        self.made[name] = (rotated, made)
+        best = min(self.trials, key=lambda t: t.comparison.divergence)
+        for trial in self.trials:
+            if trial.plan is not None and not _is_about(trial, best):
+                self.made.pop(trial.name, None)
 
     def _site_errors(self, program: ExportedProgram, name: str) -> dict[str, float]:
         tick = self.steps.start(f"judge spaces, {name}")
