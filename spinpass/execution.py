@@ -24,6 +24,7 @@ from .errors import ConfigError, ProgramError
 from .program import is_op, mutates, op_name
 
 Tick = Callable[[], None]
+Watch = Callable[[Node, Any], Any]
 
 _WIDER = {
     torch.float16: torch.float64,
@@ -127,13 +128,14 @@ def execute(
     *,
     float64: bool = False,
     tick: Tick | None = None,
+    watch: Watch | None = None,
     gradients: bool = False,
 ) -> Execution:
     """Run `ep` with `values` by placeholder name; a value for a constant replaces the stored one, and may be
     :class:`Deferred` in a lifted run. `gradients`: record those of the values that require them.
 
-    `tick` is called after every node. Nothing in `values` or in the program is modified: what the program writes in
-    place is cloned first.
+    `watch` is called with every node and its value, and returns the value to go on with; then `tick` is. Nothing in
+    `values` or in the program is modified: what the program writes in place is cloned first.
     """
     written = _written_placeholders(ep)
     known = constants(ep) | dict(values)
@@ -149,7 +151,8 @@ def execute(
             value = value.clone()
         feed.append(value)
     with torch.set_grad_enabled(gradients), _default_dtype(torch.float64 if float64 else torch.get_default_dtype()):
-        results = Runner(ep.graph_module, float64=float64, tick=tick).run(*feed, enable_io_processing=False)
+        runner = Runner(ep.graph_module, float64=float64, tick=tick, watch=watch)
+        results = runner.run(*feed, enable_io_processing=False)
     after = {spec.arg.name: value for spec, value in zip(ep.graph_signature.input_specs, feed, strict=True)}
     state = {name: after[name] for name, old in fed.items() if not torch.equal(old, after[name])}
     return _split_outputs(ep, results, state)
@@ -221,11 +224,14 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 class Runner(Interpreter):
     """fx's interpreter (which frees every value after its last use), lifting as it goes."""
 
-    def __init__(self, module: GraphModule, *, float64: bool, tick: Tick | None = None) -> None:
+    def __init__(
+        self, module: GraphModule, *, float64: bool, tick: Tick | None = None, watch: Watch | None = None
+    ) -> None:
         super().__init__(module)
         self.extra_traceback = False
         self.float64 = float64
         self.tick = tick
+        self.watch = watch
 
     def run_node(self, n: Node) -> Any:
         try:
@@ -233,6 +239,8 @@ class Runner(Interpreter):
         except _NODE_ERRORS as error:
             where = " lifted to float64" if self.float64 else ""
             raise ProgramError(f"node {n.name} ({n.target}) could not be run{where}: {error}") from error
+        if self.watch is not None:
+            result = self.watch(n, result)
         if self.tick is not None:
             self.tick()
         return result

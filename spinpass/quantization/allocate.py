@@ -1,15 +1,15 @@
-"""Mixed bit widths from a budget:  min Σ error(layer, bits)  with  Σ weights · bits ≤ budget · Σ weights.
+"""Mixed bit widths from a budget:  min Σ cost(layer, bits)  with  Σ weights · bits ≤ budget · Σ weights.
 
-Every layer's error at every width is measured by itself (:mod:`.site_error`), or with mixed rows every group's of its
-inputs (:mod:`.group_error`). All begin at the fewest bits; the step
-that lowers the sum by most per bit of storage is taken until the budget is spent. Steps of a layer are those of the
-lower convex hull of its errors, so that a poor width is jumped over; the greedy choice is then that of the Lagrangian.
+What every layer, or with mixed rows every group of its inputs, costs the predictions at every width is measured by
+itself (:mod:`.sensitivity`). All begin at the fewest bits; the step that lowers the sum by most per bit of storage is
+taken until the budget is spent. Steps of a layer are those of the lower convex hull of its costs, so that a poor width
+is jumped over; the greedy choice is then that of the Lagrangian.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
@@ -18,13 +18,12 @@ from torch.export import ExportedProgram
 from ..errors import ConfigError
 from ..passes.functionalize import open_program
 from ..program import shape
-from .config import WEIGHT_BITS, QuantizationConfig, Weights
-from .group_error import Layer, group_errors
+from .config import WEIGHT_BITS, QuantizationConfig
 from .mixed_rows import splittable
-from .site_error import site_errors_of_each
+from .sensitivity import Layer, sensitivities
 from .sites import weight_sites
 
-_JUDGED_ON = 4  # calibration inputs
+_JUDGED_ON = 8  # calibration inputs
 _Hull = list[tuple[int, float]]
 _Progress = Callable[[int, int], None] | None
 _Key = TypeVar("_Key", str, tuple[str, int])
@@ -47,49 +46,24 @@ def allocated(
         raise ConfigError("bits are allocated to weights within average_bits: name both")
     editor = open_program(program)
     sites = [s for s in weight_sites(editor)[0] if not s.head and len(shape(s.weight)) == 2]
-    names = {editor.fqn(s.weight): s.weight for s in sites}
-    free = {fqn: node for fqn, node in names.items() if config.weights_of(fqn, head=False) == how}
-    if config.mixed_rows:
-        chosen = _by_groups(program, how, budget, free, inputs[:_JUDGED_ON], progress)
-    else:
-        widths = [replace(config, weights=replace(how, bits=bits), average_bits=None) for bits in WEIGHT_BITS]
-        errors = dict(zip(WEIGHT_BITS, site_errors_of_each(program, widths, inputs[:_JUDGED_ON], progress)))
-        layers = {n: Layer(_size(shape(w)), {bits: errors[bits][n] for bits in WEIGHT_BITS}) for n, w in free.items()}
-        chosen = {fqn: replace(how, bits=bits) for fqn, bits in allocate(layers, budget).items()}
-    return replace(config, overrides={**config.overrides, **chosen}, average_bits=None, mixed_rows=False)
-
-
-def _by_groups(
-    program: ExportedProgram,
-    how: Weights,
-    budget: float,
-    names: Collection[str],
-    inputs: Sequence[object],
-    progress: _Progress,
-) -> dict[str, Weights]:
-    """Every group of a weight's inputs gets bits by itself; groups of a layer that cannot be split get the same."""
-    errors = group_errors(program, how, names, inputs, progress)
-    can_split = splittable(program)
-    units: dict[tuple[str, int], Layer] = {}
-    for fqn, groups in errors.items():
-        units |= {(fqn, k): unit for k, unit in enumerate(groups if fqn in can_split else [_joined(groups)])}
+    free = {fqn for fqn in (editor.fqn(s.weight) for s in sites) if config.weights_of(fqn, head=False) == how}
+    by_group = splittable(program) & free if config.mixed_rows else set()
+    costs = sensitivities(program, how, free, inputs[:_JUDGED_ON], by_group=by_group, progress=progress)
+    units = {(fqn, group): layer for fqn, layers in costs.items() for group, layer in enumerate(layers)}
     found: dict[str, list[int]] = {}
     for (fqn, _), bits in allocate(units, budget).items():  # in the order of the groups
         found.setdefault(fqn, []).append(bits)
-    return {
-        fqn: replace(how, bits=max(bits), group_bits=tuple(bits) if len(set(bits)) > 1 else None)
-        for fqn, bits in found.items()
-    }
+    chosen = {fqn: replace(how, bits=max(each), group_bits=_uneven(each)) for fqn, each in found.items()}
+    return replace(config, overrides={**config.overrides, **chosen}, average_bits=None, mixed_rows=False)
 
 
-def _joined(groups: Sequence[Layer]) -> Layer:
-    size = sum(group.size for group in groups)
-    return Layer(size, {bits: sum(group.errors[bits] for group in groups) for bits in WEIGHT_BITS})
+def _uneven(bits: Sequence[int]) -> tuple[int, ...] | None:
+    return tuple(bits) if len(set(bits)) > 1 else None
 
 
 def allocate(layers: Mapping[_Key, Layer], budget: float) -> dict[_Key, int]:
     """Bits for every layer, at most ``budget`` per weight on average. ConfigError where the fewest are more."""
-    hulls = {name: _hull(layer.errors) for name, layer in layers.items()}
+    hulls = {name: _hull(layer.costs) for name, layer in layers.items()}
     chosen = {name: hull[0][0] for name, hull in hulls.items()}
     left = budget * sum(layer.size for layer in layers.values())
     left -= sum(chosen[name] * layer.size for name, layer in layers.items())
@@ -110,10 +84,10 @@ def allocate(layers: Mapping[_Key, Layer], budget: float) -> dict[_Key, int]:
     return chosen
 
 
-def _hull(errors: Mapping[int, float]) -> _Hull:
-    """(bits, error) from the fewest bits on, every step lowering the error by less per bit than the one before."""
+def _hull(costs: Mapping[int, float]) -> _Hull:
+    """(bits, cost) from the fewest bits on, every step lowering the cost by less per bit than the one before."""
     hull: _Hull = []
-    for point in sorted(errors.items()):
+    for point in sorted(costs.items()):
         while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-2], point):
             hull.pop()
         if not hull or point[1] < hull[-1][1]:
@@ -126,11 +100,5 @@ def _slope(first: tuple[int, float], second: tuple[int, float]) -> float:
 
 
 def _gain(hull: _Hull, at: int, layer: Layer) -> float:
-    """The change of the error per bit of storage, negative: the least comes first."""
+    """The change of the cost per bit of storage, negative: the least comes first."""
     return _slope(hull[at], hull[at + 1]) / layer.size
-
-
-def _size(sizes: Sequence[object]) -> int:
-    rows, columns = sizes
-    assert isinstance(rows, int) and isinstance(columns, int)  # a stored constant
-    return rows * columns

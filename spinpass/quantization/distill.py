@@ -19,9 +19,10 @@ from torch.export import ExportedProgram
 from torch.nn import functional
 
 from ..errors import ConfigError
-from ..execution import constants, execute, flat_inputs
+from ..execution import constants
 from ..program import ProgramEditor
 from . import training  # noqa: F401  (registers the gradients of roundings)
+from .likelihoods import log_probabilities
 from .packed_program import pack, scales_name
 from .report import Quantized
 
@@ -96,9 +97,9 @@ class _Student:
 
     def loss(self, teacher: ExportedProgram, inputs: object, *, gradients: bool = True) -> Tensor:
         """The mean over tokens of KL(teacher ‖ student), in nats."""
-        wanted = _log_probabilities(teacher, inputs, {})
+        wanted = log_probabilities(teacher, inputs, {})
         trained = {self._placed[scales_name(name)]: s for name, s in self.scales().items()}
-        found = _log_probabilities(self.packed, inputs, self._fixed | trained, gradients=gradients)
+        found = log_probabilities(self.packed, inputs, self._fixed | trained, gradients=gradients)
         return functional.kl_div(found, wanted, reduction="batchmean", log_target=True)
 
     def divergence(self, teacher: ExportedProgram, inputs: Sequence[object], tick: Callable[[], None]) -> float:
@@ -108,16 +109,6 @@ class _Student:
             total += float(self.loss(teacher, each, gradients=False))
             tick()
         return total / len(inputs)
-
-
-def _log_probabilities(
-    program: ExportedProgram, inputs: object, constants: Mapping[str, Tensor], gradients: bool = False
-) -> Tensor:
-    """(tokens, vocabulary), float32."""
-    logits = execute(program, {**flat_inputs(program, inputs), **constants}, gradients=gradients).outputs[0]
-    if not isinstance(logits, Tensor) or not logits.is_floating_point() or logits.ndim < 2:
-        raise ConfigError("scales are distilled from logits, and the first output of the program is none")
-    return torch.log_softmax(logits.flatten(0, -2).float(), -1)
 
 
 def _with_scales(quantized: Quantized, scales: Mapping[str, Tensor]) -> Quantized:

@@ -33,19 +33,6 @@ def site_errors(
 ) -> dict[str, float]:
     """By parameter name, for every weight of two axes that ``config`` rounds, or whose inputs it rounds.
 
-    See :func:`site_errors_of_each`.
-    """
-    return site_errors_of_each(program, [config], inputs, progress)[0]
-
-
-def site_errors_of_each(
-    program: ExportedProgram,
-    configs: Sequence[QuantizationConfig],
-    inputs: Sequence[object],
-    progress: Callable[[int, int], None] | None = None,
-) -> list[dict[str, float]]:
-    """:func:`site_errors` of several configurations, in one run of the program.
-
     Args:
         program: a floating-point program, rotated or not; it is not changed.
         inputs: as for :func:`spinpass.quantization.quantize`; a few hundred tokens will do.
@@ -57,22 +44,20 @@ def site_errors_of_each(
     named = [(site, editor.fqn(site.weight)) for site in sites if len(shape(site.weight)) == 2]
     prepared = editor.finish()
     stored = constants(prepared)
-    found: list[dict[str, float]] = [{} for _ in configs]
+    found: dict[str, float] = {}
 
-    def watch(site: WeightSite, fqn: str, asked: Sequence[_Asked]) -> Watch:
+    def watch(site: WeightSite, fqn: str, asked: _Asked) -> Watch:
         def measure(values: list[Tensor], _: list[Tensor]) -> Mapping[str, Tensor]:
             matrix = stored[site.weight.name].detach().movedim(site.dim, -1).float()
-            for errors, (scheme, activations) in zip(found, asked):
-                if scheme is not None or activations is not None:
-                    errors[fqn] = max(errors.get(fqn, 0.0), _error(values, matrix, scheme, activations))
+            found[fqn] = max(found.get(fqn, 0.0), _error(values, matrix, *asked))
             return {}
 
         return measure
 
     watched = {}
     for site, fqn in named:
-        asked = [_asked(config, fqn, site.head) for config in configs]
-        if any(how != (None, None) for how in asked):
+        asked = _asked(config, fqn, site.head)
+        if asked != (None, None):
             watched[site.linear.name] = (site.operand.name, watch(site, fqn, asked))
     if watched:
         run_in_lockstep(prepared, inputs, watched, progress=progress)

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.export import ExportedProgram
-from torch.export.graph_signature import OutputKind
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 
-from ..execution import Runner, constants
+from ..execution import execute
 from ..passes.functionalize import open_program
 from ..patterns.attention import cache_values, find_attention
 from ..program import ProgramEditor, shape
@@ -156,18 +154,22 @@ class WatchedScorer:
 
     def logits(self, ids: Sequence[int]) -> Tensor:
         """(length, vocabulary), float32."""
-        values = constants(self._program) | self._scorer.inputs(ids)
-        feed = [values[spec.arg.name] for spec in self._program.graph_signature.input_specs]
-        runner = _Watching(self._program.graph_module, self._watch, set(self._names))
+        watching = 0.0
+
+        def watch(node: Node, value: Any) -> Any:
+            nonlocal watching
+            if node.name in self._names:
+                began = time.perf_counter()
+                self._gather(node.name, value)
+                watching += time.perf_counter() - began
+            return value
+
         began = time.perf_counter()
-        with torch.no_grad():
-            results = runner.run(*feed, enable_io_processing=False)
-        self.rates.append(len(ids) / (time.perf_counter() - began - runner.watching))
-        kinds = [spec.kind for spec in self._program.graph_signature.output_specs]
-        logits: Tensor = results[kinds.index(OutputKind.USER_OUTPUT)]
+        logits: Tensor = execute(self._program, self._scorer.inputs(ids), watch=watch).outputs[0]
+        self.rates.append(len(ids) / (time.perf_counter() - began - watching))
         return logits[0].float()
 
-    def _watch(self, name: str, value: Tensor) -> None:
+    def _gather(self, name: str, value: Tensor) -> None:
         if name not in self._gathered:
             self._gathered[name] = Accumulator(value.shape[-1])
         self._gathered[name].update(value)
@@ -176,22 +178,6 @@ class WatchedScorer:
         """By every name of every site that was reached; sites with several names share one object."""
         results = {node: gathered.result() for node, gathered in self._gathered.items()}
         return {name: results[node] for node, names in self._names.items() if node in results for name in names}
-
-
-class _Watching(Runner):
-    """Shows the values of some nodes as they come; ``watching``: the seconds that took."""
-
-    def __init__(self, module: GraphModule, watch: Callable[[str, Tensor], None], names: set[str]) -> None:
-        super().__init__(module, float64=False)
-        self._watch, self._names, self.watching = watch, names, 0.0
-
-    def run_node(self, n: Node) -> Any:
-        result = super().run_node(n)
-        if n.name in self._names:
-            began = time.perf_counter()
-            self._watch(n.name, result)
-            self.watching += time.perf_counter() - began
-        return result
 
 
 def paired(

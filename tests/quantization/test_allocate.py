@@ -23,7 +23,7 @@ def layers(seed: int) -> dict[str, Layer]:
 
 
 def total(found: dict[str, Layer], bits: dict[str, int]) -> float:
-    return sum(layer.errors[bits[name]] for name, layer in found.items())
+    return sum(layer.costs[bits[name]] for name, layer in found.items())
 
 
 @pytest.mark.parametrize("seed", range(5))
