@@ -29,6 +29,7 @@ from .moments import Moments
 from .sites import WeightSite, weight_sites
 
 _SEED = 0
+_TINY = 1e-30
 _Sites = Sequence[tuple[WeightSite, str]]
 
 
@@ -91,18 +92,28 @@ def sensitivities(
 
 
 def _layers(matrix: Tensor, hessian: Tensor, weighted: Tensor, how: Weights, size: int | None) -> list[Layer]:
-    """``hessian``, ``weighted``: (in, in), without and with the curvature; ``size``: of what gets a width by itself."""
+    """``hessian``, ``weighted``: (in, in), without and with the curvature; ``size``: of what gets a width by itself.
+
+    GPTQ makes up across groups, and then the error of one by itself says little: what the layer costs is shared out as
+    rounding to nearest would cost its groups.
+    """
     rows, columns = matrix.shape
     parts = [slice(start, min(start + (size or columns), columns)) for start in range(0, columns, size or columns)]
     costs: list[dict[int, float]] = [{} for _ in parts]
     for bits in WEIGHT_BITS:
         scheme = replace(how, bits=bits, group_bits=None)
+        nearest = rounded(matrix, scheme).dequantized() - matrix
         by_descent = how.method == "gptq" and bits < max(WEIGHT_BITS)  # the most bits cost nothing either way
-        codes = gptq(matrix, hessian, scheme) if by_descent else rounded(matrix, scheme)
-        off = codes.dequantized() - matrix
-        for cost, part in zip(costs, parts):
-            cost[bits] = float(((off[:, part] @ weighted[part, part]) * off[:, part]).sum()) / 2
+        off = gptq(matrix, hessian, scheme).dequantized() - matrix if by_descent else nearest
+        shares = [_cost(nearest[:, part], weighted[part, part]) for part in parts]
+        whole = _cost(off, weighted) if by_descent else sum(shares)
+        for cost, share in zip(costs, shares):
+            cost[bits] = whole * share / max(sum(shares), _TINY)
     return [Layer(rows * (part.stop - part.start), cost) for part, cost in zip(parts, costs)]
+
+
+def _cost(off: Tensor, weighted: Tensor) -> float:
+    return float(((off @ weighted) * off).sum()) / 2
 
 
 def _weighted_moments(
