@@ -102,11 +102,14 @@ def _layers(matrix: Tensor, hessian: Tensor, weighted: Tensor, how: Weights, siz
     costs: list[dict[int, float]] = [{} for _ in parts]
     for bits in WEIGHT_BITS:
         scheme = replace(how, bits=bits, group_bits=None)
-        nearest = rounded(matrix, scheme).dequantized() - matrix
         by_descent = how.method == "gptq" and bits < max(WEIGHT_BITS)  # the most bits cost nothing either way
-        off = gptq(matrix, hessian, scheme).dequantized() - matrix if by_descent else nearest
-        shares = [_cost(nearest[:, part], weighted[part, part]) for part in parts]
-        whole = _cost(off, weighted) if by_descent else sum(shares)
+        shares = [1.0]
+        if len(parts) > 1 or not by_descent:
+            off = rounded(matrix, scheme).dequantized() - matrix
+            shares = [_cost(off[:, part], weighted[part, part]) for part in parts]
+        whole = sum(shares)
+        if by_descent:
+            whole = _cost(gptq(matrix, hessian, scheme).dequantized() - matrix, weighted)
         for cost, share in zip(costs, shares):
             cost[bits] = whole * share / max(sum(shares), _TINY)
     return [Layer(rows * (part.stop - part.start), cost) for part, cost in zip(parts, costs)]

@@ -77,6 +77,18 @@ def test_groups_of_a_layer_have_costs_of_their_own() -> None:
     assert all(layer.costs[2] > layer.costs[4] > layer.costs[8] > 0 for layer in found[name])
 
 
+def test_groups_share_what_their_layer_costs_under_gptq() -> None:
+    """Their own errors under GPTQ, which makes up for one in the next, add up to something else."""
+    how, name = Weights(3, 16, method="gptq"), "blocks.0.mlp.up.weight"
+    (layer,) = sensitivities(program(), how, [name], inputs())[name]
+    groups = sensitivities(program(), how, [name], inputs(), by_group=[name])[name]
+    nearest = sensitivities(program(), replace(how, method="rtn"), [name], inputs(), by_group=[name])[name]
+    for bits in (2, 3, 4):
+        assert sum(group.costs[bits] for group in groups) == pytest.approx(layer.costs[bits])
+        ratios = [group.costs[bits] / alone.costs[bits] for group, alone in zip(groups, nearest)]
+        assert ratios[0] == pytest.approx(ratios[1])
+
+
 def test_a_token_that_no_prediction_depends_on_does_not_count() -> None:
     x, gradient = torch.ones(1, 3, 4), torch.zeros(1, 3, 6)
     x[0, 1] = 1000.0
