@@ -15,12 +15,13 @@ endif
 
 CONSUMER := .venv-consumer
 
-.PHONY: help venv runtimes lint test slow demo bench accuracy tokens speed consumer zoo zoo-all clean
+.PHONY: help venv runtimes lint test goldens slow demo bench accuracy tokens speed consumer zoo zoo-all clean
 
 help:
 	@echo "make venv   build .venv with everything (about 2 GB)"
 	@echo "make lint   ruff and mypy"
 	@echo "make test   all tests;  TESTS=tests/test_verify.py  runs some"
+	@echo "make goldens  write the listings of tests/goldens anew, to be read as a diff"
 	@echo "make slow   the wide sweeps that make test leaves out"
 	@echo "make bench  exactness on real and tiny models, cost of the pass, speed of the Hadamards"
 	@echo "make accuracy  what rotation buys under quantization: perplexities, paired (about an hour and a half, resumable)"
@@ -55,6 +56,9 @@ lint: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest -n $(WORKERS) $(TESTS)
+
+goldens: $(READY)
+	SPINPASS_WRITE_GOLDENS=1 $(BIN)/python -m pytest tests/test_goldens.py
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
