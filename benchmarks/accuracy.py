@@ -29,13 +29,13 @@ from torch.export import ExportedProgram
 
 import spinpass
 from examples.demo import packaged_model
-from spinpass import evaluation
+from spinpass.cli.screen import Screen
 from spinpass.config import ROLES, RotationConfig
-from spinpass.console import Screen
-from spinpass.exporters import onnx as exporter
-from spinpass.exporters.onnx_pack import pack_weights
+from spinpass.evaluation import comparison as evaluation
+from spinpass.evaluation.scoring import OnnxScorer, ProgramScorer, open_scorer
+from spinpass.exporters.onnx import writer as exporter
+from spinpass.exporters.onnx.integers.weights import pack_weights
 from spinpass.quantization import Quantized, quantize
-from spinpass.scoring import OnnxScorer, ProgramScorer, open_scorer
 from spinpass.tuning import tune
 
 ORT = "ort:"  # in front of a scheme: the exported file with integers, in ONNX Runtime

@@ -17,10 +17,10 @@ from rich.table import Table
 
 import spinpass
 from spinpass import record
-from spinpass.console import Screen, Steps
-from spinpass.exporters import onnx
-from spinpass.exporters.loading import load_model
-from spinpass.runtime import OrtDecoder
+from spinpass.cli.screen import Screen, Steps
+from spinpass.exporters.onnx import writer as onnx
+from spinpass.loading.models import load_model
+from spinpass.runtime.decoder import OrtDecoder
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "examples")]
 from demo import packaged_model  # noqa: E402

@@ -22,7 +22,7 @@ from rich.table import Table
 
 from benchmarks.transform import MEGABYTE
 from examples.demo import packaged_model
-from spinpass.console import Screen
+from spinpass.cli.screen import Screen
 
 OURS, THEIRS = "spinpass export --int4", "transformers OnnxExporter"
 _THEIR_EXPORT = """

@@ -16,10 +16,10 @@ from rich.table import Table
 
 import spinpass
 from benchmarks.transform import MEGABYTE, memory, packaged_program, reset_peak
-from spinpass.console import Screen
-from spinpass.exporters.loading import load_program
+from spinpass.cli.screen import Screen
+from spinpass.evaluation.scoring import ProgramScorer
+from spinpass.loading.models import load_program
 from spinpass.quantization import quantize
-from spinpass.scoring import ProgramScorer
 
 
 def main(

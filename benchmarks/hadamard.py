@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from spinpass import hadamard
+from spinpass.rotations import hadamard
 
 SIZES = (64, 576, 1536, 4096, 11008, 14336)
 TOKENS = (1, 128)

@@ -18,9 +18,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from spinpass.console import Tick
-from spinpass.decoder_graph import DecoderGraph, State
-from spinpass.exporters.onnx_session import to_ort
+from spinpass.cli.screen import Tick
+from spinpass.runtime.onnx_graph import DecoderGraph, State
+from spinpass.runtime.onnx_session import to_ort
 
 PHASES = ("decode", "prefill")
 VOCABULARY = 256  # ids are drawn below: every tokenizer has as many

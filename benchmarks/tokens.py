@@ -25,13 +25,13 @@ from rich.table import Table
 import spinpass
 from benchmarks.consumers.expected import answer, original_model
 from examples.demo import ANSWER, PROMPTS, packaged_model
+from spinpass.cli.screen import Screen, Steps
 from spinpass.config import Form
-from spinpass.console import Screen, Steps
-from spinpass.exporters import onnx as onnx_exporter
-from spinpass.exporters.genai import save_genai_config
-from spinpass.exporters.loading import LoadedModel, load_model
-from spinpass.exporters.onnx_names import cache_names
-from spinpass.runtime import OrtDecoder, OrtModel
+from spinpass.exporters.names import cache_names
+from spinpass.exporters.onnx import writer as onnx_exporter
+from spinpass.exporters.onnx.genai import save_genai_config
+from spinpass.loading.models import LoadedModel, load_model
+from spinpass.runtime.decoder import OrtDecoder, OrtModel
 
 CONSUMERS = Path(__file__).parent / "consumers"
 Answers = list[dict[str, Any]]
@@ -171,7 +171,7 @@ def _transformers_onnx(runtime: str, case: Case) -> Row:
 
 def _openvino(runtime: str, case: Case) -> Row:
     from spinpass.exporters import openvino
-    from spinpass.exporters.openvino_runtime import CompiledModel, generate
+    from spinpass.runtime.openvino_session import CompiledModel, generate
 
     program = spinpass.transform(case.loaded.program, case.config)
     model = CompiledModel(openvino.export(program, case.folder / "openvino").path, threads=1)
@@ -179,9 +179,9 @@ def _openvino(runtime: str, case: Case) -> Row:
 
 
 def _executorch(runtime: str, case: Case) -> Row:
-    from spinpass.exporters import executorch
-    from spinpass.exporters.executorch_decoder import PteDecoder
-    from spinpass.exporters.static_cache import export_static_cache
+    from spinpass.exporters.executorch import writer as executorch
+    from spinpass.loading.static_cache import export_static_cache
+    from spinpass.runtime.pte_decoder import PteDecoder
 
     program = spinpass.transform(export_static_cache(case.model, case.context), case.config)
     decoder = PteDecoder(executorch.export(program, case.folder / "executorch").path)

@@ -23,8 +23,8 @@ import typer
 from rich.table import Table
 
 import spinpass
-from spinpass.console import Screen, Steps
-from spinpass.exporters.loading import load_model, load_program, save_program
+from spinpass.cli.screen import Screen, Steps
+from spinpass.loading.models import load_model, load_program, save_program
 
 LAYERS = (8, 16, 32, 64)
 STAGES = ("plan", "transform")

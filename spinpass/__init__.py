@@ -1,7 +1,8 @@
 """spinpass: rotations for low-bit language models, as a compiler pass over ``torch.export`` programs."""
 
-from .config import Override, RotationConfig
-from .errors import (
+from spinpass.certificate.programs import Certificate, verify
+from spinpass.config import Override, RotationConfig
+from spinpass.errors import (
     ConfigError,
     ExportError,
     InvariantError,
@@ -11,10 +12,9 @@ from .errors import (
     SpinpassError,
     VerificationError,
 )
-from .planning import RotationPlan
-from .rotation import Rotation
-from .transform import plan, transform
-from .verify import Certificate, verify
+from spinpass.pipeline import plan, transform
+from spinpass.planning.planner import RotationPlan
+from spinpass.rotations.rotation import Rotation
 
 __all__ = [
     "Certificate",

@@ -1,5 +1,5 @@
 """``python -m spinpass``."""
 
-from .cli import main
+from spinpass.cli import main
 
 main()

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
-from .errors import ConfigError
+from spinpass.errors import ConfigError
 
 Role = Literal["R1", "R2", "R3", "R4", "latent", "heads"]
 Kind = Literal["hadamard", "random-hadamard", "random-matrix"]

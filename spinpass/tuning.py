@@ -17,16 +17,16 @@ from typing import Any, Protocol
 
 from torch.export import ExportedProgram
 
-from .config import ROLES, RotationConfig
-from .errors import ConfigError, RefusedError
-from .evaluation import Comparison, compare, paired
-from .planning import PlannedSpace, RotationPlan
-from .quantization import QuantizationConfig, Quantized, quantize
-from .quantization.distill import distilled
-from .quantization.site_error import site_errors
-from .scoring import ProgramScorer
-from .transform import plan as make_plan
-from .transform import transform
+from spinpass.config import ROLES, RotationConfig
+from spinpass.errors import ConfigError, RefusedError
+from spinpass.evaluation.comparison import Comparison, compare, paired
+from spinpass.evaluation.scoring import ProgramScorer
+from spinpass.pipeline import plan as make_plan
+from spinpass.pipeline import transform
+from spinpass.planning.planner import PlannedSpace, RotationPlan
+from spinpass.quantization import QuantizationConfig, Quantized, quantize
+from spinpass.quantization.calibration.site_error import site_errors
+from spinpass.quantization.packed.distill import distilled
 
 Windows = Sequence[Sequence[int]]
 _JUDGED_ON = 2  # calibration windows that spaces are judged on

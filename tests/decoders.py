@@ -17,8 +17,8 @@ from torch.nn import functional as F
 
 import spinpass
 from spinpass import record
+from spinpass.certificate.programs import run
 from spinpass.errors import RefusedError
-from spinpass.verify import run
 from tests.models import randomise
 
 VOCAB, HIDDEN, FFN, HEADS, KV, HEAD = 40, 24, 40, 4, 2, 8

@@ -175,8 +175,8 @@ def prefill_then_decode(
 ) -> list[Tensor]:
     """Logits of the closed loop over two graphs: prefill the sample prompt, then decode fixed ids on the cache that the
     graphs themselves returned. Two pairs of graphs transformed apart are equivalent if all their logits are."""
-    from spinpass.execution import user_input_names
-    from spinpass.verify import run
+    from spinpass.certificate.programs import run
+    from spinpass.execution.interpreter import user_input_names
 
     prompt = sample_inputs(mask=False)["input_ids"]
     known = {

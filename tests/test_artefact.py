@@ -13,12 +13,12 @@ from typer.testing import CliRunner
 
 import spinpass
 from spinpass import RotationConfig
-from spinpass.artefact import METADATA, hashes, read_artefact
-from spinpass.commands import app
+from spinpass.cli.app import app
 from spinpass.errors import ConfigError, ExportError, VerificationError
-from spinpass.exporters import onnx as exporter
-from spinpass.exporters.pt2 import save_program
-from spinpass.runtime import OrtModel
+from spinpass.exporters.onnx import writer as exporter
+from spinpass.formats.manifest import METADATA, hashes, read_artefact
+from spinpass.formats.pt2 import save_program
+from spinpass.runtime.decoder import OrtModel
 from tests import folders
 
 RUN = CliRunner()

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spinpass.basis import Walk
-from spinpass.layout import Layout
-from spinpass.program import ProgramEditor, op_name, shape
-from spinpass.space import Refusal, Space
+from spinpass.analysis.basis.space import Refusal, Space
+from spinpass.analysis.basis.walk import Walk
+from spinpass.graph.editor import ProgramEditor, op_name, shape
+from spinpass.graph.layout import Layout
 from tests.decoders import NORMS, Decoder, exported, made
 
 N = 6

@@ -14,12 +14,13 @@ import torch
 from typer.testing import CliRunner
 
 import spinpass
-from spinpass import RotationConfig, cli, commands, errors, record
-from spinpass import folder as folder_module
-from spinpass.export_request import ExportRequest
-from spinpass.exporters import files
-from spinpass.exporters.loading import load_program, save_program
-from spinpass.runtime import OrtDecoder
+from spinpass import RotationConfig, cli, errors, record
+from spinpass.cli import app as commands
+from spinpass.folders import companions as folder_module
+from spinpass.folders.export import ExportRequest
+from spinpass.formats import staging as files
+from spinpass.loading.models import load_program, save_program
+from spinpass.runtime.decoder import OrtDecoder
 from tests import folders, programs
 
 
@@ -218,7 +219,7 @@ def test_verify_finds_a_difference(pt2: Path, tmp_path: Path) -> None:
 
 
 def test_verify_an_onnx_file_and_its_folder(pt2: Path, rotated: Path, tmp_path: Path) -> None:
-    from spinpass.exporters import onnx
+    from spinpass.exporters.onnx import writer as onnx
 
     onnx.export(load_program(rotated), tmp_path / "out")
     for reference, target in ((rotated, tmp_path / "out"), (pt2, tmp_path / "out" / "model.onnx")):

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from spinpass import constructions
+from spinpass.rotations import constructions
 
 BUILT = [n for n in range(2, constructions.LARGEST + 1) if constructions.is_constructible(n)]
 

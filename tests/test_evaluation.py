@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from spinpass import evaluation
 from spinpass.errors import ConfigError
+from spinpass.evaluation import comparison as evaluation
 
 
 @dataclass

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
-from spinpass.commands import app
+from spinpass.cli.app import app
 from spinpass.errors import ConfigError, ExportError
-from spinpass.runtime import OrtModel
+from spinpass.runtime.decoder import OrtModel
 from tests import folders
 
 NEW = 6

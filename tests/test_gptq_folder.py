@@ -10,11 +10,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from spinpass.artefact import hashes
-from spinpass.commands import app
+from spinpass.cli.app import app
 from spinpass.errors import ConfigError
-from spinpass.exporters.loading import load_model
-from spinpass.scoring import ProgramScorer
+from spinpass.evaluation.scoring import ProgramScorer
+from spinpass.formats.manifest import hashes
+from spinpass.loading.models import load_model
 from tests import folders
 
 IDS = [3, 9, 4, 12, 7, 5, 16, 8]

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from spinpass import hadamard
 from spinpass.errors import ConfigError
-from spinpass.library import reference
+from spinpass.operators.hadamard import reference
+from spinpass.rotations import hadamard
 
 MODEL_SIZES = [
     *(64, 80, 96, 112, 128, 160, 192, 256, 384, 512, 576, 640, 768, 896, 960, 1024, 1152, 1280, 1408, 1536, 2048, 2304),

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from spinpass.layout import Layout, LayoutError, merged
+from spinpass.graph.layout import Layout, LayoutError, merged
 
 
 def orthogonal(n: int, seed: int = 0) -> Tensor:

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from spinpass import hadamard, library
 from spinpass.errors import ConfigError
+from spinpass.operators import hadamard as library
+from spinpass.rotations import hadamard
 
 hadamard_op = torch.ops.spinpass.hadamard.default
 

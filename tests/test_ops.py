@@ -12,9 +12,8 @@ import transformers.integrations.moe  # noqa: F401  (registers the grouped matri
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from spinpass import ops
-from spinpass.layout import Layout, LayoutError
-from spinpass.ops import (
+from spinpass.analysis.ops import table as ops
+from spinpass.analysis.ops.table import (
     Centring,
     Concatenate,
     Ignored,
@@ -29,7 +28,8 @@ from spinpass.ops import (
     Zeros,
     rule_of,
 )
-from spinpass.program import arguments, is_float, op_name, shape, value
+from spinpass.graph.editor import arguments, is_float, op_name, shape, value
+from spinpass.graph.layout import Layout, LayoutError
 from tests.programs import program
 
 aten = torch.ops.aten
@@ -595,8 +595,8 @@ def executed(name: str, how: str) -> Iterator[Node]:
     """The nodes of a copy of the program's graph whose values are those of a real run, in float64."""
     import copy
 
-    from spinpass.execution import constants, user_input_names
-    from spinpass.verify import synthetic_inputs
+    from spinpass.certificate.programs import synthetic_inputs
+    from spinpass.execution.interpreter import constants, user_input_names
 
     source = program(name, how)
     graph = Graph()

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import typer.main
 
-from spinpass import commands
-from spinpass.runtime import OrtDecoder
+from spinpass.cli import app as commands
+from spinpass.runtime.decoder import OrtDecoder
 from tests import folders
 
 pytest.importorskip("optimum.commands.optimum_cli")

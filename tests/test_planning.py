@@ -13,7 +13,7 @@ from torch.export import ExportedProgram
 
 import spinpass
 from spinpass import ConfigError, Override, RotationConfig
-from spinpass.planning import RotationPlan
+from spinpass.planning.planner import RotationPlan
 from tests.decoders import BATCH, FFN, HEADS, HIDDEN, KV, SEQ, VOCAB, Block, Decoder, RMSNorm, exported, made, outcome
 
 

@@ -11,8 +11,9 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.fx import Node
 
+from spinpass.certificate.programs import run
 from spinpass.errors import InvariantError, ProgramError, QuantizedWeightError
-from spinpass.program import (
+from spinpass.graph.editor import (
     Constant,
     ProgramEditor,
     arguments,
@@ -23,7 +24,6 @@ from spinpass.program import (
     op_name,
     shape,
 )
-from spinpass.verify import run
 from tests.decoders import Decoder, exported, made, snapshot, tokens
 
 

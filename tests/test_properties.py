@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.export import Dim
 
 import spinpass
-from spinpass.verify import run
+from spinpass.certificate.programs import run
 from tests.decoders import NORMS, Decoder, Shape, exported, made, outcome, relative_error, tokens
 
 HEADS = st.sampled_from([(1, 1), (2, 1), (2, 2), (4, 2), (6, 3), (4, 1)])

@@ -13,7 +13,7 @@ from torch.export import ExportedProgram
 import spinpass
 from spinpass import record
 from spinpass.record import Carried, Record
-from spinpass.rotation import Rotation
+from spinpass.rotations.rotation import Rotation
 from tests import modules
 from tests.decoders import Decoder, exported, made
 

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from spinpass import rotation as rotation_module
 from spinpass.errors import ConfigError
-from spinpass.rotation import Rotation
+from spinpass.rotations import rotation as rotation_module
+from spinpass.rotations.rotation import Rotation
 
 DRAWN = ("hadamard", "random-hadamard", "random-matrix")
 

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from spinpass import decoding
 from spinpass.errors import ConfigError, ExportError
-from spinpass.exporters import onnx as exporter
-from spinpass.exporters import onnx_names
-from spinpass.runtime import OrtDecoder, Sampling
+from spinpass.exporters import names as onnx_names
+from spinpass.exporters.onnx import writer as exporter
+from spinpass.runtime import decoding
+from spinpass.runtime.decoder import OrtDecoder, Sampling
 from tests import models
 
 PROMPT = (5, 9, 17, 4, 33, 12)

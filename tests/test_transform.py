@@ -15,10 +15,10 @@ from torch.export.graph_signature import InputKind
 
 import spinpass
 from spinpass import RotationConfig, record
+from spinpass.certificate.programs import run, synthetic_inputs
 from spinpass.config import ROLES
 from spinpass.errors import ConfigError, ProgramError, QuantizedWeightError, RefusedError, VerificationError
-from spinpass.rotation import Rotation
-from spinpass.verify import run, synthetic_inputs
+from spinpass.rotations.rotation import Rotation
 from tests import models
 from tests.decoders import Decoder, exported, flat, made, outcome, relative_error, snapshot, tokens
 from tests.programs import program

@@ -15,11 +15,11 @@ from torch.export import ExportedProgram
 
 from spinpass import RotationConfig, tuning
 from spinpass.errors import ConfigError
-from spinpass.evaluation import Comparison, Perplexity
-from spinpass.execution import run
-from spinpass.planning import RotationPlan
+from spinpass.evaluation.comparison import Comparison, Perplexity
+from spinpass.execution.interpreter import run
+from spinpass.planning.planner import RotationPlan
 from spinpass.quantization import QuantizationConfig
-from spinpass.quantization.site_error import site_errors
+from spinpass.quantization.calibration.site_error import site_errors
 from spinpass.tuning import SpaceVerdict, Trial, candidates, choose, tune
 from tests.decoders import SEQ, VOCAB, Decoder, exported, made, with_outliers
 

@@ -12,14 +12,15 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import OutputKind
 
-from spinpass import record, synthetic
-from spinpass.certificate import Difference, compare
+from spinpass import record
+from spinpass.certificate.certificate import Difference, compare
+from spinpass.certificate.programs import run, verify
 from spinpass.errors import ConfigError, ProgramError, VerificationError
-from spinpass.execution import execute, flat_inputs
+from spinpass.execution import synthetic
+from spinpass.execution.interpreter import execute, flat_inputs
+from spinpass.execution.synthetic import Role, synthetic_inputs, user_inputs
 from spinpass.record import Carried, Record
-from spinpass.rotation import Rotation
-from spinpass.synthetic import Role, synthetic_inputs, user_inputs
-from spinpass.verify import run, verify
+from spinpass.rotations.rotation import Rotation
 from tests import modules
 
 
@@ -299,7 +300,7 @@ def test_constants_are_lifted_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> 
     """No float64 copy of a weight outlives the node that reads it."""
     import weakref
 
-    from spinpass import execution
+    from spinpass.execution import interpreter as execution
 
     ep = modules.export(layers=3)
     weights = {id(t) for t in ep.state_dict.values()}

@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from examples.demo import ANSWER, PROMPTS, packaged_model
-from spinpass.exporters.loading import locate
+from spinpass.loading.models import locate
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from spinpass.console import Screen
+from spinpass.cli.screen import Screen
 
 from . import records
 from .export import VARIANTS

@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from spinpass.errors import ConfigError, ProgramError
-from spinpass.execution import execute, flat_inputs, user_input_names
-from spinpass.input_roles import Role
-from spinpass.returned import output_names
-from spinpass.synthetic import UserInput, user_inputs
+from spinpass.execution.interpreter import execute, flat_inputs, user_input_names
+from spinpass.execution.returned import output_names
+from spinpass.execution.roles import Role
+from spinpass.execution.synthetic import UserInput, user_inputs
 
 PROMPT, STEPS = 4, 4
 _IDS = "input_ids"

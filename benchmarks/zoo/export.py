@@ -82,7 +82,7 @@ def prefill_and_decode(model: Any) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def save(program: ExportedProgram, path: Path) -> None:
     """Write a program, whole or not at all."""
-    from spinpass.exporters.pt2 import save_program
+    from spinpass.formats.pt2 import save_program
 
     path.parent.mkdir(parents=True, exist_ok=True)
     save_program(program, path)
@@ -91,7 +91,7 @@ def save(program: ExportedProgram, path: Path) -> None:
 def load(path: Path) -> ExportedProgram:
     """Read a program that :func:`save` wrote."""
     register()
-    from spinpass.exporters.pt2 import load_program
+    from spinpass.formats.pt2 import load_program
 
     return load_program(path)
 

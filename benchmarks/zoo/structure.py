@@ -13,14 +13,14 @@ from dataclasses import dataclass, replace
 from torch.export import ExportedProgram
 from torch.fx import Node
 
+from spinpass.analysis.ops.table import Multilinear, Opaque, Square, rule_of
+from spinpass.analysis.patterns.attention import SOFTMAX, find_attention
+from spinpass.analysis.patterns.linear import as_linear
+from spinpass.analysis.patterns.mlp import ACTIVATIONS, find_down_projections
 from spinpass.config import ROLES, Role
-from spinpass.ops import Multilinear, Opaque, Square, rule_of
+from spinpass.graph.editor import ProgramEditor, is_float, op_name
 from spinpass.passes.functionalize import open_program
-from spinpass.patterns.attention import SOFTMAX, find_attention
-from spinpass.patterns.linear import as_linear
-from spinpass.patterns.mlp import ACTIVATIONS, find_down_projections
-from spinpass.planning import PlannedSpace, RotationPlan
-from spinpass.program import ProgramEditor, is_float, op_name
+from spinpass.planning.planner import PlannedSpace, RotationPlan
 
 _FARTHEST = 400  # operators between a linear layer and a use of what it computed
 

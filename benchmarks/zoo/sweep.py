@@ -24,7 +24,7 @@ import torch
 import typer
 from rich.progress import Progress
 
-from spinpass.console import Screen
+from spinpass.cli.screen import Screen
 
 from . import records
 from .export import VARIANTS, register, warm_up

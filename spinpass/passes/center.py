@@ -8,10 +8,10 @@ from __future__ import annotations
 import torch
 from torch.fx import Node
 
-from ..layout import Layout
-from ..ops import Centring, Normalization, rule_of
-from ..program import ProgramEditor, shape
-from ..space import Space
+from spinpass.analysis.basis.space import Space
+from spinpass.analysis.ops.table import Centring, Normalization, rule_of
+from spinpass.graph.editor import ProgramEditor, shape
+from spinpass.graph.layout import Layout
 
 
 def center(editor: ProgramEditor, space: Space, origin: str) -> Space:

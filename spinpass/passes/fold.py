@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from torch.fx import Node
 
-from ..layout import Layout
-from ..program import ProgramEditor
-from ..rotation import Rotation
-from ..space import Space
+from spinpass.analysis.basis.space import Space
+from spinpass.graph.editor import ProgramEditor
+from spinpass.graph.layout import Layout
+from spinpass.rotations.rotation import Rotation
 
 
 def fold_rotation(editor: ProgramEditor, space: Space, rotation: Rotation) -> Space:

@@ -16,7 +16,17 @@ import torch
 from torch.export import ExportedProgram
 from torch.fx import Node
 
-from ..program import ProgramEditor, arguments, functional_target, is_op, mutates, op_name, shape, shares_memory, value
+from spinpass.graph.editor import (
+    ProgramEditor,
+    arguments,
+    functional_target,
+    is_op,
+    mutates,
+    op_name,
+    shape,
+    shares_memory,
+    value,
+)
 
 aten = torch.ops.aten
 

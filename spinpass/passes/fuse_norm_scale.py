@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from ..ops import Multilinear, Normalization, rule_of
-from ..program import ProgramEditor, arguments, op_name, shape, value
-from ..space import AxisType, ConstantUse, ShiftUse, Space
+from spinpass.analysis.basis.space import AxisType, ConstantUse, ShiftUse, Space
+from spinpass.analysis.ops.table import Multilinear, Normalization, rule_of
+from spinpass.graph.editor import ProgramEditor, arguments, op_name, shape, value
 
 
 def fuse_norm_scale(editor: ProgramEditor, space: Space, origin: str) -> Space:

@@ -7,11 +7,11 @@ from __future__ import annotations
 import torch
 from torch.fx import Node
 
-from .. import library  # noqa: F401  (registers torch.ops.spinpass)
-from ..layout import Layout
-from ..program import ProgramEditor, shape, value
-from ..rotation import Rotation
-from ..space import Space
+from spinpass.analysis.basis.space import Space
+from spinpass.graph.editor import ProgramEditor, shape, value
+from spinpass.graph.layout import Layout
+from spinpass.operators import hadamard as library  # noqa: F401  (registers torch.ops.spinpass)
+from spinpass.rotations.rotation import Rotation
 
 
 def insert_rotations(editor: ProgramEditor, space: Space, rotation: Rotation, origin: str) -> Space:

@@ -12,9 +12,9 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from .. import record
-from ..errors import ConfigError
-from ..program import ProgramEditor, arguments, op_name, shape
+from spinpass import record
+from spinpass.errors import ConfigError
+from spinpass.graph.editor import ProgramEditor, arguments, op_name, shape
 
 _TOKENS = 1  # the axis
 _PER_TOKEN = {
@@ -29,7 +29,7 @@ def last_token(program: ExportedProgram) -> ExportedProgram:
 
     Raises:
         ConfigError: the first output does not come out of a linear layer token by token.
-        ProgramError: as :class:`~spinpass.program.ProgramEditor`.
+        ProgramError: as :class:`~spinpass.graph.editor.ProgramEditor`.
     """
     editor = ProgramEditor(program)
     logits = next((node for _, _, _, node in editor.output_values()), None)

@@ -2,7 +2,7 @@
 
 Roundings of activations and caches become nodes of the graph; weights become the constants that their integers stand
 for, and the integers are returned beside the program. With calibration inputs one run through the graph does all that
-depends on them (:mod:`.lockstep`): every layer is calibrated on what the quantized layers before it return.
+depends on them (:mod:`.calibration.lockstep`): every layer is calibrated on what the quantized layers before it return.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import Node
 
-from ..errors import ConfigError
-from ..execution import constants
-from ..passes.functionalize import open_program
-from ..program import ProgramEditor, arguments, shape, value
-from . import operators  # noqa: F401  (registers torch.ops.spinpass)
-from .allocate import allocated
-from .config import QuantizationConfig, Weights
-from .distill import distilled
-from .gptq import gptq
-from .grid import rounded
-from .lockstep import Watch, run_in_lockstep
-from .mixed_rows import split_rows
-from .moments import Moments
-from .ranges import static_range, token_clip
-from .report import QuantizationReport, Quantized, QuantizedWeight
-from .sites import WeightSite, cache_sites, table_sites, weight_sites
+from spinpass.errors import ConfigError
+from spinpass.execution.interpreter import constants
+from spinpass.graph.editor import ProgramEditor, arguments, shape, value
+from spinpass.operators import rounding as operators  # noqa: F401  (registers torch.ops.spinpass)
+from spinpass.passes.functionalize import open_program
+from spinpass.quantization.calibration.allocate import allocated
+from spinpass.quantization.calibration.lockstep import Watch, run_in_lockstep
+from spinpass.quantization.layers.sites import WeightSite, cache_sites, table_sites, weight_sites
+from spinpass.quantization.packed.distill import distilled
+from spinpass.quantization.packed.mixed_rows import split_rows
+from spinpass.quantization.report import QuantizationReport, Quantized, QuantizedWeight
+from spinpass.quantization.rounding.gptq import gptq
+from spinpass.quantization.rounding.grid import rounded
+from spinpass.quantization.rounding.moments import Moments
+from spinpass.quantization.rounding.ranges import static_range, token_clip
+from spinpass.quantization.scheme import QuantizationConfig, Weights
 
 Progress = Callable[[int, int], None]
 _ORIGIN = "quantization"

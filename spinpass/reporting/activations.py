@@ -11,13 +11,13 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import Node
 
-from ..execution import execute
-from ..passes.functionalize import open_program
-from ..patterns.attention import cache_values, find_attention
-from ..program import ProgramEditor, shape
-from ..quantization.sites import WeightSite, cache_sites, weight_sites
-from ..scoring import ProgramScorer
-from .statistics import Accumulator, Statistics
+from spinpass.analysis.patterns.attention import cache_values, find_attention
+from spinpass.evaluation.scoring import ProgramScorer
+from spinpass.execution.interpreter import execute
+from spinpass.graph.editor import ProgramEditor, shape
+from spinpass.passes.functionalize import open_program
+from spinpass.quantization.layers.sites import WeightSite, cache_sites, weight_sites
+from spinpass.reporting.statistics import Accumulator, Statistics
 
 INPUT, KEY, VALUE, KEY_VALUE = "input", "key", "value", "key and value"
 
@@ -134,7 +134,8 @@ def _made_by(node: Node, writers: Mapping[Node, str]) -> list[str]:
 
 
 class WatchedScorer:
-    """Scores windows as :class:`~spinpass.scoring.ProgramScorer`, and meanwhile gathers statistics of every site.
+    """Scores windows as :class:`~spinpass.evaluation.scoring.ProgramScorer`, and meanwhile gathers statistics of every
+    site.
 
     ``like``: the program before rotation, whose layers count. ``rates``: tokens per second of each window, the
     gathering not counted; ``left``: linear layers that are no sites, by node, and why; ``bytes``: of all constants.

@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
-from ..console import layer_pattern
-from .activations import Pair
+from spinpass.cli.screen import layer_pattern
+from spinpass.reporting.activations import Pair
 
 T = TypeVar("T")
 

@@ -7,7 +7,7 @@ from html import escape
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .pictures import Picture
+    from spinpass.reporting.pictures import Picture
 
 
 class Html(str):

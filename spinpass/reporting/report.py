@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..evaluation import Change, Comparison, Perplexity, change
-from ..planning import RotationPlan
-from .activations import Pair, Unpaired
+from spinpass.evaluation.comparison import Change, Comparison, Perplexity, change
+from spinpass.planning.planner import RotationPlan
+from spinpass.reporting.activations import Pair, Unpaired
 
 
 @dataclass(frozen=True)

@@ -15,18 +15,19 @@ from typer.testing import CliRunner
 pytest.importorskip("executorch")
 
 import spinpass
-from spinpass.commands import app
+from spinpass.cli.app import app
 from spinpass.errors import ConfigError, ExportError, ProgramError, VerificationError
-from spinpass.execution import run
-from spinpass.exporters import executorch, executorch_certificate
-from spinpass.exporters.executorch_decoder import PteDecoder
-from spinpass.exporters.executorch_integers import with_integer_layers
-from spinpass.exporters.executorch_session import PteMethod
-from spinpass.exporters.lower_hadamards import lower_hadamards
-from spinpass.exporters.own_constants import give_own_constants
-from spinpass.exporters.static_cache import export_static_cache
-from spinpass.program import op_name
+from spinpass.execution.interpreter import run
+from spinpass.exporters.executorch import certificate as executorch_certificate
+from spinpass.exporters.executorch import writer as executorch
+from spinpass.exporters.executorch.integers import with_integer_layers
+from spinpass.graph.editor import op_name
+from spinpass.loading.static_cache import export_static_cache
+from spinpass.passes.lower_hadamards import lower_hadamards
+from spinpass.passes.own_constants import give_own_constants
 from spinpass.quantization import Quantized, quantize
+from spinpass.runtime.executorch_session import PteMethod
+from spinpass.runtime.pte_decoder import PteDecoder
 from tests import decoders, folders, models
 from tests.decoders import made, snapshot, tokens
 

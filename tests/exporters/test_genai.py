@@ -14,11 +14,12 @@ from transformers import BloomConfig, GenerationConfig, LlamaConfig
 
 import spinpass
 from spinpass.errors import ExportError
-from spinpass.exporters import genai, onnx_names
-from spinpass.exporters import onnx as exporter
-from spinpass.exporters.loading import Companions
-from spinpass.exporters.onnx_quantize import quantize_4bit
-from spinpass.runtime import OrtDecoder
+from spinpass.exporters import names as onnx_names
+from spinpass.exporters.onnx import genai
+from spinpass.exporters.onnx import writer as exporter
+from spinpass.exporters.onnx.integers.four_bits import quantize_4bit
+from spinpass.loading.models import Companions
+from spinpass.runtime.decoder import OrtDecoder
 from tests import folders, models
 from tests.exporters import attention_graph
 

@@ -15,18 +15,12 @@ from torch import Tensor
 
 import spinpass
 from spinpass.errors import ConfigError, ExportError
-from spinpass.execution import run
-from spinpass.exporters import onnx
-from spinpass.exporters.gptq_checkpoint import (
-    GptqCheckpoint,
-    dequantize_checkpoint,
-    quantized_checkpoint,
-    read_gptq,
-    write_gptq,
-)
+from spinpass.execution.interpreter import run
+from spinpass.exporters.onnx import writer as onnx
+from spinpass.formats.gptq import GptqCheckpoint, dequantize_checkpoint, quantized_checkpoint, read_gptq, write_gptq
 from spinpass.quantization import QuantizationConfig, Weights, pack, quantize
-from spinpass.quantization.grid import Codes, rounded
 from spinpass.quantization.report import QuantizedWeight
+from spinpass.quantization.rounding.grid import Codes, rounded
 from tests.decoders import SEQ, VOCAB, Decoder, exported, made
 
 IDS = torch.randint(VOCAB, (2, SEQ), generator=torch.Generator().manual_seed(3))

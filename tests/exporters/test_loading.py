@@ -20,8 +20,10 @@ from torch.export import ExportedProgram
 import spinpass
 from spinpass import record
 from spinpass.errors import ConfigError, ExportError, ProgramError
-from spinpass.exporters import files, loading, pt2
-from spinpass.exporters.loading import Source, load_model, load_program, locate, save_program
+from spinpass.formats import pt2
+from spinpass.formats import staging as files
+from spinpass.loading import models as loading
+from spinpass.loading.models import Source, load_model, load_program, locate, save_program
 from tests import folders, models, programs
 
 
@@ -182,7 +184,7 @@ def test_program_with_a_cache_in_a_fresh_process(tmp_path: Path) -> None:
     rotated = spinpass.transform(programs.program("llama_tied", "cache"))
     save_program(rotated, tmp_path / "rotated.pt2")
     code = (
-        "import sys; from spinpass import record; from spinpass.exporters.pt2 import load_program\n"
+        "import sys; from spinpass import record; from spinpass.formats.pt2 import load_program\n"
         "program = load_program(sys.argv[1])\n"
         "tensors = {t.data_ptr() for t in program.state_dict.values()}\n"
         "print(len(record.read(program).inputs), len(program.state_dict) - len(tensors))"
@@ -286,7 +288,7 @@ def test_full_disk_of_the_system_does_not_kill_the_process(tmp_path: Path) -> No
     """torch's own writer would: it throws from a destructor."""
     code = (
         "import resource, signal, sys, torch\n"
-        "from spinpass.exporters.pt2 import save_program\n"
+        "from spinpass.formats.pt2 import save_program\n"
         "program = torch.export.export(torch.nn.Linear(64, 64), (torch.randn(2, 64),))\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))\n"

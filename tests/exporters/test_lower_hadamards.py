@@ -8,10 +8,12 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 import spinpass
-from spinpass import hadamard, library, record
+from spinpass import record
 from spinpass.errors import ExportError, QuantizedWeightError
-from spinpass.exporters.lower_hadamards import lower_hadamards
-from spinpass.program import op_name
+from spinpass.graph.editor import op_name
+from spinpass.operators import hadamard as library
+from spinpass.passes.lower_hadamards import lower_hadamards
+from spinpass.rotations import hadamard
 from tests import models
 from tests.programs import program
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import transformers
 
-from spinpass.exporters.loading import Companions
-from spinpass.exporters.older_transformers import model_config, tokenizer_config
+from spinpass.loading.models import Companions
+from spinpass.loading.older_transformers import model_config, tokenizer_config
 from tests import folders, models
 
 SCALED = {"rope_type": "yarn", "rope_theta": 5e5, "factor": 4.0, "original_max_position_embeddings": 16}

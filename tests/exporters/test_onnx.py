@@ -21,11 +21,17 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from spinpass import library, record, rotation
+from spinpass import record
+from spinpass.certificate import files as file_certificate
 from spinpass.errors import ConfigError, ExportError, ProgramError, VerificationError
-from spinpass.exporters import file_certificate, files, onnx_certificate, onnx_functions, onnx_names
-from spinpass.exporters import onnx as exporter
-from spinpass.hadamard import factor_matrices
+from spinpass.exporters import names as onnx_names
+from spinpass.exporters.onnx import certificate as onnx_certificate
+from spinpass.exporters.onnx import writer as exporter
+from spinpass.exporters.onnx.operators import hadamard as onnx_functions
+from spinpass.formats import staging as files
+from spinpass.operators import hadamard as library
+from spinpass.rotations import rotation
+from spinpass.rotations.hadamard import factor_matrices
 
 hadamard = torch.ops.spinpass.hadamard
 

@@ -18,12 +18,12 @@ from torch.export import ExportedProgram
 from torch.fx import Interpreter
 
 import spinpass
-from spinpass.decoder_graph import DecoderGraph
 from spinpass.errors import ConfigError, ExportError
-from spinpass.exporters import onnx as exporter
-from spinpass.exporters.onnx_cache import quantize_cache
-from spinpass.exporters.onnx_session import from_ort
-from spinpass.runtime import OrtDecoder
+from spinpass.exporters.onnx import writer as exporter
+from spinpass.exporters.onnx.integers.cache import quantize_cache
+from spinpass.runtime.decoder import OrtDecoder
+from spinpass.runtime.onnx_graph import DecoderGraph
+from spinpass.runtime.onnx_session import from_ort
 from tests import models
 
 TEXTS = [[5, 9, 17, 4, 33, 12, 71, 8], [22, 60, 3, 90, 14, 41]]
@@ -75,7 +75,7 @@ class Simulated(Interpreter):
 
 def simulate(program: ExportedProgram, scale: Sequence[Tensor], bits: int) -> list[Tensor]:
     """Logits and caches for IDS from an empty cache."""
-    from spinpass.execution import constants, user_input_names
+    from spinpass.execution.interpreter import constants, user_input_names
 
     known = {"input_ids": IDS, "position_ids": torch.arange(IDS.shape[1])[None]}
     empty = torch.zeros(1, models.KV, 0, models.HEAD_DIM)

@@ -10,10 +10,10 @@ from torch.export import ExportedProgram
 
 import spinpass
 from spinpass.errors import ExportError, VerificationError
-from spinpass.exporters import onnx
-from spinpass.exporters.onnx_certificate import certify
-from spinpass.exporters.onnx_compare import compare_file
-from spinpass.exporters.onnx_names import cache_names
+from spinpass.exporters.names import cache_names
+from spinpass.exporters.onnx import writer as onnx
+from spinpass.exporters.onnx.certificate import certify
+from spinpass.exporters.onnx.compare import compare_file
 from tests import programs
 
 

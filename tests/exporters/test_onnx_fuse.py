@@ -21,9 +21,9 @@ from torch.export import Dim, ExportedProgram
 
 import spinpass
 from spinpass.errors import ExportError
-from spinpass.exporters import onnx as exporter
-from spinpass.exporters.onnx_session import open_session, run, to_ort
+from spinpass.exporters.onnx import writer as exporter
 from spinpass.quantization import quantize
+from spinpass.runtime.onnx_session import open_session, run, to_ort
 from tests import models
 
 GQA, ROTARY = "GroupQueryAttention", "RotaryEmbedding"

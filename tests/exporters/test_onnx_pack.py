@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from spinpass.errors import ConfigError, ExportError
-from spinpass.execution import run
-from spinpass.exporters import onnx as exporter
-from spinpass.exporters.onnx_pack import block_size, blocks, pack_weights, packed_bits
+from spinpass.execution.interpreter import run
+from spinpass.exporters.onnx import writer as exporter
+from spinpass.exporters.onnx.integers.weights import block_size, blocks, pack_weights, packed_bits
 from spinpass.quantization import QuantizationConfig, Quantized, Weights, quantize
-from spinpass.quantization.grid import rounded
+from spinpass.quantization.rounding.grid import rounded
 from tests.decoders import Decoder, exported
 from tests.decoders import made as made_decoder
 

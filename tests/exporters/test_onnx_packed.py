@@ -16,10 +16,10 @@ from torch.export import ExportedProgram
 
 import spinpass
 from spinpass.errors import ExportError
-from spinpass.execution import run
-from spinpass.exporters import onnx as exporter
+from spinpass.execution.interpreter import run
+from spinpass.exporters.onnx import writer as exporter
 from spinpass.quantization import Quantized, quantize
-from spinpass.quantization.packed_program import pack, unpack
+from spinpass.quantization.packed.program import pack, unpack
 from tests.decoders import SEQ, VOCAB, Decoder, exported, made
 
 IDS = torch.randint(VOCAB, (2, SEQ), generator=torch.Generator().manual_seed(3))

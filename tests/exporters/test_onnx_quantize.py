@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from spinpass.errors import ConfigError, ExportError
-from spinpass.exporters import onnx as exporter
-from spinpass.exporters.onnx_quantize import QuantizeReport, quantize_4bit
+from spinpass.exporters.onnx import writer as exporter
+from spinpass.exporters.onnx.integers.four_bits import QuantizeReport, quantize_4bit
 
 VOCABULARY, HIDDEN = 200, 64
 

@@ -19,7 +19,7 @@ from tests.programs import program
 openvino = pytest.importorskip("openvino")
 
 from spinpass.exporters import openvino as exporter  # noqa: E402
-from spinpass.exporters.openvino_runtime import CompiledModel, generate  # noqa: E402
+from spinpass.runtime.openvino_session import CompiledModel, generate  # noqa: E402
 
 
 @pytest.fixture(scope="module")

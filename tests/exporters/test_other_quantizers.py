@@ -17,8 +17,8 @@ from torch.export import ExportedProgram
 
 import spinpass
 from spinpass import RotationConfig
-from spinpass.execution import run
-from spinpass.exporters import onnx as exporter
+from spinpass.execution.interpreter import run
+from spinpass.exporters.onnx import writer as exporter
 from tests.decoders import VOCAB, Decoder, exported, made, with_outliers
 
 IDS = torch.randint(0, VOCAB, (2, 5), generator=torch.Generator().manual_seed(0))

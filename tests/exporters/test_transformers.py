@@ -13,10 +13,11 @@ import pytest
 import torch
 
 import spinpass
-from spinpass import library, record
+from spinpass import record
 from spinpass.errors import ConfigError, ExportError
-from spinpass.program import op_name
-from spinpass.rotation import Rotation
+from spinpass.graph.editor import op_name
+from spinpass.operators import hadamard as library
+from spinpass.rotations.rotation import Rotation
 from tests import models
 
 exporters = pytest.importorskip("transformers.exporters")

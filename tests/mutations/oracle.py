@@ -12,7 +12,7 @@ from torch.export import ExportedProgram
 import spinpass
 from spinpass import record
 from spinpass.errors import RefusedError
-from spinpass.execution import execute, flat_inputs
+from spinpass.execution.interpreter import execute, flat_inputs
 from tests.decoders import relative_error
 
 EXACT = 1e-9

@@ -14,15 +14,16 @@ import torch
 from torch.export import ExportedProgram
 
 import spinpass
-from spinpass import basis, record
+from spinpass import record
+from spinpass.analysis.basis import walk as basis
+from spinpass.analysis.basis.space import Space
 from spinpass.errors import VerificationError
-from spinpass.layout import Layout
+from spinpass.graph.editor import ProgramEditor
+from spinpass.graph.layout import Layout
 from spinpass.passes import center as center_pass
 from spinpass.passes import fold, fuse_norm_scale
 from spinpass.passes import insert_rotations as insert_pass
-from spinpass.program import ProgramEditor
-from spinpass.rotation import Rotation
-from spinpass.space import Space
+from spinpass.rotations.rotation import Rotation
 from tests.decoders import Decoder, exported, made
 from tests.mutations import registry
 
@@ -48,7 +49,7 @@ def program(kind: str) -> ExportedProgram:
     return registry.program(HAZARDS[kind]) if kind in HAZARDS else exported(made(Decoder(**DENSE[kind])))
 
 
-transform = import_module("spinpass.transform")  # the package's own `transform` is the function
+transform = import_module("spinpass.pipeline")  # the package's own `transform` is the function
 Patch = Callable[[pytest.MonkeyPatch], None]
 
 

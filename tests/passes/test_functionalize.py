@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from spinpass.execution import execute, flat_inputs
+from spinpass.certificate.programs import run
+from spinpass.execution.interpreter import execute, flat_inputs
+from spinpass.graph.editor import mutates, op_name
 from spinpass.passes import functionalize as functionalize_pass
 from spinpass.passes.functionalize import open_program
-from spinpass.program import mutates, op_name
-from spinpass.verify import run
 
 X, Y = (torch.randn(3, 4, 6, generator=torch.Generator().manual_seed(s), dtype=torch.float64) for s in (0, 1))
 Function = Callable[[Tensor, Tensor], Tensor]

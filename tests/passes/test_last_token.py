@@ -12,11 +12,11 @@ from torch.export import Dim, ExportedProgram
 import spinpass
 from spinpass import record
 from spinpass.errors import ConfigError
-from spinpass.execution import run
+from spinpass.execution.interpreter import run
+from spinpass.execution.synthetic import synthetic_inputs
+from spinpass.graph.editor import op_name
 from spinpass.passes.last_token import last_token
-from spinpass.program import op_name
 from spinpass.quantization import quantize
-from spinpass.synthetic import synthetic_inputs
 from tests import programs
 
 BATCH, TOKENS, HIDDEN, VOCAB = 2, 5, 8, 11

@@ -12,23 +12,23 @@ import torch
 from torch.export import ExportedProgram
 
 import spinpass
-from spinpass.basis import Walk
+from spinpass.analysis.basis.space import Space
+from spinpass.analysis.basis.walk import Walk
+from spinpass.analysis.patterns.linear import whole_axis
+from spinpass.analysis.patterns.residual import find_residual_sums
+from spinpass.certificate.programs import run
+from spinpass.graph.editor import ProgramEditor, op_name, shape
 from spinpass.passes.center import center
 from spinpass.passes.fold import fold_rotation
 from spinpass.passes.fuse_norm_scale import fuse_norm_scale
 from spinpass.passes.insert_rotations import insert_rotations
 from spinpass.passes.materialize import materialize
 from spinpass.passes.untie import untie
-from spinpass.patterns.linear import whole_axis
-from spinpass.patterns.residual import find_residual_sums
-from spinpass.program import ProgramEditor, op_name, shape
-from spinpass.rotation import Rotation
-from spinpass.space import Space
-from spinpass.verify import run
+from spinpass.rotations.rotation import Rotation
 from tests import modules
 from tests.decoders import NORMS, Decoder, exported, made, relative_error, tokens
 
-transform = import_module("spinpass.transform")
+transform = import_module("spinpass.pipeline")
 SCALED = [n for n in NORMS if not n.endswith("plain")]
 
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spinpass.patterns.attention import find_attention
-from spinpass.patterns.linear import as_linear, find_linears, normed_value, root_of
-from spinpass.patterns.mlp import find_down_projections
-from spinpass.patterns.residual import find_residual_sums
-from spinpass.program import ProgramEditor, op_name
+from spinpass.analysis.patterns.attention import find_attention
+from spinpass.analysis.patterns.linear import as_linear, find_linears, normed_value, root_of
+from spinpass.analysis.patterns.mlp import find_down_projections
+from spinpass.analysis.patterns.residual import find_residual_sums
+from spinpass.graph.editor import ProgramEditor, op_name
 from tests.decoders import NORMS, Decoder, Shape, exported, made
 
 D = torch.float64

@@ -9,7 +9,7 @@ import torch
 
 from spinpass.errors import ConfigError
 from spinpass.quantization import QuantizationConfig, Weights, quantize
-from spinpass.quantization.allocate import Layer, allocate, allocated
+from spinpass.quantization.calibration.allocate import Layer, allocate, allocated
 from tests.quantization.test_quantize import inputs, program
 
 

@@ -10,10 +10,10 @@ from torch import Tensor
 
 import spinpass
 from spinpass.errors import ConfigError
-from spinpass.execution import run
+from spinpass.execution.interpreter import run
 from spinpass.quantization import QuantizationConfig, Quantized, pack, quantize
-from spinpass.quantization import distill as distilling
-from spinpass.quantization.distill import distilled
+from spinpass.quantization.packed import distill as distilling
+from spinpass.quantization.packed.distill import distilled
 from tests.quantization.test_quantize import inputs, program
 
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from spinpass.errors import ConfigError
 from spinpass.quantization import Weights
-from spinpass.quantization.double import double_quantize, from_tensors
-from spinpass.quantization.grid import Codes, rounded
+from spinpass.quantization.rounding.double import double_quantize, from_tensors
+from spinpass.quantization.rounding.grid import Codes, rounded
 
 OUT, COLUMNS, GROUPS = 32, 64, 4
 

@@ -13,13 +13,13 @@ from torch.export import ExportedProgram
 
 import spinpass
 from spinpass.errors import ConfigError, QuantizedWeightError
-from spinpass.execution import run
-from spinpass.exporters import onnx as exporter
+from spinpass.execution.interpreter import run
+from spinpass.exporters.onnx import writer as exporter
 from spinpass.quantization import Quantized, quantize
-from spinpass.quantization.double import double_quantize
-from spinpass.quantization.double_program import decode_scales, double_quantize_program
-from spinpass.quantization.packed_program import pack, unpack
-from spinpass.quantization.training import Trainable
+from spinpass.quantization.packed.double_scales import decode_scales, double_quantize_program
+from spinpass.quantization.packed.program import pack, unpack
+from spinpass.quantization.packed.training import Trainable
+from spinpass.quantization.rounding.double import double_quantize
 from tests.decoders import SEQ, VOCAB, Decoder, exported, made
 
 IDS = torch.randint(VOCAB, (2, SEQ), generator=torch.Generator().manual_seed(3))

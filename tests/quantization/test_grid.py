@@ -10,9 +10,9 @@ from torch import Tensor
 
 from spinpass.errors import ConfigError
 from spinpass.quantization import Activations, Cache, QuantizationConfig, Weights
-from spinpass.quantization.gptq import gptq, refined
-from spinpass.quantization.grid import Codes, rounded
-from spinpass.quantization.moments import Moments
+from spinpass.quantization.rounding.gptq import gptq, refined
+from spinpass.quantization.rounding.grid import Codes, rounded
+from spinpass.quantization.rounding.moments import Moments
 
 
 def normal(*size: int, seed: int = 0) -> Tensor:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from spinpass.execution import Runner, constants, execute, flat_inputs, run
-from spinpass.quantization.lockstep import run_in_lockstep
+from spinpass.execution.interpreter import Runner, constants, execute, flat_inputs, run
+from spinpass.quantization.calibration.lockstep import run_in_lockstep
 from tests.decoders import Decoder, exported, made
 from tests.quantization.test_quantize import inputs
 

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from spinpass.errors import ConfigError
-from spinpass.execution import run
+from spinpass.execution.interpreter import run
 from spinpass.quantization import QuantizationConfig, Weights, pack, quantize, unpack
-from spinpass.quantization.gptq import gptq
-from spinpass.quantization.grid import Codes, rounded
+from spinpass.quantization.rounding.gptq import gptq
+from spinpass.quantization.rounding.grid import Codes, rounded
 from tests.quantization.test_quantize import error, inputs, outlying, program
 
 WIDTHS = (4, 2, 8, 2)

@@ -13,13 +13,13 @@ from torch.export import ExportedProgram
 import spinpass
 from spinpass import record
 from spinpass.errors import ConfigError, QuantizedWeightError
-from spinpass.execution import run
+from spinpass.execution.interpreter import run
+from spinpass.operators.packed_linear import dequantized, packed_linear
+from spinpass.operators.words import pack as packed_words
 from spinpass.quantization import QuantizationConfig, Quantized, Weights, quantize
-from spinpass.quantization.grid import Codes, rounded
-from spinpass.quantization.packed_linear import dequantized, packed_linear
-from spinpass.quantization.packed_program import pack, unpack
-from spinpass.quantization.packing import pack as packed_words
+from spinpass.quantization.packed.program import pack, unpack
 from spinpass.quantization.report import QuantizedWeight
+from spinpass.quantization.rounding.grid import Codes, rounded
 from tests.decoders import SEQ, VOCAB, Decoder, exported, made
 from tests.modules import Twice
 

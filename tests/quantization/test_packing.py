@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from spinpass.quantization.packing import pack, unpack, words
+from spinpass.operators.words import pack, unpack, words
 
 
 def stream(values: list[int], bits: int) -> list[int]:

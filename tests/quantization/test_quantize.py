@@ -15,10 +15,10 @@ from torch.export import ExportedProgram
 
 import spinpass
 from spinpass.errors import ConfigError
-from spinpass.execution import run
+from spinpass.evaluation.scoring import ProgramScorer
+from spinpass.execution.interpreter import run
 from spinpass.quantization import Activations, Cache, QuantizationConfig, Weights, quantize
-from spinpass.quantization.ranges import static_range, token_clip
-from spinpass.scoring import ProgramScorer
+from spinpass.quantization.rounding.ranges import static_range, token_clip
 from tests.decoders import HEADS, SEQ, VOCAB, Decoder, exported, made, with_outliers
 
 aten = torch.ops.aten

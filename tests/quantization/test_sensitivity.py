@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from spinpass.errors import ConfigError
-from spinpass.execution import run
-from spinpass.quantization import QuantizationConfig, Weights, quantize, sensitivity
-from spinpass.quantization.allocate import allocated
-from spinpass.quantization.sensitivity import sensitivities
+from spinpass.execution.interpreter import run
+from spinpass.quantization import QuantizationConfig, Weights, quantize
+from spinpass.quantization.calibration import sensitivity
+from spinpass.quantization.calibration.allocate import allocated
+from spinpass.quantization.calibration.sensitivity import sensitivities
 from tests.decoders import SEQ, VOCAB, Decoder, exported, made
 from tests.quantization.test_quantize import inputs, outlying, program
 

@@ -14,13 +14,13 @@ from torch.export import ExportedProgram
 
 import spinpass
 from spinpass.errors import ConfigError
-from spinpass.execution import run
+from spinpass.execution.interpreter import run
+from spinpass.operators.packed_linear import round_weight
+from spinpass.operators.words import pack as packed_words
 from spinpass.quantization import QuantizationConfig, Quantized, Weights, quantize
-from spinpass.quantization.grid import rounded
-from spinpass.quantization.packed_linear import round_weight
-from spinpass.quantization.packed_program import pack
-from spinpass.quantization.packing import pack as packed_words
-from spinpass.quantization.training import Trainable
+from spinpass.quantization.packed.program import pack
+from spinpass.quantization.packed.training import Trainable
+from spinpass.quantization.rounding.grid import rounded
 from tests.decoders import SEQ, VOCAB, Decoder, exported, made
 from tests.modules import Twice
 

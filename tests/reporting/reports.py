@@ -11,9 +11,9 @@ from torch.export import ExportedProgram
 
 import spinpass
 from spinpass import record
-from spinpass.console import Steps
+from spinpass.cli.screen import Steps
+from spinpass.reporting.measure import ReportRequest
 from spinpass.reporting.report import Report
-from spinpass.reporting.request import ReportRequest
 from tests.decoders import VOCAB, Decoder, exported, made, with_outliers
 
 LENGTH, WINDOWS = 12, 3

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 import spinpass
+from spinpass.evaluation.scoring import ProgramScorer
 from spinpass.passes.functionalize import open_program
-from spinpass.quantization.sites import weight_sites
+from spinpass.quantization.layers.sites import weight_sites
 from spinpass.reporting.activations import INPUT, KEY, VALUE, Name, WatchedScorer, find_sites, paired
-from spinpass.scoring import ProgramScorer
 from tests import programs
 from tests.decoders import Decoder, made
 from tests.reporting import reports

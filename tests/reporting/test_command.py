@@ -13,12 +13,12 @@ from typer.testing import CliRunner
 
 pytest.importorskip("matplotlib")
 
-from spinpass import commands
+from spinpass.cli import app as commands
 from spinpass.errors import ConfigError
-from spinpass.exporters import files
-from spinpass.exporters.loading import load_program, save_program
-from spinpass.reporting.request import ReportRequest
-from spinpass.scoring import Opened, ProgramScorer
+from spinpass.evaluation.scoring import Opened, ProgramScorer
+from spinpass.formats import staging as files
+from spinpass.loading.models import load_program, save_program
+from spinpass.reporting.measure import ReportRequest
 from tests import folders, programs
 
 
@@ -110,7 +110,7 @@ def test_a_folder_that_cannot_be_written_is_found_before_the_work(
 
 
 def test_an_onnx_model_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from spinpass.reporting import request
+    from spinpass.reporting import measure as request
 
     opened = Opened(ProgramScorer(load_program(folder / "model.pt2")), None, None)
     monkeypatch.setattr(request, "open_scorer", lambda *_: opened)

@@ -21,7 +21,7 @@ from PIL import Image  # a dependency of matplotlib
 
 import spinpass
 from spinpass.errors import ExportError
-from spinpass.evaluation import Comparison, Perplexity
+from spinpass.evaluation.comparison import Comparison, Perplexity
 from spinpass.reporting import page
 from spinpass.reporting.activations import INPUT, Name, Pair, Unpaired
 from spinpass.reporting.families import families, joined, label, worst_of_each

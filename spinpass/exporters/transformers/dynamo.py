@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .mixin import RotationMixin
+from spinpass.exporters.transformers.mixin import RotationMixin
 
 
 class RotatedDynamoExporter(RotationMixin):

@@ -5,10 +5,9 @@ from __future__ import annotations
 from torch.export import ExportedProgram
 from transformers.exporters.exporter_executorch import ExecutorchExporter
 
-from spinpass.exporters.lower_hadamards import lower_hadamards
-from spinpass.exporters.own_constants import give_own_constants
-
-from .mixin import RotationMixin
+from spinpass.exporters.transformers.mixin import RotationMixin
+from spinpass.passes.lower_hadamards import lower_hadamards
+from spinpass.passes.own_constants import give_own_constants
 
 
 class RotatedExecutorchExporter(ExecutorchExporter, RotationMixin):

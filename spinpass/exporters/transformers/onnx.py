@@ -11,18 +11,18 @@ from typing import Any
 import torch
 from transformers.exporters.exporter_onnx import OnnxExporter
 
-from spinpass import library  # noqa: F401  # registers the operator that is translated
-from spinpass.exporters import onnx_functions
-
-from .mixin import RotationMixin
-from .quantizers import calibrated, refuse_graph_quantizer
+from spinpass.exporters.onnx.operators import hadamard as onnx_functions
+from spinpass.exporters.transformers.mixin import RotationMixin
+from spinpass.exporters.transformers.quantizers import calibrated, refuse_graph_quantizer
+from spinpass.operators import hadamard as library  # noqa: F401  # registers the operator that is translated
 
 
 class RotatedOnnxExporter(OnnxExporter, RotationMixin):
     """Exports to a rotated ``onnx_ir.Model`` that stock ONNX Runtime runs, ``ort_fusions`` included.
 
     Online Hadamards are opaque nodes while transformers optimizes and fuses the graph; then they become calls of named
-    functions with bodies of standard operators (:mod:`spinpass.exporters.onnx_functions`), and the quantizer runs.
+    functions with bodies of standard operators (:mod:`spinpass.exporters.onnx.operators.hadamard`), and the quantizer
+    runs.
     """
 
     extra = "onnx,transformers"

@@ -1,0 +1,97 @@
+"""Linear layers: a computed value contracted with a weight."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch.fx import Node
+
+from spinpass.analysis.ops.table import Movement, Multilinear, Normalization, Square, VectorNorm, rule_of
+from spinpass.graph.editor import ProgramEditor, is_float, is_op, op_name, shape
+from spinpass.graph.layout import Layout
+
+
+@dataclass(frozen=True)
+class Linear:
+    """``node`` contracts axis ``dim`` of ``operand`` with axis ``weight_dim`` of ``weight``: a constant, or the expert
+    matrices of a mixture that were gathered for each token.
+    """
+
+    node: Node
+    operand: Node
+    dim: int
+    weight: Node
+    weight_dim: int
+
+
+def find_linears(editor: ProgramEditor) -> Iterator[Linear]:
+    """Every linear layer, in graph order."""
+    for node in editor.nodes:
+        found = as_linear(editor, node)
+        if found is not None:
+            yield found
+
+
+def as_linear(editor: ProgramEditor, node: Node) -> Linear | None:
+    """The node as a linear layer, or None."""
+    if not is_op(node) or not is_float(node) or editor.is_constant(node):
+        return None
+    rule = rule_of(node)
+    if not isinstance(rule, Multilinear):
+        return None
+    for term in rule.terms:
+        if len(term) != 2:
+            continue
+        x, w = term if editor.is_constant(term[1].node) or not editor.is_weight(term[0].node) else (term[1], term[0])
+        if editor.is_weight(x.node) or not editor.is_weight(w.node):
+            continue
+        shared = [label for label in x.labels if label is not None and label in w.labels and label not in rule.out]
+        if len(shared) == 1 and isinstance(shape(x.node)[x.labels.index(shared[0])], int):
+            return Linear(node, x.node, x.labels.index(shared[0]), w.node, w.labels.index(shared[0]))
+    return None
+
+
+def root_of(node: Node) -> Node:
+    """The operator that computed a value, views, casts and slices looked through."""
+    while node.op == "call_function" and isinstance(rule := rule_of(node), Movement):
+        node = rule.source
+    return node
+
+
+def normed_value(editor: ProgramEditor, node: Node) -> Node | None:
+    """x, where the value is x/‖x‖ times a scale, plus a bias perhaps, along its last axis; None for other values."""
+    if node.op != "call_function":
+        return None
+    rule = rule_of(node)
+    if isinstance(rule, Normalization):
+        return rule.source
+    if not isinstance(rule, Multilinear) or editor.is_constant(node):
+        return None
+    operands = [o.node for term in rule.terms for o in term]
+    computed = [o for o in operands if not editor.is_constant(o)]
+    if len(operands) == 2 and len(computed) == 1:
+        return normed_value(editor, root_of(computed[0])) if op_name(node) in _AFFINE else None
+    if len(computed) != 2 or not any(shape(o)[-1:] == (1,) and _is_norm_statistic(o) for o in computed):
+        return None
+    return next((o for o in computed if shape(o)[-1:] != (1,)), None)
+
+
+def _is_norm_statistic(node: Node, depth: int = 8) -> bool:
+    """The value comes from a sum of squares, within a few operators."""
+    if node.op != "call_function" or depth == 0:
+        return False
+    rule = rule_of(node)
+    if isinstance(rule, (Square, VectorNorm)):
+        return True
+    return any(_is_norm_statistic(s, depth - 1) for s in node.all_input_nodes)
+
+
+def whole_axis(node: Node, dim: int) -> Layout:
+    """Axis ``dim`` (static) as one vector."""
+    size = shape(node)[dim]
+    assert isinstance(size, int)
+    return Layout.full(dim, size)
+
+
+_AFFINE = ("aten::mul", "aten::add", "aten::mul_", "aten::add_")

@@ -1,0 +1,219 @@
+"""What :func:`spinpass.verify` found: a frozen value that prints as a table and turns into JSON."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spinpass.errors import VerificationError
+
+_ROWS = 12
+# Largest error of an output relative to its largest absolute value. float64 is the proof that both programs are one
+# function; the other rows say how far two correct programs may drift apart by rounding alone: some tens of roundoff
+# units for the half types (u = 4.9e-4 and 3.9e-3), some thousands for float32 (u = 6e-8), whose models are deeper.
+BOUNDS = {torch.float64: 1e-9, torch.float32: 2e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+# An original that is itself noisier than that (its own error against float64) excuses this multiple of its noise.
+NOISE_FACTOR = 4.0
+# Constants that were changed and stored again in a narrower type carry one rounding each, which the float64 comparison
+# sees: as many roundoff units of that type are allowed, or the same multiple of the original's noise as above.
+STORED_UNITS = 8.0
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One output against its reference: max |error|, max |reference|, and the share of equal argmax over the last axis
+    (None where that says nothing)."""
+
+    error: float
+    scale: float
+    argmax: float | None
+
+    @property
+    def relative(self) -> float:
+        """error / scale; 0 for no error, infinite where the reference is all zero."""
+        if self.error == 0:
+            return 0.0
+        return self.error / self.scale if self.scale > 0 else math.inf
+
+    def worst(self, other: Difference) -> Difference:
+        """The worse of two comparisons of one output (two steps of a closed loop)."""
+        agreements = [d.argmax for d in (self, other) if d.argmax is not None]
+        base = max(self, other, key=lambda d: d.relative)
+        return Difference(base.error, base.scale, min(agreements, default=None))
+
+
+def compare(reference: Any, result: Any, *, argmax: bool) -> Difference:
+    """`result` against `reference`, tensors or plain values. Equal infinities and NaNs in both count as equal; other
+    values that are not finite, and differing shapes, are an infinite error. Entries that both fill with the largest
+    number of a float type (forbidden tokens) say nothing about the size of the others."""
+    if not isinstance(reference, Tensor) or not isinstance(result, Tensor):
+        same = not isinstance(reference, Tensor) and not isinstance(result, Tensor) and reference == result
+        return Difference(0.0 if same else math.inf, 1.0, None)
+    if reference.shape != result.shape:
+        return Difference(math.inf, 1.0, None)
+    a, b = _wide(reference), _wide(result)
+    equal = (a == b) | (a.isnan() & b.isnan())
+    error = torch.where(equal, 0.0, (a - b).abs()).nan_to_num(nan=math.inf, posinf=math.inf)
+    scale = torch.where(a.isfinite() & ~(equal & _is_fill(a)), a.abs(), 0.0)
+    agreement = (a.argmax(-1) == b.argmax(-1)).double().mean() if argmax and a.ndim >= 2 and a.numel() else None
+    return Difference(
+        float(error.max()) if error.numel() else 0.0,
+        float(scale.max()) if scale.numel() else 0.0,
+        None if agreement is None else float(agreement),
+    )
+
+
+def _is_fill(x: Tensor) -> Tensor:
+    return torch.isin(x.abs(), x.new_tensor([torch.finfo(dtype).max for dtype in BOUNDS]))
+
+
+def _wide(x: Tensor) -> Tensor:
+    if x.is_complex():
+        x = torch.view_as_real(x)
+    return x.detach().to("cpu", torch.float64)
+
+
+@dataclass(frozen=True)
+class OutputCheck:
+    """One output, the worst of all steps.
+
+    `float64` compares the lifted programs, `native` the programs in the model's dtype; `noise` is the original's own
+    rounding (its native result against its float64 result, relative); `mismatch` is a wrong shape or dtype, or ''.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    float64: Difference
+    native: Difference
+    noise: float
+    bound64: float
+    bound_native: float
+    mismatch: str = ""
+
+    @property
+    def failure(self) -> str:
+        """Why the output fails, or ''."""
+        if self.mismatch:
+            return self.mismatch
+        if not self.float64.relative <= self.bound64:
+            return f"relative error {self.float64.relative:.2e} in float64, bound {self.bound64:.1e}"
+        if not self.native.relative <= self.bound_native:
+            return f"relative error {self.native.relative:.2e} in the model's dtype, bound {self.bound_native:.1e}"
+        return ""
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """The result of comparing two programs. `print(certificate)` shows a table.
+
+    `dtype` is the float type whose rounding limits the original; `exact`: the float64 comparison used the changed
+    constants before their cast to the stored type, so that it judges the transformation alone; `constants` says so in
+    words; `inputs` describes what both programs were given; `closed_loop_steps` counts the further steps in which each
+    program was fed its own returned state, and `closed_loop` says what was carried or why there was no loop.
+    """
+
+    outputs: tuple[OutputCheck, ...]
+    dtype: torch.dtype
+    exact: bool
+    constants: str
+    inputs: tuple[str, ...]
+    closed_loop_steps: int
+    closed_loop: str
+
+    @property
+    def ok(self) -> bool:
+        return all(not output.failure for output in self.outputs)
+
+    @property
+    def worst(self) -> OutputCheck:
+        """The output with the largest relative error, failures first."""
+        return max(self.outputs, key=lambda o: (bool(o.failure), o.float64.relative, o.native.relative))
+
+    @property
+    def verdict(self) -> str:
+        """One line: equivalent or not, and by how much."""
+        if not self.outputs:
+            return "equivalent: the programs have no outputs"
+        if not self.ok:
+            return f"NOT equivalent: {self.worst.name}: {self.worst.failure}"
+        exact = max(o.float64.relative for o in self.outputs)
+        native = max(o.native.relative for o in self.outputs)
+        return f"equivalent: relative error at most {exact:.1e} in float64, {native:.1e} in {_short(self.dtype)}"
+
+    def raise_if_failed(self) -> None:
+        """VerificationError naming the worst output, unless :attr:`ok`."""
+        if not self.ok:
+            failed = sum(bool(o.failure) for o in self.outputs)
+            others = f" ({failed} of {len(self.outputs)} outputs fail)" if failed > 1 else ""
+            raise VerificationError(f"the programs are not equivalent: {self.worst.name}: {self.worst.failure}{others}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able; errors that are not finite become strings."""
+        outputs = [_plain(asdict(o) | {"ok": not o.failure, "failure": o.failure}) for o in self.outputs]
+        return {
+            "ok": self.ok,
+            "verdict": self.verdict,
+            "dtype": _short(self.dtype),
+            "exact": self.exact,
+            "constants": self.constants,
+            "inputs": list(self.inputs),
+            "closed_loop_steps": self.closed_loop_steps,
+            "closed_loop": self.closed_loop,
+            "outputs": outputs,
+        }
+
+    def __str__(self) -> str:
+        shown = sorted(self.outputs, key=lambda o: (not o.failure, o.float64.argmax is None))[:_ROWS]
+        dtype = _short(self.dtype)
+        hidden = [o for o in self.outputs if o not in shown]
+        lines = [self.verdict, *_table([_HEADER, *map(_cells, shown)])]
+        if hidden:
+            error = max(o.float64.relative for o in hidden)
+            native = max(o.native.relative for o in hidden)
+            lines.append(f"and {len(hidden)} more outputs, at most {error:.1e} in float64, {native:.1e} in {dtype}")
+        lines.append(f"f64: both programs lifted throughout; {self.constants}")
+        lines.append(f"native: {dtype}; noise: the original in {dtype} against itself in float64")
+        lines.append(f"closed loop: {self.closed_loop}")
+        lines.append(f"inputs: {_shortened(self.inputs)}")
+        return "\n".join(lines)
+
+
+_HEADER = ("output", "shape", "max|ref|", "f64 error", "f64 rel", "argmax", "native error", "native rel", "bound",
+           "noise", "argmax", "")  # fmt: skip
+
+
+def _cells(o: OutputCheck) -> tuple[str, ...]:
+    exact, native = o.float64, o.native
+    return (o.name, "x".join(map(str, o.shape)), f"{exact.scale:.3g}", f"{exact.error:.1e}", f"{exact.relative:.1e}",
+            _share(exact.argmax), f"{native.error:.1e}", f"{native.relative:.1e}", f"{o.bound_native:.1e}",
+            f"{o.noise:.1e}", _share(native.argmax), "FAIL" if o.failure else "ok")  # fmt: skip
+
+
+def _table(rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def _share(agreement: float | None) -> str:
+    return "-" if agreement is None else f"{agreement:.1%}"
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _shortened(items: tuple[str, ...], limit: int = 6) -> str:
+    rest = f" and {len(items) - limit} more" if len(items) > limit else ""
+    return ", ".join(items[:limit]) + rest
+
+
+def _plain(x: Any) -> Any:
+    if isinstance(x, dict):
+        return {key: _plain(v) for key, v in x.items()}
+    if isinstance(x, list | tuple):
+        return [_plain(v) for v in x]
+    return str(x) if isinstance(x, float) and not math.isfinite(x) else x

@@ -1,0 +1,280 @@
+"""The certificate: do two exported programs compute the same function?
+
+Both are run on the same inputs, lifted to float64 throughout (the proof) and in their own dtypes (what rounding does to
+it). Inputs and outputs that a program carries in a rotated basis, a KV cache, are rotated on the way in and back on the
+way out; then each program is fed the state it returned itself, step after step, so that a cache written in one basis
+and read in another shows even where a single step hides it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.fx import GraphModule
+
+from spinpass.certificate.certificate import BOUNDS, NOISE_FACTOR, STORED_UNITS, Certificate, OutputCheck, compare
+from spinpass.errors import ConfigError, ProgramError, VerificationError
+from spinpass.execution.interpreter import Deferred, constants, flat_inputs, run, user_input_names
+from spinpass.execution.returned import output_names, returned_state
+from spinpass.execution.session import Session
+from spinpass.execution.synthetic import next_inputs, synthetic_inputs
+from spinpass.graph.editor import value
+
+__all__ = ["Certificate", "OutputCheck", "run", "synthetic_inputs", "verify"]
+
+Progress = Callable[[int, int], None]
+Bound = float | Mapping[torch.dtype, float]
+
+
+def verify(
+    before: ExportedProgram,
+    after: ExportedProgram,
+    inputs: object = None,
+    *,
+    bound: Bound | None = None,
+    exact: Mapping[str, Callable[[], Tensor]] | None = None,
+    steps: int = 2,
+    progress: Progress | None = None,
+) -> Certificate:
+    """Compare `after` with `before`; neither is modified.
+
+    `inputs`: positional arguments, keyword arguments, the pair of both, or values by placeholder name; None makes
+    synthetic ones from the specs of `before`. `bound`: the largest relative error allowed in float64, or bounds by
+    dtype; the defaults are `certificate.BOUNDS`. `exact`: the float64 values that constants of `after` had before they
+    were rounded to their dtype, by placeholder name, each computed where it is used; without this mapping the float64
+    comparison sees that rounding, and its bound is raised to it. `steps`: closed-loop steps beyond the first, where the
+    program returns state that it also takes. `progress(done, total)` is called after every executed node.
+
+    Returns the certificate, failed or not. Raises ProgramError for something that is not an exported program or cannot
+    be run, ConfigError for inputs or bounds that do not fit, VerificationError where the programs do not even take and
+    return the same things.
+    """
+    bounds = _bounds(bound)
+    _check_programs(before, after)
+    deferred = _deferred(after, exact or {})
+    values = synthetic_inputs(before) if inputs is None else flat_inputs(before, inputs)
+    ticker = _Ticker(progress, 2 * (1 + steps) * (len(before.graph.nodes) + len(after.graph.nodes)))
+    exact_pair = (Session(before, True, ticker), Session(after, True, ticker, deferred))
+    native_pair = (Session(before, False, ticker), Session(after, False, ticker))
+    round_ = _Round(*exact_pair, *native_pair, returned=returned_state(before))
+    dtype = _working_dtype(before)
+    stored = _stored_again(before, after) if exact is None else None
+    roundoff = STORED_UNITS * torch.finfo(stored).eps / 2 if stored and not _gives(bound, torch.float64) else None
+    tally = _Tally(output_names(before), bounds[torch.float64], bounds[dtype], roundoff)
+    round_.run(values, tally)
+    loop_steps, loop = _closed_loop(values, round_, tally, steps)
+    ticker.finish()
+    described = tuple(_describe(name, given) for name, given in values.items())
+    return Certificate(
+        outputs=tally.checks(),
+        dtype=dtype,
+        exact=exact is not None,
+        constants=_about_constants(stored, deferred),
+        inputs=described,
+        closed_loop_steps=loop_steps,
+        closed_loop=loop,
+    )
+
+
+def _bounds(bound: Bound | None) -> dict[torch.dtype, float]:
+    given = {} if bound is None else dict(bound) if isinstance(bound, Mapping) else {torch.float64: bound}
+    for dtype, limit in given.items():
+        if dtype not in BOUNDS or not limit >= 0:
+            raise ConfigError(f"bound {limit!r} for {dtype}: bounds are numbers >= 0 for {', '.join(map(str, BOUNDS))}")
+    return BOUNDS | given
+
+
+def _gives(bound: Bound | None, dtype: torch.dtype) -> bool:
+    return dtype in bound if isinstance(bound, Mapping) else bound is not None
+
+
+def _check_programs(before: ExportedProgram, after: ExportedProgram) -> None:
+    for ep in (before, after):
+        if not isinstance(ep, ExportedProgram):
+            raise ProgramError(f"verify compares two torch.export.ExportedProgram, got {type(ep).__name__}")
+    ours, theirs = user_input_names(before), user_input_names(after)
+    if ours != theirs:
+        raise VerificationError(f"the programs take different inputs: {', '.join(ours)} and {', '.join(theirs)}")
+    count, other = len(output_names(before)), len(output_names(after))
+    if count != other:
+        raise VerificationError(f"the programs return different numbers of outputs: {count} and {other}")
+
+
+def _deferred(after: ExportedProgram, exact: Mapping[str, Callable[[], Tensor]]) -> dict[str, Deferred]:
+    unknown = sorted(exact.keys() - constants(after).keys())
+    if unknown:
+        raise ConfigError(f"exact values for {', '.join(unknown)}: the program has no such constants")
+    return {name: Deferred(compute) for name, compute in exact.items()}
+
+
+def _stored_again(before: ExportedProgram, after: ExportedProgram) -> torch.dtype | None:
+    """The narrowest type below float64 of the constants of `after` that are not constants of `before`; None if none."""
+    old = constants(before)
+    changed = (value for name, value in constants(after).items() if _differs(old, name, value))
+    return max(_float_dtypes(changed) - {torch.float64}, key=lambda dtype: torch.finfo(dtype).eps, default=None)
+
+
+def _differs(old: Mapping[str, Any], name: str, new: Any) -> bool:
+    then = old.get(name)
+    if not isinstance(new, Tensor) or new is then:
+        return False
+    return not isinstance(then, Tensor) or then.dtype != new.dtype or not torch.equal(then, new)
+
+
+def _about_constants(stored: torch.dtype | None, deferred: Mapping[str, Any]) -> str:
+    if stored is not None:
+        return f"the changed constants as stored, rounded to {str(stored).removeprefix('torch.')}"
+    return "the changed constants before their final rounding" if deferred else "no constant was rounded again"
+
+
+def _working_dtype(ep: ExportedProgram) -> torch.dtype:
+    """The float type whose rounding decides the accuracy: the narrowest among the constants, or, in a float64 model,
+    the narrowest that it casts to on the way."""
+    modules = [m for m in ep.graph_module.modules() if isinstance(m, GraphModule)]
+    stored = _float_dtypes(constants(ep).values()) - {torch.float64}
+    computed = _float_dtypes(value(node) for module in modules for node in module.graph.nodes)
+    return max(stored or computed or {torch.float32}, key=lambda dtype: torch.finfo(dtype).eps)
+
+
+def _float_dtypes(values: Iterable[Any]) -> set[torch.dtype]:
+    return {v.dtype for v in values if isinstance(v, Tensor)} & BOUNDS.keys()
+
+
+def _describe(name: str, given: Any) -> str:
+    if not isinstance(given, Tensor):
+        return f"{name} = {given!r}"
+    return f"{name} {str(given.dtype).removeprefix('torch.')}{list(given.shape)}"
+
+
+class _Ticker:
+    """Counts executed nodes for the caller's progress callback."""
+
+    def __init__(self, progress: Progress | None, total: int) -> None:
+        self.progress, self.total, self.done = progress, total, 0
+
+    def __call__(self) -> None:
+        self.done += 1
+        if self.progress is not None:
+            self.progress(self.done, self.total)
+
+    def finish(self) -> None:
+        """The loop may have stopped early."""
+        if self.progress is not None and self.done < self.total:
+            self.progress(self.total, self.total)
+
+
+# -- running ---------------------------------------------------------------------------------------------------------
+
+
+class _Exhausted(Exception):
+    """The original itself cannot take a further step, because its cache is full."""
+
+
+class _Round:
+    """The four sessions: both programs lifted, both native."""
+
+    def __init__(self, *sessions: Session, returned: Mapping[int, str]) -> None:
+        self.exact_before, self.exact_after, self.before, self.after = self.sessions = sessions
+        self.returned = returned
+
+    def run(self, values: Mapping[str, Any], tally: _Tally) -> None:
+        """One step of all four; the comparison goes to `tally`."""
+        try:
+            first = self.exact_before.step(values)
+        except ProgramError as error:
+            if not self.exact_before.state:
+                raise
+            raise _Exhausted from error
+        others = (session.step(values) for session in self.sessions[1:])
+        for i, results in enumerate(zip(first, *others, strict=True)):
+            tally.add(tally.names[i], _Results(*results), argmax=i not in self.returned)
+        for name in sorted(self.exact_before.changed | self.exact_after.changed):
+            tally.add(f"state {name}", _Results(*(s.current(name) for s in self.sessions)), argmax=False)
+
+    def next_values(self, values: Mapping[str, Any], seed: int) -> dict[str, Any] | str:
+        """Hand every program its own state; the other inputs of the next step, or why there is none."""
+        for session in self.sessions:
+            session.feed_back(self.returned)
+        original = self.exact_before
+        return next_inputs(original.ep, values, {n: original.current(n) for n in original.state}, seed=seed)
+
+
+class _Results(NamedTuple):
+    """One output of the four sessions."""
+
+    exact_before: Any
+    exact_after: Any
+    before: Any
+    after: Any
+
+
+def _closed_loop(values: Mapping[str, Any], round_: _Round, tally: _Tally, steps: int) -> tuple[int, str]:
+    """Up to `steps` further steps on returned state; how many were run, and a line about it."""
+    if not round_.returned and not round_.exact_before.changed:
+        return 0, "none: the program returns no state that it also takes"
+    for done in range(steps):
+        following = round_.next_values(values, seed=done + 1)
+        if isinstance(following, str):
+            return done, f"{done} further steps, then stopped: {following}"
+        values = following
+        try:
+            round_.run(values, tally)
+        except _Exhausted as error:
+            return done, f"{done} further steps, then stopped: the original cannot go on: {error.__cause__}"
+    return (
+        steps,
+        f"{steps} further steps, each program fed the {len(round_.exact_before.state)} tensors it returned itself",
+    )
+
+
+# -- comparing -------------------------------------------------------------------------------------------------------
+
+
+class _Tally:
+    """The worst comparison of every output over all steps."""
+
+    def __init__(self, names: list[str], bound64: float, bound_native: float, roundoff: float | None) -> None:
+        self.names = names
+        self._bounds = (bound64, bound_native)
+        self._roundoff = roundoff  # of constants that were stored again
+        self._checks: dict[str, OutputCheck] = {}
+
+    def add(self, name: str, results: _Results, *, argmax: bool) -> None:
+        exact = compare(results.exact_before, results.exact_after, argmax=argmax)
+        native = compare(results.before, results.after, argmax=argmax)
+        noise = compare(results.exact_before, results.before, argmax=False).relative
+        mismatch = _mismatch(results.before, results.after)
+        old = self._checks.get(name)
+        if old is not None:
+            exact, native = exact.worst(old.float64), native.worst(old.native)
+            noise, mismatch = max(noise, old.noise), old.mismatch or mismatch
+        shape = tuple(getattr(results.before, "shape", ()))
+        limits = self._limits(noise) if _is_floating(results.before) else (0.0, 0.0)
+        self._checks[name] = OutputCheck(name, shape, exact, native, noise, *limits, mismatch)
+
+    def _limits(self, noise: float) -> tuple[float, float]:
+        """The bounds in float64 and in the model's dtype of an output whose original has this noise."""
+        bound64, bound_native = self._bounds
+        noise = noise if noise < float("inf") else 0.0
+        if self._roundoff is not None:
+            bound64 = max(bound64, self._roundoff, NOISE_FACTOR * noise)
+        return bound64, max(bound_native, NOISE_FACTOR * noise)
+
+    def checks(self) -> tuple[OutputCheck, ...]:
+        return tuple(self._checks.values())
+
+
+def _is_floating(x: Any) -> bool:
+    return isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())
+
+
+def _mismatch(before: Any, after: Any) -> str:
+    if not isinstance(before, Tensor) or not isinstance(after, Tensor):
+        return "" if type(before) is type(after) else f"{type(after).__name__} instead of {type(before).__name__}"
+    if before.shape != after.shape:
+        return f"shape {list(after.shape)} instead of {list(before.shape)}"
+    return "" if before.dtype == after.dtype else f"dtype {after.dtype} instead of {before.dtype}"

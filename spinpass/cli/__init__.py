@@ -1,0 +1,23 @@
+"""The entry of the command line, ``spinpass``; what it does is in :mod:`spinpass.cli.app`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+
+def main(arguments: Sequence[str] | None = None, name: str = "spinpass") -> None:
+    """Run the command line on ``arguments``, those of the process by default, and exit: 0 done, 1 refused or not
+    equivalent, 2 bad usage. ``name`` is what its help calls the program."""
+    try:
+        from spinpass.cli.app import app
+    except ModuleNotFoundError as error:
+        if error.name not in ("typer", "rich"):
+            raise
+        print(f"spinpass: the command line needs {error.name}: pip install 'spinpass[cli]'", file=sys.stderr)
+        sys.exit(2)
+    app(arguments, prog_name=name)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""What ``spinpass eval`` is asked for, and how it is carried out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from spinpass.cli.screen import Steps
+from spinpass.config import RotationConfig
+from spinpass.errors import ConfigError
+from spinpass.evaluation import comparison as evaluation
+from spinpass.evaluation.scoring import Opened, ProgramScorer, open_scorer
+from spinpass.evaluation.texts import (
+    SAMPLES,
+    calibration_inputs,
+    check_calibration,
+    check_samples,
+    read_dataset,
+    read_text,
+)
+from spinpass.pipeline import transform
+from spinpass.quantization import quantize as quantized
+
+Rotated = Literal["no", "auto", "offline", "online"]
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """``main``: of the model, perhaps against another; ``files``: of ONNX folders, against the model as it was."""
+
+    main: evaluation.Perplexity | evaluation.Comparison
+    files: Mapping[str, evaluation.Comparison]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return self.main.to_dict() | ({"files": {k: c.to_dict() for k, c in self.files.items()}} if self.files else {})
+
+
+@dataclass(frozen=True)
+class EvalRequest:
+    """The options of the command. Raises ConfigError for combinations that mean nothing."""
+
+    model: str
+    against: str
+    quantize: str
+    calibration: Path | None
+    rotate: Rotated
+    text: Path | None
+    windows: int
+    length: int
+    tokenizer: str
+    dataset: str = ""
+    files: tuple[str, ...] = ()
+    samples: int = SAMPLES
+
+    def __post_init__(self) -> None:
+        check_samples(self.samples)
+        if self.against and (self.quantize or self.rotate != "no"):
+            raise ConfigError("--against compares two models as they are: leave out --quantize and --rotate")
+        if self.against and self.files:
+            raise ConfigError("--file is compared with MODEL: leave out --against")
+        if self.dataset and self.text is not None:
+            raise ConfigError("--text and --dataset both name what to score on: leave out one of them")
+        if self.quantize:
+            check_calibration(self.quantize, self.calibration)
+
+    def run(self, steps: Steps) -> Evaluated:
+        """Score the model, or compare it with the other one or with what it was, and with files made of it."""
+        opened = open_scorer(self.model, self.tokenizer or None, steps.begin)
+        text = read_dataset(self.dataset) if self.dataset else read_text(self.text)
+        texts = evaluation.windows(opened.tokens(text), self.length, self.windows)
+        if self.against:
+            other = open_scorer(self.against, self.tokenizer or None, steps.begin)
+            return Evaluated(evaluation.compare(other.scorer, opened.scorer, texts, steps.start("compare")), {})
+        changed = [self._changed(opened, steps)] if self.quantize or self.rotate != "no" else []
+        files = [open_scorer(file, self.tokenizer or None, steps.begin).scorer for file in self.files]
+        if not changed and not files:
+            return Evaluated(evaluation.perplexity(opened.scorer, texts, steps.start("score")), {})
+        found = evaluation.compare_each(opened.scorer, [*changed, *files], texts, steps.start("compare"))
+        return Evaluated(found[0] if changed else found[0].before, dict(zip(self.files, found[len(changed) :])))
+
+    def _changed(self, opened: Opened, steps: Steps) -> ProgramScorer:
+        if opened.program is None:
+            raise ConfigError(f"{self.model} is an ONNX model; --quantize and --rotate need the program it was made of")
+        program = opened.program
+        if self.rotate != "no":
+            steps.start("rotate")
+            program = transform(program, RotationConfig(form=self.rotate))
+        if self.quantize:
+            samples = calibration_inputs(program, opened.tokens, self.calibration, self.length, self.samples)
+            program = quantized(program, self.quantize, samples, progress=steps.start("quantize")).program
+        return ProgramScorer(program)

@@ -1,0 +1,72 @@
+"""The command ``generate``: text out of a folder, as it comes, and how fast it came."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from spinpass.errors import ConfigError, ExportError
+from spinpass.runtime.sampling import Sampling
+
+
+@dataclass(frozen=True)
+class GenerateRequest:
+    """What the user asked for."""
+
+    folder: Path
+    prompt: str
+    max_new_tokens: int
+    chat: bool
+    sampling: Sampling
+    threads: int | None
+    provider: str
+
+    def run(self, write: Callable[[str], None]) -> dict[str, Any]:
+        """Generate, giving every piece of text to ``write``; the answer and the rates, JSON-able.
+
+        Raises:
+            ConfigError: options out of range, an unknown provider, more tokens than the model has positions.
+            ExportError: no model or tokenizer in the folder, ONNX Runtime missing or unable to run the model.
+        """
+        try:
+            from spinpass.runtime.decoder import OrtDecoder
+            from spinpass.runtime.text_pieces import Pieces
+
+            decoder = OrtDecoder(self.folder, provider=self.provider, threads=self.threads)
+        except ModuleNotFoundError as error:
+            raise ExportError(f"running ONNX needs {error.name}: pip install 'spinpass[onnx]'") from error
+        ids = self._ids(decoder.tokenizer)
+        decoder.check_length(len(ids), self.max_new_tokens)
+        pieces = Pieces(decoder.tokenizer)
+        text: list[str] = []
+
+        def show(piece: str) -> None:
+            text.append(piece)
+            write(piece)
+
+        def on_token(token: int) -> None:
+            if token not in decoder.end_tokens:
+                for piece in pieces.add(token):
+                    show(piece)
+
+        made = decoder.generate(ids, self.max_new_tokens, sampling=self.sampling, on_token=on_token)
+        for piece in pieces.rest():
+            show(piece)
+        return {
+            "text": "".join(text),
+            "prompt_tokens": made.prompt_tokens,
+            "new_tokens": len(made.tokens),
+            "finished": made.finished,
+            "prefill_tokens_per_second": made.prefill_rate,
+            "decode_tokens_per_second": made.decode_rate,
+        }
+
+    def _ids(self, tokenizer: Any) -> list[int]:
+        if not self.chat:
+            return list(tokenizer(self.prompt)["input_ids"])
+        if not tokenizer.chat_template:
+            raise ConfigError(f"the tokenizer of {self.folder} has no chat template: leave out --chat")
+        turns = [{"role": "user", "content": self.prompt}]
+        return list(tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False))

@@ -1,0 +1,256 @@
+"""What a decoder is worth and what it costs: perplexity over windows of text, and tokens per second.
+
+A comparison of two decoders is paired: both read the same windows, and the difference of their losses has a standard
+error far smaller than that of either perplexity. Times are taken in turns, so that a slow minute of the machine meets
+all of them.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from spinpass.errors import ConfigError
+
+Progress = Callable[[int, int], None]
+
+
+class Scorer(Protocol):
+    """Anything that gives logits (length, vocabulary) for token ids, from an empty cache."""
+
+    def logits(self, ids: Sequence[int], /) -> Tensor: ...
+
+
+class Timed(Protocol):
+    """Times of one generation, tokens per second."""
+
+    @property
+    def prefill_rate(self) -> float: ...
+    @property
+    def decode_rate(self) -> float: ...
+
+
+class Generator(Protocol):
+    """Anything that continues token ids and says how long it took."""
+
+    def generate(self, ids: Sequence[int], max_new_tokens: int, /, *, end: Any = None) -> Timed: ...
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """``losses``: the mean negative log-likelihood per predicted token of each window, in nats."""
+
+    losses: tuple[float, ...]
+    tokens: int
+
+    @property
+    def loss(self) -> float:
+        """The mean over windows, in nats per token."""
+        return statistics.fmean(self.losses)
+
+    @property
+    def loss_error(self) -> float:
+        """The standard error of :attr:`loss` over windows; nan for a single window."""
+        return _standard_error(self.losses)
+
+    @property
+    def value(self) -> float:
+        """exp(loss)."""
+        return math.exp(self.loss)
+
+    @property
+    def error(self) -> float:
+        """The standard error of :attr:`value`, to first order."""
+        return self.value * self.loss_error
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able; the standard error is None for a single window."""
+        error = None if math.isnan(self.error) else self.error
+        return {"perplexity": self.value, "standard_error": error, "tokens": self.tokens, "losses": list(self.losses)}
+
+
+@dataclass(frozen=True)
+class Change:
+    """Difference of the mean losses of two decoders over the same windows, in nats per token; its standard error."""
+
+    mean: float
+    error: float
+
+    @property
+    def percent(self) -> float:
+        """The same as a change of perplexity, in percent."""
+        return 100 * math.expm1(self.mean)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two decoders on the same windows. ``agreement``: the share of positions at which both find the same token the
+    likeliest; ``divergence``: KL(before ‖ after) in nats per token, of each window.
+    """
+
+    before: Perplexity
+    after: Perplexity
+    agreement: float
+    divergences: tuple[float, ...]
+
+    @property
+    def change(self) -> Change:
+        """Of the loss, paired."""
+        return change(self.before, self.after)
+
+    @property
+    def ratio(self) -> float:
+        """The perplexity after ÷ before."""
+        return math.exp(self.change.mean)
+
+    @property
+    def divergence(self) -> float:
+        """The mean over windows, in nats per token."""
+        return statistics.fmean(self.divergences)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able; standard errors are None for a single window."""
+        errors = {"ratio_error": self.ratio * self.change.error, "kl_error": _standard_error(self.divergences)}
+        return {
+            "before": self.before.to_dict(),
+            "after": self.after.to_dict(),
+            "ratio": self.ratio,
+            "agreement": self.agreement,
+            "kl": self.divergence,
+        } | {name: None if math.isnan(error) else error for name, error in errors.items()}
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Medians over repeats, in tokens per second."""
+
+    prefill: float
+    decode: float
+    repeats: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return {
+            "prefill_tokens_per_second": self.prefill,
+            "decode_tokens_per_second": self.decode,
+            "repeats": self.repeats,
+        }
+
+
+def windows(ids: Sequence[int], length: int, count: int) -> list[list[int]]:
+    """``count`` windows of ``length`` tokens, evenly spread over ``ids`` without overlap.
+
+    Raises ConfigError: the text is too short for that, or a window could not predict anything.
+    """
+    if length < 2 or count < 1:
+        raise ConfigError(f"{count} windows of {length} tokens: at least one window of two tokens is needed")
+    if len(ids) < count * length:
+        raise ConfigError(
+            f"{count} windows of {length} tokens need {count * length:,} tokens; the text has {len(ids):,}"
+        )
+    step = len(ids) // count
+    return [list(ids[start : start + length]) for start in range(0, count * step, step)]
+
+
+def perplexity(decoder: Scorer, texts: Sequence[Sequence[int]], progress: Progress | None = None) -> Perplexity:
+    """Every token of every window but its first is predicted from those before it in the window.
+
+    ``progress(done, all)`` is called after each window. ConfigError if there are no windows.
+    """
+    if not texts:
+        raise ConfigError("there are no windows to evaluate on")
+    losses: list[float] = []
+    for ids in texts:
+        logits = decoder.logits(ids)[:-1].double()
+        losses.append(float(functional.cross_entropy(logits, torch.tensor(list(ids[1:])))))
+        if progress is not None:
+            progress(len(losses), len(texts))
+    return Perplexity(tuple(losses), sum(len(ids) - 1 for ids in texts))
+
+
+def compare(
+    before: Scorer, after: Scorer, texts: Sequence[Sequence[int]], progress: Progress | None = None
+) -> Comparison:
+    """Both decoders read every window. ``progress`` as in :func:`perplexity`; ConfigError if there are no windows."""
+    return compare_each(before, [after], texts, progress)[0]
+
+
+def compare_each(
+    before: Scorer, others: Sequence[Scorer], texts: Sequence[Sequence[int]], progress: Progress | None = None
+) -> list[Comparison]:
+    """:func:`compare` of several decoders with the first one, which reads every window once."""
+    if not texts:
+        raise ConfigError("there are no windows to evaluate on")
+    losses: list[list[float]] = [[] for _ in (before, *others)]
+    divergences: list[list[float]] = [[] for _ in others]
+    equal = [0] * len(others)
+    for done, ids in enumerate(texts):
+        following = torch.tensor(list(ids[1:]))
+        expected = _log_probabilities(before, ids)
+        losses[0].append(float(functional.nll_loss(expected, following)))
+        for k, other in enumerate(others):
+            found = _log_probabilities(other, ids)
+            losses[k + 1].append(float(functional.nll_loss(found, following)))
+            equal[k] += int((expected.argmax(-1) == found.argmax(-1)).sum())
+            divergences[k].append(float((expected.exp() * (expected - found)).sum(-1).mean()))
+        if progress is not None:
+            progress(done + 1, len(texts))
+    tokens = sum(len(ids) - 1 for ids in texts)
+    first, *rest = (Perplexity(tuple(each), tokens) for each in losses)
+    return [Comparison(first, e, n / tokens, tuple(d)) for e, n, d in zip(rest, equal, divergences)]
+
+
+def _log_probabilities(decoder: Scorer, ids: Sequence[int]) -> Tensor:
+    return decoder.logits(ids)[:-1].double().log_softmax(-1)
+
+
+def change(before: Perplexity, after: Perplexity) -> Change:
+    """How much worse ``after`` is, window by window. ConfigError if the two were not measured on as many windows."""
+    if len(before.losses) != len(after.losses):
+        raise ConfigError(f"{len(before.losses)} and {len(after.losses)} windows cannot be compared in pairs")
+    return paired(before.losses, after.losses)
+
+
+def paired(before: Sequence[float], after: Sequence[float]) -> Change:
+    """The mean of ``after − before`` over windows, in nats per token, and its standard error."""
+    differences = [b - a for a, b in zip(before, after)]
+    return Change(statistics.fmean(differences), _standard_error(differences))
+
+
+def speed(
+    decoders: Mapping[str, Generator],
+    prompt: Sequence[int],
+    new_tokens: int,
+    *,
+    repeats: int = 3,
+    progress: Progress | None = None,
+) -> dict[str, Speed]:
+    """Generate ``new_tokens`` after ``prompt`` with every decoder in turn, ``repeats`` times after one turn to warm up.
+
+    ConfigError for fewer than two new tokens (the first comes from the prompt's pass) or fewer than one repeat.
+    """
+    if new_tokens < 2 or repeats < 1:
+        raise ConfigError(f"{repeats} repeats of {new_tokens} tokens: at least one repeat of two tokens is needed")
+    times: dict[str, list[Timed]] = {name: [] for name in decoders}
+    for turn in range(repeats + 1):
+        for k, (name, decoder) in enumerate(decoders.items()):
+            times[name].append(decoder.generate(prompt, new_tokens if turn else 2, end=()))
+            if progress is not None:
+                progress(turn * len(decoders) + k + 1, (repeats + 1) * len(decoders))
+    return {name: _medians(measured[1:]) for name, measured in times.items()}
+
+
+def _medians(times: Sequence[Timed]) -> Speed:
+    prefill = statistics.median(t.prefill_rate for t in times)
+    return Speed(prefill, statistics.median(t.decode_rate for t in times), len(times))
+
+
+def _standard_error(values: Sequence[float]) -> float:
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan

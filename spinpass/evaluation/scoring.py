@@ -1,0 +1,148 @@
+"""Logits of an exported program for token ids, whatever else it takes: masks, positions, an empty cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+
+from spinpass.errors import ConfigError
+from spinpass.evaluation.comparison import Scorer
+from spinpass.execution.interpreter import run
+from spinpass.execution.roles import Role
+from spinpass.execution.synthetic import UserInput, bound_sizes, concrete, fresh, user_inputs
+from spinpass.loading.models import load_model
+
+
+@dataclass(frozen=True)
+class Opened:
+    """Something that scores, its program unless it is in ONNX Runtime, and its tokenizer."""
+
+    scorer: Scorer
+    program: ExportedProgram | None
+    tokenizer: Any
+
+    def tokens(self, text: str) -> list[int]:
+        """Token ids of a text, without special tokens."""
+        return token_ids(self.tokenizer)(text)
+
+
+def token_ids(tokenizer: Any) -> Callable[[str], list[int]]:
+    """What a tokenizer of transformers makes of a text, without special tokens."""
+    return lambda text: list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+class ProgramScorer:
+    """A program that takes token ids and returns logits first, in its own dtype.
+
+    Raises ConfigError: no input of it, or more than one, is looked up in a table of tokens.
+    """
+
+    def __init__(self, program: ExportedProgram) -> None:
+        self.program = program
+        self._inputs = user_inputs(program)
+        lookups = [spec for spec in self._inputs if spec.role is Role.LOOKUP]
+        if len(lookups) != 1:
+            names = ", ".join(spec.name for spec in lookups) or "none"
+            raise ConfigError(f"which input takes the token ids is not clear: looked up in tables are {names}")
+        self._ids = lookups[0]
+
+    @property
+    def longest(self) -> int | None:
+        """The most tokens that the program takes at once; None where it names no limit."""
+        length = self._ids.shape[-1]
+        if isinstance(length, int):
+            return length
+        allowed = self.program.range_constraints.get(length)
+        return int(allowed.upper) if allowed is not None and allowed.upper < 2**31 else None
+
+    def inputs(self, ids: Sequence[int]) -> dict[str, Any]:
+        """The program's inputs by name: one sequence, every token of it seen, positions from 0, no cache."""
+        tokens = torch.tensor([list(ids)], dtype=self._ids.dtype)
+        sizes = bound_sizes([self._ids], {self._ids.name: tokens})
+        for spec in self._inputs:
+            for axis, size in enumerate(spec.shape):
+                if getattr(size, "is_symbol", False):
+                    sizes.setdefault(size, _size(spec, axis, len(ids)))
+        for symbol, allowed in self.program.range_constraints.items():  # a lower bound of 2 is an artefact of export
+            size = symbol.subs(sizes)
+            if size.is_number and size > allowed.upper:
+                raise ConfigError(f"the program does not take {len(ids)} tokens: {symbol} is at most {allowed.upper}")
+        return {spec.name: tokens if spec is self._ids else self._value(spec, sizes) for spec in self._inputs}
+
+    def logits(self, ids: Sequence[int]) -> Tensor:
+        """(length, vocabulary), float32. ConfigError where the program does not take that many tokens."""
+        logits: Tensor = run(self.program, self.inputs(ids))[0]
+        return logits[0].float()
+
+    def _value(self, spec: UserInput, sizes: dict[Any, int]) -> Any:
+        if spec.dtype is None:
+            return concrete(spec.node.meta["val"].node.expr, sizes)
+        size = tuple(concrete(s, sizes) for s in spec.shape)
+        return (
+            torch.zeros(size, dtype=spec.dtype)
+            if spec.dtype.is_floating_point
+            else fresh(spec, size, torch.Generator())
+        )
+
+
+class OnnxScorer:
+    """The ONNX file that a program was exported to, its inputs under their names in the program, in ONNX Runtime.
+
+    Raises ExportError where ONNX Runtime cannot load it.
+    """
+
+    def __init__(self, program: ExportedProgram, path: Path) -> None:
+        from spinpass.runtime import onnx_session
+
+        self._program, self._ort = ProgramScorer(program), onnx_session
+        self._session = onnx_session.open_session(path)
+
+    def logits(self, ids: Sequence[int]) -> Tensor:
+        """(length, vocabulary), float32."""
+        taken = {node.name for node in self._session.get_inputs()}
+        given = {name: value for name, value in self._program.inputs(ids).items() if name in taken}
+        results = self._ort.run(self._session, {name: self._ort.to_ort(value) for name, value in given.items()})
+        return self._ort.from_ort(results[0])[0].float()
+
+
+def open_scorer(model: str, tokenizer: str | None = None, progress: Callable[[str], None] | None = None) -> Opened:
+    """A folder with ``model.onnx`` in ONNX Runtime, or anything that :func:`spinpass.loading.models.load_model`
+    takes.
+
+    Raises:
+        ConfigError: nothing there, or no tokenizer: name one.
+        ExportError: it cannot be loaded.
+    """
+    path = Path(model)
+    if path.suffix == ".onnx" or (path / "model.onnx").is_file():
+        from spinpass.runtime.decoder import OrtDecoder
+
+        decoder = OrtDecoder(path)
+        return Opened(decoder, None, _tokenizer(tokenizer) if tokenizer else decoder.tokenizer)
+    loaded = load_model(model, cache=False, progress=progress)
+    own = loaded.companions.tokenizer if loaded.companions else None
+    if own is None and tokenizer is None:
+        raise ConfigError(f"{model} has no tokenizer; name a folder that has one with --tokenizer")
+    return Opened(ProgramScorer(loaded.program), loaded.program, _tokenizer(tokenizer) if tokenizer else own)
+
+
+def _tokenizer(name: str) -> Any:
+    try:
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # files, hub and imports: no common base below Exception
+        raise ConfigError(f"there is no tokenizer at {name}: {error}") from error
+
+
+def _size(spec: UserInput, axis: int, length: int) -> int:
+    """Of an axis whose size stands alone: one sequence, its length in masks and positions, nothing in caches."""
+    if axis == 0 and len(spec.shape) > 1:
+        return 1
+    return 0 if spec.dtype is not None and spec.dtype.is_floating_point else length

@@ -1,0 +1,275 @@
+"""Run an exported program on real tensors, in its own dtypes or lifted to float64 throughout.
+
+Lifted means that no value is ever rounded to less than float64: constants are upcast where they are used (and released
+right after, so that the peak stays near one constant), dtype arguments of ops that name a narrower float name float64
+instead, and the default dtype is float64 for the ops that do not name one. Two programs that are equal as functions of
+real numbers then agree to about 1e-15, whatever casts their authors wrote into norms and position embeddings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.export.graph_signature import ConstantArgument, InputKind, InputSpec, OutputKind
+from torch.fx import GraphModule, Interpreter, Node
+from torch.fx.node import map_aggregate
+
+from spinpass.errors import ConfigError, ProgramError
+from spinpass.graph.editor import is_op, mutates, op_name
+
+Tick = Callable[[], None]
+Watch = Callable[[Node, Any], Any]
+
+_WIDER = {
+    torch.float16: torch.float64,
+    torch.bfloat16: torch.float64,
+    torch.float32: torch.float64,
+    torch.complex32: torch.complex128,
+    torch.complex64: torch.complex128,
+}
+_CONSTANTS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR, InputKind.CUSTOM_OBJ)
+_DTYPE_ASSERTION = "aten._assert_tensor_metadata.default"
+# A lookup commutes with a cast: looking up first avoids a float64 copy of the whole table.
+_LOOKUPS = frozenset({"aten.embedding.default", "aten.index_select.default"})
+# Neither disabling gradients nor autocast means anything in a float64 run without gradients.
+_SCOPES = frozenset({"wrap_with_set_grad_enabled", "wrap_with_autocast"})
+_COPIES = frozenset({"aten::clone", "aten::_to_copy", "aten::lift_fresh_copy"})
+_NODE_ERRORS = (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, AssertionError)
+
+
+@dataclass(frozen=True)
+class Deferred:
+    """A constant that is computed where a lifted run uses it, and released again."""
+
+    compute: Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class Execution:
+    """What one run returned.
+
+    `outputs` are the flat user outputs; `state` maps the placeholder name of every input or buffer that the run changed
+    (in place, or through a mutation output of the signature) to its new value.
+    """
+
+    outputs: tuple[Any, ...]
+    state: dict[str, Tensor]
+
+
+def run(ep: ExportedProgram, inputs: object = None, *, float64: bool = False) -> list[Any]:
+    """Flat user outputs of `ep` for `inputs` (see :func:`flat_inputs`): tensors, or the plain value where one is not.
+
+    With `float64` the program is lifted throughout: all floating outputs are float64. The inputs are not modified.
+    Raises ConfigError where `inputs` do not fit the program, ProgramError naming the node that could not be run.
+    """
+    return list(execute(ep, flat_inputs(ep, inputs), float64=float64).outputs)
+
+
+def flat_inputs(ep: ExportedProgram, inputs: object) -> dict[str, Any]:
+    """`inputs` as {user placeholder name: value}.
+
+    Accepted: that mapping itself, a mapping of keyword arguments, a sequence of positional arguments, or the pair
+    `(args, kwargs)` as in `ExportedProgram.example_inputs`. ConfigError if they do not match the program's inputs.
+    """
+    names = user_input_names(ep)
+    if isinstance(inputs, Mapping) and set(inputs) == set(names):
+        return {name: inputs[name] for name in names}
+    args, kwargs = _args_kwargs(inputs)
+    try:
+        values = ep.call_spec.in_spec.flatten_up_to((args, kwargs))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ConfigError(f"the inputs do not fit the program, which takes {', '.join(names)}: {error}") from error
+    return dict(zip(names, values, strict=True))
+
+
+def _args_kwargs(inputs: object) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    if not isinstance(inputs, Sequence) or isinstance(inputs, str):
+        raise ConfigError(f"inputs must be a tuple of arguments or a mapping of names, got {type(inputs).__name__}")
+    if len(inputs) == 2 and isinstance(inputs[0], tuple) and isinstance(inputs[1], Mapping):
+        return inputs[0], dict(inputs[1])
+    return tuple(inputs), {}
+
+
+def user_input_names(ep: ExportedProgram) -> list[str]:
+    """Placeholder names of the user inputs, in signature order."""
+    return [spec.arg.name for spec in ep.graph_signature.input_specs if spec.kind is InputKind.USER_INPUT]
+
+
+def constants(ep: ExportedProgram) -> dict[str, Any]:
+    """{placeholder name: value} of everything that is not given at call time: parameters, buffers, lifted constants and
+    user inputs that export specialised to one plain value."""
+    return {spec.arg.name: _constant(ep, spec) for spec in ep.graph_signature.input_specs if _is_constant(spec)}
+
+
+def _is_constant(spec: InputSpec) -> bool:
+    return spec.kind in _CONSTANTS or isinstance(spec.arg, ConstantArgument)
+
+
+def _constant(ep: ExportedProgram, spec: InputSpec) -> Any:
+    if isinstance(spec.arg, ConstantArgument):
+        return spec.arg.value
+    store = ep.state_dict if spec.target in ep.state_dict else ep.constants
+    if spec.target is None or spec.target not in store:
+        raise ProgramError(f"placeholder {spec.arg.name} names the constant {spec.target}, which the program lacks")
+    return store[spec.target]
+
+
+def execute(
+    ep: ExportedProgram,
+    values: Mapping[str, Any],
+    *,
+    float64: bool = False,
+    tick: Tick | None = None,
+    watch: Watch | None = None,
+    gradients: bool = False,
+) -> Execution:
+    """Run `ep` with `values` by placeholder name; a value for a constant replaces the stored one, and may be
+    :class:`Deferred` in a lifted run. `gradients`: record those of the values that require them.
+
+    `watch` is called with every node and its value, and returns the value to go on with; then `tick` is. Nothing in
+    `values` or in the program is modified: what the program writes in place is cloned first.
+    """
+    written = _written_placeholders(ep)
+    known = constants(ep) | dict(values)
+    feed: list[Any] = []
+    fed: dict[str, Tensor] = {}
+    for spec in ep.graph_signature.input_specs:
+        name = spec.arg.name
+        if name not in known:
+            raise ProgramError(f"no value for input {name} ({spec.kind.name.lower()})")
+        value = lift(known[name]) if float64 and name in written else known[name]
+        if name in written and isinstance(value, Tensor):
+            fed[name] = value
+            value = value.clone()
+        feed.append(value)
+    with torch.set_grad_enabled(gradients), _default_dtype(torch.float64 if float64 else torch.get_default_dtype()):
+        runner = Runner(ep.graph_module, float64=float64, tick=tick, watch=watch)
+        results = runner.run(*feed, enable_io_processing=False)
+    after = {spec.arg.name: value for spec, value in zip(ep.graph_signature.input_specs, feed, strict=True)}
+    state = {name: after[name] for name, old in fed.items() if not torch.equal(old, after[name])}
+    return _split_outputs(ep, results, state)
+
+
+def _split_outputs(ep: ExportedProgram, results: Sequence[Any], state: dict[str, Tensor]) -> Execution:
+    signature = ep.graph_signature
+    buffers = {spec.target: spec.arg.name for spec in signature.input_specs if spec.kind is InputKind.BUFFER}
+    outputs: list[Any] = []
+    for spec, value in zip(signature.output_specs, results, strict=True):
+        if spec.kind is OutputKind.USER_OUTPUT:
+            outputs.append(value)
+        elif spec.kind is OutputKind.BUFFER_MUTATION:
+            state[buffers[spec.target]] = value
+        elif spec.kind is OutputKind.USER_INPUT_MUTATION and spec.target is not None:
+            state[spec.target] = value
+        else:
+            raise ProgramError(f"output {spec.arg} of kind {spec.kind.name} is not supported: export for inference")
+    return Execution(tuple(map(_computed, outputs)), state)
+
+
+def lift(value: Any) -> Any:
+    """float64 for a narrower float, tensor or dtype (complex likewise); anything else as it is."""
+    value = _computed(value)
+    if isinstance(value, Tensor):
+        wider = _WIDER.get(value.dtype)
+        return value if wider is None else value.detach().to(wider)
+    return _WIDER.get(value, value) if isinstance(value, torch.dtype) else value
+
+
+def _computed(value: Any) -> Any:
+    return value.compute() if isinstance(value, Deferred) else value
+
+
+def origin(node: Node) -> Node:
+    """The node whose data `node` shows, through views, casts, copies and in-place writes."""
+    while node.op == "call_function" and _passes_through(node):
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _passes_through(node: Node) -> bool:
+    if not node.all_input_nodes:
+        return False
+    if not is_op(node):
+        return op_name(node) == "getitem"
+    return node.target.is_view or op_name(node) in _COPIES or mutates(node)  # type: ignore[union-attr]
+
+
+def _written_placeholders(ep: ExportedProgram) -> set[str]:
+    """Placeholders that some op may write in place. Too many is harmless: each is cloned before the run."""
+    found: set[str] = set()
+    for node in ep.graph.nodes:
+        if mutates(node):
+            found.update(root.name for root in map(origin, node.all_input_nodes) if root.op == "placeholder")
+    return found
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(previous)
+
+
+class Runner(Interpreter):
+    """fx's interpreter (which frees every value after its last use), lifting as it goes."""
+
+    def __init__(
+        self, module: GraphModule, *, float64: bool, tick: Tick | None = None, watch: Watch | None = None
+    ) -> None:
+        super().__init__(module)
+        self.extra_traceback = False
+        self.float64 = float64
+        self.tick = tick
+        self.watch = watch
+
+    def run_node(self, n: Node) -> Any:
+        try:
+            result = super().run_node(n)
+        except _NODE_ERRORS as error:
+            where = " lifted to float64" if self.float64 else ""
+            raise ProgramError(f"node {n.name} ({n.target}) could not be run{where}: {error}") from error
+        if self.watch is not None:
+            result = self.watch(n, result)
+        if self.tick is not None:
+            self.tick()
+        return result
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not self.float64:
+            return super().call_function(target, args, kwargs)
+        name = str(target)
+        if name == _DTYPE_ASSERTION:
+            return None
+        if name in _LOOKUPS:
+            args, kwargs = map_aggregate(args, _computed), map_aggregate(kwargs, _computed)
+            return lift(super().call_function(target, args, kwargs))
+        args, kwargs = map_aggregate(args, self._lift), map_aggregate(kwargs, self._lift)
+        if name in _SCOPES:
+            body = next(i for i, value in enumerate(args) if isinstance(value, _Body))
+            return args[body](*args[body + 1 :])
+        return super().call_function(target, args, kwargs)
+
+    def _lift(self, value: Any) -> Any:
+        return _Body(value) if isinstance(value, GraphModule) else lift(value)
+
+
+class _Body(torch.nn.Module):
+    """The subgraph of a higher-order op, run lifted."""
+
+    def __init__(self, module: GraphModule) -> None:
+        super().__init__()
+        self.runner = Runner(module, float64=True)
+
+    def forward(self, *args: Any) -> Any:
+        return self.runner.run(*args, enable_io_processing=False)

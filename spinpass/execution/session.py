@@ -1,0 +1,80 @@
+"""One program run step by step on the state it returned itself, whatever basis it keeps that state in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+
+from spinpass import record
+from spinpass.execution.interpreter import Deferred, constants, execute
+from spinpass.record import Carried
+
+
+@dataclass
+class Session:
+    """A program run step by step, each time with the state it returned itself. Values go in and come out in the basis
+    of the original; `state` is raw, by placeholder name."""
+
+    ep: ExportedProgram
+    float64: bool
+    tick: Callable[[], None]
+    deferred: Mapping[str, Deferred] = field(default_factory=dict)
+    state: dict[str, Any] = field(default_factory=dict)
+    changed: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        found = record.read(self.ep)
+        self.carried_in: Mapping[str, Carried] = found.inputs if found else {}
+        self.carried_out: Mapping[int, Carried] = found.outputs if found else {}
+        self.known = constants(self.ep)
+        self.raw: tuple[Any, ...] = ()
+
+    def step(self, values: Mapping[str, Any]) -> tuple[Any, ...]:
+        """The flat user outputs for `values`, except where the program has state of its own."""
+        given = {name: _into(value, self.carried_in.get(name), self.float64) for name, value in values.items()}
+        fed = given | self.state
+        result = execute(self.ep, {**self.deferred, **fed}, float64=self.float64, tick=self.tick)
+        self.raw = result.outputs
+        self.state |= result.state
+        self.changed |= result.state.keys()
+        self.known |= fed
+        return tuple(self._plain(out, self.carried_out.get(i)) for i, out in enumerate(result.outputs))
+
+    def current(self, name: str) -> Any:
+        """What the input or buffer `name` holds now; None if the program has none of that name."""
+        return self._plain(self.state.get(name, self.known.get(name)), self.carried_in.get(name))
+
+    def _plain(self, out: Any, carried: Carried | None) -> Any:
+        """In the basis of the original, in the type that the program returned."""
+        if carried is None or not isinstance(out, Tensor):
+            return out
+        restored = _blockwise(out, carried, inverse=True)
+        return restored if self.float64 else restored.to(out.dtype)
+
+    def feed_back(self, returned: Mapping[int, str]) -> None:
+        """Outputs become inputs of the next step, raw."""
+        self.state |= {name: self.raw[i] for i, name in returned.items()}
+
+
+def _into(given: Any, carried: Carried | None, float64: bool) -> Any:
+    if carried is None or not isinstance(given, Tensor):
+        return given
+    rotated = into_basis(given, carried)
+    return rotated if float64 else rotated.to(given.dtype)
+
+
+def into_basis(x: Tensor, carried: Carried) -> Tensor:
+    """A plain cache tensor as the rotated program takes it, in float64."""
+    return _blockwise(x, carried, inverse=False)
+
+
+def _blockwise(x: Tensor, carried: Carried, *, inverse: bool) -> Tensor:
+    """x R (or x Rᵀ) in float64 on each contiguous block of the axis that is as long as the rotation."""
+    last = x.detach().to(torch.float64).movedim(carried.dim, -1)
+    blocks = last.reshape(*last.shape[:-1], -1, carried.rotation.size)
+    return carried.rotation.apply(blocks, inverse=inverse).flatten(-2).movedim(-1, carried.dim)

@@ -1,0 +1,242 @@
+"""Inputs for a program, made from its own placeholder specs.
+
+Sizes: the example inputs of the program where they are small, else small numbers for the independent symbols of the
+input shapes, within the range constraints; sizes that are expressions of others (a mask over past + new tokens) follow.
+Values: integers by what the graph does with them (see :class:`Role`), floats standard normal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.export.graph_signature import ConstantArgument, InputKind
+from torch.fx import Node
+
+from spinpass.errors import ConfigError
+from spinpass.execution.interpreter import flat_inputs
+from spinpass.execution.returned import returned_state
+from spinpass.execution.roles import Role, role_of
+from spinpass.graph.editor import shape, value
+
+Sizes = dict[Any, int]  # sympy symbol -> value
+
+_BATCH = 2
+_LENGTHS = (5, 3, 7, 4, 6)
+_LARGE = 64  # example inputs with a longer dynamic axis are not used: the check should be cheap
+
+
+@dataclass(frozen=True)
+class UserInput:
+    """One tensor or number that the caller gives. `shape` holds ints and symbolic expressions."""
+
+    node: Node
+    shape: tuple[Any, ...]
+    dtype: torch.dtype | None
+    role: Role
+    bound: int | None
+
+    @property
+    def name(self) -> str:
+        return self.node.name
+
+
+def synthetic_inputs(ep: ExportedProgram, *, seed: int = 0) -> dict[str, Any]:
+    """{user placeholder name: value}, valid for `ep` and the same for the same seed.
+
+    Tensors have the dtype and device of the placeholder. Raises ConfigError where no size satisfies the constraints.
+    """
+    inputs = user_inputs(ep)
+    generator = torch.Generator().manual_seed(seed)
+    examples = _examples(ep, inputs)
+    sizes = bound_sizes(inputs, examples) if examples else _chosen_sizes(ep, inputs)
+    fixed = _specialised(ep)
+    return {i.name: fixed[i.name] if i.name in fixed else _value(i, sizes, examples, generator) for i in inputs}
+
+
+def user_inputs(ep: ExportedProgram) -> list[UserInput]:
+    """The user inputs in signature order, with their roles."""
+    nodes = {node.name: node for node in ep.graph.nodes if node.op == "placeholder"}
+    specs = ep.graph_signature.input_specs
+    return [_user_input(nodes[spec.arg.name]) for spec in specs if spec.kind is InputKind.USER_INPUT]
+
+
+def _user_input(node: Node) -> UserInput:
+    val = value(node)
+    if not isinstance(val, Tensor):
+        return UserInput(node, (), None, Role.OTHER, None)
+    role, bound = (Role.OTHER, None) if val.is_floating_point() else role_of(node)
+    return UserInput(node, shape(node), val.dtype, role, bound)
+
+
+def _specialised(ep: ExportedProgram) -> dict[str, Any]:
+    args = [spec.arg for spec in ep.graph_signature.input_specs]
+    return {arg.name: arg.value for arg in args if isinstance(arg, ConstantArgument)}
+
+
+# -- sizes -----------------------------------------------------------------------------------------------------------
+
+
+def bound_sizes(inputs: list[UserInput], values: Mapping[str, Any]) -> Sizes:
+    """The symbols that stand alone as a size of some input, with their value in `values`."""
+    sizes: Sizes = {}
+    for spec in inputs:
+        if spec.dtype is None and isinstance(value(spec.node), torch.SymInt):
+            sizes.setdefault(value(spec.node).node.expr, values[spec.name])
+        for expression, size in zip(spec.shape, getattr(values[spec.name], "shape", ()), strict=False):
+            if getattr(expression, "is_symbol", False):
+                sizes.setdefault(expression, size)
+    return sizes
+
+
+def concrete(size: Any, sizes: Sizes) -> int:
+    """A size or symbolic expression as a number. ConfigError if a symbol has none."""
+    if isinstance(size, int):
+        return size
+    result = size.subs(sizes)
+    if not result.is_number:
+        raise ConfigError(f"size {size} cannot be derived from the other input sizes; give the inputs explicitly")
+    return int(result)
+
+
+def out_of_range(ep: ExportedProgram, sizes: Sizes) -> str | None:
+    """The first range constraint that `sizes` break, or None."""
+    for symbol, allowed in ep.range_constraints.items():
+        result = symbol.subs(sizes)
+        if result.is_number and not allowed.lower <= result <= allowed.upper:
+            return f"{symbol} = {result} is outside {allowed.lower}..{allowed.upper}"
+    return None
+
+
+def _chosen_sizes(ep: ExportedProgram, inputs: list[UserInput]) -> Sizes:
+    lengths = iter(_LENGTHS * 16)
+    sizes: Sizes = {}
+    for symbol, axis in _symbols(inputs):
+        if symbol in sizes:
+            continue
+        wanted = _BATCH if axis == 0 else next(lengths)
+        allowed = ep.range_constraints.get(symbol)
+        sizes[symbol] = wanted if allowed is None else int(min(max(wanted, allowed.lower), allowed.upper))
+    broken = out_of_range(ep, sizes)
+    if broken is not None:
+        raise ConfigError(f"no small input sizes found: {broken}; give the inputs explicitly")
+    return sizes
+
+
+def _symbols(inputs: list[UserInput]) -> Iterator[tuple[Any, int]]:
+    for spec in inputs:
+        val = value(spec.node)
+        if isinstance(val, torch.SymInt):
+            yield val.node.expr, 1
+        for axis, size in enumerate(spec.shape):
+            if not isinstance(size, int):
+                yield from ((symbol, axis) for symbol in sorted(size.free_symbols, key=str))
+
+
+# -- values ----------------------------------------------------------------------------------------------------------
+
+
+def _examples(ep: ExportedProgram, inputs: list[UserInput]) -> dict[str, Any]:
+    """The program's example inputs by name; nothing where it has none, they are fake, or a dynamic axis is long."""
+    if ep.example_inputs is None:
+        return {}
+    try:
+        values = flat_inputs(ep, ep.example_inputs)
+    except ConfigError:  # a container class that this process has not registered: make values from the specs
+        return {}
+    tensors = [(spec, values[spec.name]) for spec in inputs if spec.dtype is not None]
+    if any(type(v) not in (Tensor, torch.nn.Parameter) for _, v in tensors):
+        return {}
+    dynamic = [size for spec, v in tensors for known, size in zip(spec.shape, v.shape) if not isinstance(known, int)]
+    return {} if any(size > _LARGE for size in dynamic) and not _has_features(ep, inputs) else values
+
+
+def _has_features(ep: ExportedProgram, inputs: list[UserInput]) -> bool:
+    """The program takes images, sounds or embeddings: how many of them belong to which ids only its examples tell."""
+    state = set(returned_state(ep).values())
+    has_ids = any(spec.role is Role.LOOKUP for spec in inputs)
+    floats = [spec for spec in inputs if spec.dtype is not None and spec.dtype.is_floating_point]
+    return has_ids and any(spec.name not in state for spec in floats)
+
+
+def _value(spec: UserInput, sizes: Sizes, examples: Mapping[str, Any], generator: torch.Generator) -> Any:
+    val = value(spec.node)
+    example = examples.get(spec.name)
+    if isinstance(val, torch.SymInt):
+        return concrete(val.node.expr, sizes)
+    if not isinstance(val, Tensor):
+        return example if example is not None else val
+    if isinstance(example, Tensor) and not _is_blank(example):
+        return example.detach().clone()
+    return fresh(spec, tuple(concrete(size, sizes) for size in spec.shape), generator).to(val.device)
+
+
+def _is_blank(example: Tensor) -> bool:
+    """A float example of one repeated value (an empty cache, say) would hide a wrong rotation."""
+    return example.is_floating_point() and bool((example == example.flatten()[:1]).all())
+
+
+def fresh(spec: UserInput, size: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """New values of shape `size` according to the role, on the CPU."""
+    dtype = spec.dtype or torch.int64
+    if dtype.is_floating_point or dtype.is_complex:
+        return torch.randn(size, generator=generator, dtype=torch.float64).to(dtype)
+    if spec.role is Role.LOOKUP:
+        return torch.randint(0, spec.bound or 1, size, generator=generator, dtype=dtype)
+    if spec.role is Role.POSITION:
+        return torch.arange(size[-1] if size else 1, dtype=dtype).expand(size).clone()
+    return torch.ones(size, dtype=dtype)
+
+
+# -- the next step of a closed loop ----------------------------------------------------------------------------------
+
+
+def next_inputs(
+    ep: ExportedProgram, values: Mapping[str, Any], state: Mapping[str, Tensor], *, seed: int
+) -> dict[str, Any] | str:
+    """Inputs of the step after one that was run with `values` and left `state` (by placeholder name).
+
+    The state is taken as it is; new ids are drawn, positions go on, and masks become all ones, so that what the program
+    wrote itself is seen. A string says why there is no next step (a size is fixed, a position would leave its table).
+    """
+    inputs = user_inputs(ep)
+    returned = {spec.name: state[spec.name] for spec in inputs if spec.name in state}
+    sizes = bound_sizes(inputs, values) | bound_sizes([spec for spec in inputs if spec.name in returned], returned)
+    broken = out_of_range(ep, sizes)
+    if broken is not None:
+        return broken
+    grown = max((sum(new.shape) - sum(values[name].shape) for name, new in returned.items()), default=0)
+    generator = torch.Generator().manual_seed(seed)
+    following = dict(values)
+    for spec in inputs:
+        size = tuple(concrete(s, sizes) for s in spec.shape)
+        if spec.name in returned and tuple(returned[spec.name].shape) != size:
+            return f"{spec.name} was returned as {list(returned[spec.name].shape)} but is taken as {list(size)}"
+        following[spec.name] = returned.get(spec.name)
+        if spec.name not in returned:
+            following[spec.name] = _continued(spec, values[spec.name], size, grown, generator)
+    return _past_end(inputs, following) or following
+
+
+def _continued(spec: UserInput, old: Any, size: tuple[int, ...], grown: int, generator: torch.Generator) -> Any:
+    if not isinstance(old, Tensor):
+        return old
+    if spec.role is Role.LOOKUP:
+        return fresh(spec, size, generator).to(old.device)
+    if spec.role is Role.POSITION:
+        start = old + (grown or (size[-1] if size else 1))
+        return start if tuple(old.shape) == size else start.max() + fresh(spec, size, generator).to(old.device)
+    if spec.role is Role.MASK or spec.dtype is torch.bool or tuple(old.shape) != size:
+        return fresh(spec, size, generator).to(old.device)
+    return old
+
+
+def _past_end(inputs: list[UserInput], values: Mapping[str, Any]) -> str | None:
+    for spec in inputs:
+        if spec.role is Role.POSITION and spec.bound is not None and int(values[spec.name].max()) >= spec.bound:
+            return f"{spec.name} would pass the end of a cache of {spec.bound} places"
+    return None

@@ -1,0 +1,77 @@
+"""The certificate continued onto a .pte file: what ExecuTorch's runtime returns against the program, step by step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch.export import ExportedProgram
+
+from spinpass.certificate.certificate import BOUNDS
+from spinpass.certificate.files import FileCertificate, FileOutput, as_tensor, compare_output, describe, narrowest_dtype
+from spinpass.execution import interpreter as execution
+from spinpass.execution import synthetic
+from spinpass.execution.returned import output_names
+from spinpass.runtime.executorch_session import PteMethod
+
+_FURTHER_STEPS = 2
+
+
+@dataclass(frozen=True)
+class PteCertificate(FileCertificate):
+    """How far a .pte file is from the program; ``steps``: how often both were run, on the state that each kept."""
+
+    kind: str = ".pte file"
+    steps: int = 1
+
+    def to_dict(self) -> dict[str, Any]:
+        return super().to_dict() | {"steps": self.steps}
+
+
+def certify(ep: ExportedProgram, path: Path, inputs: object = None, bound: float | None = None) -> PteCertificate:
+    """Run the file at ``path`` and ``ep`` on ``inputs`` and compare; a program that keeps a cache in its buffers is run
+    on, each on the cache that it wrote itself.
+
+    ``inputs`` as in :func:`spinpass.execution.flat_inputs`; None makes them from the program's own specs. ``bound``:
+    on the relative error of an output; None is that of the program's dtype.
+
+    Raises:
+        ExportError: ExecuTorch cannot load or run the file.
+        ConfigError: the inputs do not fit the program.
+    """
+    values = synthetic.synthetic_inputs(ep) if inputs is None else execution.flat_inputs(ep, inputs)
+    described = tuple(f"{name} {describe(value)}" for name, value in values.items())
+    dtype = narrowest_dtype(ep)
+    limit = BOUNDS[dtype] if bound is None else bound
+    method, state = PteMethod(path), dict[str, Any]()
+    worst: dict[str, FileOutput] = {}
+    for step in range(1 + _FURTHER_STEPS):
+        expected = execution.execute(ep, {**values, **state})
+        found = method.run(list(values.values()))
+        for name, reference, result in zip(output_names(ep), expected.outputs, found, strict=True):
+            output = compare_output(name, as_tensor(reference), as_tensor(result), limit)
+            worst[name] = _worse(worst.get(name), output)
+        state |= expected.state
+        following = _following(ep, values, state, step)
+        if following is None:
+            break
+        values = following
+    return PteCertificate(tuple(worst.values()), dtype, described, steps=step + 1)
+
+
+def _following(
+    ep: ExportedProgram, values: Mapping[str, Any], state: Mapping[str, Any], step: int
+) -> dict[str, Any] | None:
+    """Inputs of the next step; None where there is none."""
+    if not state or state.keys() & values.keys():  # without state, or with state that the caller keeps
+        return None
+    following = synthetic.next_inputs(ep, values, state, seed=step + 1)
+    return None if isinstance(following, str) else following
+
+
+def _worse(old: FileOutput | None, new: FileOutput) -> FileOutput:
+    if old is None or not old.ok:
+        return old or new
+    return old if new.ok and old.difference.relative >= new.difference.relative else new

@@ -1,0 +1,97 @@
+"""An ONNX file against any program of the same model: the original of a rotated file, say.
+
+Where :func:`.certificate.certify` compares a file with the program it was written from, the two here may carry a
+KV cache in different bases. What each says about itself (:mod:`spinpass.record`; ``spinpass.record`` in the file's
+metadata) is undone: both are given the same cache in their own basis, and both results are read in the plain one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+
+from spinpass import record
+from spinpass.certificate.certificate import BOUNDS, compare
+from spinpass.certificate.files import FileCertificate, FileOutput
+from spinpass.errors import VerificationError
+from spinpass.execution import interpreter as execution
+from spinpass.execution import synthetic
+from spinpass.exporters.names import signature_names
+from spinpass.exporters.onnx.certificate import KIND
+from spinpass.record import Carried
+from spinpass.runtime.onnx_session import DTYPES, from_ort, open_session, run, to_ort
+
+
+def compare_file(program: ExportedProgram, path: Path) -> FileCertificate:
+    """Run both on synthetic inputs made from the specs of ``program``; inputs and outputs are matched by position.
+
+    Raises:
+        ExportError: ONNX Runtime cannot load or run the file.
+        VerificationError: the two do not even take and return the same things.
+    """
+    session = open_session(path)
+    names, there = signature_names(program), _carried_by(session)
+    found = record.read(program)
+    here_in = found.inputs if found else {}
+    here_out = {names.output_index[i]: carried for i, carried in found.outputs.items()} if found else {}
+    plain = synthetic.synthetic_inputs(program)
+    given = {name: torch.as_tensor(plain[name]) for name in names.inputs}
+    _check(session, given, len(names.outputs), path)
+    own = {name: _rotated(value, here_in.get(name)) for name, value in plain.items()}
+    returned = execution.run(program, own)
+    files = [i.name for i in session.get_inputs()]
+    feed = {
+        file: to_ort(_rotated(value, there.get(file)))
+        for file, value in zip(files, given.values(), strict=True)
+    }  # fmt: skip
+    results = map(from_ort, run(session, feed))
+    expected = {index: torch.as_tensor(returned[i]) for i, index in names.output_index.items()}
+    dtype = max({t.dtype for t in expected.values()} & BOUNDS.keys(), key=_roundoff, default=torch.float32)
+    outputs = [
+        _output(output.name, _rotated(expected[i], here_out.get(i), back=True),
+                _rotated(result, there.get(output.name), back=True), dtype)
+        for i, (output, result) in enumerate(zip(session.get_outputs(), results, strict=True))
+    ]  # fmt: skip
+    return FileCertificate(tuple(outputs), dtype, tuple(f"{n} {list(v.shape)}" for n, v in given.items()), KIND)
+
+
+def _carried_by(session: Any) -> dict[str, Carried]:
+    """The rotated inputs and outputs of a file, by name; none in a file that says nothing."""
+    text = session.get_modelmeta().custom_metadata_map.get("spinpass.record")
+    data = json.loads(text) if text else {"inputs": {}, "outputs": {}}
+    return {name: Carried.from_dict(entry) for name, entry in (data["inputs"] | data["outputs"]).items()}
+
+
+def _check(session: Any, given: Mapping[str, Tensor], outputs: int, path: Path) -> None:
+    ours = [(value.dtype, value.ndim) for value in given.values()]
+    theirs = [(DTYPES.get(i.type), len(i.shape)) for i in session.get_inputs()]
+    if ours != theirs:
+        taken = ", ".join(f"{i.name} {i.type} of rank {len(i.shape)}" for i in session.get_inputs())
+        raise VerificationError(f"the program takes other inputs ({', '.join(given)}) than {path.name} ({taken})")
+    if outputs != len(session.get_outputs()):
+        raise VerificationError(f"the program returns {outputs} values and {path.name} {len(session.get_outputs())}")
+
+
+def _rotated(value: Any, carried: Carried | None, *, back: bool = False) -> Any:
+    """x R, or with ``back`` x Rᵀ, on the blocks of the carried axis; the dtype is kept."""
+    if carried is None:
+        return value
+    last = value.to(torch.float64).movedim(carried.dim, -1)
+    blocks = carried.rotation.apply(last.unflatten(-1, (-1, carried.rotation.size)), inverse=back)
+    return blocks.flatten(-2).movedim(-1, carried.dim).to(value.dtype)
+
+
+def _output(name: str, reference: Tensor, result: Tensor, dtype: torch.dtype) -> FileOutput:
+    floating = reference.is_floating_point() or reference.is_complex()
+    difference = compare(reference, result, argmax=floating and reference.ndim == 3)
+    return FileOutput(name, tuple(reference.shape), difference, BOUNDS[dtype] if floating else 0.0)
+
+
+def _roundoff(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps

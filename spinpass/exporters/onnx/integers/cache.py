@@ -1,0 +1,165 @@
+"""A KV cache of 8 or 4 bits in GroupQueryAttention:  k ≈ q·s, one scale for every head and channel.
+
+The kernel rounds keys and values as they come, keeps the integers in the cache, and attends to what they stand for. The
+scales are constants of the file: the largest value of each channel over texts that the model itself is run on, divided
+by the largest integer. A rotation of the heads (R2, R3) spreads outliers over the channels of a head before that.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from spinpass.errors import ConfigError, ExportError
+from spinpass.exporters.onnx.fusion.attention import GQA
+from spinpass.exporters.onnx.fusion.builder import Builder
+from spinpass.exporters.onnx.fusion.match import sizes, static
+from spinpass.exporters.onnx.integers.four_bits import companions, load
+from spinpass.formats.paths import PROTOBUF_LIMIT, data_name, model_path, remove_stale_data
+from spinpass.formats.staging import staged
+from spinpass.runtime.onnx_graph import DecoderGraph
+from spinpass.runtime.onnx_session import from_ort, open_session
+
+_STORED = {8: ir.DataType.INT8, 4: ir.DataType.UINT8}  # two codes of four bits, plus 8 each, the first in the low half
+_SCALES = 12  # where the kernel takes the scales of keys and values
+Scales = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class CacheReport:
+    """What :func:`quantize_cache` did. Bytes are those of the cache for one token."""
+
+    path: Path
+    files: tuple[Path, ...]
+    bits: int
+    attention: int
+    bytes_before: int
+    bytes_after: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return self.__dict__ | {"path": str(self.path), "files": [str(file) for file in self.files]}
+
+
+def quantize_cache(
+    source: str | Path,
+    destination: str | Path,
+    bits: int,
+    calibration: Sequence[Sequence[int]],
+    *,
+    external_data: bool | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> CacheReport:
+    """Write a copy of a fused decoder whose cache holds integers.
+
+    Args:
+        source, destination: an ``.onnx`` file, or a folder with ``model.onnx``, whose other files are copied. The
+            source was exported with ``fuse=True`` and computes in float32; its weights may be packed.
+        bits: 8 (int8 of the shape of the float cache) or 4 (uint8, half as wide).
+        calibration: token ids of texts, each run from an empty cache.
+        external_data: as in :func:`spinpass.exporters.onnx.export`.
+        progress: called with (texts done, all texts).
+
+    Raises:
+        ConfigError: other bits, no calibration tokens.
+        ExportError: no readable model at ``source``, attention in it that is not fused or not in float32, ONNX Runtime
+            cannot load the result, ``destination`` cannot be written. Nothing is left behind.
+    """
+    if bits not in _STORED:
+        raise ConfigError(f"a KV cache of {bits} bits: choose 4 or 8")
+    if not any(len(text) for text in calibration):
+        raise ConfigError("the scales of a quantized KV cache need calibration tokens: give some")
+    origin, target = model_path(source), model_path(destination)
+    model = load(origin)
+    nodes = _attention(model.graph, origin)
+    scales = _scales(DecoderGraph.open(origin), 2 ** (bits - 1) - 1, calibration, progress)
+    before = sum(_row_bytes(node.inputs[i]) for node in nodes for i in (3, 4))
+    builder = Builder(model.graph)
+    for node in nodes:
+        _requantize(model.graph, builder.at(node), node, bits, scales)
+    model.metadata_props["spinpass.cache"] = json.dumps({"bits": bits, "scales": "per head and channel"})
+    weights = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+    external = weights > PROTOBUF_LIMIT if external_data is None else external_data
+    if not external:
+        ir.external_data.load_to_model(model)
+    with staged(target.parent, weights) as staging:
+        ir.save(model, staging / target.name, external_data=data_name(target) if external else None)
+        open_session(staging / target.name)
+        for file in companions(source, origin) if origin.parent.resolve() != target.parent.resolve() else ():
+            shutil.copyfile(file, staging / file.name)
+        files = tuple(target.parent / file.name for file in sorted(staging.iterdir()))
+    remove_stale_data(target, files)
+    return CacheReport(target, files, bits, len(nodes), before, before * bits // 32)
+
+
+def _attention(graph: ir.Graph, path: Path) -> list[ir.Node]:
+    """The fused attention of a graph that has no other cache."""
+    nodes = [node for node in graph if node.op_type == GQA]
+    held = {node.inputs[i] for node in nodes for i in (3, 4)}
+    left = [v.name for v in graph.inputs if len(sizes(v)) >= 3 and v not in held]
+    if left or not nodes:
+        what = f"its cache {left[0]} is not" if left else "no cache is"
+        raise ExportError(
+            f"{path}: {what} read by GroupQueryAttention; export the decoder with its cache, fused, and see "
+            "in the report what is not"
+        )
+    odd = next((node.inputs[3] for node in nodes if node.inputs[3].dtype != ir.DataType.FLOAT), None)  # type: ignore[union-attr]
+    if odd is not None:
+        raise ExportError(f"{path}: its cache {odd.name} is of type {odd.dtype}, and only float32 can be quantized")
+    return nodes
+
+
+def _scales(
+    graph: DecoderGraph, top: int, texts: Sequence[Sequence[int]], progress: Callable[[int, int], None] | None
+) -> Scales:
+    """Of every cache input: (heads · size,), float32; a channel that stays 0 has scale 1."""
+    peaks: Scales = {}
+    for done, text in enumerate(texts):
+        if len(text):
+            state = graph.start(1)
+            graph.step(torch.tensor([list(text)]), state)
+            for name, held in state.cache.items():
+                peak = from_ort(held).abs().amax((0, 2)).flatten()
+                peaks[name] = torch.maximum(peaks.get(name, peak), peak)
+        if progress is not None:
+            progress(done + 1, len(texts))
+    return {name: torch.where(peak > 0, peak / top, 1.0).float() for name, peak in peaks.items()}
+
+
+def _requantize(graph: ir.Graph, builder: Builder, node: ir.Node, bits: int, scales: Scales) -> None:
+    """The node with integers in its cache."""
+    inputs = [*node.inputs, *[None] * (_SCALES - len(node.inputs))]
+    past = [node.inputs[3], node.inputs[4]]
+    constants = [builder.constant(np.asarray(scales[str(v.name)].numpy())) for v in past if v is not None]
+    attributes = {name: attribute.value for name, attribute in node.attributes.items()}
+    attributes |= {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": bits}
+    stored = ir.TensorType(_STORED[bits])
+    y, *present = builder.node(
+        GQA,
+        [*inputs, *constants],
+        [(v, None, None) for v in node.outputs],
+        domain=node.domain,
+        attributes=attributes,
+    )
+    for value in (*past, *present):
+        assert value is not None and value.shape is not None  # matched by its shape
+        value.type = stored
+        value.shape = ir.Shape([*value.shape[:-1], (static(value, -1) or 0) * bits // 8])
+    names = [v.name for v in node.outputs]
+    ir.convenience.replace_all_uses_with(node.outputs, [y, *present], replace_graph_outputs=True)
+    graph.remove(node, safe=True)
+    for value, name in zip((y, *present), names, strict=True):
+        value.name = name
+
+
+def _row_bytes(cache: ir.Value | None) -> int:
+    """Of a float32 cache (batch, heads, length, size), for one token."""
+    return 4 * (static(cache, 1) or 0) * (static(cache, -1) or 0)

@@ -1,0 +1,198 @@
+"""Integer weights for ONNX Runtime from integers that exist: what :func:`spinpass.quantization.quantize` found goes
+into integer kernels as it is, without another rounding.
+
+8-bit weights behind 8-bit activations, per token or static, become integer products (:mod:`.kernels`), all others
+``MatMulNBits``, tables ``GatherBlockQuantized``. The last two take blocks of 16 to 256 weights: one scale per output
+channel, or a group of several blocks, is the same scale repeated; three bits are stored as four, whose grid holds them.
+The values (q − z)·s are those of the simulated program, bit for bit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from spinpass.errors import ConfigError, ExportError
+from spinpass.exporters.onnx.integers.four_bits import Packed, QuantizeReport, Work, constant_matrix, load, write
+from spinpass.exporters.onnx.integers.kernels import IntegerProducts, arrays, has_integer_kernel, is_rounded_per_token
+from spinpass.exporters.onnx.operators.hadamard import Body
+from spinpass.formats.paths import model_path
+from spinpass.quantization.report import QuantizedWeight
+from spinpass.quantization.rounding.grid import Codes
+
+_BLOCKS = (256, 128, 64, 32, 16)
+STORED_BITS = {2: 2, 3: 4, 4: 4, 8: 8}
+
+
+def pack_weights(
+    source: str | Path,
+    destination: str | Path,
+    weights: Mapping[str, QuantizedWeight],
+    *,
+    accuracy_level: int = 0,
+    external_data: bool | None = None,
+) -> QuantizeReport:
+    """Write a copy of an ONNX model whose constants of these names are integers.
+
+    Args:
+        source, destination: an ``.onnx`` file, or a folder with ``model.onnx``, whose other files are copied. The model
+            is that of the quantized program: its constants must be what the integers stand for.
+        weights: by parameter name, as in the report of :func:`spinpass.quantization.quantize`.
+        accuracy_level: how ``MatMulNBits`` computes: 0 in the model's dtype (weight-only), 4 with activations rounded
+            to int8 per block as they come, in place of a rounding to int8 per token that the program has there.
+        external_data: as in :func:`spinpass.exporters.onnx.export`.
+
+    Raises:
+        ConfigError: an accuracy level out of range, groups that the kernels' blocks do not fit.
+        ExportError: no readable model at ``source``; it has no product or lookup of what the integers of a weight
+            stand for; ``destination`` cannot be written. Nothing is left behind.
+    """
+    if accuracy_level not in range(5):
+        raise ConfigError(f"accuracy_level {accuracy_level} is not one of 0, 1, 2, 3, 4")
+    model = load(model_path(source))
+    named = {_digest(w.codes.dequantized()): name for name, w in weights.items()}
+    work = _Packing(model.graph, 0, True, accuracy_level, None, None, frozenset(), weights=weights, named=named)
+    work.run()
+    left = sorted(set(weights) - work.found)
+    if left:
+        where, name = model_path(source), left[0]
+        raise ExportError(
+            f"no matrix product or table lookup of {where} has the constant that the integers of {name} stand for; "
+            "export the program that quantize returned"
+        )
+    return write(model, work, source, model_path(destination), external_data)
+
+
+@dataclass
+class _Packing(Work):
+    """Replaces the products and lookups of constants whose integers are given. Exporters rename and transpose
+    constants, so they are known by their values: ``named`` has the weights by a digest of those.
+    """
+
+    weights: Mapping[str, QuantizedWeight] = field(default_factory=dict)
+    named: Mapping[bytes, str] = field(default_factory=dict)
+    found: set[str] = field(default_factory=set)
+    integers: dict[str, tuple[ir.Value, ir.Value, ir.Value]] = field(default_factory=dict)
+    products: IntegerProducts = field(default_factory=IntegerProducts)
+
+    def _matmul(self, node: ir.Node) -> None:
+        x, matrix = node.inputs[0], constant_matrix(node.inputs[1])
+        name = None if matrix is None else self._name(*matrix)
+        if x is None or name is None:
+            return super()._matmul(node)
+        if has_integer_kernel(x, self.weights[name]):
+            return self._integer_product(node, x, name)
+        if self.accuracy_level == 4:  # the kernel rounds
+            node.replace_input_with(0, self._before_rounding(x))
+        return super()._matmul(node)
+
+    def _before_rounding(self, x: ir.Value) -> ir.Value:
+        """What was rounded to int8 per token, also where channels are picked of the rounded value; else ``x``."""
+        node = x.producer()
+        source = None if node is None else node.inputs[0]
+        if node is None or source is None:
+            return x
+        if is_rounded_per_token(x):
+            return source
+        axis = node.attributes.get("axis")
+        if node.op_type != "Gather" or axis is None or x.shape is None or axis.as_int() not in (-1, len(x.shape) - 1):
+            return x
+        exact = self._before_rounding(source)
+        if exact is source:
+            return x
+        picked = ir.node("Gather", [exact, node.inputs[1]], {"axis": -1})
+        picked.outputs[0].type, picked.outputs[0].shape = x.type, x.shape
+        self.graph.insert_before(node, picked)
+        return picked.outputs[0]
+
+    def _integer_product(self, node: ir.Node, x: ir.Value, name: str) -> None:
+        self.found.add(name)
+        if name not in self.integers:
+            made = arrays(self.weights[name]).items()
+            q, scales, zeros = (self.constant(f"{name}.{suffix}", array) for suffix, array in made)
+            self.integers[name] = (q, scales, zeros)
+        body = Body()
+        result = self.products.build(body, x, self.integers[name])
+        ir.convenience.replace_nodes_and_values(self.graph, node, [node], body.nodes, node.outputs, [result])
+        self.matmuls += 1
+
+    def bits_of(self, constant: ir.Value, by_column: bool, head: bool) -> int | None:
+        name = self._name(constant, by_column)
+        return None if name is None else STORED_BITS[self.weights[name].codes.bits]
+
+    def table_bits_of(self, constant: ir.Value) -> int | None:
+        return self.bits_of(constant, True, False)
+
+    def quantized(self, constant: ir.Value, by_column: bool, bits: int) -> Packed:
+        name = self._name(constant, by_column)
+        assert name is not None and constant.const_value is not None  # by its bits
+        self.found.add(name)
+        codes = self.weights[name].codes
+        rows, columns = codes.q.shape
+        block = block_size(codes, name)
+        q, scales, zeros = blocks(codes, block)
+        kind = ml_dtypes.bfloat16 if constant.dtype == ir.DataType.BFLOAT16 else constant.const_value.numpy().dtype
+        label = f"{name}.q{bits}"
+        inputs = [
+            self.constant(label, packed_bits(q, bits).reshape(rows, q.shape[1] // block, -1)),
+            self.constant(f"{label}.scales", scales.float().numpy().astype(kind)),
+        ]
+        if bool((zeros != 2 ** (bits - 1)).any()):
+            inputs.append(self.constant(f"{label}.zero_points", packed_bits(zeros, bits)))
+        return Packed(columns, rows, bits, block, tuple(inputs))
+
+    def _name(self, constant: ir.Value, by_column: bool) -> str | None:
+        if constant.const_value is None or len(constant.const_value.shape) != 2:
+            return None
+        stored = torch.from_numpy(np.array(constant.const_value.numpy()).astype(np.float32))
+        return self.named.get(_digest(stored if by_column else stored.T))
+
+
+def block_size(codes: Codes, name: str) -> int:
+    """The largest block that no group border cuts; for one group per row, the one that wastes fewest weights.
+
+    Raises ConfigError: groups of a size that no block divides, or of columns that do not lie side by side.
+    """
+    columns, groups = codes.q.shape[1], codes.scales.shape[1]
+    if groups == 1:
+        return min(_BLOCKS, key=lambda b: (-(-columns // b) * b, -b))
+    size = codes.group_length
+    if size is None:
+        raise ConfigError(f"the groups of {name} do not lie side by side, as MatMulNBits needs them")
+    fitting = [b for b in _BLOCKS if size % b == 0]
+    if not fitting:
+        raise ConfigError(f"the groups of {name} have {size} weights; MatMulNBits takes multiples of {_BLOCKS[-1]}")
+    return fitting[0]
+
+
+def blocks(codes: Codes, block: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(codes (out, in padded to blocks), scales (out, blocks), zero points (out, blocks)); padding stands for zero."""
+    columns = codes.q.shape[1]
+    count = -(-columns // block)
+    at = codes.group_of[torch.arange(count) * block]
+    scales, zeros = codes.scales[:, at], codes.zeros[:, at]
+    q = torch.cat([codes.q, zeros[:, -1:].expand(-1, count * block - columns)], 1)
+    return q, scales, zeros
+
+
+def packed_bits(q: Tensor, bits: int) -> np.ndarray[Any, Any]:
+    """uint8 values below 2^bits, packed along the last axis, the first in the lowest bits; rows padded with zeros."""
+    per = 8 // bits
+    short = -q.shape[-1] % per
+    padded = torch.nn.functional.pad(q, (0, short)).reshape(*q.shape[:-1], -1, per).to(torch.int32)
+    shifted = padded << (torch.arange(per, dtype=torch.int32) * bits)
+    return np.asarray(shifted.sum(-1).to(torch.uint8))
+
+
+def _digest(matrix: Tensor) -> bytes:
+    """Of the values of a matrix (out, in), in float32."""
+    return hashlib.sha256(str(tuple(matrix.shape)).encode() + matrix.float().contiguous().numpy().tobytes()).digest()

@@ -1,0 +1,167 @@
+"""The online Hadamard in ONNX: one call of a model-local function per op, whose body is a few standard ops.
+
+A runtime that knows nothing of spinpass inlines the function and runs Reshape and MatMul; a tool that knows recognises
+the domain ``spinpass``, the function's name and the node's attributes ``order`` and ``transpose``. While the graph is
+optimised the call is an opaque node without a body, so that nothing can look inside, inline it or fold it away.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxscript
+import torch
+
+from spinpass.errors import ExportError
+from spinpass.rotations import hadamard
+
+DOMAIN = "spinpass"
+VERSION = 1
+OP = "Hadamard"
+
+_COMPUTE = {ir.DataType.DOUBLE: (ir.DataType.DOUBLE, np.float64)}
+_DEFAULT_COMPUTE = (ir.DataType.FLOAT, np.float32)
+
+
+def translation() -> Callable[..., Any]:
+    """What ``torch.onnx.export`` should emit for ``torch.ops.spinpass.hadamard``: the opaque node."""
+    call = onnxscript.values.Op(onnxscript.values.Opset(DOMAIN, VERSION), OP, _schema())
+
+    def hadamard_node(x: Any, order: int, transpose: bool = False) -> Any:
+        y = call(x, order=order, transpose=int(transpose))
+        y.dtype, y.shape = x.dtype, x.shape
+        return y
+
+    return hadamard_node
+
+
+def attach(model: ir.Model) -> int:
+    """Give every opaque node of ``model`` its function, changing the model in place; the number of such nodes.
+
+    The function is called ``Hadamard_<order>[x<blocks>][_transposed]_rank<rank>_<dtype>``, ``blocks`` being how many
+    blocks of ``order`` lie side by side on the last axis. Raises ExportError where the size of that axis is dynamic.
+    """
+    opset = model.opset_imports[""]
+    nodes = list(calls(model))
+    for node in nodes:
+        y = node.outputs[0]
+        assert y.shape is not None and y.dtype is not None  # torch.onnx sets both from the program's own values
+        order, transpose = node.attributes["order"].as_int(), bool(node.attributes["transpose"].as_int())
+        size, rank, dtype = y.shape[-1], len(y.shape), y.dtype
+        if not isinstance(size, int):
+            raise ExportError(
+                f"an online Hadamard of order {order} runs along an axis of the dynamic size {size}: make it static"
+            )
+        name = function_name(order, size // order, rank, dtype, transpose=transpose)
+        node.op_type = name
+        if (DOMAIN, name, "") not in model.functions:
+            function = _function(name, order, size // order, rank, dtype, transpose, opset)
+            model.functions[function.identifier()] = function
+    if nodes:
+        model.opset_imports[DOMAIN] = VERSION
+    return len(nodes)
+
+
+def calls(model: ir.Model) -> Iterator[ir.Node]:
+    """The online Hadamards of a model, before or after :func:`attach`."""
+    return filter(is_call, model.graph.all_nodes())
+
+
+def is_call(node: ir.Node) -> bool:
+    """The node is an online Hadamard."""
+    return node.domain == DOMAIN and node.op_type.startswith(OP)
+
+
+def function_name(order: int, blocks: int, rank: int, dtype: ir.DataType, *, transpose: bool) -> str:
+    size = f"{order}x{blocks}" if blocks > 1 else f"{order}"
+    return f"{OP}_{size}{'_transposed' if transpose else ''}_rank{rank}_{dtype.name.lower()}"
+
+
+def _schema() -> onnx.defs.OpSchema:
+    floats = ["tensor(float16)", "tensor(bfloat16)", "tensor(float)", "tensor(double)"]
+    integer = onnx.defs.OpSchema.AttrType.INT
+    return onnx.defs.OpSchema(
+        OP,
+        DOMAIN,
+        VERSION,
+        inputs=[onnx.defs.OpSchema.FormalParameter("x", "T")],
+        outputs=[onnx.defs.OpSchema.FormalParameter("y", "T")],
+        type_constraints=[("T", floats, "")],
+        attributes=[
+            onnx.defs.OpSchema.Attribute("order", integer, "", required=True),
+            onnx.defs.OpSchema.Attribute("transpose", integer, "", required=True),
+        ],
+    )
+
+
+def _function(
+    name: str, order: int, blocks: int, rank: int, dtype: ir.DataType, transpose: bool, opset: int
+) -> ir.Function:
+    """``y = x (I ⊗ H) / √order`` with ``H = F1 ⊗ F2 ⊗ ...``: the last axis is viewed as (blocks, f1, f2, ...) and each
+    of the axes multiplied by its factor, the last one from the right, the others (transposed) from the left.
+
+    Reshape copies the leading axes (size 0), so no Shape op is needed. Half types are computed in float32 as in
+    :func:`spinpass.rotations.hadamard.transform`.
+    """
+    body = Body()
+    x = ir.Value(name="x")
+    compute, array_type = _COMPUTE.get(dtype, _DEFAULT_COMPUTE)
+    value = body.cast(x, dtype, compute)
+    leading = [0] * (rank - 1)
+    whole = view = [*leading, blocks * order]
+    trailing = 1
+    for factor in reversed(hadamard.factor_matrices(order, torch.float64)):
+        f = factor.shape[0]
+        lead = blocks * order // (trailing * f)
+        view, before = [*leading, *_above_one(lead), f, *_above_one(trailing)], view
+        value = value if view == before else body.reshape(value, view)
+        right = (factor.t() if transpose else factor).numpy() / math.sqrt(f)
+        operand = body.constant((right if trailing == 1 else right.T).astype(array_type, order="C"))
+        value = body.add("MatMul", value, operand) if trailing == 1 else body.add("MatMul", operand, value)
+        trailing *= f
+    value = value if view == whole else body.reshape(value, whole)
+    what = f"x (I ⊗ {'Hᵀ' if transpose else 'H'})/√{order}, H the Hadamard matrix of order {order}, {blocks} blocks"
+    return body.function(name, (x,), body.cast(value, compute, dtype), ("order", "transpose"), opset, what)
+
+
+def _above_one(size: int) -> list[int]:
+    return [size] if size > 1 else []
+
+
+class Body:
+    """Collects the nodes of a function."""
+
+    def __init__(self) -> None:
+        self.nodes: list[ir.Node] = []
+
+    def add(self, op: str, *inputs: ir.Value, **attributes: int) -> ir.Value:
+        node = ir.node(op, list(inputs), attributes)
+        self.nodes.append(node)
+        return node.outputs[0]
+
+    def constant(self, array: np.ndarray[Any, Any]) -> ir.Value:
+        node = ir.node("Constant", [], {"value": ir.tensor(array)})
+        self.nodes.append(node)
+        return node.outputs[0]
+
+    def reshape(self, value: ir.Value, shape: list[int]) -> ir.Value:
+        return self.add("Reshape", value, self.constant(np.array(shape, np.int64)))
+
+    def cast(self, value: ir.Value, given: ir.DataType, wanted: ir.DataType) -> ir.Value:
+        return value if given == wanted else self.add("Cast", value, to=wanted.value)
+
+    def function(
+        self, name: str, inputs: Sequence[ir.Value], y: ir.Value, attributes: Sequence[str], opset: int, what: str
+    ) -> ir.Function:
+        """The nodes as a function of spinpass's domain; ``attributes`` are integers that a call of it states."""
+        y.name = "y"
+        graph = ir.Graph(list(inputs), [y], nodes=self.nodes, opset_imports={"": opset}, name=name)
+        listed = [ir.Attr(key, ir.AttributeType.INT, None) for key in attributes]
+        function = ir.Function(DOMAIN, name, "", graph=graph, attributes=listed)
+        function.doc_string = what
+        return function

@@ -1,0 +1,205 @@
+"""``export``: an exported program becomes an ONNX file that stock ONNX Runtime runs, online Hadamards included.
+
+The Hadamards stay recognisable as calls of functions of the domain ``spinpass`` (see :mod:`.operators.hadamard`). The
+file is compared with the program before it appears under its name, and appears by rename.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+from onnx_ir.passes import common
+from torch.export import ExportedProgram
+
+from spinpass import record
+from spinpass.certificate.files import FileCertificate
+from spinpass.errors import ConfigError, ProgramError
+from spinpass.exporters.clock import Clock
+from spinpass.exporters.names import GraphNames, Names, renamed, signature_names
+from spinpass.exporters.onnx import translate as onnx_translate
+from spinpass.exporters.onnx.certificate import certify
+from spinpass.exporters.onnx.fusion import fuse as onnx_fuse
+from spinpass.exporters.onnx.fusion.fuse import Fused
+from spinpass.exporters.onnx.operators import hadamard as onnx_functions
+from spinpass.exporters.onnx.operators import packed_linear as onnx_packed
+from spinpass.exporters.onnx.operators import rounding as onnx_rounding
+from spinpass.formats.paths import PROTOBUF_LIMIT, data_name, model_path, remove_stale_data
+from spinpass.formats.staging import staged
+from spinpass.runtime.onnx_session import NoKernelError
+
+VERIFY_LIMIT = 2**31
+"""Above this many bytes of weights ``verify=None`` does not certify: both the program and ONNX Runtime would be run."""
+
+
+@dataclass(frozen=True)
+class OnnxReport:
+    """What :func:`export` wrote.
+
+    ``bytes`` is the size of all ``files`` together, ``hadamards`` the number of online Hadamards in the graph. Without
+    a ``certificate``, ``uncertified`` says why. ``seconds`` maps the steps to wall-clock time. ``fused`` is what became
+    of attention and norms, None where it was not asked for.
+    """
+
+    path: Path
+    files: tuple[Path, ...]
+    bytes: int
+    opset: int
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    hadamards: int
+    certificate: FileCertificate | None
+    uncertified: str
+    seconds: Mapping[str, float]
+    fused: Fused | None = None
+
+    def fused_lines(self) -> list[str]:
+        """What was fused, and a line for every attention that was not; nothing where it was not asked for."""
+        return [] if self.fused is None else [self.fused.summary, *(f"not fused: {why}" for why in self.fused.kept)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return {
+            "path": str(self.path),
+            "files": [str(file) for file in self.files],
+            "bytes": self.bytes,
+            "opset": self.opset,
+            "inputs": list(self.inputs),
+            "outputs": list(self.outputs),
+            "hadamards": self.hadamards,
+            "certificate": None if self.certificate is None else self.certificate.to_dict(),
+            "uncertified": self.uncertified,
+            "seconds": dict(self.seconds),
+            "fused": None if self.fused is None else self.fused.to_dict(),
+        }
+
+
+def export(
+    ep: ExportedProgram,
+    path: str | Path,
+    *,
+    input_names: Names = None,
+    output_names: Names = None,
+    opset: int | None = None,
+    fuse: bool = False,
+    external_data: bool | None = None,
+    external_threshold: int = PROTOBUF_LIMIT,
+    verify: bool | None = None,
+    inputs: object = None,
+    metadata: Mapping[str, str] | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> OnnxReport:
+    """Write ``ep`` as ONNX. The program is not changed; dynamic axes stay dynamic.
+
+    Args:
+        ep: an inference program; dtypes float32, float64, float16, and bfloat16 where ONNX Runtime has kernels.
+        path: ``.../name.onnx``, or a folder, which then gets ``model.onnx``. Existing files are replaced.
+        input_names, output_names: a sequence for all of them or {name in the program: new name}. By default inputs have
+            the names of the program's placeholders and outputs the keys of the returned structure (``logits``,
+            ``past_key_values_0``), or the program's own names where it has no keys; ``output.`` in front where an input
+            has that name.
+        opset: ONNX opset; None takes the one torch translates to.
+        fuse: use ONNX Runtime's own operators for attention, rotary embeddings and norms where they compute the same
+            (:mod:`.fusion`). The file then needs ONNX Runtime, and takes several tokens on top of a cache for one
+            sequence at a time; prompts and single tokens in batches.
+        external_data: weights in ``name.onnx.data`` beside the file; None does that above ``external_threshold`` bytes.
+        verify: compare ONNX Runtime's outputs with the program's. None does so up to 2 GiB of weights and where ONNX
+            Runtime has the kernels on a CPU; True insists.
+        inputs: what to compare on; None makes small inputs from the program's own specs.
+        metadata: further ``metadata_props`` of the model.
+        progress: called with the name of each step before it starts.
+
+    Raises:
+        ProgramError: not an ExportedProgram.
+        ConfigError: names or options that do not fit.
+        ExportError: an op without translation, state written in place, ONNX Runtime cannot run the result, nothing can
+            be written there.
+        VerificationError: the file would not compute what the program computes. In every case nothing is left behind.
+    """
+    if not isinstance(ep, ExportedProgram):
+        raise ProgramError(f"export takes a torch.export.ExportedProgram, got {type(ep).__name__}")
+    target = model_path(path)
+    clock = Clock(progress)
+    clock.start("translate")
+    names = renamed(signature_names(ep), input_names, output_names)
+    model = onnx_translate.translate(ep, opset)
+    fused = onnx_fuse.fuse(model) if fuse else None
+    about = {} if fused is None else {"spinpass.fused": json.dumps(fused.to_dict())}
+    hadamards = _finish(model, names, _record(ep, names) | about | dict(metadata or {}))
+    weights = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+    external = weights > external_threshold if external_data is None else external_data
+    if not external and weights > PROTOBUF_LIMIT:
+        raise ConfigError(
+            f"one ONNX file cannot hold {weights:,} bytes of weights: leave external_data at None or set it to True"
+        )
+    with staged(target.parent, weights) as staging:
+        clock.start("write")
+        ir.save(model, staging / target.name, external_data=data_name(target) if external else None)
+        written = sorted(staging.iterdir())
+        size = sum(file.stat().st_size for file in written)
+        clock.start("certify")
+        certificate, uncertified = _certify(ep, staging / target.name, inputs, verify, weights, fused)
+    files = tuple(target.parent / file.name for file in written)
+    remove_stale_data(target, files)
+    clock.stop()
+    return OnnxReport(
+        path=target,
+        files=files,
+        bytes=size,
+        opset=model.opset_imports[""],
+        inputs=tuple(names.inputs),
+        outputs=tuple(names.outputs),
+        hadamards=hadamards,
+        certificate=certificate,
+        uncertified=uncertified,
+        seconds=clock.seconds,
+        fused=fused,
+    )
+
+
+def _finish(model: ir.Model, names: GraphNames, metadata: Mapping[str, str]) -> int:
+    """Names, metadata, kernels of packed layers and the functions of the Hadamards, in place; returns how many of these
+    there are.
+    """
+    common.ClearMetadataAndDocStringPass()(model)
+    onnx_packed.lower(model)
+    hadamards = onnx_functions.attach(model)
+    onnx_rounding.attach(model)
+    for value, name in zip((*model.graph.inputs, *model.graph.outputs), (*names.inputs, *names.outputs), strict=True):
+        value.name = name
+    common.NameFixPass()(model)
+    model.metadata_props.update({"spinpass.hadamards": str(hadamards), **metadata})
+    return hadamards
+
+
+def _record(ep: ExportedProgram, names: GraphNames) -> dict[str, str]:
+    """What a rotated program says about itself, its cache inputs and outputs under their names in the graph."""
+    found = record.read(ep)
+    if found is None:
+        return {}
+    data = found.to_dict()
+    data["inputs"] = {names.inputs[names.input_index[name]]: carried for name, carried in data["inputs"].items()}
+    data["outputs"] = {names.outputs[names.output_index[int(i)]]: carried for i, carried in data["outputs"].items()}
+    return {"spinpass.record": json.dumps(data)}
+
+
+def _certify(
+    ep: ExportedProgram, path: Path, inputs: object, verify: bool | None, weights: int, fused: Fused | None
+) -> tuple[FileCertificate | None, str]:
+    """The certificate, or None and why there is none. Raises VerificationError where it fails."""
+    if verify is False:
+        return None, "switched off"
+    if verify is None and weights > VERIFY_LIMIT:
+        return None, f"{weights:,} bytes of weights are above the limit of {VERIFY_LIMIT:,}: pass verify=True"
+    try:
+        certificate = certify(ep, path, inputs, fused=fused is not None and fused.attention > 0)
+    except NoKernelError as error:
+        if verify:
+            raise
+        return None, str(error)
+    certificate.raise_if_failed()
+    return certificate, ""

@@ -1,0 +1,40 @@
+"""A folder that ExecuTorch runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+from spinpass.cli.screen import Steps
+from spinpass.errors import ExportError
+from spinpass.folders.companions import Result, Written, write_companions
+from spinpass.loading.models import LoadedModel
+
+
+def write_pte_folder(
+    executorch: SimpleNamespace,
+    loaded: LoadedModel,
+    result: Result,
+    out: Path,
+    steps: Steps,
+    *,
+    certify: bool = True,
+) -> Written:
+    """Export for ExecuTorch, and put beside the file what belongs to the model.
+
+    Raises ExportError, ConfigError, VerificationError: as :func:`spinpass.exporters.executorch.export`.
+    """
+    report = executorch.export(
+        result.exportable, out, verify=certify, progress=lambda step: steps.begin(f"executorch: {step}")
+    )
+    files = [path.name for path in report.files]
+    return Written(report, *write_companions(loaded, result, {"executorch": report.to_dict()}, files, out))
+
+
+def executorch_tools() -> SimpleNamespace:
+    """What writes for ExecuTorch, imported when it is needed."""
+    try:
+        from spinpass.exporters.executorch import writer as executorch
+    except ModuleNotFoundError as error:
+        raise ExportError(f"writing for ExecuTorch needs {error.name}: pip install 'spinpass[executorch]'") from error
+    return SimpleNamespace(export=executorch.export)

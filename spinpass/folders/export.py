@@ -1,0 +1,150 @@
+"""What ``spinpass export`` is asked for, and how it is carried out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+from spinpass.cli.screen import Steps
+from spinpass.config import RotationConfig
+from spinpass.errors import ConfigError
+from spinpass.evaluation.texts import SAMPLES, check_calibration, check_samples
+from spinpass.folders.companions import Result, Written, check_writable, quantized, rotated
+from spinpass.folders.executorch import executorch_tools, write_pte_folder
+from spinpass.folders.gptq import WEIGHTS_ONLY, check_rotation, write_gptq_folder
+from spinpass.folders.onnx import CacheBits, onnx_tools, write_folder
+from spinpass.loading.models import load_model
+from spinpass.passes.last_token import last_token
+from spinpass.quantization import QuantizationConfig
+
+Target = Literal["onnx", "executorch", "gptq"]
+IntegerCache = Literal["int8", "int4"]
+
+
+@dataclass(frozen=True)
+class ExportRequest:
+    """The options of the command. Raises ConfigError for combinations that mean nothing."""
+
+    model: str
+    out: Path
+    config: RotationConfig | None
+    to: Target = "onnx"
+    quantize: str = ""
+    calibration: Path | None = None
+    int4: bool = False
+    kv_cache: IntegerCache | None = None
+    dtype: str = "float32"
+    cache: bool = True
+    context: int = 1024
+    dequantize: bool = False
+    last_logits: bool = False
+    fuse: bool = True
+    certify: bool = True
+    samples: int = SAMPLES
+
+    def __post_init__(self) -> None:
+        check_samples(self.samples)
+        if self.quantize:
+            check_calibration(self.quantize, self.calibration)
+            if self.int4:
+                raise ConfigError("--int4 rounds the weights by itself: leave it out with --quantize")
+        if self.to == "gptq":
+            self._check_checkpoint()
+        if self.to == "executorch":
+            self._check_executorch()
+        elif self.kv_cache is not None:
+            self._check_integer_cache()
+
+    def _check_checkpoint(self) -> None:
+        if self.int4 or self.kv_cache is not None:
+            raise ConfigError(
+                "--int4 and --kv-cache are ONNX Runtime's: use --quantize w4g128-gptq, say, with --to gptq"
+            )
+        if self.last_logits:
+            raise ConfigError("a checkpoint has no logits: leave out --last-logits with --to gptq")
+        scheme = self._scheme
+        if scheme is None or scheme.weights is None:
+            raise ConfigError(WEIGHTS_ONLY)
+        if scheme.activations is not None or scheme.cache is not None:
+            raise ConfigError("a GPTQ checkpoint holds weights alone: leave the parts a… and kv… out of --quantize")
+        if scheme.mixed_rows:
+            raise ConfigError("weights of a GPTQ checkpoint have one width each: leave the part rows out of --quantize")
+
+    def _check_executorch(self) -> None:
+        if self.int4:
+            raise ConfigError("--int4 packs for ONNX Runtime: use --quantize w4g32-gptq-a8 with --to executorch")
+        if not self.cache:
+            raise ConfigError("--to executorch writes a decoder with its cache inside: leave --no-cache out")
+        if self.kv_cache is not None:
+            raise ConfigError("--kv-cache is ONNX Runtime's: leave it out with --to executorch")
+
+    def _check_integer_cache(self) -> None:
+        if self.calibration is None:
+            raise ConfigError(f"--kv-cache {self.kv_cache} needs a text for its scales: add --calibration FILE")
+        if not (self.fuse and self.cache):
+            raise ConfigError("--kv-cache is GroupQueryAttention's: leave out --no-fuse and --no-cache")
+
+    @property
+    def _scheme(self) -> QuantizationConfig | None:
+        return QuantizationConfig.parse(self.quantize) if self.quantize else None
+
+    @property
+    def notes(self) -> list[str]:
+        """What the user should know about the combination."""
+        found = []
+        if self.int4 and self.config is not None:
+            found.append(
+                "4-bit weights alone seldom gain from a rotation and may lose: compare with --rotations none, or round "
+                "activations as well, --quantize w4g128-gptq-a8"
+            )
+        scheme = self._scheme
+        if self.to == "onnx" and scheme is not None and scheme.weights is not None and scheme.activations is None:
+            found.append(
+                f"{self.quantize} leaves activations alone: ONNX Runtime multiplies in floats, and decoding is several "
+                "times slower than with -a8"
+            )
+        rotation = self.config
+        if scheme is not None and rotation is not None and rotation.form == "auto" and "R1" in rotation.rotations:
+            found.append(
+                "form auto folds R1 into the weights where it can, norm scales included; --form online costs two "
+                "Hadamards per layer and usually loses less under quantization (spinpass tune measures it)"
+            )
+        return found
+
+    def run(self, steps: Steps) -> tuple[Result, Written]:
+        """Load, rotate, certify, quantize, write. What is missing is said before the minutes of work.
+
+        Raises whatever the steps do: ConfigError, ExportError, RefusedError, VerificationError.
+        """
+        write = self._writer()
+        check_writable(self.out)
+        loaded = load_model(
+            self.model,
+            dtype=self.dtype,
+            cache=self.cache and self.to != "gptq",
+            context=self.context if self.to == "executorch" else None,
+            dequantize=self.dequantize,
+            progress=steps.begin,
+        )
+        result = rotated(loaded.program, self.config, steps, certify=self.certify)
+        if self.to == "gptq":
+            check_rotation(loaded, result)
+        if self.quantize:
+            result = quantized(result, loaded, self.quantize, self.calibration, steps, self.samples)
+        if self.last_logits:
+            result = replace(result, program=last_token(result.program))
+        return result, write(loaded, result, self.out, steps, certify=self.certify)
+
+    def _writer(self) -> Callable[..., Written]:
+        """What writes the folder, its packages imported. Raises ExportError where one is missing."""
+        if self.to == "gptq":
+            return write_gptq_folder
+        if self.to == "executorch":
+            return partial(write_pte_folder, executorch_tools())
+        bits = None
+        if self.kv_cache is not None and self.calibration is not None:
+            bits = CacheBits(int(self.kv_cache.removeprefix("int")), self.calibration)
+        return partial(write_folder, onnx_tools(), int4=self.int4, fuse=self.fuse, cache=bits)

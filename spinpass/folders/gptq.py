@@ -1,0 +1,89 @@
+"""A GPTQ checkpoint folder, which loaders of such checkpoints read as they read any other.
+
+They know no rotation, so only what is folded into the weights may be rotated, and only weights may be rounded. The
+model as it was exported, with the written weights by their names, is proved to be the rotated program.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from spinpass.certificate.programs import verify
+from spinpass.cli.screen import Steps
+from spinpass.errors import ConfigError, VerificationError
+from spinpass.folders.companions import Result, Written, write_companions
+from spinpass.formats.gptq import QUANTIZE_CONFIG, write_gptq
+from spinpass.graph.editor import ProgramEditor
+from spinpass.loading.models import LoadedModel
+from spinpass.passes.untie import untie
+
+WEIGHTS_ONLY = "--to gptq writes quantized weights: add --quantize, say w4g128-gptq"
+
+
+def check_rotation(loaded: LoadedModel, result: Result) -> None:
+    """ConfigError, saying what to ask for instead, where a rotation is online or adds parameters."""
+    online = [space for space in result.plan.spaces if space.online] if result.plan is not None else []
+    if online:
+        raise ConfigError(
+            f"loaders of GPTQ checkpoints know no online rotation, such as that of {online[0].name}: "
+            "use --rotations R1,R2 --form offline --tied untie"
+        )
+    added = sorted(result.program.state_dict.keys() - loaded.program.state_dict.keys())
+    if added:
+        raise ConfigError(
+            f"the rotation adds {added[0]}, which the model of the configuration has not: leave out R1, or --tied keep"
+        )
+
+
+def write_gptq_folder(loaded: LoadedModel, result: Result, out: Path, steps: Steps, *, certify: bool = True) -> Written:
+    """Write the integers, everything else in the program's dtype, tokenizer and configuration.
+
+    Raises:
+        ConfigError: no weight is quantized, or one does not fit the layout.
+        VerificationError: (``certify``) the model's architecture with these weights is another function, as where a
+            norm had to become one of another kind.
+        ExportError: safetensors is missing, or the folder is not writable.
+    """
+    made = result.quantization
+    if made is None or not made.weights:
+        raise ConfigError(WEIGHTS_ONLY)
+    if certify:
+        steps.start("certify the checkpoint")
+        _check_architecture(loaded, result)
+    steps.start("write")
+    tensors = {name: t for name, t in result.program.state_dict.items() if name not in made.weights}
+    report = write_gptq(out, made.weights, tensors=tensors)
+    files = [path.name for path in report.files]
+    return Written(report, *write_companions(_described(loaded, result, out), result, {}, files, out))
+
+
+def _check_architecture(loaded: LoadedModel, result: Result) -> None:
+    editor = ProgramEditor(loaded.program)
+    if _unties(result):
+        untie(editor, [node for node in editor.nodes if editor.has_alias(node)])
+    program = editor.finish()
+    program.state_dict.update(result.program.state_dict)
+    found = verify(result.program, program)
+    if not found.ok:
+        raise VerificationError(
+            f"with these weights the model that was exported is another function ({found.verdict}): its architecture "
+            "cannot hold this rotation; leave out R1"
+        )
+
+
+def _unties(result: Result) -> bool:
+    return result.plan is not None and result.plan.config.tied == "untie"
+
+
+def _described(loaded: LoadedModel, result: Result, out: Path) -> LoadedModel:
+    """With a configuration that says how the weights are stored, and that the head has its own where it has now."""
+    if loaded.companions is None:
+        return loaded
+    config = copy.deepcopy(loaded.companions.config)
+    config.quantization_config = json.loads((out / QUANTIZE_CONFIG).read_text(encoding="utf-8"))
+    if _unties(result):
+        config.tie_word_embeddings = False
+    return replace(loaded, companions=replace(loaded.companions, config=config))

@@ -1,0 +1,142 @@
+"""A folder that ONNX Runtime runs: export, pack the weights, quantize the cache, and what GenAI reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import SimpleNamespace
+from typing import Any
+
+from spinpass.cli.screen import Steps
+from spinpass.errors import ConfigError, ExportError
+from spinpass.evaluation.scoring import token_ids
+from spinpass.evaluation.texts import calibration_windows
+from spinpass.folders.companions import Result, Written, write_companions
+from spinpass.loading.models import Companions, LoadedModel
+from spinpass.quantization import QuantizationReport
+
+_REPORTS = {"packed": "pack", "cache": "cache"}  # in spinpass.json: of which step
+
+
+@dataclass(frozen=True)
+class CacheBits:
+    """How the KV cache is stored: integers of so many ``bits``, with scales from the UTF-8 file ``text``."""
+
+    bits: int
+    text: Path
+
+
+def write_folder(
+    onnx: SimpleNamespace,
+    loaded: LoadedModel,
+    result: Result,
+    out: Path,
+    steps: Steps,
+    *,
+    int4: bool = False,
+    fuse: bool = True,
+    cache: CacheBits | None = None,
+    certify: bool = True,
+) -> Written:
+    """Export, pack, quantize the cache, and put beside it what belongs to the model. What is written on the way does
+    not appear in ``out``.
+
+    Raises ExportError, ConfigError: as :func:`spinpass.exporters.onnx.export` and what packs.
+    """
+    pack = _packing(onnx, result.quantization, int4)
+
+    def export(folder: Path) -> Any:
+        return onnx.export(
+            result.program,
+            folder,
+            **onnx.cache_names(result.program),
+            fuse=fuse,
+            # a value that lies at a tie may be rounded either way: there is no bound to hold a quantized file to
+            verify=None if certify and result.quantization is None else False,
+            progress=lambda step: steps.begin(f"onnx: {step}"),
+        )
+
+    later: dict[str, Callable[[Path, Path], Any]] = {} if pack is None else {"pack": pack}
+    if cache is not None:
+        later["cache"] = _cache_writer(onnx, loaded, cache)
+    if not later:
+        report = export(out)
+        return _written(onnx, loaded, result, out, report, {})
+    out.parent.mkdir(parents=True, exist_ok=True)
+    made: dict[str, Any] = {}
+    with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as staging:
+        report = export(Path(staging, "0"))
+        if cache is not None and report.fused.kept:
+            why = report.fused.kept[0]
+            raise ExportError(f"only ONNX Runtime's own attention reads a cache of integers, and this is not it: {why}")
+        source = report.path
+        for step, write in later.items():
+            steps.start(step)
+            made[step] = write(source, out if step == list(later)[-1] else Path(staging, step))
+            source = made[step].path
+    report = replace(report, path=source, files=made[step].files)
+    return _written(onnx, loaded, result, out, report, made)
+
+
+def _written(
+    onnx: SimpleNamespace, loaded: LoadedModel, result: Result, out: Path, report: Any, made: dict[str, Any]
+) -> Written:
+    reports = {"onnx": report.to_dict()}
+    reports |= {name: made[step].to_dict() if step in made else None for name, step in _REPORTS.items()}
+    files = {path.name for path in report.files}
+    if loaded.companions is not None:
+        reports["genai"] = _write_genai_config(onnx, loaded.companions, out)
+        files |= {reports["genai"]["file"]} - {None}
+    return Written(report, *write_companions(loaded, result, reports, files, out))
+
+
+def _cache_writer(onnx: SimpleNamespace, loaded: LoadedModel, cache: CacheBits) -> Callable[[Path, Path], Any]:
+    """What quantizes the cache of an exported file. ConfigError where no tokenizer can read the text."""
+    if loaded.companions is None or loaded.companions.tokenizer is None:
+        raise ConfigError(f"{loaded.source.location} has no tokenizer to read {cache.text} with")
+    texts = calibration_windows(token_ids(loaded.companions.tokenizer), cache.text)
+    return lambda source, target: onnx.quantize_cache(source, target, cache.bits, texts)
+
+
+def _packing(onnx: SimpleNamespace, made: QuantizationReport | None, int4: bool) -> Callable[[Path, Path], Any] | None:
+    """What makes integers of the exported file, if there are any."""
+    if int4:
+        return lambda source, target: onnx.quantize_4bit(source, target)
+    if made is None or not made.weights:
+        return None
+    level = 4 if made.activations else 0
+    return lambda source, target: onnx.pack_weights(source, target, made.weights, accuracy_level=level)
+
+
+def _write_genai_config(onnx: SimpleNamespace, companions: Companions, out: Path) -> dict[str, str | None]:
+    """Where ONNX Runtime GenAI can run the graph; else the reason why not, and no file of an earlier export."""
+    try:
+        file = onnx.save_genai_config(out, companions.config, companions.generation_config)
+    except ExportError as error:
+        (out / onnx.GENAI_CONFIG).unlink(missing_ok=True)
+        return {"file": None, "reason": str(error)}
+    return {"file": file.name, "reason": None}
+
+
+def onnx_tools() -> SimpleNamespace:
+    """What writes ONNX, imported when it is needed."""
+    try:
+        from spinpass.exporters import names as onnx_names
+        from spinpass.exporters.onnx import genai
+        from spinpass.exporters.onnx import writer as onnx
+        from spinpass.exporters.onnx.integers import cache as onnx_cache
+        from spinpass.exporters.onnx.integers import four_bits as onnx_quantize
+        from spinpass.exporters.onnx.integers import weights as onnx_pack
+    except ModuleNotFoundError as error:
+        raise ExportError(f"writing ONNX needs {error.name}: pip install 'spinpass[onnx]'") from error
+    return SimpleNamespace(
+        export=onnx.export,
+        cache_names=onnx_names.cache_names,
+        pack_weights=onnx_pack.pack_weights,
+        quantize_4bit=onnx_quantize.quantize_4bit,
+        quantize_cache=onnx_cache.quantize_cache,
+        save_genai_config=genai.save_genai_config,
+        GENAI_CONFIG=genai.CONFIG,
+    )

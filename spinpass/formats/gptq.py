@@ -1,0 +1,363 @@
+"""GPTQ checkpoints: a folder of safetensors with ``qweight``, ``qzeros``, ``scales`` and ``g_idx`` for every module.
+
+| tensor | | |
+|---|---|---|
+| ``qweight`` | int32 (in·bits/32, out) | the integers, packed along the inputs |
+| ``scales`` | float (groups, out) | |
+| ``qzeros`` | int32 (groups, out·bits/32) | the zero points, packed along the outputs |
+| ``g_idx`` | int32 (in,) | the group of every input; any order, as act-order makes it |
+
+    w[o, i] = (q[i, o] − z[g_idx[i], o])·s[g_idx[i], o]
+
+``checkpoint_format`` is ``gptq``, which stores z − 1 (modulo 2^bits), or ``gptq_v2``, which stores z. Readers of the
+first disagree about z = 0: some take the stored 2^bits − 1 for 2^bits. So such a weight is only written as the second.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
+from torch.fx import Node
+
+from spinpass.errors import ConfigError, ExportError
+from spinpass.formats.staging import staged
+from spinpass.graph.editor import ProgramEditor
+from spinpass.operators.words import pack, unpack, words
+from spinpass.passes.functionalize import open_program
+from spinpass.quantization.layers.sites import weight_sites
+from spinpass.quantization.report import QuantizationReport, Quantized, QuantizedWeight
+from spinpass.quantization.rounding.grid import Codes
+from spinpass.quantization.scheme import GROUP_SIZES, WEIGHT_BITS, Weights
+
+FORMATS = ("gptq", "gptq_v2")
+_MODEL, _CONFIG, QUANTIZE_CONFIG = "model.safetensors", "config.json", "quantize_config.json"
+_PARTS = ("qweight", "qzeros", "scales", "g_idx")
+
+
+@dataclass(frozen=True)
+class GptqReport:
+    """What :func:`write_gptq` wrote. ``changed``: the weights whose values the scales' dtype has changed, with the
+    largest relative change of a scale.
+    """
+
+    path: Path
+    files: tuple[Path, ...]
+    bytes: int
+    changed: Mapping[str, float]
+
+    @property
+    def summary(self) -> str:
+        """One line."""
+        worst = max(self.changed.values(), default=0.0)
+        note = f"; scales in a half type: {len(self.changed)} weights changed by up to {worst:.1e}" if worst else ""
+        return f"GPTQ checkpoint of {self.bytes / 1e6:.1f} MB{note}"
+
+
+@dataclass(frozen=True)
+class GptqCheckpoint:
+    """What :func:`read_gptq` found: ``codes`` by parameter name, scales in the dtype of the file; ``tensors``: all that
+    is not quantized; ``config``: the quantization's.
+    """
+
+    codes: Mapping[str, Codes]
+    tensors: Mapping[str, Tensor]
+    config: Mapping[str, Any]
+
+
+# -- out --------------------------------------------------------------------------------------------------------------
+
+
+def write_gptq(
+    folder: str | Path,
+    weights: Mapping[str, QuantizedWeight],
+    *,
+    tensors: Mapping[str, Tensor] | None = None,
+    checkpoint_format: str = "gptq",
+    scales_dtype: torch.dtype = torch.float16,
+    config: Mapping[str, Any] | None = None,
+) -> GptqReport:
+    """Write ``model.safetensors``, ``config.json`` and ``quantize_config.json``; files of these names are replaced.
+
+    Args:
+        weights: of linear layers by parameter name, as in the report of :func:`spinpass.quantization.quantize`.
+        tensors: everything else by name (tables, norms, biases).
+        checkpoint_format: ``gptq`` or ``gptq_v2``.
+        scales_dtype: float16, which kernels take, or float32, in which nothing changes; the report says what did.
+        config: of the model, which ``config.json`` holds beside the quantization's.
+
+    Raises:
+        ConfigError: a format or dtype that is not one of these; a weight that is no matrix of a module; sizes that
+            leave words unfilled; a zero point of 0 in the format ``gptq``; a scale that the dtype cannot hold.
+        ExportError: safetensors is missing, or the folder is not writable. Nothing is left behind.
+    """
+    if checkpoint_format not in FORMATS:
+        raise ConfigError(f"checkpoint_format {checkpoint_format!r} is not one of {', '.join(FORMATS)}")
+    if scales_dtype not in (torch.float16, torch.float32):
+        raise ConfigError(f"scales_dtype {scales_dtype} is not float16 or float32")
+    save = _safetensors().save_file
+    stored = {name: t.detach().contiguous().clone() for name, t in (tensors or {}).items()}
+    changed: dict[str, float] = {}
+    for name, weight in weights.items():
+        stored |= _tensors_of(name, weight, checkpoint_format, scales_dtype)
+        scales = weight.codes.scales
+        off = ((scales.to(scales_dtype).to(scales.dtype) - scales).abs() / scales.abs()).max()
+        if off:
+            changed[name] = float(off)
+    found = _quantization_config({n: w.codes for n, w in weights.items()}, checkpoint_format)
+    folder = Path(folder)
+    with staged(folder, sum(t.nbytes for t in stored.values())) as staging:
+        save(stored, staging / _MODEL, metadata={"format": "pt"})
+        (staging / QUANTIZE_CONFIG).write_text(json.dumps(found, indent=2))
+        (staging / _CONFIG).write_text(json.dumps({**(config or {}), "quantization_config": found}, indent=2))
+        written = sorted(staging.iterdir())
+        size = sum(file.stat().st_size for file in written)
+    return GptqReport(folder, tuple(folder / file.name for file in written), size, changed)
+
+
+def _tensors_of(
+    name: str, weight: QuantizedWeight, checkpoint_format: str, scales_dtype: torch.dtype
+) -> dict[str, Tensor]:
+    codes, module = weight.codes, name.removesuffix(".weight")
+    if module == name or weight.dim not in (0, 1):
+        raise ConfigError(f"{name} is not the weight of one linear layer; leave it out, or give its values in tensors")
+    (rows, columns), bits = codes.q.shape, codes.bits
+    for axis, size in (("inputs", columns), ("outputs", rows)):
+        if size * bits % 32:
+            raise ConfigError(
+                f"{name} has {size} {axis} of {bits} bits, which do not fill words of 32 bits; leave it out"
+            )
+    if checkpoint_format == "gptq" and not bool(codes.zeros.all()):
+        raise ConfigError(f"{name} has a zero point of 0, which readers of 'gptq' disagree about; write 'gptq_v2'")
+    scales = codes.scales.to(scales_dtype)
+    if not bool((scales.isfinite() & (scales != 0)).all()):
+        raise ConfigError(f"{name} has scales that {scales_dtype} cannot hold; use scales_dtype=torch.float32")
+    zeros = codes.zeros.to(torch.int32) - int(checkpoint_format == "gptq")
+    return {
+        f"{module}.qweight": pack(codes.q.T, bits, 0),
+        f"{module}.qzeros": pack(zeros.T, bits, 1),
+        f"{module}.scales": scales.T.contiguous(),
+        f"{module}.g_idx": codes.group_of.to(torch.int32),
+    }
+
+
+def _quantization_config(weights: Mapping[str, Codes], checkpoint_format: str) -> dict[str, Any]:
+    """The settings of most modules, and in ``dynamic`` those of the others by a pattern of their name."""
+    settings = {name.removesuffix(".weight"): _settings(codes) for name, codes in weights.items()}
+    counted = Counter(tuple(s.items()) for s in settings.values())
+    common = dict(counted.most_common(1)[0][0]) if counted else {"bits": 4, "group_size": -1, "sym": True}
+    others = {f"+:^{re.escape(module)}$": s for module, s in settings.items() if s != common}
+    return {
+        "quant_method": "gptq",
+        **common,
+        "desc_act": any(codes.index is not None for codes in weights.values()),
+        "checkpoint_format": checkpoint_format,
+        "pack_dtype": "int32",
+        **({"dynamic": others} if others else {}),
+    }
+
+
+def _settings(codes: Codes) -> dict[str, Any]:
+    columns, groups = codes.q.shape[1], codes.scales.shape[1]
+    return {"bits": codes.bits, "group_size": -1 if groups == 1 else -(-columns // groups), "sym": codes.symmetric}
+
+
+# -- in ---------------------------------------------------------------------------------------------------------------
+
+
+def read_gptq(folder: str | Path) -> GptqCheckpoint:
+    """The integers and other tensors of a checkpoint folder, of one file or of several with an index.
+
+    Raises:
+        ConfigError: no checkpoint there, or one of another method or format.
+        ExportError: safetensors is missing or cannot read a file; tensors of a module are missing or do not fit.
+    """
+    folder = Path(folder)
+    config = _read_config(folder)
+    tensors = _read_tensors(folder)
+    modules = sorted(name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight"))
+    codes = {f"{module}.weight": _codes(module, tensors, config) for module in modules}
+    packed = {f"{module}.{part}" for module in modules for part in _PARTS}
+    return GptqCheckpoint(codes, {name: t for name, t in tensors.items() if name not in packed}, config)
+
+
+def _read_config(folder: Path) -> Mapping[str, Any]:
+    for name in (_CONFIG, QUANTIZE_CONFIG):
+        if not (folder / name).is_file():
+            continue
+        try:
+            found = json.loads((folder / name).read_text())
+        except ValueError as error:
+            raise ExportError(f"{folder / name} is no JSON: {error}; download it again") from error
+        config: Mapping[str, Any] = found.get("quantization_config", {}) if name == _CONFIG else found
+        if config:
+            break
+    else:
+        raise ConfigError(f"{folder} has no {_CONFIG} with a quantization_config and no {QUANTIZE_CONFIG}")
+    method, layout = config.get("quant_method", "gptq"), config.get("checkpoint_format", "gptq")
+    if method != "gptq" or layout not in FORMATS:
+        raise ConfigError(
+            f"{folder} is quantized by {method!r} in the format {layout!r}, not in {' or '.join(FORMATS)}"
+        )
+    if config.get("pack_dtype", "int32") != "int32":
+        raise ConfigError(f"{folder} is packed into {config['pack_dtype']}; only int32 is read")
+    return config
+
+
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    load = _safetensors().load_file
+    index = folder / f"{_MODEL}.index.json"
+    if index.is_file():
+        files = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
+    else:
+        files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ConfigError(f"{folder} has no .safetensors file")
+    found: dict[str, Tensor] = {}
+    for file in files:
+        try:
+            found |= load(file)
+        except Exception as error:  # safetensors' own error derives from Exception alone
+            raise ExportError(f"{file} cannot be read: {error}; download it again") from error
+    return found
+
+
+def _codes(module: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Codes:
+    parts = {part: tensors.get(f"{module}.{part}") for part in _PARTS}
+    qweight, qzeros, scales, g_idx = parts.values()
+    if qweight is None or qzeros is None or scales is None:
+        missing = [part for part in _PARTS[:3] if parts[part] is None]
+        raise ExportError(f"{module} has a qweight but no {' and no '.join(missing)}; the checkpoint is not whole")
+    (rows, out), groups = qweight.shape, scales.shape[0]
+    columns = rows * 32 // int(config.get("bits", 4)) if g_idx is None else g_idx.numel()
+    bits = rows * 32 // columns
+    sizes = bits in WEIGHT_BITS and words(columns, bits) == rows
+    if not sizes or tuple(scales.shape) != (groups, out) or tuple(qzeros.shape) != (groups, words(out, bits)):
+        shapes = ", ".join(f"{part} {list(t.shape)}" for part, t in parts.items() if t is not None)
+        raise ExportError(f"{module}: the shapes {shapes} do not fit each other; the checkpoint is damaged")
+    if g_idx is not None and not 0 <= int(g_idx.min()) <= int(g_idx.max()) < groups:
+        raise ExportError(f"{module}: g_idx names group {int(g_idx.max())} of {groups}; the checkpoint is damaged")
+    q = unpack(qweight, bits, 0, columns).T.contiguous()
+    zeros = unpack(qzeros, bits, 1, out).T.contiguous()
+    if config.get("checkpoint_format", "gptq") == "gptq":
+        zeros = (zeros + 1) & (2**bits - 1)
+    made = Codes(q, scales.T.contiguous(), zeros, bits, bool((zeros == 2 ** (bits - 1)).all()))
+    if g_idx is None or torch.equal(g_idx.long(), made.group_of):
+        return made
+    return Codes(made.q, made.scales, made.zeros, bits, made.symmetric, g_idx.long())
+
+
+# -- into a program ---------------------------------------------------------------------------------------------------
+
+
+def dequantize_checkpoint(
+    program: ExportedProgram, checkpoint: GptqCheckpoint, *, strict: bool = True
+) -> ExportedProgram:
+    """A floating-point program with the checkpoint's values, which can be rotated and quantized again.
+
+    Products (q − z)·s are computed in float32 and cast once to the dtype of the program's constant.
+
+    Args:
+        program: of the same model, with any values; parameters are matched by name. It is not changed.
+        strict: every parameter must be in the checkpoint; otherwise the others keep the program's values.
+
+    Raises:
+        ConfigError: a name that the program lacks, a shape that differs, two values for one shared constant, or
+            (``strict``) a parameter that the checkpoint lacks.
+    """
+    analysed = open_program(program)
+    dims = {analysed.fqn(site.weight): site.dim for site in weight_sites(analysed)[0]}
+    editor = ProgramEditor(program)
+    named = _by_name(editor)
+    given: dict[Node, Tensor] = {}
+    for name, tensor in _dequantized(checkpoint, dims):
+        node = named.get(name)
+        if node is None:
+            if name.endswith(".bias") and not tensor.any():  # some writers give every module one
+                continue
+            raise ConfigError(f"the checkpoint has {name}, which the program has not; export the same model")
+        if tensor.shape != node.meta["val"].shape:
+            raise ConfigError(
+                f"{name} is {list(tensor.shape)} in the checkpoint and {list(node.meta['val'].shape)} in the program"
+            )
+        if node in given and not torch.equal(given[node], tensor):
+            raise ConfigError(f"{name} shares its constant in the program, but not in the checkpoint; untie it first")
+        given[node] = tensor
+    if strict:
+        _check_complete(editor, named, given)
+    for node, tensor in given.items():
+        editor.queue(node, lambda _, new=tensor: new.double())  # type: ignore[misc]
+    return editor.finish()
+
+
+def quantized_checkpoint(program: ExportedProgram, checkpoint: GptqCheckpoint, *, strict: bool = True) -> Quantized:
+    """The checkpoint as if :func:`spinpass.quantization.quantize` had returned it: its integers stay, and can be packed
+    (:func:`spinpass.quantization.pack`) and written again. Scales become float32; errors are not known (NaN).
+
+    Arguments and errors as of :func:`dequantize_checkpoint`.
+    """
+    loaded = dequantize_checkpoint(program, checkpoint, strict=strict)
+    analysed = open_program(loaded)
+    dims = {analysed.fqn(site.weight): site.dim for site in weight_sites(analysed)[0]}
+    weights = {
+        name: QuantizedWeight(_widened(codes), dims.get(name, 1), _scheme(codes), float("nan"))
+        for name, codes in checkpoint.codes.items()
+    }
+    before = sum(t.nbytes for t in loaded.state_dict.values())
+    saved = sum(loaded.state_dict[name].nbytes - weight.codes.nbytes for name, weight in weights.items())
+    return Quantized(loaded, QuantizationReport(weights, (), (), {}, before, before - saved))
+
+
+def _scheme(codes: Codes) -> Weights:
+    """How a weight was quantized, as far as its layout says: a group size that is none of ours is left out."""
+    columns, groups = codes.q.shape[1], codes.scales.shape[1]
+    size = -(-columns // groups)
+    listed = size if groups > 1 and size in GROUP_SIZES else None
+    return Weights(codes.bits, listed, codes.symmetric, act_order=codes.index is not None)
+
+
+def _widened(codes: Codes) -> Codes:
+    """With scales in float32, in which every product (q − z)·s of a half type is exact."""
+    return replace(codes, scales=codes.scales.float())
+
+
+def _dequantized(checkpoint: GptqCheckpoint, dims: Mapping[str, int]) -> Iterable[tuple[str, Tensor]]:
+    yield from checkpoint.tensors.items()
+    for name, codes in checkpoint.codes.items():
+        matrix = _widened(codes).dequantized()
+        yield name, matrix if dims.get(name, 1) == 1 else matrix.T
+
+
+def _by_name(editor: ProgramEditor) -> dict[str, Node]:
+    """The constants of a program by every name they are stored under."""
+    stored = [node for node in editor.nodes if editor.is_stored(node)]
+    found: dict[str, Node] = {}
+    for node in sorted(stored, key=lambda n: -len(editor.fqns(n))):  # the one that stands for its aliases first
+        for fqn in editor.fqns(node):
+            found.setdefault(fqn, node)
+    return found
+
+
+def _check_complete(editor: ProgramEditor, named: Mapping[str, Node], given: Mapping[Node, Tensor]) -> None:
+    for spec in editor.inputs:
+        if spec.kind == InputKind.PARAMETER and spec.target is not None and named[spec.target] not in given:
+            raise ConfigError(
+                f"the checkpoint has no {spec.target}; give strict=False to keep what the program has there"
+            )
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise ExportError("GPTQ checkpoints need safetensors: pip install safetensors") from error
+    return safetensors.torch

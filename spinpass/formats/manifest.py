@@ -1,0 +1,177 @@
+"""What an exported folder says about itself, and whether its parts belong together.
+
+``spinpass.json`` holds the plan, the certificate, the hash of every rotation and of every file, and versions; the model
+file itself holds the record of its rotations (:mod:`spinpass.record`) with the basis of every cache input and output.
+Two artefacts may share a KV cache only if both keep it in the same basis.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from spinpass import record
+from spinpass.errors import ConfigError, ExportError, VerificationError
+from spinpass.formats.pt2 import load_program
+from spinpass.record import Carried
+
+MANIFEST = "spinpass.json"
+METADATA = "spinpass.record"  # the key of the record among an ONNX file's metadata
+_MODELS = ("model.onnx", "model.pte", "model.safetensors")
+_SUFFIXES = {".onnx", ".pte", ".safetensors", ".pt2"}
+_CHUNK = 2**20
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """A model file with what lies beside it.
+
+    ``rotations``: space -> fingerprint, none where nothing is rotated. ``bases``: of every cache input and output that
+    is not in the original basis, by its name in the file. ``manifest``: empty where the file stands alone.
+    """
+
+    path: Path
+    rotations: Mapping[str, str]
+    bases: Mapping[str, Carried]
+    manifest: Mapping[str, Any]
+
+    def check(self, *, files: bool = False) -> None:
+        """The model is the one that the manifest describes, and every rotation is the one that its hash says.
+
+        ``files`` also reads every file whole and compares its hash. Raises VerificationError, naming what differs.
+        """
+        self.check_rotations()
+        self._check_files(read=files)
+
+    def check_rotations(self) -> None:
+        """As :meth:`check`, whatever became of the other files."""
+        if self.manifest:
+            stated = (self.manifest.get("record") or {}).get("rotations", {})
+            for space in sorted(self.rotations.keys() | stated.keys()):
+                if self.rotations.get(space) != stated.get(space):
+                    raise VerificationError(
+                        f"{self.path} and {MANIFEST} beside it disagree about the rotation of {space}: "
+                        "they come from different exports; export again"
+                    )
+        for name, carried in self.bases.items():
+            if self.rotations.get(carried.space) != carried.rotation.fingerprint():
+                raise VerificationError(
+                    f"{self.path} keeps {name} in another basis ({carried.rotation}) than its rotation of "
+                    f"{carried.space} has: the file was changed; export again"
+                )
+
+    def _check_files(self, *, read: bool) -> None:
+        for name, stated in self.manifest.get("files", {}).items():
+            file = self.path.parent / name
+            if not file.is_file():
+                raise VerificationError(f"{self.path.parent} lacks {name}, which {MANIFEST} lists: copy all of it")
+            if file.stat().st_size != stated["bytes"] or (read and _sha256(file) != stated["sha256"]):
+                raise VerificationError(f"{file} is not the file that {MANIFEST} lists: it was changed or is another's")
+
+    def require_same_basis(self, other: Artefact) -> None:
+        """Both may work on one KV cache. Raises ConfigError, naming a cache that they keep in different bases."""
+        mine, theirs = self.bases, other.bases
+        for name in sorted(mine.keys() | theirs.keys()):
+            one, two = mine.get(name), theirs.get(name)
+            if one != two:
+                raise ConfigError(
+                    f"{self.path} and {other.path} cannot share a cache: {name} is {_basis(one)} in the first and "
+                    f"{_basis(two)} in the second; export both with the same rotations and seed"
+                )
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        carried = {name: each.to_dict() for name, each in self.bases.items()}
+        return {"path": str(self.path), "rotations": dict(self.rotations), "bases": carried, **self.manifest}
+
+
+def read_artefact(path: str | Path) -> Artefact:
+    """A folder that was exported, an ``.onnx`` file, or a ``.pt2`` program; no weights of ONNX files are read.
+
+    What neither an ExecuTorch file nor a checkpoint says of itself is taken from ``spinpass.json``.
+
+    Raises:
+        ConfigError: nothing of that kind is there.
+        ExportError: it cannot be read.
+    """
+    path = Path(path)
+    file = next((f for name in _MODELS if (f := path / name).is_file()), None) if path.is_dir() else path
+    if file is None or not file.is_file() or file.suffix not in _SUFFIXES:
+        raise ConfigError(f"there is no model at {path}: name a folder with {' or '.join(_MODELS)}, or a .pt2 file")
+    if file.suffix == ".pt2":
+        found = record.read(load_program(file))
+        if found is None:
+            return Artefact(file, {}, {}, {})
+        outputs = {f"output {index}": carried for index, carried in found.outputs.items()}
+        return Artefact(file, found.rotations, {**found.inputs, **outputs}, {})
+    manifest = _manifest(file)
+    if file.suffix == ".onnx":
+        return Artefact(file, *_onnx_record(file, _metadata(file)), manifest)
+    return Artefact(file, (manifest.get("record") or {}).get("rotations", {}), {}, manifest)
+
+
+def check_loaded(file: Path, metadata: Mapping[str, str]) -> None:
+    """An ONNX file with this metadata, which a runtime has just loaded, carries the rotations that it and the manifest
+    beside it name. VerificationError where not, ExportError where either cannot be read.
+    """
+    Artefact(file, *_onnx_record(file, metadata), _manifest(file)).check_rotations()
+
+
+def hashes(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Size in bytes and SHA-256 of files, as the manifest lists them."""
+    return {name: {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)} for name in sorted(names)}
+
+
+def _metadata(file: Path) -> dict[str, str]:
+    try:
+        import onnx
+
+        model = onnx.load(file, load_external_data=False)
+    except ModuleNotFoundError as error:
+        raise ExportError(f"reading ONNX needs {error.name}: pip install 'spinpass[onnx]'") from error
+    except Exception as error:  # protobuf's errors have no common base
+        raise ExportError(f"{file} is no ONNX model: {error}") from error
+    return {entry.key: entry.value for entry in model.metadata_props}
+
+
+def _onnx_record(file: Path, metadata: Mapping[str, str]) -> tuple[dict[str, str], dict[str, Carried]]:
+    """The rotations and bases that the file's metadata hold; outputs have names there in place of numbers."""
+    stored = metadata.get(METADATA)
+    if stored is None:
+        return {}, {}
+    try:
+        data = json.loads(stored)
+        bases = {name: Carried.from_dict(each) for side in ("inputs", "outputs") for name, each in data[side].items()}
+        return dict(data["rotations"]), bases
+    except (KeyError, TypeError, ValueError, ConfigError) as error:
+        raise ExportError(f"{file} has a record of rotations that cannot be read ({error}): export it again") from error
+
+
+def _manifest(model: Path) -> Mapping[str, Any]:
+    """Of the folder of ``model``; empty where there is none, or one that does not list it."""
+    file = model.parent / MANIFEST
+    if not file.is_file():
+        return {}
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ExportError(f"{file} cannot be read ({error}): export the folder again") from error
+    if not isinstance(found, dict):
+        raise ExportError(f"{file} is not what spinpass writes: export the folder again")
+    return found if model.name in found.get("files", {}) else {}
+
+
+def _basis(carried: Carried | None) -> str:
+    return "in the original basis" if carried is None else f"rotated by {carried.rotation}"
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while chunk := stream.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()

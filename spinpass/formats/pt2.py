@@ -1,0 +1,157 @@
+"""Exported programs in ``.pt2`` files: reading them with the classes they name, writing them whole or not at all."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import logging
+import os
+import re
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, cast
+
+import torch
+from torch.export import ExportedProgram
+
+from spinpass.errors import ConfigError, ExportError, ProgramError
+from spinpass.formats.staging import staged
+from spinpass.operators import hadamard as library  # noqa: F401  # registers the op that rotated programs call
+from spinpass.operators import rounding as operators  # noqa: F401  # those of quantized and packed programs
+
+_CLASS = re.compile(rb'\\*"type\\*": *\\*"(transformers[\w.]*)[:.](\w+)\\*"')
+_TORCH_LOGGERS = ("torch.export", "torch.export.pt2_archive._package", "torch._export.serde.serialize")
+
+
+def load_program(path: str | Path) -> ExportedProgram:
+    """The program in a ``.pt2`` file, with the sharing of tied weights it was saved with.
+
+    Programs that take a KV cache of transformers name its class; it is registered first, which needs transformers. The
+    example inputs in the file are unpickled by torch: load only files that you trust.
+
+    Raises:
+        ConfigError: there is no such file.
+        ExportError: it is no program, is damaged, comes from an incompatible torch, or needs a package that is missing.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"there is no file {path}")
+    if not zipfile.is_zipfile(path):
+        raise ExportError(f"{path} is not a .pt2 archive, or it is cut short; save the program again")
+    _register_classes(path)
+    with _captured_logs() as messages:
+        try:
+            return torch.export.load(str(path))
+        except Exception as error:  # zipfile's, json's, pickle's and torch's own have no common base below Exception
+            reason = messages[-1] if messages else _first_line(error)
+            raise ExportError(
+                f"torch {torch.__version__} cannot read {path} as an exported program: {reason}; "
+                "export it again with this torch, or check that the file is whole"
+            ) from error
+
+
+def save_program(program: ExportedProgram, path: str | Path) -> None:
+    """Write ``program`` to a ``.pt2`` file, replacing an old one; it appears under its name when it is complete.
+
+    Raises:
+        ConfigError: the name does not end in ``.pt2``, which torch asks for.
+        ProgramError: not an ExportedProgram.
+        ExportError: the folder is not writable, the disk is full, or torch cannot serialize the program. Nothing is
+            left behind.
+    """
+    path = Path(path)
+    if path.suffix != ".pt2":
+        raise ConfigError(f"{path} does not end in .pt2, the name of an exported program")
+    if not isinstance(program, ExportedProgram):
+        raise ProgramError(f"a .pt2 file holds a torch.export.ExportedProgram, not a {type(program).__name__}")
+    distinct = {t.data_ptr(): t for t in program.state_dict.values()}
+    size = sum(t.numel() * t.element_size() for t in distinct.values())
+    with staged(path.parent, size) as staging, open(staging / path.name, "wb") as file:
+        sink = _Sink(file)
+        _write(program, sink, path)
+        if sink.error is not None:
+            raise sink.error
+
+
+def _write(program: ExportedProgram, sink: _Sink, path: Path) -> None:
+    try:
+        torch.export.save(program, cast(IO[bytes], sink))
+    except Exception as error:  # the serializer's own errors have no common base below Exception
+        raise ExportError(f"torch cannot serialize the program for {path}: {_first_line(error)}") from error
+
+
+class _Sink(io.RawIOBase):
+    """A file that keeps the first error for later: torch's writer aborts the whole process where a write fails."""
+
+    def __init__(self, file: io.BufferedWriter) -> None:
+        self._file = file
+        self.error: OSError | None = None
+
+    def writable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """torch rewinds what it wrote; nothing is read back."""
+        return 0
+
+    def write(self, data: Any) -> int:
+        if self.error is None:
+            try:
+                self._file.write(data)
+                self._file.flush()
+            except OSError as error:
+                self.error = error
+        return len(data)
+
+
+def _register_classes(path: Path) -> None:
+    """Teach torch the classes of transformers that the program's inputs and outputs are made of."""
+    for module, name in sorted(_named_classes(path)):
+        try:
+            found = getattr(importlib.import_module(module), name, None)
+            theirs: Any = importlib.import_module("transformers.exporters.exporter_dynamo")
+        except ImportError as error:
+            raise ExportError(
+                f"{path} takes or returns a {module}.{name}, which needs transformers 5 with its exporters ({error}): "
+                "pip install 'spinpass[transformers]'"
+            ) from error
+        if isinstance(found, type) and theirs.is_cache_class(found):
+            theirs.register_pytree_node(found)
+
+
+def _named_classes(path: Path) -> set[tuple[str, str]]:
+    """(module, class) of transformers in the tree specs of a program file."""
+    with zipfile.ZipFile(path) as archive:
+        models = [name for name in archive.namelist() if "/models/" in name and name.endswith(".json")]
+        found = {match for name in models for match in _CLASS.findall(archive.read(name))}
+    return {(module.decode(), name.decode()) for module, name in found}
+
+
+@contextmanager
+def _captured_logs() -> Iterator[list[str]]:
+    """Keep torch's warnings about a file, tracebacks among them, off the screen; what they say is collected."""
+    messages: list[str] = []
+
+    def keep(record: logging.LogRecord) -> bool:
+        if record.exc_info is not None and record.exc_info[1] is not None:
+            messages.append(_first_line(record.exc_info[1]))
+        return False
+
+    loggers = [logging.getLogger(name) for name in _TORCH_LOGGERS]
+    for logger in loggers:
+        logger.addFilter(keep)
+    try:
+        yield messages
+    finally:
+        for logger in loggers:
+            logger.removeFilter(keep)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:300]

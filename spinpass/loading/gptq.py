@@ -1,0 +1,45 @@
+"""A folder of transformers whose weights are a GPTQ checkpoint: its model with the checkpoint's values as floats.
+
+transformers builds the model from the configuration; the values come from the integers, without any kernel package.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch.export import ExportedProgram
+
+from spinpass.errors import ExportError
+from spinpass.formats.gptq import dequantize_checkpoint, read_gptq
+
+
+def quantization_method(folder: Path) -> str | None:
+    """What config.json says of the weights in ``folder``; None where they are as they were trained."""
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ExportError(f"{path} cannot be read: {error}") from error
+    method = (config.get("quantization_config") or {}).get("quant_method")
+    return None if method is None else str(method)
+
+
+def skeleton(transformers: Any, folder: str, dtype: Any) -> Any:
+    """The model that config.json describes, its values still to come. Raises whatever transformers raises."""
+    config = transformers.AutoConfig.from_pretrained(folder)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=None if dtype == "auto" else dtype).eval()
+    if Path(folder, "generation_config.json").is_file():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+    return model
+
+
+def with_values(program: ExportedProgram, folder: str) -> ExportedProgram:
+    """``program`` of the skeleton with the checkpoint's values.
+
+    Raises ConfigError, ExportError: as :func:`spinpass.formats.read_gptq` and :func:`.dequantize_checkpoint`.
+    """
+    return dequantize_checkpoint(program, read_gptq(folder))

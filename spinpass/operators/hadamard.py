@@ -1,0 +1,51 @@
+"""The online part of a rotation: the op ``spinpass::hadamard(Tensor x, int order, bool transpose=False) -> Tensor``.
+
+It is opaque to tracing (one node, whatever the order), differentiable, and runs on any device that has matrix products.
+Importing this module registers it.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spinpass.rotations import hadamard
+
+NAME = "spinpass::hadamard"
+
+
+@torch.library.custom_op(NAME, mutates_args=(), schema="(Tensor x, int order, bool transpose=False) -> Tensor")
+def hadamard_op(x: Tensor, order: int, transpose: bool = False) -> Tensor:
+    """``x · (I ⊗ H) / √order`` along the last axis, see :func:`spinpass.rotations.hadamard.transform`."""
+    result = hadamard.transform(x, order, transpose=transpose)
+    kept = torch.empty_like(x)  # the strides of x: a view that could be taken of x can be taken of the result
+    return result if result.stride() == kept.stride() else kept.copy_(result)
+
+
+@hadamard_op.register_fake
+def _fake(x: Tensor, order: int, transpose: bool = False) -> Tensor:
+    hadamard.check(x, order)
+    return torch.empty_like(x)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Tensor, int, bool], output: Tensor) -> None:
+    _, ctx.order, ctx.transpose = inputs
+
+
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    """y = x R with orthogonal R, so dx = dy Rᵀ."""
+    return hadamard_op(gradient, ctx.order, not ctx.transpose), None, None
+
+
+hadamard_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def reference(x: Tensor, order: int, transpose: bool = False) -> Tensor:
+    """The op by its definition, one dense product per block in the dtype of ``x``: slow, for tests and comparisons."""
+    dense = hadamard.matrix(order, x.dtype, x.device) / math.sqrt(order)
+    blocks = x.reshape(*x.shape[:-1], x.shape[-1] // order, order)
+    product = blocks @ (dense.t() if transpose else dense)
+    return product.reshape(x.shape)

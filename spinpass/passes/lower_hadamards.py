@@ -1,0 +1,152 @@
+"""``spinpass::hadamard(x) -> linear, transpose, linear, transpose``, for runtimes that know no operator of spinpass.
+
+    x (I ⊗ F1 ⊗ F2)  =  flatten(F1ᵀ (unflatten(x) F2))
+
+with the Kronecker factors of :func:`spinpass.rotations.hadamard.kronecker_factors` as parameters of the program. Every
+factor is one ``aten::linear``, which is what the delegates of ExecuTorch and OpenVINO take; axes are split and joined
+without mentioning the others, so dynamic shapes stay dynamic.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from spinpass import record
+from spinpass.errors import ExportError
+from spinpass.graph.editor import ProgramEditor, arguments, op_name, shape, value
+from spinpass.operators import hadamard as library
+from spinpass.rotations import hadamard
+
+_PACKAGE = "spinpass.hadamard_factor"
+
+
+def lower_hadamards(program: ExportedProgram) -> ExportedProgram:
+    """A program without ``spinpass::hadamard`` that computes what ``program`` does, to float rounding.
+
+    Half-precision Hadamards are computed in float32 and rounded once, as by the op. Signature, dynamic shapes and the
+    record (:mod:`spinpass.record`) are kept; the program given is not changed, and returned where it has no Hadamard.
+
+    Raises:
+        ProgramError, QuantizedWeightError: as :class:`spinpass.graph.editor.ProgramEditor`.
+        ExportError: a Hadamard runs along an axis of dynamic size.
+    """
+    if not any(map(_is_hadamard, program.graph.nodes)):
+        return program
+    editor = ProgramEditor(program)
+    factors: dict[tuple[int, bool, torch.dtype], Node] = {}
+    for node in [n for n in editor.nodes if _is_hadamard(n)]:
+        lowered = _lowered(editor, node, factors)
+        if not _same_strides(lowered, node):
+            _allow_copies(node.users)
+        editor.replace(node, lowered)
+    found = record.read(program)
+    if found is not None:
+        record.write(editor.graph, found)
+    return editor.finish()
+
+
+def _is_hadamard(node: Node) -> bool:
+    return op_name(node) == library.NAME
+
+
+def _lowered(editor: ProgramEditor, node: Node, factors: dict[tuple[int, bool, torch.dtype], Node]) -> Node:
+    """What stands for one Hadamard."""
+    given = arguments(node)
+    x, order, transpose = given["x"], given["order"], given["transpose"]
+    size = shape(x)[-1]
+    if not isinstance(size, int):
+        raise ExportError(
+            f"{node.name}: a Hadamard of order {order} runs along an axis of dynamic size {size}: make it static"
+        )
+    chain = _Chain(editor, x, node)
+    dtype, compute = value(x).dtype, hadamard.precision_of(value(x))
+    if dtype != compute:
+        chain.call(torch.ops.aten.to.dtype, compute)
+    if size != order:
+        chain.split(size // order, order)
+    orders = hadamard.kronecker_factors(order)
+    _multiply(chain, [(f, _weight(editor, factors, f, transpose, compute)) for f in reversed(orders)])
+    if size != order:
+        chain.join()
+    if dtype != compute:
+        chain.call(torch.ops.aten.to.dtype, dtype)
+    return chain.last
+
+
+def _multiply(chain: _Chain, weights: Sequence[tuple[int, Node]]) -> None:
+    """The last axis times every factor, the last factor first. One that was multiplied moves to the front: after all of
+    them the axes are in their old order again."""
+    if len(weights) == 1:
+        return chain.call(torch.ops.aten.linear.default, weights[0][1])
+    order = math.prod(size for size, _ in weights)
+    for done, (size, weight) in enumerate(weights):
+        if done and len(weights) > 2:
+            chain.join()
+        if not done or len(weights) > 2:  # of two factors, the first one's transpose is the second one's split
+            chain.split(order // size, size)
+        chain.call(torch.ops.aten.linear.default, weight)
+        chain.call(torch.ops.aten.transpose.int, -2, -1)
+    chain.join()
+
+
+def _weight(
+    editor: ProgramEditor,
+    factors: dict[tuple[int, bool, torch.dtype], Node],
+    order: int,
+    transpose: bool,
+    dtype: torch.dtype,
+) -> Node:
+    """The weight of ``aten::linear`` that multiplies by ``F/√f``: its transpose. Made once per program."""
+    matrix = hadamard.matrix(order)
+    transpose = transpose and not torch.equal(matrix, matrix.t())
+    if (order, transpose, dtype) not in factors:
+        weight = ((matrix if transpose else matrix.t()) / math.sqrt(order)).to(dtype).contiguous()
+        name = f"{_PACKAGE}.{order}{'_transposed' if transpose else ''}_{str(dtype).removeprefix('torch.')}"
+        factors[order, transpose, dtype] = editor.add_constant(name, weight)
+    return factors[order, transpose, dtype]
+
+
+class _Chain:
+    """Nodes in a row, each reading the one before."""
+
+    def __init__(self, editor: ProgramEditor, first: Node, at: Node) -> None:
+        self.last = first
+        self._editor, self._at = editor, at
+        origin = at.meta.get("custom", {}).get("spinpass_origin")
+        self._origin = str(origin or at.name)
+
+    def call(self, target: Any, *args: Any) -> None:
+        self._at = self.last = self._editor.call(target, self.last, *args, after=self._at, origin=self._origin)
+
+    def split(self, rows: int, columns: int) -> None:
+        """The last axis as two."""
+        self.call(torch.ops.aten.unflatten.int, -1, [rows, columns])
+
+    def join(self) -> None:
+        """The last two axes as one."""
+        self.call(torch.ops.aten.flatten.using_ints, -2, -1)
+
+
+def _same_strides(a: Node, b: Node) -> bool:
+    pairs = zip(value(a).stride(), value(b).stride(), strict=True)
+    return all(statically_known_true(x == y) for x, y in pairs)
+
+
+def _allow_copies(users: Iterable[Node]) -> None:
+    """``view -> reshape`` downstream of a value whose strides are not those that the program was traced with."""
+    todo, seen = list(users), set[Node]()
+    while todo:
+        node = todo.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        todo += node.users
+        if node.target is torch.ops.aten.view.default:
+            node.target = torch.ops.aten.reshape.default

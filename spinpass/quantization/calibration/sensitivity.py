@@ -1,0 +1,172 @@
+"""What rounding a layer costs the predictions:  KL(p ‖ p̂) ≈ ½ E[ ‖ΔW x‖² · ‖g‖²/n ] nats,  g = ∂ log p(t)/∂y,  t ~ p.
+
+With y = W x of n outputs that is the second-order term of the divergence, whose Hessian is the Fisher information, with
+one curvature for all outputs of a token: the products of single outputs are left out, being noise at a few thousand
+tokens. All a layer needs of the text is then H = Σ x xᵀ·‖g‖²/n, and costs of layers add up to that of the program. The
+error of outputs alone misleads: its sum is that of a few massive tokens, which predictions hardly depend on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.fx import Node
+
+from spinpass.execution.interpreter import constants
+from spinpass.execution.likelihoods import log_probabilities
+from spinpass.graph.editor import value
+from spinpass.passes.functionalize import open_program
+from spinpass.quantization.calibration.lockstep import Watch, run_in_lockstep
+from spinpass.quantization.layers.sites import WeightSite, weight_sites
+from spinpass.quantization.rounding.gptq import gptq
+from spinpass.quantization.rounding.grid import rounded
+from spinpass.quantization.rounding.moments import Moments
+from spinpass.quantization.scheme import WEIGHT_BITS, Weights
+
+_SEED = 0
+_TINY = 1e-30
+_Sites = Sequence[tuple[WeightSite, str]]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What gets one width: ``size`` weights, and what rounding them costs by bits, in nats per token."""
+
+    size: int
+    costs: Mapping[int, float]
+
+
+def sensitivities(
+    program: ExportedProgram,
+    how: Weights,
+    names: Collection[str],
+    inputs: Sequence[object],
+    *,
+    by_group: Collection[str] = (),
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, list[Layer]]:
+    """By name of a weight (out, in): what it costs as a whole, or of those in ``by_group`` what each group costs.
+
+    Args:
+        program: of a language model, whose first output are logits (…, vocabulary); it is not changed.
+        how: rounds the weights at each of ``WEIGHT_BITS``; GPTQ on the first half of the inputs.
+        names: of weights of two axes.
+        inputs: as for :func:`spinpass.quantization.quantize`; the second half is what costs are measured on.
+        progress: called with (steps done, all steps).
+
+    Memory: beside the program, what one input's backward pass keeps, and a float32 matrix (in, in) per layer.
+
+    Raises ConfigError: inputs that do not fit the program; a first output that is no logits.
+    """
+    editor = open_program(program)
+    named = [(site, editor.fqn(site.weight)) for site in weight_sites(editor)[0] if editor.fqn(site.weight) in names]
+    prepared = editor.finish()
+    if not named:
+        return {}
+    half = (len(inputs) + 1) // 2
+    shown, judged = inputs[:half], inputs[half:] or inputs
+    tick = progress or (lambda done, total: None)
+    steps = len(judged) + len(named)
+    weighted = _weighted_moments(prepared, named, judged, lambda done, _: tick(done, steps))
+    stored = constants(prepared)
+    found: dict[str, list[Layer]] = {}
+
+    def watch(site: WeightSite, fqn: str) -> Watch:
+        def measure(values: list[Tensor], _: list[Tensor]) -> Mapping[str, Tensor]:
+            if fqn not in found:  # a weight that is used twice is judged by both uses
+                matrix = stored[site.weight.name].detach().movedim(site.dim, -1).float()
+                size = how.group_size if fqn in by_group else None
+                found[fqn] = _layers(matrix, Moments.of(values, values).own, weighted.pop(fqn), how, size)
+            return {}
+
+        return measure
+
+    watched = {site.linear.name: (site.operand.name, watch(site, fqn)) for site, fqn in named}
+    run_in_lockstep(prepared, shown, watched, progress=lambda done, _: tick(len(judged) + done, steps))
+    return found
+
+
+def _layers(matrix: Tensor, hessian: Tensor, weighted: Tensor, how: Weights, size: int | None) -> list[Layer]:
+    """``hessian``, ``weighted``: (in, in), without and with the curvature; ``size``: of what gets a width by itself.
+
+    GPTQ makes up across groups, and then the error of one by itself says little: what the layer costs is shared out as
+    rounding to nearest would cost its groups.
+    """
+    rows, columns = matrix.shape
+    parts = [slice(start, min(start + (size or columns), columns)) for start in range(0, columns, size or columns)]
+    costs: list[dict[int, float]] = [{} for _ in parts]
+    for bits in WEIGHT_BITS:
+        scheme = replace(how, bits=bits, group_bits=None)
+        by_descent = how.method == "gptq" and bits < max(WEIGHT_BITS)  # the most bits cost nothing either way
+        shares = [1.0]
+        if len(parts) > 1 or not by_descent:
+            off = rounded(matrix, scheme).dequantized() - matrix
+            shares = [_cost(off[:, part], weighted[part, part]) for part in parts]
+        whole = sum(shares)
+        if by_descent:
+            whole = _cost(gptq(matrix, hessian, scheme).dequantized() - matrix, weighted)
+        for cost, share in zip(costs, shares):
+            cost[bits] = whole * share / max(sum(shares), _TINY)
+    return [Layer(rows * (part.stop - part.start), cost) for part, cost in zip(parts, costs)]
+
+
+def _cost(off: Tensor, weighted: Tensor) -> float:
+    return float(((off @ weighted) * off).sum()) / 2
+
+
+def _weighted_moments(
+    program: ExportedProgram, named: _Sites, inputs: Sequence[object], tick: Callable[[int, int], None]
+) -> dict[str, Tensor]:
+    """By name of a weight, E[x xᵀ·‖g‖²/n] over tokens, float32 (in, in)."""
+    fixed = {name: t.detach() for name, t in constants(program).items() if isinstance(t, Tensor)}
+    generator = torch.Generator().manual_seed(_SEED)
+    widths = {fqn: value(site.operand).shape[-1] for site, fqn in named}
+    found = {fqn: torch.zeros(width, width) for fqn, width in widths.items()}
+    tokens = 0
+    for done, values in enumerate(inputs):
+        kept = _Kept({s.operand.name for s, _ in named}, {s.linear.name for s, _ in named})
+        predicted = log_probabilities(program, values, fixed, gradients=True, watch=kept)
+        tokens += len(predicted)
+        drawn = torch.multinomial(predicted.detach().exp(), 1, generator=generator)
+        torch.autograd.backward(predicted.gather(1, drawn).sum())
+        for site, fqn in named:
+            gradient = kept.returned[site.linear.name].grad
+            if gradient is not None:  # else no prediction depends on it
+                found[fqn] += _moments(kept.taken[site.operand.name], gradient)
+        tick(done + 1, len(inputs))
+    return {fqn: total / tokens for fqn, total in found.items()}
+
+
+class _Kept:
+    """A watch that keeps what layers take, and what they return: with its gradient, once there is one."""
+
+    def __init__(self, operands: Collection[str], layers: Collection[str]) -> None:
+        self._operands, self._layers = operands, layers
+        self.taken: dict[str, Tensor] = {}
+        self.returned: dict[str, Tensor] = {}
+
+    def __call__(self, node: Node, result: Any) -> Any:
+        if node.name in self._layers:
+            if result.requires_grad:
+                result.retain_grad()
+            else:
+                result = result.detach().requires_grad_()
+            self.returned[node.name] = result
+        if node.name in self._operands:
+            self.taken[node.name] = result.detach()
+        return result
+
+
+def _moments(x: Tensor, gradient: Tensor) -> Tensor:
+    """Σ x xᵀ·‖g‖²/n over tokens, for x (…, in) and its g (…, n); all tokens alike where they are laid out otherwise."""
+    rows = x.flatten(0, -2).float()
+    if gradient.shape[: x.ndim - 1] == x.shape[:-1]:
+        curvature = gradient.float().reshape(len(rows), -1).square().mean(1, keepdim=True)
+    else:
+        curvature = gradient.float().square().mean()
+    return rows.T @ (rows * curvature)

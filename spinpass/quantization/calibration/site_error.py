@@ -1,0 +1,94 @@
+"""What rounding costs at each linear layer by itself:  ‖x̂ Ŵᵀ − x Wᵀ‖² / ‖x Wᵀ‖²,  every other layer left as it is.
+
+Cheap enough to ask it of every layer of a rotated and of an unrotated program: weights are rounded to nearest, whatever
+the method will be, so it says which basis is better to round in, not how good the result will be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from torch import Tensor
+from torch.export import ExportedProgram
+
+from spinpass.execution.interpreter import constants
+from spinpass.graph.editor import shape
+from spinpass.operators import rounding as operators
+from spinpass.passes.functionalize import open_program
+from spinpass.quantization.calibration.lockstep import Watch, run_in_lockstep
+from spinpass.quantization.layers.sites import WeightSite, weight_sites
+from spinpass.quantization.rounding.grid import rounded
+from spinpass.quantization.rounding.ranges import static_range, token_clip
+from spinpass.quantization.scheme import Activations, QuantizationConfig, Weights
+
+_TINY = 1e-30
+_Asked = tuple[Weights | None, Activations | None]
+
+
+def site_errors(
+    program: ExportedProgram,
+    config: QuantizationConfig,
+    inputs: Sequence[object],
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, float]:
+    """By parameter name, for every weight of two axes that ``config`` rounds, or whose inputs it rounds.
+
+    Args:
+        program: a floating-point program, rotated or not; it is not changed.
+        inputs: as for :func:`spinpass.quantization.quantize`; a few hundred tokens will do.
+
+    Raises ConfigError where ``inputs`` do not fit the program.
+    """
+    editor = open_program(program)
+    sites, _ = weight_sites(editor)
+    named = [(site, editor.fqn(site.weight)) for site in sites if len(shape(site.weight)) == 2]
+    prepared = editor.finish()
+    stored = constants(prepared)
+    found: dict[str, float] = {}
+
+    def watch(site: WeightSite, fqn: str, asked: _Asked) -> Watch:
+        def measure(values: list[Tensor], _: list[Tensor]) -> Mapping[str, Tensor]:
+            matrix = stored[site.weight.name].detach().movedim(site.dim, -1).float()
+            found[fqn] = max(found.get(fqn, 0.0), _error(values, matrix, *asked))
+            return {}
+
+        return measure
+
+    watched = {}
+    for site, fqn in named:
+        asked = _asked(config, fqn, site.head)
+        if asked != (None, None):
+            watched[site.linear.name] = (site.operand.name, watch(site, fqn, asked))
+    if watched:
+        run_in_lockstep(prepared, inputs, watched, progress=progress)
+    return found
+
+
+def _asked(config: QuantizationConfig, fqn: str, head: bool) -> _Asked:
+    """How the weight of a layer is rounded, and how its inputs are."""
+    skipped = config.excludes(fqn) or (head and config.head is None)
+    return config.weights_of(fqn, head=head), None if skipped else config.activations
+
+
+def _error(values: list[Tensor], matrix: Tensor, scheme: Weights | None, activations: Activations | None) -> float:
+    weight = matrix if scheme is None else rounded(matrix, scheme).dequantized()
+    round_values = _rounding(values, activations)
+    off = power = 0.0
+    for value in values:
+        x = value.float()
+        exact = x @ matrix.T
+        off += float((round_values(x) @ weight.T - exact).square().sum())
+        power += float(exact.square().sum())
+    return off / max(power, _TINY)
+
+
+def _rounding(values: list[Tensor], scheme: Activations | None) -> Callable[[Tensor], Tensor]:
+    if scheme is None:
+        return lambda x: x
+    if not scheme.static:
+        clip = scheme.clip
+        if clip is None:  # as `quantize` chooses it; at 8 bits there is nothing to win
+            clip = token_clip(values, scheme.bits, scheme.is_symmetric) if scheme.bits < 8 else 1.0
+        return lambda x: operators.round_tokens(x, scheme.bits, scheme.is_symmetric, clip)
+    found = static_range(values, scheme)
+    return lambda x: operators.round_rows(x, found.scale, found.zero, found.limit, scheme.bits)

@@ -1,0 +1,122 @@
+"""Where a program is quantized: the weights and inputs of its linear layers, its tables, its keys and values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from torch.fx import Node
+
+from spinpass.analysis.ops.table import Concatenate, Movement, Multilinear, rule_of
+from spinpass.analysis.patterns.attention import find_attention
+from spinpass.analysis.patterns.linear import find_linears, whole_axis
+from spinpass.graph.editor import ProgramEditor, is_float, op_name, shape
+from spinpass.graph.layout import Layout, LayoutError
+
+OWN = "spinpass."  # what constants that the passes add are called
+
+
+@dataclass(frozen=True)
+class WeightSite:
+    """``linear`` contracts axis ``dim`` of the stored ``weight`` with the last axis of ``operand``; ``head``: there is
+    no linear layer behind it.
+    """
+
+    linear: Node
+    operand: Node
+    weight: Node
+    dim: int
+    head: bool
+
+
+def weight_sites(editor: ProgramEditor) -> tuple[list[WeightSite], dict[str, str]]:
+    """Every linear layer with a stored weight, in graph order, and for the others why not, by node."""
+    found, left = [], dict[str, str]()
+    linears = list(find_linears(editor))
+    leading = leading_to({linear.node for linear in linears}, editor.nodes)
+    for linear in linears:
+        stored = _stored(editor, linear.weight, linear.weight_dim)
+        if linear.dim != len(shape(linear.operand)) - 1:
+            left[linear.node.name] = "it contracts another axis than the last of its input"
+        elif stored is None:
+            left[linear.node.name] = "its weight is computed from several constants"
+        elif editor.fqn(stored[0]).startswith(OWN):
+            left[linear.node.name] = "it is a rotation"
+        else:
+            found.append(WeightSite(linear.node, linear.operand, *stored, linear.node not in leading))
+    return found, left
+
+
+def table_sites(editor: ProgramEditor) -> Iterator[Node]:
+    """Every float table that is looked up by token, once."""
+    seen = set()
+    for node in editor.nodes:
+        if op_name(node) == "aten::embedding" and is_float(node):
+            table = node.all_input_nodes[0]
+            if editor.is_stored(table) and table not in seen:
+                seen.add(table)
+                yield table
+
+
+def cache_sites(editor: ProgramEditor) -> list[Node]:
+    """The values that a KV cache holds, one vector per head and token on the last axis: the keys and values of every
+    attention, before heads are repeated and before they are joined with those of earlier tokens.
+    """
+    found: dict[Node, None] = {}
+    for attention in find_attention(editor):
+        for operand, axis in ((attention.key, None), (attention.value, attention.value_layout)):
+            if axis is not None and axis.dims != (len(shape(operand)) - 1,):
+                continue
+            found[_before_repetition(editor, operand)] = None
+    return list(found)
+
+
+def _before_repetition(editor: ProgramEditor, node: Node) -> Node:
+    width = shape(node)[-1:]
+    while node.op == "call_function":
+        rule = rule_of(node)
+        if isinstance(rule, Movement):
+            source = rule.source
+        elif isinstance(rule, Concatenate) and rule.dim != len(shape(node)) - 1:
+            fresh = [s for s in rule.sources if s.op != "placeholder"]
+            if len(fresh) != 1:
+                break
+            source = fresh[0]
+        else:
+            break
+        if shape(source)[-1:] != width or editor.is_constant(source):
+            break
+        node = source
+    return node
+
+
+def _stored(editor: ProgramEditor, node: Node, dim: int) -> tuple[Node, int] | None:
+    """The stored tensor that a weight is a view of, or was gathered from, and the axis there."""
+    layout = whole_axis(node, dim)
+    while not editor.is_stored(node):
+        if node.op != "call_function":
+            return None
+        rule = rule_of(node)
+        try:
+            if isinstance(rule, Movement):
+                node, layout = rule.source, rule.backward(layout)
+            elif isinstance(rule, Multilinear) and len(rule.terms) == 1 == len(rule.terms[0]):
+                operand, label = rule.terms[0][0], rule.out[layout.dims[0]]
+                layout = Layout.full(operand.labels.index(label), layout.width)
+                node = operand.node
+            else:
+                return None
+        except (LayoutError, ValueError):
+            return None
+        if not layout.is_contiguous or layout.count != 1:
+            return None
+    return node, layout.dims[0]
+
+
+def leading_to(targets: set[Node], nodes: Iterable[Node]) -> set[Node]:
+    """Those of ``nodes``, which are in graph order, from which one of ``targets`` is reached."""
+    found: set[Node] = set()
+    for node in reversed(list(nodes)):
+        if any(user in targets or user in found for user in node.users):
+            found.add(node)
+    return found

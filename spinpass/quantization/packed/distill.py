@@ -1,0 +1,126 @@
+"""distill:  a quantized program, the one it was made of, inputs  ->  the same integers with better scales.
+
+    min over s  Σ KL( softmax f(x) ‖ softmax f̂_s(x) ),   Ŵ = (q − z)·s with q and z held fixed
+
+over the tokens of the calibration inputs: every scale learns what the rounding of all other layers has done. The
+gradient of a scale is that of the packed operator (:mod:`spinpass.operators.packed_linear`). Scales alone are trained
+in PEQA (arXiv 2305.14152) and in the second phase of EfficientQAT (arXiv 2407.11062), on text; here the unquantized
+program teaches.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.nn import functional
+
+from spinpass.errors import ConfigError
+from spinpass.execution.interpreter import constants
+from spinpass.execution.likelihoods import log_probabilities
+from spinpass.graph.editor import ProgramEditor
+from spinpass.quantization.packed import training  # noqa: F401  (registers the gradients of roundings)
+from spinpass.quantization.packed.program import pack, scales_name
+from spinpass.quantization.report import Quantized
+
+RATE = 3e-3  # of Adam on the logarithms of the scales; it falls to nothing along half a cosine
+_SEED = 0
+_HELD_OUT = 16  # one input of so many decides whether the trained scales are kept
+
+
+def distilled(
+    program: ExportedProgram,
+    quantized: Quantized,
+    inputs: Sequence[object],
+    *,
+    epochs: int = 1,
+    rate: float = RATE,
+    progress: Callable[[int, int], None] | None = None,
+) -> Quantized:
+    """Train the scales of ``quantized``. Neither program is changed.
+
+    Args:
+        program: the unquantized one, whose first output are logits (…, vocabulary).
+        inputs: as for :func:`spinpass.quantization.quantize`; one step of Adam for each, ``epochs`` times, in an order
+            drawn at random. The last, one of sixteen, are held out: where the divergence there is no lower,
+            ``quantized`` is returned.
+
+    Weights that cannot be packed keep their scales. The errors in the report are those of the integers as chosen.
+    Memory: beside the packed program, what one input's backward pass keeps.
+
+    Raises ConfigError: no weight can be packed; no inputs, or they do not fit; a first output that is no logits.
+    """
+    if not inputs:
+        raise ConfigError("distilling needs calibration inputs; give some")
+    student = _Student(pack(quantized).program, quantized)
+    held_out = max(1, len(inputs) // _HELD_OUT)
+    shown = inputs[:-held_out] or inputs
+    steps = epochs * len(shown) + 2 * held_out
+    tick = _counter(progress, steps)
+    before = student.divergence(program, inputs[-held_out:], tick)
+    optimizer = torch.optim.Adam(student.moves.values(), lr=rate, betas=(0.9, 0.95))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * len(shown))
+    generator = torch.Generator().manual_seed(_SEED)
+    for _ in range(epochs):
+        for index in torch.randperm(len(shown), generator=generator).tolist():
+            optimizer.zero_grad()
+            torch.autograd.backward(student.loss(program, shown[index]))
+            optimizer.step()
+            schedule.step()
+            tick()
+    after = student.divergence(program, inputs[-held_out:], tick)
+    return _with_scales(quantized, student.scales()) if after < before else quantized
+
+
+def _counter(progress: Callable[[int, int], None] | None, steps: int) -> Callable[[], None]:
+    """To be called after every step."""
+    done = itertools.count(1)
+    return lambda: None if progress is None else progress(next(done), steps)
+
+
+class _Student:
+    """A packed program with scales s·e^θ, positive as they were; ``moves``: names of weights -> θ (groups, out)."""
+
+    def __init__(self, packed: ExportedProgram, quantized: Quantized) -> None:
+        self.packed = packed
+        stored = {name: packed.state_dict.get(scales_name(name)) for name in quantized.report.weights}
+        self._start = {name: t.detach() for name, t in stored.items() if t is not None}
+        self.moves = {name: torch.zeros_like(t).requires_grad_() for name, t in self._start.items()}
+        self._fixed = {name: t.detach() for name, t in constants(packed).items() if isinstance(t, Tensor)}
+        self._placed = {spec.target: spec.arg.name for spec in packed.graph_signature.input_specs}
+
+    def scales(self) -> dict[str, Tensor]:
+        """By name of the weight, (groups, out)."""
+        return {name: start * self.moves[name].exp() for name, start in self._start.items()}
+
+    def loss(self, teacher: ExportedProgram, inputs: object, *, gradients: bool = True) -> Tensor:
+        """The mean over tokens of KL(teacher ‖ student), in nats."""
+        wanted = log_probabilities(teacher, inputs, {})
+        trained = {self._placed[scales_name(name)]: s for name, s in self.scales().items()}
+        found = log_probabilities(self.packed, inputs, self._fixed | trained, gradients=gradients)
+        return functional.kl_div(found, wanted, reduction="batchmean", log_target=True)
+
+    def divergence(self, teacher: ExportedProgram, inputs: Sequence[object], tick: Callable[[], None]) -> float:
+        """The mean of :meth:`loss` over inputs."""
+        total = 0.0
+        for each in inputs:
+            total += float(self.loss(teacher, each, gradients=False))
+            tick()
+        return total / len(inputs)
+
+
+def _with_scales(quantized: Quantized, scales: Mapping[str, Tensor]) -> Quantized:
+    """The quantized program with these scales, in its report as well."""
+    weights = dict(quantized.report.weights)
+    editor = ProgramEditor(quantized.program)
+    stored = {editor.fqn(n): n for n in editor.nodes if editor.is_stored(n)}
+    for name, trained in scales.items():
+        codes = replace(weights[name].codes, scales=trained.detach().T.contiguous())
+        weights[name] = replace(weights[name], codes=codes)
+        value = codes.dequantized().movedim(-1, weights[name].dim).contiguous()
+        editor.queue(stored[name], lambda _, new=value: new.double())  # type: ignore[misc]
+    return Quantized(editor.finish(), replace(quantized.report, weights=weights))

@@ -1,0 +1,87 @@
+"""Double quantization of a packed program:  its scales are computed in the graph from eight bits each.
+
+    packed_linear(x, q, s, z, g, b)   ->   packed_linear(x, q, (qscales − qscales_zeros)·qscales_scales, z, g, b)
+
+The form ``scales`` of :mod:`..rounding.double`: zero points stay packed integers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+from torch.fx import Node
+
+from spinpass.graph.editor import ProgramEditor, arguments, value
+from spinpass.quantization.packed.program import evaluated, is_packed, rewritten
+from spinpass.quantization.rounding.double import round_statistics
+
+aten = torch.ops.aten
+_BITS = 8
+
+
+def double_quantize_program(program: ExportedProgram, *, mode: int = 2, size: int | None = None) -> ExportedProgram:
+    """Round the scales of every packed layer; integers stay. The program is not changed.
+
+    Args:
+        program: packed, as :func:`.program.pack` returns it.
+        mode, size: as for :func:`..rounding.double.double_quantize`; statistics are in the dtype of the scales.
+
+    Raises ConfigError: the program has no packed layer; a mode or size that :func:`..rounding.double.double_quantize`
+    refuses.
+    """
+    made: dict[Node, Node] = {}
+
+    def product(editor: ProgramEditor, node: Node) -> tuple[Any, ...]:
+        args = arguments(node)
+        key = args["scales"]
+        if key not in made:
+            made[key] = _decoded(editor, program, node, args, mode, size)
+        return node.target, *(made[key] if name == "scales" else arg for name, arg in args.items())
+
+    return rewritten(program, product)
+
+
+def decode_scales(program: ExportedProgram) -> ExportedProgram:
+    """Scales that are computed in the graph as constants of the same values; any other program as it is."""
+    computed = [n for n in program.graph.nodes if is_packed(n) and arguments(n)["scales"].op != "placeholder"]
+    if not computed:
+        return program
+    made: dict[Node, Node] = {}
+
+    def product(editor: ProgramEditor, node: Node) -> tuple[Any, ...]:
+        args = arguments(node)
+        key, module = args["scales"], editor.fqn(args["qweight"]).removesuffix(".qweight")
+        if key not in made:
+            stored = editor.is_stored(key)
+            made[key] = key if stored else editor.add_constant(f"{module}.scales", evaluated(editor, program, key))
+        return node.target, *(made[key] if name == "scales" else arg for name, arg in args.items())
+
+    return rewritten(program, product)
+
+
+def _decoded(
+    editor: ProgramEditor, program: ExportedProgram, at: Node, args: Mapping[str, Any], mode: int, size: int | None
+) -> Node:
+    """The nodes that compute the scales (groups, out), right before a layer."""
+    scales = evaluated(editor, program, args["scales"])
+    rounded = round_statistics(scales, mode, size, _BITS, scales.dtype)
+    module = editor.fqn(args["qweight"]).removesuffix(".qweight")
+    q, steps, zeros = (
+        editor.add_constant(f"{module}.{name}", tensor)
+        for name, tensor in (
+            ("qscales", rounded.q),
+            ("qscales_scales", rounded.scales),
+            ("qscales_zeros", rounded.zeros),
+        )
+    )
+    made = editor.call(aten.to.dtype, q, value(args["scales"]).dtype, after=at.prev, origin="quantization")
+    for target, operand in (
+        (aten.sub.Tensor, zeros),
+        (aten.mul.Tensor, steps),
+        (aten.view.default, list(scales.shape)),
+    ):
+        made = editor.call(target, made, operand, after=at.prev, origin="quantization")
+    return made

@@ -1,0 +1,94 @@
+"""mixed rows:  a layer whose groups of inputs have several widths  ->  one layer for each width, and their sum.
+
+    y = x Ŵᵀ + b   ->   y = Σ_b x[…, π_b] Ŵ_bᵀ + b,   π_b the inputs whose weights have b bits
+
+Every term has integers of one width, which packing and all runtimes take as they are. Mixed widths within a weight are
+what EXL2 files have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.fx import Node
+
+from spinpass.errors import ConfigError
+from spinpass.graph.editor import ProgramEditor, value
+from spinpass.graph.signature import integers_as_buffers, without_constants
+from spinpass.passes.functionalize import open_program
+from spinpass.quantization.layers.products import operands, replace_product, sites_by_name, why_kept
+from spinpass.quantization.layers.sites import WeightSite
+from spinpass.quantization.report import Quantized, QuantizedWeight
+
+aten = torch.ops.aten
+_ORIGIN = "quantization"
+
+
+def splittable(program: ExportedProgram) -> set[str]:
+    """The names of the weights whose layers can be split by their inputs."""
+    editor = open_program(program)
+    return {name for name, sites in sites_by_name(editor).items() if not why_kept(editor, sites)}
+
+
+def split_rows(quantized: Quantized) -> Quantized:
+    """Split weights of several widths: ``x.weight`` becomes ``x.bits2.weight``, ``x.bits4.weight`` … in program and
+    report, each with the places of its inputs, int64 ``x.bits2.inputs``. Other programs are returned as they are.
+
+    Raises ConfigError: a layer that is no product with its weight as it is stored.
+    """
+    mixed = {name: weight for name, weight in quantized.report.weights.items() if weight.codes.group_bits is not None}
+    if not mixed:
+        return quantized
+    editor = ProgramEditor(quantized.program)
+    sites = sites_by_name(editor)
+    parts: dict[str, QuantizedWeight] = {}
+    dead: set[str] = set()
+    for name, weight in mixed.items():
+        reason = why_kept(editor, sites.get(name, []))
+        if reason:
+            raise ConfigError(f"{name} cannot have groups of several widths: {reason}")
+        dead.update(editor.fqns(sites[name][0].weight))
+        split = _parts(name, weight)
+        parts |= split
+        _replace(editor, sites[name], split, [columns for columns, _ in weight.codes.parts().values()])
+    program = integers_as_buffers(without_constants(editor.finish(), dead))
+    kept = {name: weight for name, weight in quantized.report.weights.items() if name not in mixed}
+    return Quantized(program, replace(quantized.report, weights=kept | parts))
+
+
+def _parts(name: str, weight: QuantizedWeight) -> dict[str, QuantizedWeight]:
+    """By their names, ascending in width."""
+    made = {}
+    for bits, (_, codes) in weight.codes.parts().items():
+        scheme = replace(weight.scheme, bits=bits, group_bits=None)
+        made[f"{name.removesuffix('.weight')}.bits{bits}.weight"] = QuantizedWeight(codes, 1, scheme, weight.error)
+    return made
+
+
+def _replace(
+    editor: ProgramEditor, sites: Sequence[WeightSite], parts: Mapping[str, QuantizedWeight], places: Sequence[Tensor]
+) -> None:
+    """The sum of the parts' layers in place of each of ``sites``."""
+    stored = value(sites[0].weight).dtype
+    weights, columns = list[Node](), list[Node]()
+    for (name, part), at in zip(parts.items(), places, strict=True):
+        weights.append(editor.add_constant(name, part.codes.dequantized().to(stored)))
+        columns.append(editor.add_constant(f"{name.removesuffix('.weight')}.inputs", at))
+    for site in sites:
+        x, bias = operands(site)
+        picked = [_call(editor, site, aten.index_select.default, x, -1, at) for at in columns]
+        biases = (bias, *(None for _ in weights[1:]))
+        *terms, last = (_call(editor, site, aten.linear.default, *each) for each in zip(picked, weights, biases))
+        total = terms[0]
+        for term in terms[1:]:
+            total = _call(editor, site, aten.add.Tensor, total, term)
+        replace_product(editor, site.linear, aten.add.Tensor, total, last)
+
+
+def _call(editor: ProgramEditor, site: WeightSite, target: Callable[..., Any], *args: Any) -> Node:
+    return editor.call(target, *args, after=site.linear.prev, origin=_ORIGIN)

@@ -1,0 +1,175 @@
+"""pack:  linear layers on the constants that integers stand for  ->  ``spinpass::packed_linear`` on those integers.
+
+    y = x Wᵀ + b, W float (out, in)   ->   y = packed_linear(x, qweight, scales, qzeros, g_idx, b, bits)
+
+The integers are parameters of an integer dtype, by which :func:`spinpass.transform` and
+:func:`spinpass.quantization.quantize` know a packed program and refuse it; :func:`unpack`, which has to be called, is
+the way back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.fx import Node
+from torch.fx.node import map_arg
+
+from spinpass.errors import ConfigError
+from spinpass.graph.editor import ProgramEditor, arguments, op_name, shape, value
+from spinpass.graph.signature import integers_as_buffers, integers_as_parameters, without_constants
+from spinpass.operators import packed_linear  # registers the operators
+from spinpass.operators.words import pack as packed_words
+from spinpass.quantization.layers.products import operands, replace_product, sites_by_name, why_kept
+from spinpass.quantization.report import Quantized
+from spinpass.quantization.rounding.grid import Codes
+
+aten = torch.ops.aten
+_OPERATOR = "spinpass::packed_linear"
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A program on packed integers; ``kept``: by parameter name, why a quantized weight stayed a float constant."""
+
+    program: ExportedProgram
+    kept: Mapping[str, str]
+
+
+def pack(quantized: Quantized) -> Packed:
+    """Put the integers of a quantized program in place of the float constants that they stand for.
+
+    Outputs are equal bit for bit where the layer is ``aten::linear`` on the stored weight; a product with a transposed
+    one is summed in another order. Constants are called as in a GPTQ checkpoint: ``x.weight`` becomes ``x.qweight``,
+    ``x.scales``, ``x.qzeros`` and, for groups of any columns, ``x.g_idx``.
+
+    Raises ConfigError where no weight of the program can be packed.
+    """
+    editor = ProgramEditor(quantized.program)
+    sites = sites_by_name(editor)
+    kept: dict[str, str] = {}
+    dead: set[str] = set()
+    for name, weight in quantized.report.weights.items():
+        reason = why_kept(editor, sites.get(name, []))
+        if reason:
+            kept[name] = reason
+            continue
+        dead.update(editor.fqns(sites[name][0].weight))
+        constants = _add_integers(editor, _module(name), weight.codes)
+        for site in sites[name]:
+            x, bias = operands(site)
+            target = torch.ops.spinpass.packed_linear.default
+            replace_product(editor, site.linear, target, x, *constants, bias, weight.codes.bits)
+    if not dead:
+        raise ConfigError("nothing to pack: " + "; ".join(f"{n}: {why}" for n, why in kept.items()))
+    return Packed(without_constants(editor.finish(), dead), kept)
+
+
+def unpack(program: ExportedProgram) -> ExportedProgram:
+    """Dequantize the layers of a packed program: float weights ``x.weight`` in the dtype of the layer's input, which
+    can be rotated and quantized again. Equal to the packed program bit for bit.
+
+    Raises ConfigError: the program has no packed layer.
+    """
+
+    def product(editor: ProgramEditor, node: Node) -> tuple[Any, ...]:
+        args = arguments(node)
+        weight = made.get(args["qweight"]) or _add_weight(editor, program, args)
+        made[args["qweight"]] = weight
+        return aten.linear.default, args["x"], weight, args["bias"]
+
+    made: dict[Node, Node] = {}
+    return rewritten(program, product)
+
+
+def rewritten(program: ExportedProgram, product: Callable[[ProgramEditor, Node], tuple[Any, ...]]) -> ExportedProgram:
+    """Every packed layer replaced by the call (target, *arguments) that ``product`` makes of it; integers that nothing
+    reads any more are gone.
+
+    Raises ConfigError: the program has no packed layer.
+    """
+    editor = ProgramEditor(integers_as_buffers(program))
+    layers = packed_layers(editor)
+    if not layers:
+        raise ConfigError("the program has no packed linear layer; quantize it and pack the result")
+    read = {stored for node in layers for stored in _constants_behind(editor, node)}
+    for node in layers:
+        replace_product(editor, node, *product(editor, node))
+    result = editor.finish()
+    users = {n.name: len(n.users) for n in result.graph.nodes if n.op == "placeholder"}
+    kept = {editor.fqn(n) for n in read if users[n.name]}
+    return integers_as_parameters(without_constants(result, {editor.fqn(n) for n in read} - kept), kept)
+
+
+def _constants_behind(editor: ProgramEditor, node: Node) -> set[Node]:
+    """The stored constants that a node reads, or that a constant expression does that it reads."""
+    constants = [source for source in node.all_input_nodes if editor.is_constant(source)]
+    stored = {source for source in constants if editor.is_stored(source)}
+    return stored.union(*(_constants_behind(editor, source) for source in constants))
+
+
+def packed_layers(editor: ProgramEditor) -> list[Node]:
+    """The packed linear layers, in graph order."""
+    return [node for node in editor.nodes if is_packed(node)]
+
+
+def is_packed(node: Node) -> bool:
+    """The node is a packed linear layer."""
+    return op_name(node) == _OPERATOR
+
+
+def evaluated(editor: ProgramEditor, program: ExportedProgram, node: Node) -> Tensor:
+    """The value of a stored constant of ``program``, or of an expression of them, in its own dtype."""
+    if editor.is_stored(node):
+        name = editor.fqn(node)
+        stored: Tensor = program.state_dict[name] if name in program.state_dict else program.constants[name]
+        return stored.detach()
+    assert callable(node.target)
+    args, kwargs = (map_arg(part, lambda n: evaluated(editor, program, n)) for part in (node.args, node.kwargs))
+    with torch.no_grad():
+        result: Tensor = node.target(*args, **kwargs)  # type: ignore[arg-type]
+    return result
+
+
+def _add_integers(editor: ProgramEditor, module: str, codes: Codes) -> tuple[Node | None, ...]:
+    """(qweight, scales, qzeros, g_idx) as constants."""
+    tensors = {
+        "qweight": packed_words(codes.q.T, codes.bits, 0),
+        "scales": codes.scales.T.contiguous(),
+        "qzeros": packed_words(codes.zeros.T, codes.bits, 1),
+        "g_idx": None if codes.index is None else codes.index.to(torch.int32),
+    }
+    return tuple(None if t is None else editor.add_constant(f"{module}.{part}", t) for part, t in tensors.items())
+
+
+def _add_weight(editor: ProgramEditor, program: ExportedProgram, args: Mapping[str, Any]) -> Node:
+    """The float weight of a packed layer as a constant."""
+    weight = weight_of(editor, program, args)
+    return editor.add_constant(weight_name(editor, args["qweight"]), weight.to(value(args["x"]).dtype))
+
+
+def weight_of(editor: ProgramEditor, program: ExportedProgram, args: Mapping[str, Any]) -> Tensor:
+    """What the weight of a packed layer stands for, (out, in) in the scales' dtype."""
+    qweight, scales, qzeros = (evaluated(editor, program, args[key]) for key in ("qweight", "scales", "qzeros"))
+    g_idx = None if args["g_idx"] is None else evaluated(editor, program, args["g_idx"])
+    columns = shape(args["x"])[-1]
+    assert isinstance(columns, int)  # that of a stored weight
+    return packed_linear.dequantized(qweight, scales, qzeros, g_idx, args["bits"], columns)
+
+
+def scales_name(name: str) -> str:
+    """``x.scales`` for ``x.weight``."""
+    return f"{_module(name)}.scales"
+
+
+def _module(name: str) -> str:
+    return name.removesuffix(".weight")
+
+
+def weight_name(editor: ProgramEditor, qweight: Node) -> str:
+    """``x.weight`` for ``x.qweight``."""
+    return editor.fqn(qweight).removesuffix(".qweight") + ".weight"

@@ -1,0 +1,137 @@
+"""GPTQ: columns are rounded one after the other, and those still to come make up for the error.
+
+    min ‖X Wᵀ − X Ŵᵀ‖² by columns:  with U the upper Cholesky factor of (XᵀX)⁻¹,
+    e = (w_j − ŵ_j) / U_jj,   w_k ← w_k − e·U_jk  for k > j
+
+Then the scales of least error for these codes, and again each column in turn, its error now known in full:
+
+    ŵ_j ← nearest of the grid to  ŵ_j + ((W − Ŵ) XᵀX)_j / (XᵀX)_jj
+
+Source: Frantar et al., arXiv 2210.17323, algorithm 1; cyclic coordinate descent as in QuantEase, arXiv 2309.01885.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from spinpass.quantization.rounding.grid import Codes, chosen_range, to_codes, uneven_index
+from spinpass.quantization.scheme import Weights
+
+_BLOCK = 128
+
+
+def gptq(matrix: Tensor, hessian: Tensor, scheme: Weights) -> Codes:
+    """Quantize a float32 matrix (out, in) against XᵀX, float32 or float64 (in, in), of its inputs.
+
+    Inputs that are always zero get a unit diagonal: their weights are rounded to nearest. With ``act_order`` columns
+    are taken by descending diagonal, groups stay where they are, and their ranges are chosen before.
+    """
+    columns = matrix.shape[1]
+    size = scheme.group_size or columns
+    work, h = matrix.clone(), hessian.double().clone()
+    diagonal = h.diagonal()
+    diagonal[diagonal == 0] = 1
+    group_of = torch.arange(columns) // size
+    fixed: list[tuple[Tensor, Tensor]] = []
+    order = torch.arange(columns)
+    if scheme.act_order or scheme.group_size is None:
+        parts = torch.split(matrix, size, 1)
+        fixed = [chosen_range(part, scheme.of_group(group)) for group, part in enumerate(parts)]
+    if scheme.act_order:
+        order = diagonal.argsort(descending=True)
+        work, h, group_of = work[:, order], h[order][:, order], group_of[order]
+    upper = _inverse_factor(h, scheme.damping).to(matrix.dtype)
+    q = torch.empty_like(work)
+    for start in range(0, columns, _BLOCK):
+        end = min(start + _BLOCK, columns)
+        errors = torch.zeros_like(work[:, start:end])
+        for j in range(start, end):
+            group = int(group_of[j])
+            if group == len(fixed):  # the group begins: its range is that of the weights as they are by now
+                # columns of the group that lie in later blocks still miss this block's corrections, as in the original
+                fixed.append(chosen_range(work[:, j : j + size], scheme.of_group(group)))
+            scale, zero = fixed[group]
+            column = work[:, j : j + 1]
+            q[:, j : j + 1] = to_codes(column, scale, zero, scheme.width_of(group))
+            left = (column - (q[:, j : j + 1] - zero[:, None]) * scale[:, None]) / upper[j, j]
+            work[:, j:end] -= left * upper[j, j:end]
+            errors[:, j - start : j - start + 1] = left
+        work[:, end:] -= errors @ upper[start:end, end:]
+    if scheme.act_order:
+        q = q[:, order.argsort()]
+    scales, zeros = (torch.stack(parts, 1) for parts in zip(*fixed))
+    index = uneven_index(columns, size)
+    bits, group_bits = scheme.widths(len(fixed))
+    codes = Codes(q.to(torch.uint8), scales, zeros.to(torch.uint8), bits, scheme.symmetric, index, group_bits)
+    return refined(matrix, codes, hessian, scheme.sweeps)
+
+
+def refined(matrix: Tensor, codes: Codes, hessian: Tensor, sweeps: int) -> Codes:
+    """Codes and scales of no larger ‖X(W − Ŵ)ᵀ‖² for the same zero points, by ``sweeps`` rounds of coordinate
+    descent. ``matrix``: float32 (out, in); ``hessian``: XᵀX, (in, in).
+    """
+    for _ in range(sweeps):
+        codes = _descended(matrix, _rescaled(matrix, codes, hessian), hessian)
+    return _rescaled(matrix, codes, hessian) if sweeps else codes
+
+
+def _rescaled(matrix: Tensor, codes: Codes, hessian: Tensor) -> Codes:
+    """The scales of least error, one for every group of every row: a linear least-squares problem of each row."""
+    rows, groups = codes.scales.shape
+    at = codes.group_of
+    z = codes.q.double() - codes.zeros.double()[:, at]
+    h, w = hessian.double(), matrix.double()
+    picked = torch.zeros(len(at), groups, dtype=torch.float64)
+    picked[torch.arange(len(at)), at] = 1
+    right = (z * (w @ h)) @ picked  # (rows, groups)
+    left = torch.empty(rows, groups, groups, dtype=torch.float64)
+    for group in range(groups):  # zᵀ H z between this group and every other
+        inside = (at == group).nonzero()[:, 0]
+        left[:, group] = ((z[:, inside] @ h[inside]) * z) @ picked
+    ridge = 1e-9 * left.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-30)
+    left += ridge[:, None, None] * torch.eye(groups, dtype=torch.float64)
+    before = codes.scales.double()
+    change = torch.linalg.solve(left, right - (left @ before[:, :, None])[:, :, 0])
+    after = (before + change).to(codes.scales.dtype)
+    # a group whose codes all stand for zero has no best scale, and a negative one would leave the grid
+    return replace(codes, scales=torch.where(after > 0, after, codes.scales))
+
+
+def _descended(matrix: Tensor, codes: Codes, hessian: Tensor) -> Codes:
+    """Every column in turn is rounded anew to what makes up best for the errors of all others."""
+    columns, at = matrix.shape[1], codes.group_of
+    h = hessian.to(matrix.dtype)
+    curvature = h.diagonal().clone()
+    curvature[curvature <= 0] = 1
+    top = codes.top.tolist()
+    scales, zeros = codes.scales[:, at], codes.zeros.to(matrix.dtype)[:, at]
+    q = codes.q.to(matrix.dtype)
+    slope = (matrix - (q - zeros) * scales) @ h
+    for start in range(0, columns, _BLOCK):
+        end = min(start + _BLOCK, columns)
+        changes = torch.empty(len(q), end - start, dtype=matrix.dtype)
+        for j in range(start, end):
+            scale = scales[:, j]
+            moved = (q[:, j] + slope[:, j] / (curvature[j] * scale)).round_().clamp_(0, top[j])
+            change = (moved - q[:, j]) * scale
+            q[:, j] = moved
+            slope[:, j:end] -= change[:, None] * h[j, j:end]
+            changes[:, j - start] = change
+        slope[:, end:] -= changes @ h[start:end, end:]
+    return replace(codes, q=q.to(torch.uint8))
+
+
+def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
+    """The upper Cholesky factor of (H + λ·mean(diag H))⁻¹; λ grows tenfold until the factor exists."""
+    mean = hessian.diagonal().mean()
+    eye = torch.eye(len(hessian), dtype=hessian.dtype)
+    while True:
+        lower, failed = torch.linalg.cholesky_ex(hessian + damping * mean * eye)
+        if not int(failed):
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if not int(failed):
+                return Tensor(upper)
+        damping *= 10

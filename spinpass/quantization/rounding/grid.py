@@ -1,0 +1,153 @@
+"""Integers with scales: rounding to nearest on the range of least squared error, and back.
+
+A weight matrix is (out, in), groups lie along ``in``:  w ≈ (q − z)·s,  with q and z in 0 … 2^bits − 1. Symmetric grids
+have z = 2^(bits−1) everywhere, so that −max … max·(1 − 2^(1−bits)) is covered and zero is exact.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from spinpass.quantization.scheme import Weights
+
+_SHRUNK = 40  # ranges that are tried, from 100% of the largest weight downwards
+_SMALLEST = 0.25  # of it: 2-bit grids cut deep
+
+
+@dataclass(frozen=True)
+class Codes:
+    """A quantized matrix. ``q``: uint8 (out, in); ``scales``: (out, groups) in the weight's dtype; ``zeros``: uint8
+    (out, groups). Groups lie side by side and are equally long but for the last, unless ``index``, int64 (in,), has the
+    group of every column. ``group_bits``: the bits of each group where they differ; ``bits`` is then the most.
+    """
+
+    q: Tensor
+    scales: Tensor
+    zeros: Tensor
+    bits: int
+    symmetric: bool
+    index: Tensor | None = None
+    group_bits: tuple[int, ...] | None = None
+
+    @property
+    def top(self) -> Tensor:
+        """The largest code of every column, 2^bits − 1, int64 (in,)."""
+        if self.group_bits is None:
+            return torch.full(self.q.shape[1:], 2**self.bits - 1)
+        return 2 ** torch.tensor(self.group_bits)[self.group_of] - 1
+
+    @property
+    def group_of(self) -> Tensor:
+        """The group of every column, int64 (in,)."""
+        return group_of(self.q.shape[1], self.scales.shape[1], self.index)
+
+    @property
+    def group_length(self) -> int | None:
+        """How many columns every group but the last has; None where groups do not lie side by side."""
+        columns, groups = self.q.shape[1], self.scales.shape[1]
+        if self.index is None:
+            return -(-columns // groups)
+        length = int((self.index == 0).sum())
+        return length if length and torch.equal(self.index, torch.arange(columns) // length) else None
+
+    def dequantized(self) -> Tensor:
+        """(q − z)·s in the scales' dtype, (out, in): one product per weight, as a kernel computes it."""
+        at = self.group_of
+        return (self.q.to(self.scales.dtype) - self.zeros.to(self.scales.dtype)[:, at]) * self.scales[:, at]
+
+    @property
+    def nbytes(self) -> int:
+        """Packed: ``bits`` per weight, scales, and zero points of ``bits`` where there are any."""
+        if self.group_bits is not None:
+            return sum(codes.nbytes for _, codes in self.parts().values())
+        zeros = 0 if self.symmetric else self.zeros.numel() * self.bits // 8
+        return self.q.numel() * self.bits // 8 + self.scales.nbytes + zeros
+
+    def parts(self) -> dict[int, tuple[Tensor, Codes]]:
+        """By width, ascending: the columns whose groups have it, int64, and their codes, all of this one width."""
+        widths = torch.tensor(self.group_bits or [self.bits] * self.scales.shape[1])
+        found = {}
+        for bits in sorted(set(widths.tolist())):
+            groups = (widths == bits).nonzero()[:, 0]
+            columns = torch.isin(self.group_of, groups).nonzero()[:, 0]
+            at = torch.searchsorted(groups, self.group_of[columns])
+            index = None if torch.equal(at, group_of(len(columns), len(groups), None)) else at
+            kept = (self.q[:, columns], self.scales[:, groups], self.zeros[:, groups])
+            found[bits] = (columns, Codes(*kept, bits, self.symmetric, index))
+        return found
+
+
+def rounded(matrix: Tensor, scheme: Weights) -> Codes:
+    """Round a float matrix (out, in) to nearest. A last group may be shorter."""
+    if scheme.group_bits is not None:
+        return _rounded_by_group(matrix, scheme)
+    out, columns = matrix.shape
+    size = scheme.group_size or columns
+    whole = columns - columns % size
+    parts = [matrix[:, :whole].reshape(-1, size), matrix[:, whole:]]  # all groups of all rows at once
+    found = [(*chosen_range(part, scheme), part) for part in parts if part.numel()]
+    q = torch.cat([to_codes(part, s, z, scheme.bits).reshape(out, -1) for s, z, part in found], 1)
+    scales, zeros = (torch.cat([each[k].reshape(out, -1) for each in found], 1) for k in (0, 1))
+    index = uneven_index(columns, size)
+    return Codes(q.to(torch.uint8), scales, zeros.to(torch.uint8), scheme.bits, scheme.symmetric, index)
+
+
+def _rounded_by_group(matrix: Tensor, scheme: Weights) -> Codes:
+    """Every group of columns at its own width."""
+    assert scheme.group_size is not None  # the scheme has checked
+    parts = torch.split(matrix, scheme.group_size, 1)
+    found = [rounded(part, scheme.of_group(group)) for group, part in enumerate(parts)]
+    q, scales, zeros = (torch.cat([getattr(codes, name) for codes in found], 1) for name in ("q", "scales", "zeros"))
+    index = uneven_index(matrix.shape[1], scheme.group_size)
+    bits, group_bits = scheme.widths(len(parts))
+    return Codes(q, scales, zeros, bits, scheme.symmetric, index, group_bits)
+
+
+def group_of(columns: int, groups: int, index: Tensor | None) -> Tensor:
+    """``index`` where there is one; else groups lie side by side, equally long but for the last. int64 (columns,)."""
+    return torch.arange(columns) // -(-columns // groups) if index is None else index
+
+
+def uneven_index(columns: int, size: int) -> Tensor | None:
+    """The group of every column where groups of ``size`` leave a shorter one at the end; None where they do not."""
+    return torch.arange(columns) // size if columns > size and columns % size else None
+
+
+def chosen_range(part: Tensor, scheme: Weights) -> tuple[Tensor, Tensor]:
+    """(scale, zero point), each (rows,), of one group of each row (rows, size)."""
+    levels = 2**scheme.bits - 1
+    low, high = part.amin(1).clamp(max=0), part.amax(1).clamp(min=0)
+    if scheme.symmetric:
+        high = torch.maximum(-low, high)
+        low = -high
+    best_scale, best_zero = _grid(low, high, levels, scheme.symmetric)
+    if not scheme.clip:
+        return best_scale, best_zero
+    least = _error(part, best_scale, best_zero, scheme.bits)
+    for step in range(1, _SHRUNK):
+        shrink = 1 - (1 - _SMALLEST) * step / _SHRUNK
+        scale, zero = _grid(low * shrink, high * shrink, levels, scheme.symmetric)
+        error = _error(part, scale, zero, scheme.bits)
+        better = error < least
+        least = torch.where(better, error, least)
+        best_scale, best_zero = torch.where(better, scale, best_scale), torch.where(better, zero, best_zero)
+    return best_scale, best_zero
+
+
+def to_codes(values: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
+    """Codes 0 … 2^bits − 1 of values (out, size), as floats."""
+    return (values / scale[:, None] + zero[:, None]).round_().clamp_(0, 2**bits - 1)
+
+
+def _grid(low: Tensor, high: Tensor, levels: int, symmetric: bool) -> tuple[Tensor, Tensor]:
+    scale = (high - low) / levels
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    zero = torch.full_like(scale, (levels + 1) / 2) if symmetric else (-low / scale).round().clamp(0, levels)
+    return scale, zero
+
+
+def _error(part: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
+    return ((to_codes(part, scale, zero, bits) - zero[:, None]) * scale[:, None] - part).square().sum(1)

@@ -1,0 +1,122 @@
+"""Ranges of activations, chosen on calibration inputs.
+
+    min over (scale, zero, limit)  Σ ‖x − k·round(x/k)‖²,      k = max(1, max|x|/limit) for every token
+
+A massive activation is one token's: it is scaled into the range of the others where that lowers the error by much.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from spinpass.operators import rounding as operators
+from spinpass.quantization.scheme import Activations
+
+_ROWS = 1024  # of the tokens that a range is chosen on, beside the largest
+_LARGEST = 64  # tokens that a sample would miss
+_RANGES, _SHRINK = 40, 0.9  # how many ranges are tried, and the ratio of one to the one before
+_LIMITS = (0.99, 0.95)  # quantiles of the tokens' largest values
+_FAR = 2.0  # times the limit: what a token must reach to be far above the others
+_WORTH = 0.5  # a limit costs a maximum per token: it has to lower the error to this share
+_CLIPS = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.76, 0.72, 0.68)
+
+
+@dataclass(frozen=True)
+class StaticRange:
+    """``scale`` and ``zero`` are float32, scalars or (channels,); ``limit`` is infinite where no token is scaled."""
+
+    scale: Tensor
+    zero: Tensor
+    limit: float
+
+
+def static_range(values: Sequence[Tensor], scheme: Activations) -> StaticRange:
+    """The range for ``values``, each (..., channels), by the scheme's ``calibration``."""
+    rows = torch.cat([v.reshape(-1, v.shape[-1]).float() for v in values])
+    peaks = rows.abs().amax(1)
+    sample = _Sample.of(rows, peaks)
+    best = _chosen(sample, scheme, math.inf)
+    if scheme.per_channel:
+        return best[0]
+    if scheme.calibration != "mse" or not scheme.sinks:
+        return best[0]
+    for quantile in _LIMITS:
+        limit = float(peaks.kthvalue(max(1, math.ceil(quantile * len(peaks)))).values)
+        if 0 < _FAR * limit < float(peaks.max()):
+            other = _chosen(sample, scheme, limit)
+            best = other if other[1] < _WORTH * best[1] else best
+    return best[0]
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """Tokens (n, channels) and how many each stands for (n,)."""
+
+    rows: Tensor
+    counts: Tensor
+
+    @classmethod
+    def of(cls, rows: Tensor, peaks: Tensor) -> _Sample:
+        large = peaks.topk(min(_LARGEST, len(rows))).indices
+        rest = torch.ones(len(rows), dtype=torch.bool)
+        rest[large] = False
+        others = rest.nonzero()[:, 0]
+        stride = max(1, -(-len(others) // _ROWS))
+        picked = others[::stride]
+        counts = torch.cat([torch.ones(len(large)), torch.full((len(picked),), len(others) / max(1, len(picked)))])
+        return cls(torch.cat([rows[large], rows[picked]]), counts)
+
+
+def token_clip(values: Sequence[Tensor], bits: int, symmetric: bool) -> float:
+    """The share of every token's range whose cover has the least squared error, relative to the token's power."""
+    rows = torch.cat([v.reshape(-1, v.shape[-1]).float() for v in values])
+    rows = rows[:: max(1, len(rows) // _ROWS)]
+    power = rows.square().sum(1).clamp_min(torch.finfo(torch.float32).tiny)
+
+    def error(clip: float) -> float:
+        off = operators.round_tokens(rows, bits, symmetric, clip) - rows
+        return float((off.square().sum(1) / power).sum())
+
+    return min(_CLIPS, key=error)
+
+
+def _chosen(sample: _Sample, scheme: Activations, limit: float) -> tuple[StaticRange, float]:
+    """The range, and its squared error; every channel its own where the scheme says so."""
+    factor = (sample.rows.abs().amax(1, keepdim=True) / limit).clamp_min(1)
+    scaled = sample.rows / factor
+    low, high = _ends(scaled, scheme)
+    top = 2**scheme.bits - 1
+    best_scale, best_zero, least = torch.ones_like(low), torch.zeros_like(low), torch.full_like(low, math.inf)
+    for step in range(_RANGES if scheme.calibration == "mse" else 1):
+        shrink = _SHRINK**step
+        scale = ((high - low) * shrink / top).clamp_min(torch.finfo(torch.float32).tiny)
+        zero = torch.full_like(low, (top + 1) / 2) if scheme.is_symmetric else (-low * shrink / scale).round()
+        off = operators.round_tensor(scaled, scale, zero, scheme.bits) - scaled
+        error = sample.counts @ (off * factor).square()
+        error = error if scheme.per_channel else error.sum()
+        better = error < least
+        least = torch.where(better, error, least)
+        best_scale, best_zero = torch.where(better, scale, best_scale), torch.where(better, zero, best_zero)
+    return StaticRange(best_scale, best_zero, limit), float(least.sum())
+
+
+def _ends(rows: Tensor, scheme: Activations) -> tuple[Tensor, Tensor]:
+    """The widest range that is considered: scalars, or (channels,)."""
+    columns = rows if scheme.per_channel else rows.reshape(-1, 1)
+    if scheme.calibration == "percentile":
+        outside = max(1, round(len(columns) * (1 - scheme.percentile / 100) / 2))
+        low, high = (columns.kthvalue(k, 0).values for k in (outside, len(columns) + 1 - outside))
+    else:
+        low, high = columns.amin(0), columns.amax(0)
+    if not scheme.per_channel:
+        low, high = low[0], high[0]
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    if scheme.is_symmetric:
+        high = torch.maximum(-low, high)
+        low = -high
+    return low, high

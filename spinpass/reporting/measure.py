@@ -1,0 +1,119 @@
+"""What ``spinpass report`` is asked for, and how it is measured."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch.export import ExportedProgram
+
+from spinpass.cli.screen import Steps
+from spinpass.errors import ConfigError
+from spinpass.evaluation import comparison as evaluation
+from spinpass.evaluation.scoring import Opened, ProgramScorer, open_scorer
+from spinpass.evaluation.texts import SAMPLES, calibration_windows, read_text
+from spinpass.planning.planner import RotationPlan
+from spinpass.quantization import QuantizationConfig, quantize
+from spinpass.reporting.activations import WatchedScorer, paired
+from spinpass.reporting.report import Quantized, Report, Scheme
+
+Windows = Sequence[Sequence[int]]
+
+
+@dataclass(frozen=True)
+class ReportRequest:
+    """The options of the command.
+
+    Windows to calibrate on come from ``calibration``, or from the same text, between those that are scored. Raises
+    ConfigError: a scheme that does not parse or is named twice, a text that cannot be read.
+    """
+
+    model: str
+    text: Path | None = None
+    calibration: Path | None = None
+    schemes: tuple[str, ...] = ()
+    windows: int = 8
+    length: int = 256
+    tokenizer: str = ""
+
+    def __post_init__(self) -> None:
+        for scheme in self.schemes:
+            QuantizationConfig.parse(scheme)
+            if self.schemes.count(scheme) > 1:
+                raise ConfigError(f"the scheme {scheme} is named twice")
+        for path in (self.text, self.calibration):
+            read_text(path)
+
+    def open(self, steps: Steps) -> tuple[ExportedProgram, Opened]:
+        """Load and export the model. Raises ConfigError for an ONNX model too."""
+        opened = open_scorer(self.model, self.tokenizer or None, steps.begin)
+        if opened.program is None:
+            raise ConfigError(f"{self.model} is an ONNX model; a report needs the program it was made of")
+        return opened.program, opened
+
+    def texts(self, opened: Opened) -> tuple[Windows, Windows]:
+        """Token ids of the windows that are scored, and of those to calibrate on."""
+        ids = opened.tokens(read_text(self.text))
+        if not self.schemes:
+            return evaluation.windows(ids, self.length, self.windows), []
+        if self.calibration is None:
+            both = evaluation.windows(ids, self.length, 2 * self.windows)
+            return both[::2], both[1::2][:SAMPLES]
+        others = calibration_windows(opened.tokens, self.calibration, self.length)
+        return evaluation.windows(ids, self.length, self.windows), others
+
+    def measure(
+        self,
+        programs: tuple[ExportedProgram, ExportedProgram],
+        texts: tuple[Windows, Windows],
+        plan: RotationPlan,
+        certificate: Mapping[str, Any] | None,
+        steps: Steps,
+        versions: Mapping[str, str],
+    ) -> Report:
+        """Everything that the report says of the ``programs`` before and after rotation."""
+        before = WatchedScorer(programs[0])
+        after = WatchedScorer(programs[1], like=before)
+        unquantized = evaluation.compare(before, after, texts[0], steps.start("score and watch"))
+        pairs, unpaired = paired(before.statistics(), after.statistics())
+        schemes = {scheme: self._scheme(scheme, programs, (before, after), texts, steps) for scheme in self.schemes}
+        steps.finish()
+        return Report(
+            model=self.model,
+            windows=self.windows,
+            length=self.length,
+            plan=plan,
+            certificate=certificate,
+            pairs=pairs,
+            unpaired=unpaired,
+            left=before.left,
+            unquantized=unquantized,
+            schemes=schemes,
+            bytes=(before.bytes, after.bytes),
+            rates=(statistics.median(before.rates), statistics.median(after.rates)),
+            seconds=dict(steps.seconds),
+            versions=versions,
+        )
+
+    def _scheme(
+        self,
+        scheme: str,
+        programs: tuple[ExportedProgram, ExportedProgram],
+        watched: tuple[WatchedScorer, WatchedScorer],
+        texts: tuple[Windows, Windows],
+        steps: Steps,
+    ) -> Scheme:
+        original = ProgramScorer(programs[0])
+        sides = []
+        for program, scorer, name in zip(programs, watched, ("untouched", "rotated")):
+            tick = steps.start(f"quantize {scheme}, {name}")
+            made = quantize(program, scheme, [ProgramScorer(program).inputs(ids) for ids in texts[1]], progress=tick)
+            errors = {scorer.names.get(fqn, fqn): weight.error for fqn, weight in made.report.weights.items()}
+            size = scorer.bytes - (made.report.bytes_before - made.report.bytes_after)
+            tick = steps.start(f"score {scheme}, {name}")
+            comparison = evaluation.compare(original, ProgramScorer(made.program), texts[0], tick)
+            sides.append(Quantized(comparison, errors, size))
+        return Scheme(*sides)

@@ -1,0 +1,239 @@
+"""The value :class:`Rotation`: an orthogonal change of basis of row vectors, ``x' = x R``."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spinpass.errors import ConfigError
+from spinpass.rotations import hadamard
+
+HADAMARD_KINDS = ("hadamard", "random-hadamard")
+KINDS = (*HADAMARD_KINDS, "random-matrix", "learned")
+"""``learned`` stands for every matrix that the user brings."""
+
+_ORTHOGONAL_WITHIN = {torch.float32: 1e-4, torch.float64: 1e-8}
+
+
+@dataclass(frozen=True, eq=False)
+class Rotation:
+    """An orthogonal matrix R of shape (size, size) that is block-diagonal with equal blocks of ``order`` rows.
+
+    =================  ========================================================================================
+    kind               R
+    =================  ========================================================================================
+    hadamard           I ⊗ H/√order
+    random-hadamard    diag(signs) · (I ⊗ H/√order), signs drawn from (seed, identity) (QuaRot, arXiv 2404.00456)
+    random-matrix      I ⊗ Q, Q of shape (order, order) uniformly distributed (Haar), drawn from (seed, identity)
+    learned            the user's matrix; ``order`` equals ``size``
+    =================  ========================================================================================
+
+    ``identity`` names what is rotated, so that the same space of two programs gets the same rotation. Two rotations are
+    equal when they are the same matrix by construction (equal :meth:`fingerprint`). Make one with :meth:`create` or
+    :meth:`from_matrix`; the constructor raises ConfigError for fields that do not fit together.
+    """
+
+    kind: str
+    size: int
+    order: int
+    seed: int = 0
+    identity: str = ""
+    matrix_: Tensor | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ConfigError(f"unknown rotation {self.kind!r}; choose one of {', '.join(KINDS)}")
+        if self.size < 1:
+            raise ConfigError(f"a rotation needs a positive size, got {self.size}")
+        if self.order < 1 or self.size % self.order:
+            raise ConfigError(f"block size {self.order} does not divide the size {self.size}")
+        if self.kind in HADAMARD_KINDS and not hadamard.is_order(self.order):
+            raise ConfigError(f"no Hadamard matrix of order {self.order} can be built")
+        self._check_matrix()
+
+    def _check_matrix(self) -> None:
+        if self.kind != "learned":
+            if self.matrix_ is not None:
+                raise ConfigError(f"a {self.kind!r} rotation takes no matrix: use Rotation.from_matrix")
+            return
+        if self.matrix_ is None:
+            raise ConfigError("a 'learned' rotation needs its matrix: use Rotation.from_matrix")
+        if tuple(self.matrix_.shape) != (self.order, self.size) or self.matrix_.dtype != torch.float64:
+            found = f"{self.matrix_.dtype} {tuple(self.matrix_.shape)}"
+            raise ConfigError(
+                f"a learned rotation needs a float64 matrix of one block of size {self.size}, got {found}"
+            )
+
+    @classmethod
+    def create(
+        cls, kind: str, size: int, *, block_size: int | None = None, seed: int = 0, identity: str = ""
+    ) -> Rotation:
+        """A rotation of a given kind (any but ``learned``).
+
+        ``block_size`` must divide ``size`` and is ``size`` where None. A Hadamard kind takes the largest order that
+        divides the block and can be built. Raises ConfigError for an unknown kind or a block size that does not divide.
+        """
+        block = size if block_size is None else block_size
+        if kind in HADAMARD_KINDS and block >= 1 and size % block == 0:
+            block = hadamard.largest_order(block)
+        return cls(kind, size, block, seed, identity)
+
+    @classmethod
+    def from_matrix(cls, matrix: Tensor, identity: str = "") -> Rotation:
+        """The user's own orthogonal matrix, float32 or float64, shape (size, size), ``x' = x @ matrix``.
+
+        What rounding left of non-orthogonality is removed in float64, so that the transpose is the inverse to 1e-15.
+        Raises ConfigError where it is not square, has another dtype, or is not orthogonal: max |M Mᵀ - I| above 1e-4
+        for float32, 1e-8 for float64.
+        """
+        if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1] or not len(matrix):
+            raise ConfigError(f"a rotation matrix must be square and not empty, got shape {tuple(matrix.shape)}")
+        if matrix.dtype not in _ORTHOGONAL_WITHIN:
+            raise ConfigError(f"a rotation matrix must be float32 or float64, got {matrix.dtype}")
+        exact = matrix.detach().to(device="cpu", dtype=torch.float64, copy=True)
+        error, bound = _non_orthogonality(exact), _ORTHOGONAL_WITHIN[matrix.dtype]
+        if not error <= bound:
+            raise ConfigError(f"the matrix is not orthogonal: max |M Mᵀ - I| is {error:.1e}, above {bound:.0e}")
+        return cls("learned", len(exact), len(exact), identity=identity, matrix_=_nearest_orthogonal(exact))
+
+    @property
+    def is_structured(self) -> bool:
+        """Whether it is applied through small factors, never as a dense block."""
+        return self.kind in HADAMARD_KINDS
+
+    @property
+    def flops(self) -> int:
+        """Multiplications and additions to rotate one vector; sign flips are free."""
+        if self.is_structured:
+            return self.size // self.order * hadamard.flops(self.order)
+        return 2 * self.size * self.order
+
+    def signs(self) -> Tensor | None:
+        """The ±1 of ``diag(signs)``, int8 of shape (size,); None where all are +1."""
+        if self.kind != "random-hadamard":
+            return None
+        return torch.tensor(self._signs, dtype=torch.int8, device="cpu")
+
+    @cached_property
+    def _signs(self) -> tuple[int, ...]:
+        # One bit each; kept as integers, since a tensor made under a tracing mode would be fake and must not be kept.
+        stream = _random_bytes(-(-self.size // 8), self.seed, self.identity)
+        return tuple(1 - 2 * (stream[i >> 3] >> (i & 7) & 1) for i in range(self.size))
+
+    def matrix(self, dtype: torch.dtype = torch.float64) -> Tensor:
+        """R as a dense (size, size) matrix. For inspection and for what has no cheaper way: prefer :meth:`apply`."""
+        return self.apply(torch.eye(self.size, dtype=torch.float64)).to(dtype)
+
+    def apply(self, x: Tensor, dim: int = -1, *, inverse: bool = False, compute: torch.dtype | None = None) -> Tensor:
+        """``x R`` along axis ``dim`` of ``x``, or ``x Rᵀ``.
+
+        The size of the axis is a multiple of ``self.size``: several vectors may lie back to back, each is rotated.
+        Returns a new contiguous tensor of the same shape, dtype and device. ``compute`` (float32 or float64) is the
+        precision of the arithmetic; None is that of ``x``, and float32 for float16 and bfloat16. Rounded once.
+        Raises ConfigError for another size or a dtype that is not floating point.
+        """
+        if not x.dtype.is_floating_point:
+            raise ConfigError(f"only floating point tensors can be rotated, got {x.dtype}")
+        if x.dim() == 0 or x.shape[dim] % self.size:
+            raise ConfigError(f"axis {dim} of a tensor of shape {tuple(x.shape)} holds no vectors of size {self.size}")
+        if self.is_structured:
+            signs = self.signs()
+            signs = None if signs is None else signs.repeat(x.shape[dim] // self.size)
+            return hadamard.transform(x, self.order, transpose=inverse, dim=dim, signs=signs, compute=compute)
+        block = self.matrix_ if self.matrix_ is not None else _haar(self.order, self.seed, self.identity)
+        block = block.to(x.device, hadamard.precision_of(x, compute))
+        return hadamard.multiply(x, [block if inverse else block.t()], dim=dim, compute=compute)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What JSON can hold, without loss; a learned matrix as base64 of its float64 rows, little-endian."""
+        fields = {name: getattr(self, name) for name in ("kind", "size", "order", "seed", "identity")}
+        if self.matrix_ is None:
+            return fields
+        return fields | {"matrix": base64.b64encode(_to_bytes(self.matrix_)).decode("ascii")}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Rotation:
+        """The rotation that :meth:`to_dict` described. Raises ConfigError where the data cannot be one."""
+        try:
+            kind, size, order = str(data["kind"]), int(data["size"]), int(data["order"])
+            seed, identity = int(data["seed"]), str(data["identity"])
+            raw = base64.b64decode(data["matrix"], validate=True) if "matrix" in data else None
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConfigError(f"this is no description of a rotation: {error!r}") from error
+        if raw is not None and len(raw) != 8 * size * size:
+            raise ConfigError(f"the matrix of a rotation of size {size} takes {8 * size * size} bytes, got {len(raw)}")
+        return cls(kind, size, order, seed, identity, None if raw is None else _from_bytes(raw, size))
+
+    def fingerprint(self) -> str:
+        """SHA-256, hexadecimal, of everything that determines R and of nothing else."""
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        drawn = self.kind.startswith("random")
+        parts = [self.kind, self.size, self.order, self.seed if drawn else 0, self.identity if drawn else ""]
+        matrix = b"" if self.matrix_ is None else _to_bytes(self.matrix_)
+        return hashlib.sha256(json.dumps(parts).encode() + matrix).hexdigest()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Rotation) and self._fingerprint == other._fingerprint
+
+    def __hash__(self) -> int:
+        return hash(self._fingerprint)
+
+    def __str__(self) -> str:
+        shape = f"{self.size}" if self.order == self.size else f"{self.size // self.order} blocks of {self.order}"
+        return f"{self.kind}({shape}, seed {self.seed})" if self.kind.startswith("random") else f"{self.kind}({shape})"
+
+
+@lru_cache(maxsize=4)
+def _haar(order: int, seed: int, identity: str) -> Tensor:
+    """A uniformly distributed orthogonal matrix (order, order), float64.
+
+    Q of the QR decomposition of a Gaussian matrix, with the signs of R's diagonal taken out (F. Mezzadri, Notices of
+    the AMS 54, 2007); Gaussians by Box and Muller, two uniform variables each.
+    """
+    with torch.inference_mode(False):  # kept for later callers, who may want gradients
+        words = torch.frombuffer(_random_bytes(16 * order * order, seed, identity), dtype=torch.int64)
+        first, second = ((words >> 11 & (1 << 53) - 1).double() + 0.5).mul_(2.0**-53).view(2, order, order)
+        q, r = torch.linalg.qr((-2 * first.log()).sqrt() * (2 * math.pi * second).cos())
+        haar: Tensor = q * r.diagonal().sign()
+    return haar
+
+
+def _random_bytes(count: int, seed: int, identity: str) -> bytearray:
+    """A stream that depends on seed and identity only: the same on every machine and with every version of torch."""
+    key = hashlib.sha256(f"{seed}\0{identity}".encode()).digest()
+    return bytearray(hashlib.shake_256(key).digest(count))
+
+
+def _non_orthogonality(matrix: Tensor) -> float:
+    return float((matrix @ matrix.t() - torch.eye(len(matrix), dtype=matrix.dtype)).abs().max())
+
+
+def _nearest_orthogonal(matrix: Tensor) -> Tensor:
+    """Newton-Schulz, M <- M (3 I - Mᵀ M) / 2, which squares the error at each step, for as long as it gets smaller."""
+    last = math.inf
+    while (error := _non_orthogonality(matrix)) < last / 2:
+        matrix = 1.5 * matrix - 0.5 * matrix @ (matrix.t() @ matrix)
+        last = error
+    return matrix.contiguous()
+
+
+def _to_bytes(matrix: Tensor) -> bytes:
+    raw = bytearray(matrix.numel() * 8)
+    torch.frombuffer(raw, dtype=torch.float64).copy_(matrix.flatten())
+    return bytes(raw)
+
+
+def _from_bytes(raw: bytes, size: int) -> Tensor:
+    return torch.frombuffer(bytearray(raw), dtype=torch.float64).view(size, size)

@@ -1,0 +1,150 @@
+"""A decoder's ONNX graph with a KV cache, read from its names and shapes: which input is what, and how a step is run.
+
+Nothing is known about the model: which inputs are the cache, which output continues which of them and which axis grows
+is what the graph says.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spinpass.errors import ExportError
+from spinpass.formats.manifest import check_loaded
+
+_PREFIX = re.compile(r"^(input\.|output\.)?(past_key_values|present_key_values|past|present)?")
+
+
+@dataclass
+class State:
+    """What lies between two calls: the number of tokens seen, and the cache as ONNX Runtime returned it."""
+
+    length: int
+    cache: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """One cache input, its shape when empty (-1 for the batch), and the index of the output that continues it."""
+
+    name: str
+    empty: tuple[int, ...]
+    dtype: torch.dtype
+    output: int
+
+
+@dataclass(frozen=True)
+class DecoderGraph:
+    """The roles of a decoder graph's inputs and outputs. ``plain`` maps the inputs that are made anew at every call to
+    their types."""
+
+    session: Any
+    ids: str
+    plain: dict[str, torch.dtype]
+    logits: int
+    cache: tuple[_Slot, ...]
+
+    @staticmethod
+    def open(path: Path, provider: str = "CPUExecutionProvider", threads: int | None = None) -> DecoderGraph:
+        """Load the file.
+
+        Raises:
+            ExportError: no file there, ONNX Runtime cannot load it or lacks an operator, or the graph has no cache of
+                dynamic length.
+            VerificationError: its rotations are not those that it or ``spinpass.json`` beside it names.
+            ConfigError: ONNX Runtime does not have ``provider``.
+        """
+        from spinpass.runtime.onnx_session import open_session
+
+        if not path.is_file():
+            raise ExportError(f"there is no model at {path}")
+        session = open_session(path, provider, threads)
+        check_loaded(path, session.get_modelmeta().custom_metadata_map)
+        return DecoderGraph.of(session, path)
+
+    @staticmethod
+    def of(session: Any, path: Path) -> DecoderGraph:
+        """The graph of an open session. Raises ExportError where it is not that of a decoder with a cache."""
+        from spinpass.runtime.onnx_session import DTYPES
+
+        inputs, outputs = session.get_inputs(), session.get_outputs()
+        stored = [i for i in inputs if len(i.shape) >= 3]
+        plain = {i.name: DTYPES[i.type] for i in inputs if len(i.shape) < 3}
+        known = {"position_ids", "cache_position", "attention_mask"}
+        ids = [name for name in plain if name not in known]
+        if len(ids) != 1:
+            raise ExportError(
+                f"{path} takes {', '.join(plain) or 'no tokens'}: one input of token ids is expected beside {known}"
+            )
+        if not stored:
+            raise ExportError(
+                f"{path} has no cache inputs: export the graph that decodes, with the cache as inputs and outputs"
+            )
+        names = [output.name for output in outputs]
+        logits = names.index("logits") if "logits" in names else 0
+        continued = _continuations([i.name for i in stored], names, logits, path)
+        batch = _size(next(i for i in inputs if i.name == ids[0]).shape[0])
+        if isinstance(batch, int) and batch != 1:
+            raise ExportError(f"{path} was exported for batches of {batch}: export it with a dynamic batch axis")
+        slots = (_Slot(i.name, _empty_shape(i, batch, path), DTYPES[i.type], continued[i.name]) for i in stored)
+        return DecoderGraph(session, ids[0], plain, logits, tuple(slots))
+
+    def start(self, batch: int) -> State:
+        """An empty cache for so many sequences."""
+        from spinpass.runtime.onnx_session import to_ort
+
+        empty = {slot.name: tuple(batch if size == -1 else size for size in slot.empty) for slot in self.cache}
+        return State(0, {s.name: to_ort(torch.zeros(empty[s.name], dtype=s.dtype)) for s in self.cache})
+
+    def step(self, ids: Tensor, state: State) -> Tensor:
+        """Run new tokens (batch, length) on top of ``state`` and advance it; logits (batch, length, vocabulary).
+
+        The cache goes from call to call as ONNX Runtime made it, without a copy. Raises ExportError where it fails.
+        """
+        from spinpass.runtime.onnx_session import from_ort, run, to_ort
+
+        batch, length = ids.shape
+        start, stop = state.length, state.length + length
+        positions = torch.arange(start, stop)
+        given = {
+            self.ids: ids,
+            "position_ids": positions.expand(batch, -1),
+            "cache_position": positions,
+            "attention_mask": torch.ones(batch, stop, dtype=torch.int64),
+        }
+        feed = {name: to_ort(given[name].to(dtype)) for name, dtype in self.plain.items()}
+        results = run(self.session, feed | state.cache)
+        state.length = stop
+        state.cache = {slot.name: results[slot.output] for slot in self.cache}
+        return from_ort(results[self.logits])
+
+
+def _continuations(stored: list[str], outputs: list[str], logits: int, path: Path) -> dict[str, int]:
+    """Cache input -> index of its output: by name where the names agree but for what says in or out, else in order."""
+    rest = [i for i in range(len(outputs)) if i != logits]
+    by_suffix = {_PREFIX.sub("", outputs[i]): i for i in rest}
+    if len(by_suffix) == len(rest) and all(_PREFIX.sub("", name) in by_suffix for name in stored):
+        return {name: by_suffix[_PREFIX.sub("", name)] for name in stored}
+    if len(stored) != len(rest):
+        raise ExportError(f"{path} takes {len(stored)} cache tensors and returns {len(rest)}: they cannot be matched")
+    return dict(zip(stored, rest, strict=True))
+
+
+def _empty_shape(value: Any, batch: int | str, path: Path) -> tuple[int, ...]:
+    """No tokens; -1 for the batch: the dynamic axes that are not the batch are the length."""
+    shape = tuple(-1 if size == batch else 0 if isinstance(size, str) else size for size in map(_size, value.shape))
+    if 0 not in shape:
+        raise ExportError(
+            f"{path}: the cache {value.name} of shape {value.shape} has a fixed length: export it with a dynamic one"
+        )
+    return shape
+
+
+def _size(stated: int | str) -> int | str:
+    """Of an axis. Some exporters write the number of a fixed axis as a name."""
+    return int(stated) if str(stated).isdecimal() else stated

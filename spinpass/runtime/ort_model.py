@@ -1,0 +1,144 @@
+"""``generate`` as people know it, on a folder that ONNX Runtime runs."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spinpass.errors import ConfigError
+from spinpass.runtime.decoding import new_tokens
+from spinpass.runtime.model_folder import ModelFolder
+from spinpass.runtime.onnx_graph import DecoderGraph
+from spinpass.runtime.sampling import Sampling
+from spinpass.runtime.text_pieces import Pieces
+
+
+class OrtModel:
+    """A decoder that takes and returns token ids as ``transformers`` does.
+
+    ``folder`` knows the tokenizer, the end tokens and the longest sequence.
+    """
+
+    def __init__(self, graph: DecoderGraph, folder: ModelFolder) -> None:
+        self.graph = graph
+        self.folder = folder
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, *, provider: str = "CPUExecutionProvider", threads: int | None = None
+    ) -> OrtModel:
+        """Load ``model.onnx`` of a folder, or the ``.onnx`` file itself.
+
+        Raises:
+            ExportError: no model there, ONNX Runtime cannot load it or lacks an operator of it, or it is no decoder
+                with a cache.
+            VerificationError: its rotations are not those that it or ``spinpass.json`` beside it names.
+            ConfigError: ONNX Runtime does not have ``provider``.
+        """
+        from spinpass.formats.paths import model_path
+
+        path = model_path(folder)
+        return cls(DecoderGraph.open(path, provider, threads), ModelFolder(path.parent))
+
+    @property
+    def tokenizer(self) -> Any:
+        """See :attr:`ModelFolder.tokenizer`."""
+        return self.folder.tokenizer
+
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        max_new_tokens: int = 20,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        top_k: int = 50,
+        top_p: float = 1.0,
+        seed: int = 0,
+        eos_token_id: int | Collection[int] | None = None,
+        pad_token_id: int | None = None,
+        streamer: Any = None,
+    ) -> Tensor:
+        """Continue token ids (batch, length); the result (batch, length + new) begins with them.
+
+        Args:
+            attention_mask: (batch, length), 0 for padding on either side. Sequences of different length are run one
+                after the other, those of the same length together: none sees another's padding.
+            max_new_tokens: how many at most.
+            do_sample: draw from the ``top_k`` likeliest (0: all) and the ``top_p`` share of the probability at this
+                ``temperature``; else take the likeliest.
+            seed: of the draws.
+            eos_token_id: what ends a sequence; None for what the folder names. An empty collection ends none.
+            pad_token_id: what follows the end of a sequence; None for an end token, or 0.
+            streamer: with ``put(ids)`` and ``end()``, as those of transformers; for one sequence.
+
+        Raises ConfigError: no tokens, a mask with holes, more tokens than the model has positions, options out of
+        range, a streamer for several sequences.
+        """
+        if input_ids.ndim != 2 or not input_ids.numel():
+            raise ConfigError(f"input_ids of shape {list(input_ids.shape)}: (batch, length) with tokens is expected")
+        if max_new_tokens < 1:
+            raise ConfigError(f"max_new_tokens {max_new_tokens} is less than 1")
+        if streamer is not None and len(input_ids) > 1:
+            raise ConfigError(f"a streamer takes one sequence, not {len(input_ids)}")
+        sampling = Sampling(temperature, top_k, top_p, seed) if do_sample else Sampling()
+        spans = _spans(input_ids, attention_mask)
+        self.folder.check_length(max(stop - start for start, stop in spans), max_new_tokens)
+        stop_at = self._ends(eos_token_id)
+        pad = pad_token_id if pad_token_id is not None else min(stop_at, default=0)
+        new = torch.full((len(input_ids), max_new_tokens), pad, dtype=input_ids.dtype)
+        if streamer is not None:
+            streamer.put(input_ids)
+        longest = 0
+        for start, stop in sorted(set(spans)):
+            rows = [i for i, span in enumerate(spans) if span == (start, stop)]
+            found = new_tokens(self.graph, input_ids[rows, start:stop], max_new_tokens, sampling, stop_at, pad)
+            for count, tokens in enumerate(found):
+                new[rows, count] = tokens.to(new.dtype)
+                longest = max(longest, count + 1)
+                if streamer is not None:
+                    streamer.put(tokens)
+        if streamer is not None:
+            streamer.end()
+        return torch.cat([input_ids, new[:, :longest]], 1)
+
+    def stream(self, text: str, *, max_new_tokens: int = 20, sampling: Sampling | None = None) -> Iterator[str]:
+        """What follows ``text``, piece by piece, up to an end token (which is not shown).
+
+        Raises ConfigError as :meth:`generate`, ExportError where there is no tokenizer.
+        """
+        ids = torch.tensor([self.tokenizer(text)["input_ids"]], dtype=torch.int64)
+        if not ids.numel():
+            raise ConfigError("there are no tokens to start from: give at least one")
+        self.folder.check_length(ids.shape[1], max_new_tokens)
+        ends = self.folder.end_tokens
+        pieces = Pieces(self.tokenizer)
+        for token in new_tokens(self.graph, ids, max_new_tokens, sampling or Sampling(), ends):
+            if int(token) not in ends:
+                yield from pieces.add(int(token))
+        yield from pieces.rest()
+
+    def _ends(self, given: int | Collection[int] | None) -> frozenset[int]:
+        if given is None:
+            return self.folder.end_tokens
+        return frozenset([given] if isinstance(given, int) else given)
+
+
+def _spans(ids: Tensor, mask: Tensor | None) -> list[tuple[int, int]]:
+    """(start, stop) of the tokens of each row that are no padding. ConfigError for rows without, or with holes."""
+    if mask is None:
+        return [(0, ids.shape[1])] * len(ids)
+    if mask.shape != ids.shape:
+        raise ConfigError(f"attention_mask of shape {list(mask.shape)} beside input_ids of {list(ids.shape)}")
+    spans = []
+    for row, kept in enumerate(mask.bool()):
+        places = kept.nonzero().flatten().tolist()
+        if not places or places[-1] - places[0] + 1 != len(places):
+            raise ConfigError(f"row {row} of attention_mask has {'holes' if places else 'no token'}")
+        spans.append((places[0], places[-1] + 1))
+    return spans
