@@ -20,7 +20,7 @@ CONSUMER := .venv-consumer
 help:
 	@echo "make venv   build .venv with everything (about 2 GB)"
 	@echo "make lint   ruff and mypy"
-	@echo "make test   all tests;  TESTS=tests/test_verify.py  runs some"
+	@echo "make test   all tests;  TESTS=tests/certificate  runs some"
 	@echo "make goldens  write the listings of tests/goldens anew, to be read as a diff"
 	@echo "make slow   the wide sweeps that make test leaves out"
 	@echo "make bench  exactness on real and tiny models, cost of the pass, speed of the Hadamards"

@@ -2,7 +2,8 @@
 
 The first table is SmolLM2-135M (its package, or ``--model``), exported with its KV cache and rotated by R1–R4: the
 largest change of a logit in float64 and float32, in the program and in ONNX Runtime; greedy text; the size of the
-files. The second table takes every tiny random-weight model of ``tests/models.py`` and rotates it in both forms of R1.
+files. The second table takes every tiny random-weight model of ``tests/support/models.py`` and rotates it in both forms
+of R1.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from spinpass.runtime.decoder import OrtDecoder
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "examples")]
 from demo import packaged_model  # noqa: E402
 
-from tests import models  # noqa: E402
+from tests.support import models  # noqa: E402
 
 PROMPTS = (
     "The capital of France is",

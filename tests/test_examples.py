@@ -11,7 +11,7 @@ from pydoc_data import topics
 import pytest
 import torch
 
-from tests import folders
+from tests.support import folders
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 BENCHMARKS = EXAMPLES.with_name("benchmarks")

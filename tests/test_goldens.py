@@ -19,8 +19,8 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 
 import spinpass
-from tests import decoders, modules
 from tests.mutations.experts import BmmInOut
+from tests.support import decoders, modules
 
 FOLDER = Path(__file__).parent / "goldens"
 WRITTEN_WITH = "2.13"  # other versions of torch trace the same decoders into other graphs

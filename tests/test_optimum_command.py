@@ -14,7 +14,7 @@ import typer.main
 
 from spinpass.cli import app as commands
 from spinpass.runtime.decoder import OrtDecoder
-from tests import folders
+from tests.support import folders
 
 pytest.importorskip("optimum.commands.optimum_cli")
 register: Any = pytest.importorskip("optimum.commands.register.register_spinpass")

@@ -12,7 +12,7 @@ from torch.export import Dim
 
 import spinpass
 from spinpass.certificate.programs import run
-from tests.decoders import NORMS, Decoder, Shape, exported, made, outcome, relative_error, tokens
+from tests.support.decoders import NORMS, Decoder, Shape, exported, made, outcome, relative_error, tokens
 
 HEADS = st.sampled_from([(1, 1), (2, 1), (2, 2), (4, 2), (6, 3), (4, 1)])
 SHAPES = st.builds(

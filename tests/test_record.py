@@ -14,8 +14,8 @@ import spinpass
 from spinpass import record
 from spinpass.record import Carried, Record
 from spinpass.rotations.rotation import Rotation
-from tests import modules
-from tests.decoders import Decoder, exported, made
+from tests.support import modules
+from tests.support.decoders import Decoder, exported, made
 
 
 @pytest.fixture(scope="module")

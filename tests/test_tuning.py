@@ -21,7 +21,7 @@ from spinpass.planning.planner import RotationPlan
 from spinpass.quantization import QuantizationConfig
 from spinpass.quantization.calibration.site_error import site_errors
 from spinpass.tuning import SpaceVerdict, Trial, candidates, choose, tune
-from tests.decoders import SEQ, VOCAB, Decoder, exported, made, with_outliers
+from tests.support.decoders import SEQ, VOCAB, Decoder, exported, made, with_outliers
 
 
 @cache

@@ -13,8 +13,8 @@ from torch.export import Dim, ExportedProgram
 import spinpass
 from spinpass import record
 from spinpass.errors import ConfigError, ExportError, ProgramError, VerificationError
-from tests import models
-from tests.programs import program
+from tests.support import models
+from tests.support.programs import program
 
 openvino = pytest.importorskip("openvino")
 

@@ -19,7 +19,7 @@ import spinpass
 from spinpass import RotationConfig
 from spinpass.execution.interpreter import run
 from spinpass.exporters.onnx import writer as exporter
-from tests.decoders import VOCAB, Decoder, exported, made, with_outliers
+from tests.support.decoders import VOCAB, Decoder, exported, made, with_outliers
 
 IDS = torch.randint(0, VOCAB, (2, 5), generator=torch.Generator().manual_seed(0))
 

@@ -18,7 +18,7 @@ from spinpass.errors import ConfigError, ExportError
 from spinpass.graph.editor import op_name
 from spinpass.operators import hadamard as library
 from spinpass.rotations.rotation import Rotation
-from tests import models
+from tests.support import models
 
 exporters = pytest.importorskip("transformers.exporters")
 pytest.importorskip("onnxruntime")

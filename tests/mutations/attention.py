@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.decoders import HEAD, HEADS, KV, SEQ, Attention, RMSNorm, Shape, rope
 from tests.mutations.hazard import Hazard, SecondAttention, merged, param
+from tests.support.decoders import HEAD, HEADS, KV, SEQ, Attention, RMSNorm, Shape, rope
 
 
 class TalkingHeads(Hazard):

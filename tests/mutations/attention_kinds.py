@@ -8,8 +8,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.decoders import BATCH, HEAD, HEADS, HIDDEN, KV, SEQ, VOCAB, Attention, Block, RMSNorm, Shape, rope, tokens
 from tests.mutations.hazard import Hazard, SecondAttention, merged, param
+from tests.support.decoders import (
+    BATCH,
+    HEAD,
+    HEADS,
+    HIDDEN,
+    KV,
+    SEQ,
+    VOCAB,
+    Attention,
+    Block,
+    RMSNorm,
+    Shape,
+    rope,
+    tokens,
+)
 
 
 class LearnedKeys(SecondAttention):

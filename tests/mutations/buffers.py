@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.decoders import BATCH, HEAD, HIDDEN, KV, SEQ, Attention, rope, tokens
 from tests.mutations.caches import PAST, PLACES
 from tests.mutations.hazard import Hazard, merged
+from tests.support.decoders import BATCH, HEAD, HIDDEN, KV, SEQ, Attention, rope, tokens
 
 
 class Shift(Hazard):

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tests.decoders import BATCH, HEAD, HEADS, HIDDEN, KV, Attention, RMSNorm, rope, tokens
 from tests.mutations.caches import PAST, Cached
 from tests.mutations.hazard import merged
+from tests.support.decoders import BATCH, HEAD, HEADS, HIDDEN, KV, Attention, RMSNorm, rope, tokens
 
 
 class PackedCache(Cached):

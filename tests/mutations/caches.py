@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tests.decoders import BATCH, HEAD, KV, SEQ, Attention, rope, tokens
 from tests.mutations.hazard import Hazard, merged
+from tests.support.decoders import BATCH, HEAD, KV, SEQ, Attention, rope, tokens
 
 PAST, PLACES = 3, 12
 

@@ -7,11 +7,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from tests.decoders import Attention, Decoder, Shape, tokens
+from tests.support.decoders import Attention, Decoder, Shape, tokens
 
 
 def param(*size: int) -> nn.Parameter:
-    """Ones, which :func:`tests.decoders.made` replaces by random numbers."""
+    """Ones, which :func:`tests.support.decoders.made` replaces by random numbers."""
     return nn.Parameter(torch.ones(*size))
 
 

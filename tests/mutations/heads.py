@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.decoders import FFN, HEAD, HEADS, HIDDEN, VOCAB, Attention, Block, RMSNorm, Shape, rope
 from tests.mutations.hazard import Hazard, merged
+from tests.support.decoders import FFN, HEAD, HEADS, HIDDEN, VOCAB, Attention, Block, RMSNorm, Shape, rope
 
 
 class AllHiddenStates(Hazard):

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.decoders import FFN, HEAD, HEADS, HIDDEN, KV, Shape, rope
 from tests.mutations.hazard import Hazard, SecondAttention, merged, param
+from tests.support.decoders import FFN, HEAD, HEADS, HIDDEN, KV, Shape, rope
 
 GROUP = HEADS // KV
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tests.decoders import HIDDEN, SEQ, VOCAB, Block, RMSNorm, Shape
 from tests.mutations.hazard import Hazard, param
+from tests.support.decoders import HIDDEN, SEQ, VOCAB, Block, RMSNorm, Shape
 
 
 class TwoStreams(Hazard):

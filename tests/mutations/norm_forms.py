@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.decoders import BATCH, HIDDEN, RMSNorm, Shape, tokens
 from tests.mutations.hazard import Hazard, param
+from tests.support.decoders import BATCH, HIDDEN, RMSNorm, Shape, tokens
 
 
 class PostNorm(Hazard):

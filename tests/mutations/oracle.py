@@ -13,7 +13,7 @@ import spinpass
 from spinpass import record
 from spinpass.errors import RefusedError
 from spinpass.execution.interpreter import execute, flat_inputs
-from tests.decoders import relative_error
+from tests.support.decoders import relative_error
 
 EXACT = 1e-9
 ROLES = {"R1", "R2", "R3", "R4"}

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.decoders import HIDDEN
 from tests.mutations.hazard import Hazard
+from tests.support.decoders import HIDDEN
 
 
 class ReturnsContext(Hazard):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from tests.decoders import HEAD, HEADS, KV, SEQ, Attention, RMSNorm, rope
 from tests.mutations.hazard import SecondAttention, merged, param
+from tests.support.decoders import HEAD, HEADS, KV, SEQ, Attention, RMSNorm, rope
 
 
 def angles(size: int) -> Tensor:

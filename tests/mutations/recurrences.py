@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.decoders import BATCH, FFN, HEAD, HEADS, HIDDEN, SEQ, RMSNorm
 from tests.mutations.hazard import Hazard, SecondAttention, param
+from tests.support.decoders import BATCH, FFN, HEAD, HEADS, HIDDEN, SEQ, RMSNorm
 
 
 class ConvMix(Hazard):

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from torch.export import ExportedProgram
 
-from tests.decoders import exported, made
 from tests.mutations.hazard import Hazard
+from tests.support.decoders import exported, made
 
 THEMES = sorted(
     p.stem

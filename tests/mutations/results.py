@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from tests.decoders import HEAD, HEADS, HIDDEN, Attention, RMSNorm, rope
 from tests.mutations.hazard import Hazard, SecondAttention, merged, param
+from tests.support.decoders import HEAD, HEADS, HIDDEN, Attention, RMSNorm, rope
 
 
 class ContextNorm(Hazard):

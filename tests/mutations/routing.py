@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.decoders import FFN, HEADS, HIDDEN, MLP, RMSNorm, rope
 from tests.mutations.hazard import Hazard, SecondAttention, param
+from tests.support.decoders import FFN, HEADS, HIDDEN, MLP, RMSNorm, rope
 
 
 class Router(Hazard):

@@ -24,8 +24,8 @@ from spinpass.passes import center as center_pass
 from spinpass.passes import fold, fuse_norm_scale
 from spinpass.passes import insert_rotations as insert_pass
 from spinpass.rotations.rotation import Rotation
-from tests.decoders import Decoder, exported, made
 from tests.mutations import registry
+from tests.support.decoders import Decoder, exported, made
 
 DENSE: dict[str, dict[str, Any]] = {
     "rms": dict(norm="rms", bias=True),

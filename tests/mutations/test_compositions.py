@@ -11,11 +11,11 @@ from hypothesis import HealthCheck, Phase, given, note, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.decoders import NORMS, Attention, Decoder, Shape, exported, made, rope
 from tests.mutations.caches import Cached, CatCache, StaticCache, StaticCacheInPlace, WindowCache
 from tests.mutations.hazard import Hazard, SecondAttention
 from tests.mutations.oracle import check, steps
 from tests.mutations.registry import ALL
+from tests.support.decoders import NORMS, Attention, Decoder, Shape, exported, made, rope
 
 CACHES: dict[str, type[Cached]] = {c.__name__: c for c in (CatCache, StaticCache, StaticCacheInPlace, WindowCache)}
 # hazards whose parts need each other, inputs of their own, another number of tokens or a wider bound

@@ -16,11 +16,11 @@ from torch.nn import functional as F
 
 import spinpass
 from spinpass import record
-from tests import modules
-from tests.decoders import FFN, HIDDEN, exported, made
 from tests.mutations.hazard import Hazard, param
 from tests.mutations.oracle import check, reasons, steps
 from tests.mutations.registry import ALL, functional, program
+from tests.support import modules
+from tests.support.decoders import FFN, HIDDEN, exported, made
 
 FORMS: list[dict[str, Any]] = [
     dict(form="offline", tied="untie"),
@@ -91,7 +91,7 @@ def test_a_hazard_in_the_product_of_forms(name: str) -> None:
     sweep(name, program(name, decomposed=True), [f for f in PRODUCT if f["kind"] == "random-hadamard"], {"R1"})
 
 
-# -- the cases of the issue, built by tests.modules --------------------------------------------------------------------
+# -- the cases of the issue, built by tests.support.modules --------------------------------------------------------------------
 
 
 @cache

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 import spinpass
 from spinpass.errors import RefusedError
-from tests.decoders import FFN, HIDDEN, MLP, Decoder, RMSNorm, exported, made, outcome
 from tests.mutations.oracle import EXACT, reasons
+from tests.support.decoders import FFN, HIDDEN, MLP, Decoder, RMSNorm, exported, made, outcome
 
 
 class Renormed(nn.Module):

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.decoders import HIDDEN, VOCAB, RMSNorm, Shape
 from tests.mutations.hazard import Hazard, param
+from tests.support.decoders import HIDDEN, VOCAB, RMSNorm, Shape
 
 
 class TiedPlainLN(Hazard):

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tests.decoders import HIDDEN, MLP, RMSNorm, Shape
 from tests.mutations.hazard import Hazard, param
+from tests.support.decoders import HIDDEN, MLP, RMSNorm, Shape
 
 HALF = HIDDEN // 2
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.decoders import HEAD, HEADS, HIDDEN, KV, Attention, RMSNorm, rope
 from tests.mutations.hazard import Hazard, SecondAttention, merged, param
+from tests.support.decoders import HEAD, HEADS, HIDDEN, KV, Attention, RMSNorm, rope
 
 
 class QKShared(Hazard):

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tests.decoders import FFN, HIDDEN
 from tests.mutations.hazard import Hazard, param
+from tests.support.decoders import FFN, HIDDEN
 
 
 class Both(Hazard):

@@ -17,7 +17,7 @@ from spinpass.execution.synthetic import synthetic_inputs
 from spinpass.graph.editor import op_name
 from spinpass.passes.last_token import last_token
 from spinpass.quantization import quantize
-from tests import programs
+from tests.support import programs
 
 BATCH, TOKENS, HIDDEN, VOCAB = 2, 5, 8, 11
 

@@ -25,8 +25,8 @@ from spinpass.passes.insert_rotations import insert_rotations
 from spinpass.passes.materialize import materialize
 from spinpass.passes.untie import untie
 from spinpass.rotations.rotation import Rotation
-from tests import modules
-from tests.decoders import NORMS, Decoder, exported, made, relative_error, tokens
+from tests.support import modules
+from tests.support.decoders import NORMS, Decoder, exported, made, relative_error, tokens
 
 transform = import_module("spinpass.pipeline")
 SCALED = [n for n in NORMS if not n.endswith("plain")]

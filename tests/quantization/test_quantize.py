@@ -19,7 +19,7 @@ from spinpass.evaluation.scoring import ProgramScorer
 from spinpass.execution.interpreter import run
 from spinpass.quantization import Activations, Cache, QuantizationConfig, Weights, quantize
 from spinpass.quantization.rounding.ranges import static_range, token_clip
-from tests.decoders import HEADS, SEQ, VOCAB, Decoder, exported, made, with_outliers
+from tests.support.decoders import HEADS, SEQ, VOCAB, Decoder, exported, made, with_outliers
 
 aten = torch.ops.aten
 

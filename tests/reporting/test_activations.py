@@ -13,9 +13,8 @@ from spinpass.evaluation.scoring import ProgramScorer
 from spinpass.passes.functionalize import open_program
 from spinpass.quantization.layers.sites import weight_sites
 from spinpass.reporting.activations import INPUT, KEY, VALUE, Name, WatchedScorer, find_sites, paired
-from tests import programs
-from tests.decoders import Decoder, made
-from tests.reporting import reports
+from tests.support import programs, reports
+from tests.support.decoders import Decoder, made
 
 
 def scored(program: Any, like: WatchedScorer | None = None) -> WatchedScorer:

@@ -28,7 +28,7 @@ from spinpass.reporting.families import families, joined, label, worst_of_each
 from spinpass.reporting.markup import Html, table, tag
 from spinpass.reporting.pictures import bars, heatmaps, short, surfaces
 from spinpass.reporting.statistics import Accumulator
-from tests.reporting import reports
+from tests.support import reports
 
 _EMPTY = {"meta", "img", "source"}
 _NASTY = '<script>alert("x")</script>&$\\frac{a}$'

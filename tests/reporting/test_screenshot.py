@@ -12,7 +12,7 @@ pytest.importorskip("matplotlib")
 from PIL import Image  # a dependency of matplotlib
 
 from spinpass.reporting import page, pictures
-from tests.reporting import browser, reports
+from tests.support import browser, reports
 
 BROWSERS = browser.found()
 LIGHT, DARK = (255, 255, 255), (20, 23, 26)  # --page of page.css

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 import spinpass
 from benchmarks.zoo.structure import Structure, structure_of
-from tests.decoders import HEADS, HIDDEN, Attention, Decoder, exported, made
+from tests.support.decoders import HEADS, HIDDEN, Attention, Decoder, exported, made
 
 
 class Gated(Decoder):
