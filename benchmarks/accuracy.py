@@ -29,12 +29,12 @@ from torch.export import ExportedProgram
 
 import spinpass
 from examples.demo import packaged_model
+from spinpass import evaluation
 from spinpass.cli.screen import Screen
 from spinpass.config import ROLES, RotationConfig
-from spinpass.evaluation import comparison as evaluation
-from spinpass.evaluation.scoring import OnnxScorer, ProgramScorer, open_scorer
-from spinpass.exporters.onnx import writer as exporter
-from spinpass.exporters.onnx.integers.weights import pack_weights
+from spinpass.evaluation import OnnxScorer, ProgramScorer, open_scorer
+from spinpass.exporters import onnx as exporter
+from spinpass.exporters.onnx import pack_weights
 from spinpass.quantization import Quantized, quantize
 from spinpass.tuning import tune
 

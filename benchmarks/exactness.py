@@ -18,10 +18,11 @@ from rich.table import Table
 
 import spinpass
 from spinpass import record
-from spinpass.cli.screen import Screen, Steps
-from spinpass.exporters.onnx import writer as onnx
-from spinpass.loading.models import load_model
-from spinpass.runtime.decoder import OrtDecoder
+from spinpass.cli.screen import Screen
+from spinpass.exporters import onnx
+from spinpass.loading import load_model
+from spinpass.progress import Steps
+from spinpass.runtime import OrtDecoder
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "examples")]
 from demo import packaged_model  # noqa: E402

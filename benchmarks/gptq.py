@@ -17,8 +17,8 @@ from rich.table import Table
 import spinpass
 from benchmarks.transform import MEGABYTE, memory, packaged_program, reset_peak
 from spinpass.cli.screen import Screen
-from spinpass.evaluation.scoring import ProgramScorer
-from spinpass.loading.models import load_program
+from spinpass.evaluation import ProgramScorer
+from spinpass.formats import load_program
 from spinpass.quantization import quantize
 
 

@@ -31,15 +31,14 @@ from rich.table import Table
 
 from benchmarks.timing import PHASES, Contender, OrtContender, Work, compared, measured
 from examples.demo import packaged_model
-from spinpass.cli.screen import Screen, Steps
+from spinpass import evaluation
+from spinpass.cli.screen import Screen
 from spinpass.config import RotationConfig
-from spinpass.evaluation import comparison as evaluation
-from spinpass.evaluation.scoring import ProgramScorer, token_ids
-from spinpass.evaluation.texts import check_calibration, read_text
-from spinpass.folders.companions import Result, quantized, rotated
-from spinpass.folders.onnx import onnx_tools, write_folder
-from spinpass.loading.models import LoadedModel, load_model
-from spinpass.runtime.decoder import OrtDecoder
+from spinpass.evaluation import ProgramScorer, check_calibration, read_text, token_ids
+from spinpass.folders import Result, onnx_tools, quantized, rotated, write_folder
+from spinpass.loading import LoadedModel, load_model
+from spinpass.progress import Steps
+from spinpass.runtime import OrtDecoder
 
 GGUF, LLAMA = "llama.cpp, {}", "llama.cpp, Q4_0"
 ALL = LLAMA + ", all logits"

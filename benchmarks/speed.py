@@ -34,15 +34,15 @@ import spinpass
 from benchmarks.consumers.expected import original_model
 from benchmarks.timing import PHASES, Contender, OrtContender, Work, cells, compared, measured
 from examples.demo import packaged_model
-from spinpass.cli.screen import Screen, Steps
+from spinpass.cli.screen import Screen
 from spinpass.config import RotationConfig
-from spinpass.evaluation.scoring import ProgramScorer
-from spinpass.execution.interpreter import run
-from spinpass.exporters.names import cache_names
-from spinpass.exporters.onnx import writer as onnx
-from spinpass.exporters.onnx.integers.four_bits import quantize_4bit
-from spinpass.loading.models import load_model
-from spinpass.passes.last_token import last_token
+from spinpass.evaluation import ProgramScorer
+from spinpass.execution import run
+from spinpass.exporters import cache_names, onnx
+from spinpass.exporters.onnx import quantize_4bit
+from spinpass.loading import load_model
+from spinpass.passes import last_token
+from spinpass.progress import Steps
 
 BASE, AGAIN, LAST, FLOAT, UNFUSED = "4-bit", "4-bit, again", "4-bit, --last-logits", "fp32", "fp32, unfused"
 TRANSFORMERS = "fp32, transformers"

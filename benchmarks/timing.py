@@ -18,9 +18,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from spinpass.cli.screen import Tick
-from spinpass.runtime.onnx_graph import DecoderGraph, State
-from spinpass.runtime.onnx_session import to_ort
+from spinpass.progress import Progress
+from spinpass.runtime import DecoderGraph, State, to_ort
 
 PHASES = ("decode", "prefill")
 VOCABULARY = 256  # ids are drawn below: every tokenizer has as many
@@ -94,7 +93,7 @@ def _filled(graph: DecoderGraph, length: int) -> State:
     return State(length, {s.name: to_ort(torch.randn(shapes[s], generator=generator).to(s.dtype)) for s in graph.cache})
 
 
-def measured(contenders: Mapping[str, Contender], work: Work, progress: Tick) -> dict[str, Times]:
+def measured(contenders: Mapping[str, Contender], work: Work, progress: Progress) -> dict[str, Times]:
     """Seconds of each round."""
     ids = torch.randint(VOCABULARY, (work.prompt + work.new,), generator=torch.Generator().manual_seed(0)).tolist()
     times: dict[str, Times] = {name: {phase: [] for phase in PHASES} for name in contenders}

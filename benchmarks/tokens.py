@@ -25,13 +25,14 @@ from rich.table import Table
 import spinpass
 from benchmarks.consumers.expected import answer, original_model
 from examples.demo import ANSWER, PROMPTS, packaged_model
-from spinpass.cli.screen import Screen, Steps
+from spinpass.cli.screen import Screen
 from spinpass.config import Form
-from spinpass.exporters.names import cache_names
-from spinpass.exporters.onnx import writer as onnx_exporter
-from spinpass.exporters.onnx.genai import save_genai_config
-from spinpass.loading.models import LoadedModel, load_model
-from spinpass.runtime.decoder import OrtDecoder, OrtModel
+from spinpass.exporters import cache_names
+from spinpass.exporters import onnx as onnx_exporter
+from spinpass.exporters.onnx import save_genai_config
+from spinpass.loading import LoadedModel, load_model
+from spinpass.progress import Steps
+from spinpass.runtime import OrtDecoder, OrtModel
 
 CONSUMERS = Path(__file__).parent / "consumers"
 Answers = list[dict[str, Any]]
@@ -160,8 +161,7 @@ def _genai(runtime: str, case: Case) -> Row:
 def _transformers_onnx(runtime: str, case: Case) -> Row:
     from transformers.exporters import OnnxConfig
 
-    from spinpass.exporters.transformers import RotatedOnnxExporter
-    from spinpass.exporters.transformers.generation import generate
+    from spinpass.exporters.transformers import RotatedOnnxExporter, generate
 
     exporter = RotatedOnnxExporter(rotation=case.config)
     inputs = {"input_ids": torch.tensor([case.expected[0]["ids"]])}
@@ -171,7 +171,7 @@ def _transformers_onnx(runtime: str, case: Case) -> Row:
 
 def _openvino(runtime: str, case: Case) -> Row:
     from spinpass.exporters import openvino
-    from spinpass.runtime.openvino_session import CompiledModel, generate
+    from spinpass.runtime import CompiledModel, generate
 
     program = spinpass.transform(case.loaded.program, case.config)
     model = CompiledModel(openvino.export(program, case.folder / "openvino").path, threads=1)
@@ -179,9 +179,9 @@ def _openvino(runtime: str, case: Case) -> Row:
 
 
 def _executorch(runtime: str, case: Case) -> Row:
-    from spinpass.exporters.executorch import writer as executorch
-    from spinpass.loading.static_cache import export_static_cache
-    from spinpass.runtime.pte_decoder import PteDecoder
+    from spinpass.exporters import executorch
+    from spinpass.loading import export_static_cache
+    from spinpass.runtime import PteDecoder
 
     program = spinpass.transform(export_static_cache(case.model, case.context), case.config)
     decoder = PteDecoder(executorch.export(program, case.folder / "executorch").path)

@@ -23,8 +23,10 @@ import typer
 from rich.table import Table
 
 import spinpass
-from spinpass.cli.screen import Screen, Steps
-from spinpass.loading.models import load_model, load_program, save_program
+from spinpass.cli.screen import Screen
+from spinpass.formats import load_program, save_program
+from spinpass.loading import load_model
+from spinpass.progress import Steps
 
 LAYERS = (8, 16, 32, 64)
 STAGES = ("plan", "transform")

@@ -19,15 +19,14 @@ from rich.markup import escape
 from rich.table import Table
 
 import spinpass
-from spinpass import record
-from spinpass.cli.screen import Screen, Steps, certificate_table, plan_table
+from spinpass import evaluation, record
+from spinpass.cli.screen import Screen, certificate_table, plan_table
 from spinpass.config import Form
-from spinpass.evaluation import comparison as evaluation
-from spinpass.exporters.names import cache_names
-from spinpass.exporters.onnx import writer as onnx
-from spinpass.exporters.onnx.integers.four_bits import quantize_4bit
-from spinpass.loading.models import LoadedModel, load_model
-from spinpass.runtime.decoder import OrtDecoder
+from spinpass.exporters import cache_names, onnx
+from spinpass.exporters.onnx import quantize_4bit
+from spinpass.loading import LoadedModel, load_model
+from spinpass.progress import Steps
+from spinpass.runtime import OrtDecoder
 
 PROMPTS = (
     "Explain in two sentences why the sky is blue.",

@@ -9,11 +9,11 @@ import tempfile
 import torch
 
 import spinpass
-from spinpass.evaluation.scoring import ProgramScorer
-from spinpass.exporters.executorch import writer as executorch
-from spinpass.loading.static_cache import export_static_cache
+from spinpass.evaluation import ProgramScorer
+from spinpass.exporters import executorch
+from spinpass.loading import export_static_cache
 from spinpass.quantization import quantize
-from spinpass.runtime.pte_decoder import PteDecoder
+from spinpass.runtime import PteDecoder
 
 CONTEXT, NEW_TOKENS = 32, 12
 PROMPT = list(range(3, 11))

@@ -8,7 +8,7 @@ import torch
 from decoder import VOCABULARY, export_decoder
 
 import spinpass
-from spinpass.exporters.onnx import writer as onnx
+from spinpass.exporters import onnx
 
 program = export_decoder()
 rotated = spinpass.transform(program)

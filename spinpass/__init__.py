@@ -1,6 +1,6 @@
 """spinpass: rotations for low-bit language models, as a compiler pass over ``torch.export`` programs."""
 
-from spinpass.certificate.programs import Certificate, verify
+from spinpass.certificate import Certificate, verify
 from spinpass.config import Override, RotationConfig
 from spinpass.errors import (
     ConfigError,
@@ -13,8 +13,8 @@ from spinpass.errors import (
     VerificationError,
 )
 from spinpass.pipeline import plan, transform
-from spinpass.planning.planner import RotationPlan
-from spinpass.rotations.rotation import Rotation
+from spinpass.planning import RotationPlan
+from spinpass.rotations import Rotation
 
 __all__ = [
     "Certificate",

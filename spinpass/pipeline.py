@@ -11,18 +11,13 @@ from importlib.metadata import PackageNotFoundError, version
 from torch.export import ExportedProgram
 
 from spinpass import record
-from spinpass.analysis.basis.space import Space
-from spinpass.certificate.programs import verify
+from spinpass.analysis import Space
+from spinpass.certificate import verify
 from spinpass.config import RotationConfig
 from spinpass.errors import ConfigError, RefusedError
-from spinpass.graph.editor import ProgramEditor, shape
-from spinpass.passes.center import center
-from spinpass.passes.fold import fold_rotation
-from spinpass.passes.functionalize import open_program
-from spinpass.passes.fuse_norm_scale import fuse_norm_scale
-from spinpass.passes.insert_rotations import insert_rotations
-from spinpass.passes.materialize import materialize
-from spinpass.planning.planner import Planner, RotationPlan, Site
+from spinpass.graph import ProgramEditor, shape
+from spinpass.passes import center, fold_rotation, fuse_norm_scale, insert_rotations, materialize, open_program
+from spinpass.planning import Planner, RotationPlan, Site
 
 VERIFY_LIMIT = 50_000_000  # parameters up to which `transform` certifies its result unless told otherwise
 log = logging.getLogger("spinpass")

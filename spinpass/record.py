@@ -12,7 +12,7 @@ from typing import Any
 from torch.export import ExportedProgram
 from torch.fx import Graph, Node
 
-from spinpass.rotations.rotation import Rotation
+from spinpass.rotations import Rotation
 
 KEY = "spinpass"
 

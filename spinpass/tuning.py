@@ -11,34 +11,26 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 from torch.export import ExportedProgram
 
 from spinpass.config import ROLES, RotationConfig
 from spinpass.errors import ConfigError, RefusedError
-from spinpass.evaluation.comparison import Comparison, compare, paired
-from spinpass.evaluation.scoring import ProgramScorer
+from spinpass.evaluation import Comparison, ProgramScorer, compare, paired
 from spinpass.pipeline import plan as make_plan
 from spinpass.pipeline import transform
-from spinpass.planning.planner import PlannedSpace, RotationPlan
-from spinpass.quantization import QuantizationConfig, Quantized, quantize
-from spinpass.quantization.calibration.site_error import site_errors
-from spinpass.quantization.packed.distill import distilled
+from spinpass.planning import PlannedSpace, RotationPlan
+from spinpass.progress import Silent, Steps
+from spinpass.quantization import QuantizationConfig, Quantized, distilled, quantize, site_errors
 
 Windows = Sequence[Sequence[int]]
 _JUDGED_ON = 2  # calibration windows that spaces are judged on
 _NOTHING = "none"
 _WHERE_IT_HELPS = ", where it helps"
 _ABOUT = 1.02  # times the divergence of the best
-
-
-class Steps(Protocol):
-    """Told what begins; returns what is to be called with (done, all)."""
-
-    def start(self, name: str, /) -> Callable[[int, int], None]: ...
 
 
 @dataclass(frozen=True)
@@ -152,7 +144,7 @@ def tune(
     config = QuantizationConfig.parse(scheme) if isinstance(scheme, str) else scheme
     if not calibration or len(held_out) < 2:
         raise ConfigError("tuning needs a window to calibrate on and at least two others to choose by")
-    work = _Tuning(program, config, calibration, held_out, steps or _Silent())
+    work = _Tuning(program, config, calibration, held_out, steps or Silent())
     work.try_plan(_NOTHING, None)
     for name, tried in (candidates() if configs is None else configs).items():
         work.try_config(name, tried)
@@ -181,11 +173,6 @@ def _is_about(tried: Trial, best: Trial) -> bool:
 def _is_within_noise(tried: Trial, best: Trial) -> bool:
     change = paired(best.comparison.divergences, tried.comparison.divergences)
     return change.mean <= change.error
-
-
-class _Silent:
-    def start(self, name: str, /) -> Callable[[int, int], None]:
-        return lambda done, total: None
 
 
 class _Tuning:

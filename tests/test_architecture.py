@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import ast
 import re
+import sys
 from pathlib import Path
 
 import pytest
 
 import spinpass
+from tests.support.imports import circles, imports, module_of, modules, reached
 
 PACKAGE = Path(spinpass.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 CORE = [f for f in FILES if "exporters" not in f.relative_to(PACKAGE).parts]
+CORE_PARTS = ("pipeline", "formats", "quantization", "planning", "passes", "certificate", "execution", "analysis", "operators")
+ALLOWED = {"spinpass", "torch", "__future__", *sys.stdlib_module_names}
 NAMES = (
     "llama",
     "qwen",
@@ -70,20 +75,103 @@ def test_only_one_file_touches_private_torch_api(path: Path) -> None:
     assert not found, f"{path}: {found}"
 
 
-@pytest.mark.parametrize("path", CORE, ids=name)
-def test_the_core_needs_torch_alone(path: Path) -> None:
-    optional = {"pictures.py"} | {f.name for f in (PACKAGE / "cli").glob("*.py")} | {"onnx_session.py"}
-    found = re.findall(
-        r"^(?:import|from) (numpy|transformers|onnx\w*|typer|rich|safetensors|gguf|matplotlib)\b",
-        path.read_text(),
-        re.M,
-    )
-    assert not found or path.name in optional, f"{path}: {found}"
+@pytest.mark.parametrize("module", CORE_PARTS)
+def test_the_core_needs_torch_alone(module: str) -> None:
+    foreign = {m: at for m, at in reached(f"spinpass.{module}").items() if m.split(".")[0] not in ALLOWED}
+    assert not foreign, "\n".join(f"{at}: {m}" for m, at in foreign.items())
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_only_the_command_line_knows_a_terminal(path: Path) -> None:
+    homes = {"typer": "cli", "rich": "cli", "click": "cli", "matplotlib": "reporting/pictures.py"}
+    for made in imports(path):
+        home = homes.get(made.module.split(".")[0])
+        assert home is None or name(path).startswith(home), f"{made} imports {made.module}, which belongs in {home}"
+
+
+# -- rows: a package imports from rows below its own -------------------------------------------------------------------
+
+ROWS = (
+    ("cli",),
+    ("folders", "reporting", "tuning"),
+    ("exporters", "evaluation"),
+    ("loading", "runtime"),
+    ("formats", "pipeline"),
+    ("quantization", "planning"),
+    ("passes", "certificate"),
+    ("execution",),
+    ("analysis", "operators", "record"),
+    ("graph", "rotations", "config"),
+    ("errors", "progress"),
+)
+ROW_OF = {part: row for row, parts in enumerate(ROWS, 1) for part in parts}
+FACES = {f"spinpass.exporters.{runtime}" for runtime in ("onnx", "executorch", "openvino", "transformers")}
+
+
+def part_of(module: str) -> str:
+    return module.split(".")[1] if module.startswith("spinpass.") else ""
+
+
+def upward(path: Path) -> list[str]:
+    """Imports of the file that do not run down."""
+    mine = part_of(module_of(path))
+    found = []
+    for made in imports(path):
+        theirs = part_of(made.module)
+        if theirs and theirs != mine and ROW_OF[theirs] <= ROW_OF[mine]:
+            found.append(f"row {ROW_OF[mine]} ({mine}) imports row {ROW_OF[theirs]} ({theirs}): {made}")
+    return found
+
+
+def test_every_part_has_a_row() -> None:
+    parts = {part_of(module_of(f)) for f in FILES} - {"", "__main__"}
+    assert parts == ROW_OF.keys()
+
+
+def test_imports_run_down() -> None:
+    outside = (PACKAGE / "__init__.py", PACKAGE / "__main__.py")
+    found = [line for path in FILES if path not in outside for line in upward(path)]
+    assert not found, "\n".join(found)
+
+
+def test_an_import_that_runs_up_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.support.imports.ROOT", tmp_path)
+    file = tmp_path / "spinpass" / "graph" / "wrong.py"
+    file.parent.mkdir(parents=True)
+    file.write_text("def f() -> None:\n    from spinpass.planning import Planner\n")
+    assert upward(file) == ["row 10 (graph) imports row 6 (planning): spinpass/graph/wrong.py:2"]
+
+
+@pytest.mark.parametrize("top", ["spinpass", "benchmarks"])
+def test_no_circle(top: str) -> None:
+    assert not circles({m for m in modules() if m.split(".")[0] == top})
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_packages_are_entered_by_their_faces(path: Path) -> None:
+    """From outside a package only what its ``__init__`` exports is imported."""
+    me = module_of(path)
+    for made in imports(path):
+        theirs = part_of(made.module)
+        face = next((f for f in FACES if made.module == f or made.module.startswith(f"{f}.")), f"spinpass.{theirs}")
+        if theirs and theirs != part_of(me):
+            assert made.module == face or made.module in _OPEN, f"{made} looks past the face of {face}: {made.module}"
+
+
+_OPEN = {"spinpass.reporting.page"}  # needs matplotlib: imported when it is asked for
+
+
+@pytest.mark.parametrize("path", [f for f in FILES if f.name == "__init__.py"], ids=name)
+def test_packages_say_what_they_are_and_export(path: Path) -> None:
+    tree = ast.parse(path.read_text())
+    assert ast.get_docstring(tree)
+    exported = [n for n in tree.body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "__all__"]
+    inner = len(path.relative_to(PACKAGE).parts) > 2 and module_of(path) not in FACES
+    assert exported or inner or path.parent.name == "exporters", f"{path} has no __all__"
 
 
 def test_modules_import_without_the_extras() -> None:
     import subprocess
-    import sys
 
     code = (
         "import sys\nfor m in ('transformers','onnx','onnxscript','onnxruntime','typer','rich','numpy_'): sys.modules[m] = None\n"

@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from examples.demo import ANSWER, PROMPTS, packaged_model
-from spinpass.loading.models import locate
+from spinpass.loading import locate
 
 
 def main() -> None:

@@ -13,10 +13,10 @@ import typer
 from spinpass.cli.screen import Screen
 
 from . import records
-from .export import VARIANTS
 from .overrides import NOT_EXPORTABLE
 from .records import Record
 from .targets import Records, Run, covered, default_run, is_purely_offline, targets
+from .variants import VARIANTS
 
 _HEADINGS = {
     "decode": "Decoding: a KV cache in and out, several tokens, a batch",

@@ -14,10 +14,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from spinpass.errors import ConfigError, ProgramError
-from spinpass.execution.interpreter import execute, flat_inputs, user_input_names
-from spinpass.execution.returned import output_names
-from spinpass.execution.roles import Role
-from spinpass.execution.synthetic import UserInput, user_inputs
+from spinpass.execution import Role, UserInput, execute, flat_inputs, output_names, user_input_names, user_inputs
 
 PROMPT, STEPS = 4, 4
 _IDS = "input_ids"

@@ -1,4 +1,4 @@
-"""From a model to programs: the prefill program, the program with a KV cache in and out, and forms of either."""
+"""From a model to a program, by the first way of exporting that works."""
 
 from __future__ import annotations
 
@@ -7,17 +7,14 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.export import ExportedProgram
 
 from .models import build, sample_inputs, set_cache
 
-Variant = Literal["prefill", "decode", "bf16", "fp16", "decomposed", "vision"]
-VARIANTS: tuple[Variant, ...] = get_args(Variant)
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # Shorter than the tiny sliding windows: the exporter traces a windowed cache as one that keeps everything.
 _PROMPT = 5
 
@@ -33,22 +30,8 @@ class Exported:
     failures: tuple[str, ...] = ()
 
 
-class NotBuilt(Exception):
-    """The tiny model could not be built or run."""
-
-
 class NotExported(Exception):
     """No way of exporting the model works; the message has one line per way."""
-
-
-def export_variant(arch: str, variant: Variant) -> Exported:
-    """Build the type's tiny model and export it. Raises NotBuilt or NotExported, caused by the original error."""
-    model, inputs = _built(arch, variant)
-    if variant == "decode":
-        model, inputs = _with_cache(model)
-        return export(model, inputs, ways=("dynamic",))
-    exported = export(model, inputs)
-    return _decomposed(exported) if variant == "decomposed" else exported
 
 
 def export(
@@ -62,7 +45,7 @@ def export(
         try:
             program = _WAYS[way](model, copy.deepcopy(given))
         except Exception as error:  # tracing runs the model: anything can come out of it
-            failures.append(f"{way}: {_first_line(error)}")
+            failures.append(f"{way}: {first_line(error)}")
             continue
         return Exported(program, way, time.perf_counter() - started, tuple(failures))
     raise NotExported("\n".join(failures))
@@ -82,7 +65,7 @@ def prefill_and_decode(model: Any) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def save(program: ExportedProgram, path: Path) -> None:
     """Write a program, whole or not at all."""
-    from spinpass.formats.pt2 import save_program
+    from spinpass.formats import save_program
 
     path.parent.mkdir(parents=True, exist_ok=True)
     save_program(program, path)
@@ -91,7 +74,7 @@ def save(program: ExportedProgram, path: Path) -> None:
 def load(path: Path) -> ExportedProgram:
     """Read a program that :func:`save` wrote."""
     register()
-    from spinpass.formats.pt2 import load_program
+    from spinpass.formats import load_program
 
     return load_program(path)
 
@@ -108,40 +91,6 @@ def warm_up() -> None:
     register()
     model, inputs = build("llama")
     export(model, inputs, ways=("dynamic",))
-
-
-def _built(arch: str, variant: Variant) -> tuple[nn.Module, dict[str, Tensor]]:
-    try:
-        if variant == "vision":
-            from .vision import build as build_with_images
-
-            return build_with_images(arch)
-        model, inputs = build(arch, dtype=_DTYPES.get(variant, torch.float32))
-        with torch.no_grad():  # once before tracing: some rescale their weights in the first call
-            model(**copy.deepcopy(inputs))
-    except Exception as error:  # a model's constructor and forward raise what they like
-        raise NotBuilt(_first_line(error)) from error
-    return model, inputs
-
-
-def _with_cache(model: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
-    """The model and the inputs of its decoding step, which bring the cache."""
-    from transformers.exporters.exporter_dynamo import is_cache_object
-
-    try:
-        _, inputs = prefill_and_decode(model)
-    except Exception as error:  # generate() raises what it likes
-        raise NotExported(f"generate: {_first_line(error.__cause__ or error)}") from error
-    if not any(is_cache_object(v) for v in inputs.values()):
-        raise NotExported("generate: the decoding step takes no cache")
-    dropped = ("return_dict", "next_sequence_length")
-    return model, {k: v for k, v in inputs.items() if k not in dropped} | {"use_cache": True}
-
-
-def _decomposed(exported: Exported) -> Exported:
-    started = time.perf_counter()
-    program = exported.program.run_decompositions()
-    return Exported(program, exported.way, exported.seconds + time.perf_counter() - started, exported.failures)
 
 
 def _dynamo(model: Any, inputs: dict[str, Any], dynamic: bool) -> ExportedProgram:
@@ -167,6 +116,7 @@ _WAYS: dict[str, Callable[[nn.Module, dict[str, Any]], ExportedProgram]] = {
 }
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What is said of an error in a record."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {(lines or [''])[0]}"[:300]

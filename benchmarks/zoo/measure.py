@@ -15,12 +15,10 @@ import torch
 from torch.export import ExportedProgram
 
 import spinpass
-from spinpass import record
-from spinpass.certificate import certificate
 from spinpass.config import ROLES, RotationConfig
 from spinpass.errors import ConfigError, InvariantError, ProgramError, SpinpassError, VerificationError
-from spinpass.execution.interpreter import flat_inputs, run
-from spinpass.planning.planner import RotationPlan
+from spinpass.execution import flat_inputs, run
+from spinpass.planning import RotationPlan
 
 from . import decoding
 from .records import BROKEN, CHANGED, NOISIER, REFUSED, SAME, UNCHECKED, UNTYPED

@@ -33,7 +33,7 @@ RUNNING = "running"
 FAILURES = (CHANGED, UNTYPED, BROKEN, DIED)
 
 _ZOO = Path(__file__).parent
-_BUILDING = ("shrink.py", "overrides.py", "models.py", "export.py")
+_BUILDING = ("shrink.py", "overrides.py", "models.py", "export.py", "variants.py")
 _MEASURING = ("structure.py", "decoding.py", "measure.py")
 _NOT_THE_PASS = ("exporters", "quantization", "reporting", "console.py", "cli.py", "commands.py", "options.py",
                  "runtime.py", "evaluation.py", "scoring.py", "eval_request.py", "texts.py", "tuning.py",

@@ -13,14 +13,21 @@ from dataclasses import dataclass, replace
 from torch.export import ExportedProgram
 from torch.fx import Node
 
-from spinpass.analysis.ops.table import Multilinear, Opaque, Square, rule_of
-from spinpass.analysis.patterns.attention import SOFTMAX, find_attention
-from spinpass.analysis.patterns.linear import as_linear
-from spinpass.analysis.patterns.mlp import ACTIVATIONS, find_down_projections
+from spinpass.analysis import (
+    ACTIVATIONS,
+    SOFTMAX,
+    Multilinear,
+    Opaque,
+    Square,
+    as_linear,
+    find_attention,
+    find_down_projections,
+    rule_of,
+)
 from spinpass.config import ROLES, Role
-from spinpass.graph.editor import ProgramEditor, is_float, op_name
-from spinpass.passes.functionalize import open_program
-from spinpass.planning.planner import PlannedSpace, RotationPlan
+from spinpass.graph import ProgramEditor, is_float, op_name
+from spinpass.passes import open_program
+from spinpass.planning import PlannedSpace, RotationPlan
 
 _FARTHEST = 400  # operators between a linear layer and a use of what it computed
 

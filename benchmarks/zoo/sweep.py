@@ -27,10 +27,11 @@ from rich.progress import Progress
 from spinpass.cli.screen import Screen
 
 from . import records
-from .export import VARIANTS, register, warm_up
+from .export import register, warm_up
 from .models import model_types
 from .overrides import NOT_EXPORTABLE
 from .records import Record
+from .variants import VARIANTS
 from .vision import image_text_types
 from .worker import Job, buried, wall_limit, work
 

@@ -14,9 +14,10 @@ from typing import Any
 from torch.export import ExportedProgram
 
 from . import records
-from .export import NotBuilt, NotExported, Variant, export_variant, load, save
+from .export import NotExported, load, save
 from .measure import measure
 from .records import Record
+from .variants import NotBuilt, Variant, export_variant
 
 # CPU seconds, so that a busy machine changes nothing. The unrolled delta rules trace for minutes.
 EXPORT_SECONDS, MEASURE_SECONDS = 400, 600

@@ -1,1 +1,57 @@
-"""To be described."""
+"""What operators do to bases (``ops``), where rotations could go (``patterns``), which axes share one (``basis``).
+
+Reads the graph and edits nothing.
+"""
+
+from .basis.linear_input import LinearInputWalk
+from .basis.space import AxisType, Carried, ConstantUse, Entry, Refusal, ShiftUse, Space
+from .basis.walk import Walk
+from .ops.table import (
+    Centring,
+    Concatenate,
+    Movement,
+    Multilinear,
+    Normalization,
+    Opaque,
+    Square,
+    rule_of,
+    tokens_per_call,
+)
+from .patterns.attention import SOFTMAX, Attention, cache_values, find_attention
+from .patterns.linear import Linear, as_linear, find_linears, normed_value, root_of, whole_axis
+from .patterns.mlp import ACTIVATIONS, find_down_projections
+from .patterns.residual import find_residual_sums
+
+__all__ = [
+    "ACTIVATIONS",
+    "SOFTMAX",
+    "Attention",
+    "AxisType",
+    "Carried",
+    "Centring",
+    "Concatenate",
+    "ConstantUse",
+    "Entry",
+    "Linear",
+    "LinearInputWalk",
+    "Movement",
+    "Multilinear",
+    "Normalization",
+    "Opaque",
+    "Refusal",
+    "ShiftUse",
+    "Space",
+    "Square",
+    "Walk",
+    "as_linear",
+    "cache_values",
+    "find_attention",
+    "find_down_projections",
+    "find_linears",
+    "find_residual_sums",
+    "normed_value",
+    "root_of",
+    "rule_of",
+    "tokens_per_call",
+    "whole_axis",
+]

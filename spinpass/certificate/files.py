@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument
 
-from spinpass.certificate.certificate import BOUNDS, Difference, compare
+from spinpass import execution
 from spinpass.errors import VerificationError
-from spinpass.execution import interpreter as execution
-from spinpass.execution import synthetic
+
+from .certificate import BOUNDS, Difference, compare
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class Comparison:
     def of(ep: ExportedProgram, inputs: object = None) -> Comparison:
         """``inputs`` as in :func:`spinpass.execution.flat_inputs`; None makes them from the program's own specs. Raises
         ConfigError where they do not fit."""
-        values = synthetic.synthetic_inputs(ep) if inputs is None else execution.flat_inputs(ep, inputs)
+        values = execution.synthetic_inputs(ep) if inputs is None else execution.flat_inputs(ep, inputs)
         returned = zip(execution.run(ep, values), constant_outputs(ep), strict=True)
         constant = {spec.arg.name for spec in ep.graph_signature.input_specs if isinstance(spec.arg, ConstantArgument)}
         return Comparison(

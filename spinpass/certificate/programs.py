@@ -16,17 +16,26 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
-from spinpass.certificate.certificate import BOUNDS, NOISE_FACTOR, STORED_UNITS, Certificate, OutputCheck, compare
 from spinpass.errors import ConfigError, ProgramError, VerificationError
-from spinpass.execution.interpreter import Deferred, constants, flat_inputs, run, user_input_names
-from spinpass.execution.returned import output_names, returned_state
-from spinpass.execution.session import Session
-from spinpass.execution.synthetic import next_inputs, synthetic_inputs
-from spinpass.graph.editor import value
+from spinpass.execution import (
+    Deferred,
+    Session,
+    constants,
+    flat_inputs,
+    next_inputs,
+    output_names,
+    returned_state,
+    run,
+    synthetic_inputs,
+    user_input_names,
+)
+from spinpass.graph import value
+from spinpass.progress import Progress
+
+from .certificate import BOUNDS, NOISE_FACTOR, STORED_UNITS, Certificate, OutputCheck, compare
 
 __all__ = ["Certificate", "OutputCheck", "run", "synthetic_inputs", "verify"]
 
-Progress = Callable[[int, int], None]
 Bound = float | Mapping[torch.dtype, float]
 
 

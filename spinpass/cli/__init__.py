@@ -5,12 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+__all__ = ["main"]
+
 
 def main(arguments: Sequence[str] | None = None, name: str = "spinpass") -> None:
     """Run the command line on ``arguments``, those of the process by default, and exit: 0 done, 1 refused or not
     equivalent, 2 bad usage. ``name`` is what its help calls the program."""
     try:
-        from spinpass.cli.app import app
+        from .app import app
     except ModuleNotFoundError as error:
         if error.name not in ("typer", "rich"):
             raise

@@ -16,12 +16,27 @@ import typer
 from rich.table import Table
 from typer.core import TyperGroup
 
-from spinpass.certificate.certificate import Certificate
-from spinpass.certificate.programs import verify as make_certificate
-from spinpass.cli.evaluate import EvalRequest, Rotated
-from spinpass.cli.generate import GenerateRequest
-from spinpass.cli.inspect import artefact_tables
-from spinpass.cli.options import (
+from spinpass.certificate import Certificate
+from spinpass.certificate import verify as make_certificate
+from spinpass.config import RotationConfig
+from spinpass.errors import ConfigError, ExportError, SpinpassError
+from spinpass.evaluation import LENGTH, SAMPLES, read_text, token_ids
+from spinpass.evaluation import windows as cut
+from spinpass.folders import ExportRequest, Result, check_writable, onnx_tools, rotated, version_of, write_folder
+from spinpass.formats import GptqReport, load_program, read_artefact, save_program
+from spinpass.loading import load_model
+from spinpass.pipeline import plan as make_plan
+from spinpass.planning import RotationPlan
+from spinpass.quantization import QuantizationConfig
+from spinpass.reporting import ReportRequest
+from spinpass.runtime import Sampling
+from spinpass.tuning import candidates
+from spinpass.tuning import tune as run_tuning
+
+from .evaluate import EvalRequest, Rotated
+from .generate import GenerateRequest
+from .inspect import artefact_tables
+from .options import (
     ALL,
     AsJson,
     Context,
@@ -39,25 +54,7 @@ from spinpass.cli.options import (
     Verbose,
     rotation_options,
 )
-from spinpass.cli.screen import Screen, certificate_table, comparison_table, plan_table, refusal_table, tuning_table
-from spinpass.config import RotationConfig
-from spinpass.errors import ConfigError, ExportError, SpinpassError
-from spinpass.evaluation.comparison import windows as cut
-from spinpass.evaluation.scoring import token_ids
-from spinpass.evaluation.texts import LENGTH, SAMPLES, read_text
-from spinpass.folders.companions import Result, check_writable, rotated, version_of
-from spinpass.folders.export import ExportRequest
-from spinpass.folders.onnx import onnx_tools, write_folder
-from spinpass.formats.gptq import GptqReport
-from spinpass.formats.manifest import read_artefact
-from spinpass.loading.models import load_model, load_program, save_program
-from spinpass.pipeline import plan as make_plan
-from spinpass.planning.planner import RotationPlan
-from spinpass.quantization import QuantizationConfig
-from spinpass.reporting.measure import ReportRequest
-from spinpass.runtime.sampling import Sampling
-from spinpass.tuning import candidates
-from spinpass.tuning import tune as run_tuning
+from .screen import Screen, certificate_table, comparison_table, plan_table, refusal_table, tuning_table
 
 _USAGE_ERRORS = (ConfigError, ExportError)
 
@@ -454,7 +451,7 @@ def _screen(ctx: typer.Context, as_json: bool, verbose: int) -> Screen:
 
 def _onnx_compare() -> Any:
     try:
-        from spinpass.exporters.onnx.compare import compare_file
+        from spinpass.exporters.onnx import compare_file
     except ModuleNotFoundError as error:
         raise ExportError(f"reading ONNX needs {error.name}: pip install 'spinpass[onnx]'") from error
     return compare_file

@@ -7,20 +7,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from spinpass.cli.screen import Steps
+from spinpass import evaluation
 from spinpass.config import RotationConfig
 from spinpass.errors import ConfigError
-from spinpass.evaluation import comparison as evaluation
-from spinpass.evaluation.scoring import Opened, ProgramScorer, open_scorer
-from spinpass.evaluation.texts import (
+from spinpass.evaluation import (
     SAMPLES,
+    Opened,
+    ProgramScorer,
     calibration_inputs,
     check_calibration,
     check_samples,
+    open_scorer,
     read_dataset,
     read_text,
 )
 from spinpass.pipeline import transform
+from spinpass.progress import Steps
 from spinpass.quantization import quantize as quantized
 
 Rotated = Literal["no", "auto", "offline", "online"]

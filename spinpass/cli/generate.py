@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from spinpass.errors import ConfigError, ExportError
-from spinpass.runtime.sampling import Sampling
+from spinpass.runtime import Sampling
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,7 @@ class GenerateRequest:
             ExportError: no model or tokenizer in the folder, ONNX Runtime missing or unable to run the model.
         """
         try:
-            from spinpass.runtime.decoder import OrtDecoder
-            from spinpass.runtime.text_pieces import Pieces
+            from spinpass.runtime import OrtDecoder, Pieces
 
             decoder = OrtDecoder(self.folder, provider=self.provider, threads=self.threads)
         except ModuleNotFoundError as error:

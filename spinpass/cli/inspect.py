@@ -8,8 +8,8 @@ from typing import Any
 
 from rich.table import Table
 
-from spinpass.cli.screen import layer_pattern
-from spinpass.formats.manifest import Artefact
+from spinpass.formats import Artefact
+from spinpass.planning import layer_pattern
 
 
 def artefact_tables(artefact: Artefact) -> list[Table]:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from spinpass.config import DEFAULT_ROLES, ROLES, Cache, Form, Kind, RotationConfig, Tied
-from spinpass.folders.export import IntegerCache, Target
+from spinpass.folders import IntegerCache, Target
 
 ALL = ",".join(ROLES)
 DEFAULT = ",".join(DEFAULT_ROLES)

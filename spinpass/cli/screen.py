@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Display
 from rich.table import Table
 
-from spinpass.evaluation.comparison import Comparison, Perplexity
-from spinpass.planning.planner import PlannedSpace, RotationPlan
+from spinpass.evaluation import Comparison, Perplexity
+from spinpass.planning import RotationPlan, grouped_refusals, grouped_spaces, online_parts
+from spinpass.progress import Progress, Silent
 from spinpass.tuning import Tuned
 
-Tick = Callable[[int, int], None]
 _OUTPUTS_SHOWN = 8
 _LOG = logging.getLogger("spinpass")
 _PIPE_WIDTH = 140  # where there is no terminal to ask
@@ -46,7 +45,7 @@ class Screen:
             _LOG.setLevel(logging.NOTSET)
 
     @contextmanager
-    def steps(self) -> Iterator[Steps]:
+    def steps(self) -> Iterator[ShownSteps]:
         """A progress display for the steps of a command, removed at the end; their times stay."""
         columns = (
             SpinnerColumn(),
@@ -55,8 +54,8 @@ class Screen:
             TaskProgressColumn(),
             TimeElapsedColumn(),
         )
-        with Progress(*columns, console=self.err, transient=True) as progress:
-            steps = Steps(progress)
+        with Display(*columns, console=self.err, transient=True) as display:
+            steps = ShownSteps(display)
             try:
                 yield steps
             finally:
@@ -85,31 +84,19 @@ class Screen:
         self.out.file.write(json.dumps(data, indent=2, ensure_ascii=False) + "\n")
 
 
-class Steps:
+class ShownSteps(Silent):
     """The steps of a command, one after the other, with their wall-clock ``seconds``."""
 
-    def __init__(self, progress: Progress) -> None:
-        self.seconds: dict[str, float] = {}
-        self._progress = progress
-        self._task = progress.add_task("", total=None)
-        self._name, self._began = "", 0.0
+    def __init__(self, display: Display) -> None:
+        super().__init__()
+        self._display = display
+        self._task = display.add_task("", total=None)
 
-    def start(self, name: str) -> Tick:
-        """End the step before and begin this one; call the result with (done, total) where that is known."""
-        self.finish()
-        self._name, self._began = name, time.perf_counter()
-        self._progress.reset(self._task, description=name, total=None)
-        return lambda done, total: self._progress.update(self._task, completed=done, total=total)
-
-    def begin(self, name: str) -> None:
-        """:meth:`start` for a step that cannot say how far it is."""
-        self.start(name)
-
-    def finish(self) -> None:
-        """End the step under way."""
-        if self._name:
-            self.seconds[self._name] = self.seconds.get(self._name, 0.0) + time.perf_counter() - self._began
-            self._name = ""
+    def start(self, name: str, /) -> Progress:
+        """See :meth:`spinpass.progress.Steps.start`."""
+        super().start(name)
+        self._display.reset(self._task, description=name, total=None)
+        return lambda done, total: self._display.update(self._task, completed=done, total=total)
 
 
 def plan_table(plan: RotationPlan, *, every_space: bool = False) -> Table:
@@ -187,42 +174,6 @@ def tuning_table(found: Tuned, scheme: str, windows: int, length: int) -> Table:
         style = "bold" if trial is found.chosen else None
         table.add_row(trial.name, kept, f"{trial.flops:,}", *numbers, f"{seen.agreement:.2%}", style=style)
     return table
-
-
-def grouped_spaces(plan: RotationPlan, *, every_space: bool = False) -> dict[str, list[PlannedSpace]]:
-    """Spaces that differ only in the layer, under one name; each under its own with ``every_space``."""
-    groups: dict[tuple[str, ...], list[PlannedSpace]] = {}
-    for space in plan.spaces:
-        name = space.name if every_space else layer_pattern(space.name)
-        key = (name, str(space.size), str(space.rotation), space.form, online_parts([space]))
-        groups.setdefault(key, []).append(space)
-    named: dict[str, list[PlannedSpace]] = {}
-    for (name, *_), members in groups.items():
-        named[members[0].name if len(members) == 1 else name if name not in named else members[0].name] = members
-    return named
-
-
-def grouped_refusals(plan: RotationPlan, *, every_space: bool = False) -> dict[tuple[str, str], int]:
-    """(what is left alone, why) -> how often; those that differ only in the layer count together."""
-    reasons: dict[tuple[str, str], int] = {}
-    for refusal in plan.refusals:
-        key = (refusal.what, refusal.why)
-        key = key if every_space else (layer_pattern(refusal.what), layer_pattern(refusal.why))
-        reasons[key] = reasons.get(key, 0) + 1
-    return reasons
-
-
-def layer_pattern(name: str) -> str:
-    """The name with ``*`` for every number that is a part of it."""
-    return re.sub(r"(?<=[._])\d+(?=[._:]|$)", "*", name)
-
-
-def online_parts(spaces: list[PlannedSpace]) -> str:
-    """How many rotations stay in the graph, and why the first."""
-    parts = [part for space in spaces for part in space.online]
-    if not parts:
-        return "nothing"
-    return f"{len(parts)} Hadamard{'s' * (len(parts) != 1)}: {parts[0].why}"
 
 
 def _notes(plan: RotationPlan) -> list[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,8 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from spinpass.errors import ConfigError
-
-Progress = Callable[[int, int], None]
+from spinpass.progress import Progress
 
 
 class Scorer(Protocol):

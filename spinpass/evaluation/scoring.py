@@ -12,11 +12,10 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from spinpass.errors import ConfigError
-from spinpass.evaluation.comparison import Scorer
-from spinpass.execution.interpreter import run
-from spinpass.execution.roles import Role
-from spinpass.execution.synthetic import UserInput, bound_sizes, concrete, fresh, user_inputs
-from spinpass.loading.models import load_model
+from spinpass.execution import Role, UserInput, bound_sizes, concrete, fresh, run, user_inputs
+from spinpass.loading import load_model
+
+from .comparison import Scorer
 
 
 @dataclass(frozen=True)
@@ -98,10 +97,10 @@ class OnnxScorer:
     """
 
     def __init__(self, program: ExportedProgram, path: Path) -> None:
-        from spinpass.runtime import onnx_session
+        from spinpass import runtime
 
-        self._program, self._ort = ProgramScorer(program), onnx_session
-        self._session = onnx_session.open_session(path)
+        self._program, self._ort = ProgramScorer(program), runtime
+        self._session = runtime.open_session(path)
 
     def logits(self, ids: Sequence[int]) -> Tensor:
         """(length, vocabulary), float32."""
@@ -121,7 +120,7 @@ def open_scorer(model: str, tokenizer: str | None = None, progress: Callable[[st
     """
     path = Path(model)
     if path.suffix == ".onnx" or (path / "model.onnx").is_file():
-        from spinpass.runtime.decoder import OrtDecoder
+        from spinpass.runtime import OrtDecoder
 
         decoder = OrtDecoder(path)
         return Opened(decoder, None, _tokenizer(tokenizer) if tokenizer else decoder.tokenizer)

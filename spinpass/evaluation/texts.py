@@ -10,9 +10,10 @@ from typing import Any
 from torch.export import ExportedProgram
 
 from spinpass.errors import ConfigError
-from spinpass.evaluation.comparison import windows
-from spinpass.evaluation.scoring import ProgramScorer
 from spinpass.quantization import QuantizationConfig
+
+from .comparison import windows
+from .scoring import ProgramScorer
 
 Tokenize = Callable[[str], list[int]]
 SAMPLES = 16  # windows to calibrate on

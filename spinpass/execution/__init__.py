@@ -1,1 +1,33 @@
-"""To be described."""
+"""A program run on real or made-up inputs: what it takes, what it returns, what it hands itself."""
+
+from .interpreter import Deferred, Runner, constants, execute, flat_inputs, origin, run, user_input_names
+from .likelihoods import log_probabilities
+from .returned import output_names, returned_state
+from .roles import Role
+from .session import Session, into_basis
+from .synthetic import Sizes, UserInput, bound_sizes, concrete, fresh, next_inputs, synthetic_inputs, user_inputs
+
+__all__ = [
+    "Deferred",
+    "Role",
+    "Runner",
+    "Session",
+    "Sizes",
+    "UserInput",
+    "bound_sizes",
+    "concrete",
+    "constants",
+    "execute",
+    "flat_inputs",
+    "fresh",
+    "into_basis",
+    "log_probabilities",
+    "next_inputs",
+    "origin",
+    "output_names",
+    "returned_state",
+    "run",
+    "synthetic_inputs",
+    "user_input_names",
+    "user_inputs",
+]

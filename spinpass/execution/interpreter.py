@@ -21,9 +21,9 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.node import map_aggregate
 
 from spinpass.errors import ConfigError, ProgramError
-from spinpass.graph.editor import is_op, mutates, op_name
+from spinpass.graph import is_op, mutates, op_name
+from spinpass.progress import Tick
 
-Tick = Callable[[], None]
 Watch = Callable[[Node, Any], Any]
 
 _WIDER = {

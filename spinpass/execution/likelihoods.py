@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from spinpass.errors import ConfigError
-from spinpass.execution.interpreter import Watch, execute, flat_inputs
+
+from .interpreter import Watch, execute, flat_inputs
 
 
 def log_probabilities(

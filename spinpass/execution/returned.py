@@ -10,8 +10,9 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import OutputKind
 from torch.fx import Node
 
-from spinpass.execution.interpreter import origin, user_input_names
-from spinpass.graph.editor import is_float, op_name, value
+from spinpass.graph import is_float, op_name, value
+
+from .interpreter import origin, user_input_names
 
 _CACHE_WRITES = frozenset({"aten::cat", "aten::index_copy", "aten::index_put", "aten::slice_scatter", "aten::scatter",
                            "aten::select_scatter", "aten::copy", "aten::index_add"})  # fmt: skip

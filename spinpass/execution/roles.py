@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from spinpass.execution.interpreter import origin
-from spinpass.graph.editor import arguments, is_float, is_op, mutates, op_name, shape, value
+from spinpass.graph import arguments, is_float, is_op, mutates, op_name, shape, value
+
+from .interpreter import origin
 
 
 class Role(enum.Enum):

@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from spinpass import record
-from spinpass.execution.interpreter import Deferred, constants, execute
 from spinpass.record import Carried
+
+from .interpreter import Deferred, constants, execute
 
 
 @dataclass

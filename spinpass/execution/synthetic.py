@@ -18,10 +18,11 @@ from torch.export.graph_signature import ConstantArgument, InputKind
 from torch.fx import Node
 
 from spinpass.errors import ConfigError
-from spinpass.execution.interpreter import flat_inputs
-from spinpass.execution.returned import returned_state
-from spinpass.execution.roles import Role, role_of
-from spinpass.graph.editor import shape, value
+from spinpass.graph import shape, value
+
+from .interpreter import flat_inputs
+from .returned import returned_state
+from .roles import Role, role_of
 
 Sizes = dict[Any, int]  # sympy symbol -> value
 

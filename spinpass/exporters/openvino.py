@@ -15,15 +15,15 @@ import torch
 from torch.export import ExportedProgram
 
 from spinpass import record
-from spinpass.certificate.files import Comparison, FileCertificate
+from spinpass.certificate import Comparison, FileCertificate
 from spinpass.errors import ConfigError, ExportError, ProgramError
 from spinpass.exporters.clock import Clock
 from spinpass.exporters.names import GraphNames, Names, renamed, signature_names
 from spinpass.exporters.refusals import refuse_fake_weights, refuse_mutation
-from spinpass.formats.staging import staged
-from spinpass.graph.editor import shape, value
-from spinpass.passes.lower_hadamards import lower_hadamards
-from spinpass.runtime.openvino_session import CompiledModel, import_openvino, reason
+from spinpass.formats import staged
+from spinpass.graph import shape, value
+from spinpass.passes import lower_hadamards
+from spinpass.runtime import CompiledModel, import_openvino, reason
 
 VERIFY_LIMIT = 2**31
 """Above this many bytes of weights ``verify=None`` does not certify: both the program and OpenVINO would be run."""

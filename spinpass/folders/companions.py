@@ -15,16 +15,14 @@ from typing import Any
 from torch.export import ExportedProgram
 
 from spinpass import record
-from spinpass.cli.screen import Steps
 from spinpass.config import RotationConfig
 from spinpass.errors import ConfigError
-from spinpass.evaluation.scoring import token_ids
-from spinpass.evaluation.texts import SAMPLES, calibration_inputs
-from spinpass.formats.manifest import MANIFEST, hashes
-from spinpass.formats.staging import staged
-from spinpass.loading.models import LoadedModel
+from spinpass.evaluation import SAMPLES, calibration_inputs, token_ids
+from spinpass.formats import MANIFEST, hashes, staged
+from spinpass.loading import LoadedModel
 from spinpass.pipeline import plan, transform
-from spinpass.planning.planner import RotationPlan
+from spinpass.planning import RotationPlan
+from spinpass.progress import Steps
 from spinpass.quantization import QuantizationReport, Quantized, quantize
 
 _PACKAGES = ("spinpass", "torch", "transformers", "onnx", "onnxscript", "onnxruntime", "executorch")

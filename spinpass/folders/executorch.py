@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from types import SimpleNamespace
 
-from spinpass.cli.screen import Steps
 from spinpass.errors import ExportError
-from spinpass.folders.companions import Result, Written, write_companions
-from spinpass.loading.models import LoadedModel
+from spinpass.loading import LoadedModel
+from spinpass.progress import Steps
+
+from .companions import Result, Written, write_companions
 
 
 def write_pte_folder(
@@ -34,7 +35,7 @@ def write_pte_folder(
 def executorch_tools() -> SimpleNamespace:
     """What writes for ExecuTorch, imported when it is needed."""
     try:
-        from spinpass.exporters.executorch import writer as executorch
+        from spinpass.exporters import executorch
     except ModuleNotFoundError as error:
         raise ExportError(f"writing for ExecuTorch needs {error.name}: pip install 'spinpass[executorch]'") from error
     return SimpleNamespace(export=executorch.export)

@@ -8,17 +8,18 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from spinpass.cli.screen import Steps
 from spinpass.config import RotationConfig
 from spinpass.errors import ConfigError
-from spinpass.evaluation.texts import SAMPLES, check_calibration, check_samples
-from spinpass.folders.companions import Result, Written, check_writable, quantized, rotated
-from spinpass.folders.executorch import executorch_tools, write_pte_folder
-from spinpass.folders.gptq import WEIGHTS_ONLY, check_rotation, write_gptq_folder
-from spinpass.folders.onnx import CacheBits, onnx_tools, write_folder
-from spinpass.loading.models import load_model
-from spinpass.passes.last_token import last_token
+from spinpass.evaluation import SAMPLES, check_calibration, check_samples
+from spinpass.loading import load_model
+from spinpass.passes import last_token
+from spinpass.progress import Steps
 from spinpass.quantization import QuantizationConfig
+
+from .companions import Result, Written, check_writable, quantized, rotated
+from .executorch import executorch_tools, write_pte_folder
+from .gptq import WEIGHTS_ONLY, check_rotation, write_gptq_folder
+from .onnx import CacheBits, onnx_tools, write_folder
 
 Target = Literal["onnx", "executorch", "gptq"]
 IntegerCache = Literal["int8", "int4"]

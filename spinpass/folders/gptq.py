@@ -11,14 +11,15 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from spinpass.certificate.programs import verify
-from spinpass.cli.screen import Steps
+from spinpass.certificate import verify
 from spinpass.errors import ConfigError, VerificationError
-from spinpass.folders.companions import Result, Written, write_companions
-from spinpass.formats.gptq import QUANTIZE_CONFIG, write_gptq
-from spinpass.graph.editor import ProgramEditor
-from spinpass.loading.models import LoadedModel
-from spinpass.passes.untie import untie
+from spinpass.formats import QUANTIZE_CONFIG, write_gptq
+from spinpass.graph import ProgramEditor
+from spinpass.loading import LoadedModel
+from spinpass.passes import untie
+from spinpass.progress import Steps
+
+from .companions import Result, Written, write_companions
 
 WEIGHTS_ONLY = "--to gptq writes quantized weights: add --quantize, say w4g128-gptq"
 

@@ -9,13 +9,13 @@ from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
 
-from spinpass.cli.screen import Steps
 from spinpass.errors import ConfigError, ExportError
-from spinpass.evaluation.scoring import token_ids
-from spinpass.evaluation.texts import calibration_windows
-from spinpass.folders.companions import Result, Written, write_companions
-from spinpass.loading.models import Companions, LoadedModel
+from spinpass.evaluation import calibration_windows, token_ids
+from spinpass.loading import Companions, LoadedModel
+from spinpass.progress import Steps
 from spinpass.quantization import QuantizationReport
+
+from .companions import Result, Written, write_companions
 
 _REPORTS = {"packed": "pack", "cache": "cache"}  # in spinpass.json: of which step
 
@@ -123,20 +123,15 @@ def _write_genai_config(onnx: SimpleNamespace, companions: Companions, out: Path
 def onnx_tools() -> SimpleNamespace:
     """What writes ONNX, imported when it is needed."""
     try:
-        from spinpass.exporters import names as onnx_names
-        from spinpass.exporters.onnx import genai
-        from spinpass.exporters.onnx import writer as onnx
-        from spinpass.exporters.onnx.integers import cache as onnx_cache
-        from spinpass.exporters.onnx.integers import four_bits as onnx_quantize
-        from spinpass.exporters.onnx.integers import weights as onnx_pack
+        from spinpass.exporters import cache_names, onnx
     except ModuleNotFoundError as error:
         raise ExportError(f"writing ONNX needs {error.name}: pip install 'spinpass[onnx]'") from error
     return SimpleNamespace(
         export=onnx.export,
-        cache_names=onnx_names.cache_names,
-        pack_weights=onnx_pack.pack_weights,
-        quantize_4bit=onnx_quantize.quantize_4bit,
-        quantize_cache=onnx_cache.quantize_cache,
-        save_genai_config=genai.save_genai_config,
-        GENAI_CONFIG=genai.CONFIG,
+        cache_names=cache_names,
+        pack_weights=onnx.pack_weights,
+        quantize_4bit=onnx.quantize_4bit,
+        quantize_cache=onnx.quantize_cache,
+        save_genai_config=onnx.save_genai_config,
+        GENAI_CONFIG=onnx.GENAI_CONFIG,
     )

@@ -1,1 +1,28 @@
-"""To be described."""
+"""How programs, checkpoints and folders lie on disk, and how files appear there whole."""
+
+from .gptq import QUANTIZE_CONFIG, GptqReport, dequantize_checkpoint, read_gptq, write_gptq
+from .manifest import MANIFEST, Artefact, check_loaded, hashes, read_artefact
+from .paths import PROTOBUF_LIMIT, data_name, model_path, pte_path, remove_stale_data
+from .pt2 import load_program, save_program
+from .staging import staged
+
+__all__ = [
+    "MANIFEST",
+    "PROTOBUF_LIMIT",
+    "QUANTIZE_CONFIG",
+    "Artefact",
+    "GptqReport",
+    "check_loaded",
+    "data_name",
+    "dequantize_checkpoint",
+    "hashes",
+    "load_program",
+    "model_path",
+    "pte_path",
+    "read_artefact",
+    "read_gptq",
+    "remove_stale_data",
+    "save_program",
+    "staged",
+    "write_gptq",
+]

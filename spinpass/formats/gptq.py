@@ -30,14 +30,21 @@ from torch.export.graph_signature import InputKind
 from torch.fx import Node
 
 from spinpass.errors import ConfigError, ExportError
-from spinpass.formats.staging import staged
-from spinpass.graph.editor import ProgramEditor
-from spinpass.operators.words import pack, unpack, words
-from spinpass.passes.functionalize import open_program
-from spinpass.quantization.layers.sites import weight_sites
-from spinpass.quantization.report import QuantizationReport, Quantized, QuantizedWeight
-from spinpass.quantization.rounding.grid import Codes
-from spinpass.quantization.scheme import GROUP_SIZES, WEIGHT_BITS, Weights
+from spinpass.graph import ProgramEditor
+from spinpass.operators import pack, unpack, words
+from spinpass.passes import open_program
+from spinpass.quantization import (
+    GROUP_SIZES,
+    WEIGHT_BITS,
+    Codes,
+    QuantizationReport,
+    Quantized,
+    QuantizedWeight,
+    Weights,
+    weight_sites,
+)
+
+from .staging import staged
 
 FORMATS = ("gptq", "gptq_v2")
 _MODEL, _CONFIG, QUANTIZE_CONFIG = "model.safetensors", "config.json", "quantize_config.json"

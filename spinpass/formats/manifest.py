@@ -16,8 +16,9 @@ from typing import Any
 
 from spinpass import record
 from spinpass.errors import ConfigError, ExportError, VerificationError
-from spinpass.formats.pt2 import load_program
 from spinpass.record import Carried
+
+from .pt2 import load_program
 
 MANIFEST = "spinpass.json"
 METADATA = "spinpass.record"  # the key of the record among an ONNX file's metadata

@@ -25,3 +25,9 @@ def remove_stale_data(model: Path, written: Collection[Path]) -> None:
     data = model.with_name(data_name(model))
     if data not in written:
         data.unlink(missing_ok=True)
+
+
+def pte_path(path: str | Path) -> Path:
+    """The file that a path means: itself, or ``model.pte`` in a folder."""
+    path = Path(path)
+    return path if path.suffix == ".pte" else path / "model.pte"

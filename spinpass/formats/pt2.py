@@ -16,10 +16,10 @@ from typing import IO, Any, cast
 import torch
 from torch.export import ExportedProgram
 
+from spinpass import operators  # noqa: F401  # registers what rotated, quantized and packed programs call
 from spinpass.errors import ConfigError, ExportError, ProgramError
-from spinpass.formats.staging import staged
-from spinpass.operators import hadamard as library  # noqa: F401  # registers the op that rotated programs call
-from spinpass.operators import rounding as operators  # noqa: F401  # those of quantized and packed programs
+
+from .staging import staged
 
 _CLASS = re.compile(rb'\\*"type\\*": *\\*"(transformers[\w.]*)[:.](\w+)\\*"')
 _TORCH_LOGGERS = ("torch.export", "torch.export.pt2_archive._package", "torch._export.serde.serialize")

@@ -31,7 +31,8 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from spinpass.errors import InvariantError, ProgramError, QuantizedWeightError
-from spinpass.graph.layout import Size
+
+from .layout import Size
 
 Step = Callable[[Tensor], Tensor]
 _CONSTANT_KINDS = {InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR}

@@ -1,1 +1,12 @@
-"""To be described."""
+"""Whatever a user names, a folder, a name on the hub, a GGUF file or a program, becomes a program."""
+
+from .models import Companions, LoadedModel, load_model, locate
+from .static_cache import export_static_cache
+
+__all__ = [
+    "Companions",
+    "LoadedModel",
+    "export_static_cache",
+    "load_model",
+    "locate",
+]

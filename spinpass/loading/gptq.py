@@ -12,7 +12,7 @@ from typing import Any
 from torch.export import ExportedProgram
 
 from spinpass.errors import ExportError
-from spinpass.formats.gptq import dequantize_checkpoint, read_gptq
+from spinpass.formats import dequantize_checkpoint, read_gptq
 
 
 def quantization_method(folder: Path) -> str | None:

@@ -20,11 +20,11 @@ import torch
 from torch.export import ExportedProgram
 
 from spinpass.errors import ConfigError, ExportError
-from spinpass.formats.pt2 import load_program, save_program
-from spinpass.formats.staging import staged
-from spinpass.loading import gptq as gptq_model
-from spinpass.loading.older_transformers import add_older_words
-from spinpass.loading.static_cache import export_static_cache
+from spinpass.formats import load_program, save_program, staged
+
+from . import gptq as gptq_model
+from .older_transformers import add_older_words
+from .static_cache import export_static_cache
 
 __all__ = ["Companions", "LoadedModel", "Source", "load_model", "load_program", "locate", "save_program"]
 

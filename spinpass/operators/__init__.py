@@ -1,1 +1,20 @@
-"""To be described."""
+"""``torch.ops.spinpass.*``: what rotated and quantized programs call. Importing the package registers all of them."""
+
+from .hadamard import HADAMARD
+from .packed_linear import dequantized, nearest, packed_linear, round_weight
+from .rounding import round_rows, round_tensor, round_tokens
+from .words import pack, unpack, words
+
+__all__ = [
+    "HADAMARD",
+    "dequantized",
+    "nearest",
+    "pack",
+    "packed_linear",
+    "round_rows",
+    "round_tensor",
+    "round_tokens",
+    "round_weight",
+    "unpack",
+    "words",
+]

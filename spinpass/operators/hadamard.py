@@ -14,10 +14,10 @@ from torch import Tensor
 
 from spinpass.rotations import hadamard
 
-NAME = "spinpass::hadamard"
+HADAMARD = "spinpass::hadamard"
 
 
-@torch.library.custom_op(NAME, mutates_args=(), schema="(Tensor x, int order, bool transpose=False) -> Tensor")
+@torch.library.custom_op(HADAMARD, mutates_args=(), schema="(Tensor x, int order, bool transpose=False) -> Tensor")
 def hadamard_op(x: Tensor, order: int, transpose: bool = False) -> Tensor:
     """``x · (I ⊗ H) / √order`` along the last axis, see :func:`spinpass.rotations.hadamard.transform`."""
     result = hadamard.transform(x, order, transpose=transpose)

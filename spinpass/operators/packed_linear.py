@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from spinpass.operators.words import unpack
+from .words import unpack
 
 
 @torch.library.custom_op(

@@ -8,10 +8,8 @@ from __future__ import annotations
 import torch
 from torch.fx import Node
 
-from spinpass.analysis.basis.space import Space
-from spinpass.analysis.ops.table import Centring, Normalization, rule_of
-from spinpass.graph.editor import ProgramEditor, shape
-from spinpass.graph.layout import Layout
+from spinpass.analysis import Centring, Normalization, Space, rule_of
+from spinpass.graph import Layout, ProgramEditor, shape
 
 
 def center(editor: ProgramEditor, space: Space, origin: str) -> Space:

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 from torch.fx import Node
 
-from spinpass.analysis.basis.space import Space
-from spinpass.graph.editor import ProgramEditor
-from spinpass.graph.layout import Layout
-from spinpass.rotations.rotation import Rotation
+from spinpass.analysis import Space
+from spinpass.graph import Layout, ProgramEditor
+from spinpass.rotations import Rotation
 
 
 def fold_rotation(editor: ProgramEditor, space: Space, rotation: Rotation) -> Space:

@@ -16,7 +16,7 @@ import torch
 from torch.export import ExportedProgram
 from torch.fx import Node
 
-from spinpass.graph.editor import (
+from spinpass.graph import (
     ProgramEditor,
     arguments,
     functional_target,

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from spinpass.analysis.basis.space import AxisType, ConstantUse, ShiftUse, Space
-from spinpass.analysis.ops.table import Multilinear, Normalization, rule_of
-from spinpass.graph.editor import ProgramEditor, arguments, op_name, shape, value
+from spinpass.analysis import AxisType, ConstantUse, Multilinear, Normalization, ShiftUse, Space, rule_of
+from spinpass.graph import ProgramEditor, arguments, op_name, shape, value
 
 
 def fuse_norm_scale(editor: ProgramEditor, space: Space, origin: str) -> Space:

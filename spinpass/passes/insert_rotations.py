@@ -7,11 +7,10 @@ from __future__ import annotations
 import torch
 from torch.fx import Node
 
-from spinpass.analysis.basis.space import Space
-from spinpass.graph.editor import ProgramEditor, shape, value
-from spinpass.graph.layout import Layout
-from spinpass.operators import hadamard as library  # noqa: F401  (registers torch.ops.spinpass)
-from spinpass.rotations.rotation import Rotation
+from spinpass import operators  # noqa: F401  (registers torch.ops.spinpass)
+from spinpass.analysis import Space
+from spinpass.graph import Layout, ProgramEditor, shape, value
+from spinpass.rotations import Rotation
 
 
 def insert_rotations(editor: ProgramEditor, space: Space, rotation: Rotation, origin: str) -> Space:

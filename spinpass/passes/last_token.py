@@ -14,7 +14,7 @@ from torch.fx.node import map_arg
 
 from spinpass import record
 from spinpass.errors import ConfigError
-from spinpass.graph.editor import ProgramEditor, arguments, op_name, shape
+from spinpass.graph import ProgramEditor, arguments, op_name, shape
 
 _TOKENS = 1  # the axis
 _PER_TOKEN = {

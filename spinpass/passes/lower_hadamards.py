@@ -20,8 +20,8 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from spinpass import record
 from spinpass.errors import ExportError
-from spinpass.graph.editor import ProgramEditor, arguments, op_name, shape, value
-from spinpass.operators import hadamard as library
+from spinpass.graph import ProgramEditor, arguments, op_name, shape, value
+from spinpass.operators import HADAMARD
 from spinpass.rotations import hadamard
 
 _PACKAGE = "spinpass.hadamard_factor"
@@ -53,7 +53,7 @@ def lower_hadamards(program: ExportedProgram) -> ExportedProgram:
 
 
 def _is_hadamard(node: Node) -> bool:
-    return op_name(node) == library.NAME
+    return op_name(node) == HADAMARD
 
 
 def _lowered(editor: ProgramEditor, node: Node, factors: dict[tuple[int, bool, torch.dtype], Node]) -> Node:

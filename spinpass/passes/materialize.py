@@ -5,8 +5,8 @@ Only where the change cannot go into A and B themselves, because f is not a move
 
 from __future__ import annotations
 
-from spinpass.analysis.basis.space import Space
-from spinpass.graph.editor import ProgramEditor
+from spinpass.analysis import Space
+from spinpass.graph import ProgramEditor
 
 
 def materialize(editor: ProgramEditor, space: Space) -> Space:

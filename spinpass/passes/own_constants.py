@@ -11,8 +11,8 @@ from collections.abc import Collection
 from torch.export import ExportedProgram
 
 from spinpass import record
-from spinpass.execution.interpreter import constants
-from spinpass.graph.editor import ProgramEditor, op_name
+from spinpass.execution import constants
+from spinpass.graph import ProgramEditor, op_name
 
 
 def give_own_constants(program: ExportedProgram, but: Collection[str] = ()) -> ExportedProgram:

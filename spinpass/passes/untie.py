@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from torch.fx import Node
 
-from spinpass.graph.editor import ProgramEditor
+from spinpass.graph import ProgramEditor
 
 
 def untie(editor: ProgramEditor, constants: Iterable[Node]) -> list[Node]:

@@ -11,21 +11,32 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from spinpass.analysis.basis.linear_input import LinearInputWalk
-from spinpass.analysis.basis.space import Carried, Entry, Refusal, Space
-from spinpass.analysis.basis.walk import Walk
-from spinpass.analysis.ops.table import tokens_per_call
-from spinpass.analysis.patterns.attention import Attention, cache_values, find_attention
-from spinpass.analysis.patterns.linear import Linear, as_linear, find_linears, normed_value, root_of, whole_axis
-from spinpass.analysis.patterns.mlp import find_down_projections
-from spinpass.analysis.patterns.residual import find_residual_sums
+from spinpass.analysis import (
+    Attention,
+    Carried,
+    Entry,
+    Linear,
+    LinearInputWalk,
+    Refusal,
+    Space,
+    Walk,
+    as_linear,
+    cache_values,
+    find_attention,
+    find_down_projections,
+    find_linears,
+    find_residual_sums,
+    normed_value,
+    root_of,
+    tokens_per_call,
+    whole_axis,
+)
 from spinpass.config import ROLES, Role, RotationConfig
 from spinpass.errors import ConfigError
-from spinpass.graph.editor import ProgramEditor, elements, is_float, op_name, shape, value
-from spinpass.graph.layout import Layout
+from spinpass.graph import Layout, ProgramEditor, elements, is_float, op_name, shape, value
 from spinpass.passes.untie import untie
 from spinpass.record import Record
-from spinpass.rotations.rotation import Rotation
+from spinpass.rotations import Rotation
 
 _ONLINE_PER_OFFLINE = 2  # `form="auto"`: an online part in the stream costs as much as that many at inputs of linears
 _UNTIE_BELOW = 0.01  # `tied="auto"` unties where that adds less than this share of the constants' bytes

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch.export import ExportedProgram
 
-from spinpass.quantization.rounding.grid import Codes
-from spinpass.quantization.scheme import Weights
+from .rounding.grid import Codes
+from .scheme import Weights
 
 
 @dataclass(frozen=True)

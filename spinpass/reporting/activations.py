@@ -11,13 +11,14 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import Node
 
-from spinpass.analysis.patterns.attention import cache_values, find_attention
-from spinpass.evaluation.scoring import ProgramScorer
-from spinpass.execution.interpreter import execute
-from spinpass.graph.editor import ProgramEditor, shape
-from spinpass.passes.functionalize import open_program
-from spinpass.quantization.layers.sites import WeightSite, cache_sites, weight_sites
-from spinpass.reporting.statistics import Accumulator, Statistics
+from spinpass.analysis import cache_values, find_attention
+from spinpass.evaluation import ProgramScorer
+from spinpass.execution import execute
+from spinpass.graph import ProgramEditor, shape
+from spinpass.passes import open_program
+from spinpass.quantization import WeightSite, cache_sites, weight_sites
+
+from .statistics import Accumulator, Statistics
 
 INPUT, KEY, VALUE, KEY_VALUE = "input", "key", "value", "key and value"
 

@@ -6,8 +6,9 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
-from spinpass.cli.screen import layer_pattern
-from spinpass.reporting.activations import Pair
+from spinpass.planning import layer_pattern
+
+from .activations import Pair
 
 T = TypeVar("T")
 

@@ -7,7 +7,7 @@ from html import escape
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from spinpass.reporting.pictures import Picture
+    from .pictures import Picture
 
 
 class Html(str):

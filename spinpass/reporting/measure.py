@@ -10,15 +10,15 @@ from typing import Any
 
 from torch.export import ExportedProgram
 
-from spinpass.cli.screen import Steps
+from spinpass import evaluation
 from spinpass.errors import ConfigError
-from spinpass.evaluation import comparison as evaluation
-from spinpass.evaluation.scoring import Opened, ProgramScorer, open_scorer
-from spinpass.evaluation.texts import SAMPLES, calibration_windows, read_text
-from spinpass.planning.planner import RotationPlan
+from spinpass.evaluation import SAMPLES, Opened, ProgramScorer, calibration_windows, open_scorer, read_text
+from spinpass.planning import RotationPlan
+from spinpass.progress import Steps
 from spinpass.quantization import QuantizationConfig, quantize
-from spinpass.reporting.activations import WatchedScorer, paired
-from spinpass.reporting.report import Quantized, Report, Scheme
+
+from .activations import WatchedScorer, paired
+from .report import Quantized, Report, Scheme
 
 Windows = Sequence[Sequence[int]]
 

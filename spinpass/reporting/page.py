@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from spinpass.evaluation.comparison import Perplexity
-from spinpass.formats.staging import staged
-from spinpass.reporting import sections
-from spinpass.reporting.activations import INPUT, Pair
-from spinpass.reporting.families import joined
-from spinpass.reporting.markup import Html, arrow, html, section, tag
-from spinpass.reporting.pictures import short
-from spinpass.reporting.report import Report
-from spinpass.reporting.sections import KURTOSIS, RATIO, or_zero, windows_of
+from spinpass.evaluation import Perplexity
+from spinpass.formats import staged
+from spinpass.progress import Progress
+
+from . import sections
+from .activations import INPUT, Pair
+from .families import joined
+from .markup import Html, arrow, html, section, tag
+from .pictures import short
+from .report import Report
+from .sections import KURTOSIS, RATIO, or_zero, windows_of
 
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-Progress = Callable[[int, int], None]
 _SECTIONS: dict[str, tuple[str, Callable[[Report], Iterator[object]]]] = {
     "activations": ("Activations", sections.activations),
     "sites": ("Single sites", sections.sites),

@@ -24,7 +24,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 from torch import Tensor
 from torch.nn import functional
 
-from spinpass.reporting.statistics import Statistics
+from .statistics import Statistics
 
 BEFORE, AFTER = "#d9662a", "#2a7fba"  # told apart by the colour-blind as well
 _TEXT, _GRID = "#202428", "#d5d9de"

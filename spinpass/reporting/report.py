@@ -7,9 +7,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from spinpass.evaluation.comparison import Change, Comparison, Perplexity, change
-from spinpass.planning.planner import RotationPlan
-from spinpass.reporting.activations import Pair, Unpaired
+from spinpass.evaluation import Change, Comparison, Perplexity, change
+from spinpass.planning import RotationPlan
+
+from .activations import Pair, Unpaired
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,15 @@ from collections.abc import Callable, Iterator, Mapping
 from operator import attrgetter
 from typing import Any
 
-from spinpass.cli.screen import grouped_refusals, grouped_spaces, online_parts
-from spinpass.evaluation.comparison import Change, Perplexity, change
-from spinpass.reporting.activations import INPUT, Pair
-from spinpass.reporting.families import families, joined, label, worst_of_each
-from spinpass.reporting.markup import Html, arrow, details, figure, html, table, tag
-from spinpass.reporting.pictures import bars, heatmaps, short, surfaces
-from spinpass.reporting.report import Report
-from spinpass.reporting.statistics import Statistics
+from spinpass.evaluation import Change, Perplexity, change
+from spinpass.planning import grouped_refusals, grouped_spaces, online_parts
+
+from .activations import INPUT, Pair
+from .families import families, joined, label, worst_of_each
+from .markup import Html, arrow, details, figure, html, table, tag
+from .pictures import bars, heatmaps, short, surfaces
+from .report import Report
+from .statistics import Statistics
 
 _SURFACES = 6  # pictures of single sites
 _PANELS = 12  # kinds of layers in a picture of bars

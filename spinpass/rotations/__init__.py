@@ -1,1 +1,12 @@
-"""To be described."""
+"""A rotation as a value, and the Hadamard matrices behind it; knows no graph."""
+
+from . import hadamard
+from .hadamard import is_order, largest_order
+from .rotation import Rotation
+
+__all__ = [
+    "Rotation",
+    "hadamard",
+    "is_order",
+    "largest_order",
+]

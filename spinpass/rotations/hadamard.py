@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from spinpass.errors import ConfigError
-from spinpass.rotations import constructions
+
+from . import constructions
 
 _PASS_COST = 64
 """What one more factor costs per element, in multiply-adds: a pass over memory and a kernel call (measured)."""

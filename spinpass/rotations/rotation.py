@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from spinpass.errors import ConfigError
-from spinpass.rotations import hadamard
+
+from . import hadamard
 
 HADAMARD_KINDS = ("hadamard", "random-hadamard")
 KINDS = (*HADAMARD_KINDS, "random-matrix", "learned")

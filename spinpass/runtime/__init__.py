@@ -1,1 +1,48 @@
-"""To be described."""
+"""Exported files run, and text out of them: sessions of three runtimes, one decoding loop.
+
+No runtime is imported before something of it is asked for.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from .decoder import OrtDecoder
+from .onnx_graph import DecoderGraph, State
+from .onnx_session import DTYPES, NoKernelError, from_ort, open_session, run, to_ort
+from .openvino_session import CompiledModel, generate, import_openvino, reason
+from .ort_model import OrtModel
+from .sampling import Sampling
+from .text_pieces import Pieces
+
+if TYPE_CHECKING:
+    from .executorch_session import PteMethod
+    from .pte_decoder import PteDecoder
+
+__all__ = [
+    "DTYPES",
+    "CompiledModel",
+    "DecoderGraph",
+    "NoKernelError",
+    "OrtDecoder",
+    "OrtModel",
+    "Pieces",
+    "PteDecoder",
+    "PteMethod",
+    "Sampling",
+    "State",
+    "from_ort",
+    "generate",
+    "import_openvino",
+    "open_session",
+    "reason",
+    "run",
+    "to_ort",
+]
+
+_LAZY = {"PteMethod": "executorch_session", "PteDecoder": "pte_decoder"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_LAZY[name]}", __name__), name)

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from spinpass.errors import ConfigError, ExportError
-from spinpass.runtime import decoding
-from spinpass.runtime.model_folder import ModelFolder
-from spinpass.runtime.onnx_graph import DecoderGraph
-from spinpass.runtime.ort_model import OrtModel
-from spinpass.runtime.sampling import Sampling
+
+from . import decoding
+from .model_folder import ModelFolder
+from .onnx_graph import DecoderGraph
+from .ort_model import OrtModel
+from .sampling import Sampling
 
 __all__ = ["Decoder", "Generation", "OrtDecoder", "OrtModel", "Sampling"]
 
@@ -135,7 +136,7 @@ class OrtDecoder(Decoder):
     def __init__(
         self, folder: str | Path, *, provider: str = "CPUExecutionProvider", threads: int | None = None
     ) -> None:
-        from spinpass.formats.paths import model_path
+        from spinpass.formats import model_path
 
         path = model_path(folder)
         super().__init__(path, DecoderGraph.open(path, provider, threads))

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from spinpass.runtime.sampling import Sampling
+from .sampling import Sampling
 
 PROMPT_CHUNK = 512
 """Tokens per call while one sequence's prompt is read: bounds the memory of the logits."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from spinpass.errors import ExportError
-from spinpass.formats.manifest import check_loaded
+from spinpass.formats import check_loaded
 
 _PREFIX = re.compile(r"^(input\.|output\.)?(past_key_values|present_key_values|past|present)?")
 
@@ -59,7 +59,7 @@ class DecoderGraph:
             VerificationError: its rotations are not those that it or ``spinpass.json`` beside it names.
             ConfigError: ONNX Runtime does not have ``provider``.
         """
-        from spinpass.runtime.onnx_session import open_session
+        from .onnx_session import open_session
 
         if not path.is_file():
             raise ExportError(f"there is no model at {path}")
@@ -70,7 +70,7 @@ class DecoderGraph:
     @staticmethod
     def of(session: Any, path: Path) -> DecoderGraph:
         """The graph of an open session. Raises ExportError where it is not that of a decoder with a cache."""
-        from spinpass.runtime.onnx_session import DTYPES
+        from .onnx_session import DTYPES
 
         inputs, outputs = session.get_inputs(), session.get_outputs()
         stored = [i for i in inputs if len(i.shape) >= 3]
@@ -96,7 +96,7 @@ class DecoderGraph:
 
     def start(self, batch: int) -> State:
         """An empty cache for so many sequences."""
-        from spinpass.runtime.onnx_session import to_ort
+        from .onnx_session import to_ort
 
         empty = {slot.name: tuple(batch if size == -1 else size for size in slot.empty) for slot in self.cache}
         return State(0, {s.name: to_ort(torch.zeros(empty[s.name], dtype=s.dtype)) for s in self.cache})
@@ -106,7 +106,7 @@ class DecoderGraph:
 
         The cache goes from call to call as ONNX Runtime made it, without a copy. Raises ExportError where it fails.
         """
-        from spinpass.runtime.onnx_session import from_ort, run, to_ort
+        from .onnx_session import from_ort, run, to_ort
 
         batch, length = ids.shape
         start, stop = state.length, state.length + length

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from spinpass.errors import ConfigError
-from spinpass.runtime.decoding import new_tokens
-from spinpass.runtime.model_folder import ModelFolder
-from spinpass.runtime.onnx_graph import DecoderGraph
-from spinpass.runtime.sampling import Sampling
-from spinpass.runtime.text_pieces import Pieces
+
+from .decoding import new_tokens
+from .model_folder import ModelFolder
+from .onnx_graph import DecoderGraph
+from .sampling import Sampling
+from .text_pieces import Pieces
 
 
 class OrtModel:
@@ -39,7 +40,7 @@ class OrtModel:
             VerificationError: its rotations are not those that it or ``spinpass.json`` beside it names.
             ConfigError: ONNX Runtime does not have ``provider``.
         """
-        from spinpass.formats.paths import model_path
+        from spinpass.formats import model_path
 
         path = model_path(folder)
         return cls(DecoderGraph.open(path, provider, threads), ModelFolder(path.parent))

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from spinpass.errors import ConfigError, ExportError
-from spinpass.exporters.executorch.writer import pte_path
-from spinpass.runtime.decoder import Decoder
-from spinpass.runtime.executorch_session import PteMethod
+from spinpass.formats import pte_path
+
+from .decoder import Decoder
+from .executorch_session import PteMethod
 
 
 class PteDecoder(Decoder):

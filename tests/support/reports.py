@@ -11,7 +11,7 @@ from torch.export import ExportedProgram
 
 import spinpass
 from spinpass import record
-from spinpass.cli.screen import Steps
+from spinpass.progress import Steps
 from spinpass.reporting.measure import ReportRequest
 from spinpass.reporting.report import Report
 from tests.support.decoders import VOCAB, Decoder, exported, made, with_outliers

@@ -9,9 +9,10 @@ from dataclasses import replace
 
 from torch.fx import Node
 
-from spinpass.analysis.basis.space import Entry, Space
-from spinpass.analysis.ops.table import Ignored, Movement, Rule
-from spinpass.graph.editor import elements, is_float
+from spinpass.graph import elements, is_float
+
+from ..ops.table import Ignored, Movement, Rule
+from .space import Entry, Space
 
 
 def settled(space: Space, rule: Callable[[Node], Rule]) -> Space:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from torch.fx import Node
 
-from spinpass.analysis.basis.space import AxisType
-from spinpass.analysis.basis.walk import Barrier, Walk, _Restart
-from spinpass.analysis.ops.table import Ignored, Movement, Multilinear, Rule, Zeros
-from spinpass.analysis.patterns.linear import as_linear
-from spinpass.graph.editor import is_float, op_name
+from spinpass.graph import is_float, op_name
+
+from ..ops.table import Ignored, Movement, Multilinear, Rule, Zeros
+from ..patterns.linear import as_linear
+from .space import AxisType
+from .walk import Barrier, Walk, _Restart
 
 
 class LinearInputWalk(Walk):

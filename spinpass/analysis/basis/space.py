@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from torch.fx import Node
 
-from spinpass.graph.layout import Layout
+from spinpass.graph import Layout
 
 
 @dataclass(frozen=True)

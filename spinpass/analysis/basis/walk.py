@@ -25,9 +25,10 @@ from torch import Tensor
 from torch.export.graph_signature import OutputKind
 from torch.fx import Node
 
-from spinpass.analysis.basis.entries import settled
-from spinpass.analysis.basis.space import AxisType, Carried, ConstantUse, Entry, Exit, Pending, ShiftUse, Space
-from spinpass.analysis.ops.table import (
+from spinpass.errors import InvariantError
+from spinpass.graph import Layout, LayoutError, ProgramEditor, arguments, elements, is_op, op_name, shape
+
+from ..ops.table import (
     Centring,
     Concatenate,
     Ignored,
@@ -44,9 +45,8 @@ from spinpass.analysis.ops.table import (
     Zeros,
     rule_of,
 )
-from spinpass.errors import InvariantError
-from spinpass.graph.editor import ProgramEditor, arguments, elements, is_op, op_name, shape
-from spinpass.graph.layout import Layout, LayoutError
+from .entries import settled
+from .space import AxisType, Carried, ConstantUse, Entry, Exit, Pending, ShiftUse, Space
 
 
 class Barrier(Exception):

@@ -22,8 +22,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from spinpass.graph.editor import arguments, is_float, is_op, known_integers, op_name, shape, value
-from spinpass.graph.layout import Layout, LayoutError, Size
+from spinpass.graph import Layout, LayoutError, Size, arguments, is_float, is_op, known_integers, op_name, shape, value
 
 Label = Hashable
 

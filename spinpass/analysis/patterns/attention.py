@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 
 from torch.fx import Node
 
-from spinpass.analysis.ops.table import Label, Movement, Multilinear, Operand, rule_of
-from spinpass.analysis.patterns.linear import as_linear
-from spinpass.graph.editor import ProgramEditor, arguments, is_op, op_name, shape
-from spinpass.graph.layout import Layout
+from spinpass.graph import Layout, ProgramEditor, arguments, is_op, op_name, shape
+
+from ..ops.table import Label, Movement, Multilinear, Operand, rule_of
+from .linear import as_linear
 
 _FUSED = (
     "aten::scaled_dot_product_attention",

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from torch.fx import Node
 
-from spinpass.analysis.ops.table import Movement, Multilinear, Normalization, Square, VectorNorm, rule_of
-from spinpass.graph.editor import ProgramEditor, is_float, is_op, op_name, shape
-from spinpass.graph.layout import Layout
+from spinpass.graph import Layout, ProgramEditor, is_float, is_op, op_name, shape
+
+from ..ops.table import Movement, Multilinear, Normalization, Square, VectorNorm, rule_of
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,11 @@ from collections.abc import Collection, Iterator
 
 from torch.fx import Node
 
-from spinpass.analysis.ops.table import Centring, Multilinear, Normalization, Opaque, Square, rule_of
-from spinpass.analysis.patterns.linear import Linear, find_linears, root_of
-from spinpass.analysis.patterns.residual import find_residual_sums
-from spinpass.graph.editor import ProgramEditor, is_float, is_op, op_name, shape
+from spinpass.graph import ProgramEditor, is_float, is_op, op_name, shape
+
+from ..ops.table import Centring, Multilinear, Normalization, Opaque, Square, rule_of
+from .linear import Linear, find_linears, root_of
+from .residual import find_residual_sums
 
 ACTIVATIONS = (
     "aten::gelu",

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 
 from torch.fx import Node
 
-from spinpass.analysis.ops.table import Centring, Concatenate, Multilinear, Normalization, rule_of
-from spinpass.analysis.patterns.linear import as_linear, root_of
-from spinpass.graph.editor import ProgramEditor, is_float, is_op, op_name, shape
+from spinpass.graph import ProgramEditor, is_float, is_op, op_name, shape
+
+from ..ops.table import Centring, Concatenate, Multilinear, Normalization, rule_of
+from .linear import as_linear, root_of
 
 
 def find_residual_sums(editor: ProgramEditor) -> Iterator[Node]:

@@ -9,12 +9,18 @@ from typing import Any
 
 from torch.export import ExportedProgram
 
-from spinpass.certificate.certificate import BOUNDS
-from spinpass.certificate.files import FileCertificate, FileOutput, as_tensor, compare_output, describe, narrowest_dtype
-from spinpass.execution import interpreter as execution
-from spinpass.execution import synthetic
-from spinpass.execution.returned import output_names
-from spinpass.runtime.executorch_session import PteMethod
+from spinpass import execution
+from spinpass.certificate import (
+    BOUNDS,
+    FileCertificate,
+    FileOutput,
+    as_tensor,
+    compare_output,
+    describe,
+    narrowest_dtype,
+)
+from spinpass.execution import output_names
+from spinpass.runtime import PteMethod
 
 _FURTHER_STEPS = 2
 
@@ -41,7 +47,7 @@ def certify(ep: ExportedProgram, path: Path, inputs: object = None, bound: float
         ExportError: ExecuTorch cannot load or run the file.
         ConfigError: the inputs do not fit the program.
     """
-    values = synthetic.synthetic_inputs(ep) if inputs is None else execution.flat_inputs(ep, inputs)
+    values = execution.synthetic_inputs(ep) if inputs is None else execution.flat_inputs(ep, inputs)
     described = tuple(f"{name} {describe(value)}" for name, value in values.items())
     dtype = narrowest_dtype(ep)
     limit = BOUNDS[dtype] if bound is None else bound
@@ -67,7 +73,7 @@ def _following(
     """Inputs of the next step; None where there is none."""
     if not state or state.keys() & values.keys():  # without state, or with state that the caller keeps
         return None
-    following = synthetic.next_inputs(ep, values, state, seed=step + 1)
+    following = execution.next_inputs(ep, values, state, seed=step + 1)
     return None if isinstance(following, str) else following
 
 

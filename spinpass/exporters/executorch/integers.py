@@ -23,10 +23,8 @@ from torch.fx import Node
 
 from spinpass import record
 from spinpass.errors import ConfigError
-from spinpass.graph.editor import ProgramEditor, arguments, op_name, shape
-from spinpass.quantization import Quantized
-from spinpass.quantization.packed.program import pack, rewritten, weight_name
-from spinpass.quantization.rounding.grid import Codes
+from spinpass.graph import ProgramEditor, arguments, op_name, shape
+from spinpass.quantization import Codes, Quantized, pack, rewritten, weight_name
 
 _ROUNDING = "spinpass::round_tokens"
 _GROUP_MULTIPLE = 32  # XNNPACK's block-wise kernel

@@ -22,17 +22,17 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 
+from spinpass import execution
 from spinpass.errors import ConfigError, ExportError, ProgramError
-from spinpass.execution import synthetic
-from spinpass.execution.interpreter import origin
+from spinpass.execution import origin
 from spinpass.exporters.clock import Clock
-from spinpass.exporters.executorch.certificate import PteCertificate, certify
-from spinpass.exporters.executorch.integers import IntegerLayers, with_integer_layers
-from spinpass.formats.staging import staged
-from spinpass.graph.editor import mutates, op_name
-from spinpass.passes.lower_hadamards import lower_hadamards
-from spinpass.passes.own_constants import give_own_constants
+from spinpass.formats import pte_path, staged
+from spinpass.graph import mutates, op_name
+from spinpass.passes import give_own_constants, lower_hadamards
 from spinpass.quantization import Quantized
+
+from .certificate import PteCertificate, certify
+from .integers import IntegerLayers, with_integer_layers
 
 Backend = Literal["xnnpack", "portable"]
 _UNBOUNDED = 2**31
@@ -139,12 +139,6 @@ def export(
     )  # fmt: skip
 
 
-def pte_path(path: str | Path) -> Path:
-    """The file that a path means: itself, or ``model.pte`` in a folder."""
-    path = Path(path)
-    return path if path.suffix == ".pte" else path / "model.pte"
-
-
 def _check(program: object, backend: str) -> None:
     if backend not in get_args(Backend):
         raise ConfigError(f"backend={backend!r} is not one of {', '.join(get_args(Backend))}")
@@ -159,7 +153,7 @@ def _check(program: object, backend: str) -> None:
         raise ProgramError(
             f"export takes a torch.export.ExportedProgram or a Quantized one, got {type(program).__name__}"
         )
-    for spec in synthetic.user_inputs(program):
+    for spec in execution.user_inputs(program):
         for axis, size in enumerate(spec.shape):
             if not _is_bounded(program, size):
                 raise ConfigError(

@@ -12,8 +12,8 @@ from typing import Any
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from spinpass.execution import synthetic
-from spinpass.execution.synthetic import Sizes, UserInput
+from spinpass import execution
+from spinpass.execution import Sizes, UserInput
 
 _CACHE_RANK = 4
 
@@ -21,8 +21,8 @@ _CACHE_RANK = 4
 def fused_cases(ep: ExportedProgram, values: Mapping[str, Any]) -> list[dict[str, Any]]:
     """``values`` cut to a prompt without cache, one token per sequence, and one sequence; ``values`` alone where the
     program has no cache whose length is a size of its own."""
-    specs = synthetic.user_inputs(ep)
-    sizes = synthetic.bound_sizes(specs, values)
+    specs = execution.user_inputs(ep)
+    sizes = execution.bound_sizes(specs, values)
     caches = [s for s in specs if len(s.shape) == _CACHE_RANK and _is_symbol(s.shape[2])]
     ids = next((s for s in specs if len(s.shape) == 2 and _is_symbol(s.shape[1])), None)
     if not caches or ids is None:
@@ -40,7 +40,7 @@ def _cut(specs: list[UserInput], values: Mapping[str, Any], sizes: Sizes) -> dic
         value = values[spec.name]
         if isinstance(value, Tensor):
             for axis, size in enumerate(spec.shape):
-                value = value.narrow(axis, 0, synthetic.concrete(size, sizes))
+                value = value.narrow(axis, 0, execution.concrete(size, sizes))
             cut[spec.name] = value
     return cut
 

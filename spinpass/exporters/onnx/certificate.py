@@ -7,11 +7,11 @@ from typing import Any
 
 from torch.export import ExportedProgram
 
-from spinpass.certificate.files import Comparison, FileCertificate, badness
-from spinpass.execution import interpreter as execution
-from spinpass.execution import synthetic
-from spinpass.exporters.onnx.cases import fused_cases
-from spinpass.runtime.onnx_session import from_ort, open_session, run, to_ort
+from spinpass import execution
+from spinpass.certificate import Comparison, FileCertificate, badness
+from spinpass.runtime import from_ort, open_session, run, to_ort
+
+from .cases import fused_cases
 
 KIND = "ONNX file"
 
@@ -27,7 +27,7 @@ def certify(ep: ExportedProgram, path: Path, inputs: object = None, *, fused: bo
         ExportError: ONNX Runtime cannot load or run the file.
         ConfigError: the inputs do not fit the program.
     """
-    values = synthetic.synthetic_inputs(ep) if inputs is None else execution.flat_inputs(ep, inputs)
+    values = execution.synthetic_inputs(ep) if inputs is None else execution.flat_inputs(ep, inputs)
     session = open_session(path)
     found = [_certify(ep, session, case) for case in (fused_cases(ep, values) if fused else [values])]
     outputs = tuple(max(same, key=badness) for same in zip(*(c.outputs for c in found), strict=True))

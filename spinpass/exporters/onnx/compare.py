@@ -16,16 +16,14 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from spinpass import record
-from spinpass.certificate.certificate import BOUNDS, compare
-from spinpass.certificate.files import FileCertificate, FileOutput
+from spinpass import execution, record
+from spinpass.certificate import BOUNDS, FileCertificate, FileOutput, compare
 from spinpass.errors import VerificationError
-from spinpass.execution import interpreter as execution
-from spinpass.execution import synthetic
 from spinpass.exporters.names import signature_names
-from spinpass.exporters.onnx.certificate import KIND
 from spinpass.record import Carried
-from spinpass.runtime.onnx_session import DTYPES, from_ort, open_session, run, to_ort
+from spinpass.runtime import DTYPES, from_ort, open_session, run, to_ort
+
+from .certificate import KIND
 
 
 def compare_file(program: ExportedProgram, path: Path) -> FileCertificate:
@@ -40,7 +38,7 @@ def compare_file(program: ExportedProgram, path: Path) -> FileCertificate:
     found = record.read(program)
     here_in = found.inputs if found else {}
     here_out = {names.output_index[i]: carried for i, carried in found.outputs.items()} if found else {}
-    plain = synthetic.synthetic_inputs(program)
+    plain = execution.synthetic_inputs(program)
     given = {name: torch.as_tensor(plain[name]) for name in names.inputs}
     _check(session, given, len(names.outputs), path)
     own = {name: _rotated(value, here_in.get(name)) for name, value in plain.items()}

@@ -15,8 +15,7 @@ from typing import Any
 import onnx
 
 from spinpass.errors import ExportError
-from spinpass.formats.paths import model_path
-from spinpass.formats.staging import staged
+from spinpass.formats import model_path, staged
 
 CONFIG = "genai_config.json"
 _TYPE = "decoder"  # GenAI's own name for a language model of no particular family

@@ -25,12 +25,13 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
 from spinpass.errors import ExportError
-from spinpass.exporters.onnx.operators import hadamard as onnx_functions
-from spinpass.exporters.onnx.operators import packed_linear as onnx_packed
-from spinpass.exporters.onnx.operators import rounding as onnx_rounding
 from spinpass.exporters.refusals import refuse_fake_weights, refuse_mutation
-from spinpass.graph.editor import is_op, mutates
-from spinpass.quantization.packed.double_scales import decode_scales
+from spinpass.graph import is_op, mutates
+from spinpass.quantization import decode_scales
+
+from .operators import hadamard as onnx_functions
+from .operators import packed_linear as onnx_packed
+from .operators import rounding as onnx_rounding
 
 _RULES = (
     rules.add_0_rule,
@@ -68,8 +69,6 @@ def translate(ep: ExportedProgram, opset: int | None) -> ir.Model:
             weights.
     """
     refuse_fake_weights(ep)
-    import spinpass.operators.hadamard
-    import spinpass.operators.rounding  # noqa: F401  the two register ops that the table names
 
     ep = decode_scales(ep)
     table: dict[Any, Callable[..., Any]] = {

@@ -17,20 +17,20 @@ from onnx_ir.passes import common
 from torch.export import ExportedProgram
 
 from spinpass import record
-from spinpass.certificate.files import FileCertificate
+from spinpass.certificate import FileCertificate
 from spinpass.errors import ConfigError, ProgramError
 from spinpass.exporters.clock import Clock
 from spinpass.exporters.names import GraphNames, Names, renamed, signature_names
-from spinpass.exporters.onnx import translate as onnx_translate
-from spinpass.exporters.onnx.certificate import certify
-from spinpass.exporters.onnx.fusion import fuse as onnx_fuse
-from spinpass.exporters.onnx.fusion.fuse import Fused
-from spinpass.exporters.onnx.operators import hadamard as onnx_functions
-from spinpass.exporters.onnx.operators import packed_linear as onnx_packed
-from spinpass.exporters.onnx.operators import rounding as onnx_rounding
-from spinpass.formats.paths import PROTOBUF_LIMIT, data_name, model_path, remove_stale_data
-from spinpass.formats.staging import staged
-from spinpass.runtime.onnx_session import NoKernelError
+from spinpass.formats import PROTOBUF_LIMIT, data_name, model_path, remove_stale_data, staged
+from spinpass.runtime import NoKernelError
+
+from . import translate as onnx_translate
+from .certificate import certify
+from .fusion import fuse as onnx_fuse
+from .fusion.fuse import Fused
+from .operators import hadamard as onnx_functions
+from .operators import packed_linear as onnx_packed
+from .operators import rounding as onnx_rounding
 
 VERIFY_LIMIT = 2**31
 """Above this many bytes of weights ``verify=None`` does not certify: both the program and ONNX Runtime would be run."""

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 from spinpass.errors import ExportError
 
 if TYPE_CHECKING:
-    from spinpass.exporters.transformers.dynamo import RotatedDynamoExporter
-    from spinpass.exporters.transformers.executorch import RotatedExecutorchExporter
-    from spinpass.exporters.transformers.mixin import RotationMixin
-    from spinpass.exporters.transformers.onnx import RotatedOnnxExporter
-    from spinpass.exporters.transformers.openvino import RotatedOpenVINOExporter
+    from .dynamo import RotatedDynamoExporter
+    from .executorch import RotatedExecutorchExporter
+    from .mixin import RotationMixin
+    from .onnx import RotatedOnnxExporter
+    from .openvino import RotatedOpenVINOExporter
 
 __all__ = [
     "RotatedDynamoExporter",

@@ -8,9 +8,8 @@ from typing import Any
 
 from torch.export import ExportedProgram
 
-from spinpass import record
+from spinpass import execution, record
 from spinpass.errors import ExportError
-from spinpass.execution import interpreter as execution
 from spinpass.record import Carried, Record
 
 _CACHE = "past_key_values"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from spinpass.exporters.transformers.mixin import RotationMixin
+from .mixin import RotationMixin
 
 
 class RotatedDynamoExporter(RotationMixin):

@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch.export import ExportedProgram
 from transformers.exporters.exporter_executorch import ExecutorchExporter
 
-from spinpass.exporters.transformers.mixin import RotationMixin
-from spinpass.passes.lower_hadamards import lower_hadamards
-from spinpass.passes.own_constants import give_own_constants
+from spinpass.passes import give_own_constants, lower_hadamards
+
+from .mixin import RotationMixin
 
 
 class RotatedExecutorchExporter(ExecutorchExporter, RotationMixin):

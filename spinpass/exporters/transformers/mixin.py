@@ -9,10 +9,11 @@ from transformers.exporters.exporter_dynamo import DynamoExporter
 
 from spinpass.config import RotationConfig
 from spinpass.errors import ConfigError, ExportError
-from spinpass.exporters.transformers.caches import Rotated, check_caches
-from spinpass.exporters.transformers.quantizers import refuse_graph_quantizer
 from spinpass.pipeline import transform
 from spinpass.record import Record
+
+from .caches import Rotated, check_caches
+from .quantizers import refuse_graph_quantizer
 
 
 class RotationMixin(DynamoExporter):

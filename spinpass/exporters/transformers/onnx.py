@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from transformers.exporters.exporter_onnx import OnnxExporter
 
+from spinpass import operators  # noqa: F401  # registers the operator that is translated
 from spinpass.exporters.onnx.operators import hadamard as onnx_functions
-from spinpass.exporters.transformers.mixin import RotationMixin
-from spinpass.exporters.transformers.quantizers import calibrated, refuse_graph_quantizer
-from spinpass.operators import hadamard as library  # noqa: F401  # registers the operator that is translated
+
+from .mixin import RotationMixin
+from .quantizers import calibrated, refuse_graph_quantizer
 
 
 class RotatedOnnxExporter(OnnxExporter, RotationMixin):
@@ -48,7 +49,8 @@ class RotatedOnnxExporter(OnnxExporter, RotationMixin):
 @contextmanager
 def _hadamards_translated() -> Iterator[None]:
     """Let transformers' table of translations have one for the Hadamard."""
-    table: dict[Any, Any] = import_module("transformers.exporters.exporter_onnx")._ONNX_TRANSLATION_TABLE  # noqa: SLF001  # OnnxExporter has no argument for translations
+    exporter = import_module("transformers.exporters.exporter_onnx")
+    table: dict[Any, Any] = exporter._ONNX_TRANSLATION_TABLE  # noqa: SLF001  # OnnxExporter has no argument for translations
     operator = torch.ops.spinpass.hadamard.default
     before = table.get(operator)
     table[operator] = onnx_functions.translation()

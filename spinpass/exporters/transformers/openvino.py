@@ -7,9 +7,10 @@ from typing import Any
 from torch.export import ExportedProgram
 from transformers.exporters.exporter_openvino import OpenVINOExporter
 
-from spinpass.exporters.transformers.mixin import RotationMixin
-from spinpass.exporters.transformers.quantizers import calibrated
-from spinpass.passes.lower_hadamards import lower_hadamards
+from spinpass.passes import lower_hadamards
+
+from .mixin import RotationMixin
+from .quantizers import calibrated
 
 
 class RotatedOpenVINOExporter(OpenVINOExporter, RotationMixin):

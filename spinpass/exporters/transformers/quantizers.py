@@ -10,10 +10,9 @@ from typing import Any
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from spinpass import record
+from spinpass import execution, record
 from spinpass.errors import ExportError
-from spinpass.execution import interpreter as execution
-from spinpass.execution.session import into_basis
+from spinpass.execution import into_basis
 
 Sample = Mapping[str, Any]
 

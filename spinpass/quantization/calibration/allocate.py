@@ -9,23 +9,24 @@ is jumped over; the greedy choice is then that of the Lagrangian.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
 from torch.export import ExportedProgram
 
 from spinpass.errors import ConfigError
-from spinpass.graph.editor import shape
-from spinpass.passes.functionalize import open_program
-from spinpass.quantization.calibration.sensitivity import Layer, sensitivities
-from spinpass.quantization.layers.sites import weight_sites
-from spinpass.quantization.packed.mixed_rows import splittable
-from spinpass.quantization.scheme import WEIGHT_BITS, QuantizationConfig
+from spinpass.graph import shape
+from spinpass.passes import open_program
+from spinpass.progress import Progress
+
+from ..layers.sites import weight_sites
+from ..packed.mixed_rows import splittable
+from ..scheme import WEIGHT_BITS, QuantizationConfig
+from .sensitivity import Layer, sensitivities
 
 _JUDGED_ON = 8  # calibration inputs
 _Hull = list[tuple[int, float]]
-_Progress = Callable[[int, int], None] | None
 _Key = TypeVar("_Key", str, tuple[str, int])
 
 
@@ -33,7 +34,7 @@ def allocated(
     program: ExportedProgram,
     config: QuantizationConfig,
     inputs: Sequence[object],
-    progress: _Progress = None,
+    progress: Progress | None = None,
 ) -> QuantizationConfig:
     """``config`` with an override for every weight of two axes, so that these have ``config.average_bits`` on average.
 

@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import Node
 
-from spinpass.execution.interpreter import Runner, constants, flat_inputs
-from spinpass.quantization.layers.sites import leading_to
+from spinpass.execution import Runner, constants, flat_inputs
+
+from ..layers.sites import leading_to
 
 # values of one operand, and those of the program as it was, -> constants by placeholder name
 Watch = Callable[[list[Tensor], list[Tensor]], Mapping[str, Tensor]]

@@ -17,16 +17,16 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import Node
 
-from spinpass.execution.interpreter import constants
-from spinpass.execution.likelihoods import log_probabilities
-from spinpass.graph.editor import value
-from spinpass.passes.functionalize import open_program
-from spinpass.quantization.calibration.lockstep import Watch, run_in_lockstep
-from spinpass.quantization.layers.sites import WeightSite, weight_sites
-from spinpass.quantization.rounding.gptq import gptq
-from spinpass.quantization.rounding.grid import rounded
-from spinpass.quantization.rounding.moments import Moments
-from spinpass.quantization.scheme import WEIGHT_BITS, Weights
+from spinpass.execution import constants, log_probabilities
+from spinpass.graph import value
+from spinpass.passes import open_program
+
+from ..layers.sites import WeightSite, weight_sites
+from ..rounding.gptq import gptq
+from ..rounding.grid import rounded
+from ..rounding.moments import Moments
+from ..scheme import WEIGHT_BITS, Weights
+from .lockstep import Watch, run_in_lockstep
 
 _SEED = 0
 _TINY = 1e-30

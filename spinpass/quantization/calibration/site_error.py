@@ -11,15 +11,16 @@ from collections.abc import Callable, Mapping, Sequence
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from spinpass.execution.interpreter import constants
-from spinpass.graph.editor import shape
-from spinpass.operators import rounding as operators
-from spinpass.passes.functionalize import open_program
-from spinpass.quantization.calibration.lockstep import Watch, run_in_lockstep
-from spinpass.quantization.layers.sites import WeightSite, weight_sites
-from spinpass.quantization.rounding.grid import rounded
-from spinpass.quantization.rounding.ranges import static_range, token_clip
-from spinpass.quantization.scheme import Activations, QuantizationConfig, Weights
+from spinpass import operators
+from spinpass.execution import constants
+from spinpass.graph import shape
+from spinpass.passes import open_program
+
+from ..layers.sites import WeightSite, weight_sites
+from ..rounding.grid import rounded
+from ..rounding.ranges import static_range, token_clip
+from ..scheme import Activations, QuantizationConfig, Weights
+from .lockstep import Watch, run_in_lockstep
 
 _TINY = 1e-30
 _Asked = tuple[Weights | None, Activations | None]

@@ -7,8 +7,9 @@ from typing import Any
 
 from torch.fx import Node
 
-from spinpass.graph.editor import ProgramEditor, arguments, op_name, shape
-from spinpass.quantization.layers.sites import WeightSite, weight_sites
+from spinpass.graph import ProgramEditor, arguments, op_name, shape
+
+from .sites import WeightSite, weight_sites
 
 _PRODUCTS = {"aten::linear": ("input", "weight"), "aten::matmul": ("self", "other"), "aten::mm": ("self", "mat2")}
 _TRANSPOSES = {"aten::t", "aten::transpose", "aten::permute", "aten::numpy_T"}

@@ -7,11 +7,8 @@ from dataclasses import dataclass
 
 from torch.fx import Node
 
-from spinpass.analysis.ops.table import Concatenate, Movement, Multilinear, rule_of
-from spinpass.analysis.patterns.attention import find_attention
-from spinpass.analysis.patterns.linear import find_linears, whole_axis
-from spinpass.graph.editor import ProgramEditor, is_float, op_name, shape
-from spinpass.graph.layout import Layout, LayoutError
+from spinpass.analysis import Concatenate, Movement, Multilinear, find_attention, find_linears, rule_of, whole_axis
+from spinpass.graph import Layout, LayoutError, ProgramEditor, is_float, op_name, shape
 
 OWN = "spinpass."  # what constants that the passes add are called
 

@@ -20,12 +20,12 @@ from torch.export import ExportedProgram
 from torch.nn import functional
 
 from spinpass.errors import ConfigError
-from spinpass.execution.interpreter import constants
-from spinpass.execution.likelihoods import log_probabilities
-from spinpass.graph.editor import ProgramEditor
-from spinpass.quantization.packed import training  # noqa: F401  (registers the gradients of roundings)
-from spinpass.quantization.packed.program import pack, scales_name
-from spinpass.quantization.report import Quantized
+from spinpass.execution import constants, log_probabilities
+from spinpass.graph import ProgramEditor
+
+from ..report import Quantized
+from . import training  # noqa: F401  (registers the gradients of roundings)
+from .program import pack, scales_name
 
 RATE = 3e-3  # of Adam on the logarithms of the scales; it falls to nothing along half a cosine
 _SEED = 0

@@ -14,9 +14,10 @@ import torch
 from torch.export import ExportedProgram
 from torch.fx import Node
 
-from spinpass.graph.editor import ProgramEditor, arguments, value
-from spinpass.quantization.packed.program import evaluated, is_packed, rewritten
-from spinpass.quantization.rounding.double import round_statistics
+from spinpass.graph import ProgramEditor, arguments, value
+
+from ..rounding.double import round_statistics
+from .program import evaluated, is_packed, rewritten
 
 aten = torch.ops.aten
 _BITS = 8

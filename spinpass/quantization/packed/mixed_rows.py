@@ -18,12 +18,12 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 
 from spinpass.errors import ConfigError
-from spinpass.graph.editor import ProgramEditor, value
-from spinpass.graph.signature import integers_as_buffers, without_constants
-from spinpass.passes.functionalize import open_program
-from spinpass.quantization.layers.products import operands, replace_product, sites_by_name, why_kept
-from spinpass.quantization.layers.sites import WeightSite
-from spinpass.quantization.report import Quantized, QuantizedWeight
+from spinpass.graph import ProgramEditor, integers_as_buffers, value, without_constants
+from spinpass.passes import open_program
+
+from ..layers.products import operands, replace_product, sites_by_name, why_kept
+from ..layers.sites import WeightSite
+from ..report import Quantized, QuantizedWeight
 
 aten = torch.ops.aten
 _ORIGIN = "quantization"

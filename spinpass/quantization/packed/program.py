@@ -20,13 +20,22 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from spinpass.errors import ConfigError
-from spinpass.graph.editor import ProgramEditor, arguments, op_name, shape, value
-from spinpass.graph.signature import integers_as_buffers, integers_as_parameters, without_constants
-from spinpass.operators import packed_linear  # registers the operators
-from spinpass.operators.words import pack as packed_words
-from spinpass.quantization.layers.products import operands, replace_product, sites_by_name, why_kept
-from spinpass.quantization.report import Quantized
-from spinpass.quantization.rounding.grid import Codes
+from spinpass.graph import (
+    ProgramEditor,
+    arguments,
+    integers_as_buffers,
+    integers_as_parameters,
+    op_name,
+    shape,
+    value,
+    without_constants,
+)
+from spinpass.operators import dequantized
+from spinpass.operators import pack as packed_words
+
+from ..layers.products import operands, replace_product, sites_by_name, why_kept
+from ..report import Quantized
+from ..rounding.grid import Codes
 
 aten = torch.ops.aten
 _OPERATOR = "spinpass::packed_linear"
@@ -158,7 +167,7 @@ def weight_of(editor: ProgramEditor, program: ExportedProgram, args: Mapping[str
     g_idx = None if args["g_idx"] is None else evaluated(editor, program, args["g_idx"])
     columns = shape(args["x"])[-1]
     assert isinstance(columns, int)  # that of a stored weight
-    return packed_linear.dequantized(qweight, scales, qzeros, g_idx, args["bits"], columns)
+    return dequantized(qweight, scales, qzeros, g_idx, args["bits"], columns)
 
 
 def scales_name(name: str) -> str:

@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import Node
 
+from spinpass import operators
 from spinpass.errors import ConfigError
-from spinpass.graph.editor import ProgramEditor, arguments, shape, value
-from spinpass.graph.signature import integers_as_buffers, with_constants
-from spinpass.operators import rounding as operators
-from spinpass.operators.packed_linear import nearest
-from spinpass.operators.words import pack as packed_words
-from spinpass.quantization.packed.program import packed_layers, rewritten, weight_name, weight_of
+from spinpass.graph import ProgramEditor, arguments, integers_as_buffers, shape, value, with_constants
+from spinpass.operators import nearest
+from spinpass.operators import pack as packed_words
+
+from .program import packed_layers, rewritten, weight_name, weight_of
 
 aten = torch.ops.aten
 

@@ -28,8 +28,9 @@ import torch
 from torch import Tensor
 
 from spinpass.errors import ConfigError
-from spinpass.operators.words import pack, unpack
-from spinpass.quantization.rounding.grid import Codes, group_of
+from spinpass.operators import pack, unpack
+
+from .grid import Codes, group_of
 
 Form = Literal["statistic", "scales"]
 _BITS = {"statistic": 4, "scales": 8}

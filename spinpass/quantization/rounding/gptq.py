@@ -17,8 +17,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from spinpass.quantization.rounding.grid import Codes, chosen_range, to_codes, uneven_index
-from spinpass.quantization.scheme import Weights
+from ..scheme import Weights
+from .grid import Codes, chosen_range, to_codes, uneven_index
 
 _BLOCK = 128
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from spinpass.quantization.scheme import Weights
+from ..scheme import Weights
 
 _SHRUNK = 40  # ranges that are tried, from 100% of the largest weight downwards
 _SMALLEST = 0.25  # of it: 2-bit grids cut deep

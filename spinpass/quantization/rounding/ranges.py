@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from spinpass.operators import rounding as operators
-from spinpass.quantization.scheme import Activations
+from spinpass import operators
+
+from ..scheme import Activations
 
 _ROWS = 1024  # of the tokens that a range is chosen on, beside the largest
 _LARGEST = 64  # tokens that a sample would miss

@@ -16,13 +16,13 @@ from typing import Any
 
 import onnx_ir as ir
 
-from spinpass.exporters.onnx.fusion.attention_pattern import CachedAttention, NoMatchError, match_attention
-from spinpass.exporters.onnx.fusion.builder import CONTRIB, Builder
-from spinpass.exporters.onnx.fusion.mask import Mask, read_mask
-from spinpass.exporters.onnx.fusion.match import integers, made_by, names, only_user, sizes, static
-from spinpass.exporters.onnx.fusion.norm import NORM
-from spinpass.exporters.onnx.fusion.rotary import ROTARY
-from spinpass.exporters.onnx.operators import hadamard as onnx_functions
+from ..operators import hadamard as onnx_functions
+from .attention_pattern import CachedAttention, NoMatchError, match_attention
+from .builder import CONTRIB, Builder
+from .mask import Mask, read_mask
+from .match import integers, made_by, names, only_user, sizes, static
+from .norm import NORM
+from .rotary import ROTARY
 
 GQA = "GroupQueryAttention"
 _KERNELS = (ir.DataType.FLOAT, ir.DataType.FLOAT16)

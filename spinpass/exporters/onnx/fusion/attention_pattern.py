@@ -12,18 +12,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from spinpass.exporters.onnx.fusion.match import (
-    constant,
-    integer,
-    integers,
-    made_by,
-    names,
-    number,
-    only_user,
-    sizes,
-    static,
-    with_number,
-)
+from .match import constant, integer, integers, made_by, names, number, only_user, sizes, static, with_number
 
 
 class NoMatchError(Exception):

@@ -13,10 +13,10 @@ from typing import Any
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from spinpass.exporters.onnx.fusion.attention import GQA, fuse_attention
-from spinpass.exporters.onnx.fusion.builder import CONTRIB, Builder
-from spinpass.exporters.onnx.fusion.norm import NORM, SKIP, fuse_norms, fuse_skips
-from spinpass.exporters.onnx.fusion.rotary import ROTARY, fuse_rotary
+from .attention import GQA, fuse_attention
+from .builder import CONTRIB, Builder
+from .norm import NORM, SKIP, fuse_norms, fuse_skips
+from .rotary import ROTARY, fuse_rotary
 
 
 @dataclass(frozen=True)

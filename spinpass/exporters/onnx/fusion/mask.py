@@ -15,7 +15,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 
-from spinpass.exporters.onnx.fusion.match import constant, names, sizes
+from .match import constant, names, sizes
 
 _SIZES = ((5, 0), (1, 7), (4, 3))  # new tokens, tokens in the cache
 _LONGEST = 2**20  # a number above this is no window: nothing is evaluated beyond it

@@ -12,8 +12,8 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from spinpass.exporters.onnx.fusion.builder import CONTRIB, Builder
-from spinpass.exporters.onnx.fusion.match import constant, integer, made_by, names, number, sizes, static, with_number
+from .builder import CONTRIB, Builder
+from .match import constant, integer, made_by, names, number, sizes, static, with_number
 
 NORM, SKIP = "SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization"
 

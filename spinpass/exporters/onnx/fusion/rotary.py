@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_ir as ir
 
-from spinpass.exporters.onnx.fusion.builder import CONTRIB, Builder
-from spinpass.exporters.onnx.fusion.match import constant, integer, made_by, names, number, sizes, static
+from .builder import CONTRIB, Builder
+from .match import constant, integer, made_by, names, number, sizes, static
 
 ROTARY = "RotaryEmbedding"
 _KERNELS = (ir.DataType.FLOAT, ir.DataType.FLOAT16)

@@ -19,14 +19,13 @@ import onnx_ir as ir
 import torch
 
 from spinpass.errors import ConfigError, ExportError
-from spinpass.exporters.onnx.fusion.attention import GQA
-from spinpass.exporters.onnx.fusion.builder import Builder
-from spinpass.exporters.onnx.fusion.match import sizes, static
-from spinpass.exporters.onnx.integers.four_bits import companions, load
-from spinpass.formats.paths import PROTOBUF_LIMIT, data_name, model_path, remove_stale_data
-from spinpass.formats.staging import staged
-from spinpass.runtime.onnx_graph import DecoderGraph
-from spinpass.runtime.onnx_session import from_ort, open_session
+from spinpass.formats import PROTOBUF_LIMIT, data_name, model_path, remove_stale_data, staged
+from spinpass.runtime import DecoderGraph, from_ort, open_session
+
+from ..fusion.attention import GQA
+from ..fusion.builder import Builder
+from ..fusion.match import sizes, static
+from .four_bits import companions, load
 
 _STORED = {8: ir.DataType.INT8, 4: ir.DataType.UINT8}  # two codes of four bits, plus 8 each, the first in the low half
 _SCALES = 12  # where the kernel takes the scales of keys and values

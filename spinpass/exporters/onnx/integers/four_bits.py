@@ -22,9 +22,8 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from spinpass.errors import ConfigError, ExportError
-from spinpass.formats.paths import PROTOBUF_LIMIT, data_name, model_path, remove_stale_data
-from spinpass.formats.staging import staged
-from spinpass.runtime.onnx_session import open_session
+from spinpass.formats import PROTOBUF_LIMIT, data_name, model_path, remove_stale_data, staged
+from spinpass.runtime import open_session
 
 _DOMAIN = "com.microsoft"
 _FLOATS = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16}

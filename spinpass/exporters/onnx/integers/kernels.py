@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from spinpass.exporters.onnx.operators.hadamard import Body
-from spinpass.exporters.onnx.operators.rounding import ROWS, TOKENS, arguments, codes_of, factor_of, is_call
-from spinpass.quantization.report import QuantizedWeight
+from spinpass.quantization import QuantizedWeight
+
+from ..operators.hadamard import Body
+from ..operators.rounding import ROWS, TOKENS, arguments, codes_of, factor_of, is_call
 
 _MIDDLE = 128
 _UINT8, _FLOAT, _DOUBLE = ir.DataType.UINT8, ir.DataType.FLOAT, ir.DataType.DOUBLE

@@ -22,12 +22,12 @@ import torch
 from torch import Tensor
 
 from spinpass.errors import ConfigError, ExportError
-from spinpass.exporters.onnx.integers.four_bits import Packed, QuantizeReport, Work, constant_matrix, load, write
-from spinpass.exporters.onnx.integers.kernels import IntegerProducts, arrays, has_integer_kernel, is_rounded_per_token
-from spinpass.exporters.onnx.operators.hadamard import Body
-from spinpass.formats.paths import model_path
-from spinpass.quantization.report import QuantizedWeight
-from spinpass.quantization.rounding.grid import Codes
+from spinpass.formats import model_path
+from spinpass.quantization import Codes, QuantizedWeight
+
+from ..operators.hadamard import Body
+from .four_bits import Packed, QuantizeReport, Work, constant_matrix, load, write
+from .kernels import IntegerProducts, arrays, has_integer_kernel, is_rounded_per_token
 
 _BLOCKS = (256, 128, 64, 32, 16)
 STORED_BITS = {2: 2, 3: 4, 4: 4, 8: 8}

@@ -24,10 +24,11 @@ from onnxscript import opset18 as op
 from torch import Tensor
 
 from spinpass.errors import ConfigError, ExportError
-from spinpass.exporters.onnx.integers.weights import STORED_BITS, block_size, blocks, packed_bits
-from spinpass.exporters.onnx.operators.hadamard import DOMAIN, VERSION
-from spinpass.operators.words import unpack
-from spinpass.quantization.rounding.grid import Codes
+from spinpass.operators import unpack
+from spinpass.quantization import Codes
+
+from ..integers.weights import STORED_BITS, block_size, blocks, packed_bits
+from .hadamard import DOMAIN, VERSION
 
 OP = "PackedLinear"
 _RUNTIME = "com.microsoft"

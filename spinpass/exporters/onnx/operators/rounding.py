@@ -17,7 +17,7 @@ import onnx_ir as ir
 import onnxscript
 from onnxscript import opset18
 
-from spinpass.exporters.onnx.operators.hadamard import DOMAIN, VERSION, Body
+from .hadamard import DOMAIN, VERSION, Body
 
 op: Any = opset18  # its stubs want to know the type of every value
 TOKENS, ROWS = "RoundTokens", "RoundRows"

@@ -17,24 +17,25 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import Node
 
+from spinpass import operators  # noqa: F401  (registers torch.ops.spinpass)
 from spinpass.errors import ConfigError
-from spinpass.execution.interpreter import constants
-from spinpass.graph.editor import ProgramEditor, arguments, shape, value
-from spinpass.operators import rounding as operators  # noqa: F401  (registers torch.ops.spinpass)
-from spinpass.passes.functionalize import open_program
-from spinpass.quantization.calibration.allocate import allocated
-from spinpass.quantization.calibration.lockstep import Watch, run_in_lockstep
-from spinpass.quantization.layers.sites import WeightSite, cache_sites, table_sites, weight_sites
-from spinpass.quantization.packed.distill import distilled
-from spinpass.quantization.packed.mixed_rows import split_rows
-from spinpass.quantization.report import QuantizationReport, Quantized, QuantizedWeight
-from spinpass.quantization.rounding.gptq import gptq
-from spinpass.quantization.rounding.grid import rounded
-from spinpass.quantization.rounding.moments import Moments
-from spinpass.quantization.rounding.ranges import static_range, token_clip
-from spinpass.quantization.scheme import QuantizationConfig, Weights
+from spinpass.execution import constants
+from spinpass.graph import ProgramEditor, arguments, shape, value
+from spinpass.passes import open_program
+from spinpass.progress import Progress
 
-Progress = Callable[[int, int], None]
+from .calibration.allocate import allocated
+from .calibration.lockstep import Watch, run_in_lockstep
+from .layers.sites import WeightSite, cache_sites, table_sites, weight_sites
+from .packed.distill import distilled
+from .packed.mixed_rows import split_rows
+from .report import QuantizationReport, Quantized, QuantizedWeight
+from .rounding.gptq import gptq
+from .rounding.grid import rounded
+from .rounding.moments import Moments
+from .rounding.ranges import static_range, token_clip
+from .scheme import QuantizationConfig, Weights
+
 _ORIGIN = "quantization"
 _LIMIT = 3  # of the arguments of round_rows
 _CLIP = 3  # of those of round_tokens
