@@ -15,6 +15,7 @@ import torch
 from torch.export import ExportedProgram
 
 import spinpass
+from spinpass import certificate, record
 from spinpass.config import ROLES, RotationConfig
 from spinpass.errors import ConfigError, InvariantError, ProgramError, SpinpassError, VerificationError
 from spinpass.execution import flat_inputs, run
