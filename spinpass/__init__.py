@@ -12,7 +12,7 @@ from spinpass.errors import (
     SpinpassError,
     VerificationError,
 )
-from spinpass.pipeline import plan, transform
+from spinpass.pipeline import Rotated, plan, rotate, transform
 from spinpass.planning import RotationPlan
 from spinpass.rotations import Rotation
 
@@ -25,12 +25,14 @@ __all__ = [
     "ProgramError",
     "QuantizedWeightError",
     "RefusedError",
+    "Rotated",
     "Rotation",
     "RotationConfig",
     "RotationPlan",
     "SpinpassError",
     "VerificationError",
     "plan",
+    "rotate",
     "transform",
     "verify",
 ]

@@ -1,38 +1,88 @@
-"""The pipeline: copy, find, fuse, insert, fold, verify."""
+"""The pipeline: copy, find, fuse, centre, insert, fold, certify."""
 
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 
 from torch.export import ExportedProgram
 
 from spinpass import record
-from spinpass.analysis import Space
-from spinpass.certificate import verify
+from spinpass.certificate import Certificate, verify
 from spinpass.config import RotationConfig
 from spinpass.errors import ConfigError, RefusedError
 from spinpass.graph import ProgramEditor, shape
-from spinpass.passes import center, fold_rotation, fuse_norm_scale, insert_rotations, materialize, open_program
-from spinpass.planning import Planner, RotationPlan, Site
+from spinpass.passes import CENTER, FOLD_ROTATIONS, FUSE_NORM_SCALE, INSERT_ROTATIONS, MATERIALIZE, PassRunner, SitePass
+from spinpass.planning import Planner, RotationPlan, UntieRequest
+from spinpass.progress import Progress
 
-VERIFY_LIMIT = 50_000_000  # parameters up to which `transform` certifies its result unless told otherwise
+VERIFY_LIMIT = 50_000_000  # parameters up to which a result is certified unless told otherwise
 log = logging.getLogger("spinpass")
 
-PASSES: list[tuple[str, Callable[[ProgramEditor, Site], Space]]] = [
-    # first, with the values that the expressions have before anything is queued
-    ("Materialize", lambda editor, site: materialize(editor, site.space)),
-    # before anything is rotated: a scale can only be moved in the basis it was written in
-    ("FuseNormScale", lambda editor, site: fuse_norm_scale(editor, site.space, site.name)),
-    # after the scales: what a writer writes is scaled before it is centred
-    ("Center", lambda editor, site: center(editor, site.space, site.name)),
-    ("InsertRotations", lambda editor, site: insert_rotations(editor, site.space, site.planned.rotation, site.name)),
-    # last: whatever the passes before have queued on a constant happens in the original basis
-    ("FoldRotations", lambda editor, site: fold_rotation(editor, site.space, site.planned.rotation)),
+PASSES: list[SitePass] = [
+    MATERIALIZE,  # first, with the values that the expressions have before anything is queued
+    FUSE_NORM_SCALE,  # before anything is rotated: a scale can only be moved in the basis it was written in
+    CENTER,  # after the scales: what a writer writes is scaled before it is centred
+    INSERT_ROTATIONS,
+    FOLD_ROTATIONS,  # last: whatever the passes before have queued on a constant happens in the original basis
 ]
+
+
+@dataclass(frozen=True)
+class Rotated:
+    """What :func:`rotate` returns: the rotated program, every decision behind it, and its certificate.
+
+    ``certificate`` is None where none was made: it was switched off, or the program is larger than
+    :data:`VERIFY_LIMIT`.
+    """
+
+    program: ExportedProgram
+    plan: RotationPlan
+    certificate: Certificate | None
+
+
+def rotate(
+    program: ExportedProgram,
+    config: RotationConfig | None = None,
+    *,
+    plan: RotationPlan | None = None,
+    progress: Progress | None = None,
+) -> Rotated:
+    """Rotate a program without changing the function it computes, and say how.
+
+    Args:
+        program: of a language model, from ``torch.export.export`` or any exporter built on it. It is not changed.
+        config: what to rotate and how; the default inserts R1–R4.
+        plan: decisions made earlier by :func:`plan`, perhaps with spaces left out; its configuration is used.
+        progress: called with (constants done, all constants) while weights are computed; planning is done by then.
+
+    Returns:
+        The program, with the same inputs, outputs, dtypes and dynamic shapes; a KV cache travels in the rotated basis
+        (see :mod:`spinpass.record`). The plan, and the certificate.
+
+    Raises:
+        ProgramError, QuantizedWeightError: the input is not a floating-point inference program.
+        ConfigError: a setting does not fit the program.
+        RefusedError: no requested rotation can be applied exactly; the reasons are listed.
+        InvariantError: a pass broke the program, or the certificate failed as a VerificationError: bugs in spinpass.
+
+    Source: R1–R4 of SpinQuant, arXiv 2405.16406, section 3; online Hadamards of QuaRot, arXiv 2404.00456.
+    """
+    config = _config(config, plan)
+    editor, planner = _edited(program, config, plan)
+    decided = planner.plan()
+    if not decided.spaces:
+        raise RefusedError("nothing was rotated:\n" + "\n".join(f"  {r}" for r in decided.refusals))
+    made = _record(planner)
+    record.write(editor.graph, made)
+    result = editor.finish(progress)
+    if not _is_certified(program, config):
+        return Rotated(result, decided, None)
+    certificate = verify(program, result, exact=editor.exact_constants())
+    certificate.raise_if_failed()
+    record.write(result.graph, replace(made, certificate=certificate.to_dict()))
+    return Rotated(result, decided, certificate)
 
 
 def transform(
@@ -40,71 +90,50 @@ def transform(
     config: RotationConfig | None = None,
     *,
     plan: RotationPlan | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> ExportedProgram:
-    """Rotate a program without changing the function it computes.
-
-    Args:
-        program: of a language model, from ``torch.export.export`` or any exporter built on it. It is not changed.
-        config: what to rotate and how; the default inserts R1–R4.
-        plan: decisions made earlier by :func:`plan`, perhaps with spaces left out; its configuration is used.
-        progress: called with (constants done, all constants) while weights are computed.
-
-    Returns:
-        A new program with the same inputs, outputs, dtypes and dynamic shapes; a KV cache travels in the rotated
-        basis (see :mod:`spinpass.record`).
-
-    Raises:
-        ProgramError, QuantizedWeightError: the input is not a floating-point inference program.
-        ConfigError: a setting does not fit the program.
-        RefusedError: no requested rotation can be applied exactly; the reasons are listed.
-        VerificationError: the result failed its certificate (a bug in spinpass).
-
-    Source: R1–R4 of SpinQuant, arXiv 2405.16406, section 3; online Hadamards of QuaRot, arXiv 2404.00456.
-    """
-    config = _config(config, plan)
-    editor, planner = _rotated(program, config, plan)
-    decided = planner.plan()
-    if not decided.spaces:
-        raise RefusedError("nothing was rotated:\n" + "\n".join(f"  {r}" for r in decided.refusals))
-    made = _record(planner)
-    record.write(editor.graph, made)
-    result = editor.finish(progress)
-    if config.verify or (config.verify is None and _parameters(program) <= VERIFY_LIMIT):
-        certificate = verify(program, result, exact=editor.exact_constants())
-        certificate.raise_if_failed()
-        record.write(result.graph, replace(made, certificate=certificate.to_dict()))
-    elif config.verify is None:
-        log.info("not certified: more than %s parameters; call spinpass.verify(before, after)", f"{VERIFY_LIMIT:,}")
-    return result
+    """The rotated program alone: the first field of what :func:`rotate` returns, which documents the rest."""
+    return rotate(program, config, plan=plan, progress=progress).program
 
 
 def plan(program: ExportedProgram, config: RotationConfig | None = None) -> RotationPlan:
-    """The decisions that :func:`transform` would make. No weight is read; the program is not changed.
+    """The decisions that :func:`rotate` would make. No weight is read; the program is not changed.
 
     Raises:
-        ProgramError, QuantizedWeightError, ConfigError: as :func:`transform`.
+        ProgramError, QuantizedWeightError, ConfigError: as :func:`rotate`.
     """
-    return _rotated(program, _config(config, None), None)[1].plan()
+    return _edited(program, _config(config, None), None)[1].plan()
 
 
-def _rotated(
+def _edited(
     program: ExportedProgram, config: RotationConfig, plan: RotationPlan | None
 ) -> tuple[ProgramEditor, Planner]:
-    editor = open_program(program)
-    planner = Planner(editor, config, plan, record.read(program))
-    for site in planner.sites():
-        for name, run in PASSES:
-            started = time.perf_counter()
-            site = replace(site, space=run(editor, site))
-            log.debug("%-16s %-48s %7.1f ms", name, site.name, 1e3 * (time.perf_counter() - started))
-        planner.applied(site)
+    """The program after all passes, its constants not yet computed, and what was decided."""
+    runner = PassRunner(program)
+    planner = Planner(runner.editor, config, plan, record.read(program))
+    for edit in planner.edits():
+        if isinstance(edit, UntieRequest):
+            runner.untie(edit.constants)
+            continue
+        space = edit.space
+        for each in PASSES:
+            space = runner.run(each, space, edit.planned.rotation, edit.name)
+        planner.applied(edit)
     if plan is not None and (missing := {s.name for s in plan.spaces} - {s.name for s in planner.planned}):
         raise ConfigError(
             f"the plan has a space {sorted(missing)[0]!r} that this program has not: "
             "plan and program do not belong together"
         )
-    return editor, planner
+    return runner.editor, planner
+
+
+def _is_certified(program: ExportedProgram, config: RotationConfig) -> bool:
+    if config.verify is not None:
+        return config.verify
+    small: bool = sum(t.numel() for t in program.state_dict.values()) <= VERIFY_LIMIT
+    if not small:
+        log.info("not certified: more than %s parameters; call spinpass.verify(before, after)", f"{VERIFY_LIMIT:,}")
+    return small
 
 
 def _config(config: RotationConfig | None, plan: RotationPlan | None) -> RotationConfig:
@@ -118,6 +147,7 @@ def _config(config: RotationConfig | None, plan: RotationPlan | None) -> Rotatio
 
 
 def _record(planner: Planner) -> record.Record:
+    """What the program will say of itself, the caches of earlier rotations included."""
     earlier = planner.earlier or record.Record(_version())
     inputs, outputs = dict(earlier.inputs), dict(earlier.outputs)
     for planned, carried in planner.carried:
@@ -135,7 +165,3 @@ def _version() -> str:
         return version("spinpass")
     except PackageNotFoundError:  # run from a source tree
         return "0"
-
-
-def _parameters(program: ExportedProgram) -> int:
-    return sum(t.numel() for t in program.state_dict.values())

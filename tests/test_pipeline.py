@@ -561,7 +561,7 @@ def test_an_encoder_decoder_is_exact_or_refused() -> None:
 
 def test_small_programs_are_certified(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[object] = []
-    module = __import__("spinpass.transform", fromlist=["transform"])
+    module = __import__("spinpass.pipeline", fromlist=["transform"])
     monkeypatch.setattr(module, "verify", lambda *a, **k: calls.append(a) or spinpass.verify(*a, **k))
     spinpass.transform(program("llama"))
     assert len(calls) == 1

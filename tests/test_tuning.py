@@ -17,7 +17,7 @@ from spinpass import RotationConfig, tuning
 from spinpass.errors import ConfigError
 from spinpass.evaluation.comparison import Comparison, Perplexity
 from spinpass.execution.interpreter import run
-from spinpass.planning.planner import RotationPlan
+from spinpass.planning import RotationPlan
 from spinpass.quantization import QuantizationConfig
 from spinpass.quantization.calibration.site_error import site_errors
 from spinpass.tuning import SpaceVerdict, Trial, candidates, choose, tune

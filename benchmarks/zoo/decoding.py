@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from spinpass.errors import ConfigError, ProgramError
-from spinpass.execution import Role, UserInput, execute, flat_inputs, output_names, user_input_names, user_inputs
+from spinpass.execution import InputRole, UserInput, execute, flat_inputs, output_names, user_input_names, user_inputs
 
 PROMPT, STEPS = 4, 4
 _IDS = "input_ids"
@@ -107,11 +107,11 @@ class _Driver:
         size = [self._size(known, old, new, past) for known, old in zip(spec.shape, example.shape, strict=True)]
         if spec.name.startswith(_CACHES):
             return torch.zeros(size, dtype=example.dtype)
-        if spec.role is Role.POSITION or "position" in spec.name:
+        if spec.role is InputRole.POSITION or "position" in spec.name:
             if size[-1:] != [new]:
                 raise ProgramError(f"{spec.name} takes {size[-1]} positions, there are {new} tokens")
             return torch.arange(past, past + new, dtype=example.dtype).expand(size)
-        if spec.role is Role.MASK or "mask" in spec.name:
+        if spec.role is InputRole.MASK or "mask" in spec.name:
             return torch.ones(size, dtype=example.dtype)
         if list(example.shape) == size:
             return example

@@ -210,7 +210,7 @@ def _as_module(program: ExportedProgram, example: ExportedProgram | None = None)
 def _worst(ours: list[Any], theirs: list[Any]) -> float:
     """The largest relative error of any output."""
     pairs = zip(ours, theirs, strict=True)
-    return max((certificate.compare(a, b, argmax=False).relative for a, b in pairs), default=0.0)
+    return max((certificate.difference_of(a, b, argmax=False).relative for a, b in pairs), default=0.0)
 
 
 def _tensors(output: Any) -> list[Any]:

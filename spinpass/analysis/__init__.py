@@ -4,7 +4,7 @@ Reads the graph and edits nothing.
 """
 
 from .basis.linear_input import LinearInputWalk
-from .basis.space import AxisType, Carried, ConstantUse, Entry, Refusal, ShiftUse, Space
+from .basis.space import AxisType, CacheEdge, ConstantUse, Entry, Refusal, ShiftUse, Space
 from .basis.walk import Walk
 from .ops.table import (
     Centring,
@@ -27,7 +27,7 @@ __all__ = [
     "SOFTMAX",
     "Attention",
     "AxisType",
-    "Carried",
+    "CacheEdge",
     "Centring",
     "Concatenate",
     "ConstantUse",

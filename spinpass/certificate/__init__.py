@@ -1,6 +1,6 @@
 """The proof that two programs, or a program and a file of it, compute one function."""
 
-from .certificate import BOUNDS, Certificate, compare
+from .certificate import BOUNDS, Certificate, difference_of
 from .files import (
     Comparison,
     FileCertificate,
@@ -21,9 +21,9 @@ __all__ = [
     "FileOutput",
     "as_tensor",
     "badness",
-    "compare",
     "compare_output",
     "describe",
+    "difference_of",
     "narrowest_dtype",
     "verify",
 ]

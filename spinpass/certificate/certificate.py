@@ -46,7 +46,7 @@ class Difference:
         return Difference(base.error, base.scale, min(agreements, default=None))
 
 
-def compare(reference: Any, result: Any, *, argmax: bool) -> Difference:
+def difference_of(reference: Any, result: Any, *, argmax: bool) -> Difference:
     """`result` against `reference`, tensors or plain values. Equal infinities and NaNs in both count as equal; other
     values that are not finite, and differing shapes, are an infinite error. Entries that both fill with the largest
     number of a float type (forbidden tokens) say nothing about the size of the others."""

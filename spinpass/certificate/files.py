@@ -15,7 +15,7 @@ from torch.export.graph_signature import ConstantArgument
 from spinpass import execution
 from spinpass.errors import VerificationError
 
-from .certificate import BOUNDS, Difference, compare
+from .certificate import BOUNDS, Difference, difference_of
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def badness(output: FileOutput) -> tuple[bool, float]:
 def compare_output(name: str, reference: Tensor, result: Tensor, bound: float) -> FileOutput:
     """``bound`` holds for floats; integers and booleans must be equal."""
     exact = not (reference.is_floating_point() or reference.is_complex())
-    difference = compare(reference, result, argmax=not exact)
+    difference = difference_of(reference, result, argmax=not exact)
     return FileOutput(name, tuple(reference.shape), difference, 0.0 if exact else bound)
 
 

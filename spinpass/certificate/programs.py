@@ -32,7 +32,7 @@ from spinpass.execution import (
 from spinpass.graph import value
 from spinpass.progress import Progress
 
-from .certificate import BOUNDS, NOISE_FACTOR, STORED_UNITS, Certificate, OutputCheck, compare
+from .certificate import BOUNDS, NOISE_FACTOR, STORED_UNITS, Certificate, OutputCheck, difference_of
 
 __all__ = ["Certificate", "OutputCheck", "run", "synthetic_inputs", "verify"]
 
@@ -253,9 +253,9 @@ class _Tally:
         self._checks: dict[str, OutputCheck] = {}
 
     def add(self, name: str, results: _Results, *, argmax: bool) -> None:
-        exact = compare(results.exact_before, results.exact_after, argmax=argmax)
-        native = compare(results.before, results.after, argmax=argmax)
-        noise = compare(results.exact_before, results.before, argmax=False).relative
+        exact = difference_of(results.exact_before, results.exact_after, argmax=argmax)
+        native = difference_of(results.before, results.after, argmax=argmax)
+        noise = difference_of(results.exact_before, results.before, argmax=False).relative
         mismatch = _mismatch(results.before, results.after)
         old = self._checks.get(name)
         if old is not None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from spinpass.errors import ConfigError
-from spinpass.execution import Role, UserInput, bound_sizes, concrete, fresh, run, user_inputs
+from spinpass.execution import InputRole, UserInput, bound_sizes, concrete, fresh, run, user_inputs
 from spinpass.loading import load_model
 
 from .comparison import Scorer
@@ -45,7 +45,7 @@ class ProgramScorer:
     def __init__(self, program: ExportedProgram) -> None:
         self.program = program
         self._inputs = user_inputs(program)
-        lookups = [spec for spec in self._inputs if spec.role is Role.LOOKUP]
+        lookups = [spec for spec in self._inputs if spec.role is InputRole.LOOKUP]
         if len(lookups) != 1:
             names = ", ".join(spec.name for spec in lookups) or "none"
             raise ConfigError(f"which input takes the token ids is not clear: looked up in tables are {names}")

@@ -3,13 +3,13 @@
 from .interpreter import Deferred, Runner, constants, execute, flat_inputs, origin, run, user_input_names
 from .likelihoods import log_probabilities
 from .returned import output_names, returned_state
-from .roles import Role
+from .roles import InputRole
 from .session import Session, into_basis
 from .synthetic import Sizes, UserInput, bound_sizes, concrete, fresh, next_inputs, synthetic_inputs, user_inputs
 
 __all__ = [
     "Deferred",
-    "Role",
+    "InputRole",
     "Runner",
     "Session",
     "Sizes",

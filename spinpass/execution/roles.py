@@ -14,7 +14,7 @@ from spinpass.graph import arguments, is_float, is_op, mutates, op_name, shape, 
 from .interpreter import origin
 
 
-class Role(enum.Enum):
+class InputRole(enum.Enum):
     """What an integer input is for, read off its uses."""
 
     LOOKUP = "looked up in a table of `bound` rows"
@@ -36,20 +36,20 @@ _COMPARISONS = frozenset({"aten::eq", "aten::ne", "aten::lt", "aten::le", "aten:
 _PRODUCTS = frozenset({"aten::mul", "aten::matmul", "aten::bmm", "aten::mm", "aten::einsum", "aten::outer"})
 
 
-def role_of(node: Node) -> tuple[Role, int | None]:
+def role_of(node: Node) -> tuple[InputRole, int | None]:
     """The role of an integer placeholder by the strongest of its uses, and the size of the smallest axis it indexes."""
     uses = list(_uses(node))
     rows = [n for n in (_rows(user, via) for user, via in uses) if n is not None]
     places = [n for n in (_places(user, via) for user, via in _shifted_uses(node)) if n is not None]
     if places:
-        return Role.POSITION, min((n for n in places + rows if n), default=None)
+        return InputRole.POSITION, min((n for n in places + rows if n), default=None)
     if rows:
-        return Role.LOOKUP, min(rows)
+        return InputRole.LOOKUP, min(rows)
     if any(_base(user) in _PRODUCTS and is_float(via) for user, via in uses):
-        return Role.POSITION, None
+        return InputRole.POSITION, None
     if any(_base(user) in _COMPARISONS or _is_bool(user) for user, _ in uses):
-        return Role.MASK, None
-    return Role.OTHER, None
+        return InputRole.MASK, None
+    return InputRole.OTHER, None
 
 
 def _uses(node: Node) -> Iterator[tuple[Node, Node]]:

@@ -2,7 +2,7 @@
 
 Sizes: the example inputs of the program where they are small, else small numbers for the independent symbols of the
 input shapes, within the range constraints; sizes that are expressions of others (a mask over past + new tokens) follow.
-Values: integers by what the graph does with them (see :class:`Role`), floats standard normal.
+Values: integers by what the graph does with them (see :class:`InputRole`), floats standard normal.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from spinpass.graph import shape, value
 
 from .interpreter import flat_inputs
 from .returned import returned_state
-from .roles import Role, role_of
+from .roles import InputRole, role_of
 
 Sizes = dict[Any, int]  # sympy symbol -> value
 
@@ -38,7 +38,7 @@ class UserInput:
     node: Node
     shape: tuple[Any, ...]
     dtype: torch.dtype | None
-    role: Role
+    role: InputRole
     bound: int | None
 
     @property
@@ -69,8 +69,8 @@ def user_inputs(ep: ExportedProgram) -> list[UserInput]:
 def _user_input(node: Node) -> UserInput:
     val = value(node)
     if not isinstance(val, Tensor):
-        return UserInput(node, (), None, Role.OTHER, None)
-    role, bound = (Role.OTHER, None) if val.is_floating_point() else role_of(node)
+        return UserInput(node, (), None, InputRole.OTHER, None)
+    role, bound = (InputRole.OTHER, None) if val.is_floating_point() else role_of(node)
     return UserInput(node, shape(node), val.dtype, role, bound)
 
 
@@ -159,7 +159,7 @@ def _examples(ep: ExportedProgram, inputs: list[UserInput]) -> dict[str, Any]:
 def _has_features(ep: ExportedProgram, inputs: list[UserInput]) -> bool:
     """The program takes images, sounds or embeddings: how many of them belong to which ids only its examples tell."""
     state = set(returned_state(ep).values())
-    has_ids = any(spec.role is Role.LOOKUP for spec in inputs)
+    has_ids = any(spec.role is InputRole.LOOKUP for spec in inputs)
     floats = [spec for spec in inputs if spec.dtype is not None and spec.dtype.is_floating_point]
     return has_ids and any(spec.name not in state for spec in floats)
 
@@ -186,9 +186,9 @@ def fresh(spec: UserInput, size: tuple[int, ...], generator: torch.Generator) ->
     dtype = spec.dtype or torch.int64
     if dtype.is_floating_point or dtype.is_complex:
         return torch.randn(size, generator=generator, dtype=torch.float64).to(dtype)
-    if spec.role is Role.LOOKUP:
+    if spec.role is InputRole.LOOKUP:
         return torch.randint(0, spec.bound or 1, size, generator=generator, dtype=dtype)
-    if spec.role is Role.POSITION:
+    if spec.role is InputRole.POSITION:
         return torch.arange(size[-1] if size else 1, dtype=dtype).expand(size).clone()
     return torch.ones(size, dtype=dtype)
 
@@ -226,18 +226,18 @@ def next_inputs(
 def _continued(spec: UserInput, old: Any, size: tuple[int, ...], grown: int, generator: torch.Generator) -> Any:
     if not isinstance(old, Tensor):
         return old
-    if spec.role is Role.LOOKUP:
+    if spec.role is InputRole.LOOKUP:
         return fresh(spec, size, generator).to(old.device)
-    if spec.role is Role.POSITION:
+    if spec.role is InputRole.POSITION:
         start = old + (grown or (size[-1] if size else 1))
         return start if tuple(old.shape) == size else start.max() + fresh(spec, size, generator).to(old.device)
-    if spec.role is Role.MASK or spec.dtype is torch.bool or tuple(old.shape) != size:
+    if spec.role is InputRole.MASK or spec.dtype is torch.bool or tuple(old.shape) != size:
         return fresh(spec, size, generator).to(old.device)
     return old
 
 
 def _past_end(inputs: list[UserInput], values: Mapping[str, Any]) -> str | None:
     for spec in inputs:
-        if spec.role is Role.POSITION and spec.bound is not None and int(values[spec.name].max()) >= spec.bound:
+        if spec.role is InputRole.POSITION and spec.bound is not None and int(values[spec.name].max()) >= spec.bound:
             return f"{spec.name} would pass the end of a cache of {spec.bound} places"
     return None

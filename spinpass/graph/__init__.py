@@ -1,9 +1,12 @@
 """An exported program that can be edited, and how to read its nodes; the only place that touches private torch API."""
 
-from .editor import (
-    ProgramEditor,
+from .checks import check_program
+from .editor import ProgramEditor, shares_memory
+from .invariants import Changes, Invariants
+from .layout import Layout, LayoutError, Size
+from .listing import listing
+from .nodes import (
     arguments,
-    check_program,
     elements,
     functional_target,
     is_float,
@@ -12,13 +15,13 @@ from .editor import (
     mutates,
     op_name,
     shape,
-    shares_memory,
     value,
 )
-from .layout import Layout, LayoutError, Size
 from .signature import integers_as_buffers, integers_as_parameters, with_constants, without_constants
 
 __all__ = [
+    "Changes",
+    "Invariants",
     "Layout",
     "LayoutError",
     "ProgramEditor",
@@ -32,6 +35,7 @@ __all__ = [
     "is_float",
     "is_op",
     "known_integers",
+    "listing",
     "mutates",
     "op_name",
     "shape",

@@ -1,25 +1,29 @@
 """Edits, one per file: of one site (a decided space), or of a whole program."""
 
-from .center import center
-from .fold import fold_rotation
+from .center import CENTER
+from .fold import FOLD_ROTATIONS
 from .functionalize import open_program
-from .fuse_norm_scale import fuse_norm_scale
-from .insert_rotations import insert_rotations
+from .fuse_norm_scale import FUSE_NORM_SCALE
+from .insert_rotations import INSERT_ROTATIONS
 from .last_token import last_token
 from .lower_hadamards import lower_hadamards
-from .materialize import materialize
+from .materialize import MATERIALIZE
 from .own_constants import give_own_constants
+from .runner import PassRunner
+from .site_pass import SitePass
 from .untie import untie
 
 __all__ = [
-    "center",
-    "fold_rotation",
-    "fuse_norm_scale",
+    "CENTER",
+    "FOLD_ROTATIONS",
+    "FUSE_NORM_SCALE",
+    "INSERT_ROTATIONS",
+    "MATERIALIZE",
+    "PassRunner",
+    "SitePass",
     "give_own_constants",
-    "insert_rotations",
     "last_token",
     "lower_hadamards",
-    "materialize",
     "open_program",
     "untie",
 ]

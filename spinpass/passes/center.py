@@ -9,7 +9,10 @@ import torch
 from torch.fx import Node
 
 from spinpass.analysis import Centring, Normalization, Space, rule_of
-from spinpass.graph import Layout, ProgramEditor, shape
+from spinpass.graph import Changes, Layout, ProgramEditor, shape
+from spinpass.rotations import Rotation
+
+from .site_pass import SitePass
 
 
 def center(editor: ProgramEditor, space: Space, origin: str) -> Space:
@@ -44,3 +47,22 @@ def _stop_centring(editor: ProgramEditor, node: Node, origin: str) -> None:
         torch.ops.aten.rms_norm.default, plain.source, [width], None, plain.eps, after=norm, origin=origin
     )
     editor.replace(norm, rms)
+
+
+def _broken(editor: ProgramEditor, space: Space, rotation: Rotation, changes: Changes) -> str | None:
+    """What writes into the stream is centred, and no norm of it centres any more."""
+    for use in space.constants:
+        if not use.type.centred and not changes.queued.get(editor.current(use.node)):
+            return f"{editor.fqn(editor.current(use.node))} writes into the stream and is not centred"
+    for node in space.centrings:
+        if node.users:
+            return f"{node.name} still centres"
+    return None
+
+
+CENTER = SitePass(
+    "Center",
+    applies=lambda space: space.centred,
+    run=lambda editor, space, rotation, name: center(editor, space, name),
+    broken=_broken,
+)

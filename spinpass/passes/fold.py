@@ -7,11 +7,15 @@ by R.
 
 from __future__ import annotations
 
+from collections import Counter
+
 from torch.fx import Node
 
 from spinpass.analysis import Space
-from spinpass.graph import Layout, ProgramEditor
+from spinpass.graph import Changes, Layout, ProgramEditor
 from spinpass.rotations import Rotation
+
+from .site_pass import SitePass
 
 
 def fold_rotation(editor: ProgramEditor, space: Space, rotation: Rotation) -> Space:
@@ -24,3 +28,22 @@ def fold_rotation(editor: ProgramEditor, space: Space, rotation: Rotation) -> Sp
 def rotate_constant(editor: ProgramEditor, node: Node, layout: Layout, rotation: Rotation) -> None:
     """Queue ``v -> v R`` for the vectors of ``layout`` in the constant."""
     editor.queue(node, lambda tensor: layout.apply(tensor, lambda vectors, dim: rotation.apply(vectors, dim)))
+
+
+def _broken(editor: ProgramEditor, space: Space, rotation: Rotation, changes: Changes) -> str | None:
+    """Every constant of the space gets as many steps as it has axes in the space, and the graph stays as it is."""
+    if changes.graph:
+        return "the graph is another one, although only constants are folded"
+    due = Counter(editor.current(use.node) for use in space.constants)
+    for node in due.keys() | changes.queued.keys():
+        if due[node] != changes.queued.get(node, 0):
+            return f"{editor.fqn(node)} was folded {changes.queued.get(node, 0)} times, not {due[node]} times"
+    return None
+
+
+FOLD_ROTATIONS = SitePass(
+    "FoldRotations",
+    applies=lambda space: bool(space.constants),
+    run=lambda editor, space, rotation, name: fold_rotation(editor, space, rotation),
+    broken=_broken,
+)

@@ -14,7 +14,10 @@ from torch import Tensor
 from torch.fx import Node
 
 from spinpass.analysis import AxisType, ConstantUse, Multilinear, Normalization, ShiftUse, Space, rule_of
-from spinpass.graph import ProgramEditor, arguments, op_name, shape, value
+from spinpass.graph import Changes, ProgramEditor, arguments, op_name, shape, value
+from spinpass.rotations import Rotation
+
+from .site_pass import SitePass
 
 
 def fuse_norm_scale(editor: ProgramEditor, space: Space, origin: str) -> Space:
@@ -140,3 +143,32 @@ def _bias_name(editor: ProgramEditor, weight: Node) -> str:
         stored = stored.all_input_nodes[0]
     fqn = editor.fqn(stored)
     return fqn[: -len("weight")] + "bias" if fqn.endswith("weight") else fqn + "_bias"
+
+
+def _broken(editor: ProgramEditor, space: Space, rotation: Rotation, changes: Changes) -> str | None:
+    """Every pending scale is in its constant, every shift in a bias, and nothing multiplies or adds them any more."""
+    for use in space.constants:
+        pending, constant = use.type.pending, editor.current(use.node)
+        if pending is not None and pending.scale is not None and not changes.queued.get(constant):
+            return f"{editor.fqn(constant)} did not take over the scale {editor.fqn(pending.scale)}"
+    for node in space.scales:
+        if node.users and not _has_no_scale(node):
+            return f"{node.name} still applies a scale that was moved"
+    for shift in space.shifts:
+        around = {*shift.node.all_input_nodes, *(n for user in shift.node.users for n in user.all_input_nodes)}
+        if not any(n in changes.made or n in changes.queued for n in around if editor.is_stored(n)):
+            return f"no bias of {shift.node.name} took over the shift {editor.fqn(shift.shift)}"
+    return None
+
+
+def _has_no_scale(node: Node) -> bool:
+    rule = rule_of(node)
+    return isinstance(rule, Normalization) and rule.weight is None and rule.bias is None
+
+
+FUSE_NORM_SCALE = SitePass(
+    "FuseNormScale",
+    applies=lambda space: bool(space.scales or space.shifts) or any(c.type.pending for c in space.constants),
+    run=lambda editor, space, rotation, name: fuse_norm_scale(editor, space, name),
+    broken=_broken,
+)

@@ -7,10 +7,12 @@ from __future__ import annotations
 import torch
 from torch.fx import Node
 
-from spinpass import operators  # noqa: F401  (registers torch.ops.spinpass)
 from spinpass.analysis import Space
-from spinpass.graph import Layout, ProgramEditor, shape, value
+from spinpass.graph import Changes, Layout, ProgramEditor, arguments, op_name, shape, value
+from spinpass.operators import HADAMARD
 from spinpass.rotations import Rotation
+
+from .site_pass import SitePass
 
 
 def insert_rotations(editor: ProgramEditor, space: Space, rotation: Rotation, origin: str) -> Space:
@@ -25,16 +27,16 @@ def insert_rotations(editor: ProgramEditor, space: Space, rotation: Rotation, or
                 torch.ops.aten.mean.dim, rotated, [entry.layout.dims[0]], True, after=rotated, origin=origin
             )
             rotated = editor.call(torch.ops.aten.sub.Tensor, rotated, mean, after=mean, origin=origin)
-        rotated = rotate(editor, rotated, entry.layout, rotation, stored, origin)
+        rotated = rotate_value(editor, rotated, entry.layout, rotation, stored, origin)
         editor.replace(node, rotated, users)
     for leaving in space.exits:
         node = editor.current(leaving.node)
-        restored = rotate(editor, node, leaving.layout, rotation, stored, origin, inverse=True)
+        restored = rotate_value(editor, node, leaving.layout, rotation, stored, origin, inverse=True)
         editor.replace(node, restored, leaving.users)
     return space
 
 
-def rotate(
+def rotate_value(
     editor: ProgramEditor,
     node: Node,
     layout: Layout,
@@ -121,3 +123,36 @@ def _dense(
 
 def _identifier(origin: str) -> str:
     return "".join(c if c.isalnum() else "_" for c in origin)
+
+
+def _broken(editor: ProgramEditor, space: Space, rotation: Rotation, changes: Changes) -> str | None:
+    """One rotation for every entry, one inverse for every exit, and nobody reads past them."""
+    if rotation.is_structured:
+        hadamards = [arguments(n) for n in changes.made if op_name(n) == HADAMARD]
+        made = (sum(not h["transpose"] for h in hadamards), sum(h["transpose"] for h in hadamards))
+        if any(h["order"] != rotation.order for h in hadamards):
+            return f"a Hadamard of another order than {rotation.order} was inserted"
+    else:
+        products = [n for n in changes.made if op_name(n) == "aten::matmul"]
+        inverses = sum(op_name(n.all_input_nodes[-1]) == "aten::t" for n in products)
+        made = (len(products) - inverses, inverses)
+    due = (len(space.entries), len(space.exits))
+    if made != due:
+        return f"{made[0]} rotations and {made[1]} inverses were inserted, not {due[0]} and {due[1]}"
+    for entry in space.entries:
+        past = [u for u in editor.current(entry.node).users if u not in entry.keep and u not in changes.made]
+        if past:
+            return f"{past[0].name} still reads {entry.node.name} in the original basis"
+    for leaving in space.exits:
+        past = [u for u in leaving.users if u in editor.current(leaving.node).users]
+        if past:
+            return f"{past[0].name} reads {leaving.node.name} in the rotated basis"
+    return None
+
+
+INSERT_ROTATIONS = SitePass(
+    "InsertRotations",
+    applies=lambda space: bool(space.online),
+    run=insert_rotations,
+    broken=_broken,
+)

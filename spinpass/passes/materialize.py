@@ -6,7 +6,10 @@ Only where the change cannot go into A and B themselves, because f is not a move
 from __future__ import annotations
 
 from spinpass.analysis import Space
-from spinpass.graph import ProgramEditor
+from spinpass.graph import Changes, ProgramEditor
+from spinpass.rotations import Rotation
+
+from .site_pass import SitePass
 
 
 def materialize(editor: ProgramEditor, space: Space) -> Space:
@@ -17,3 +20,16 @@ def materialize(editor: ProgramEditor, space: Space) -> Space:
         if not editor.is_stored(editor.current(node)):
             editor.materialize(node)
     return space
+
+
+def _broken(editor: ProgramEditor, space: Space, rotation: Rotation, changes: Changes) -> str | None:
+    computed = [use.node for use in space.constants if not editor.is_stored(editor.current(use.node))]
+    return f"{computed[0].name} is still computed from other constants" if computed else None
+
+
+MATERIALIZE = SitePass(
+    "Materialize",
+    applies=lambda space: any(use.node.op != "placeholder" for use in space.constants),
+    run=lambda editor, space, rotation, name: materialize(editor, space),
+    broken=_broken,
+)

@@ -17,10 +17,23 @@ def untie(editor: ProgramEditor, constants: Iterable[Node]) -> list[Node]:
     """
     copies = []
     for node in constants:
-        stored = node
-        while not editor.is_stored(stored):
-            stored = stored.all_input_nodes[0]
+        stored = _leaf(editor, node)
         users = list(stored.users)
         moved = users[:-1] if editor.has_alias(stored) else users[1:]
         copies += [editor.split(stored, [user]) for user in moved]
     return copies
+
+
+def still_tied(editor: ProgramEditor, constants: Iterable[Node]) -> str | None:
+    """Which of the constants still has several uses; None where each has one."""
+    for node in constants:
+        stored = _leaf(editor, node)
+        if len(stored.users) > 1:
+            return f"{editor.fqn(stored)} is still read by {', '.join(user.name for user in stored.users)}"
+    return None
+
+
+def _leaf(editor: ProgramEditor, node: Node) -> Node:
+    while not editor.is_stored(node):
+        node = node.all_input_nodes[0]
+    return node

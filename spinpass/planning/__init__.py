@@ -1,13 +1,16 @@
 """From spaces to decisions: which are rotated, in which form and at what cost, and why others are not."""
 
-from .planner import PlannedSpace, Planner, RotationPlan, Site
+from .plan import OnlinePart, PlannedSpace, RotationPlan, Site, UntieRequest
+from .planner import Planner
 from .summary import grouped_refusals, grouped_spaces, layer_pattern, online_parts
 
 __all__ = [
+    "OnlinePart",
     "PlannedSpace",
     "Planner",
     "RotationPlan",
     "Site",
+    "UntieRequest",
     "grouped_refusals",
     "grouped_spaces",
     "layer_pattern",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from .planner import PlannedSpace, RotationPlan
+from .plan import PlannedSpace, RotationPlan
 
 
 def grouped_spaces(plan: RotationPlan, *, every_space: bool = False) -> dict[str, list[PlannedSpace]]:

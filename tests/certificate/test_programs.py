@@ -13,12 +13,12 @@ from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import OutputKind
 
 from spinpass import record
-from spinpass.certificate.certificate import Difference, compare
+from spinpass.certificate.certificate import Difference, difference_of
 from spinpass.certificate.programs import run, verify
 from spinpass.errors import ConfigError, ProgramError, VerificationError
 from spinpass.execution import synthetic
 from spinpass.execution.interpreter import execute, flat_inputs
-from spinpass.execution.synthetic import Role, synthetic_inputs, user_inputs
+from spinpass.execution.synthetic import InputRole, synthetic_inputs, user_inputs
 from spinpass.record import Carried, Record
 from spinpass.rotations.rotation import Rotation
 from tests.support import modules
@@ -226,9 +226,9 @@ def test_integer_outputs_must_be_equal() -> None:
 
 def test_nonfinite_values_must_agree() -> None:
     a = torch.tensor([1.0, float("nan"), float("inf"), float("-inf")])
-    assert compare(a, a.clone(), argmax=False).error == 0
-    assert compare(a, torch.tensor([1.0, 1.0, float("inf"), float("-inf")]), argmax=False).relative == float("inf")
-    assert compare(a, -a, argmax=False).relative == float("inf")
+    assert difference_of(a, a.clone(), argmax=False).error == 0
+    assert difference_of(a, torch.tensor([1.0, 1.0, float("inf"), float("-inf")]), argmax=False).relative == float("inf")
+    assert difference_of(a, -a, argmax=False).relative == float("inf")
 
 
 def test_zero_reference_is_not_divided_by() -> None:
@@ -522,10 +522,10 @@ def test_integer_inputs_follow_their_role(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(synthetic, "_LARGE", 0)  # as if the example inputs were too long
     ep = roles_program(dynamic=True)
     roles = {i.name: (i.role, i.bound) for i in user_inputs(ep)}
-    assert roles["ids"] == (Role.LOOKUP, 7)
-    assert roles["mask"][0] is Role.MASK
-    assert roles["positions"] == (Role.POSITION, None)
-    assert roles["at"][0] is Role.POSITION
+    assert roles["ids"] == (InputRole.LOOKUP, 7)
+    assert roles["mask"][0] is InputRole.MASK
+    assert roles["positions"] == (InputRole.POSITION, None)
+    assert roles["at"][0] is InputRole.POSITION
     values = synthetic_inputs(ep)
     assert int(values["ids"].max()) < 7 and values["ids"].shape[0] == 2
     assert torch.equal(values["mask"], torch.ones_like(values["mask"]))
@@ -658,6 +658,6 @@ def test_sizes_that_cannot_be_found(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_forbidden_entries_do_not_hide_an_error() -> None:
     """A mask of finfo.min in the output is no scale that its other entries could be measured by."""
     reference = torch.tensor([[1.0, 2.0, torch.finfo(torch.float32).min]])
-    found = compare(reference, reference + torch.tensor([[0.0, 0.5, 0.0]]), argmax=False)
+    found = difference_of(reference, reference + torch.tensor([[0.0, 0.5, 0.0]]), argmax=False)
     assert found.scale == 2.0 and found.error == 0.5
-    assert compare(reference, torch.zeros_like(reference), argmax=False).scale > 1e38
+    assert difference_of(reference, torch.zeros_like(reference), argmax=False).scale > 1e38

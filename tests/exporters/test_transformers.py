@@ -15,7 +15,7 @@ import torch
 import spinpass
 from spinpass import record
 from spinpass.errors import ConfigError, ExportError
-from spinpass.graph.editor import op_name
+from spinpass.graph import op_name
 from spinpass.operators import hadamard as library
 from spinpass.rotations.rotation import Rotation
 from tests.support import models

@@ -13,17 +13,9 @@ from torch.fx import Node
 
 from spinpass.certificate.programs import run
 from spinpass.errors import InvariantError, ProgramError, QuantizedWeightError
-from spinpass.graph.editor import (
-    Constant,
-    ProgramEditor,
-    arguments,
-    check_program,
-    is_op,
-    known_integers,
-    lifted,
-    op_name,
-    shape,
-)
+from spinpass.graph import ProgramEditor, arguments, check_program, is_op, known_integers, op_name, shape
+from spinpass.graph.constants import Constant
+from spinpass.graph.nodes import lifted
 from tests.support.decoders import Decoder, exported, made, snapshot, tokens
 
 

@@ -18,7 +18,7 @@ from spinpass import record
 from spinpass.analysis.basis import walk as basis
 from spinpass.analysis.basis.space import Space
 from spinpass.errors import VerificationError
-from spinpass.graph.editor import ProgramEditor
+from spinpass.graph import ProgramEditor
 from spinpass.graph.layout import Layout
 from spinpass.passes import center as center_pass
 from spinpass.passes import fold, fuse_norm_scale
@@ -114,7 +114,7 @@ def space_with(**changes: Callable[[Space], Any]) -> Patch:
 
 
 def skipped_pass(name: str) -> Patch:
-    return lambda m: m.setattr(transform, "PASSES", [p for p in transform.PASSES if p[0] != name])
+    return lambda m: m.setattr(transform, "PASSES", [p for p in transform.PASSES if p.name != name])
 
 
 def one_less(items: Callable[[Space], Any]) -> Callable[[Space], Any]:
@@ -187,9 +187,9 @@ MUTATIONS: dict[str, tuple[tuple[str, ...], Patch]] = {
     "weights are turned twice": (ALL, rotation_with(twice)),
     "arithmetic in half precision": (ALL, rotation_with(rounded)),
     "a rotation that is not quite orthogonal": (ALL, rotation_with(unscaled)),
-    "the wrong inverse online": (ALL, attribute(insert_pass, "rotate", transposed_online)),
-    "another rotation online": (ALL, attribute(insert_pass, "rotate", other_rotation)),
-    "online twice": (("rms", "layer", "tied", "experts"), attribute(insert_pass, "rotate", online_twice)),
+    "the wrong inverse online": (ALL, attribute(insert_pass, "rotate_value", transposed_online)),
+    "another rotation online": (ALL, attribute(insert_pass, "rotate_value", other_rotation)),
+    "online twice": (("rms", "layer", "tied", "experts"), attribute(insert_pass, "rotate_value", online_twice)),
     "nothing online": (ALL, skipped_pass("InsertRotations")),
     "nothing folded": (ALL, skipped_pass("FoldRotations")),
     "norm scales forgotten": (("rms", "plus", "experts", "cached"), skipped_pass("FuseNormScale")),

@@ -12,7 +12,7 @@ from torch.export import ExportedProgram
 
 from spinpass.certificate.programs import run
 from spinpass.execution.interpreter import execute, flat_inputs
-from spinpass.graph.editor import mutates, op_name
+from spinpass.graph import mutates, op_name
 from spinpass.passes import functionalize as functionalize_pass
 from spinpass.passes.functionalize import open_program
 

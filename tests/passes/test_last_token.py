@@ -14,7 +14,7 @@ from spinpass import record
 from spinpass.errors import ConfigError
 from spinpass.execution.interpreter import run
 from spinpass.execution.synthetic import synthetic_inputs
-from spinpass.graph.editor import op_name
+from spinpass.graph import op_name
 from spinpass.passes.last_token import last_token
 from spinpass.quantization import quantize
 from tests.support import programs

@@ -10,7 +10,7 @@ from torch.export import Dim, ExportedProgram
 import spinpass
 from spinpass import record
 from spinpass.errors import ExportError, QuantizedWeightError
-from spinpass.graph.editor import op_name
+from spinpass.graph import op_name
 from spinpass.operators import hadamard as library
 from spinpass.passes.lower_hadamards import lower_hadamards
 from spinpass.rotations import hadamard

@@ -17,7 +17,7 @@ from spinpass.analysis.basis.walk import Walk
 from spinpass.analysis.patterns.linear import whole_axis
 from spinpass.analysis.patterns.residual import find_residual_sums
 from spinpass.certificate.programs import run
-from spinpass.graph.editor import ProgramEditor, op_name, shape
+from spinpass.graph import ProgramEditor, op_name, shape
 from spinpass.passes.center import center
 from spinpass.passes.fold import fold_rotation
 from spinpass.passes.fuse_norm_scale import fuse_norm_scale
@@ -237,7 +237,7 @@ def test_expressions_of_constants_are_materialized_once() -> None:
 
 
 def test_the_order_of_the_passes() -> None:
-    assert [name for name, _ in transform.PASSES] == [
+    assert [each.name for each in transform.PASSES] == [
         "Materialize",
         "FuseNormScale",
         "Center",

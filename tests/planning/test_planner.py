@@ -13,7 +13,7 @@ from torch.export import ExportedProgram
 
 import spinpass
 from spinpass import ConfigError, Override, RotationConfig
-from spinpass.planning.planner import RotationPlan
+from spinpass.planning import RotationPlan
 from tests.support.decoders import (
     BATCH,
     FFN,

@@ -71,7 +71,7 @@ class ConstantUse:
 
 
 @dataclass(frozen=True)
-class Carried:
+class CacheEdge:
     """A KV cache that enters or leaves the program in the space's basis."""
 
     node: Node
@@ -101,7 +101,7 @@ class Space:
     constants: tuple[ConstantUse, ...]
     entries: tuple[Entry, ...]
     exits: tuple[Exit, ...]
-    carried: tuple[Carried, ...]
+    carried: tuple[CacheEdge, ...]
     scales: tuple[
         Node, ...
     ]  # multiplications by a norm's or layer's scale, and norm operators with one, to be moved into constants

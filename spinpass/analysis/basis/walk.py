@@ -46,7 +46,7 @@ from ..ops.table import (
     rule_of,
 )
 from .entries import settled
-from .space import AxisType, Carried, ConstantUse, Entry, Exit, Pending, ShiftUse, Space
+from .space import AxisType, CacheEdge, ConstantUse, Entry, Exit, Pending, ShiftUse, Space
 
 
 class Barrier(Exception):
@@ -712,7 +712,7 @@ class Walk:
                 for (node, dims), why in self._entries.items()
             ),
             exits=tuple(Exit(node, axis.layout, tuple(users), why) for (node, _), (axis, why, users) in exits.items()),
-            carried=tuple(Carried(n, at, i) for (n, i), at in self._carried.items()),
+            carried=tuple(CacheEdge(n, at, i) for (n, i), at in self._carried.items()),
             scales=tuple(self._scales),
             shifts=tuple(self._shifts.values()),
             centrings=tuple(self._centrings),

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from spinpass import execution, record
-from spinpass.certificate import BOUNDS, FileCertificate, FileOutput, compare
+from spinpass.certificate import BOUNDS, FileCertificate, FileOutput, difference_of
 from spinpass.errors import VerificationError
 from spinpass.exporters.names import signature_names
 from spinpass.record import Carried
@@ -87,7 +87,7 @@ def _rotated(value: Any, carried: Carried | None, *, back: bool = False) -> Any:
 
 def _output(name: str, reference: Tensor, result: Tensor, dtype: torch.dtype) -> FileOutput:
     floating = reference.is_floating_point() or reference.is_complex()
-    difference = compare(reference, result, argmax=floating and reference.ndim == 3)
+    difference = difference_of(reference, result, argmax=floating and reference.ndim == 3)
     return FileOutput(name, tuple(reference.shape), difference, BOUNDS[dtype] if floating else 0.0)
 
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from spinpass.analysis.basis.space import Refusal, Space
 from spinpass.analysis.basis.walk import Walk
-from spinpass.graph.editor import ProgramEditor, op_name, shape
+from spinpass.graph import ProgramEditor, op_name, shape
 from spinpass.graph.layout import Layout
 from tests.support.decoders import NORMS, Decoder, exported, made
 

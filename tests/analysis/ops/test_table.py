@@ -28,7 +28,7 @@ from spinpass.analysis.ops.table import (
     Zeros,
     rule_of,
 )
-from spinpass.graph.editor import arguments, is_float, op_name, shape, value
+from spinpass.graph import arguments, is_float, op_name, shape, value
 from spinpass.graph.layout import Layout, LayoutError
 from tests.support.programs import program
 

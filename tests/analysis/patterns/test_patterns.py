@@ -14,7 +14,7 @@ from spinpass.analysis.patterns.attention import find_attention
 from spinpass.analysis.patterns.linear import as_linear, find_linears, normed_value, root_of
 from spinpass.analysis.patterns.mlp import find_down_projections
 from spinpass.analysis.patterns.residual import find_residual_sums
-from spinpass.graph.editor import ProgramEditor, op_name
+from spinpass.graph import ProgramEditor, op_name
 from tests.support.decoders import NORMS, Decoder, Shape, exported, made
 
 D = torch.float64

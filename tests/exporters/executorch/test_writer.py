@@ -21,7 +21,7 @@ from spinpass.execution.interpreter import run
 from spinpass.exporters.executorch import certificate as executorch_certificate
 from spinpass.exporters.executorch import writer as executorch
 from spinpass.exporters.executorch.integers import with_integer_layers
-from spinpass.graph.editor import op_name
+from spinpass.graph import op_name
 from spinpass.loading.static_cache import export_static_cache
 from spinpass.passes.lower_hadamards import lower_hadamards
 from spinpass.passes.own_constants import give_own_constants

@@ -1,0 +1,213 @@
+"""The constants of a program, and the float64 arithmetic that is queued on them until the program is finished.
+
+A pass queues steps and nothing is computed until :meth:`Constants.store` applies the whole queue to one constant at a
+time, with a single cast at the end. So a plan costs no weight arithmetic, many folds that meet in one constant round
+once, and memory stays near one constant above the result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind, InputSpec
+from torch.fx import Node
+
+from spinpass.errors import InvariantError, ProgramError
+from spinpass.progress import Progress
+
+from .nodes import KNOWN, is_check
+
+Step = Callable[[Tensor], Tensor]
+_KINDS = {InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR}
+_SMALL = 4096  # elements up to which the values of an integer constant are shown to the analysis
+
+
+@dataclass
+class Constant:
+    """A parameter, buffer or lifted tensor, with the arithmetic still to be done on it."""
+
+    fqn: str
+    tensor: Tensor
+    steps: list[Step] = field(default_factory=list)
+
+    def compute(self) -> Tensor:
+        """The queue applied in float64, cast once.
+
+        Raises InvariantError: the steps change the shape.
+        """
+        if not self.steps:
+            return self.tensor
+        with torch.no_grad():
+            result = self.compute_float64().to(self.tensor.dtype).contiguous()
+        if result.shape != self.tensor.shape:
+            raise InvariantError(
+                f"{self.fqn}: a fold changed its shape from {tuple(self.tensor.shape)} to {tuple(result.shape)}"
+            )
+        return result
+
+    def compute_float64(self) -> Tensor:
+        """The queue applied in float64; an integer constant as it is."""
+        result = self.tensor.detach()
+        if not result.is_floating_point():
+            return result
+        with torch.no_grad():
+            result = result.to(torch.float64)
+            for step in self.steps:
+                result = step(result)
+        return result
+
+
+class Constants:
+    """The constants of a copied program, by the placeholder that stands for each.
+
+    One tensor that is stored under several names is one constant: all uses read the first of its placeholders that is
+    used, and the others are its aliases, which nothing reads.
+
+    Args:
+        program: the program that was copied.
+        placeholders: those of the copy, by name.
+        updated: the names of the buffers that the program writes to, which are no constants.
+
+    Raises:
+        ProgramError: the program names a constant that it does not hold.
+    """
+
+    def __init__(self, program: ExportedProgram, placeholders: Mapping[str, Node], updated: Collection[str]) -> None:
+        self._source = program
+        self._all: dict[Node, Constant] = {}
+        self._aliases: dict[Node, Node] = {}
+        self._retired: dict[Node, float] = {}
+        stored: dict[tuple[Any, ...], Node] = {}
+        for spec in program.graph_signature.input_specs:
+            if spec.kind not in _KINDS or spec.target is None:
+                continue
+            node, tensor = placeholders[spec.arg.name], self._held(spec)
+            self._all[node] = Constant(spec.target, tensor)
+            if spec.target in updated:
+                continue
+            if _is_index(tensor):
+                node.meta[KNOWN] = tensor
+            first = stored.setdefault(_storage_key(tensor), node)
+            if first is not node:
+                self._aliases[node] = first
+        self.updated = {n for n, c in self._all.items() if c.fqn in updated}
+        self._merge_aliases()
+        self.nbytes = sum(c.tensor.nbytes for n, c in self._all.items() if n not in self._aliases)
+
+    def __contains__(self, node: object) -> bool:
+        return node in self._all
+
+    def __getitem__(self, node: Node) -> Constant:
+        return self._all[node]
+
+    def __iter__(self) -> Iterator[Node]:
+        return iter(self._all)
+
+    def fqns(self, node: Node) -> list[str]:
+        """All names under which the constant is stored."""
+        return [self._all[n].fqn for n in (node, *(a for a, first in self._aliases.items() if first is node))]
+
+    def has_alias(self, node: Node) -> bool:
+        """The constant is stored under a further name that nothing reads."""
+        return node in self._aliases.values()
+
+    def unused_name(self, name: str) -> str:
+        """``name``, with a number behind it where a constant has that name already."""
+        taken = {c.fqn for c in self._all.values()}
+        unused, k = name, 1
+        while unused in taken:
+            unused, k = f"{name}_{k}", k + 1
+        return unused
+
+    def add(self, node: Node, fqn: str, tensor: Tensor, steps: Iterable[Step]) -> None:
+        """Let ``node`` stand for a new constant."""
+        self._all[node] = Constant(fqn, tensor, list(steps))
+        self.nbytes += tensor.nbytes
+
+    def part_with_alias(self, node: Node) -> Node | None:
+        """One of the constant's aliases as a constant of its own, equal to ``node`` by now; None if it has none."""
+        alias = next((a for a, first in self._aliases.items() if first is node), None)
+        if alias is not None:
+            del self._aliases[alias]
+            chief = self._all[node]
+            self._all[alias] = Constant(self._all[alias].fqn, chief.tensor, list(chief.steps))
+            self.nbytes += chief.tensor.nbytes
+        return alias
+
+    def retire(self, node: Node, fill: float) -> None:
+        """Store ``fill`` everywhere in the constant if nothing reads it when the program is finished."""
+        self._retired[node] = fill
+
+    def is_retired(self, node: Node) -> bool:
+        """The constant was retired before."""
+        return node in self._retired
+
+    def exact(self) -> dict[str, Callable[[], Tensor]]:
+        """By placeholder name, what computes each edited constant in float64, before the cast to its stored type."""
+        chiefs = {n: self._all[self._aliases.get(n, n)] for n in self._all}
+        return {n.name: chief.compute_float64 for n, chief in chiefs.items() if chief.steps}
+
+    def store(self, specs: Sequence[InputSpec], progress: Progress | None) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Compute every constant, one at a time; returns the state dict and the other constants of the new program."""
+        state_dict, constants = dict(self._source.state_dict), dict(self._source.constants)
+        by_name = {s.arg.name: s for s in specs}
+        for done, (node, constant) in enumerate(self._all.items()):
+            spec = by_name[node.name]
+            if constant.steps or (spec.target not in state_dict and spec.target not in constants):
+                self._put(spec, constant.compute(), state_dict, constants)
+            if progress is not None:
+                progress(done + 1, len(self._all))
+        for node, fill in self._retired.items():
+            if all(map(is_check, node.users)):
+                self._put(by_name[node.name], torch.full_like(self._all[node].tensor, fill), state_dict, constants)
+        for alias, chief in ((self._all[a].fqn, self._all[c].fqn) for a, c in self._aliases.items()):
+            held = state_dict if chief in state_dict else constants
+            (constants if alias in constants else state_dict)[alias] = held[chief]
+        return state_dict, constants
+
+    def _held(self, spec: InputSpec) -> Tensor:
+        assert spec.target is not None
+        found = self._source.state_dict.get(spec.target, self._source.constants.get(spec.target))
+        if not isinstance(found, Tensor):
+            raise ProgramError(f"the program names a constant {spec.target!r} that it does not hold")
+        return found
+
+    def _put(self, spec: InputSpec, tensor: Tensor, state_dict: dict[str, Any], constants: dict[str, Any]) -> None:
+        assert spec.target is not None
+        if spec.kind == InputKind.CONSTANT_TENSOR or (spec.kind == InputKind.BUFFER and not spec.persistent):
+            constants[spec.target] = tensor
+            return
+        old = self._source.state_dict.get(spec.target)
+        wrap = spec.kind == InputKind.PARAMETER
+        requires_grad = isinstance(old, torch.nn.Parameter) and old.requires_grad
+        state_dict[spec.target] = torch.nn.Parameter(tensor, requires_grad=requires_grad) if wrap else tensor
+
+    def _merge_aliases(self) -> None:
+        """Let all uses of one stored tensor read the first of its placeholders that is used."""
+        groups: dict[Node, list[Node]] = {}
+        for alias, first in self._aliases.items():
+            groups.setdefault(first, [first]).append(alias)
+        self._aliases = {}
+        for members in groups.values():
+            chief = next((n for n in members if n.users), members[0])
+            for node in members:
+                if node is not chief:
+                    node.replace_all_uses_with(chief)
+                    self._aliases[node] = chief
+
+
+def _is_index(tensor: Tensor) -> bool:
+    """A small tensor of integers, whose values are known."""
+    small = tensor.dtype == torch.int64 and tensor.numel() <= _SMALL
+    return small and not isinstance(tensor, torch._subclasses.FakeTensor)
+
+
+def _storage_key(tensor: Tensor) -> tuple[Any, ...]:
+    if isinstance(tensor, torch._subclasses.FakeTensor) or tensor.numel() == 0:
+        return (id(tensor),)
+    return (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device)

@@ -1,0 +1,138 @@
+"""What every edit of a program keeps, checked on what the edit has changed.
+
+The whole graph is compared with what it was by identity, which is cheap and sees edits by any route; only nodes that
+are new or read something else than before are looked at closely.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.fx import Node
+from torch.fx.node import map_arg
+
+from spinpass.errors import InvariantError
+
+from .editor import ProgramEditor
+from .nodes import shape, value
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What has become of a program since it was last looked at.
+
+    ``made``: new nodes. ``altered``: nodes that read other operands than before. ``removed``: how many nodes are gone.
+    ``queued``: the number of steps added to the queue of each constant that got any.
+    """
+
+    made: tuple[Node, ...]
+    altered: tuple[Node, ...]
+    removed: int
+    queued: Mapping[Node, int]
+
+    @property
+    def graph(self) -> bool:
+        """The graph is another one; otherwise at most constants have changed."""
+        return bool(self.made or self.altered or self.removed)
+
+
+class Invariants:
+    """Compares a program with what it was at the last :meth:`check`, at first with what it was when this was made.
+
+    Raises:
+        InvariantError: the program is broken as it is.
+    """
+
+    def __init__(self, editor: ProgramEditor) -> None:
+        self._editor = editor
+        self._nodes: list[Node] = []
+        self._parts: list[Any] = []  # of each node: its positional arguments, its named ones, its recorded value
+        self._steps: dict[Node, int] = {}
+        self._interface = editor.interface()
+        self.check()
+
+    def check(self) -> Changes:
+        """What has changed, after making sure that it may.
+
+        Raises:
+            InvariantError: an operand is not computed before its reader, or not part of the graph; a value that is read
+                is not recorded; a node reads a value of another shape or dtype than it was recorded with; the program
+                takes or returns something else than before. The message names the node.
+        """
+        steps = self._editor.queued_steps()
+        queued = {n: count - self._steps.get(n, 0) for n, count in steps.items() if count != self._steps.get(n, 0)}
+        self._steps = steps
+        nodes = list(self._editor.nodes)
+        parts = [part for n in nodes for part in (n.args, n.kwargs, n.meta.get("val"))]
+        if len(nodes) == len(self._nodes) and all(map(operator.is_, parts, self._parts)) and nodes == self._nodes:
+            return Changes((), (), 0, queued)
+        before = {n: self._parts[3 * i : 3 * i + 3] for i, n in enumerate(self._nodes)}
+        made, altered = [], []
+        for i, node in enumerate(nodes):
+            if node not in before:
+                made.append(node)
+            elif not all(map(operator.is_, before[node], parts[3 * i : 3 * i + 3])):
+                altered.append(node)
+        place = {n: i for i, n in enumerate(nodes)}
+        for node in (*made, *altered):
+            _check_operands(node, place)
+        for node in altered:
+            _check_values(node, before[node][:2])
+        self._check_interface()
+        removed = len(self._nodes) + len(made) - len(nodes)
+        self._nodes, self._parts = nodes, parts
+        return Changes(tuple(made), tuple(altered), removed, queued)
+
+    def _check_interface(self) -> None:
+        now = self._editor.interface()
+        for kind, old, new in (("takes", self._interface[0], now[0]), ("returns", self._interface[1], now[1])):
+            if old != new:
+                changed = next((pair for pair in zip(old, new) if pair[0] != pair[1]), (len(old), len(new)))
+                raise InvariantError(f"the program {kind} something else than before: {changed[1]}, not {changed[0]}")
+
+
+def _check_operands(node: Node, place: Mapping[Node, int]) -> None:
+    for operand in node.all_input_nodes:
+        if operand not in place:
+            raise InvariantError(f"{node.name} reads {operand.name}, which is not in the graph")
+        if place[operand] >= place[node]:
+            raise InvariantError(f"{node.name} reads {operand.name}, which is computed after it")
+        if node not in operand.users:
+            raise InvariantError(f"{node.name} reads {operand.name}, which does not have it among its users")
+    if node.op == "call_function" and node.users and "val" not in node.meta:
+        raise InvariantError(f"{node.name} has no recorded value")
+
+
+def _check_values(node: Node, arguments: Any) -> None:
+    """Operands were exchanged for others of the same shape and dtype, or the recorded value is not to be trusted."""
+    if node.op != "call_function":
+        return
+    before, after = _operands(arguments), _operands([node.args, node.kwargs])
+    for old, new in zip(before, after):
+        if old is not new and _kind(old) != _kind(new):
+            raise InvariantError(
+                f"{node.name} reads {new.name}, {_shown(new)}, in place of {old.name}, {_shown(old)}, and its recorded "
+                "value was not made anew"
+            )
+
+
+def _operands(arguments: Any) -> list[Node]:
+    found: list[Node] = []
+    map_arg(arguments, found.append)
+    return found
+
+
+def _kind(node: Node) -> tuple[Any, ...]:
+    val = value(node)
+    return (val.dtype, shape(node)) if isinstance(val, Tensor) else (type(val),)
+
+
+def _shown(node: Node) -> str:
+    val = value(node)
+    if not isinstance(val, Tensor):
+        return type(val).__name__
+    return f"{str(val.dtype).removeprefix('torch.')}[{', '.join(map(str, shape(node)))}]"

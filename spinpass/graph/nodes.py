@@ -1,0 +1,129 @@
+"""What a node of an exported graph is: its operator, its arguments by name, the size and the kind of its value."""
+
+from __future__ import annotations
+
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from .layout import Size
+
+KNOWN = "spinpass_known"  # in a node's meta: the value of a small lifted index tensor
+
+
+def is_op(node: Node) -> bool:
+    """The node calls an operator of torch (not a Python builtin on symbolic sizes, not ``getitem``)."""
+    return node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload)
+
+
+def op_name(node: Node) -> str:
+    """``aten::linear`` for operators, ``getitem`` and the like for builtins, the node kind for the rest."""
+    if node.op != "call_function":
+        return node.op
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.name
+    return getattr(node.target, "__name__", str(node.target))
+
+
+def arguments(node: Node) -> dict[str, Any]:
+    """The arguments of an operator call by the names of its schema, defaults filled in."""
+    assert isinstance(node.target, torch._ops.OpOverload)
+    schema = node.target._schema.arguments
+    bound = {a.name: a.default_value for a in schema}
+    bound.update(zip(bound, node.args))
+    bound.update(node.kwargs)
+    return bound
+
+
+def mutates(node: Node) -> bool:
+    """The operator writes into one of its arguments."""
+    return is_op(node) and node.target._schema.is_mutable  # type: ignore[union-attr]
+
+
+def functional_target(node: Node) -> Any:
+    """The operator that returns what the in-place operator of ``node`` writes into its first argument; None if none
+    does.
+    """
+    assert isinstance(node.target, torch._ops.OpOverload)
+    schema = node.target._schema
+    written = [a.alias_info is not None and a.alias_info.is_write for a in schema.arguments]
+    if written.count(True) != 1 or not written[0] or torch.Tag.inplace_view in node.target.tags:
+        return None
+    packet = getattr(getattr(torch.ops, node.target.namespace), schema.name.split("::")[1].removesuffix("_"), None)
+    found = getattr(packet, schema.overload_name or "default", None)
+    if found is None or [a.name for a in found._schema.arguments] != [a.name for a in schema.arguments]:
+        return None
+    return found
+
+
+def value(node: Node) -> Any:
+    """The fake value that export recorded for the node, or None."""
+    return node.meta.get("val")
+
+
+def known_integers(node: Node) -> Tensor | None:
+    """The value of a small lifted index tensor, copies looked through; None where it is only known at run time."""
+    while op_name(node) in _COPIES:
+        node = node.all_input_nodes[0]
+    known = node.meta.get(KNOWN)
+    return known if isinstance(known, Tensor) else None
+
+
+def elements(node: Node) -> int:
+    """How many elements a tensor has, dynamic axes counted as one."""
+    total = 1
+    for size in shape(node):
+        total *= size if isinstance(size, int) else 1
+    return total
+
+
+def shape(node: Node) -> tuple[Size, ...]:
+    """Static sizes as ints, dynamic ones as symbolic expressions."""
+    val = value(node)
+    if not isinstance(val, Tensor):
+        return ()
+    known = _SHAPES.get(node)
+    if known is None:
+        known = _SHAPES[node] = tuple(_size(s) for s in val.shape)
+    return known
+
+
+_SHAPES: WeakKeyDictionary[Node, tuple[Size, ...]] = WeakKeyDictionary()  # reading symbolic sizes is slow
+
+
+def _size(size: Any) -> Size:
+    if isinstance(size, int):
+        return size
+    expression = size.node.expr
+    return int(expression) if expression.is_number else expression
+
+
+def is_float(node: Node) -> bool:
+    val = value(node)
+    return isinstance(val, Tensor) and val.is_floating_point()
+
+
+def is_check(node: Node) -> bool:
+    """An assertion: it has no users and must stay."""
+    return "assert" in op_name(node) or "sym_constrain" in op_name(node)
+
+
+def lifted(node: Node) -> tuple[Any, Any]:
+    """The node's arguments with every floating dtype among them raised to float64 (complex64 to complex128)."""
+
+    def lift(arg: Any) -> Any:
+        if isinstance(arg, torch.dtype):
+            if arg.is_floating_point:
+                return torch.float64
+            return torch.complex128 if arg.is_complex else arg
+        if isinstance(arg, (list, tuple)):
+            return type(arg)(lift(a) for a in arg)
+        return arg
+
+    return lift(node.args), {k: lift(v) for k, v in node.kwargs.items()}
+
+
+_COPIES = {"aten::lift_fresh_copy", "aten::lift_fresh", "aten::detach", "aten::detach_", "aten::clone", "aten::alias"}

@@ -1,0 +1,168 @@
+"""A plan: every decision about a program as a frozen value, which prints as a table and turns into JSON."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch.fx import Node
+
+from spinpass.analysis import Refusal, Space
+from spinpass.config import Role, RotationConfig
+from spinpass.errors import ConfigError
+from spinpass.rotations import Rotation
+
+
+@dataclass(frozen=True)
+class OnlinePart:
+    """A rotation that stays in the graph: at ``node``, because of ``why``, at ``flops`` per token."""
+
+    node: str
+    why: str
+    flops: int
+    inverse: bool
+
+
+@dataclass(frozen=True)
+class PlannedSpace:
+    """One decision, in names and numbers."""
+
+    name: str
+    role: Role
+    size: int
+    form: str
+    rotation: Rotation
+    writers: tuple[str, ...]
+    readers: tuple[str, ...]
+    online: tuple[OnlinePart, ...]
+    cache: tuple[str, ...]
+    bytes_added: int
+    notes: tuple[str, ...] = ()
+
+    @property
+    def flops(self) -> int:
+        """Added floating-point operations per token."""
+        return sum(part.flops for part in self.online)
+
+
+@dataclass(frozen=True)
+class Site:
+    """A decision with the graph nodes it is about."""
+
+    planned: PlannedSpace
+    space: Space
+
+    @property
+    def name(self) -> str:
+        return self.planned.name
+
+
+@dataclass(frozen=True)
+class UntieRequest:
+    """Constants that the planner asks to have untied: every use but one shall get a copy of its own."""
+
+    constants: tuple[Node, ...]
+
+
+@dataclass(frozen=True)
+class RotationPlan:
+    """Every decision about a program: what is rotated, in which form and at what cost, and what is refused and why."""
+
+    config: RotationConfig
+    spaces: tuple[PlannedSpace, ...]
+    refusals: tuple[Refusal, ...] = ()
+
+    @property
+    def flops(self) -> int:
+        """Added floating-point operations per token."""
+        return sum(s.flops for s in self.spaces)
+
+    @property
+    def bytes_added(self) -> int:
+        """Bytes of constants that the rotated program has and the original has not."""
+        return sum(s.bytes_added for s in self.spaces)
+
+    def without(self, *names: str) -> RotationPlan:
+        """The plan with some spaces left alone."""
+        unknown = set(names) - {s.name for s in self.spaces}
+        if unknown:
+            raise ConfigError(
+                f"the plan has no space {sorted(unknown)[0]!r}; it has {', '.join(s.name for s in self.spaces)}"
+            )
+        left_out = tuple(Refusal(n, "left out of the plan") for n in names)
+        return replace(
+            self, spaces=tuple(s for s in self.spaces if s.name not in names), refusals=self.refusals + left_out
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return {
+            "config": self.config.to_dict(),
+            "flops_per_token": self.flops,
+            "bytes_added": self.bytes_added,
+            "spaces": [
+                {
+                    "name": s.name,
+                    "rotation": s.role,
+                    "size": s.size,
+                    "form": s.form,
+                    "matrix": str(s.rotation),
+                    "fingerprint": s.rotation.fingerprint(),
+                    "writers": list(s.writers),
+                    "readers": list(s.readers),
+                    "cache": list(s.cache),
+                    "flops_per_token": s.flops,
+                    "bytes_added": s.bytes_added,
+                    "notes": list(s.notes),
+                    "online": [
+                        {"node": p.node, "why": p.why, "flops_per_token": p.flops, "inverse": p.inverse}
+                        for p in s.online
+                    ],
+                }
+                for s in self.spaces
+            ],
+            "refusals": [{"what": r.what, "why": r.why, "nodes": list(r.nodes)} for r in self.refusals],
+        }
+
+    def __str__(self) -> str:
+        head = ("space", "size", "rotation", "form", "writers", "readers", "online", "FLOP/token", "bytes")
+        rows = [
+            (
+                s.name,
+                str(s.size),
+                str(s.rotation),
+                s.form,
+                _short(s.writers),
+                _short(s.readers),
+                _online_text(s),
+                f"{s.flops:,}",
+                f"{s.bytes_added:,}",
+            )
+            for s in self.spaces
+        ]
+        lines = _table([head, *rows])
+        lines += [f"refused  {r}" for r in self.refusals]
+        lines.append(
+            f"total: {len(self.spaces)} spaces, {self.flops:,} FLOP per token added, {self.bytes_added:,} bytes added"
+        )
+        return "\n".join(lines)
+
+
+def _short(names: tuple[str, ...]) -> str:
+    if len(names) <= 2:
+        return ", ".join(names) or "–"
+    return f"{names[0]}, … ({len(names)})"
+
+
+def _online_text(space: PlannedSpace) -> str:
+    parts = (
+        [f"{len(space.online)} Hadamard{'s' * (len(space.online) != 1)}: {space.online[0].why}"] if space.online else []
+    )
+    parts += [f"cache: {', '.join(space.cache)}"] if space.cache else []
+    return "; ".join(parts + list(space.notes)) or "none"
+
+
+def _table(rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+    return [lines[0], "  ".join("─" * width for width in widths), *lines[1:]]
