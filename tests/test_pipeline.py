@@ -6,6 +6,7 @@ import copy
 import io
 import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,8 @@ from spinpass import RotationConfig, record
 from spinpass.certificate.programs import run, synthetic_inputs
 from spinpass.config import ROLES
 from spinpass.errors import ConfigError, ProgramError, QuantizedWeightError, RefusedError, VerificationError
+from spinpass.passes import open_program
+from spinpass.planning import Planner, UntieRequest
 from spinpass.rotations.rotation import Rotation
 from tests.support import models
 from tests.support.decoders import Decoder, exported, flat, made, outcome, relative_error, snapshot, tokens
@@ -691,3 +694,36 @@ def test_tokens_are_not_special() -> None:
     after = transformed(before)
     assert max(error(before, after, seed) for seed in range(3)) <= EXACT
     assert tokens().shape == (2, 5)
+
+
+# -- one call ------------------------------------------------------------------------------------------------------------------------
+
+
+def test_one_call_returns_program_plan_and_certificate(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, settings = program("llama"), config(verify=True)
+    planned, walked = spinpass.plan(before, settings), 0
+    real = Planner.edits
+
+    def counted(self: Planner) -> Any:
+        nonlocal walked
+        walked += 1
+        return real(self)
+
+    monkeypatch.setattr(Planner, "edits", counted)
+    found = spinpass.rotate(before, settings)
+    assert walked == 1, "the program was analysed more than once"
+    assert str(found.plan) == str(planned)
+    assert found.certificate is not None and found.certificate.ok
+    written = record.read(found.program)
+    assert written is not None and written.certificate == found.certificate.to_dict()
+    assert spinpass.rotate(before, config(verify=False)).certificate is None
+
+
+def test_the_planner_edits_nothing() -> None:
+    """What has to be untied is asked for, and left to the caller."""
+    editor = open_program(program("llama_tied"))
+    planner = Planner(editor, config(tied="untie", form="offline"))
+    before = (str(editor.graph), editor.nbytes(), editor.queued_steps())
+    asked = next(planner.edits())
+    assert isinstance(asked, UntieRequest) and [editor.fqn(n) for n in asked.constants] == ["lm_head.weight"]
+    assert (str(editor.graph), editor.nbytes(), editor.queued_steps()) == before

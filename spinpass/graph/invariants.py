@@ -50,7 +50,7 @@ class Invariants:
     def __init__(self, editor: ProgramEditor) -> None:
         self._editor = editor
         self._nodes: list[Node] = []
-        self._parts: list[Any] = []  # of each node: its positional arguments, its named ones, its recorded value
+        self._parts: list[Any] = []  # of each node its arguments and its recorded value; then the specs of the signature
         self._steps: dict[Node, int] = {}
         self._interface = editor.interface()
         self.check()
@@ -68,7 +68,9 @@ class Invariants:
         self._steps = steps
         nodes = list(self._editor.nodes)
         parts = [part for n in nodes for part in (n.args, n.kwargs, n.meta.get("val"))]
-        if len(nodes) == len(self._nodes) and all(map(operator.is_, parts, self._parts)) and nodes == self._nodes:
+        parts += (*self._editor.inputs, *self._editor.outputs)
+        same = len(parts) == len(self._parts) and all(map(operator.is_, parts, self._parts))
+        if same and nodes == self._nodes:
             return Changes((), (), 0, queued)
         before = {n: self._parts[3 * i : 3 * i + 3] for i, n in enumerate(self._nodes)}
         made, altered = [], []

@@ -55,7 +55,8 @@ def _broken(editor: ProgramEditor, space: Space, rotation: Rotation, changes: Ch
         if not use.type.centred and not changes.queued.get(editor.current(use.node)):
             return f"{editor.fqn(editor.current(use.node))} writes into the stream and is not centred"
     for node in space.centrings:
-        if node.users:
+        norm = rule_of(editor.current(node)) if isinstance(rule_of(node), Normalization) else None
+        if node.users or (isinstance(norm, Normalization) and norm.centres):
             return f"{node.name} still centres"
     return None
 

@@ -156,7 +156,8 @@ def _broken(editor: ProgramEditor, space: Space, rotation: Rotation, changes: Ch
             return f"{node.name} still applies a scale that was moved"
     for shift in space.shifts:
         around = {*shift.node.all_input_nodes, *(n for user in shift.node.users for n in user.all_input_nodes)}
-        if not any(n in changes.made or n in changes.queued for n in around if editor.is_stored(n)):
+        biases = [n for n in around if editor.is_stored(n) and n is not editor.current(shift.weight)]
+        if not any(n in changes.made or n in changes.queued for n in biases):
             return f"no bias of {shift.node.name} took over the shift {editor.fqn(shift.shift)}"
     return None
 

@@ -17,11 +17,11 @@ import spinpass
 from spinpass import record
 from spinpass.analysis.basis import walk as basis
 from spinpass.analysis.basis.space import Space
-from spinpass.errors import VerificationError
+from spinpass.errors import InvariantError, VerificationError
 from spinpass.graph import ProgramEditor
 from spinpass.graph.layout import Layout
+from spinpass.passes import PassRunner, fold, fuse_norm_scale
 from spinpass.passes import center as center_pass
-from spinpass.passes import fold, fuse_norm_scale
 from spinpass.passes import insert_rotations as insert_pass
 from spinpass.rotations.rotation import Rotation
 from tests.mutations import registry
@@ -261,7 +261,9 @@ ONLINE = [
 
 @contextmanager
 def mutated(patch: Patch) -> Iterator[None]:
+    """With the checks after every pass switched off, which notice many of these first: the certificate stands alone."""
     with pytest.MonkeyPatch.context() as m:
+        m.setattr(PassRunner, "_check", lambda self, broken: None)
         patch(m)
         yield
 
@@ -292,6 +294,29 @@ def test_the_certificate_catches(mutation: str, kind: str) -> None:
 )
 def test_the_certificate_catches_in_the_online_form(mutation: str, kind: str) -> None:
     caught(mutation, kind, "online")
+
+
+# What the checks after a pass notice as well, before any weight is read: the pass that they name.
+NOTICED = {
+    "a value bias is forgotten": ("rms", "FoldRotations"),
+    "a reader is skipped": ("rms", "FuseNormScale"),
+    "an output projection is skipped": ("cached", "FoldRotations"),
+    "the experts' second weight is skipped": ("experts", "FoldRotations"),
+    "the embedding is skipped": ("layer", "Center"),
+    "a fused projection's bias is skipped": ("fused", "FoldRotations"),
+    "the wrong inverse online": ("rms", "InsertRotations"),
+    "online twice": ("tied", "InsertRotations"),
+    "a norm's bias is forgotten": ("layer", "FuseNormScale"),
+}
+
+
+@pytest.mark.parametrize("mutation", NOTICED)
+def test_the_check_after_the_pass_names_it(mutation: str) -> None:
+    kind, named = NOTICED[mutation]
+    with pytest.MonkeyPatch.context() as m:
+        MUTATIONS[mutation][1](m)
+        with pytest.raises(InvariantError, match=rf"^{named} broke the program at R\d:\S+: "):
+            spinpass.plan(program(kind), settings("offline"))
 
 
 def changed_constants(kind: str) -> list[str]:
