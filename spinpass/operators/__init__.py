@@ -3,18 +3,18 @@
 from .hadamard import HADAMARD
 from .packed_linear import dequantized, nearest, packed_linear, round_weight
 from .rounding import round_rows, round_tensor, round_tokens
-from .words import pack, unpack, words
+from .words import pack_words, unpack_words, words
 
 __all__ = [
     "HADAMARD",
     "dequantized",
     "nearest",
-    "pack",
+    "pack_words",
     "packed_linear",
     "round_rows",
     "round_tensor",
     "round_tokens",
     "round_weight",
-    "unpack",
+    "unpack_words",
     "words",
 ]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .words import unpack
+from .words import unpack_words
 
 
 @torch.library.custom_op(
@@ -83,12 +83,12 @@ def nearest(weight: Tensor, scales: Tensor, qzeros: Tensor, g_idx: Tensor | None
 
 
 def _integers(qweight: Tensor, bits: int, columns: int) -> Tensor:
-    return unpack(qweight, bits, 0, columns).T
+    return unpack_words(qweight, bits, 0, columns).T
 
 
 def _spread(scales: Tensor, qzeros: Tensor, g_idx: Tensor | None, bits: int, columns: int) -> tuple[Tensor, Tensor]:
     """(scale, zero point) of every weight, (out, in), in the scales' dtype."""
-    zeros = unpack(qzeros, bits, 1, scales.shape[1]).to(scales.dtype)
+    zeros = unpack_words(qzeros, bits, 1, scales.shape[1]).to(scales.dtype)
     if g_idx is not None:
         at = g_idx.long()
         return scales[at].T, zeros[at].T

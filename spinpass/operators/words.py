@@ -17,7 +17,7 @@ def words(count: int, bits: int) -> int:
     return -(-count * bits // 32)
 
 
-def pack(values: Tensor, bits: int, dim: int) -> Tensor:
+def pack_words(values: Tensor, bits: int, dim: int) -> Tensor:
     """Integers 0 … 2^bits − 1 (any integer dtype), packed along axis ``dim``: int32, that axis :func:`words` long.
 
     What is left of the last word is zero. Higher bits of a value are ignored.
@@ -36,8 +36,8 @@ def pack(values: Tensor, bits: int, dim: int) -> Tensor:
     return torch.where(low >= 2**31, low - 2**32, low).to(torch.int32).movedim(-1, dim).contiguous()
 
 
-def unpack(packed: Tensor, bits: int, dim: int, count: int) -> Tensor:
-    """The inverse of :func:`pack`: uint8, axis ``dim`` of ``packed`` (int32) becoming ``count`` values long."""
+def unpack_words(packed: Tensor, bits: int, dim: int, count: int) -> Tensor:
+    """The inverse of :func:`pack_words`: uint8, axis ``dim`` of ``packed`` (int32) becoming ``count`` values long."""
     moved = packed.movedim(dim, -1)
     if 32 % bits == 0:  # no value crosses a word
         shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=packed.device)

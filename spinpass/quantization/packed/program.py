@@ -30,8 +30,7 @@ from spinpass.graph import (
     value,
     without_constants,
 )
-from spinpass.operators import dequantized
-from spinpass.operators import pack as packed_words
+from spinpass.operators import dequantized, pack_words
 
 from ..layers.products import operands, replace_product, sites_by_name, why_kept
 from ..report import Quantized
@@ -147,9 +146,9 @@ def evaluated(editor: ProgramEditor, program: ExportedProgram, node: Node) -> Te
 def _add_integers(editor: ProgramEditor, module: str, codes: Codes) -> tuple[Node | None, ...]:
     """(qweight, scales, qzeros, g_idx) as constants."""
     tensors = {
-        "qweight": packed_words(codes.q.T, codes.bits, 0),
+        "qweight": pack_words(codes.q.T, codes.bits, 0),
         "scales": codes.scales.T.contiguous(),
-        "qzeros": packed_words(codes.zeros.T, codes.bits, 1),
+        "qzeros": pack_words(codes.zeros.T, codes.bits, 1),
         "g_idx": None if codes.index is None else codes.index.to(torch.int32),
     }
     return tuple(None if t is None else editor.add_constant(f"{module}.{part}", t) for part, t in tensors.items())

@@ -23,8 +23,7 @@ from torch.fx import Node
 from spinpass import operators
 from spinpass.errors import ConfigError
 from spinpass.graph import ProgramEditor, arguments, integers_as_buffers, shape, value, with_constants
-from spinpass.operators import nearest
-from spinpass.operators import pack as packed_words
+from spinpass.operators import nearest, pack_words
 
 from .program import packed_layers, rewritten, weight_name, weight_of
 
@@ -86,7 +85,7 @@ class Trainable(nn.Module):
             if not self.frozen:
                 g_idx = None if layer.g_idx is None else trained[layer.g_idx]
                 q = nearest(trained[name], scales, trained[layer.qzeros], g_idx, layer.bits)
-                state[layer.qweight] = nn.Parameter(packed_words(q.T, layer.bits, 0), requires_grad=False)
+                state[layer.qweight] = nn.Parameter(pack_words(q.T, layer.bits, 0), requires_grad=False)
         return with_constants(self.source, state)
 
 

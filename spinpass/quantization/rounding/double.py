@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from spinpass.errors import ConfigError
-from spinpass.operators import pack, unpack
+from spinpass.operators import pack_words, unpack_words
 
 from .grid import Codes, group_of
 
@@ -105,13 +105,13 @@ class DoubleQuantized:
         """What is stored, by the names of the layout: ``qweight`` and ``qzeros`` packed as in a GPTQ checkpoint of the
         format ``gptq`` (z − 1 modulo 2^bits, with its ambiguous z = 0), ``g_idx`` int32 (in,).
         """
-        found = {"qweight": pack(self.q.T, self.bits, 0), "g_idx": self.group_of.to(torch.int32)}
+        found = {"qweight": pack_words(self.q.T, self.bits, 0), "g_idx": self.group_of.to(torch.int32)}
         found |= {"qscales_scales": self.scales.scales, "qscales_zeros": self.scales.zeros}
         if self.offsets is not None:
             found["qstatistic"] = self.scales.q << 4 | self.offsets.q
             return found | {"qzeros_scales": self.offsets.scales, "qzeros_zeros": self.offsets.zeros}
         assert self.zeros is not None
-        return found | {"qscales": self.scales.q, "qzeros": pack((self.zeros.int() - 1).T, self.bits, 1)}
+        return found | {"qscales": self.scales.q, "qzeros": pack_words((self.zeros.int() - 1).T, self.bits, 1)}
 
     @property
     def nbytes(self) -> int:
@@ -175,7 +175,7 @@ def from_tensors(tensors: Mapping[str, Tensor], bits: int) -> DoubleQuantized:
     index = tensors["g_idx"].long()
     columns, out = len(index), tensors["qweight"].shape[1]
     stored = tensors["qstatistic" if form == "statistic" else "qscales"]
-    q = unpack(tensors["qweight"], bits, 0, columns).T.contiguous()
+    q = unpack_words(tensors["qweight"], bits, 0, columns).T.contiguous()
     of_scales = (tensors["qscales_scales"], tensors["qscales_zeros"])
     groups = len(stored)
     side_by_side = torch.equal(index, torch.arange(columns) // -(-columns // groups))
@@ -183,7 +183,7 @@ def from_tensors(tensors: Mapping[str, Tensor], bits: int) -> DoubleQuantized:
     if form == "statistic":
         offsets = Statistics(stored & 15, tensors["qzeros_scales"], tensors["qzeros_zeros"])
         return DoubleQuantized(q, bits, Statistics(stored >> 4, *of_scales), offsets, None, kept)
-    zeros = (unpack(tensors["qzeros"], bits, 1, out).T.contiguous() + 1) & (2**bits - 1)
+    zeros = (unpack_words(tensors["qzeros"], bits, 1, out).T.contiguous() + 1) & (2**bits - 1)
     return DoubleQuantized(q, bits, Statistics(stored, *of_scales), None, zeros, kept)
 
 
