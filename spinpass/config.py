@@ -15,7 +15,7 @@ Role = Literal["R1", "R2", "R3", "R4", "latent", "heads"]
 Kind = Literal["hadamard", "random-hadamard", "random-matrix"]
 Tied = Literal["keep", "untie", "auto"]
 Form = Literal["auto", "offline", "online"]
-Cache = Literal["rotated", "plain"]
+CacheBasis = Literal["rotated", "plain"]
 ROLES: tuple[Role, ...] = get_args(Role)
 DEFAULT_ROLES: tuple[Role, ...] = ("R1", "R2", "R3", "R4", "latent")
 
@@ -78,7 +78,7 @@ class RotationConfig:
     seed: int = 0
     tied: Tied = "auto"
     form: Form = "auto"
-    cache: Cache = "rotated"
+    cache: CacheBasis = "rotated"
     overrides: Mapping[str, Override] = field(default_factory=dict)
     matrices: Mapping[str, Tensor] = field(default_factory=dict)
     exclude: tuple[str, ...] = ()
@@ -102,7 +102,7 @@ class RotationConfig:
         for name, value, allowed in (
             ("tied", self.tied, get_args(Tied)),
             ("form", self.form, get_args(Form)),
-            ("cache", self.cache, get_args(Cache)),
+            ("cache", self.cache, get_args(CacheBasis)),
         ):
             if value not in allowed:
                 raise ConfigError(f"{name}={value!r} is not one of {', '.join(allowed)}")
