@@ -32,12 +32,12 @@ from spinpass.operators import pack_words, unpack_words
 
 from .grid import Codes, group_of
 
-Form = Literal["statistic", "scales"]
+DoubleForm = Literal["statistic", "scales"]
 _BITS = {"statistic": 4, "scales": 8}
 
 
 @dataclass(frozen=True)
-class Statistics:
+class ScaleStatistics:
     """Values rounded to ``q`` (uint8), v = (q − zeros)·scales, the shapes as in the module's table."""
 
     q: Tensor
@@ -58,8 +58,8 @@ class DoubleQuantized:
 
     q: Tensor
     bits: int
-    scales: Statistics
-    offsets: Statistics | None = None
+    scales: ScaleStatistics
+    offsets: ScaleStatistics | None = None
     zeros: Tensor | None = None
     index: Tensor | None = None
 
@@ -130,7 +130,7 @@ def double_quantize(
     *,
     mode: int = 2,
     size: int | None = None,
-    form: Form | None = None,
+    form: DoubleForm | None = None,
     matrix: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> DoubleQuantized:
@@ -149,12 +149,12 @@ def double_quantize(
     Raises ConfigError: a mode or form that is none of these, a size that does not divide the outputs.
     """
     chosen = form or ("statistic" if codes.symmetric else "scales")
-    if chosen not in get_args(Form):
+    if chosen not in get_args(DoubleForm):
         raise ConfigError(f"form {chosen!r} is not 'statistic' or 'scales'")
     scales = round_statistics(codes.scales.T, mode, size, _BITS[chosen], dtype)
     offsets, zeros = None, codes.zeros
     if chosen == "statistic" and codes.symmetric:
-        offsets = Statistics(scales.q, scales.scales * 2 ** (codes.bits - 1), scales.zeros)
+        offsets = ScaleStatistics(scales.q, scales.scales * 2 ** (codes.bits - 1), scales.zeros)
     elif chosen == "statistic":
         products = codes.zeros.to(codes.scales.dtype) * codes.scales
         offsets = round_statistics(products.T, mode, size, _BITS[chosen], dtype)
@@ -168,7 +168,7 @@ def from_tensors(tensors: Mapping[str, Tensor], bits: int) -> DoubleQuantized:
     Raises ConfigError: a tensor is missing.
     """
     needed = {"qweight", "g_idx", "qscales_scales", "qscales_zeros"}
-    form: Form = "statistic" if "qstatistic" in tensors else "scales"
+    form: DoubleForm = "statistic" if "qstatistic" in tensors else "scales"
     needed |= {"qstatistic", "qzeros_scales", "qzeros_zeros"} if form == "statistic" else {"qscales", "qzeros"}
     if missing := sorted(needed - set(tensors)):
         raise ConfigError(f"a double-quantized weight of the form {form!r} needs {', '.join(missing)} as well")
@@ -181,13 +181,13 @@ def from_tensors(tensors: Mapping[str, Tensor], bits: int) -> DoubleQuantized:
     side_by_side = torch.equal(index, torch.arange(columns) // -(-columns // groups))
     kept = None if side_by_side else index
     if form == "statistic":
-        offsets = Statistics(stored & 15, tensors["qzeros_scales"], tensors["qzeros_zeros"])
-        return DoubleQuantized(q, bits, Statistics(stored >> 4, *of_scales), offsets, None, kept)
+        offsets = ScaleStatistics(stored & 15, tensors["qzeros_scales"], tensors["qzeros_zeros"])
+        return DoubleQuantized(q, bits, ScaleStatistics(stored >> 4, *of_scales), offsets, None, kept)
     zeros = (unpack_words(tensors["qzeros"], bits, 1, out).T.contiguous() + 1) & (2**bits - 1)
-    return DoubleQuantized(q, bits, Statistics(stored, *of_scales), None, zeros, kept)
+    return DoubleQuantized(q, bits, ScaleStatistics(stored, *of_scales), None, zeros, kept)
 
 
-def round_statistics(values: Tensor, mode: int, size: int | None, bits: int, dtype: torch.dtype) -> Statistics:
+def round_statistics(values: Tensor, mode: int, size: int | None, bits: int, dtype: torch.dtype) -> ScaleStatistics:
     """Of values (groups, out): on a grid from the smallest to the largest that share statistics. Arguments and errors
     as of :func:`double_quantize`.
     """
@@ -206,7 +206,7 @@ def round_statistics(values: Tensor, mode: int, size: int | None, bits: int, dty
     step = torch.where(step > 0, step, torch.where(high != 0, high, 1).abs())  # all equal: one step above zero
     zeros = -low / step
     q = (shaped / step + zeros).round().clamp(0, 2**bits - 1).to(torch.uint8)
-    return Statistics(q, step, zeros)
+    return ScaleStatistics(q, step, zeros)
 
 
 def _nearest(weight: DoubleQuantized, matrix: Tensor) -> DoubleQuantized:
