@@ -25,7 +25,7 @@ from spinpass.passes import open_program
 from spinpass.progress import Progress
 
 from .calibration.allocate import allocated
-from .calibration.lockstep import Watch, run_in_lockstep
+from .calibration.lockstep import OperandWatch, run_in_lockstep
 from .layers.sites import WeightSite, cache_sites, table_sites, weight_sites
 from .packed.distill import distilled
 from .packed.mixed_rows import split_rows
@@ -176,9 +176,9 @@ class _Calibrator:
         self._constants = constants(self.program)
         self._nodes = {n.name: n for n in self.program.graph.nodes}
 
-    def watches(self) -> dict[str, tuple[str, Watch]]:
+    def watches(self) -> dict[str, tuple[str, OperandWatch]]:
         """What to do at which node, see :func:`run_in_lockstep`."""
-        found: dict[str, tuple[str, Watch]] = {}
+        found: dict[str, tuple[str, OperandWatch]] = {}
         for name, operand in self.work.static.items():
             found[name] = (operand, lambda values, _, node=name: self._static(values, node))  # type: ignore[misc]
         for name, operand in self.work.clipped.items():

@@ -21,13 +21,13 @@ from spinpass.execution import Runner, constants, flat_inputs
 from ..layers.sites import leading_to
 
 # values of one operand, and those of the program as it was, -> constants by placeholder name
-Watch = Callable[[list[Tensor], list[Tensor]], Mapping[str, Tensor]]
+OperandWatch = Callable[[list[Tensor], list[Tensor]], Mapping[str, Tensor]]
 
 
 def run_in_lockstep(
     program: ExportedProgram,
     inputs: Sequence[object],
-    watched: Mapping[str, tuple[str, Watch]],
+    watched: Mapping[str, tuple[str, OperandWatch]],
     reference: Collection[str] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:

@@ -26,7 +26,7 @@ from ..rounding.gptq import gptq
 from ..rounding.grid import rounded
 from ..rounding.moments import Moments
 from ..scheme import WEIGHT_BITS, Weights
-from .lockstep import Watch, run_in_lockstep
+from .lockstep import OperandWatch, run_in_lockstep
 
 _SEED = 0
 _TINY = 1e-30
@@ -76,7 +76,7 @@ def sensitivities(
     stored = constants(prepared)
     found: dict[str, list[Layer]] = {}
 
-    def watch(site: WeightSite, fqn: str) -> Watch:
+    def watch(site: WeightSite, fqn: str) -> OperandWatch:
         def measure(values: list[Tensor], _: list[Tensor]) -> Mapping[str, Tensor]:
             if fqn not in found:  # a weight that is used twice is judged by both uses
                 matrix = stored[site.weight.name].detach().movedim(site.dim, -1).float()

@@ -20,7 +20,7 @@ from ..layers.sites import WeightSite, weight_sites
 from ..rounding.grid import rounded
 from ..rounding.ranges import static_range, token_clip
 from ..scheme import Activations, QuantizationConfig, Weights
-from .lockstep import Watch, run_in_lockstep
+from .lockstep import OperandWatch, run_in_lockstep
 
 _TINY = 1e-30
 _Asked = tuple[Weights | None, Activations | None]
@@ -47,7 +47,7 @@ def site_errors(
     stored = constants(prepared)
     found: dict[str, float] = {}
 
-    def watch(site: WeightSite, fqn: str, asked: _Asked) -> Watch:
+    def watch(site: WeightSite, fqn: str, asked: _Asked) -> OperandWatch:
         def measure(values: list[Tensor], _: list[Tensor]) -> Mapping[str, Tensor]:
             matrix = stored[site.weight.name].detach().movedim(site.dim, -1).float()
             found[fqn] = max(found.get(fqn, 0.0), _error(values, matrix, *asked))
