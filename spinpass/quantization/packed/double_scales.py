@@ -19,7 +19,7 @@ from spinpass.graph import ProgramEditor, arguments, value
 from ..rounding.double import round_statistics
 from .program import evaluated, is_packed, rewritten
 
-aten = torch.ops.aten
+_aten = torch.ops.aten
 _BITS = 8
 
 
@@ -78,11 +78,11 @@ def _decoded(
             ("qscales_zeros", rounded.zeros),
         )
     )
-    made = editor.call(aten.to.dtype, q, value(args["scales"]).dtype, after=at.prev, origin="quantization")
+    made = editor.call(_aten.to.dtype, q, value(args["scales"]).dtype, after=at.prev, origin="quantization")
     for target, operand in (
-        (aten.sub.Tensor, zeros),
-        (aten.mul.Tensor, steps),
-        (aten.view.default, list(scales.shape)),
+        (_aten.sub.Tensor, zeros),
+        (_aten.mul.Tensor, steps),
+        (_aten.view.default, list(scales.shape)),
     ):
         made = editor.call(target, made, operand, after=at.prev, origin="quantization")
     return made

@@ -25,7 +25,7 @@ from ..layers.products import operands, replace_product, sites_by_name, why_kept
 from ..layers.sites import WeightSite
 from ..report import Quantized, QuantizedWeight
 
-aten = torch.ops.aten
+_aten = torch.ops.aten
 _ORIGIN = "quantization"
 
 
@@ -81,13 +81,13 @@ def _replace(
         columns.append(editor.add_constant(f"{name.removesuffix('.weight')}.inputs", at))
     for site in sites:
         x, bias = operands(site)
-        picked = [_call(editor, site, aten.index_select.default, x, -1, at) for at in columns]
+        picked = [_call(editor, site, _aten.index_select.default, x, -1, at) for at in columns]
         biases = (bias, *(None for _ in weights[1:]))
-        *terms, last = (_call(editor, site, aten.linear.default, *each) for each in zip(picked, weights, biases))
+        *terms, last = (_call(editor, site, _aten.linear.default, *each) for each in zip(picked, weights, biases))
         total = terms[0]
         for term in terms[1:]:
-            total = _call(editor, site, aten.add.Tensor, total, term)
-        replace_product(editor, site.linear, aten.add.Tensor, total, last)
+            total = _call(editor, site, _aten.add.Tensor, total, term)
+        replace_product(editor, site.linear, _aten.add.Tensor, total, last)
 
 
 def _call(editor: ProgramEditor, site: WeightSite, target: Callable[..., Any], *args: Any) -> Node:

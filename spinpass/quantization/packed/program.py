@@ -36,7 +36,7 @@ from ..layers.products import operands, replace_product, sites_by_name, why_kept
 from ..report import Quantized
 from ..rounding.grid import Codes
 
-aten = torch.ops.aten
+_aten = torch.ops.aten
 _OPERATOR = "spinpass::packed_linear"
 
 
@@ -88,7 +88,7 @@ def unpack(program: ExportedProgram) -> ExportedProgram:
         args = arguments(node)
         weight = made.get(args["qweight"]) or _add_weight(editor, program, args)
         made[args["qweight"]] = weight
-        return aten.linear.default, args["x"], weight, args["bias"]
+        return _aten.linear.default, args["x"], weight, args["bias"]
 
     made: dict[Node, Node] = {}
     return rewritten(program, product)

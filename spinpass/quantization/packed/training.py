@@ -27,7 +27,7 @@ from spinpass.operators import nearest, pack_words
 
 from .program import packed_layers, rewritten, weight_name, weight_of
 
-aten = torch.ops.aten
+_aten = torch.ops.aten
 
 
 class Trainable(nn.Module):
@@ -166,8 +166,8 @@ def _latent_products(
             made[key] = editor.call(target, *constants, after=node.prev, origin="quantization")
         weight = made[key]
         if value(weight).dtype != dtype:
-            weight = editor.call(aten.to.dtype, weight, dtype, after=node.prev, origin="quantization")
-        return aten.linear.default, args["x"], weight, args["bias"]
+            weight = editor.call(_aten.to.dtype, weight, dtype, after=node.prev, origin="quantization")
+        return _aten.linear.default, args["x"], weight, args["bias"]
 
     return product
 
