@@ -19,8 +19,8 @@ HADAMARD = "spinpass::hadamard"
 
 @torch.library.custom_op(HADAMARD, mutates_args=(), schema="(Tensor x, int order, bool transpose=False) -> Tensor")
 def hadamard_op(x: Tensor, order: int, transpose: bool = False) -> Tensor:
-    """``x · (I ⊗ H) / √order`` along the last axis, see :func:`spinpass.rotations.hadamard.transform`."""
-    result = hadamard.transform(x, order, transpose=transpose)
+    """``x · (I ⊗ H) / √order`` along the last axis, see :func:`spinpass.rotations.hadamard.hadamard_transform`."""
+    result = hadamard.hadamard_transform(x, order, transpose=transpose)
     kept = torch.empty_like(x)  # the strides of x: a view that could be taken of x can be taken of the result
     return result if result.stride() == kept.stride() else kept.copy_(result)
 

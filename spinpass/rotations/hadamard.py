@@ -73,11 +73,11 @@ def factor_matrices(order: int, dtype: torch.dtype = torch.float64) -> tuple[Ten
 
 
 def flops(order: int) -> int:
-    """Multiplications and additions of ``transform`` for one vector of length ``order``."""
+    """Multiplications and additions of :func:`hadamard_transform` for one vector of length ``order``."""
     return 2 * order * sum(kronecker_factors(order))
 
 
-def transform(
+def hadamard_transform(
     x: Tensor,
     order: int,
     *,
@@ -123,7 +123,7 @@ def multiply(
 
     ``left`` are F1ᵀ, F2ᵀ, ... in the precision of the arithmetic (:func:`precision_of`); the product of their sizes
     divides the size of ``dim``. ``before`` and ``after`` have one element for each of ``dim``; None stands for ones.
-    Result and temporaries as for :func:`transform`.
+    Result and temporaries as for :func:`hadamard_transform`.
     """
     dim %= x.dim()
     precision, device = precision_of(x, compute), x.device
@@ -146,7 +146,7 @@ def precision_of(x: Tensor, compute: torch.dtype | None = None) -> torch.dtype:
 
 
 def check(x: Tensor, order: int, dim: int = -1) -> None:
-    """Raise ConfigError unless ``transform`` accepts these arguments; reads nothing but shape and dtype."""
+    """Raise ConfigError unless :func:`hadamard_transform` accepts these arguments. Only shape and dtype are read."""
     _check_order(order)
     if not x.dtype.is_floating_point or x.dtype.itemsize < 2:
         raise ConfigError(f"a Hadamard transform takes float16, bfloat16, float32 or float64, got {x.dtype}")

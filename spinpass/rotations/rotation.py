@@ -149,7 +149,7 @@ class Rotation:
         if self.is_structured:
             signs = self.signs()
             signs = None if signs is None else signs.repeat(x.shape[dim] // self.size)
-            return hadamard.transform(x, self.order, transpose=inverse, dim=dim, signs=signs, compute=compute)
+            return hadamard.hadamard_transform(x, self.order, transpose=inverse, dim=dim, signs=signs, compute=compute)
         block = self.matrix_ if self.matrix_ is not None else _haar(self.order, self.seed, self.identity)
         block = block.to(x.device, hadamard.precision_of(x, compute))
         return hadamard.multiply(x, [block if inverse else block.t()], dim=dim, compute=compute)
