@@ -11,6 +11,9 @@ from spinpass.graph import ProgramEditor, arguments, op_name, shape
 
 from .sites import WeightSite, weight_sites
 
+ORIGIN = "quantization"
+"""What the nodes that quantization adds are said to come from."""
+
 _PRODUCTS = {"aten::linear": ("input", "weight"), "aten::matmul": ("self", "other"), "aten::mm": ("self", "mat2")}
 _TRANSPOSES = {"aten::t", "aten::transpose", "aten::permute", "aten::numpy_T"}
 
@@ -63,6 +66,6 @@ def operands(site: WeightSite) -> Any:
 
 def replace_product(editor: ProgramEditor, node: Node, target: Callable[..., Any], *args: Any) -> None:
     """``target(*args)`` instead of a layer, with the record that the layer may carry."""
-    made = editor.call(target, *args, after=node, origin="quantization")
+    made = editor.call(target, *args, after=node, origin=ORIGIN)
     made.meta["custom"] = {**node.meta.get("custom", {}), **made.meta["custom"]}
     editor.replace(node, made)

@@ -16,6 +16,7 @@ from torch.fx import Node
 
 from spinpass.graph import ProgramEditor, arguments, value
 
+from ..layers.products import ORIGIN
 from ..rounding.double import round_statistics
 from .program import evaluated, is_packed, rewritten
 
@@ -78,11 +79,11 @@ def _decoded(
             ("qscales_zeros", rounded.zeros),
         )
     )
-    made = editor.call(_aten.to.dtype, q, value(args["scales"]).dtype, after=at.prev, origin="quantization")
+    made = editor.call(_aten.to.dtype, q, value(args["scales"]).dtype, after=at.prev, origin=ORIGIN)
     for target, operand in (
         (_aten.sub.Tensor, zeros),
         (_aten.mul.Tensor, steps),
         (_aten.view.default, list(scales.shape)),
     ):
-        made = editor.call(target, made, operand, after=at.prev, origin="quantization")
+        made = editor.call(target, made, operand, after=at.prev, origin=ORIGIN)
     return made

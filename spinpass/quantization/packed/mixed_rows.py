@@ -21,12 +21,11 @@ from spinpass.errors import ConfigError
 from spinpass.graph import ProgramEditor, integers_as_buffers, value, without_constants
 from spinpass.passes import open_program
 
-from ..layers.products import operands, replace_product, sites_by_name, why_kept
+from ..layers.products import ORIGIN, operands, replace_product, sites_by_name, why_kept
 from ..layers.sites import WeightSite
 from ..report import Quantized, QuantizedWeight
 
 _aten = torch.ops.aten
-_ORIGIN = "quantization"
 
 
 def splittable(program: ExportedProgram) -> set[str]:
@@ -91,4 +90,4 @@ def _replace(
 
 
 def _call(editor: ProgramEditor, site: WeightSite, target: Callable[..., Any], *args: Any) -> Node:
-    return editor.call(target, *args, after=site.linear.prev, origin=_ORIGIN)
+    return editor.call(target, *args, after=site.linear.prev, origin=ORIGIN)

@@ -25,6 +25,7 @@ from spinpass.errors import ConfigError
 from spinpass.graph import ProgramEditor, arguments, integers_as_buffers, shape, value, with_constants
 from spinpass.operators import nearest, pack_words
 
+from ..layers.products import ORIGIN
 from .program import packed_layers, rewritten, weight_name, weight_of
 
 _aten = torch.ops.aten
@@ -163,10 +164,10 @@ def _latent_products(
             weight = editor.add_constant(name, start.to(value(scales).dtype, copy=True))
             constants = (weight, scales, args["qzeros"], args["g_idx"], args["bits"])
             target = torch.ops.spinpass.round_weight.default
-            made[key] = editor.call(target, *constants, after=node.prev, origin="quantization")
+            made[key] = editor.call(target, *constants, after=node.prev, origin=ORIGIN)
         weight = made[key]
         if value(weight).dtype != dtype:
-            weight = editor.call(_aten.to.dtype, weight, dtype, after=node.prev, origin="quantization")
+            weight = editor.call(_aten.to.dtype, weight, dtype, after=node.prev, origin=ORIGIN)
         return _aten.linear.default, args["x"], weight, args["bias"]
 
     return product
