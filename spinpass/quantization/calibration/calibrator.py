@@ -15,7 +15,7 @@ from spinpass.progress import Progress
 from ..layers.chosen import ChosenSites
 from ..layers.sites import WeightSite
 from ..report import QuantizationReport, QuantizedWeight
-from ..rounding.gptq import gptq
+from ..rounding.gptq import rounded_by_gptq
 from ..rounding.grid import rounded
 from ..rounding.moments import Moments
 from ..rounding.ranges import static_range, token_clip
@@ -96,7 +96,7 @@ class Calibrator:
         matrix = moved.reshape(-1, moved.shape[-1]).float()
         if scheme.method == "gptq" and moments is not None:
             target = moments.target(matrix, scheme.damping) if scheme.follow else matrix
-            codes = gptq(target, moments.own, scheme)
+            codes = rounded_by_gptq(target, moments.own, scheme)
         else:
             codes = rounded(matrix, scheme)
         result = codes.dequantized()

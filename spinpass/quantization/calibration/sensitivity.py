@@ -22,7 +22,7 @@ from spinpass.graph import value
 from spinpass.passes import open_program
 
 from ..layers.sites import WeightSite, weight_sites
-from ..rounding.gptq import gptq
+from ..rounding.gptq import rounded_by_gptq
 from ..rounding.grid import rounded
 from ..rounding.moments import Moments
 from ..scheme import WEIGHT_BITS, Weights
@@ -109,7 +109,7 @@ def _layers(matrix: Tensor, hessian: Tensor, weighted: Tensor, how: Weights, siz
             shares = [_cost(off[:, part], weighted[part, part]) for part in parts]
         whole = sum(shares)
         if by_descent:
-            whole = _cost(gptq(matrix, hessian, scheme).dequantized() - matrix, weighted)
+            whole = _cost(rounded_by_gptq(matrix, hessian, scheme).dequantized() - matrix, weighted)
         for cost, share in zip(costs, shares):
             cost[bits] = whole * share / max(sum(shares), _TINY)
     return [Layer(rows * (part.stop - part.start), cost) for part, cost in zip(parts, costs)]

@@ -23,7 +23,7 @@ from .grid import Codes, chosen_range, to_codes, uneven_index
 _BLOCK = 128
 
 
-def gptq(matrix: Tensor, hessian: Tensor, scheme: Weights) -> Codes:
+def rounded_by_gptq(matrix: Tensor, hessian: Tensor, scheme: Weights) -> Codes:
     """Quantize a float32 matrix (out, in) against XᵀX, float32 or float64 (in, in), of its inputs.
 
     Inputs that are always zero get a unit diagonal: their weights are rounded to nearest. With ``act_order`` columns

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from spinpass.errors import ConfigError
 from spinpass.quantization import Activations, Cache, QuantizationConfig, Weights
-from spinpass.quantization.rounding.gptq import gptq, refined
+from spinpass.quantization.rounding.gptq import refined, rounded_by_gptq
 from spinpass.quantization.rounding.grid import Codes, rounded
 from spinpass.quantization.rounding.moments import Moments
 
@@ -89,7 +89,7 @@ def test_gptq_beats_rounding_to_nearest(group_size: int | None, act_order: bool)
     scheme = Weights(3, group_size, act_order=act_order)
     hessian = (x.T @ x).double()
     kept = hessian.clone()
-    codes = gptq(matrix, hessian, scheme)
+    codes = rounded_by_gptq(matrix, hessian, scheme)
     assert torch.equal(hessian, kept) and codes.q.shape == matrix.shape
     assert off(x, matrix, codes) < 0.6 * off(x, matrix, rounded(matrix, scheme))
 
@@ -97,7 +97,7 @@ def test_gptq_beats_rounding_to_nearest(group_size: int | None, act_order: bool)
 def test_gptq_with_independent_inputs_is_rounding_to_nearest() -> None:
     matrix = normal(6, 64)
     scheme = Weights(4)
-    made = gptq(matrix, 7 * torch.eye(64, dtype=torch.float64), scheme)
+    made = rounded_by_gptq(matrix, 7 * torch.eye(64, dtype=torch.float64), scheme)
     assert torch.equal(made.q, rounded(matrix, scheme).q)
 
 
@@ -106,13 +106,13 @@ def test_gptq_corrects_across_blocks() -> None:
     x = torch.cat([normal(400, 128), normal(400, 128)], 1)
     x[:, 128:] = x[:, :128] + 0.05 * normal(400, 128, seed=5)  # every column has a twin a block later
     matrix, scheme = normal(8, 256), Weights(3)
-    assert off(x, matrix, gptq(matrix, (x.T @ x).double(), scheme)) < 0.65 * off(x, matrix, rounded(matrix, scheme))
+    assert off(x, matrix, rounded_by_gptq(matrix, (x.T @ x).double(), scheme)) < 0.65 * off(x, matrix, rounded(matrix, scheme))
 
 
 def test_gptq_survives_inputs_that_are_never_used_and_a_singular_hessian() -> None:
     x = correlated(8, 32)
     x[:, 5] = 0
-    codes = gptq(normal(4, 32), (x.T @ x).double(), Weights(4))
+    codes = rounded_by_gptq(normal(4, 32), (x.T @ x).double(), Weights(4))
     assert codes.dequantized().isfinite().all()
 
 
@@ -121,7 +121,7 @@ def test_gptq_survives_inputs_that_are_never_used_and_a_singular_hessian() -> No
 def test_every_sweep_lowers_the_error(group_size: int | None, symmetric: bool) -> None:
     x, matrix = correlated(512, 160), normal(24, 160)
     errors = [
-        off(x, matrix, gptq(matrix, (x.T @ x).double(), Weights(3, group_size, symmetric, sweeps=sweeps)))
+        off(x, matrix, rounded_by_gptq(matrix, (x.T @ x).double(), Weights(3, group_size, symmetric, sweeps=sweeps)))
         for sweeps in (0, 1, 3)
     ]
     assert errors[0] > errors[1] >= errors[2] * (1 - 1e-6)
