@@ -20,13 +20,9 @@ from spinpass.graph import ProgramEditor, arguments
 from spinpass.passes import open_program
 from spinpass.progress import Progress
 
-from .calibration.allocate import allocated
-from .calibration.calibrator import Calibrator
-from .calibration.lockstep import run_in_lockstep
-from .layers.chosen import ChosenSites
-from .layers.products import ORIGIN
-from .packed.distill import distilled
-from .packed.mixed_rows import split_rows
+from .calibration import Calibrator, allocated, run_in_lockstep
+from .layers import ORIGIN, ChosenSites
+from .packed import distilled, split_rows
 from .report import Quantized
 from .scheme import QuantizationConfig
 

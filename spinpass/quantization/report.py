@@ -8,7 +8,7 @@ from typing import Any
 
 from torch.export import ExportedProgram
 
-from .rounding.grid import Codes
+from .rounding import Codes
 from .scheme import Weights
 
 

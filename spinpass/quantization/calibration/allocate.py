@@ -20,8 +20,8 @@ from spinpass.graph import shape
 from spinpass.passes import open_program
 from spinpass.progress import Progress
 
-from ..layers.sites import weight_sites
-from ..packed.mixed_rows import splittable
+from ..layers import weight_sites
+from ..packed import splittable
 from ..scheme import WEIGHT_BITS, QuantizationConfig
 from .sensitivity import Layer, sensitivities
 

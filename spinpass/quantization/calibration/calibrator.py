@@ -12,13 +12,9 @@ from spinpass.execution import constants
 from spinpass.graph import arguments, shape
 from spinpass.progress import Progress
 
-from ..layers.chosen import ChosenSites
-from ..layers.sites import WeightSite
+from ..layers import ChosenSites, WeightSite
 from ..report import QuantizationReport, QuantizedWeight
-from ..rounding.gptq import rounded_by_gptq
-from ..rounding.grid import rounded
-from ..rounding.moments import Moments
-from ..rounding.ranges import static_range, token_clip
+from ..rounding import Moments, rounded, rounded_by_gptq, static_range, token_clip
 from ..scheme import Weights
 from .lockstep import OperandWatch
 

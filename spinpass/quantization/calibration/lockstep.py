@@ -18,7 +18,7 @@ from torch.fx import Node
 
 from spinpass.execution import Runner, constants, flat_inputs
 
-from ..layers.sites import leading_to
+from ..layers import leading_to
 
 # values of one operand, and those of the program as it was, -> constants by placeholder name
 OperandWatch = Callable[[list[Tensor], list[Tensor]], Mapping[str, Tensor]]

@@ -21,10 +21,8 @@ from spinpass.execution import constants, log_probabilities
 from spinpass.graph import value
 from spinpass.passes import open_program
 
-from ..layers.sites import WeightSite, weight_sites
-from ..rounding.gptq import rounded_by_gptq
-from ..rounding.grid import rounded
-from ..rounding.moments import Moments
+from ..layers import WeightSite, weight_sites
+from ..rounding import Moments, rounded, rounded_by_gptq
 from ..scheme import WEIGHT_BITS, Weights
 from .lockstep import OperandWatch, run_in_lockstep
 

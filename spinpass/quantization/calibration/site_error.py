@@ -16,9 +16,8 @@ from spinpass.execution import constants
 from spinpass.graph import shape
 from spinpass.passes import open_program
 
-from ..layers.sites import WeightSite, weight_sites
-from ..rounding.grid import rounded
-from ..rounding.ranges import static_range, token_clip
+from ..layers import WeightSite, weight_sites
+from ..rounding import rounded, static_range, token_clip
 from ..scheme import Activations, QuantizationConfig, Weights
 from .lockstep import OperandWatch, run_in_lockstep
 

@@ -16,8 +16,8 @@ from torch.fx import Node
 
 from spinpass.graph import ProgramEditor, arguments, value
 
-from ..layers.products import ORIGIN
-from ..rounding.double import round_statistics
+from ..layers import ORIGIN
+from ..rounding import round_statistics
 from .program import evaluated, is_packed, rewritten
 
 _aten = torch.ops.aten

@@ -21,8 +21,7 @@ from spinpass.errors import ConfigError
 from spinpass.graph import ProgramEditor, integers_as_buffers, value, without_constants
 from spinpass.passes import open_program
 
-from ..layers.products import ORIGIN, operands, replace_product, sites_by_name, why_kept
-from ..layers.sites import WeightSite
+from ..layers import ORIGIN, WeightSite, operands, replace_product, sites_by_name, why_kept
 from ..report import Quantized, QuantizedWeight
 
 _aten = torch.ops.aten

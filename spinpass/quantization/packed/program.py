@@ -32,9 +32,9 @@ from spinpass.graph import (
 )
 from spinpass.operators import dequantized, pack_words
 
-from ..layers.products import operands, replace_product, sites_by_name, why_kept
+from ..layers import operands, replace_product, sites_by_name, why_kept
 from ..report import Quantized
-from ..rounding.grid import Codes
+from ..rounding import Codes
 
 _aten = torch.ops.aten
 _OPERATOR = "spinpass::packed_linear"

@@ -25,7 +25,7 @@ from spinpass.errors import ConfigError
 from spinpass.graph import ProgramEditor, arguments, integers_as_buffers, shape, value, with_constants
 from spinpass.operators import nearest, pack_words
 
-from ..layers.products import ORIGIN
+from ..layers import ORIGIN
 from .program import packed_layers, rewritten, weight_name, weight_of
 
 _aten = torch.ops.aten
