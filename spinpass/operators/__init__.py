@@ -1,4 +1,4 @@
-"""``torch.ops.spinpass.*``: what rotated and quantized programs call. Importing the package registers all of them."""
+"""``torch.ops.spinpass.*``: operators that rotated and quantized programs call, registered by importing the package."""
 
 from .hadamard import HADAMARD
 from .packed_linear import dequantized, nearest, packed_linear, round_weight
