@@ -1,8 +1,8 @@
 """quantize:  program, configuration, calibration inputs  ->  a program that computes as the quantized one would.
 
-Roundings of activations and caches become nodes of the graph; weights become the constants that their integers stand
-for, and the integers are returned beside the program. With calibration inputs one run through the graph does all that
-depends on them (:mod:`.calibration.lockstep`): every layer is calibrated on what the quantized layers before it return.
+Roundings of activations and caches become nodes of the graph. Weights become the constants that their codes stand for,
+and the codes are returned beside the program. With calibration inputs one run through the graph does all that depends
+on them (:mod:`.calibration.lockstep`): every layer is calibrated on what the quantized layers before it return.
 """
 
 from __future__ import annotations
@@ -38,14 +38,19 @@ def quantize(
 
     Args:
         program: of a language model, as :func:`spinpass.transform` takes and returns it.
-        config: what to quantize; a string is parsed by :meth:`QuantizationConfig.parse`.
-        calibration: inputs of the program, each as ``program.example_inputs`` has them or by name; GPTQ and static
-            ranges are made on all of them together.
+        config: what to quantize. A string is parsed by :meth:`QuantizationConfig.parse`.
+        calibration: inputs of the program, each as ``program.example_inputs`` has them or a mapping by name. GPTQ and
+            static ranges are made on all of them together.
         progress: called with (steps done, all steps) while weights are rounded.
 
+    Returns:
+        The quantized program, whose weights have the dtypes of the original ones, and the report with their codes.
+
     Raises:
-        ConfigError: calibration inputs are needed and there are none, or they do not fit the program; nothing in the
-            program to quantize.
+        ConfigError: calibration inputs are needed and there are none, or they do not fit the program, or the program
+            has nothing to quantize.
+        ProgramError: the program is not one of inference over dense tensors.
+        QuantizedWeightError: it is packed, or has other weights that are quantized already.
     """
     chosen = QuantizationConfig.parse(config) if isinstance(config, str) else config
     if chosen.needs_calibration and not calibration:

@@ -1,4 +1,4 @@
-"""Weights are rounded, and ranges chosen, while calibration inputs run through a program side by side."""
+"""Weights become codes, and ranges are chosen, while calibration inputs run through a program side by side."""
 
 from __future__ import annotations
 
@@ -24,12 +24,21 @@ _CLIP = 3  # of those of round_tokens
 
 @dataclass
 class Calibrator:
-    """Rounds the weights of a prepared program: those that inputs reach when they come by, the rest at the end."""
+    """Rounds the weights of a program: those that inputs reach when they come by, the rest at the end.
+
+    Args:
+        program: with the roundings of its ``sites`` in the graph. The arguments of these are set in place.
+        sites: what is to be rounded.
+
+    Attributes:
+        changed: by name of a placeholder, what computes the constant that it becomes.
+        done: by parameter name, the weights that have been rounded.
+    """
 
     program: ExportedProgram
     sites: ChosenSites
-    changed: dict[str, Callable[[], Tensor]] = field(default_factory=dict)  # by placeholder name, computed when asked
-    done: dict[str, QuantizedWeight] = field(default_factory=dict)  # by FQN
+    changed: dict[str, Callable[[], Tensor]] = field(default_factory=dict, init=False)
+    done: dict[str, QuantizedWeight] = field(default_factory=dict, init=False)
     _seen: dict[str, Moments] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
@@ -37,7 +46,7 @@ class Calibrator:
         self._nodes = {n.name: n for n in self.program.graph.nodes}
 
     def watches(self) -> dict[str, tuple[str, OperandWatch]]:
-        """What to do at which node, see :func:`run_in_lockstep`."""
+        """What to do at which node, as :func:`.lockstep.run_in_lockstep` takes it."""
         found: dict[str, tuple[str, OperandWatch]] = {}
         for name, operand in self.sites.static.items():
             found[name] = (operand, lambda values, _, node=name: self._static(values, node))  # type: ignore[misc]
@@ -64,7 +73,7 @@ class Calibrator:
                 progress(k + 1, len(todo))
 
     def report(self, original: ExportedProgram) -> QuantizationReport:
-        """What was done to ``original``."""
+        """What was done to the ``original`` program."""
         stored = original.state_dict
         before = sum(t.nbytes for t in stored.values())
         saved = sum(stored[name].nbytes - w.codes.nbytes for name, w in self.done.items() if name in stored)
@@ -72,7 +81,7 @@ class Calibrator:
         return QuantizationReport(self.done, activations, caches, self.sites.kept, before, before - saved)
 
     def _moments(self, operand: str, values: list[Tensor], originals: list[Tensor], site: WeightSite) -> Moments | None:
-        """Over all inputs; None for weights with more axes than two, whose tokens are dealt out."""
+        """Of all inputs at once. None for weights with more axes than two, whose tokens are dealt out."""
         if len(shape(site.weight)) != 2:
             return None
         if operand not in self._seen:

@@ -170,7 +170,7 @@ def test_a_scheme_is_spelled_in_parts() -> None:
         ("w4g48", "group_size 48"),
         ("a6", "activations of 6 bits"),
         ("kv2", "KV cache of 2 bits"),
-        ("gptq", "add w4"),
+        ("gptq", "add a width such as w4"),
         ("w4-nf4", "'nf4'"),
     ],
 )
