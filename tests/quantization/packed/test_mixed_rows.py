@@ -11,13 +11,10 @@ from spinpass.execution.interpreter import run
 from spinpass.quantization import QuantizationConfig, Weights, pack, quantize, unpack
 from spinpass.quantization.rounding.gptq import rounded_by_gptq
 from spinpass.quantization.rounding.grid import Codes, rounded
-from tests.quantization.test_quantize import error, inputs, outlying, program
+from tests.support.matrices import normal
+from tests.support.quantizable import error, inputs, outlying, program
 
 WIDTHS = (4, 2, 8, 2)
-
-
-def normal(*size: int, seed: int = 0) -> Tensor:
-    return torch.randn(*size, generator=torch.Generator().manual_seed(seed))
 
 
 def put_together(codes: Codes) -> Tensor:

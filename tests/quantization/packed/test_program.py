@@ -21,14 +21,11 @@ from spinpass.quantization.packed.program import pack, unpack
 from spinpass.quantization.report import QuantizedWeight
 from spinpass.quantization.rounding.grid import Codes, rounded
 from tests.support.decoders import SEQ, VOCAB, Decoder, exported, made
+from tests.support.matrices import normal
 from tests.support.modules import Twice
 
 IDS = torch.randint(VOCAB, (2, SEQ), generator=torch.Generator().manual_seed(3))
 SIZES = dict(layers=1, hidden=32, ffn=48, kv=4, bias=True)
-
-
-def normal(*size: int, seed: int = 0) -> Tensor:
-    return torch.randn(*size, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.export import ExportedProgram
 
 import spinpass
@@ -22,15 +22,12 @@ from spinpass.quantization.packed.program import pack
 from spinpass.quantization.packed.training import Trainable
 from spinpass.quantization.rounding.grid import rounded
 from tests.support.decoders import SEQ, VOCAB, Decoder, exported, made
+from tests.support.matrices import normal
 from tests.support.modules import Twice
 
 IDS = torch.randint(VOCAB, (2, SEQ), generator=torch.Generator().manual_seed(3))
 README = Path(__file__).parents[3] / "README.md"
 UP = "blocks.0.mlp.up"
-
-
-def normal(*size: int, seed: int = 0) -> Tensor:
-    return torch.randn(*size, generator=torch.Generator().manual_seed(seed))
 
 
 def export(dtype: torch.dtype = torch.float32, **settings: Any) -> ExportedProgram:
