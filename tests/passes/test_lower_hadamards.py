@@ -53,7 +53,7 @@ def test_values_are_those_of_the_op(order: int, size: int, transpose: bool) -> N
     x = torch.randn(3, 4, size, dtype=torch.float64)
     result = lowered.module()(x)
     torch.testing.assert_close(result, hadamard.hadamard_transform(x, order, transpose=transpose), rtol=0, atol=1e-13)
-    assert library.NAME not in names(lowered)
+    assert library.HADAMARD not in names(lowered)
     assert names(lowered).count("aten::linear") == len(hadamard.kronecker_factors(order))
 
 
@@ -69,7 +69,7 @@ def test_decoders_keep_function_signature_and_record(name: str) -> None:
     rotated = spinpass.transform(program(name, "cache"), spinpass.RotationConfig(kind="random-hadamard", verify=False))
     before = [str(node) for node in rotated.graph.nodes]
     lowered = lower_hadamards(rotated)
-    assert library.NAME in names(rotated) and library.NAME not in names(lowered)
+    assert library.HADAMARD in names(rotated) and library.HADAMARD not in names(lowered)
     assert [str(node) for node in rotated.graph.nodes] == before, "the program given was changed"
     assert lowered.graph_signature.user_inputs == rotated.graph_signature.user_inputs
     assert len(lowered.graph_signature.user_outputs) == len(rotated.graph_signature.user_outputs)
