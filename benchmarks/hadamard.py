@@ -1,4 +1,4 @@
-"""Time of ``hadamard.transform`` beside one dense product with the same matrix: ``python benchmarks/hadamard.py``.
+"""Time of ``hadamard_transform`` beside one dense product with the same matrix: ``python benchmarks/hadamard.py``.
 
 Medians of repeated calls on one thread. The ratio is dense / structured: above 1 the structure pays.
 """
@@ -52,7 +52,7 @@ def measure(size: int, tokens: int, dtype: torch.dtype, seconds: float) -> Row:
     """Both products on the same random input of shape (tokens, size)."""
     x = torch.randn(tokens, size, dtype=dtype)
     dense = hadamard.matrix(size, dtype) / size**0.5
-    structured_us = median_us(lambda: hadamard.transform(x, size), seconds)
+    structured_us = median_us(lambda: hadamard.hadamard_transform(x, size), seconds)
     dense_us = median_us(lambda: x @ dense, seconds)
     return Row(size, hadamard.kronecker_factors(size), tokens, structured_us, dense_us, dense_us / structured_us)
 

@@ -15,15 +15,19 @@ Role = Literal["R1", "R2", "R3", "R4", "latent", "heads"]
 Kind = Literal["hadamard", "random-hadamard", "random-matrix"]
 Tied = Literal["keep", "untie", "auto"]
 Form = Literal["auto", "offline", "online"]
-Cache = Literal["rotated", "plain"]
+CacheBasis = Literal["rotated", "plain"]
 ROLES: tuple[Role, ...] = get_args(Role)
 DEFAULT_ROLES: tuple[Role, ...] = ("R1", "R2", "R3", "R4", "latent")
 
 
 @dataclass(frozen=True)
 class Override:
-    """Settings of one rotation (``R2``) or one space (``R4:model.layers.3.mlp.down_proj``, patterns allowed). None:
-    as configured.
+    """Settings of one rotation (``R2``) or one space (``R4:model.layers.3.mlp.down_proj``, patterns allowed).
+
+    A field that is None is taken from the :class:`RotationConfig`, where all three fields are explained.
+
+    Raises:
+        ConfigError: an unknown kind, or a block size that is no positive integer.
     """
 
     kind: Kind | None = None
@@ -40,33 +44,40 @@ class RotationConfig:
     """Which rotations to insert, in which form.
 
     Args:
-        rotations: any subset of R1 (residual stream), R2 (value heads), R3 (query and key heads), R4 (input of the
-            down projection), latent (whatever else lies between linears and folds entirely: MLA latents, embedding
-            projections) and heads (one online Hadamard across all heads at the input of the output projection, on top
-            of R2; not by default: it pays for low-bit activations).
-        kind: ``hadamard`` (deterministic), ``random-hadamard`` (with random signs) or ``random-matrix`` (random
-            orthogonal, dense: slow where it stays online).
-        block_size: rotate in diagonal blocks of this size; it must divide the size of every space. None: whole spaces.
+        rotations: any subset of the roles, or a string of them joined by commas.
+            ``R1`` rotates the residual stream.
+            ``R2`` rotates the value heads.
+            ``R3`` rotates the query and key heads.
+            ``R4`` rotates the input of the down projection.
+            ``latent`` rotates whatever else lies between linears and folds entirely: MLA latents, embedding
+            projections.
+            ``heads`` puts one online Hadamard across all heads at the input of the output projection, on top of R2. It
+            is not among the defaults: it pays for low-bit activations.
+        kind: what matrix rotates. ``hadamard`` is deterministic, ``random-hadamard`` has random signs, and
+            ``random-matrix`` is random orthogonal and dense, hence slow where it stays online.
+        block_size: rotate in diagonal blocks of this size, which must divide the size of every space. None rotates
+            whole spaces.
         seed: of the random kinds. The rotation of a space depends on the seed and the space's name only, so that the
-        prefill and
-            decode programs of one model get the same bases.
-        tied: an embedding table shared with the head: ``keep`` leaves the table as it is and rotates online after
-        the lookup and
-            before the final norm's scale (no bytes), ``untie`` gives the head a table of its own (vocab × hidden more
-            parameters, nothing online), ``auto`` unties only where that adds less than 1% to the program's constants.
-        form: of R1. ``offline``: in the residual stream, norm scales folded into the linears. ``online``: one
-        Hadamard after each
-            norm, shared by the linears that read it, norm scales left in place. ``auto``: offline where the stream
-            needs at most half as many online parts as the online form would (those at the two ends of a tied table
-            aside), else online.
-        cache: ``rotated`` lets a KV cache enter and leave the program in the rotated basis; ``plain`` keeps it as it
-        was, and leaves
-            out the rotations that would change it.
+            prefill and decode programs of one model get the same bases.
+        tied: what to do with an embedding table that the head shares.
+            ``keep`` leaves the table alone and rotates online, after the lookup and before the final norm's scale. It
+            adds no bytes.
+            ``untie`` gives the head a table of its own. It adds vocab × hidden parameters and nothing online.
+            ``auto`` unties only where that adds less than 1% to the program's constants.
+        form: of R1.
+            ``offline`` rotates in the residual stream and folds norm scales into the linears.
+            ``online`` puts one Hadamard after each norm, which the linears that read the norm share, and leaves norm
+            scales in place.
+            ``auto`` takes offline where the stream needs at most half as many online parts as the online form would,
+            not counting those at the two ends of a tied table. Elsewhere it takes online.
+        cache: the basis of a KV cache. ``rotated`` lets it enter and leave the program in the rotated basis. ``plain``
+            keeps it in the original basis and leaves out the rotations that would change it.
         overrides: settings per rotation or per space name.
-        matrices: rotation matrices of your own, per rotation or per space name: (n, n), orthogonal, float32 or float64.
-        exclude: patterns of space names or of parameter names; a space that matches is left alone.
-        verify: certify the result. None: where the program is small (:data:`spinpass.transform.VERIFY_LIMIT`
-        parameters).
+        matrices: rotation matrices of your own, per rotation or per space name: (n, n), orthogonal, float32 or
+            float64.
+        exclude: patterns of space names or of parameter names. A space that matches is not rotated.
+        verify: whether to certify the result. None certifies where the program is small
+            (:data:`spinpass.pipeline.VERIFY_LIMIT` parameters).
 
     Raises:
         ConfigError: for a value that cannot be used.
@@ -78,7 +89,7 @@ class RotationConfig:
     seed: int = 0
     tied: Tied = "auto"
     form: Form = "auto"
-    cache: Cache = "rotated"
+    cache: CacheBasis = "rotated"
     overrides: Mapping[str, Override] = field(default_factory=dict)
     matrices: Mapping[str, Tensor] = field(default_factory=dict)
     exclude: tuple[str, ...] = ()
@@ -102,7 +113,7 @@ class RotationConfig:
         for name, value, allowed in (
             ("tied", self.tied, get_args(Tied)),
             ("form", self.form, get_args(Form)),
-            ("cache", self.cache, get_args(Cache)),
+            ("cache", self.cache, get_args(CacheBasis)),
         ):
             if value not in allowed:
                 raise ConfigError(f"{name}={value!r} is not one of {', '.join(allowed)}")
@@ -119,7 +130,7 @@ class RotationConfig:
                 raise ConfigError(f"the matrix for {key!r} is a {type(matrix).__name__}, not a torch.Tensor")
 
     def settings(self, name: str) -> Override:
-        """Kind, block size and seed for the space ``name``; the most specific override wins."""
+        """The kind, block size and seed for the space ``name``. Field by field the longest key wins."""
         chosen = Override(self.kind, self.block_size, self.seed)
         for key in sorted((k for k in self.overrides if _covers(k, name)), key=len):
             given = self.overrides[key]
@@ -129,17 +140,17 @@ class RotationConfig:
         return chosen
 
     def matrix(self, name: str) -> Tensor | None:
-        """The user's matrix for the space ``name``, if one was given."""
+        """The user's matrix for the space ``name``, or None. The longest key that matches wins."""
         keys = sorted((k for k in self.matrices if _covers(k, name)), key=len)
         return self.matrices[keys[-1]] if keys else None
 
     def excludes(self, name: str, fqns: list[str]) -> str | None:
-        """The pattern that excludes the space, or None."""
+        """The pattern that excludes the space ``name``, whose parameters are ``fqns``, or None."""
         names = [name, name.split(":", 1)[-1], *fqns]
         return next((p for p in self.exclude if any(fnmatch.fnmatchcase(n, p) for n in names)), None)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able; the user's matrices by name only."""
+        """The configuration as JSON can hold it. Of the user's matrices it has the names only."""
         plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("overrides", "matrices")}
         return {
             **plain,

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from spinpass.config import DEFAULT_ROLES, ROLES, Cache, Form, Kind, RotationConfig, Tied
+from spinpass.config import DEFAULT_ROLES, ROLES, CacheBasis, Form, Kind, RotationConfig, Tied
 from spinpass.folders import IntegerCache, Target
 
 ALL = ",".join(ROLES)
@@ -30,7 +30,9 @@ TiedOption = Annotated[
     Tied, typer.Option(help="A table shared by embedding and head: keep it, or give the head one of its own.")
 ]
 FormOption = Annotated[Form, typer.Option(help="Of R1: in the residual stream, or at the linears' inputs.")]
-CacheOption = Annotated[Cache, typer.Option(help="Let the KV cache travel rotated, or leave out what would rotate it.")]
+CacheOption = Annotated[
+    CacheBasis, typer.Option(help="Let the KV cache travel rotated, or leave out what would rotate it.")
+]
 Exclude = Annotated[
     list[str] | None,
     typer.Option(help="Pattern of spaces or parameters to leave alone; may be repeated.", metavar="PATTERN"),

@@ -31,7 +31,7 @@ from torch.fx import Node
 
 from spinpass.errors import ConfigError, ExportError
 from spinpass.graph import ProgramEditor
-from spinpass.operators import pack, unpack, words
+from spinpass.operators import pack_words, unpack_words, words
 from spinpass.passes import open_program
 from spinpass.quantization import (
     GROUP_SIZES,
@@ -150,8 +150,8 @@ def _tensors_of(
         raise ConfigError(f"{name} has scales that {scales_dtype} cannot hold; use scales_dtype=torch.float32")
     zeros = codes.zeros.to(torch.int32) - int(checkpoint_format == "gptq")
     return {
-        f"{module}.qweight": pack(codes.q.T, bits, 0),
-        f"{module}.qzeros": pack(zeros.T, bits, 1),
+        f"{module}.qweight": pack_words(codes.q.T, bits, 0),
+        f"{module}.qzeros": pack_words(zeros.T, bits, 1),
         f"{module}.scales": scales.T.contiguous(),
         f"{module}.g_idx": codes.group_of.to(torch.int32),
     }
@@ -253,8 +253,8 @@ def _codes(module: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]
         raise ExportError(f"{module}: the shapes {shapes} do not fit each other; the checkpoint is damaged")
     if g_idx is not None and not 0 <= int(g_idx.min()) <= int(g_idx.max()) < groups:
         raise ExportError(f"{module}: g_idx names group {int(g_idx.max())} of {groups}; the checkpoint is damaged")
-    q = unpack(qweight, bits, 0, columns).T.contiguous()
-    zeros = unpack(qzeros, bits, 1, out).T.contiguous()
+    q = unpack_words(qweight, bits, 0, columns).T.contiguous()
+    zeros = unpack_words(qzeros, bits, 1, out).T.contiguous()
     if config.get("checkpoint_format", "gptq") == "gptq":
         zeros = (zeros + 1) & (2**bits - 1)
     made = Codes(q, scales.T.contiguous(), zeros, bits, bool((zeros == 2 ** (bits - 1)).all()))

@@ -1,20 +1,20 @@
-"""``torch.ops.spinpass.*``: what rotated and quantized programs call. Importing the package registers all of them."""
+"""``torch.ops.spinpass.*``: operators that rotated and quantized programs call, registered by importing the package."""
 
 from .hadamard import HADAMARD
 from .packed_linear import dequantized, nearest, packed_linear, round_weight
 from .rounding import round_rows, round_tensor, round_tokens
-from .words import pack, unpack, words
+from .words import pack_words, unpack_words, words
 
 __all__ = [
     "HADAMARD",
     "dequantized",
     "nearest",
-    "pack",
+    "pack_words",
     "packed_linear",
     "round_rows",
     "round_tensor",
     "round_tokens",
     "round_weight",
-    "unpack",
+    "unpack_words",
     "words",
 ]

@@ -1,7 +1,7 @@
 """The online part of a rotation: the op ``spinpass::hadamard(Tensor x, int order, bool transpose=False) -> Tensor``.
 
 It is opaque to tracing (one node, whatever the order), differentiable, and runs on any device that has matrix products.
-Importing this module registers it.
+Importing this module registers it. The mathematics is in :mod:`spinpass.rotations.hadamard`.
 """
 
 from __future__ import annotations
@@ -19,8 +19,14 @@ HADAMARD = "spinpass::hadamard"
 
 @torch.library.custom_op(HADAMARD, mutates_args=(), schema="(Tensor x, int order, bool transpose=False) -> Tensor")
 def hadamard_op(x: Tensor, order: int, transpose: bool = False) -> Tensor:
-    """``x · (I ⊗ H) / √order`` along the last axis, see :func:`spinpass.rotations.hadamard.transform`."""
-    result = hadamard.transform(x, order, transpose=transpose)
+    """``x · (I ⊗ H) / √order`` along the last axis, or its inverse ``x · (I ⊗ Hᵀ) / √order`` with ``transpose``.
+
+    The result has the shape and dtype of ``x``. Its strides are those that ``torch.empty_like(x)`` has.
+
+    Raises:
+        ConfigError: an unknown order, a last axis it does not divide, or a dtype that is not floating point.
+    """
+    result = hadamard.hadamard_transform(x, order, transpose=transpose)
     kept = torch.empty_like(x)  # the strides of x: a view that could be taken of x can be taken of the result
     return result if result.stride() == kept.stride() else kept.copy_(result)
 
@@ -44,7 +50,10 @@ hadamard_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 def reference(x: Tensor, order: int, transpose: bool = False) -> Tensor:
-    """The op by its definition, one dense product per block in the dtype of ``x``: slow, for tests and comparisons."""
+    """What :func:`hadamard_op` returns by its definition, with one dense product per block in the dtype of ``x``.
+
+    It is slow, and made for tests and comparisons.
+    """
     dense = hadamard.matrix(order, x.dtype, x.device) / math.sqrt(order)
     blocks = x.reshape(*x.shape[:-1], x.shape[-1] // order, order)
     product = blocks @ (dense.t() if transpose else dense)

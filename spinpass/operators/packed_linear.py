@@ -1,12 +1,18 @@
-"""Linear layers on packed integers, as operators of the graph.
+"""Linear layers on packed codes, as operators of the graph.
 
 ``spinpass::packed_linear(x, qweight, scales, qzeros, g_idx, bias, bits)``:  y = x Ŵᵀ + b,  Ŵ = (q − z)·s
-``spinpass::round_weight(weight, scales, qzeros, g_idx, bits)``:  Ŵ of the integers that are nearest to a float weight
+``spinpass::round_weight(weight, scales, qzeros, g_idx, bits)``:  Ŵ of the codes that are nearest to a float weight
 
-The constants lie as in a GPTQ checkpoint: ``qweight`` int32 (in·bits/32, out), ``scales`` float (groups, out),
-``qzeros`` int32 (groups, out·bits/32), which holds z itself, and ``g_idx`` int32 (in,), or None for groups that lie
-side by side and are equally long but for the last. Words that are not filled end in zeros. Importing this module
-registers both operators. They are made of torch's own, and a weight is unpacked for as long as its product lasts.
+The constants lie as in a GPTQ checkpoint:
+
+- ``qweight``, int32 (in·bits/32, out), holds the codes q.
+- ``scales``, float (groups, out), holds s.
+- ``qzeros``, int32 (groups, out·bits/32), holds the zero points z themselves.
+- ``g_idx``, int32 (in,), has the group of every column. It is None for groups that lie side by side and are equally
+  long but for the last.
+
+Words that are not filled end in zeros. Importing this module registers both operators. They are made of torch's own,
+and a weight is unpacked for as long as its product lasts.
 """
 
 from __future__ import annotations
@@ -17,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .words import unpack
+from .words import unpack_words
 
 
 @torch.library.custom_op(
@@ -28,10 +34,11 @@ from .words import unpack
 def packed_linear(
     x: Tensor, qweight: Tensor, scales: Tensor, qzeros: Tensor, g_idx: Tensor | None, bias: Tensor | None, bits: int
 ) -> Tensor:
-    """x (…, in) -> (…, out) in its dtype. The weight is computed in the scales' dtype, cast once, and multiplied as
-    ``aten::linear`` multiplies a float weight (out, in).
+    """x (…, in) -> (…, out) in the dtype of x.
 
-    Gradients: those of the dequantized form, for x, the bias and the scales, ∂L/∂s = Σ over the group of ∂L/∂Ŵ·(q − z).
+    The weight is computed in the scales' dtype, cast once, and multiplied as ``aten::linear`` multiplies a float weight
+    (out, in). Gradients for x, the bias and the scales are those of the dequantized form, ∂L/∂s = Σ ∂L/∂Ŵ·(q − z) over
+    the group.
     """
     weight = dequantized(qweight, scales, qzeros, g_idx, bits, x.shape[-1])
     return F.linear(x, weight.to(x.dtype), bias)
@@ -43,9 +50,9 @@ def packed_linear(
     schema="(Tensor weight, Tensor scales, Tensor qzeros, Tensor? g_idx, int bits) -> Tensor",
 )
 def round_weight(weight: Tensor, scales: Tensor, qzeros: Tensor, g_idx: Tensor | None, bits: int) -> Tensor:
-    """A float weight (out, in) on the grid of its integers, in the scales' dtype.
+    """Ŵ of a float weight (out, in) that is rounded to codes, (out, in) in the scales' dtype.
 
-    Gradients are straight through the rounding: ∂L/∂w = ∂L/∂Ŵ where w lies within the grid and 0 outside;
+    Gradients pass straight through the rounding: ∂L/∂w = ∂L/∂Ŵ where w lies within the grid and 0 outside, and
     ∂L/∂s = Σ ∂L/∂Ŵ·((q − z) − w/s), without w/s outside. Source: LSQ, Esser et al., arXiv 1902.08153, equation 3.
     """
     step, zero = _spread(scales, qzeros, g_idx, bits, weight.shape[1])
@@ -67,28 +74,29 @@ def _weight_fake(weight: Tensor, scales: Tensor, qzeros: Tensor, g_idx: Tensor |
 def dequantized(
     qweight: Tensor, scales: Tensor, qzeros: Tensor, g_idx: Tensor | None, bits: int, columns: int
 ) -> Tensor:
-    """(q − z)·s, (out, in) contiguous, in the scales' dtype."""
+    """Ŵ = (q − z)·s, (out, in) contiguous in the scales' dtype, for ``in`` = ``columns``."""
     step, zero = _spread(scales, qzeros, g_idx, bits, columns)
-    return ((_integers(qweight, bits, columns).to(scales.dtype) - zero) * step).contiguous()
+    return ((_unpacked(qweight, bits, columns).to(scales.dtype) - zero) * step).contiguous()
 
 
 def codes(weight: Tensor, step: Tensor, zero: Tensor, bits: int) -> Tensor:
-    """The integers nearest to a weight, as floats; all (out, in)."""
+    """The codes nearest to a weight, as floats in the scales' dtype. All tensors are (out, in)."""
     return (weight.to(step.dtype) / step + zero).round_().clamp_(0, 2**bits - 1)
 
 
 def nearest(weight: Tensor, scales: Tensor, qzeros: Tensor, g_idx: Tensor | None, bits: int) -> Tensor:
-    """uint8 (out, in): the integers whose values :func:`round_weight` returns."""
+    """The codes, uint8 (out, in), that :func:`round_weight` rounds a float weight (out, in) to."""
     return codes(weight, *_spread(scales, qzeros, g_idx, bits, weight.shape[1]), bits).to(torch.uint8)
 
 
-def _integers(qweight: Tensor, bits: int, columns: int) -> Tensor:
-    return unpack(qweight, bits, 0, columns).T
+def _unpacked(qweight: Tensor, bits: int, columns: int) -> Tensor:
+    """The codes, uint8 (out, in)."""
+    return unpack_words(qweight, bits, 0, columns).T
 
 
 def _spread(scales: Tensor, qzeros: Tensor, g_idx: Tensor | None, bits: int, columns: int) -> tuple[Tensor, Tensor]:
     """(scale, zero point) of every weight, (out, in), in the scales' dtype."""
-    zeros = unpack(qzeros, bits, 1, scales.shape[1]).to(scales.dtype)
+    zeros = unpack_words(qzeros, bits, 1, scales.shape[1]).to(scales.dtype)
     if g_idx is not None:
         at = g_idx.long()
         return scales[at].T, zeros[at].T
@@ -121,7 +129,7 @@ def _linear_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     columns = x.shape[-1]
     flat, rows = gradient.reshape(-1, gradient.shape[-1]), x.reshape(-1, columns)
     step, zero = _spread(scales, qzeros, g_idx, ctx.bits, columns)
-    levels = _integers(qweight, ctx.bits, columns).to(scales.dtype) - zero
+    levels = _unpacked(qweight, ctx.bits, columns).to(scales.dtype) - zero
     to_x = gradient @ (levels * step).to(x.dtype) if ctx.needs_input_grad[0] else None
     to_scales = _by_group((flat.T @ rows).to(scales.dtype) * levels, scales, g_idx)
     return to_x, None, to_scales, None, None, flat.sum(0) if ctx.has_bias else None, None

@@ -1,13 +1,14 @@
 """Rounding of computed values, as operators of the graph:  x ≈ (q − z)·s, returned in the dtype of x.
 
-``spinpass::round_tokens(x, bits, symmetric, clip)``: a range for every vector of the last axis, found as it comes:
-``clip`` times that of its values.
-``spinpass::round_tensor(x, scale, zero, bits)``: one given range, or one for each channel of the last axis.
-``spinpass::round_rows(x, scale, zero, limit, bits)``: the same of x/k, times k, with k = max(1, max|x|/limit) for every
-vector of the last axis: a token far above all others (the first of a text, as a rule) is scaled into the range, instead
-of being cut or stretching it for the rest.
+- ``spinpass::round_tokens(x, bits, symmetric, clip)`` takes a range for every vector of the last axis as it comes:
+  ``clip`` times that of its values.
+- ``spinpass::round_tensor(x, scale, zero, bits)`` takes one given range, or one for each channel of the last axis.
+- ``spinpass::round_rows(x, scale, zero, limit, bits)`` does the same to x/k, times k, with k = max(1, max|x|/limit) for
+  every vector of the last axis. A token far above all others (the first of a text, as a rule) is scaled into the range,
+  instead of being cut or stretching it for the rest.
 
-Importing this module registers them. They simulate: an integer kernel computes the same values.
+The arithmetic is in float32, or in float64 for float64. Importing this module registers the operators. They simulate:
+an integer kernel computes the same values.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ from torch import Tensor
     "spinpass::round_tokens", mutates_args=(), schema="(Tensor x, int bits, bool symmetric, float clip=1.0) -> Tensor"
 )
 def round_tokens(x: Tensor, bits: int, symmetric: bool, clip: float = 1.0) -> Tensor:
-    """Symmetric: codes −2^(bits−1)+1 … 2^(bits−1)−1, scale clip·max|x| / (2^(bits−1)−1). Otherwise codes 0 … 2^bits−1
-    over clip·min(x, 0) … clip·max(x, 0). Computed in float32, or float64 for float64.
+    """Round every vector of the last axis of a float x in its own range. The result has the shape and dtype of x.
+
+    If symmetric, the codes are −2^(bits−1)+1 … 2^(bits−1)−1 and the scale is clip·max|x| / (2^(bits−1)−1). Otherwise
+    the codes are 0 … 2^bits−1 over clip·min(x, 0) … clip·max(x, 0).
     """
     wide = x if x.dtype == torch.float64 else x.float()
     if symmetric:
@@ -43,7 +46,10 @@ def round_tokens(x: Tensor, bits: int, symmetric: bool, clip: float = 1.0) -> Te
     "spinpass::round_tensor", mutates_args=(), schema="(Tensor x, Tensor scale, Tensor zero, int bits) -> Tensor"
 )
 def round_tensor(x: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
-    """Codes 0 … 2^bits − 1 for scales and zero points that are scalars or (channels,)."""
+    """Round a float x (…, channels) to codes 0 … 2^bits − 1. The result has the shape and dtype of x.
+
+    ``scale`` and ``zero`` are scalars or (channels,).
+    """
     wide = x if x.dtype == torch.float64 else x.float()
     result = (wide / scale).round_().add_(zero).clamp_(0, 2**bits - 1).sub_(zero).mul_(scale)
     return torch.empty_like(x).copy_(result)
@@ -55,7 +61,7 @@ def round_tensor(x: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
     schema="(Tensor x, Tensor scale, Tensor zero, float limit, int bits) -> Tensor",
 )
 def round_rows(x: Tensor, scale: Tensor, zero: Tensor, limit: float, bits: int) -> Tensor:
-    """As ``round_tensor``; ``limit`` is infinite for no scaling."""
+    """Round as :func:`round_tensor` does, with tokens above ``limit``, which may be infinite, scaled into the range."""
     wide = x if x.dtype == torch.float64 else x.float()
     factor = (wide.abs().amax(-1, keepdim=True) / limit).clamp_min(1)
     result = (wide / factor / scale).round_().add_(zero).clamp_(0, 2**bits - 1).sub_(zero).mul_(scale).mul_(factor)

@@ -1,14 +1,21 @@
 """Quantization of exported programs: weights, activations and KV caches, as constants and nodes of the graph."""
 
-from .calibration.site_error import site_errors
-from .layers.sites import WeightSite, cache_sites, weight_sites
-from .packed.distill import distilled
-from .packed.double_scales import decode_scales, double_quantize_program
-from .packed.program import Packed, pack, rewritten, unpack, weight_name
-from .packed.training import Trainable
+from .calibration import site_errors
+from .layers import WeightSite, cache_sites, weight_sites
+from .packed import (
+    Packed,
+    Trainable,
+    decode_scales,
+    distilled,
+    double_quantize_program,
+    pack,
+    rewritten,
+    unpack,
+    weight_name,
+)
 from .quantizer import quantize
 from .report import QuantizationReport, Quantized, QuantizedWeight
-from .rounding.grid import Codes
+from .rounding import Codes
 from .scheme import GROUP_SIZES, WEIGHT_BITS, Activations, Cache, QuantizationConfig, Weights
 
 __all__ = [

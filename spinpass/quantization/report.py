@@ -1,4 +1,4 @@
-"""What quantizing has done to a program: the integers of each weight, and the program that computes with them."""
+"""What quantizing has done to a program: the codes of each weight, and the program that computes with them."""
 
 from __future__ import annotations
 
@@ -8,16 +8,21 @@ from typing import Any
 
 from torch.export import ExportedProgram
 
-from .rounding.grid import Codes
+from .rounding import Codes
 from .scheme import Weights
 
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """One weight: its integers, the axis of the constant that was contracted, and the relative error.
+    """One weight of a quantized program.
 
-    ``error``: ‖X Wᵀ − X̂ Ŵᵀ‖² / ‖X Wᵀ‖² on the calibration inputs, X̂ behind the layers that are quantized already and
-    X in the unquantized program where the weight follows it, else X = X̂; ‖W − Ŵ‖² / ‖W‖² without inputs.
+    Args:
+        codes: of the weight as a matrix (out, in).
+        dim: the axis of the stored constant that its layer contracts.
+        scheme: how the codes were chosen.
+        error: relative, ‖X Wᵀ − X̂ Ŵᵀ‖² / ‖X Wᵀ‖² on the calibration inputs. X̂ are the layer's inputs behind the layers
+            that are quantized already. X are those in the original program where the scheme follows it, else X = X̂.
+            Without calibration inputs the error is ‖W − Ŵ‖² / ‖W‖².
     """
 
     codes: Codes
@@ -28,7 +33,16 @@ class QuantizedWeight:
 
 @dataclass(frozen=True)
 class QuantizationReport:
-    """What was quantized, and why the rest was not. ``bytes_before`` and ``bytes_after``: of all constants."""
+    """What was quantized, and why the rest was not.
+
+    Args:
+        weights: by parameter name.
+        activations: the names of the nodes that round inputs of linear layers.
+        caches: the names of the nodes that round keys and values.
+        kept: by name of a linear layer's node, why its weight was not quantized.
+        bytes_before: the size of all constants of the original program.
+        bytes_after: the same with the codes of the weights packed.
+    """
 
     weights: Mapping[str, QuantizedWeight]
     activations: tuple[str, ...]
@@ -38,7 +52,7 @@ class QuantizationReport:
     bytes_after: int
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able, without the integers."""
+        """The report as JSON can hold it: of each weight the scheme, the error and the size, but no codes."""
         weights = {
             name: asdict(w.scheme) | {"error": w.error, "bytes": w.codes.nbytes} for name, w in self.weights.items()
         }
@@ -54,7 +68,7 @@ class QuantizationReport:
 
 @dataclass(frozen=True)
 class Quantized:
-    """A simulated quantized program and what was done to it."""
+    """A program that computes as the quantized one would, in floating point, and what was done to it."""
 
     program: ExportedProgram
     report: QuantizationReport

@@ -17,15 +17,26 @@ WEIGHT_BITS, GROUP_SIZES = (2, 3, 4, 8), (16, 32, 64, 128, 256)
 
 @dataclass(frozen=True)
 class Weights:
-    """Of linear layers: integers of ``bits`` bits with a scale (and a zero point, unless ``symmetric``) for every
-    ``group_size`` weights along the contracted axis, or for all of them where that is None.
+    """How weights of linear layers become codes.
 
-    ``method``: round to nearest, or GPTQ (arXiv 2210.17323), which needs calibration inputs; ``clip`` searches the
-    range of least squared error instead of taking the largest weight; ``act_order`` lets GPTQ begin with the
-    largest inputs; ``damping`` is its share of the mean diagonal of the Hessian. After it come ``sweeps`` rounds of
-    coordinate descent; ``follow`` aims at what the unquantized program would return, instead of at what this weight
-    would return behind the layers that are quantized already. ``group_bits``: widths of the groups, in their order,
-    where they differ within the weight (mixed-bit rows); ``bits`` is then what groups have that are not named.
+    Args:
+        bits: the width of a code, 2, 3, 4 or 8.
+        group_size: how many weights along the contracted axis share a scale and a zero point, one of ``GROUP_SIZES``.
+            None lets all weights of an output share them.
+        symmetric: put every zero point in the middle of the codes, so that none has to be stored.
+        method: ``rtn`` rounds to nearest. ``gptq`` is GPTQ (Frantar et al., arXiv 2210.17323) and needs calibration
+            inputs.
+        clip: search the range of least squared error instead of taking the largest weight.
+        act_order: let GPTQ begin with the largest inputs.
+        damping: what GPTQ adds to the diagonal of the Hessian, as a share of its mean.
+        sweeps: how many rounds of coordinate descent follow GPTQ.
+        follow: let GPTQ aim at what the original program would return, instead of at what this weight would return
+            behind the layers that are quantized already.
+        group_bits: the widths of the groups, in their order, where they differ within the weight (mixed rows). Groups
+            beyond its end have ``bits``.
+
+    Raises:
+        ConfigError: a value out of range, or ``group_bits`` without a ``group_size``.
     """
 
     bits: int = 4
@@ -55,31 +66,40 @@ class Weights:
             raise ConfigError(f"{self.sweeps} sweeps: choose 0 or more")
 
     def of_group(self, group: int) -> Weights:
-        """How one group is rounded: without ``group_bits``, by the width that it has there."""
+        """The scheme of one group by itself, which has its width as ``bits`` and no ``group_bits``."""
         if self.group_bits is None:
             return self
         return replace(self, bits=self.width_of(group), group_bits=None)
 
     def width_of(self, group: int) -> int:
-        """Bits of one group."""
+        """The bits of one group."""
         listed = self.group_bits or ()
         return listed[group] if group < len(listed) else self.bits
 
     def widths(self, groups: int) -> tuple[int, tuple[int, ...] | None]:
-        """The most bits that a group has, and those of every group unless they all have as many."""
+        """The most bits of any of so many groups, and the bits of each, or None if all have as many."""
         each = tuple(map(self.width_of, range(groups)))
         return max(each), each if len(set(each)) > 1 else None
 
 
 @dataclass(frozen=True)
 class Activations:
-    """The inputs of linear layers: per token as they come, or ``static``, with one range for a whole tensor, or for
-    each channel of it (``per_channel``, which is static), chosen on the calibration inputs by ``calibration``: that of
-    least squared error (``mse``), of ``percentile`` percent of the values, or of all of them (``minmax``). ``sinks``:
-    with ``mse`` and one range, tokens far above all others are scaled into it, where that helps. ``symmetric``: None is
-    symmetric for 8 bits per token and asymmetric otherwise.
-    ``clip``: the share of each token's range that is covered; None is that of least error on the calibration inputs for
-    4 bits, where there are any, and all of it otherwise.
+    """How the inputs of linear layers are rounded: each token in its own range as it comes, or in a static range.
+
+    Args:
+        bits: the width of a code, 4 or 8.
+        static: fix one range for a whole tensor on the calibration inputs.
+        symmetric: put zero in the middle of the range. None does so for 8 bits per token only.
+        calibration: how a static range is chosen. ``mse`` takes the range of least squared error, ``percentile`` that
+            of ``percentile`` percent of the values, and ``minmax`` that of all of them.
+        percentile: above 50 and at most 100.
+        sinks: with ``mse`` and one range, scale tokens far above all others into it where that helps.
+        clip: the share of each token's range that is covered, above 0 and at most 1. None takes the share of least
+            error for 4 bits where there are calibration inputs, and all of the range otherwise.
+        per_channel: fix a range for each channel of a tensor. The activations have to be static.
+
+    Raises:
+        ConfigError: a value out of range, or ``per_channel`` ranges that are not static.
     """
 
     bits: int = 8
@@ -104,13 +124,22 @@ class Activations:
 
     @property
     def is_symmetric(self) -> bool:
-        """``symmetric``, decided."""
+        """Whether the range is symmetric; where ``symmetric`` is None, as decided by width and kind of range."""
         return (self.bits == 8 and not self.static) if self.symmetric is None else self.symmetric
 
 
 @dataclass(frozen=True)
 class Cache:
-    """Keys and values of attention, per head and token; ``clip`` as for :class:`Activations`."""
+    """How keys and values of attention are rounded: each head of each token in a range of its own.
+
+    Args:
+        bits: the width of a code, 4 or 8.
+        symmetric: put zero in the middle of the range.
+        clip: as for :class:`Activations`.
+
+    Raises:
+        ConfigError: a value out of range.
+    """
 
     bits: int = 4
     symmetric: bool = False
@@ -124,14 +153,23 @@ class Cache:
 
 @dataclass(frozen=True)
 class QuantizationConfig:
-    """What to quantize; None leaves it in the program's dtype.
+    """What to quantize, and how. None leaves a part in the program's dtype.
 
-    ``head``: the linear layers behind which there is no other, ``embedding``: tables looked up by token, both rounded
-    to nearest. ``overrides``: pattern of parameter names -> weights; the first that matches counts. ``exclude``:
-    patterns of parameter names whose linear layers stay as they are, weights and inputs. ``average_bits``: give the
-    weights 2, 3, 4 or 8 bits each, by what each loses, so that they have this many on average; with ``mixed_rows`` to
-    every group of a weight's inputs by itself. ``distill``: how many times to go through the calibration inputs to
-    train the scales of the weights by what the unquantized program returns (:mod:`.packed.distill`).
+    Args:
+        weights: of the linear layers.
+        activations: the inputs of the linear layers.
+        cache: the keys and values of attention.
+        head: the weights of the linear layers behind which there is no other. A parsed scheme rounds them to nearest.
+        embedding: the tables that are looked up by token. They are rounded to nearest.
+        overrides: by pattern of parameter names, the scheme for these weights. The first pattern that matches counts.
+        exclude: patterns of parameter names whose linear layers keep their weights and inputs.
+        average_bits: give every weight 2, 3, 4 or 8 bits by what it loses, so that they have this many on average.
+        mixed_rows: let ``average_bits`` give every group of a weight's inputs its own width.
+        distill: how many times to go through the calibration inputs to train the scales of the weights by what the
+            original program returns (:mod:`.packed.distill`).
+
+    Raises:
+        ConfigError: a value out of range, or ``mixed_rows`` without ``average_bits`` or groups.
     """
 
     weights: Weights | None = field(default_factory=Weights)
@@ -149,7 +187,7 @@ class QuantizationConfig:
         least, most = min(WEIGHT_BITS), max(WEIGHT_BITS)
         if self.mixed_rows and (self.average_bits is None or self.weights is None or self.weights.group_size is None):
             raise ConfigError(
-                "mixed rows are groups of several widths: name average_bits and a group_size, w3.5g64 say"
+                "mixed rows are groups of several widths: name average_bits and a group_size, for example w3.5g64"
             )
         if self.distill < 0:
             raise ConfigError(f"{self.distill} rounds of distillation: choose 0 or more")
@@ -158,12 +196,26 @@ class QuantizationConfig:
 
     @classmethod
     def parse(cls, text: str) -> QuantizationConfig:
-        """From parts joined by ``-``: ``w4`` ``w4g128`` (weights, perhaps in groups; ``w3.5``: mixed, on average),
-        ``rows`` (mixed within weights too: ``w3.5g64-rows``), ``asym``, ``rtn`` or ``gptq`` (the default), ``order``,
-        ``a8`` ``a8static`` ``a8channel`` (activations), ``kv4`` (cache), ``head8``, ``embed8``, ``distill`` or
-        ``distill4`` (rounds).
+        """The configuration that parts joined by ``-`` spell, for example ``w4g128-gptq-a8-kv4``.
 
-        Raises ConfigError: a part it does not know, or a value out of range.
+        =============================== ==============================================================================
+        part                            meaning
+        =============================== ==============================================================================
+        ``w4``, ``w4g128``              weights of 4 bits, perhaps in groups of 128
+        ``w3.5``                        weights of several widths, 3.5 bits on average
+        ``rows``                        widths differ within a weight too, as in ``w3.5g64-rows``
+        ``asym``                        weights with zero points
+        ``rtn``, ``gptq``               how weights are rounded, ``gptq`` unless said otherwise
+        ``order``                       GPTQ begins with the largest inputs
+        ``a8``                          inputs of linear layers in 8 bits, a range for each token
+        ``a8static``, ``a8channel``     the same in one fixed range, or in one for each channel
+        ``kv4``                         keys and values in 4 bits
+        ``head8``, ``embed8``           the head and the token tables in 8 bits
+        ``distill``, ``distill4``       one round of training scales, or 4
+        =============================== ==============================================================================
+
+        Raises:
+            ConfigError: a part it does not know, or a value out of range.
         """
         weights: dict[str, Any] = {}
         found: dict[str, Any] = {"weights": None}
@@ -190,33 +242,33 @@ class QuantizationConfig:
             else:
                 raise ConfigError(f"{part!r} in {text!r} is not a part of a scheme such as w4g128-gptq-a8-kv4")
         if weights and "bits" not in weights:
-            raise ConfigError(f"{text!r} says how to round weights but not to how many bits: add w4, say")
+            raise ConfigError(f"{text!r} says how to round weights but not to how many bits: add a width such as w4")
         return replace(cls(), **found | ({"weights": Weights(**weights)} if weights else {}))
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether :func:`~spinpass.quantization.quantize` needs inputs."""
+        """Whether :func:`~spinpass.quantization.quantize` needs calibration inputs."""
         static = self.activations is not None and self.activations.static
         asked = static or self.average_bits is not None or self.distill > 0
         return asked or any(w.method == "gptq" for w in self._layers())
 
     @property
     def follows(self) -> bool:
-        """Whether any weight is aimed at what the unquantized program returns."""
+        """Whether any weight is aimed at what the original program returns."""
         return any(w.follow and w.method == "gptq" for w in self._layers())
 
     def _layers(self) -> list[Weights]:
         return [w for w in (self.weights, *self.overrides.values()) if w is not None]
 
     def weights_of(self, fqn: str, *, head: bool) -> Weights | None:
-        """How a linear layer's weight of this name is quantized, None if not at all."""
+        """How the weight ``fqn`` of a linear layer, which may be a head, is quantized, or None if it is not."""
         if self.excludes(fqn):
             return None
         chosen = next((w for pattern, w in self.overrides.items() if fnmatchcase(fqn, pattern)), None)
         return chosen or (self.head if head else self.weights)
 
     def excludes(self, fqn: str) -> bool:
-        """The name matches a pattern of ``exclude``."""
+        """Whether the name of a parameter matches a pattern of ``exclude``."""
         return any(fnmatchcase(fqn, pattern) for pattern in self.exclude)
 
 

@@ -1,4 +1,4 @@
-"""A rotation as a value, and the Hadamard matrices behind it; knows no graph."""
+"""A rotation as a value, and the Hadamard matrices behind it. The package knows no graph."""
 
 from . import hadamard
 from .hadamard import is_order, largest_order

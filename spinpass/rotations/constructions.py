@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 LARGEST = 2048
-"""No larger matrix is built: it would be applied as one dense product, which costs what a rotation must not cost."""
+"""No larger matrix is built. It would be applied as one dense product, which costs what a rotation must not cost."""
 
 # Turyn-type sequences X, Y, Z of length n and W of length n - 1, keyed by the order 4 (3n - 1). Digit i holds their
 # elements i, X in the highest bit and W in the lowest, 1 for -1; the last digit has no W. Published by Kharaghani and
@@ -55,7 +55,7 @@ def is_constructible(order: int) -> bool:
 
 
 def construct(order: int) -> Tensor:
-    """±1 matrix ``H`` (order, order), int8 on the CPU, with ``H Hᵀ = order I``; ``order`` must be constructible."""
+    """The ±1 matrix ``H`` (order, order), int8 on the CPU, with ``H Hᵀ = order I``. The order must be constructible."""
     if order == 2:
         return torch.tensor([[1, 1], [1, -1]], dtype=torch.int8, device="cpu")
     if _is_paley_one(order):
@@ -98,7 +98,7 @@ def _paley_two(q: int) -> Tensor:
 
 
 def _jacobsthal(q: int) -> Tensor:
-    """Q[i, j] = chi(i - j), int8 (q, q); a field element is the integer whose base-p digits are its coordinates."""
+    """Q[i, j] = chi(i - j), int8 (q, q). A field element is the integer whose base-p digits are its coordinates."""
     power = _prime_power(q)
     if power is None:
         raise ValueError(f"{q} is no prime power")
@@ -112,7 +112,7 @@ def _jacobsthal(q: int) -> Tensor:
 
 
 def _quadratic_character(p: int, k: int) -> list[int]:
-    """chi(0) = 0, chi(square) = 1, chi(other) = -1; the squares are the even powers of a generator of the field."""
+    """chi(0) = 0, chi(square) = 1, chi(other) = -1. The squares are the even powers of a generator of the field."""
     chi = [-1] * p**k
     chi[0] = 0
     for square in _powers_of_generator(p, k)[::2]:
@@ -139,7 +139,7 @@ def _powers_of_generator(p: int, k: int) -> list[int]:
 
 
 def _times(element: int, candidate: int, p: int, k: int) -> int:
-    """element times the generator: an integer modulo p, or x modulo the polynomial whose digits are ``candidate``."""
+    """``element`` times the generator: an integer modulo p, or x modulo the polynomial with ``candidate``'s digits."""
     if k == 1:
         return element * candidate % p
     overflow, rest = divmod(element, p ** (k - 1))

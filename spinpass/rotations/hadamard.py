@@ -1,10 +1,12 @@
 """Hadamard matrices of every order that can be built, and products with them that never form an n×n matrix.
 
-``matrix(n)`` is one fixed matrix per order, used by folding, by the online op and by every exporter. Its structure is
-``H_n = H_f1 ⊗ H_f2 ⊗ ...`` over ``kronecker_factors(n)``, each ``H_f`` being ``matrix(f)``. A product with it costs
+There is one fixed matrix per order, :func:`matrix`, which folding, the online op and every exporter use. Its structure
+is ``H_n = H_f1 ⊗ H_f2 ⊗ ...`` over ``kronecker_factors(n)``, each ``H_f`` being ``matrix(f)``. A product with it costs
 ``n (f1 + f2 + ...)`` multiplications instead of ``n²``: the vector is viewed as an array of shape (f1, f2, ...) and
 each axis is multiplied by its own small matrix. Matrix products with a few balanced factors beat a butterfly of factors
 2 everywhere but on paper, because they run in the BLAS and pass over memory once per factor.
+
+That Kronecker products of Hadamard matrices are such matrices again was published by J. Sylvester, Phil. Mag. 34, 1867.
 """
 
 from __future__ import annotations
@@ -41,8 +43,10 @@ def is_order(n: int) -> bool:
 def largest_order(n: int) -> int:
     """The largest Hadamard order that divides ``n`` and can be built; 1 for an odd ``n``.
 
-    Equal to ``n`` for the sizes of nearly all published language models, 13696 = 32 · 428 included.
-    Raises ConfigError for ``n`` < 1.
+    It is ``n`` itself for the sizes of nearly all published language models, 13696 = 32 · 428 included.
+
+    Raises:
+        ConfigError: ``n`` is below 1.
     """
     if n < 1:
         raise ConfigError(f"a size must be positive, got {n}")
@@ -53,31 +57,43 @@ def largest_order(n: int) -> int:
 def kronecker_factors(order: int) -> tuple[int, ...]:
     """The orders ``f1 ≤ f2 ≤ ...`` whose Kronecker product, in this order, is ``matrix(order)``.
 
-    Of all splittings the one with the least ``f1 + f2 + ... + 64 · (number of factors)``: one factor up to 80, two
-    balanced ones up to about 2800 (1536 → 32 × 48), three beyond (14336 → 16 × 28 × 32). A function of the order alone.
+    They are the splitting with the least ``f1 + f2 + ... + 64 · (number of factors)``: one factor up to 80, two
+    balanced ones up to about 2800 (1536 → 32 × 48), and three beyond (14336 → 16 × 28 × 32). They depend on the order
+    alone.
+
+    Raises:
+        ConfigError: no matrix of this order can be built.
     """
     _check_order(order)
     return min(_splittings(order, 1), key=lambda factors: (sum(factors) + _PASS_COST * len(factors), factors))
 
 
 def matrix(order: int, dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu") -> Tensor:
-    """The ±1 matrix ``H``, shape (order, order), with ``H Hᵀ = order · I``. Raises ConfigError for an unknown order."""
+    """The ±1 matrix ``H``, shape (order, order), with ``H Hᵀ = order · I``.
+
+    Raises:
+        ConfigError: no matrix of this order can be built.
+    """
     factors = kronecker_factors(order)
     dense = _irreducible(factors[0]) if len(factors) == 1 else _kronecker([matrix(f, torch.int8) for f in factors])
     return dense.to(device=device, dtype=dtype)
 
 
 def factor_matrices(order: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
-    """``matrix(f)`` for each of ``kronecker_factors(order)``, ±1: their Kronecker product is ``matrix(order)``."""
+    """``matrix(f)`` for each ``f`` of ``kronecker_factors(order)``, whose Kronecker product is ``matrix(order)``.
+
+    Raises:
+        ConfigError: no matrix of this order can be built.
+    """
     return tuple(matrix(factor, dtype) for factor in kronecker_factors(order))
 
 
 def flops(order: int) -> int:
-    """Multiplications and additions of ``transform`` for one vector of length ``order``."""
+    """Multiplications and additions of :func:`hadamard_transform` for one vector of length ``order``."""
     return 2 * order * sum(kronecker_factors(order))
 
 
-def transform(
+def hadamard_transform(
     x: Tensor,
     order: int,
     *,
@@ -89,20 +105,21 @@ def transform(
     """``x R`` along ``dim`` for the orthogonal ``R = diag(signs) · (I ⊗ H) / √order``, or its inverse ``x Rᵀ``.
 
     Args:
-        x: any shape and strides; the size of ``dim`` is a multiple of ``order``. Contiguous blocks of ``order``
-            elements are transformed each for itself.
+        x: float16, bfloat16, float32 or float64, of any shape and strides. The size of ``dim`` is a multiple of
+            ``order``, and contiguous blocks of ``order`` elements are transformed each for itself.
         order: a Hadamard order, see :func:`is_order`.
         transpose: multiply by Rᵀ.
-        signs: ±1, one per element of ``dim``; None for all ones.
-        compute: float32 or float64, the precision of the arithmetic. None: that of ``x``, and float32 for float16 and
-            bfloat16. Autocast has no say. The result is rounded to the dtype of ``x`` once, at the end.
+        dim: the axis that is transformed.
+        signs: ±1, one per element of ``dim``. None stands for ones.
+        compute: float32 or float64, the precision of the arithmetic. None takes that of ``x``, and float32 for float16
+            and bfloat16. Autocast has no influence. The result is rounded to the dtype of ``x`` once, at the end.
 
     Returns:
-        A new contiguous tensor of the shape, dtype and device of ``x``; differentiable with respect to it. Temporaries
+        A new contiguous tensor of the shape, dtype and device of ``x``, differentiable with respect to it. Temporaries
         take a few MB on a CPU whatever the size of ``x``, unless a gradient is asked for.
 
     Raises:
-        ConfigError: unknown order, a size it does not divide, a dtype that is not floating point.
+        ConfigError: an unknown order, a size it does not divide, or a dtype that is not floating point.
     """
     check(x, order, dim)
     left = _scaled_factors(order, precision_of(x, compute), x, transpose)
@@ -121,9 +138,9 @@ def multiply(
 ) -> Tensor:
     """``x · diag(before) · (I ⊗ F1 ⊗ F2 ...) · diag(after)`` along ``dim`` for any square factors.
 
-    ``left`` are F1ᵀ, F2ᵀ, ... in the precision of the arithmetic (:func:`precision_of`); the product of their sizes
+    ``left`` are F1ᵀ, F2ᵀ, ... in the precision of the arithmetic (:func:`precision_of`). The product of their sizes
     divides the size of ``dim``. ``before`` and ``after`` have one element for each of ``dim``; None stands for ones.
-    Result and temporaries as for :func:`transform`.
+    The result and the temporaries are as for :func:`hadamard_transform`.
     """
     dim %= x.dim()
     precision, device = precision_of(x, compute), x.device
@@ -141,12 +158,12 @@ def multiply(
 
 
 def precision_of(x: Tensor, compute: torch.dtype | None = None) -> torch.dtype:
-    """The dtype of the arithmetic on ``x``: ``compute``, or that of ``x`` but never less than float32."""
+    """The dtype of the arithmetic on ``x``: ``compute`` if given, else that of ``x`` but never less than float32."""
     return compute or (torch.float64 if x.dtype == torch.float64 else torch.float32)
 
 
 def check(x: Tensor, order: int, dim: int = -1) -> None:
-    """Raise ConfigError unless ``transform`` accepts these arguments; reads nothing but shape and dtype."""
+    """Raise ConfigError unless :func:`hadamard_transform` accepts these arguments. Only shape and dtype are read."""
     _check_order(order)
     if not x.dtype.is_floating_point or x.dtype.itemsize < 2:
         raise ConfigError(f"a Hadamard transform takes float16, bfloat16, float32 or float64, got {x.dtype}")
@@ -211,7 +228,10 @@ def _scaled_factors(order: int, dtype: torch.dtype, like: Tensor, transpose: boo
 
 
 def _irreducible(order: int) -> Tensor:
-    """The int8 matrix of an order that is not split: Sylvester's for a power of two, else constructed, else doubled."""
+    """The int8 matrix of an order that is not split.
+
+    It is Sylvester's for a power of two, else one that :mod:`.constructions` knows, else a Kronecker product with one.
+    """
     if order == 1:
         return torch.ones(1, 1, dtype=torch.int8, device="cpu")
     if constructions.is_constructible(order) and order.bit_count() > 1:

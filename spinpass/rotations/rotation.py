@@ -35,12 +35,22 @@ class Rotation:
     hadamard           I ⊗ H/√order
     random-hadamard    diag(signs) · (I ⊗ H/√order), signs drawn from (seed, identity) (QuaRot, arXiv 2404.00456)
     random-matrix      I ⊗ Q, Q of shape (order, order) uniformly distributed (Haar), drawn from (seed, identity)
-    learned            the user's matrix; ``order`` equals ``size``
+    learned            the user's matrix, whose ``order`` equals its ``size``
     =================  ========================================================================================
 
-    ``identity`` names what is rotated, so that the same space of two programs gets the same rotation. Two rotations are
-    equal when they are the same matrix by construction (equal :meth:`fingerprint`). Make one with :meth:`create` or
-    :meth:`from_matrix`; the constructor raises ConfigError for fields that do not fit together.
+    Make one with :meth:`create` or :meth:`from_matrix`. Two rotations are equal when they are the same matrix by
+    construction, which is when their :meth:`fingerprint` is equal.
+
+    Args:
+        kind: of the table.
+        size: of the vectors that are rotated.
+        order: of the blocks, which divides the size.
+        seed: of the random kinds.
+        identity: the name of what is rotated, so that the same space of two programs gets the same rotation.
+        matrix_: of a learned rotation, float64 (size, size), else None.
+
+    Raises:
+        ConfigError: an unknown kind, or fields that do not fit together.
     """
 
     kind: str
@@ -78,10 +88,18 @@ class Rotation:
     def create(
         cls, kind: str, size: int, *, block_size: int | None = None, seed: int = 0, identity: str = ""
     ) -> Rotation:
-        """A rotation of a given kind (any but ``learned``).
+        """A rotation of any kind but ``learned``.
 
-        ``block_size`` must divide ``size`` and is ``size`` where None. A Hadamard kind takes the largest order that
-        divides the block and can be built. Raises ConfigError for an unknown kind or a block size that does not divide.
+        Args:
+            kind: of the table of :class:`Rotation`.
+            size: of the vectors that are rotated.
+            block_size: of the diagonal blocks, which must divide the size. None takes the whole size. A Hadamard kind
+                takes the largest order that divides the block and can be built.
+            seed: of the random kinds.
+            identity: the name of what is rotated.
+
+        Raises:
+            ConfigError: an unknown kind, or a block size that does not divide the size.
         """
         block = size if block_size is None else block_size
         if kind in HADAMARD_KINDS and block >= 1 and size % block == 0:
@@ -90,11 +108,13 @@ class Rotation:
 
     @classmethod
     def from_matrix(cls, matrix: Tensor, identity: str = "") -> Rotation:
-        """The user's own orthogonal matrix, float32 or float64, shape (size, size), ``x' = x @ matrix``.
+        """The rotation ``x' = x @ matrix`` by the user's own orthogonal matrix, float32 or float64 (size, size).
 
         What rounding left of non-orthogonality is removed in float64, so that the transpose is the inverse to 1e-15.
-        Raises ConfigError where it is not square, has another dtype, or is not orthogonal: max |M Mᵀ - I| above 1e-4
-        for float32, 1e-8 for float64.
+
+        Raises:
+            ConfigError: the matrix is not square, has another dtype, or is not orthogonal, which is to say that
+                max |M Mᵀ - I| is above 1e-4 for float32 or 1e-8 for float64.
         """
         if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1] or not len(matrix):
             raise ConfigError(f"a rotation matrix must be square and not empty, got shape {tuple(matrix.shape)}")
@@ -113,13 +133,13 @@ class Rotation:
 
     @property
     def flops(self) -> int:
-        """Multiplications and additions to rotate one vector; sign flips are free."""
+        """The multiplications and additions that rotate one vector. Sign flips are not counted."""
         if self.is_structured:
             return self.size // self.order * hadamard.flops(self.order)
         return 2 * self.size * self.order
 
     def signs(self) -> Tensor | None:
-        """The ±1 of ``diag(signs)``, int8 of shape (size,); None where all are +1."""
+        """The ±1 of ``diag(signs)``, int8 (size,), or None where all are +1."""
         if self.kind != "random-hadamard":
             return None
         return torch.tensor(self._signs, dtype=torch.int8, device="cpu")
@@ -131,16 +151,25 @@ class Rotation:
         return tuple(1 - 2 * (stream[i >> 3] >> (i & 7) & 1) for i in range(self.size))
 
     def matrix(self, dtype: torch.dtype = torch.float64) -> Tensor:
-        """R as a dense (size, size) matrix. For inspection and for what has no cheaper way: prefer :meth:`apply`."""
+        """R as a dense matrix (size, size). Prefer :meth:`apply`, which does not form it, where that will do."""
         return self.apply(torch.eye(self.size, dtype=torch.float64)).to(dtype)
 
     def apply(self, x: Tensor, dim: int = -1, *, inverse: bool = False, compute: torch.dtype | None = None) -> Tensor:
         """``x R`` along axis ``dim`` of ``x``, or ``x Rᵀ``.
 
-        The size of the axis is a multiple of ``self.size``: several vectors may lie back to back, each is rotated.
-        Returns a new contiguous tensor of the same shape, dtype and device. ``compute`` (float32 or float64) is the
-        precision of the arithmetic; None is that of ``x``, and float32 for float16 and bfloat16. Rounded once.
-        Raises ConfigError for another size or a dtype that is not floating point.
+        Args:
+            x: floating point. The size of the axis is a multiple of ``self.size``: several vectors may lie back to
+                back, and each is rotated.
+            dim: the axis.
+            inverse: multiply by Rᵀ.
+            compute: float32 or float64, the precision of the arithmetic. None takes that of ``x``, and float32 for
+                float16 and bfloat16.
+
+        Returns:
+            A new contiguous tensor of the shape, dtype and device of ``x``, rounded once.
+
+        Raises:
+            ConfigError: the axis has another size, or the dtype is not floating point.
         """
         if not x.dtype.is_floating_point:
             raise ConfigError(f"only floating point tensors can be rotated, got {x.dtype}")
@@ -149,13 +178,13 @@ class Rotation:
         if self.is_structured:
             signs = self.signs()
             signs = None if signs is None else signs.repeat(x.shape[dim] // self.size)
-            return hadamard.transform(x, self.order, transpose=inverse, dim=dim, signs=signs, compute=compute)
+            return hadamard.hadamard_transform(x, self.order, transpose=inverse, dim=dim, signs=signs, compute=compute)
         block = self.matrix_ if self.matrix_ is not None else _haar(self.order, self.seed, self.identity)
         block = block.to(x.device, hadamard.precision_of(x, compute))
         return hadamard.multiply(x, [block if inverse else block.t()], dim=dim, compute=compute)
 
     def to_dict(self) -> dict[str, Any]:
-        """What JSON can hold, without loss; a learned matrix as base64 of its float64 rows, little-endian."""
+        """The rotation as JSON can hold it, without loss. A learned matrix is base64 of float64 rows, little-endian."""
         fields = {name: getattr(self, name) for name in ("kind", "size", "order", "seed", "identity")}
         if self.matrix_ is None:
             return fields
@@ -163,7 +192,11 @@ class Rotation:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Rotation:
-        """The rotation that :meth:`to_dict` described. Raises ConfigError where the data cannot be one."""
+        """The rotation that :meth:`to_dict` described.
+
+        Raises:
+            ConfigError: the data describe no rotation.
+        """
         try:
             kind, size, order = str(data["kind"]), int(data["size"]), int(data["order"])
             seed, identity = int(data["seed"]), str(data["identity"])
@@ -175,7 +208,7 @@ class Rotation:
         return cls(kind, size, order, seed, identity, None if raw is None else _from_bytes(raw, size))
 
     def fingerprint(self) -> str:
-        """SHA-256, hexadecimal, of everything that determines R and of nothing else."""
+        """The SHA-256, in hexadecimal, of everything that determines R and of nothing else."""
         return self._fingerprint
 
     @cached_property
@@ -212,7 +245,7 @@ def _haar(order: int, seed: int, identity: str) -> Tensor:
 
 
 def _random_bytes(count: int, seed: int, identity: str) -> bytearray:
-    """A stream that depends on seed and identity only: the same on every machine and with every version of torch."""
+    """So many bytes that depend on seed and identity only, not on the machine or the version of torch."""
     key = hashlib.sha256(f"{seed}\0{identity}".encode()).digest()
     return bytearray(hashlib.shake_256(key).digest(count))
 
@@ -222,7 +255,7 @@ def _non_orthogonality(matrix: Tensor) -> float:
 
 
 def _nearest_orthogonal(matrix: Tensor) -> Tensor:
-    """Newton-Schulz, M <- M (3 I - Mᵀ M) / 2, which squares the error at each step, for as long as it gets smaller."""
+    """Newton-Schulz steps M <- M (3 I - Mᵀ M) / 2, each of which squares the error, for as long as it gets smaller."""
     last = math.inf
     while (error := _non_orthogonality(matrix)) < last / 2:
         matrix = 1.5 * matrix - 0.5 * matrix @ (matrix.t() @ matrix)

@@ -1,4 +1,4 @@
-"""Exported files run, and text out of them: sessions of three runtimes, one decoding loop.
+"""Exported files run, and text out of them: sessions of three runtimes, and one decoding loop over a graph of any.
 
 No runtime is imported before something of it is asked for.
 """

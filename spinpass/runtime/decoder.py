@@ -1,7 +1,7 @@
-"""Text out of an exported folder: decoders with a KV cache.
+"""Decoders with a KV cache to try an exported file and to measure it: one sequence at a time, with times and logits.
 
-``OrtModel`` generates as transformers does. ``OrtDecoder`` is for trying an export and for measuring it, one sequence
-at a time: it returns times, and logits of every position.
+``Decoder`` is what they share; the file of ONNX Runtime is an ``OrtDecoder``, that of ExecuTorch a
+:class:`.pte_decoder.PteDecoder`. For ``generate`` as transformers has it, on batches, see :mod:`.ort_model`.
 """
 
 from __future__ import annotations
@@ -16,22 +16,25 @@ import torch
 from torch import Tensor
 
 from spinpass.errors import ConfigError, ExportError
+from spinpass.formats import model_path
 
 from . import decoding
 from .model_folder import ModelFolder
 from .onnx_graph import DecoderGraph
-from .ort_model import OrtModel
 from .sampling import Sampling
-
-__all__ = ["Decoder", "Generation", "OrtDecoder", "OrtModel", "Sampling"]
 
 
 @dataclass(frozen=True)
 class Generation:
-    """What :meth:`Decoder.generate` returns: the new tokens without the prompt, and wall-clock times.
+    """What :meth:`Decoder.generate` returns.
 
-    ``decode_seconds`` covers the calls of one token each, ``decoded`` how many there were; ``finished`` is whether an
-    end token came.
+    Args:
+        tokens: the new ones, without the prompt.
+        prompt_tokens: how many tokens the prompt has.
+        prefill_seconds: the wall-clock time until the first new token.
+        decoded: how many calls of one token each followed.
+        decode_seconds: their wall-clock time.
+        finished: an end token came.
     """
 
     tokens: tuple[int, ...]
@@ -48,13 +51,14 @@ class Generation:
 
     @property
     def decode_rate(self) -> float:
-        """Tokens per second while writing; 0 if nothing was decoded."""
+        """Tokens per second while writing, or 0 if nothing was decoded."""
         return self.decoded / self.decode_seconds if self.decoded else 0.0
 
 
 class Decoder:
-    """A model file that a runtime has loaded as ``graph``, and what lies beside it: for text a tokenizer and
-    ``generation_config.json`` or ``config.json``. One sequence at a time.
+    """A model file that a runtime has loaded as ``graph``, and what lies beside it, for one sequence at a time.
+
+    Beside the file text needs a tokenizer, and ``generation_config.json`` or ``config.json``.
     """
 
     def __init__(self, path: Path, graph: decoding.Graph) -> None:
@@ -62,11 +66,16 @@ class Decoder:
 
     @property
     def folder(self) -> Path:
+        """Where the file lies."""
         return self.path.parent
 
     def logits(self, ids: Sequence[int]) -> Tensor:
-        """Logits (length, vocabulary) of every position, float32, from an empty cache. ConfigError for an empty
-        sequence, ExportError where the file returns the last position's alone."""
+        """The logits of every position, float32 (length, vocabulary), from an empty cache.
+
+        Raises:
+            ConfigError: the sequence is empty.
+            ExportError: the file returns the logits of the last position alone.
+        """
         state = self._graph.start(1)
         parts = torch.split(_tensor(ids), decoding.PROMPT_CHUNK, 1)
         found = torch.cat([self._graph.step(part, state)[0] for part in parts]).float()
@@ -85,11 +94,17 @@ class Decoder:
         end: Collection[int] | None = None,
         on_token: Callable[[int], None] | None = None,
     ) -> Generation:
-        """Continue ``ids``, greedily unless ``sampling`` says otherwise, up to an end token (included in the result) or
-        the limit.
+        """Continue a prompt up to an end token, which is part of the result, or the limit.
 
-        ``end`` defaults to :attr:`end_tokens`; ``on_token`` is called with every new token as it comes. Raises
-        ConfigError for an empty prompt or a limit below 1.
+        Args:
+            ids: the tokens of the prompt.
+            max_new_tokens: the limit.
+            sampling: how each token is chosen. None takes the likeliest.
+            end: the end tokens. None takes :attr:`end_tokens`.
+            on_token: called with every new token as it comes.
+
+        Raises:
+            ConfigError: the prompt is empty, or the limit is below 1.
         """
         if max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens {max_new_tokens} is less than 1")
@@ -108,27 +123,32 @@ class Decoder:
 
     @property
     def tokenizer(self) -> Any:
-        """The folder's tokenizer, loaded with transformers. ExportError if there is none or transformers is missing."""
+        """The folder's tokenizer, see :attr:`.ModelFolder.tokenizer`."""
         return self._files.tokenizer
 
     @property
     def end_tokens(self) -> frozenset[int]:
-        """``eos_token_id`` of generation_config.json or config.json; none if neither names one."""
+        """The folder's end tokens, see :attr:`.ModelFolder.end_tokens`."""
         return self._files.end_tokens
 
     def check_length(self, prompt: int, new: int) -> None:
-        """ConfigError where so many tokens are more than the model has positions for."""
+        """Check a length, see :meth:`.ModelFolder.check_length`."""
         self._files.check_length(prompt, new)
 
 
 class OrtDecoder(Decoder):
-    """A folder with ``model.onnx``, in ONNX Runtime.
+    """A decoder in ONNX Runtime.
 
-    The graph takes token ids, optionally ``position_ids``, ``cache_position`` and ``attention_mask``, and a cache of
-    dynamic length; it returns logits first and then the cache.
+    Its graph takes token ids, optionally ``position_ids``, ``cache_position`` and ``attention_mask``, and a cache of
+    dynamic length. It returns logits first and then the cache.
+
+    Args:
+        folder: one with ``model.onnx``, or the ``.onnx`` file itself.
+        provider: ONNX Runtime's name of what computes.
+        threads: how many of the CPU. None leaves the number to ONNX Runtime.
 
     Raises:
-        ExportError: no model there, ONNX Runtime cannot load it, or the graph has no cache of dynamic length.
+        ExportError: no model is there, ONNX Runtime cannot load it, or the graph has no cache of dynamic length.
         VerificationError: its rotations are not those that it or ``spinpass.json`` beside it names.
         ConfigError: ONNX Runtime does not have ``provider``.
     """
@@ -136,14 +156,12 @@ class OrtDecoder(Decoder):
     def __init__(
         self, folder: str | Path, *, provider: str = "CPUExecutionProvider", threads: int | None = None
     ) -> None:
-        from spinpass.formats import model_path
-
         path = model_path(folder)
         super().__init__(path, DecoderGraph.open(path, provider, threads))
 
 
 def _tensor(ids: Sequence[int]) -> Tensor:
-    """(1, length). ConfigError where there is nothing."""
+    """The tokens as int64 (1, length). Raises ConfigError where there are none."""
     if not len(ids):
         raise ConfigError("there are no tokens to start from: give at least one")
     return torch.tensor([list(ids)], dtype=torch.int64)

@@ -1,4 +1,8 @@
-"""The loop of generation: prompt, token, token, ... for a batch of sequences of one length."""
+"""The loop of generation: prompt, token, token, ... for a batch of sequences of one length.
+
+All decoders of the package run it, each over a :class:`Graph` of its own runtime. What is asked of them is told in
+:mod:`.ort_model` (``generate`` as transformers has it) and :mod:`.decoder` (one sequence, with times and logits).
+"""
 
 from __future__ import annotations
 
@@ -11,24 +15,31 @@ from torch import Tensor
 from .sampling import Sampling
 
 PROMPT_CHUNK = 512
-"""Tokens per call while one sequence's prompt is read: bounds the memory of the logits."""
+"""How many tokens of one sequence's prompt are read per call, which bounds the memory of the logits."""
 
 
 class Graph(Protocol):
     """A model with a KV cache in some runtime."""
 
     def start(self, batch: int, /) -> Any:
-        """The state before the first token of so many sequences."""
+        """The state before the first token of so many sequences, with an empty cache."""
 
     def step(self, ids: Tensor, state: Any, /) -> Tensor:
-        """Read new tokens (batch, length), advance ``state``; their logits (batch, length, vocabulary)."""
+        """Read new tokens, int64 (batch, length), and advance ``state``. Returns logits (batch, length, vocabulary)."""
 
 
 def new_tokens(
     graph: Graph, ids: Tensor, limit: int, sampling: Sampling, stop: Collection[int], pad: int = 0
 ) -> Iterator[Tensor]:
-    """The tokens (batch,) that follow ``ids`` (batch, length), up to ``limit`` of each; a sequence that met a token of
-    ``stop`` (which is returned) goes on with ``pad``, and all end when every one has.
+    """The tokens, int64 (batch,), that follow ``ids``, step by step until every sequence has met a token of ``stop``.
+
+    Args:
+        graph: the model.
+        ids: int64 (batch, length), without padding.
+        limit: how many steps at most.
+        sampling: how each token is chosen.
+        stop: the tokens that end a sequence. They are returned themselves.
+        pad: what is returned for a sequence that has ended while others go on.
     """
     generator = torch.Generator().manual_seed(sampling.seed)
     state = graph.start(len(ids))

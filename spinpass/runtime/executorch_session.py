@@ -17,7 +17,8 @@ _METHOD = "forward"
 class PteMethod:
     """The method ``forward`` of a file, with the state of its own buffers, which start as zeros.
 
-    Raises ExportError: no file there, or the runtime cannot load it.
+    Raises:
+        ExportError: no file is there, or the runtime cannot load it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -34,12 +35,16 @@ class PteMethod:
 
     @property
     def input_shapes(self) -> list[tuple[int, ...]]:
-        """Of all inputs, at their largest."""
+        """The shapes of all inputs, at their largest."""
         meta = self._method.metadata
         return [tuple(meta.input_tensor_meta(i).sizes()) for i in range(meta.num_inputs())]
 
     def run(self, inputs: Sequence[Any]) -> list[Any]:
-        """All outputs, the caller's to keep. Raises ExportError where the runtime fails."""
+        """All outputs for one value per input, in order. They are copies, the caller's to keep.
+
+        Raises:
+            ExportError: the runtime fails.
+        """
         try:
             returned = self._method.execute([x.contiguous() if isinstance(x, Tensor) else x for x in inputs])
         except (RuntimeError, ValueError) as error:

@@ -16,14 +16,20 @@ _POSITIONS = ("max_position_embeddings", "n_positions")
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """A folder as ``spinpass export`` writes it, or another with the same files. Nothing is read before it is asked
-    for."""
+    """A folder as ``spinpass export`` writes it, or another with the same files.
+
+    Nothing is read before it is asked for.
+    """
 
     path: Path
 
     @cached_property
     def tokenizer(self) -> Any:
-        """Loaded with transformers. ExportError if there is none or transformers is missing."""
+        """The tokenizer, loaded with transformers.
+
+        Raises:
+            ExportError: the folder has none, or transformers is missing.
+        """
         if not any((self.path / name).is_file() for name in _TOKENIZER):
             raise ExportError(f"{self.path} holds no tokenizer: save one there with tokenizer.save_pretrained")
         try:
@@ -36,7 +42,7 @@ class ModelFolder:
 
     @cached_property
     def end_tokens(self) -> frozenset[int]:
-        """``eos_token_id`` of generation_config.json or config.json; none if neither names one."""
+        """The ``eos_token_id`` of generation_config.json or else of config.json, and none if neither has one."""
         for name in ("generation_config.json", "config.json"):
             value = self._read(name).get("eos_token_id")
             if value is not None:
@@ -45,12 +51,16 @@ class ModelFolder:
 
     @cached_property
     def positions(self) -> int | None:
-        """The longest sequence that config.json allows; None where it says nothing."""
+        """The longest sequence in tokens that config.json allows, or None where it says nothing."""
         config = self._read("config.json")
         return next((config[key] for key in _POSITIONS if config.get(key) is not None), None)
 
     def check_length(self, prompt: int, new: int) -> None:
-        """ConfigError where so many tokens are more than the model has positions for."""
+        """Check that a prompt of so many tokens and so many new ones fit into the model.
+
+        Raises:
+            ConfigError: they are more than the model has positions for.
+        """
         if self.positions is not None and prompt + new > self.positions:
             raise ConfigError(
                 f"{prompt} tokens of prompt and {new} new ones are more than the {self.positions} positions that "

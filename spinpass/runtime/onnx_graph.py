@@ -1,6 +1,6 @@
 """A decoder's ONNX graph with a KV cache, read from its names and shapes: which input is what, and how a step is run.
 
-Nothing is known about the model: which inputs are the cache, which output continues which of them and which axis grows
+Nothing is known about the model. Which inputs are the cache, which output continues which of them and which axis grows
 is what the graph says.
 """
 
@@ -40,8 +40,15 @@ class _Slot:
 
 @dataclass(frozen=True)
 class DecoderGraph:
-    """The roles of a decoder graph's inputs and outputs. ``plain`` maps the inputs that are made anew at every call to
-    their types."""
+    """A decoder's graph in ONNX Runtime, and the roles of its inputs and outputs.
+
+    Args:
+        session: what runs it.
+        ids: the name of the input of token ids.
+        plain: the dtypes of the inputs that are made anew at every call, by name.
+        logits: the index of the output that has them.
+        cache: the inputs of the cache.
+    """
 
     session: Any
     ids: str
@@ -51,11 +58,16 @@ class DecoderGraph:
 
     @staticmethod
     def open(path: Path, provider: str = "CPUExecutionProvider", threads: int | None = None) -> DecoderGraph:
-        """Load the file.
+        """Load a file.
+
+        Args:
+            path: of the file.
+            provider: ONNX Runtime's name of what computes.
+            threads: how many of the CPU. None leaves the number to ONNX Runtime.
 
         Raises:
-            ExportError: no file there, ONNX Runtime cannot load it or lacks an operator, or the graph has no cache of
-                dynamic length.
+            ExportError: no file is there, ONNX Runtime cannot load it or lacks an operator, or the graph has no cache
+                of dynamic length.
             VerificationError: its rotations are not those that it or ``spinpass.json`` beside it names.
             ConfigError: ONNX Runtime does not have ``provider``.
         """
@@ -69,7 +81,11 @@ class DecoderGraph:
 
     @staticmethod
     def of(session: Any, path: Path) -> DecoderGraph:
-        """The graph of an open session. Raises ExportError where it is not that of a decoder with a cache."""
+        """The graph of an open session of the file at ``path``.
+
+        Raises:
+            ExportError: it is not that of a decoder with a cache of dynamic length.
+        """
         from .onnx_session import DTYPES
 
         inputs, outputs = session.get_inputs(), session.get_outputs()
@@ -95,16 +111,19 @@ class DecoderGraph:
         return DecoderGraph(session, ids[0], plain, logits, tuple(slots))
 
     def start(self, batch: int) -> State:
-        """An empty cache for so many sequences."""
+        """The state with an empty cache for so many sequences."""
         from .onnx_session import to_ort
 
         empty = {slot.name: tuple(batch if size == -1 else size for size in slot.empty) for slot in self.cache}
         return State(0, {s.name: to_ort(torch.zeros(empty[s.name], dtype=s.dtype)) for s in self.cache})
 
     def step(self, ids: Tensor, state: State) -> Tensor:
-        """Run new tokens (batch, length) on top of ``state`` and advance it; logits (batch, length, vocabulary).
+        """Read new tokens (batch, length) and advance ``state``. Returns logits (batch, length, vocabulary).
 
-        The cache goes from call to call as ONNX Runtime made it, without a copy. Raises ExportError where it fails.
+        The cache goes from call to call as ONNX Runtime made it, without a copy.
+
+        Raises:
+            ExportError: ONNX Runtime fails.
         """
         from .onnx_session import from_ort, run, to_ort
 
@@ -125,7 +144,7 @@ class DecoderGraph:
 
 
 def _continuations(stored: list[str], outputs: list[str], logits: int, path: Path) -> dict[str, int]:
-    """Cache input -> index of its output: by name where the names agree but for what says in or out, else in order."""
+    """By cache input, the index of its output: by name where names agree but for what says in or out, else in order."""
     rest = [i for i in range(len(outputs)) if i != logits]
     by_suffix = {_PREFIX.sub("", outputs[i]): i for i in rest}
     if len(by_suffix) == len(rest) and all(_PREFIX.sub("", name) in by_suffix for name in stored):
@@ -136,7 +155,7 @@ def _continuations(stored: list[str], outputs: list[str], logits: int, path: Pat
 
 
 def _empty_shape(value: Any, batch: int | str, path: Path) -> tuple[int, ...]:
-    """No tokens; -1 for the batch: the dynamic axes that are not the batch are the length."""
+    """The shape of a cache input without tokens, -1 for the batch. Its other dynamic axes are the length."""
     shape = tuple(-1 if size == batch else 0 if isinstance(size, str) else size for size in map(_size, value.shape))
     if 0 not in shape:
         raise ExportError(
@@ -146,5 +165,5 @@ def _empty_shape(value: Any, batch: int | str, path: Path) -> tuple[int, ...]:
 
 
 def _size(stated: int | str) -> int | str:
-    """Of an axis. Some exporters write the number of a fixed axis as a name."""
+    """The size of an axis. Some exporters write the number of a fixed axis as a name."""
     return int(stated) if str(stated).isdecimal() else stated

@@ -5,13 +5,15 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import onnxruntime as ort
 import torch
-from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as MissingKernel
 from torch import Tensor
 
 from spinpass.errors import ConfigError, ExportError
+
+if TYPE_CHECKING:  # what needs no ONNX Runtime can be imported without it
+    import onnxruntime as ort
 
 _BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16, which numpy has no type for
 
@@ -26,7 +28,7 @@ DTYPES = {
     "tensor(uint8)": torch.uint8,
     "tensor(bool)": torch.bool,
 }
-"""What ONNX Runtime calls the types of a graph's inputs."""
+"""The dtypes of a graph's inputs, by ONNX Runtime's names for them."""
 
 
 class NoKernelError(ExportError):
@@ -38,11 +40,19 @@ def open_session(
 ) -> ort.InferenceSession:
     """A session with the default optimisations that prints errors only.
 
+    Args:
+        path: of the file.
+        provider: ONNX Runtime's name of what computes.
+        threads: how many of the CPU. None leaves the number to ONNX Runtime.
+
     Raises:
         ConfigError: this build of ONNX Runtime does not have ``provider``.
-        NoKernelError: an op of the graph cannot run there in its type (bfloat16 on a CPU, mostly).
+        NoKernelError: an op of the graph cannot run there in its type, which is mostly bfloat16 on a CPU.
         ExportError: it cannot load the file.
     """
+    import onnxruntime as ort
+    from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as MissingKernel
+
     available = ort.get_available_providers()
     if provider not in available:
         raise ConfigError(f"ONNX Runtime has no provider {provider!r} here; there are {', '.join(available)}")
@@ -63,11 +73,19 @@ def run(session: ort.InferenceSession, inputs: Mapping[str, ort.OrtValue]) -> li
     try:
         return list(session.run_with_ort_values(None, dict(inputs)))
     except Exception as error:  # see open_session
-        raise ExportError(f"ONNX Runtime {ort.__version__} cannot run the model: {error}") from error
+        raise ExportError(f"ONNX Runtime {_version()} cannot run the model: {error}") from error
+
+
+def _version() -> str:
+    import onnxruntime as ort
+
+    return str(ort.__version__)
 
 
 def to_ort(value: Tensor) -> ort.OrtValue:
-    """A value on the CPU; shares no memory with a tensor that may change."""
+    """The value on the CPU in its dtype. It shares no memory with a tensor that may change."""
+    import onnxruntime as ort
+
     plain = value.detach().cpu().contiguous()
     if plain.dtype is torch.bfloat16:
         return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(plain.view(torch.uint16).numpy(), _BFLOAT16)
@@ -75,7 +93,7 @@ def to_ort(value: Tensor) -> ort.OrtValue:
 
 
 def from_ort(value: ort.OrtValue) -> Tensor:
-    """A tensor on the CPU."""
+    """The value as a tensor on the CPU in its dtype."""
     if value.element_type() != _BFLOAT16:
         return torch.from_numpy(value.numpy())
     raw = bytearray(ctypes.string_at(value.data_ptr(), value.tensor_size_in_bytes()))

@@ -13,7 +13,11 @@ from spinpass.errors import ConfigError, ExportError
 
 
 def import_openvino() -> Any:
-    """The package. Raises ExportError where it is not installed."""
+    """The package ``openvino``.
+
+    Raises:
+        ExportError: it is not installed.
+    """
     try:
         import openvino
     except ModuleNotFoundError as error:
@@ -22,9 +26,16 @@ def import_openvino() -> Any:
 
 
 class CompiledModel:
-    """A model file compiled for the CPU at float32: OpenVINO's own choice may be less precise.
+    """A model file compiled for the CPU at float32, where OpenVINO's own choice may be less precise.
 
-    ``inputs`` and ``outputs`` are names; ``shapes`` those of the inputs, None for dynamic axes.
+    Args:
+        path: of the file.
+        threads: how many of the CPU. None leaves the number to OpenVINO.
+
+    Attributes:
+        inputs: the names of the inputs.
+        shapes: their shapes, None for dynamic axes.
+        outputs: the names of the outputs.
 
     Raises:
         ExportError: OpenVINO is missing or cannot load the file.
@@ -47,7 +58,11 @@ class CompiledModel:
         self.outputs = tuple(port.get_any_name() for port in self._model.outputs)
 
     def run(self, values: Sequence[Tensor]) -> list[Tensor]:
-        """All outputs for one value per input, in order. Raises ExportError where OpenVINO fails."""
+        """All outputs for one value per input, in order.
+
+        Raises:
+            ExportError: OpenVINO fails.
+        """
         feed = {i: value.detach().cpu().contiguous().numpy() for i, value in enumerate(values)}
         try:
             results = self._request.infer(feed, share_inputs=False, share_outputs=False)
@@ -57,7 +72,7 @@ class CompiledModel:
 
 
 def _shape(partial: Any) -> tuple[int | None, ...]:
-    """None for a dynamic axis."""
+    """The sizes of the axes, None for a dynamic one."""
     return tuple(None if size.is_dynamic else size.get_length() for size in partial)
 
 
@@ -98,7 +113,7 @@ def generate(model: CompiledModel, ids: Sequence[int], max_new_tokens: int, *, e
 
 
 def _empty(shape: Sequence[int | None]) -> list[int]:
-    """Batch 1, no tokens."""
+    """The shape of a cache for a batch of 1 without tokens."""
     return [(1 if axis == 0 else 0) if size is None else size for axis, size in enumerate(shape)]
 
 

@@ -1,4 +1,7 @@
-"""``generate`` as people know it, on a folder that ONNX Runtime runs."""
+"""``generate`` as transformers has it, on a folder that ONNX Runtime runs: batches, padding, streamers.
+
+To try and to measure a file, one sequence at a time, there is :mod:`.decoder`.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import torch
 from torch import Tensor
 
 from spinpass.errors import ConfigError
+from spinpass.formats import model_path
 
 from .decoding import new_tokens
 from .model_folder import ModelFolder
@@ -19,9 +23,11 @@ from .text_pieces import Pieces
 
 
 class OrtModel:
-    """A decoder that takes and returns token ids as ``transformers`` does.
+    """A decoder that takes and returns token ids as transformers does.
 
-    ``folder`` knows the tokenizer, the end tokens and the longest sequence.
+    Args:
+        graph: what ONNX Runtime runs.
+        folder: knows the tokenizer, the end tokens and the longest sequence.
     """
 
     def __init__(self, graph: DecoderGraph, folder: ModelFolder) -> None:
@@ -34,20 +40,23 @@ class OrtModel:
     ) -> OrtModel:
         """Load ``model.onnx`` of a folder, or the ``.onnx`` file itself.
 
+        Args:
+            folder: the one or the other.
+            provider: ONNX Runtime's name of what computes.
+            threads: how many of the CPU. None leaves the number to ONNX Runtime.
+
         Raises:
-            ExportError: no model there, ONNX Runtime cannot load it or lacks an operator of it, or it is no decoder
+            ExportError: no model is there, ONNX Runtime cannot load it or lacks an operator of it, or it is no decoder
                 with a cache.
             VerificationError: its rotations are not those that it or ``spinpass.json`` beside it names.
             ConfigError: ONNX Runtime does not have ``provider``.
         """
-        from spinpass.formats import model_path
-
         path = model_path(folder)
         return cls(DecoderGraph.open(path, provider, threads), ModelFolder(path.parent))
 
     @property
     def tokenizer(self) -> Any:
-        """See :attr:`ModelFolder.tokenizer`."""
+        """The folder's tokenizer, see :attr:`.ModelFolder.tokenizer`."""
         return self.folder.tokenizer
 
     def generate(
@@ -65,21 +74,28 @@ class OrtModel:
         pad_token_id: int | None = None,
         streamer: Any = None,
     ) -> Tensor:
-        """Continue token ids (batch, length); the result (batch, length + new) begins with them.
+        """Continue token ids.
 
         Args:
+            input_ids: of an integer dtype, (batch, length).
             attention_mask: (batch, length), 0 for padding on either side. Sequences of different length are run one
                 after the other, those of the same length together: none sees another's padding.
             max_new_tokens: how many at most.
-            do_sample: draw from the ``top_k`` likeliest (0: all) and the ``top_p`` share of the probability at this
-                ``temperature``; else take the likeliest.
+            do_sample: draw each token. Otherwise the likeliest is taken.
+            temperature: what logits are divided by before a token is drawn.
+            top_k: how many of the likeliest tokens it is drawn from. 0 draws from all.
+            top_p: the share of the probability, of the likeliest tokens first, that it is drawn from.
             seed: of the draws.
-            eos_token_id: what ends a sequence; None for what the folder names. An empty collection ends none.
-            pad_token_id: what follows the end of a sequence; None for an end token, or 0.
-            streamer: with ``put(ids)`` and ``end()``, as those of transformers; for one sequence.
+            eos_token_id: what ends a sequence. None takes what the folder names, and an empty collection ends none.
+            pad_token_id: what follows the end of a sequence. None takes an end token, or 0 if there is none.
+            streamer: has ``put(ids)`` and ``end()``, as those of transformers. It takes one sequence.
 
-        Raises ConfigError: no tokens, a mask with holes, more tokens than the model has positions, options out of
-        range, a streamer for several sequences.
+        Returns:
+            The ids and what follows, (batch, length + new), in the dtype of ``input_ids``.
+
+        Raises:
+            ConfigError: no tokens, a mask with holes, more tokens than the model has positions, options out of range,
+                or a streamer for several sequences.
         """
         if input_ids.ndim != 2 or not input_ids.numel():
             raise ConfigError(f"input_ids of shape {list(input_ids.shape)}: (batch, length) with tokens is expected")
@@ -109,9 +125,11 @@ class OrtModel:
         return torch.cat([input_ids, new[:, :longest]], 1)
 
     def stream(self, text: str, *, max_new_tokens: int = 20, sampling: Sampling | None = None) -> Iterator[str]:
-        """What follows ``text``, piece by piece, up to an end token (which is not shown).
+        """What follows ``text``, piece by piece, up to an end token, which is not shown.
 
-        Raises ConfigError as :meth:`generate`, ExportError where there is no tokenizer.
+        Raises:
+            ConfigError: no tokens, or more than the model has positions.
+            ExportError: the folder has no tokenizer.
         """
         ids = torch.tensor([self.tokenizer(text)["input_ids"]], dtype=torch.int64)
         if not ids.numel():
@@ -131,7 +149,7 @@ class OrtModel:
 
 
 def _spans(ids: Tensor, mask: Tensor | None) -> list[tuple[int, int]]:
-    """(start, stop) of the tokens of each row that are no padding. ConfigError for rows without, or with holes."""
+    """(start, stop) of the tokens of each row that are no padding. Raises ConfigError where a row has none or holes."""
     if mask is None:
         return [(0, ids.shape[1])] * len(ids)
     if mask.shape != ids.shape:

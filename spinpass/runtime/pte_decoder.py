@@ -16,11 +16,19 @@ from .executorch_session import PteMethod
 
 
 class PteDecoder(Decoder):
-    """A file, or a folder with ``model.pte``, whose program takes ``input_ids`` (1, n) and ``cache_position`` (n,) and
-    returns logits (1, n, vocabulary): what :func:`spinpass.loading.export_static_cache` makes, and ExecuTorch's own
-    text runners take. ``context``: how many tokens fit into its cache.
+    """A decoder in ExecuTorch.
 
-    Raises ExportError: no model there, ExecuTorch cannot load it, or it takes other inputs.
+    Its program takes ``input_ids`` (1, n) and ``cache_position`` (n,) and returns logits (1, n, vocabulary), as
+    :func:`spinpass.loading.export_static_cache` makes it, and ExecuTorch's own text runners take it.
+
+    Args:
+        path: of the file, or of a folder with ``model.pte``.
+
+    Attributes:
+        context: how many tokens fit into its cache.
+
+    Raises:
+        ExportError: no model is there, ExecuTorch cannot load it, or it takes other inputs.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -39,6 +47,8 @@ class _State:
 
 @dataclass(frozen=True)
 class _PteGraph:
+    """The program as a :class:`.decoding.Graph`."""
+
     method: PteMethod
     context: int
 

@@ -12,10 +12,17 @@ from spinpass.errors import ConfigError
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen. ``temperature`` 0 takes the likeliest; ``top_k`` 0 and ``top_p`` 1 restrict
-    nothing.
+    """How the next token is chosen.
 
-    Raises ConfigError for values out of range.
+    Args:
+        temperature: what logits are divided by before a token is drawn. 0 takes the likeliest.
+        top_k: how many of the likeliest tokens it is drawn from. 0 draws from all.
+        top_p: the share of the probability, of the likeliest tokens first, that it is drawn from, above 0 and at most
+            1.
+        seed: of the draws.
+
+    Raises:
+        ConfigError: a value out of range.
     """
 
     temperature: float = 0.0
@@ -32,7 +39,7 @@ class Sampling:
             raise ConfigError(f"top_p {self.top_p} is not in (0, 1]")
 
     def choose(self, logits: Tensor, generator: torch.Generator) -> int:
-        """A token for float logits of shape (vocabulary,)."""
+        """A token for float logits (vocabulary,)."""
         if self.temperature == 0:
             return int(logits.argmax())
         scaled, tokens = (logits.double() / self.temperature).sort(descending=True)

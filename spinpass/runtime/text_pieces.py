@@ -1,4 +1,4 @@
-"""Text out of tokens that come one by one."""
+"""The text that tokens become which come one by one."""
 
 from __future__ import annotations
 

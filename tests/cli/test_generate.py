@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from spinpass.cli.app import app
 from spinpass.errors import ConfigError, ExportError
-from spinpass.runtime.decoder import OrtModel
+from spinpass.runtime.ort_model import OrtModel
 from tests.support import folders
 
 NEW = 6

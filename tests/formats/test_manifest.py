@@ -18,7 +18,7 @@ from spinpass.errors import ConfigError, ExportError, VerificationError
 from spinpass.exporters.onnx import writer as exporter
 from spinpass.formats.manifest import METADATA, hashes, read_artefact
 from spinpass.formats.pt2 import save_program
-from spinpass.runtime.decoder import OrtModel
+from spinpass.runtime.ort_model import OrtModel
 from tests.support import folders
 
 RUN = CliRunner()

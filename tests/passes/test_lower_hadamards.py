@@ -52,8 +52,8 @@ def test_values_are_those_of_the_op(order: int, size: int, transpose: bool) -> N
     lowered = lower_hadamards(ep)
     x = torch.randn(3, 4, size, dtype=torch.float64)
     result = lowered.module()(x)
-    torch.testing.assert_close(result, hadamard.transform(x, order, transpose=transpose), rtol=0, atol=1e-13)
-    assert library.NAME not in names(lowered)
+    torch.testing.assert_close(result, hadamard.hadamard_transform(x, order, transpose=transpose), rtol=0, atol=1e-13)
+    assert library.HADAMARD not in names(lowered)
     assert names(lowered).count("aten::linear") == len(hadamard.kronecker_factors(order))
 
 
@@ -61,7 +61,7 @@ def test_half_precision_is_computed_in_float32_and_rounded_once() -> None:
     x = torch.randn(2, 3, 96).bfloat16()
     result = lower_hadamards(online(96, 96, dtype=torch.bfloat16)).module()(x)
     assert result.dtype == torch.bfloat16
-    torch.testing.assert_close(result, hadamard.transform(x.double(), 96).bfloat16(), rtol=2**-7, atol=0)
+    torch.testing.assert_close(result, hadamard.hadamard_transform(x.double(), 96).bfloat16(), rtol=2**-7, atol=0)
 
 
 @pytest.mark.parametrize("name", ["llama_tied", "gpt_neox"])
@@ -69,7 +69,7 @@ def test_decoders_keep_function_signature_and_record(name: str) -> None:
     rotated = spinpass.transform(program(name, "cache"), spinpass.RotationConfig(kind="random-hadamard", verify=False))
     before = [str(node) for node in rotated.graph.nodes]
     lowered = lower_hadamards(rotated)
-    assert library.NAME in names(rotated) and library.NAME not in names(lowered)
+    assert library.HADAMARD in names(rotated) and library.HADAMARD not in names(lowered)
     assert [str(node) for node in rotated.graph.nodes] == before, "the program given was changed"
     assert lowered.graph_signature.user_inputs == rotated.graph_signature.user_inputs
     assert len(lowered.graph_signature.user_outputs) == len(rotated.graph_signature.user_outputs)

@@ -80,16 +80,16 @@ def test_transform_is_the_dense_product(order: int, transpose: bool) -> None:
     x = torch.randn(3, 2 * order, dtype=torch.float64)
     dense = hadamard.matrix(order) / math.sqrt(order)
     expected = x.view(3, 2, order) @ (dense.t() if transpose else dense)
-    assert (hadamard.transform(x, order, transpose=transpose).view(3, 2, order) - expected).abs().max() < 1e-12
+    assert (hadamard.hadamard_transform(x, order, transpose=transpose).view(3, 2, order) - expected).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("order", [4864, 13696, 14336, 53248])
 def test_large_transforms_keep_the_norm_and_have_their_transpose_as_inverse(order: int) -> None:
     x = torch.randn(3, order, dtype=torch.float64)
-    result = hadamard.transform(x, order)
+    result = hadamard.hadamard_transform(x, order)
     assert torch.allclose(result.norm(dim=1), x.norm(dim=1), rtol=1e-12)
     assert (result - x).abs().max() > 1
-    assert (hadamard.transform(result, order, transpose=True) - x).abs().max() < 1e-12
+    assert (hadamard.hadamard_transform(result, order, transpose=True) - x).abs().max() < 1e-12
 
 
 @settings(deadline=None, max_examples=60)
@@ -111,7 +111,7 @@ def test_any_axis_shape_and_chunk(
     signs = torch.randint(0, 2, (blocks * order,)) * 2 - 1 if signed else None
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(hadamard._CHUNK_BYTES, "cpu", chunk * 8)
-        result = hadamard.transform(x, order, transpose=transpose, dim=dim, signs=signs)
+        result = hadamard.hadamard_transform(x, order, transpose=transpose, dim=dim, signs=signs)
     assert result.is_contiguous() and result.shape == x.shape
     last, diagonal = x.movedim(dim, -1), torch.ones(()) if signs is None else signs
     expected = reference(last, order, True) * diagonal if transpose else reference(last * diagonal, order)
@@ -127,7 +127,7 @@ def test_any_strides(layout: str) -> None:
         "reversed batch": torch.randn(5, 7, 96).transpose(0, 1),
     }[layout]
     before = x.clone()
-    result = hadamard.transform(x, 96)
+    result = hadamard.hadamard_transform(x, 96)
     assert result.is_contiguous()
     assert torch.allclose(result, reference(x, 96), atol=1e-5)
     assert torch.equal(x, before)
@@ -136,31 +136,31 @@ def test_any_strides(layout: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_computed_in_float32_and_rounded_once(dtype: torch.dtype) -> None:
     x = torch.randn(40, 576).to(dtype)
-    result = hadamard.transform(x, 576)
+    result = hadamard.hadamard_transform(x, 576)
     assert result.dtype == dtype
-    assert torch.equal(result, hadamard.transform(x.float(), 576).to(dtype))
+    assert torch.equal(result, hadamard.hadamard_transform(x.float(), 576).to(dtype))
 
 
 def test_compute_chooses_the_precision_and_keeps_the_dtype() -> None:
     x = torch.randn(600, 576)
-    result = hadamard.transform(x, 576, compute=torch.float64)
+    result = hadamard.hadamard_transform(x, 576, compute=torch.float64)
     assert result.dtype == torch.float32
-    assert torch.equal(result, hadamard.transform(x.double(), 576).float())
+    assert torch.equal(result, hadamard.hadamard_transform(x.double(), 576).float())
 
 
 def test_autocast_does_not_lower_the_precision() -> None:
     x = torch.randn(5, 96)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        result = hadamard.transform(x, 96)
-    assert torch.equal(result, hadamard.transform(x, 96))
+        result = hadamard.hadamard_transform(x, 96)
+    assert torch.equal(result, hadamard.hadamard_transform(x, 96))
 
 
 @pytest.mark.parametrize("chunk", [64, 1 << 20])
 def test_gradients_flow(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(hadamard._CHUNK_BYTES, "cpu", chunk)
     x = torch.randn(3, 24, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda t: hadamard.transform(t, 12), (x,))
-    assert torch.autograd.gradcheck(lambda t: hadamard.transform(t, 12, signs=torch.ones(24)), (x,))
+    assert torch.autograd.gradcheck(lambda t: hadamard.hadamard_transform(t, 12), (x,))
+    assert torch.autograd.gradcheck(lambda t: hadamard.hadamard_transform(t, 12, signs=torch.ones(24)), (x,))
 
 
 @pytest.fixture
@@ -171,38 +171,38 @@ def no_factors(monkeypatch: pytest.MonkeyPatch) -> dict[object, tuple[Tensor, ..
 
 
 def test_factors_are_built_once(no_factors: dict[object, tuple[Tensor, ...]]) -> None:
-    hadamard.transform(torch.randn(2, 96), 96)
+    hadamard.hadamard_transform(torch.randn(2, 96), 96)
     (first,) = no_factors.values()
-    hadamard.transform(torch.randn(5, 96), 96)
+    hadamard.hadamard_transform(torch.randn(5, 96), 96)
     (second,) = no_factors.values()
     assert first is second
 
 
 def test_factors_first_built_in_inference_mode_can_be_differentiated_later(no_factors: object) -> None:
     with torch.inference_mode():
-        hadamard.transform(torch.randn(2, 96), 96)
+        hadamard.hadamard_transform(torch.randn(2, 96), 96)
     x = torch.randn(2, 96, requires_grad=True)
-    (gradient,) = torch.autograd.grad(hadamard.transform(x, 96).sum(), x)
-    assert torch.allclose(gradient, hadamard.transform(torch.ones(2, 96), 96, transpose=True), atol=1e-5)
+    (gradient,) = torch.autograd.grad(hadamard.hadamard_transform(x, 96).sum(), x)
+    assert torch.allclose(gradient, hadamard.hadamard_transform(torch.ones(2, 96), 96, transpose=True), atol=1e-5)
 
 
 def test_fake_factors_are_never_kept(no_factors: dict[object, tuple[Tensor, ...]]) -> None:
     x = torch.randn(2, 96)
     for _ in range(2):
         with FakeTensorMode() as mode:
-            fake = hadamard.transform(mode.from_tensor(x), 96)
+            fake = hadamard.hadamard_transform(mode.from_tensor(x), 96)
             assert fake.shape == x.shape
-            hadamard.transform(torch.randn(2, 96), 96)
+            hadamard.hadamard_transform(torch.randn(2, 96), 96)
         assert not no_factors
-        assert torch.allclose(hadamard.transform(x, 96), reference(x, 96), atol=1e-5)
+        assert torch.allclose(hadamard.hadamard_transform(x, 96), reference(x, 96), atol=1e-5)
         no_factors.clear()
 
 
 def test_a_default_device_does_not_reach_the_matrices(no_factors: object) -> None:
     with torch.device("meta"):
         assert hadamard.matrix(148).device.type == "cpu"
-        assert hadamard.transform(torch.randn(2, 148, device="cpu"), 148).device.type == "cpu"
-    assert hadamard.transform(torch.empty(2, 148, device="meta"), 148).device.type == "meta"
+        assert hadamard.hadamard_transform(torch.randn(2, 148, device="cpu"), 148).device.type == "cpu"
+    assert hadamard.hadamard_transform(torch.empty(2, 148, device="meta"), 148).device.type == "meta"
 
 
 def test_unknown_order_is_refused() -> None:
@@ -216,10 +216,10 @@ def test_unknown_order_is_refused() -> None:
 
 def test_unfit_tensors_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"order 64 does not divide axis -1 of a tensor of shape \(2, 96\)"):
-        hadamard.transform(torch.randn(2, 96), 64)
+        hadamard.hadamard_transform(torch.randn(2, 96), 64)
     with pytest.raises(ConfigError, match="order 1 does not divide axis -1 of a tensor of shape"):
-        hadamard.transform(torch.tensor(1.0), 1)
+        hadamard.hadamard_transform(torch.tensor(1.0), 1)
     with pytest.raises(ConfigError, match=r"takes float16, bfloat16, float32 or float64, got torch\.int64"):
-        hadamard.transform(torch.ones(2, 64, dtype=torch.int64), 64)
+        hadamard.hadamard_transform(torch.ones(2, 64, dtype=torch.int64), 64)
     with pytest.raises(ConfigError, match=r"got torch\.float8_e4m3fn"):
-        hadamard.transform(torch.ones(2, 64).to(torch.float8_e4m3fn), 64)
+        hadamard.hadamard_transform(torch.ones(2, 64).to(torch.float8_e4m3fn), 64)

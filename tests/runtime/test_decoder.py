@@ -17,7 +17,8 @@ from spinpass.errors import ConfigError, ExportError
 from spinpass.exporters import names as onnx_names
 from spinpass.exporters.onnx import writer as exporter
 from spinpass.runtime import decoding
-from spinpass.runtime.decoder import OrtDecoder, Sampling
+from spinpass.runtime.decoder import OrtDecoder
+from spinpass.runtime.sampling import Sampling
 from tests.support import models
 
 PROMPT = (5, 9, 17, 4, 33, 12)

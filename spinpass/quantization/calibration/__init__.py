@@ -1,1 +1,13 @@
-"""To be described."""
+"""All that calibration inputs decide: codes, ranges, and how many bits every weight gets."""
+
+from .allocate import allocated
+from .calibrator import Calibrator
+from .lockstep import run_in_lockstep
+from .site_error import site_errors
+
+__all__ = [
+    "Calibrator",
+    "allocated",
+    "run_in_lockstep",
+    "site_errors",
+]

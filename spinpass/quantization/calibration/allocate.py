@@ -1,9 +1,9 @@
 """Mixed bit widths from a budget:  min Σ cost(layer, bits)  with  Σ weights · bits ≤ budget · Σ weights.
 
 What every layer, or with mixed rows every group of its inputs, costs the predictions at every width is measured by
-itself (:mod:`.sensitivity`). All begin at the fewest bits; the step that lowers the sum by most per bit of storage is
-taken until the budget is spent. Steps of a layer are those of the lower convex hull of its costs, so that a poor width
-is jumped over; the greedy choice is then that of the Lagrangian.
+itself (:mod:`.sensitivity`). All begin at the fewest bits, and the step that lowers the sum by most per bit of storage
+is taken until the budget is spent. The steps of a layer are those of the lower convex hull of its costs, so that a poor
+width is jumped over. The greedy choice is then that of the Lagrangian.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from spinpass.graph import shape
 from spinpass.passes import open_program
 from spinpass.progress import Progress
 
-from ..layers.sites import weight_sites
-from ..packed.mixed_rows import splittable
+from ..layers import weight_sites
+from ..packed import splittable
 from ..scheme import WEIGHT_BITS, QuantizationConfig
 from .sensitivity import Layer, sensitivities
 
@@ -38,9 +38,17 @@ def allocated(
 ) -> QuantizationConfig:
     """``config`` with an override for every weight of two axes, so that these have ``config.average_bits`` on average.
 
-    Heads, and what overrides or exclusions name already, stay as they are.
+    Heads, and what overrides or exclusions name already, are left alone.
 
-    Raises ConfigError: no such budget or no weights are asked for, or a budget outside of what the widths allow.
+    Args:
+        program: the original, as for :func:`spinpass.quantization.quantize`. It is not changed.
+        config: with ``weights`` and ``average_bits``.
+        inputs: as for :func:`spinpass.quantization.quantize`. The costs are measured on the first 8 of them.
+        progress: called with (steps done, all steps).
+
+    Raises:
+        ConfigError: ``config`` has no ``average_bits`` or no ``weights``, the budget is outside of what the widths
+            allow, or the inputs do not fit the program.
     """
     budget, how = config.average_bits, config.weights
     if budget is None or how is None:
@@ -63,7 +71,11 @@ def _uneven(bits: Sequence[int]) -> tuple[int, ...] | None:
 
 
 def allocate(layers: Mapping[_Key, Layer], budget: float) -> dict[_Key, int]:
-    """Bits for every layer, at most ``budget`` per weight on average. ConfigError where the fewest are more."""
+    """Bits for every layer, at most ``budget`` per weight on average.
+
+    Raises:
+        ConfigError: the fewest bits of all layers are more than the budget.
+    """
     hulls = {name: _hull(layer.costs) for name, layer in layers.items()}
     chosen = {name: hull[0][0] for name, hull in hulls.items()}
     left = budget * sum(layer.size for layer in layers.values())

@@ -1,10 +1,10 @@
 """Run a program on many inputs side by side, all of them up to a node that is watched before one goes on.
 
-There, what every input makes of its operands is at hand, and constants can be replaced before the node is run: so the
-layers behind see what earlier ones have become, in one run. Of every input the values are kept that some watched node
-still needs, and what lies between two such nodes (the scores of an attention, say) of one input at a time; what is only
-returned, a KV cache for instance, is not. Where asked for, the same program without any of that runs beside it, to
-compare with.
+There, what every input makes of the node's operand is at hand, and constants can be replaced before the node is run. So
+the layers behind see what earlier ones have become, in one run. Of every input the values are kept that some watched
+node still needs. What lies between two such nodes, for example the scores of an attention, is kept of one input at a
+time. What is only returned, for example a KV cache, is not computed. Where asked for, the original program runs beside
+it, to compare with.
 """
 
 from __future__ import annotations
@@ -17,24 +17,35 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 
 from spinpass.execution import Runner, constants, flat_inputs
+from spinpass.progress import Progress
 
-from ..layers.sites import leading_to
+from ..layers import leading_to
 
-# values of one operand, and those of the program as it was, -> constants by placeholder name
-Watch = Callable[[list[Tensor], list[Tensor]], Mapping[str, Tensor]]
+OperandWatch = Callable[[list[Tensor], list[Tensor]], Mapping[str, Tensor]]
+"""The values of one operand, one per input, and those in the original program -> constants by placeholder name."""
 
 
 def run_in_lockstep(
     program: ExportedProgram,
     inputs: Sequence[object],
-    watched: Mapping[str, tuple[str, Watch]],
+    watched: Mapping[str, tuple[str, OperandWatch]],
     reference: Collection[str] | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> None:
-    """``watched``: node name -> (name of the operand whose values it wants, what to do with them); several watches of a
-    node stand in one. ``reference``: run the program as it was as well, which takes the first operand of these nodes in
-    their place; without it watches are given the same values twice. The run ends with the last watched node.
-    ``progress``: watched nodes done, and all.
+    """Run ``program`` on all ``inputs`` up to the last watched node. The program is not changed.
+
+    Args:
+        program: its constants may be replaced on the way, for this run only.
+        inputs: as for :func:`spinpass.quantization.quantize`.
+        watched: by name of a node, the name of the operand whose values are wanted, and what to do with them before the
+            node is run.
+        reference: the names of the roundings that the original program does not have. It runs beside ``program``, with
+            the first operand of these nodes in their place and all constants left alone. None runs no original:
+            watches are given the same values twice.
+        progress: called with (watched nodes done, all watched nodes).
+
+    Raises:
+        ConfigError: the inputs do not fit the program.
     """
     module = program.graph_module
     stored = constants(program)
@@ -62,8 +73,8 @@ def run_in_lockstep(
                     _advance(runner, ahead, finished, skipped)
                 ahead = []
                 operand, watch = watched[node.name]
-                seen, unchanged = ([r.env[nodes[operand]] for r in side] for side in (runners, references))
-                for name, tensor in watch(seen, unchanged or seen).items():
+                seen, originals = ([r.env[nodes[operand]] for r in side] for side in (runners, references))
+                for name, tensor in watch(seen, originals or seen).items():
                     for runner in runners:
                         runner.env[nodes[name]] = tensor
                 done += 1
@@ -73,7 +84,7 @@ def run_in_lockstep(
 
 
 def _last_uses(order: Sequence[Node]) -> dict[Node, list[Node]]:
-    """By node, the values that no later one of ``order`` reads."""
+    """By node of ``order``, the values that no later node reads."""
     last = {source: node for node in order for source in node.all_input_nodes}
     found: dict[Node, list[Node]] = {}
     for source, node in last.items():
@@ -84,6 +95,7 @@ def _last_uses(order: Sequence[Node]) -> dict[Node, list[Node]]:
 def _advance(
     runner: Runner, nodes: Sequence[Node], finished: Mapping[Node, list[Node]], skipped: Collection[str] = ()
 ) -> None:
+    """Run ``nodes``, those in ``skipped`` excepted, which take the value of their first operand."""
     for node in nodes:
         runner.env[node] = runner.env[node.all_input_nodes[0]] if node.name in skipped else runner.run_node(node)
         for source in finished.get(node, []):

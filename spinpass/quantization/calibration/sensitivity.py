@@ -1,14 +1,15 @@
 """What rounding a layer costs the predictions:  KL(p ‖ p̂) ≈ ½ E[ ‖ΔW x‖² · ‖g‖²/n ] nats,  g = ∂ log p(t)/∂y,  t ~ p.
 
 With y = W x of n outputs that is the second-order term of the divergence, whose Hessian is the Fisher information, with
-one curvature for all outputs of a token: the products of single outputs are left out, being noise at a few thousand
-tokens. All a layer needs of the text is then H = Σ x xᵀ·‖g‖²/n, and costs of layers add up to that of the program. The
-error of outputs alone misleads: its sum is that of a few massive tokens, which predictions hardly depend on.
+one curvature for all outputs of a token. The products of single outputs are left out, being noise at a few thousand
+tokens. All a layer needs of the inputs is then H = Σ x xᵀ·‖g‖²/n, and the costs of layers add up to that of the
+program. The error of outputs alone misleads: its sum is that of a few massive tokens, which predictions hardly depend
+on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,13 +21,12 @@ from torch.fx import Node
 from spinpass.execution import constants, log_probabilities
 from spinpass.graph import value
 from spinpass.passes import open_program
+from spinpass.progress import Progress
 
-from ..layers.sites import WeightSite, weight_sites
-from ..rounding.gptq import gptq
-from ..rounding.grid import rounded
-from ..rounding.moments import Moments
+from ..layers import WeightSite, weight_sites
+from ..rounding import Moments, rounded, rounded_by_gptq
 from ..scheme import WEIGHT_BITS, Weights
-from .lockstep import Watch, run_in_lockstep
+from .lockstep import OperandWatch, run_in_lockstep
 
 _SEED = 0
 _TINY = 1e-30
@@ -35,7 +35,7 @@ _Sites = Sequence[tuple[WeightSite, str]]
 
 @dataclass(frozen=True)
 class Layer:
-    """What gets one width: ``size`` weights, and what rounding them costs by bits, in nats per token."""
+    """What gets one width: so many weights, and by bits what rounding them costs in nats per token."""
 
     size: int
     costs: Mapping[int, float]
@@ -48,20 +48,25 @@ def sensitivities(
     inputs: Sequence[object],
     *,
     by_group: Collection[str] = (),
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, list[Layer]]:
-    """By name of a weight (out, in): what it costs as a whole, or of those in ``by_group`` what each group costs.
+    """What rounding costs the predictions, by name of a weight (out, in), in nats per token.
+
+    It takes, beside the program, the memory of one input's backward pass and a float32 matrix (in, in) per layer.
 
     Args:
-        program: of a language model, whose first output are logits (…, vocabulary); it is not changed.
-        how: rounds the weights at each of ``WEIGHT_BITS``; GPTQ on the first half of the inputs.
-        names: of weights of two axes.
-        inputs: as for :func:`spinpass.quantization.quantize`; the second half is what costs are measured on.
+        program: of a language model, whose first output are logits (…, vocabulary). It is not changed.
+        how: the scheme that rounds the weights, at each of ``WEIGHT_BITS``. GPTQ runs on the first half of the inputs.
+        names: of the weights, which have two axes.
+        inputs: as for :func:`spinpass.quantization.quantize`. The costs are measured on the second half.
+        by_group: the names of those weights whose groups are told apart.
         progress: called with (steps done, all steps).
 
-    Memory: beside the program, what one input's backward pass keeps, and a float32 matrix (in, in) per layer.
+    Returns:
+        By name one :class:`Layer` for the whole weight, or one for each of its groups.
 
-    Raises ConfigError: inputs that do not fit the program; a first output that is no logits.
+    Raises:
+        ConfigError: the inputs do not fit the program, or its first output is no logits.
     """
     editor = open_program(program)
     named = [(site, editor.fqn(site.weight)) for site in weight_sites(editor)[0] if editor.fqn(site.weight) in names]
@@ -70,13 +75,13 @@ def sensitivities(
         return {}
     half = (len(inputs) + 1) // 2
     shown, judged = inputs[:half], inputs[half:] or inputs
-    tick = progress or (lambda done, total: None)
+    tick: Progress = progress or (lambda done, total: None)
     steps = len(judged) + len(named)
     weighted = _weighted_moments(prepared, named, judged, lambda done, _: tick(done, steps))
     stored = constants(prepared)
     found: dict[str, list[Layer]] = {}
 
-    def watch(site: WeightSite, fqn: str) -> Watch:
+    def watch(site: WeightSite, fqn: str) -> OperandWatch:
         def measure(values: list[Tensor], _: list[Tensor]) -> Mapping[str, Tensor]:
             if fqn not in found:  # a weight that is used twice is judged by both uses
                 matrix = stored[site.weight.name].detach().movedim(site.dim, -1).float()
@@ -92,10 +97,11 @@ def sensitivities(
 
 
 def _layers(matrix: Tensor, hessian: Tensor, weighted: Tensor, how: Weights, size: int | None) -> list[Layer]:
-    """``hessian``, ``weighted``: (in, in), without and with the curvature; ``size``: of what gets a width by itself.
+    """The costs of a matrix (out, in), split into parts of ``size`` columns unless that is None.
 
-    GPTQ makes up across groups, and then the error of one by itself says little: what the layer costs is shared out as
-    rounding to nearest would cost its groups.
+    ``hessian`` and ``weighted`` are its second moments (in, in), without and with the curvature. GPTQ makes up across
+    groups, and then the error of one by itself says little: what the layer costs is shared out as rounding to nearest
+    would cost its groups.
     """
     rows, columns = matrix.shape
     parts = [slice(start, min(start + (size or columns), columns)) for start in range(0, columns, size or columns)]
@@ -109,20 +115,21 @@ def _layers(matrix: Tensor, hessian: Tensor, weighted: Tensor, how: Weights, siz
             shares = [_cost(off[:, part], weighted[part, part]) for part in parts]
         whole = sum(shares)
         if by_descent:
-            whole = _cost(gptq(matrix, hessian, scheme).dequantized() - matrix, weighted)
+            whole = _cost(rounded_by_gptq(matrix, hessian, scheme).dequantized() - matrix, weighted)
         for cost, share in zip(costs, shares):
             cost[bits] = whole * share / max(sum(shares), _TINY)
     return [Layer(rows * (part.stop - part.start), cost) for part, cost in zip(parts, costs)]
 
 
 def _cost(off: Tensor, weighted: Tensor) -> float:
+    """½ Σ ΔW H ΔWᵀ over outputs."""
     return float(((off @ weighted) * off).sum()) / 2
 
 
 def _weighted_moments(
-    program: ExportedProgram, named: _Sites, inputs: Sequence[object], tick: Callable[[int, int], None]
+    program: ExportedProgram, named: _Sites, inputs: Sequence[object], tick: Progress
 ) -> dict[str, Tensor]:
-    """By name of a weight, E[x xᵀ·‖g‖²/n] over tokens, float32 (in, in)."""
+    """By name of a weight, the mean of x xᵀ·‖g‖²/n over tokens, float32 (in, in)."""
     fixed = {name: t.detach() for name, t in constants(program).items() if isinstance(t, Tensor)}
     generator = torch.Generator().manual_seed(_SEED)
     widths = {fqn: value(site.operand).shape[-1] for site, fqn in named}
@@ -143,7 +150,7 @@ def _weighted_moments(
 
 
 class _Kept:
-    """A watch that keeps what layers take, and what they return: with its gradient, once there is one."""
+    """A watch that keeps what layers take, and what they return with its gradient, once there is one."""
 
     def __init__(self, operands: Collection[str], layers: Collection[str]) -> None:
         self._operands, self._layers = operands, layers
@@ -163,7 +170,7 @@ class _Kept:
 
 
 def _moments(x: Tensor, gradient: Tensor) -> Tensor:
-    """Σ x xᵀ·‖g‖²/n over tokens, for x (…, in) and its g (…, n); all tokens alike where they are laid out otherwise."""
+    """Σ x xᵀ·‖g‖²/n over tokens, for x (…, in) and g (…, n). All tokens count alike where g is laid out otherwise."""
     rows = x.flatten(0, -2).float()
     if gradient.shape[: x.ndim - 1] == x.shape[:-1]:
         curvature = gradient.float().reshape(len(rows), -1).square().mean(1, keepdim=True)

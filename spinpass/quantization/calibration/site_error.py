@@ -1,7 +1,7 @@
-"""What rounding costs at each linear layer by itself:  ‖x̂ Ŵᵀ − x Wᵀ‖² / ‖x Wᵀ‖²,  every other layer left as it is.
+"""What rounding costs at each linear layer by itself:  ‖x̂ Ŵᵀ − x Wᵀ‖² / ‖x Wᵀ‖²,  every other layer left alone.
 
-Cheap enough to ask it of every layer of a rotated and of an unrotated program: weights are rounded to nearest, whatever
-the method will be, so it says which basis is better to round in, not how good the result will be.
+That is cheap enough to be asked of every layer of an original and of a rotated program. Weights are rounded to nearest,
+whatever the method will be, so the error says which basis is better to round in, not how good the result will be.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from spinpass import operators
 from spinpass.execution import constants
 from spinpass.graph import shape
 from spinpass.passes import open_program
+from spinpass.progress import Progress
 
-from ..layers.sites import WeightSite, weight_sites
-from ..rounding.grid import rounded
-from ..rounding.ranges import static_range, token_clip
+from ..layers import WeightSite, weight_sites
+from ..rounding import rounded, static_range, token_clip
 from ..scheme import Activations, QuantizationConfig, Weights
-from .lockstep import Watch, run_in_lockstep
+from .lockstep import OperandWatch, run_in_lockstep
 
 _TINY = 1e-30
 _Asked = tuple[Weights | None, Activations | None]
@@ -30,15 +30,20 @@ def site_errors(
     program: ExportedProgram,
     config: QuantizationConfig,
     inputs: Sequence[object],
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, float]:
-    """By parameter name, for every weight of two axes that ``config`` rounds, or whose inputs it rounds.
+    """The error of each layer, by name of its weight, where ``config`` rounds the weight or the inputs.
+
+    Weights of other than two axes have no entry. A weight that several layers share has the largest of their errors.
 
     Args:
-        program: a floating-point program, rotated or not; it is not changed.
-        inputs: as for :func:`spinpass.quantization.quantize`; a few hundred tokens will do.
+        program: in floating point, rotated or not. It is not changed.
+        config: what is rounded. Its caches, budget and rounds of distillation do not matter.
+        inputs: as for :func:`spinpass.quantization.quantize`. A few hundred tokens will do.
+        progress: called with (layers done, all layers).
 
-    Raises ConfigError where ``inputs`` do not fit the program.
+    Raises:
+        ConfigError: the inputs do not fit the program.
     """
     editor = open_program(program)
     sites, _ = weight_sites(editor)
@@ -47,7 +52,7 @@ def site_errors(
     stored = constants(prepared)
     found: dict[str, float] = {}
 
-    def watch(site: WeightSite, fqn: str, asked: _Asked) -> Watch:
+    def watch(site: WeightSite, fqn: str, asked: _Asked) -> OperandWatch:
         def measure(values: list[Tensor], _: list[Tensor]) -> Mapping[str, Tensor]:
             matrix = stored[site.weight.name].detach().movedim(site.dim, -1).float()
             found[fqn] = max(found.get(fqn, 0.0), _error(values, matrix, *asked))
@@ -66,7 +71,7 @@ def site_errors(
 
 
 def _asked(config: QuantizationConfig, fqn: str, head: bool) -> _Asked:
-    """How the weight of a layer is rounded, and how its inputs are."""
+    """How the weight of a layer is rounded, and how its inputs are, None where they are not."""
     skipped = config.excludes(fqn) or (head and config.head is None)
     return config.weights_of(fqn, head=head), None if skipped else config.activations
 
@@ -84,6 +89,7 @@ def _error(values: list[Tensor], matrix: Tensor, scheme: Weights | None, activat
 
 
 def _rounding(values: list[Tensor], scheme: Activations | None) -> Callable[[Tensor], Tensor]:
+    """What rounds inputs of a layer, in ranges chosen on ``values``."""
     if scheme is None:
         return lambda x: x
     if not scheme.static:

@@ -11,12 +11,15 @@ from spinpass.graph import ProgramEditor, arguments, op_name, shape
 
 from .sites import WeightSite, weight_sites
 
+ORIGIN = "quantization"
+"""What the nodes that quantization adds are said to come from."""
+
 _PRODUCTS = {"aten::linear": ("input", "weight"), "aten::matmul": ("self", "other"), "aten::mm": ("self", "mat2")}
 _TRANSPOSES = {"aten::t", "aten::transpose", "aten::permute", "aten::numpy_T"}
 
 
 def sites_by_name(editor: ProgramEditor) -> dict[str, list[WeightSite]]:
-    """The layers of every weight, by its name."""
+    """The linear layers of every stored weight, by the name of the weight."""
     found: dict[str, list[WeightSite]] = {}
     for site in weight_sites(editor)[0]:
         found.setdefault(editor.fqn(site.weight), []).append(site)
@@ -24,7 +27,7 @@ def sites_by_name(editor: ProgramEditor) -> dict[str, list[WeightSite]]:
 
 
 def why_kept(editor: ProgramEditor, sites: Sequence[WeightSite]) -> str:
-    """Why a weight stays what it is; empty where it can be packed."""
+    """Why a weight, which ``sites`` read, keeps its float constant. Empty where it can be packed."""
     if not sites:
         return "no linear layer reads it"
     weight = sites[0].weight
@@ -39,7 +42,7 @@ def why_kept(editor: ProgramEditor, sites: Sequence[WeightSite]) -> str:
 
 
 def _readers(node: Node) -> list[Node]:
-    """Who reads a matrix, itself or transposed."""
+    """The nodes that read a matrix, itself or transposed."""
     found: list[Node] = []
     for user in node.users:
         found += _readers(user) if op_name(user) in _TRANSPOSES else [user]
@@ -47,7 +50,7 @@ def _readers(node: Node) -> list[Node]:
 
 
 def operands(site: WeightSite) -> Any:
-    """(input, bias or None) of a layer that multiplies by the stored weight or its transpose; None for any other."""
+    """(input, bias or None) of a layer that multiplies by its stored weight or the transpose, None for any other."""
     name, args = op_name(site.linear), arguments(site.linear)
     if name == "aten::addmm":
         plain = args["alpha"] == 1 == args["beta"] and len(shape(args["self"])) == 1
@@ -62,7 +65,7 @@ def operands(site: WeightSite) -> Any:
 
 
 def replace_product(editor: ProgramEditor, node: Node, target: Callable[..., Any], *args: Any) -> None:
-    """``target(*args)`` instead of a layer, with the record that the layer may carry."""
-    made = editor.call(target, *args, after=node, origin="quantization")
+    """Put ``target(*args)`` in place of a layer. It takes over the record that the layer may carry."""
+    made = editor.call(target, *args, after=node, origin=ORIGIN)
     made.meta["custom"] = {**node.meta.get("custom", {}), **made.meta["custom"]}
     editor.replace(node, made)

@@ -10,13 +10,19 @@ from torch.fx import Node
 from spinpass.analysis import Concatenate, Movement, Multilinear, find_attention, find_linears, rule_of, whole_axis
 from spinpass.graph import Layout, LayoutError, ProgramEditor, is_float, op_name, shape
 
-OWN = "spinpass."  # what constants that the passes add are called
+_OWN = "spinpass."  # what the names of constants begin with that the passes add
 
 
 @dataclass(frozen=True)
 class WeightSite:
-    """``linear`` contracts axis ``dim`` of the stored ``weight`` with the last axis of ``operand``; ``head``: there is
-    no linear layer behind it.
+    """A linear layer with a stored weight.
+
+    Args:
+        linear: the node of the product.
+        operand: the node of the layer's input, whose last axis is contracted.
+        weight: the placeholder of the stored weight.
+        dim: the axis of the weight that is contracted.
+        head: no other linear layer is behind this one.
     """
 
     linear: Node
@@ -27,7 +33,7 @@ class WeightSite:
 
 
 def weight_sites(editor: ProgramEditor) -> tuple[list[WeightSite], dict[str, str]]:
-    """Every linear layer with a stored weight, in graph order, and for the others why not, by node."""
+    """Every linear layer with a stored weight, in graph order, and by node name why the others are left out."""
     found, left = [], dict[str, str]()
     linears = list(find_linears(editor))
     leading = leading_to({linear.node for linear in linears}, editor.nodes)
@@ -37,7 +43,7 @@ def weight_sites(editor: ProgramEditor) -> tuple[list[WeightSite], dict[str, str
             left[linear.node.name] = "it contracts another axis than the last of its input"
         elif stored is None:
             left[linear.node.name] = "its weight is computed from several constants"
-        elif editor.fqn(stored[0]).startswith(OWN):
+        elif editor.fqn(stored[0]).startswith(_OWN):
             left[linear.node.name] = "it is a rotation"
         else:
             found.append(WeightSite(linear.node, linear.operand, *stored, linear.node not in leading))
@@ -45,7 +51,7 @@ def weight_sites(editor: ProgramEditor) -> tuple[list[WeightSite], dict[str, str
 
 
 def table_sites(editor: ProgramEditor) -> Iterator[Node]:
-    """Every float table that is looked up by token, once."""
+    """The placeholder of every float table that is looked up by token, each once."""
     seen = set()
     for node in editor.nodes:
         if op_name(node) == "aten::embedding" and is_float(node):
@@ -56,8 +62,10 @@ def table_sites(editor: ProgramEditor) -> Iterator[Node]:
 
 
 def cache_sites(editor: ProgramEditor) -> list[Node]:
-    """The values that a KV cache holds, one vector per head and token on the last axis: the keys and values of every
-    attention, before heads are repeated and before they are joined with those of earlier tokens.
+    """The nodes whose values a KV cache holds, one vector per head and token on the last axis.
+
+    They are the keys and values of every attention, before heads are repeated and before they are joined with those of
+    earlier tokens.
     """
     found: dict[Node, None] = {}
     for attention in find_attention(editor):
@@ -69,6 +77,7 @@ def cache_sites(editor: ProgramEditor) -> list[Node]:
 
 
 def _before_repetition(editor: ProgramEditor, node: Node) -> Node:
+    """The node behind all movements and concatenations with earlier tokens that keep the last axis whole."""
     width = shape(node)[-1:]
     while node.op == "call_function":
         rule = rule_of(node)

@@ -1,1 +1,21 @@
-"""To be described."""
+"""What is made of a quantized program: layers on packed codes, layers split by width, scales trained or rounded."""
+
+from .distill import distilled
+from .double_scales import decode_scales, double_quantize_program
+from .mixed_rows import split_rows, splittable
+from .program import Packed, pack, rewritten, unpack, weight_name
+from .training import Trainable
+
+__all__ = [
+    "Packed",
+    "Trainable",
+    "decode_scales",
+    "distilled",
+    "double_quantize_program",
+    "pack",
+    "rewritten",
+    "split_rows",
+    "splittable",
+    "unpack",
+    "weight_name",
+]

@@ -1,17 +1,17 @@
-"""distill:  a quantized program, the one it was made of, inputs  ->  the same integers with better scales.
+"""distill:  a quantized program, the original, inputs  ->  the same codes with better scales.
 
     min over s  Σ KL( softmax f(x) ‖ softmax f̂_s(x) ),   Ŵ = (q − z)·s with q and z held fixed
 
 over the tokens of the calibration inputs: every scale learns what the rounding of all other layers has done. The
 gradient of a scale is that of the packed operator (:mod:`spinpass.operators.packed_linear`). Scales alone are trained
-in PEQA (arXiv 2305.14152) and in the second phase of EfficientQAT (arXiv 2407.11062), on text; here the unquantized
-program teaches.
+in PEQA (Kim et al., arXiv 2305.14152) and in the second phase of EfficientQAT (Chen et al., arXiv 2407.11062), both on
+text. Here the original program teaches.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -22,12 +22,15 @@ from torch.nn import functional
 from spinpass.errors import ConfigError
 from spinpass.execution import constants, log_probabilities
 from spinpass.graph import ProgramEditor
+from spinpass.progress import Progress, Tick
 
 from ..report import Quantized
 from . import training  # noqa: F401  (registers the gradients of roundings)
 from .program import pack, scales_name
 
-RATE = 3e-3  # of Adam on the logarithms of the scales; it falls to nothing along half a cosine
+RATE = 3e-3
+"""Of Adam on the logarithms of the scales."""
+
 _SEED = 0
 _HELD_OUT = 16  # one input of so many decides whether the trained scales are kept
 
@@ -39,20 +42,27 @@ def distilled(
     *,
     epochs: int = 1,
     rate: float = RATE,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Quantized:
     """Train the scales of ``quantized``. Neither program is changed.
 
+    Weights that cannot be packed keep their scales. The errors in the report are those before training. It takes,
+    beside the packed program, the memory of one input's backward pass.
+
     Args:
-        program: the unquantized one, whose first output are logits (…, vocabulary).
-        inputs: as for :func:`spinpass.quantization.quantize`; one step of Adam for each, ``epochs`` times, in an order
-            drawn at random. The last, one of sixteen, are held out: where the divergence there is no lower,
-            ``quantized`` is returned.
+        program: the original, whose first output are logits (…, vocabulary).
+        quantized: what was made of it.
+        inputs: as for :func:`spinpass.quantization.quantize`. The last, one of sixteen, are held out to judge by.
+        epochs: how many times to go through the other inputs, in an order drawn at random, with one step of Adam each.
+        rate: of Adam on the logarithms of the scales. It falls to nothing along half a cosine.
+        progress: called with (inputs done, all inputs that are run).
 
-    Weights that cannot be packed keep their scales. The errors in the report are those of the integers as chosen.
-    Memory: beside the packed program, what one input's backward pass keeps.
+    Returns:
+        The program and report with trained scales, or ``quantized`` where these do not lower the divergence on the
+        inputs held out.
 
-    Raises ConfigError: no weight can be packed; no inputs, or they do not fit; a first output that is no logits.
+    Raises:
+        ConfigError: no weight can be packed, there are no inputs or they do not fit, or the first output is no logits.
     """
     if not inputs:
         raise ConfigError("distilling needs calibration inputs; give some")
@@ -76,14 +86,14 @@ def distilled(
     return _with_scales(quantized, student.scales()) if after < before else quantized
 
 
-def _counter(progress: Callable[[int, int], None] | None, steps: int) -> Callable[[], None]:
-    """To be called after every step."""
+def _counter(progress: Progress | None, steps: int) -> Tick:
+    """Tells ``progress`` of one more step whenever it is called."""
     done = itertools.count(1)
     return lambda: None if progress is None else progress(next(done), steps)
 
 
 class _Student:
-    """A packed program with scales s·e^θ, positive as they were; ``moves``: names of weights -> θ (groups, out)."""
+    """A packed program with scales s·e^θ, so that they stay positive. ``moves`` has θ (groups, out) by weight name."""
 
     def __init__(self, packed: ExportedProgram, quantized: Quantized) -> None:
         self.packed = packed
@@ -94,7 +104,7 @@ class _Student:
         self._placed = {spec.target: spec.arg.name for spec in packed.graph_signature.input_specs}
 
     def scales(self) -> dict[str, Tensor]:
-        """By name of the weight, (groups, out)."""
+        """The scales s·e^θ (groups, out) by weight name."""
         return {name: start * self.moves[name].exp() for name, start in self._start.items()}
 
     def loss(self, teacher: ExportedProgram, inputs: object, *, gradients: bool = True) -> Tensor:
@@ -104,8 +114,8 @@ class _Student:
         found = log_probabilities(self.packed, inputs, self._fixed | trained, gradients=gradients)
         return functional.kl_div(found, wanted, reduction="batchmean", log_target=True)
 
-    def divergence(self, teacher: ExportedProgram, inputs: Sequence[object], tick: Callable[[], None]) -> float:
-        """The mean of :meth:`loss` over inputs."""
+    def divergence(self, teacher: ExportedProgram, inputs: Sequence[object], tick: Tick) -> float:
+        """The mean of :meth:`loss` over inputs, in nats per token."""
         total = 0.0
         for each in inputs:
             total += float(self.loss(teacher, each, gradients=False))
@@ -114,7 +124,7 @@ class _Student:
 
 
 def _with_scales(quantized: Quantized, scales: Mapping[str, Tensor]) -> Quantized:
-    """The quantized program with these scales, in its report as well."""
+    """``quantized`` with these scales (groups, out) in its program and its report."""
     weights = dict(quantized.report.weights)
     editor = ProgramEditor(quantized.program)
     stored = {editor.fqn(n): n for n in editor.nodes if editor.is_stored(n)}

@@ -2,7 +2,7 @@
 
     packed_linear(x, q, s, z, g, b)   ->   packed_linear(x, q, (qscales − qscales_zeros)·qscales_scales, z, g, b)
 
-The form ``scales`` of :mod:`..rounding.double`: zero points stay packed integers.
+That is the form ``scales`` of :mod:`..rounding.double`, in which zero points stay packed integers.
 """
 
 from __future__ import annotations
@@ -16,22 +16,27 @@ from torch.fx import Node
 
 from spinpass.graph import ProgramEditor, arguments, value
 
-from ..rounding.double import round_statistics
+from ..layers import ORIGIN
+from ..rounding import round_statistics
 from .program import evaluated, is_packed, rewritten
 
-aten = torch.ops.aten
+_aten = torch.ops.aten
 _BITS = 8
 
 
 def double_quantize_program(program: ExportedProgram, *, mode: int = 2, size: int | None = None) -> ExportedProgram:
-    """Round the scales of every packed layer; integers stay. The program is not changed.
+    """Round the scales of every packed layer to eight bits and keep its codes. The program is not changed.
+
+    Statistics are chosen as in double quantization of bitorch-engine's GBA layers, see :mod:`..rounding.double`, and
+    have the dtype of the scales.
 
     Args:
         program: packed, as :func:`.program.pack` returns it.
-        mode, size: as for :func:`..rounding.double.double_quantize`; statistics are in the dtype of the scales.
+        mode: 1 lets all groups of one output share statistics, 2 all outputs, or ``size`` side by side, of one group.
+        size: how many outputs share statistics in mode 2. It must divide them. None takes all.
 
-    Raises ConfigError: the program has no packed layer; a mode or size that :func:`..rounding.double.double_quantize`
-    refuses.
+    Raises:
+        ConfigError: the program has no packed layer, the mode is unknown, or the size does not divide the outputs.
     """
     made: dict[Node, Node] = {}
 
@@ -46,7 +51,10 @@ def double_quantize_program(program: ExportedProgram, *, mode: int = 2, size: in
 
 
 def decode_scales(program: ExportedProgram) -> ExportedProgram:
-    """Scales that are computed in the graph as constants of the same values; any other program as it is."""
+    """The program with constants in place of scales that are computed in the graph, of the same values.
+
+    A program without such scales is returned itself.
+    """
     computed = [n for n in program.graph.nodes if is_packed(n) and arguments(n)["scales"].op != "placeholder"]
     if not computed:
         return program
@@ -66,7 +74,7 @@ def decode_scales(program: ExportedProgram) -> ExportedProgram:
 def _decoded(
     editor: ProgramEditor, program: ExportedProgram, at: Node, args: Mapping[str, Any], mode: int, size: int | None
 ) -> Node:
-    """The nodes that compute the scales (groups, out), right before a layer."""
+    """The last of the nodes that compute the scales (groups, out), which are added right before a layer."""
     scales = evaluated(editor, program, args["scales"])
     rounded = round_statistics(scales, mode, size, _BITS, scales.dtype)
     module = editor.fqn(args["qweight"]).removesuffix(".qweight")
@@ -78,11 +86,11 @@ def _decoded(
             ("qscales_zeros", rounded.zeros),
         )
     )
-    made = editor.call(aten.to.dtype, q, value(args["scales"]).dtype, after=at.prev, origin="quantization")
+    made = editor.call(_aten.to.dtype, q, value(args["scales"]).dtype, after=at.prev, origin=ORIGIN)
     for target, operand in (
-        (aten.sub.Tensor, zeros),
-        (aten.mul.Tensor, steps),
-        (aten.view.default, list(scales.shape)),
+        (_aten.sub.Tensor, zeros),
+        (_aten.mul.Tensor, steps),
+        (_aten.view.default, list(scales.shape)),
     ):
-        made = editor.call(target, made, operand, after=at.prev, origin="quantization")
+        made = editor.call(target, made, operand, after=at.prev, origin=ORIGIN)
     return made

@@ -2,7 +2,7 @@
 
     y = x Ŵᵀ + b   ->   y = Σ_b x[…, π_b] Ŵ_bᵀ + b,   π_b the inputs whose weights have b bits
 
-Every term has integers of one width, which packing and all runtimes take as they are. Mixed widths within a weight are
+Every term has codes of one width, which packing and all runtimes take as they are. Mixed widths within a weight are
 what EXL2 files have.
 """
 
@@ -21,25 +21,26 @@ from spinpass.errors import ConfigError
 from spinpass.graph import ProgramEditor, integers_as_buffers, value, without_constants
 from spinpass.passes import open_program
 
-from ..layers.products import operands, replace_product, sites_by_name, why_kept
-from ..layers.sites import WeightSite
+from ..layers import ORIGIN, WeightSite, operands, replace_product, sites_by_name, why_kept
 from ..report import Quantized, QuantizedWeight
 
-aten = torch.ops.aten
-_ORIGIN = "quantization"
+_aten = torch.ops.aten
 
 
 def splittable(program: ExportedProgram) -> set[str]:
-    """The names of the weights whose layers can be split by their inputs."""
+    """The names of the weights of a program whose layers can be split by their inputs."""
     editor = open_program(program)
     return {name for name, sites in sites_by_name(editor).items() if not why_kept(editor, sites)}
 
 
 def split_rows(quantized: Quantized) -> Quantized:
-    """Split weights of several widths: ``x.weight`` becomes ``x.bits2.weight``, ``x.bits4.weight`` … in program and
-    report, each with the places of its inputs, int64 ``x.bits2.inputs``. Other programs are returned as they are.
+    """Split the weights that have codes of several widths, in program and report.
 
-    Raises ConfigError: a layer that is no product with its weight as it is stored.
+    ``x.weight`` becomes ``x.bits2.weight``, ``x.bits4.weight`` and so on, each with the places of its inputs in
+    ``x.bits2.inputs``, int64 (n,). A program without such weights is returned itself.
+
+    Raises:
+        ConfigError: a layer of such a weight is no product with the weight as it is stored.
     """
     mixed = {name: weight for name, weight in quantized.report.weights.items() if weight.codes.group_bits is not None}
     if not mixed:
@@ -62,7 +63,7 @@ def split_rows(quantized: Quantized) -> Quantized:
 
 
 def _parts(name: str, weight: QuantizedWeight) -> dict[str, QuantizedWeight]:
-    """By their names, ascending in width."""
+    """The parts of a weight by their names, ascending in width."""
     made = {}
     for bits, (_, codes) in weight.codes.parts().items():
         scheme = replace(weight.scheme, bits=bits, group_bits=None)
@@ -73,7 +74,7 @@ def _parts(name: str, weight: QuantizedWeight) -> dict[str, QuantizedWeight]:
 def _replace(
     editor: ProgramEditor, sites: Sequence[WeightSite], parts: Mapping[str, QuantizedWeight], places: Sequence[Tensor]
 ) -> None:
-    """The sum of the parts' layers in place of each of ``sites``."""
+    """Put the sum of the parts' layers in place of each of ``sites``. ``places`` are the columns of the parts."""
     stored = value(sites[0].weight).dtype
     weights, columns = list[Node](), list[Node]()
     for (name, part), at in zip(parts.items(), places, strict=True):
@@ -81,14 +82,15 @@ def _replace(
         columns.append(editor.add_constant(f"{name.removesuffix('.weight')}.inputs", at))
     for site in sites:
         x, bias = operands(site)
-        picked = [_call(editor, site, aten.index_select.default, x, -1, at) for at in columns]
+        picked = [_call(editor, site, _aten.index_select.default, x, -1, at) for at in columns]
         biases = (bias, *(None for _ in weights[1:]))
-        *terms, last = (_call(editor, site, aten.linear.default, *each) for each in zip(picked, weights, biases))
+        *terms, last = (_call(editor, site, _aten.linear.default, *each) for each in zip(picked, weights, biases))
         total = terms[0]
         for term in terms[1:]:
-            total = _call(editor, site, aten.add.Tensor, total, term)
-        replace_product(editor, site.linear, aten.add.Tensor, total, last)
+            total = _call(editor, site, _aten.add.Tensor, total, term)
+        replace_product(editor, site.linear, _aten.add.Tensor, total, last)
 
 
 def _call(editor: ProgramEditor, site: WeightSite, target: Callable[..., Any], *args: Any) -> Node:
-    return editor.call(target, *args, after=site.linear.prev, origin=_ORIGIN)
+    """A new node right before the layer of ``site``."""
+    return editor.call(target, *args, after=site.linear.prev, origin=ORIGIN)

@@ -1,10 +1,10 @@
-"""pack:  linear layers on the constants that integers stand for  ->  ``spinpass::packed_linear`` on those integers.
+"""pack:  linear layers on the constants that codes stand for  ->  ``spinpass::packed_linear`` on those codes.
 
     y = x Wᵀ + b, W float (out, in)   ->   y = packed_linear(x, qweight, scales, qzeros, g_idx, b, bits)
 
-The integers are parameters of an integer dtype, by which :func:`spinpass.transform` and
-:func:`spinpass.quantization.quantize` know a packed program and refuse it; :func:`unpack`, which has to be called, is
-the way back.
+The codes are parameters of an integer dtype, by which :func:`spinpass.transform` and
+:func:`spinpass.quantization.quantize` know a packed program and refuse it. The way back is :func:`unpack`, which has to
+be called.
 """
 
 from __future__ import annotations
@@ -30,33 +30,34 @@ from spinpass.graph import (
     value,
     without_constants,
 )
-from spinpass.operators import dequantized
-from spinpass.operators import pack as packed_words
+from spinpass.operators import dequantized, pack_words
 
-from ..layers.products import operands, replace_product, sites_by_name, why_kept
+from ..layers import operands, replace_product, sites_by_name, why_kept
 from ..report import Quantized
-from ..rounding.grid import Codes
+from ..rounding import Codes
 
-aten = torch.ops.aten
+_aten = torch.ops.aten
 _OPERATOR = "spinpass::packed_linear"
 
 
 @dataclass(frozen=True)
 class Packed:
-    """A program on packed integers; ``kept``: by parameter name, why a quantized weight stayed a float constant."""
+    """A program on packed codes, and by parameter name why a quantized weight stayed a float constant."""
 
     program: ExportedProgram
     kept: Mapping[str, str]
 
 
 def pack(quantized: Quantized) -> Packed:
-    """Put the integers of a quantized program in place of the float constants that they stand for.
+    """Put the codes of a quantized program in place of the float constants that they stand for.
 
-    Outputs are equal bit for bit where the layer is ``aten::linear`` on the stored weight; a product with a transposed
-    one is summed in another order. Constants are called as in a GPTQ checkpoint: ``x.weight`` becomes ``x.qweight``,
-    ``x.scales``, ``x.qzeros`` and, for groups of any columns, ``x.g_idx``.
+    Outputs are equal bit for bit where the layer is ``aten::linear`` on the stored weight. A product with a transposed
+    one is summed in another order. Constants are called and laid out as in a GPTQ checkpoint: ``x.weight`` becomes
+    ``x.qweight``, ``x.scales``, ``x.qzeros`` and, for groups of any columns, ``x.g_idx``; their shapes and dtypes are
+    those in :mod:`spinpass.operators.packed_linear`. The quantized program is not changed.
 
-    Raises ConfigError where no weight of the program can be packed.
+    Raises:
+        ConfigError: no weight of the program can be packed.
     """
     editor = ProgramEditor(quantized.program)
     sites = sites_by_name(editor)
@@ -68,7 +69,7 @@ def pack(quantized: Quantized) -> Packed:
             kept[name] = reason
             continue
         dead.update(editor.fqns(sites[name][0].weight))
-        constants = _add_integers(editor, _module(name), weight.codes)
+        constants = _add_codes(editor, _module(name), weight.codes)
         for site in sites[name]:
             x, bias = operands(site)
             target = torch.ops.spinpass.packed_linear.default
@@ -79,27 +80,36 @@ def pack(quantized: Quantized) -> Packed:
 
 
 def unpack(program: ExportedProgram) -> ExportedProgram:
-    """Dequantize the layers of a packed program: float weights ``x.weight`` in the dtype of the layer's input, which
-    can be rotated and quantized again. Equal to the packed program bit for bit.
+    """Dequantize the layers of a packed program, which can then be rotated and quantized again.
 
-    Raises ConfigError: the program has no packed layer.
+    Their weights are called ``x.weight`` and are float (out, in) in the dtype of the layer's input. Outputs are equal
+    bit for bit. The packed program is not changed.
+
+    Raises:
+        ConfigError: the program has no packed layer.
     """
 
     def product(editor: ProgramEditor, node: Node) -> tuple[Any, ...]:
         args = arguments(node)
         weight = made.get(args["qweight"]) or _add_weight(editor, program, args)
         made[args["qweight"]] = weight
-        return aten.linear.default, args["x"], weight, args["bias"]
+        return _aten.linear.default, args["x"], weight, args["bias"]
 
     made: dict[Node, Node] = {}
     return rewritten(program, product)
 
 
 def rewritten(program: ExportedProgram, product: Callable[[ProgramEditor, Node], tuple[Any, ...]]) -> ExportedProgram:
-    """Every packed layer replaced by the call (target, *arguments) that ``product`` makes of it; integers that nothing
-    reads any more are gone.
+    """The program with every packed layer replaced by the call that ``product`` makes of it.
 
-    Raises ConfigError: the program has no packed layer.
+    Codes that nothing reads any more are gone. The packed program is not changed.
+
+    Args:
+        program: packed.
+        product: takes the editor and the node of a layer, and returns (target, *arguments).
+
+    Raises:
+        ConfigError: the program has no packed layer.
     """
     editor = ProgramEditor(integers_as_buffers(program))
     layers = packed_layers(editor)
@@ -115,19 +125,19 @@ def rewritten(program: ExportedProgram, product: Callable[[ProgramEditor, Node],
 
 
 def _constants_behind(editor: ProgramEditor, node: Node) -> set[Node]:
-    """The stored constants that a node reads, or that a constant expression does that it reads."""
+    """The stored constants that a node reads, itself or through an expression of constants."""
     constants = [source for source in node.all_input_nodes if editor.is_constant(source)]
     stored = {source for source in constants if editor.is_stored(source)}
     return stored.union(*(_constants_behind(editor, source) for source in constants))
 
 
 def packed_layers(editor: ProgramEditor) -> list[Node]:
-    """The packed linear layers, in graph order."""
+    """The nodes of the packed linear layers, in graph order."""
     return [node for node in editor.nodes if is_packed(node)]
 
 
 def is_packed(node: Node) -> bool:
-    """The node is a packed linear layer."""
+    """Whether the node is a packed linear layer."""
     return op_name(node) == _OPERATOR
 
 
@@ -144,19 +154,19 @@ def evaluated(editor: ProgramEditor, program: ExportedProgram, node: Node) -> Te
     return result
 
 
-def _add_integers(editor: ProgramEditor, module: str, codes: Codes) -> tuple[Node | None, ...]:
-    """(qweight, scales, qzeros, g_idx) as constants."""
+def _add_codes(editor: ProgramEditor, module: str, codes: Codes) -> tuple[Node | None, ...]:
+    """(qweight, scales, qzeros, g_idx) as new constants of ``module``."""
     tensors = {
-        "qweight": packed_words(codes.q.T, codes.bits, 0),
+        "qweight": pack_words(codes.q.T, codes.bits, 0),
         "scales": codes.scales.T.contiguous(),
-        "qzeros": packed_words(codes.zeros.T, codes.bits, 1),
+        "qzeros": pack_words(codes.zeros.T, codes.bits, 1),
         "g_idx": None if codes.index is None else codes.index.to(torch.int32),
     }
     return tuple(None if t is None else editor.add_constant(f"{module}.{part}", t) for part, t in tensors.items())
 
 
 def _add_weight(editor: ProgramEditor, program: ExportedProgram, args: Mapping[str, Any]) -> Node:
-    """The float weight of a packed layer as a constant."""
+    """The float weight of a packed layer as a new constant, in the dtype of the layer's input."""
     weight = weight_of(editor, program, args)
     return editor.add_constant(weight_name(editor, args["qweight"]), weight.to(value(args["x"]).dtype))
 

@@ -1,12 +1,12 @@
-"""Quantization-aware fine-tuning of a packed program:  the exported graph, with its scales and the weights behind its
-integers as parameters.
+"""Quantization-aware fine-tuning of a packed program:  the exported graph, with its scales and latent weights to train.
 
     packed_linear(x, q, s, z, g, b)   ->   linear(x, round_weight(w, s, z, g), b), w float (out, in)
 
-Every forward pass rounds the latent weights w to integers again; gradients pass straight through the rounding
-(:func:`spinpass.operators.packed_linear.round_weight`). With ``frozen`` integers only the scales are trained, as in
-PEQA (Kim et al., arXiv 2305.14152), on the packed graph itself. Roundings of activations and caches pass gradients
-straight through as well, those of a static range where the value lies within it; importing this module registers that.
+Every forward pass rounds the latent weights w to codes again, and gradients pass straight through the rounding
+(:func:`spinpass.operators.packed_linear.round_weight`; LSQ, Esser et al., arXiv 1902.08153). With ``frozen`` codes only
+the scales are trained, on the packed graph itself, as in PEQA (Kim et al., arXiv 2305.14152). Roundings of activations
+and caches pass gradients straight through as well where the value lies within the range. Importing this module
+registers that.
 """
 
 from __future__ import annotations
@@ -23,28 +23,30 @@ from torch.fx import Node
 from spinpass import operators
 from spinpass.errors import ConfigError
 from spinpass.graph import ProgramEditor, arguments, integers_as_buffers, shape, value, with_constants
-from spinpass.operators import nearest
-from spinpass.operators import pack as packed_words
+from spinpass.operators import nearest, pack_words
 
+from ..layers import ORIGIN
 from .program import packed_layers, rewritten, weight_name, weight_of
 
-aten = torch.ops.aten
+_aten = torch.ops.aten
 
 
 class Trainable(nn.Module):
-    """A packed program to be fine-tuned; called as the program is. Scales, and latent weights unless the integers are
-    frozen, are its parameters with gradients, under their names in the program; all others are left without (set
-    ``requires_grad`` of those that should move as well). Zero points stay.
+    """A packed program to be fine-tuned, called as the program is.
+
+    Its parameters with gradients are the scales, and the latent weights unless the codes are frozen, under their names
+    in the program. All others are left without: set ``requires_grad`` of those that should move as well. Zero points do
+    not move.
 
     Args:
         program: packed, as :func:`.program.pack` returns it. It is not changed.
-        latent: float weights (out, in) by name, ``x.weight`` for ``x.qweight``, to begin with: those before rounding,
-            say. Others begin as what their integers stand for. float32 where the scales are.
-        frozen: keep the integers and train the scales alone.
+        latent: float weights (out, in) by name, ``x.weight`` for ``x.qweight``, to begin with, for example those of the
+            original program. Others begin as what their codes stand for. All take the dtype of their scales.
+        frozen: keep the codes and train the scales alone.
 
     Raises:
-        ConfigError: the program has no packed layer; a latent weight for none of them, of another shape, or beside
-            ``frozen`` integers; scales that are no constants.
+        ConfigError: the program has no packed layer, or scales that are no constants. A latent weight belongs to no
+            packed layer, has another shape, or is given beside ``frozen`` codes.
     """
 
     def __init__(
@@ -63,18 +65,19 @@ class Trainable(nn.Module):
             parameter.requires_grad_(name in moving)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the program returns."""
+        """What the program returns for these inputs."""
         return self.graph(*args, **kwargs)
 
     def train(self, mode: bool = True) -> Trainable:
-        """Nothing of an exported graph depends on the mode."""
+        """Set the mode, on which nothing of an exported graph depends."""
         self.training = mode
         return self
 
     def packed(self) -> ExportedProgram:
-        """A packed program with the values that the parameters have by now; it computes what this module does.
+        """A packed program with the values that the parameters have by now. It computes what this module does.
 
-        Raises ConfigError: a scale is zero or not finite.
+        Raises:
+            ConfigError: a scale is zero or not finite.
         """
         trained = self.graph.state_dict(keep_vars=True)
         state = dict(self.source.state_dict)
@@ -86,12 +89,12 @@ class Trainable(nn.Module):
             if not self.frozen:
                 g_idx = None if layer.g_idx is None else trained[layer.g_idx]
                 q = nearest(trained[name], scales, trained[layer.qzeros], g_idx, layer.bits)
-                state[layer.qweight] = nn.Parameter(packed_words(q.T, layer.bits, 0), requires_grad=False)
+                state[layer.qweight] = nn.Parameter(pack_words(q.T, layer.bits, 0), requires_grad=False)
         return with_constants(self.source, state)
 
 
 def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Without gradients; one copy for all names of a tensor."""
+    """Copies without gradients, one for all names of a tensor."""
     made: dict[tuple[Any, ...], Tensor] = {}
     for tensor in tensors.values():
         if _identity(tensor) not in made:
@@ -110,7 +113,7 @@ def _is_parameter(tensor: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class _Layer:
-    """The names of a packed layer's constants."""
+    """The names of a packed layer's constants, the width of its codes, and the shape (out, in) of its weight."""
 
     qweight: str
     scales: str
@@ -141,7 +144,7 @@ def _layers(program: ExportedProgram) -> dict[str, _Layer]:
 
 def _check(layers: Mapping[str, _Layer], latent: Mapping[str, Tensor], frozen: bool) -> None:
     if frozen and latent:
-        raise ConfigError("latent weights move integers, and frozen=True keeps them: give one of the two")
+        raise ConfigError("latent weights move codes, and frozen=True keeps them: give one of the two")
     for name, tensor in latent.items():
         if name not in layers:
             raise ConfigError(f"{name} is the weight of no packed layer; those are {', '.join(sorted(layers))}")
@@ -152,7 +155,7 @@ def _check(layers: Mapping[str, _Layer], latent: Mapping[str, Tensor], frozen: b
 def _latent_products(
     program: ExportedProgram, latent: Mapping[str, Tensor]
 ) -> Callable[[ProgramEditor, Node], tuple[Any, ...]]:
-    """The call that stands for a packed layer where its weight is rounded from a latent one, once for all readers."""
+    """What makes the call for a packed layer whose weight is rounded from a latent one, once for all its readers."""
     made: dict[Node, Node] = {}
 
     def product(editor: ProgramEditor, node: Node) -> tuple[Any, ...]:
@@ -164,11 +167,11 @@ def _latent_products(
             weight = editor.add_constant(name, start.to(value(scales).dtype, copy=True))
             constants = (weight, scales, args["qzeros"], args["g_idx"], args["bits"])
             target = torch.ops.spinpass.round_weight.default
-            made[key] = editor.call(target, *constants, after=node.prev, origin="quantization")
+            made[key] = editor.call(target, *constants, after=node.prev, origin=ORIGIN)
         weight = made[key]
         if value(weight).dtype != dtype:
-            weight = editor.call(aten.to.dtype, weight, dtype, after=node.prev, origin="quantization")
-        return aten.linear.default, args["x"], weight, args["bias"]
+            weight = editor.call(_aten.to.dtype, weight, dtype, after=node.prev, origin=ORIGIN)
+        return _aten.linear.default, args["x"], weight, args["bias"]
 
     return product
 

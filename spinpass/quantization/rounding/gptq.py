@@ -1,13 +1,14 @@
-"""GPTQ: columns are rounded one after the other, and those still to come make up for the error.
+"""GPTQ: columns become codes one after the other, and those still to come make up for the error.
 
     min ‖X Wᵀ − X Ŵᵀ‖² by columns:  with U the upper Cholesky factor of (XᵀX)⁻¹,
     e = (w_j − ŵ_j) / U_jj,   w_k ← w_k − e·U_jk  for k > j
 
-Then the scales of least error for these codes, and again each column in turn, its error now known in full:
+Then come the scales of least error for these codes, and again each column in turn, its error now known in full:
 
     ŵ_j ← nearest of the grid to  ŵ_j + ((W − Ŵ) XᵀX)_j / (XᵀX)_jj
 
-Source: Frantar et al., arXiv 2210.17323, algorithm 1; cyclic coordinate descent as in QuantEase, arXiv 2309.01885.
+Source: Frantar et al., arXiv 2210.17323, algorithm 1. The cyclic coordinate descent is that of QuantEase, arXiv
+2309.01885.
 """
 
 from __future__ import annotations
@@ -23,11 +24,16 @@ from .grid import Codes, chosen_range, to_codes, uneven_index
 _BLOCK = 128
 
 
-def gptq(matrix: Tensor, hessian: Tensor, scheme: Weights) -> Codes:
-    """Quantize a float32 matrix (out, in) against XᵀX, float32 or float64 (in, in), of its inputs.
+def rounded_by_gptq(matrix: Tensor, hessian: Tensor, scheme: Weights) -> Codes:
+    """The codes of a float32 matrix (out, in) that least change its outputs on inputs X.
 
     Inputs that are always zero get a unit diagonal: their weights are rounded to nearest. With ``act_order`` columns
     are taken by descending diagonal, groups stay where they are, and their ranges are chosen before.
+
+    Args:
+        matrix: W, float32 (out, in).
+        hessian: XᵀX, float32 or float64 (in, in).
+        scheme: its ``method`` does not matter.
     """
     columns = matrix.shape[1]
     size = scheme.group_size or columns
@@ -70,8 +76,13 @@ def gptq(matrix: Tensor, hessian: Tensor, scheme: Weights) -> Codes:
 
 
 def refined(matrix: Tensor, codes: Codes, hessian: Tensor, sweeps: int) -> Codes:
-    """Codes and scales of no larger ‖X(W − Ŵ)ᵀ‖² for the same zero points, by ``sweeps`` rounds of coordinate
-    descent. ``matrix``: float32 (out, in); ``hessian``: XᵀX, (in, in).
+    """Codes and scales of no larger ‖X(W − Ŵ)ᵀ‖² for the same zero points.
+
+    Args:
+        matrix: W, float32 (out, in).
+        codes: those of Ŵ to begin with.
+        hessian: XᵀX, float32 or float64 (in, in).
+        sweeps: rounds of coordinate descent. 0 returns ``codes``.
     """
     for _ in range(sweeps):
         codes = _descended(matrix, _rescaled(matrix, codes, hessian), hessian)
@@ -79,7 +90,7 @@ def refined(matrix: Tensor, codes: Codes, hessian: Tensor, sweeps: int) -> Codes
 
 
 def _rescaled(matrix: Tensor, codes: Codes, hessian: Tensor) -> Codes:
-    """The scales of least error, one for every group of every row: a linear least-squares problem of each row."""
+    """The scales of least error for the same codes: a linear least-squares problem for every row."""
     rows, groups = codes.scales.shape
     at = codes.group_of
     z = codes.q.double() - codes.zeros.double()[:, at]
@@ -101,7 +112,7 @@ def _rescaled(matrix: Tensor, codes: Codes, hessian: Tensor) -> Codes:
 
 
 def _descended(matrix: Tensor, codes: Codes, hessian: Tensor) -> Codes:
-    """Every column in turn is rounded anew to what makes up best for the errors of all others."""
+    """The codes where every column in turn is rounded anew to what makes up best for the errors of all others."""
     columns, at = matrix.shape[1], codes.group_of
     h = hessian.to(matrix.dtype)
     curvature = h.diagonal().clone()

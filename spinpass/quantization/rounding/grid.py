@@ -1,7 +1,8 @@
-"""Integers with scales: rounding to nearest on the range of least squared error, and back.
+"""Codes with scales and zero points: rounding to nearest on the range of least squared error, and back.
 
-A weight matrix is (out, in), groups lie along ``in``:  w ≈ (q − z)·s,  with q and z in 0 … 2^bits − 1. Symmetric grids
-have z = 2^(bits−1) everywhere, so that −max … max·(1 − 2^(1−bits)) is covered and zero is exact.
+A weight matrix is (out, in) and groups lie along ``in``:  w ≈ (q − z)·s,  with the code q and the zero point z in
+0 … 2^bits − 1. Symmetric grids have z = 2^(bits−1) everywhere, so that −max … max·(1 − 2^(1−bits)) is covered and zero
+is exact.
 """
 
 from __future__ import annotations
@@ -19,9 +20,17 @@ _SMALLEST = 0.25  # of it: 2-bit grids cut deep
 
 @dataclass(frozen=True)
 class Codes:
-    """A quantized matrix. ``q``: uint8 (out, in); ``scales``: (out, groups) in the weight's dtype; ``zeros``: uint8
-    (out, groups). Groups lie side by side and are equally long but for the last, unless ``index``, int64 (in,), has the
-    group of every column. ``group_bits``: the bits of each group where they differ; ``bits`` is then the most.
+    """A quantized matrix: the codes of its elements, and what makes numbers of them.
+
+    Args:
+        q: the codes, uint8 (out, in).
+        scales: float (out, groups).
+        zeros: the zero points, uint8 (out, groups).
+        bits: the width of a code, or the largest where widths differ.
+        symmetric: all zero points are 2^(bits−1) and need not be stored.
+        index: the group of every column, int64 (in,). None for groups that lie side by side and are equally long but
+            for the last.
+        group_bits: the width of the codes of each group where they differ.
     """
 
     q: Tensor
@@ -34,7 +43,7 @@ class Codes:
 
     @property
     def top(self) -> Tensor:
-        """The largest code of every column, 2^bits − 1, int64 (in,)."""
+        """The largest code that every column could have, 2^bits − 1, int64 (in,)."""
         if self.group_bits is None:
             return torch.full(self.q.shape[1:], 2**self.bits - 1)
         return 2 ** torch.tensor(self.group_bits)[self.group_of] - 1
@@ -60,14 +69,14 @@ class Codes:
 
     @property
     def nbytes(self) -> int:
-        """Packed: ``bits`` per weight, scales, and zero points of ``bits`` where there are any."""
+        """The size when packed: ``bits`` for each weight and each zero point that is stored, and the scales."""
         if self.group_bits is not None:
             return sum(codes.nbytes for _, codes in self.parts().values())
         zeros = 0 if self.symmetric else self.zeros.numel() * self.bits // 8
         return self.q.numel() * self.bits // 8 + self.scales.nbytes + zeros
 
     def parts(self) -> dict[int, tuple[Tensor, Codes]]:
-        """By width, ascending: the columns whose groups have it, int64, and their codes, all of this one width."""
+        """By width, ascending: the columns whose groups have it, int64 (n,), and their codes, all of this width."""
         widths = torch.tensor(self.group_bits or [self.bits] * self.scales.shape[1])
         found = {}
         for bits in sorted(set(widths.tolist())):
@@ -81,7 +90,7 @@ class Codes:
 
 
 def rounded(matrix: Tensor, scheme: Weights) -> Codes:
-    """Round a float matrix (out, in) to nearest. A last group may be shorter."""
+    """Round a float matrix (out, in) to the nearest codes. The scales have its dtype. A last group may be shorter."""
     if scheme.group_bits is not None:
         return _rounded_by_group(matrix, scheme)
     out, columns = matrix.shape
@@ -107,7 +116,7 @@ def _rounded_by_group(matrix: Tensor, scheme: Weights) -> Codes:
 
 
 def group_of(columns: int, groups: int, index: Tensor | None) -> Tensor:
-    """``index`` where there is one; else groups lie side by side, equally long but for the last. int64 (columns,)."""
+    """The group of every column, int64 (columns,): ``index``, or groups side by side, equally long but for the last."""
     return torch.arange(columns) // -(-columns // groups) if index is None else index
 
 
@@ -117,7 +126,7 @@ def uneven_index(columns: int, size: int) -> Tensor | None:
 
 
 def chosen_range(part: Tensor, scheme: Weights) -> tuple[Tensor, Tensor]:
-    """(scale, zero point), each (rows,), of one group of each row (rows, size)."""
+    """(scale, zero point), each float (rows,), of one group of each row (rows, size)."""
     levels = 2**scheme.bits - 1
     low, high = part.amin(1).clamp(max=0), part.amax(1).clamp(min=0)
     if scheme.symmetric:
@@ -138,7 +147,7 @@ def chosen_range(part: Tensor, scheme: Weights) -> tuple[Tensor, Tensor]:
 
 
 def to_codes(values: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
-    """Codes 0 … 2^bits − 1 of values (out, size), as floats."""
+    """The codes 0 … 2^bits − 1 of values (rows, size), as floats, for a scale and zero point (rows,) of each row."""
     return (values / scale[:, None] + zero[:, None]).round_().clamp_(0, 2**bits - 1)
 
 

@@ -1,7 +1,7 @@
-"""Second moments of a layer's inputs: all that its calibration needs to know of the text.
+"""Second moments of a layer's inputs: all that its calibration needs to know of the calibration inputs.
 
-With X the inputs in the unquantized program and X̂ those behind the layers that are quantized already, what a layer's
-weight should be is not W but what makes up best for their difference:
+With X the layer's inputs in the original program and X̂ those behind the layers that are quantized already, what a
+layer's weight should be is not W but what makes up best for their difference:
 
     min ‖X Wᵀ − X̂ Vᵀ‖²   at   V = W (XᵀX̂)(X̂ᵀX̂)⁻¹
 """
@@ -19,22 +19,28 @@ _TINY = 1e-30
 
 @dataclass(frozen=True)
 class Moments:
-    """Sums over tokens, float64 (in, in): ``own`` X̂ᵀX̂, ``cross`` XᵀX̂, ``reference`` XᵀX."""
+    """Sums over tokens, each float64 (in, in).
+
+    Args:
+        own: X̂ᵀX̂.
+        cross: XᵀX̂.
+        original: XᵀX.
+    """
 
     own: Tensor
     cross: Tensor
-    reference: Tensor
+    original: Tensor
 
     @classmethod
-    def of(cls, values: Sequence[Tensor], references: Sequence[Tensor]) -> Moments:
-        """``values``, ``references``: X̂ and X, (..., in), pairwise of the same shape; one list for both where X̂ = X."""
+    def of(cls, values: Sequence[Tensor], originals: Sequence[Tensor]) -> Moments:
+        """The moments of X̂ and X, both in tensors (…, in), pairwise of one shape. Where X̂ = X, one list is both."""
         own = _product(values, values)
-        if references is values:
+        if originals is values:
             return cls(own, own, own)
-        return cls(own, _product(references, values), _product(references, references))
+        return cls(own, _product(originals, values), _product(originals, originals))
 
     def target(self, matrix: Tensor, damping: float) -> Tensor:
-        """V for W = ``matrix`` (out, in), drawn to W by ``damping`` times the mean of the diagonal of X̂ᵀX̂."""
+        """V (out, in) for W = ``matrix``, in its dtype, drawn to W by ``damping`` times the mean diagonal of X̂ᵀX̂."""
         ridge = damping * self.own.diagonal().mean().clamp_min(_TINY) * torch.eye(len(self.own), dtype=torch.float64)
         # V (X̂ᵀX̂ + λ) = W (XᵀX̂ + λ)
         wanted = matrix.double() @ (self.cross + ridge)
@@ -42,9 +48,9 @@ class Moments:
         return solved.to(matrix.dtype)
 
     def error(self, matrix: Tensor, quantized: Tensor) -> float:
-        """‖X Wᵀ − X̂ Ŵᵀ‖² / ‖X Wᵀ‖²."""
+        """‖X Wᵀ − X̂ Ŵᵀ‖² / ‖X Wᵀ‖² for W = ``matrix`` and Ŵ = ``quantized``, both (out, in)."""
         w, q = matrix.double(), quantized.double()
-        power = ((w @ self.reference) * w).sum()
+        power = ((w @ self.original) * w).sum()
         if self.cross is self.own:  # X = X̂
             off = (((w - q) @ self.own) * (w - q)).sum()
         else:

@@ -2,7 +2,7 @@
 
     min over (scale, zero, limit)  Σ ‖x − k·round(x/k)‖²,      k = max(1, max|x|/limit) for every token
 
-A massive activation is one token's: it is scaled into the range of the others where that lowers the error by much.
+A massive activation is one token's. It is scaled into the range of the others where that lowers the error by much.
 """
 
 from __future__ import annotations
@@ -29,7 +29,13 @@ _CLIPS = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.76, 0.72, 0.68)
 
 @dataclass(frozen=True)
 class StaticRange:
-    """``scale`` and ``zero`` are float32, scalars or (channels,); ``limit`` is infinite where no token is scaled."""
+    """A range that is fixed for all tokens.
+
+    Args:
+        scale: float32, a scalar or (channels,).
+        zero: the zero point, likewise.
+        limit: the largest value of a token that is not scaled into the range, infinite where none is.
+    """
 
     scale: Tensor
     zero: Tensor
@@ -37,7 +43,7 @@ class StaticRange:
 
 
 def static_range(values: Sequence[Tensor], scheme: Activations) -> StaticRange:
-    """The range for ``values``, each (..., channels), by the scheme's ``calibration``."""
+    """The range for ``values``, each (…, channels), that the scheme's ``calibration`` chooses."""
     rows = torch.cat([v.reshape(-1, v.shape[-1]).float() for v in values])
     peaks = rows.abs().amax(1)
     sample = _Sample.of(rows, peaks)
@@ -56,7 +62,7 @@ def static_range(values: Sequence[Tensor], scheme: Activations) -> StaticRange:
 
 @dataclass(frozen=True)
 class _Sample:
-    """Tokens (n, channels) and how many each stands for (n,)."""
+    """Some tokens (n, channels), the largest among them, and how many each stands for, float (n,)."""
 
     rows: Tensor
     counts: Tensor
@@ -74,7 +80,10 @@ class _Sample:
 
 
 def token_clip(values: Sequence[Tensor], bits: int, symmetric: bool) -> float:
-    """The share of every token's range whose cover has the least squared error, relative to the token's power."""
+    """The share of each token's range that is best covered, for ``values`` (…, channels) and codes of ``bits``.
+
+    It is the one of least squared error relative to the token's power, summed over tokens.
+    """
     rows = torch.cat([v.reshape(-1, v.shape[-1]).float() for v in values])
     rows = rows[:: max(1, len(rows) // _ROWS)]
     power = rows.square().sum(1).clamp_min(torch.finfo(torch.float32).tiny)
@@ -87,7 +96,7 @@ def token_clip(values: Sequence[Tensor], bits: int, symmetric: bool) -> float:
 
 
 def _chosen(sample: _Sample, scheme: Activations, limit: float) -> tuple[StaticRange, float]:
-    """The range, and its squared error; every channel its own where the scheme says so."""
+    """The range of least squared error for a given limit, and its error. Each channel may have its own."""
     factor = (sample.rows.abs().amax(1, keepdim=True) / limit).clamp_min(1)
     scaled = sample.rows / factor
     low, high = _ends(scaled, scheme)
@@ -107,7 +116,7 @@ def _chosen(sample: _Sample, scheme: Activations, limit: float) -> tuple[StaticR
 
 
 def _ends(rows: Tensor, scheme: Activations) -> tuple[Tensor, Tensor]:
-    """The widest range that is considered: scalars, or (channels,)."""
+    """(low, high) of the widest range that is considered: scalars, or (channels,)."""
     columns = rows if scheme.per_channel else rows.reshape(-1, 1)
     if scheme.calibration == "percentile":
         outside = max(1, round(len(columns) * (1 - scheme.percentile / 100) / 2))

@@ -10,7 +10,7 @@ import torch
 from spinpass.errors import ConfigError
 from spinpass.quantization import QuantizationConfig, Weights, quantize
 from spinpass.quantization.calibration.allocate import Layer, allocate, allocated
-from tests.quantization.test_quantize import inputs, program
+from tests.support.quantizable import inputs, program
 
 
 def layers(seed: int) -> dict[str, Layer]:

@@ -12,8 +12,8 @@ from torch.fx import Node
 
 from spinpass.execution.interpreter import Runner, constants, execute, flat_inputs, run
 from spinpass.quantization.calibration.lockstep import run_in_lockstep
-from tests.quantization.test_quantize import inputs
 from tests.support.decoders import Decoder, exported, made
+from tests.support.quantizable import inputs
 
 PROGRAM = exported(made(Decoder(layers=2, spelled=True), dtype=torch.float32))
 NODES = {n.name: n for n in PROGRAM.graph.nodes}
@@ -48,9 +48,9 @@ def test_a_watch_sees_all_inputs_and_what_earlier_ones_have_changed() -> None:
         found[first] = values
         return {changed: zeros}
 
-    def look(values: list[Tensor], as_it_was: list[Tensor]) -> Mapping[str, Tensor]:
+    def look(values: list[Tensor], originals: list[Tensor]) -> Mapping[str, Tensor]:
         found[last] = values
-        assert not any(torch.equal(a, b) for a, b in zip(values, as_it_was, strict=True))
+        assert not any(torch.equal(a, b) for a, b in zip(values, originals, strict=True))
         return {}
 
     run_in_lockstep(PROGRAM, inputs(3), {first: (operand(first), change), last: (operand(last), look)}, reference=())

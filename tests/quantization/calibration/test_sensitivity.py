@@ -17,8 +17,8 @@ from spinpass.quantization import QuantizationConfig, Weights, quantize
 from spinpass.quantization.calibration import sensitivity
 from spinpass.quantization.calibration.allocate import allocated
 from spinpass.quantization.calibration.sensitivity import sensitivities
-from tests.quantization.test_quantize import inputs, outlying, program
 from tests.support.decoders import SEQ, VOCAB, Decoder, exported, made
+from tests.support.quantizable import inputs, outlying, program
 
 HOW = Weights(3, method="rtn")
 PARTS = ("attn.q", "attn.v", "mlp.down")

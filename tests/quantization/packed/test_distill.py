@@ -1,4 +1,4 @@
-"""Distilled scales: the same integers, a smaller divergence, and never a larger one."""
+"""Distilled scales: the same codes, a smaller divergence, and never a larger one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from spinpass.execution.interpreter import run
 from spinpass.quantization import QuantizationConfig, Quantized, pack, quantize
 from spinpass.quantization.packed import distill as distilling
 from spinpass.quantization.packed.distill import distilled
-from tests.quantization.test_quantize import inputs, program
+from tests.support.quantizable import inputs, program
 
 
 @cache
@@ -23,7 +23,7 @@ def made(scheme: str = "w2g16-rtn-asym-a8") -> Quantized:
 
 
 def divergence(quantized: Quantized) -> float:
-    """On inputs that were not trained on: KL to the unquantized program, per token."""
+    """On inputs that were not trained on: KL to the original program, per token."""
     total = 0.0
     for ids in inputs(8)[4:]:
         wanted, found = (torch.log_softmax(run(p, ids)[0].double(), -1) for p in (program(), quantized.program))
@@ -31,7 +31,7 @@ def divergence(quantized: Quantized) -> float:
     return total
 
 
-def test_scales_come_closer_to_the_unquantized_program() -> None:
+def test_scales_come_closer_to_the_original_program() -> None:
     trained = distilled(program(), made(), inputs(), epochs=4, rate=0.02)
     assert divergence(trained) < 0.9 * divergence(made())
     moved = 0

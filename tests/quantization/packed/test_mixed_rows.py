@@ -9,15 +9,12 @@ from torch import Tensor, nn
 from spinpass.errors import ConfigError
 from spinpass.execution.interpreter import run
 from spinpass.quantization import QuantizationConfig, Weights, pack, quantize, unpack
-from spinpass.quantization.rounding.gptq import gptq
+from spinpass.quantization.rounding.gptq import rounded_by_gptq
 from spinpass.quantization.rounding.grid import Codes, rounded
-from tests.quantization.test_quantize import error, inputs, outlying, program
+from tests.support.matrices import normal
+from tests.support.quantizable import error, inputs, outlying, program
 
 WIDTHS = (4, 2, 8, 2)
-
-
-def normal(*size: int, seed: int = 0) -> Tensor:
-    return torch.randn(*size, generator=torch.Generator().manual_seed(seed))
 
 
 def put_together(codes: Codes) -> Tensor:
@@ -51,7 +48,7 @@ def test_parts_are_the_whole(columns: int, symmetric: bool) -> None:
 def test_gptq_keeps_every_group_on_its_grid(order: bool, symmetric: bool) -> None:
     x = normal(200, 64, seed=1) @ (normal(64, 64, seed=2) * 0.2 + torch.eye(64))
     how = Weights(4, 16, symmetric, act_order=order, group_bits=WIDTHS)
-    codes, hessian = gptq(normal(8, 64), x.T @ x, how), (x.T @ x).double()
+    codes, hessian = rounded_by_gptq(normal(8, 64), x.T @ x, how), (x.T @ x).double()
     assert torch.equal(put_together(codes), codes.dequantized())
     for group, bits in enumerate(WIDTHS):
         part = codes.q[:, 16 * group : 16 * group + 16]

@@ -15,20 +15,17 @@ from spinpass import record
 from spinpass.errors import ConfigError, QuantizedWeightError
 from spinpass.execution.interpreter import run
 from spinpass.operators.packed_linear import dequantized, packed_linear
-from spinpass.operators.words import pack as packed_words
+from spinpass.operators.words import pack_words
 from spinpass.quantization import QuantizationConfig, Quantized, Weights, quantize
 from spinpass.quantization.packed.program import pack, unpack
 from spinpass.quantization.report import QuantizedWeight
 from spinpass.quantization.rounding.grid import Codes, rounded
 from tests.support.decoders import SEQ, VOCAB, Decoder, exported, made
+from tests.support.matrices import normal
 from tests.support.modules import Twice
 
 IDS = torch.randint(VOCAB, (2, SEQ), generator=torch.Generator().manual_seed(3))
 SIZES = dict(layers=1, hidden=32, ffn=48, kv=4, bias=True)
-
-
-def normal(*size: int, seed: int = 0) -> Tensor:
-    return torch.randn(*size, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +60,7 @@ def shuffled(quantized: Quantized, name: str) -> Quantized:
 def operands(codes: Codes) -> tuple[Any, ...]:
     index = None if codes.index is None else codes.index.int()
     bits = codes.bits
-    return packed_words(codes.q.T, bits, 0), codes.scales.T.contiguous(), packed_words(codes.zeros.T, bits, 1), index
+    return pack_words(codes.q.T, bits, 0), codes.scales.T.contiguous(), pack_words(codes.zeros.T, bits, 1), index
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])

@@ -9,28 +9,25 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.export import ExportedProgram
 
 import spinpass
 from spinpass.errors import ConfigError
 from spinpass.execution.interpreter import run
 from spinpass.operators.packed_linear import round_weight
-from spinpass.operators.words import pack as packed_words
+from spinpass.operators.words import pack_words
 from spinpass.quantization import QuantizationConfig, Quantized, Weights, quantize
 from spinpass.quantization.packed.program import pack
 from spinpass.quantization.packed.training import Trainable
 from spinpass.quantization.rounding.grid import rounded
 from tests.support.decoders import SEQ, VOCAB, Decoder, exported, made
+from tests.support.matrices import normal
 from tests.support.modules import Twice
 
 IDS = torch.randint(VOCAB, (2, SEQ), generator=torch.Generator().manual_seed(3))
 README = Path(__file__).parents[3] / "README.md"
 UP = "blocks.0.mlp.up"
-
-
-def normal(*size: int, seed: int = 0) -> Tensor:
-    return torch.randn(*size, generator=torch.Generator().manual_seed(seed))
 
 
 def export(dtype: torch.dtype = torch.float32, **settings: Any) -> ExportedProgram:
@@ -63,7 +60,7 @@ def test_gradients_are_straight_through(ordered: bool) -> None:
     at = codes.group_of if ordered else torch.randperm(columns, generator=torch.Generator().manual_seed(1)) // 16
     scales, weight, upstream = codes.scales.double(), 1.5 * normal(out, columns).double(), normal(out, columns, seed=4)
     ours, theirs = ([t.clone().requires_grad_() for t in (weight, scales)] for _ in range(2))
-    qzeros = packed_words(codes.zeros.T, bits, 1)
+    qzeros = pack_words(codes.zeros.T, bits, 1)
     g_idx = None if ordered else at.int()
     result = torch.ops.spinpass.round_weight(ours[0], ours[1].T, qzeros, g_idx, bits)
     step, zero = theirs[1][:, at], codes.zeros.double()[:, at]
@@ -85,7 +82,7 @@ def test_the_op_passes_torchs_own_checks_of_operators() -> None:
     arguments = (
         normal(8, 32).requires_grad_(),
         codes.scales.T.contiguous().requires_grad_(),
-        packed_words(codes.zeros.T, 4, 1),
+        pack_words(codes.zeros.T, 4, 1),
         None,
         4,
     )

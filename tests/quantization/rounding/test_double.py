@@ -13,12 +13,9 @@ from spinpass.errors import ConfigError
 from spinpass.quantization import Weights
 from spinpass.quantization.rounding.double import double_quantize, from_tensors
 from spinpass.quantization.rounding.grid import Codes, rounded
+from tests.support.matrices import normal
 
 OUT, COLUMNS, GROUPS = 32, 64, 4
-
-
-def normal(*size: int, seed: int = 0) -> Tensor:
-    return torch.randn(*size, generator=torch.Generator().manual_seed(seed))
 
 
 def matrix() -> Tensor:
@@ -116,7 +113,7 @@ def test_symmetric_weights_keep_an_exact_zero_and_become_codes() -> None:
         double_quantize(codes(symmetric=False), form="statistic").codes()
 
 
-def test_integers_chosen_anew_are_nearer() -> None:
+def test_codes_chosen_anew_are_nearer() -> None:
     for symmetric in (True, False):
         given = codes(4, symmetric)
         kept, chosen = (double_quantize(given, form="statistic", matrix=m) for m in (None, matrix()))

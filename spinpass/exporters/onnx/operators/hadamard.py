@@ -106,7 +106,7 @@ def _function(
     of the axes multiplied by its factor, the last one from the right, the others (transposed) from the left.
 
     Reshape copies the leading axes (size 0), so no Shape op is needed. Half types are computed in float32 as in
-    :func:`spinpass.rotations.hadamard.transform`.
+    :func:`spinpass.rotations.hadamard.hadamard_transform`.
     """
     body = Body()
     x = ir.Value(name="x")

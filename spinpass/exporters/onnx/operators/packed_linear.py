@@ -24,7 +24,7 @@ from onnxscript import opset18 as op
 from torch import Tensor
 
 from spinpass.errors import ConfigError, ExportError
-from spinpass.operators import unpack
+from spinpass.operators import unpack_words
 from spinpass.quantization import Codes
 
 from ..integers.weights import STORED_BITS, block_size, blocks, packed_bits
@@ -123,8 +123,8 @@ def _codes(node: ir.Node) -> Codes:
     assert node.inputs[0] is not None and node.inputs[0].shape is not None
     columns = node.inputs[0].shape[-1]
     assert isinstance(columns, int)  # the program's own value says so
-    q = unpack(qweight.int(), bits, 0, columns).T
-    zeros = unpack(qzeros.int(), bits, 1, scales.shape[1]).T
+    q = unpack_words(qweight.int(), bits, 0, columns).T
+    zeros = unpack_words(qzeros.int(), bits, 1, scales.shape[1]).T
     made = Codes(q, scales.float().T, zeros, bits, False)
     return replace(made, index=rest[0].long()) if rest else made
 

@@ -1,0 +1,130 @@
+"""Weights become codes, and ranges are chosen, while calibration inputs run through a program side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+from torch.export import ExportedProgram
+
+from spinpass.execution import constants
+from spinpass.graph import arguments, shape
+from spinpass.progress import Progress
+
+from ..layers import ChosenSites, WeightSite
+from ..report import QuantizationReport, QuantizedWeight
+from ..rounding import Moments, rounded, rounded_by_gptq, static_range, token_clip
+from ..scheme import Weights
+from .lockstep import OperandWatch
+
+_LIMIT = 3  # of the arguments of round_rows
+_CLIP = 3  # of those of round_tokens
+
+
+@dataclass
+class Calibrator:
+    """Rounds the weights of a program: those that inputs reach when they come by, the rest at the end.
+
+    Args:
+        program: with the roundings of its ``sites`` in the graph. The arguments of these are set in place.
+        sites: what is to be rounded.
+
+    Attributes:
+        changed: by name of a placeholder, what computes the constant that it becomes.
+        done: by parameter name, the weights that have been rounded.
+    """
+
+    program: ExportedProgram
+    sites: ChosenSites
+    changed: dict[str, Callable[[], Tensor]] = field(default_factory=dict, init=False)
+    done: dict[str, QuantizedWeight] = field(default_factory=dict, init=False)
+    _seen: dict[str, Moments] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        self._constants = constants(self.program)
+        self._nodes = {n.name: n for n in self.program.graph.nodes}
+
+    def watches(self) -> dict[str, tuple[str, OperandWatch]]:
+        """What to do at which node, as :func:`.lockstep.run_in_lockstep` takes it."""
+        found: dict[str, tuple[str, OperandWatch]] = {}
+        for name, operand in self.sites.static.items():
+            found[name] = (operand, lambda values, _, node=name: self._static(values, node))  # type: ignore[misc]
+        for name, operand in self.sites.clipped.items():
+            found[name] = (operand, lambda values, _, node=name: self._clip(values, node))  # type: ignore[misc]
+        for site, scheme in self.sites.weights:
+            operand = self.sites.inputs[site.linear.name]
+            found[site.linear.name] = (
+                operand,
+                lambda values, originals, s=site, how=scheme, x=operand: self._weight(  # type: ignore[misc]
+                    s, how, self._moments(x, values, originals, s)
+                ),
+            )
+        return found
+
+    def rest(self, progress: Progress | None) -> None:
+        """Round to nearest what no calibration input has reached, and the tables."""
+        todo = [(s.weight.name, s.dim, how) for s, how in self.sites.weights]
+        todo += [(table.name, 1, how) for table, how in self.sites.tables]
+        for k, (name, dim, scheme) in enumerate(todo):
+            if self.sites.fqns[name] not in self.done:
+                self._round(name, dim, scheme, None)
+            if progress is not None:
+                progress(k + 1, len(todo))
+
+    def report(self, original: ExportedProgram) -> QuantizationReport:
+        """What was done to the ``original`` program."""
+        stored = original.state_dict
+        before = sum(t.nbytes for t in stored.values())
+        saved = sum(stored[name].nbytes - w.codes.nbytes for name, w in self.done.items() if name in stored)
+        activations, caches = tuple(self.sites.activations), tuple(self.sites.caches)
+        return QuantizationReport(self.done, activations, caches, self.sites.kept, before, before - saved)
+
+    def _moments(self, operand: str, values: list[Tensor], originals: list[Tensor], site: WeightSite) -> Moments | None:
+        """Of all inputs at once. None for weights with more axes than two, whose tokens are dealt out."""
+        if len(shape(site.weight)) != 2:
+            return None
+        if operand not in self._seen:
+            self._seen.clear()  # only neighbours share an input
+            self._seen[operand] = Moments.of(values, originals)
+        return self._seen[operand]
+
+    def _weight(self, site: WeightSite, scheme: Weights, moments: Moments | None) -> Mapping[str, Tensor]:
+        name = site.weight.name
+        if self.sites.fqns[name] in self.done:  # read before, by another layer
+            return {}
+        return {name: self._round(name, site.dim, scheme, moments)}
+
+    def _round(self, name: str, dim: int, scheme: Weights, moments: Moments | None) -> Tensor:
+        stored = self._constants[name].detach()
+        moved = stored.movedim(dim, -1)
+        matrix = moved.reshape(-1, moved.shape[-1]).float()
+        if scheme.method == "gptq" and moments is not None:
+            target = moments.target(matrix, scheme.damping) if scheme.follow else matrix
+            codes = rounded_by_gptq(target, moments.own, scheme)
+        else:
+            codes = rounded(matrix, scheme)
+        result = codes.dequantized()
+        # the codes are kept, a quarter of what they stand for
+        self.changed[name] = lambda: codes.dequantized().reshape(moved.shape).movedim(-1, dim).to(stored.dtype)
+        if moments is None:
+            error = float((result - matrix).square().sum() / matrix.square().sum().clamp_min(1e-30))
+        else:
+            error = moments.error(matrix, result)
+        self.done[self.sites.fqns[name]] = QuantizedWeight(codes, dim, scheme, error)
+        return result.reshape(moved.shape).movedim(-1, dim).to(stored.dtype).contiguous()
+
+    def _clip(self, values: list[Tensor], name: str) -> Mapping[str, Tensor]:
+        node = self._nodes[name]
+        args = arguments(node)
+        node.update_arg(_CLIP, token_clip(values, args["bits"], args["symmetric"]))
+        return {}
+
+    def _static(self, values: list[Tensor], name: str) -> Mapping[str, Tensor]:
+        scheme = self.sites.config.activations
+        assert scheme is not None
+        found, node = static_range(values, scheme), self._nodes[name]
+        node.update_arg(_LIMIT, found.limit)
+        numbers = dict(zip((n.name for n in node.all_input_nodes[1:]), (found.scale, found.zero)))
+        self.changed |= {name: lambda value=value: value for name, value in numbers.items()}
+        return numbers

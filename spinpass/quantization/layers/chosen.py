@@ -1,0 +1,102 @@
+"""What a configuration asks to quantize in a program: sites are chosen, and roundings are put into its graph.
+
+    y = x Wᵀ   ->   y = round(x) Wᵀ,   softmax(q Kᵀ) V   ->   softmax(q round(K)ᵀ) round(V)
+
+Ranges that calibration inputs decide on are left open: a static range begins as scale 1, zero point 0 and no limit,
+and the share of a token's range that is covered as all of it.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from spinpass import operators  # noqa: F401  (registers torch.ops.spinpass)
+from spinpass.graph import ProgramEditor, value
+
+from ..scheme import QuantizationConfig, Weights
+from .products import ORIGIN
+from .sites import WeightSite, cache_sites, table_sites, weight_sites
+
+
+class ChosenSites:
+    """The sites that ``config`` asks for, with roundings put into the editor's graph.
+
+    Args:
+        editor: of the program that is quantized. Its graph is changed.
+        config: what is asked for.
+
+    Attributes:
+        weights: the layers whose weights are rounded, each with the scheme for it.
+        tables: the tables that are rounded, likewise.
+        activations: the names of the nodes that round inputs of layers.
+        caches: the names of the nodes that round keys and values.
+        static: of the nodes that round in a range fixed beforehand, by name, the name of the operand.
+        clipped: likewise of those whose share of a token's range is to be chosen.
+        inputs: by name of a layer, the name of the node that it reads, which is the rounding if there is one.
+        fqns: by name of the node of a weight or table, the name of the parameter.
+        kept: by name of a layer, why its weight is not rounded.
+    """
+
+    def __init__(self, editor: ProgramEditor, config: QuantizationConfig) -> None:
+        self.editor, self.config = editor, config
+        sites, self.kept = weight_sites(editor)
+        self.weights: list[tuple[WeightSite, Weights]] = []
+        self.static: dict[str, str] = {}
+        self.clipped: dict[str, str] = {}
+        self.activations: list[str] = []
+        self.fqns = {site.weight.name: editor.fqn(site.weight) for site in sites}
+        self.caches = [self._round_cache(node) for node in cache_sites(editor)] if config.cache else []
+        rounded_already: dict[Node, Node] = {}
+        for site in sites:
+            fqn = self.fqns[site.weight.name]
+            scheme = config.weights_of(fqn, head=site.head)
+            if scheme is not None:
+                self.weights.append((site, scheme))
+            else:
+                self.kept[site.linear.name] = "excluded" if config.excludes(fqn) else "not asked for"
+            if config.activations is None or config.excludes(fqn) or (site.head and config.head is None):
+                continue
+            if site.operand not in rounded_already:
+                rounded_already[site.operand] = self._round_activation(site.operand)
+            site.linear.replace_input_with(site.operand, rounded_already[site.operand])
+        self.inputs = {s.linear.name: rounded_already.get(s.operand, s.operand).name for s in sites}
+        self.tables = [] if config.embedding is None else [(t, config.embedding) for t in table_sites(editor)]
+        self.fqns |= {table.name: editor.fqn(table) for table, _ in self.tables}
+
+    def _round_activation(self, node: Node) -> Node:
+        scheme = self.config.activations
+        assert scheme is not None
+        if not scheme.static:
+            made = self._round_tokens(node, scheme.bits, scheme.is_symmetric, scheme.clip)
+        else:
+            each = value(node).shape[-1:] if scheme.per_channel else ()
+            scale, zero = (
+                self.editor.add_constant(f"spinpass.{node.name}.{what}", torch.full(each, start))
+                for what, start in (("scale", 1.0), ("zero_point", 0.0))
+            )
+            made = self._call("round_rows", node, scale, zero, math.inf, scheme.bits)
+            self.static[made.name] = node.name
+        self.activations.append(made.name)
+        return made
+
+    def _round_cache(self, node: Node) -> str:
+        scheme = self.config.cache
+        assert scheme is not None
+        users = list(node.users)
+        made = self._round_tokens(node, scheme.bits, scheme.symmetric, scheme.clip)
+        self.editor.replace(node, made, users)
+        return made.name
+
+    def _round_tokens(self, node: Node, bits: int, symmetric: bool, clip: float | None) -> Node:
+        made = self._call("round_tokens", node, bits, symmetric, 1.0 if clip is None else clip)
+        if clip is None and bits < 8:  # at 8 bits there is nothing to win
+            self.clipped[made.name] = node.name
+        return made
+
+    def _call(self, name: str, node: Node, *args: Any) -> Node:
+        target = getattr(torch.ops.spinpass, name).default
+        return self.editor.call(target, node, *args, after=node, origin=ORIGIN)

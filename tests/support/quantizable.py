@@ -1,0 +1,42 @@
+"""Small decoders to quantize, inputs to calibrate on, and how far a quantized program is off."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+
+from spinpass.execution.interpreter import run
+from tests.support.decoders import SEQ, VOCAB, Decoder, exported, made, with_outliers
+
+
+def export(model: torch.nn.Module) -> ExportedProgram:
+    return exported(model, dynamic_shapes={"ids": {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}})
+
+
+@cache
+def program() -> ExportedProgram:
+    return export(made(Decoder(layers=2), dtype=torch.float32))
+
+
+@cache
+def outlying() -> ExportedProgram:
+    """The same with two channels of the stream far above the others, as language models have them."""
+    model = with_outliers(made(Decoder(layers=2), dtype=torch.float32))
+    return export(model)
+
+
+def inputs(count: int = 4) -> list[tuple[Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    return [(torch.randint(0, VOCAB, (2, SEQ), generator=generator),) for _ in range(count)]
+
+
+def nodes(ep: ExportedProgram, name: str) -> list[torch.fx.Node]:
+    return [n for n in ep.graph.nodes if str(n.target).startswith(f"spinpass.{name}")]
+
+
+def error(before: ExportedProgram, after: ExportedProgram) -> float:
+    pairs = [(run(before, x)[0], run(after, x)[0]) for x in inputs(3)]
+    return sum(float((a - b).square().sum()) for a, b in pairs) / sum(float(a.square().sum()) for a, _ in pairs)
