@@ -6,17 +6,8 @@ Reads the graph and edits nothing.
 from .basis.linear_input import LinearInputWalk
 from .basis.space import AxisType, CacheEdge, ConstantUse, Entry, Refusal, ShiftUse, Space
 from .basis.walk import Walk
-from .ops.table import (
-    Centring,
-    Concatenate,
-    Movement,
-    Multilinear,
-    Normalization,
-    Opaque,
-    Square,
-    rule_of,
-    tokens_per_call,
-)
+from .ops.rules import Centring, Concatenate, Movement, Multilinear, Normalization, Opaque, Square
+from .ops.table import rule_of, tokens_per_call
 from .patterns.attention import SOFTMAX, Attention, cache_values, find_attention
 from .patterns.linear import Linear, as_linear, find_linears, normed_value, root_of, whole_axis
 from .patterns.mlp import ACTIVATIONS, find_down_projections

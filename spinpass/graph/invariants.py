@@ -50,7 +50,7 @@ class Invariants:
     def __init__(self, editor: ProgramEditor) -> None:
         self._editor = editor
         self._nodes: list[Node] = []
-        self._parts: list[Any] = []  # of each node its arguments and its recorded value; then the specs of the signature
+        self._parts: list[Any] = []  # of each node its arguments and its recorded value; the specs of the signature
         self._steps: dict[Node, int] = {}
         self._interface = editor.interface()
         self.check()

@@ -11,7 +11,7 @@ from torch.fx import Node
 
 from spinpass.graph import elements, is_float
 
-from ..ops.table import Ignored, Movement, Rule
+from ..ops.rules import Ignored, Movement, Rule
 from .space import Entry, Space
 
 

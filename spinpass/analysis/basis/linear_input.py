@@ -10,7 +10,7 @@ from torch.fx import Node
 
 from spinpass.graph import is_float, op_name
 
-from ..ops.table import Ignored, Movement, Multilinear, Rule, Zeros
+from ..ops.rules import Ignored, Movement, Multilinear, Rule, Zeros
 from ..patterns.linear import as_linear
 from .space import AxisType
 from .walk import Barrier, Walk, _Restart

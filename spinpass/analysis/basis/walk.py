@@ -28,7 +28,7 @@ from torch.fx import Node
 from spinpass.errors import InvariantError
 from spinpass.graph import Layout, LayoutError, ProgramEditor, arguments, elements, is_op, op_name, shape
 
-from ..ops.table import (
+from ..ops.rules import (
     Centring,
     Concatenate,
     Ignored,
@@ -43,8 +43,8 @@ from ..ops.table import (
     Square,
     VectorNorm,
     Zeros,
-    rule_of,
 )
+from ..ops.table import rule_of
 from .entries import settled
 from .space import AxisType, CacheEdge, ConstantUse, Entry, Exit, Pending, ShiftUse, Space
 

@@ -9,7 +9,8 @@ from torch.fx import Node
 
 from spinpass.graph import Layout, ProgramEditor, arguments, is_op, op_name, shape
 
-from ..ops.table import Label, Movement, Multilinear, Operand, rule_of
+from ..ops.rules import Label, Movement, Multilinear, Operand
+from ..ops.table import rule_of
 from .linear import as_linear
 
 _FUSED = (

@@ -9,7 +9,8 @@ from torch.fx import Node
 
 from spinpass.graph import Layout, ProgramEditor, is_float, is_op, op_name, shape
 
-from ..ops.table import Movement, Multilinear, Normalization, Square, VectorNorm, rule_of
+from ..ops.rules import Movement, Multilinear, Normalization, Square, VectorNorm
+from ..ops.table import rule_of
 
 
 @dataclass(frozen=True)

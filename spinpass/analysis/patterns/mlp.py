@@ -8,7 +8,8 @@ from torch.fx import Node
 
 from spinpass.graph import ProgramEditor, is_float, is_op, op_name, shape
 
-from ..ops.table import Centring, Multilinear, Normalization, Opaque, Square, rule_of
+from ..ops.rules import Centring, Multilinear, Normalization, Opaque, Square
+from ..ops.table import rule_of
 from .linear import Linear, find_linears, root_of
 from .residual import find_residual_sums
 

@@ -8,7 +8,8 @@ from torch.fx import Node
 
 from spinpass.graph import ProgramEditor, is_float, is_op, op_name, shape
 
-from ..ops.table import Centring, Concatenate, Multilinear, Normalization, rule_of
+from ..ops.rules import Centring, Concatenate, Multilinear, Normalization
+from ..ops.table import rule_of
 from .linear import as_linear, root_of
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from spinpass.analysis.ops import table as ops
-from spinpass.analysis.ops.table import (
+from spinpass.analysis.ops.rules import (
     Centring,
     Concatenate,
     Ignored,
@@ -26,8 +26,8 @@ from spinpass.analysis.ops.table import (
     Square,
     VectorNorm,
     Zeros,
-    rule_of,
 )
+from spinpass.analysis.ops.table import rule_of
 from spinpass.graph import arguments, is_float, op_name, shape, value
 from spinpass.graph.layout import Layout, LayoutError
 from tests.support.programs import program
