@@ -177,7 +177,7 @@ def _value(spec: UserInput, sizes: Sizes, examples: Mapping[str, Any], generator
 
 
 def _is_blank(example: Tensor) -> bool:
-    """A float example of one repeated value (an empty cache, say) would hide a wrong rotation."""
+    """A float example of one repeated value (an empty cache, for example) would hide a wrong rotation."""
     return example.is_floating_point() and bool((example == example.flatten()[:1]).all())
 
 

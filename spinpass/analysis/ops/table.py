@@ -51,6 +51,11 @@ def rule_of(node: Node) -> Rule:
     return builder(node, arguments(node))
 
 
+def may_contract(node: Node) -> bool:
+    """The operator is one of those whose rules may contract two operands: a product, no sum or movement."""
+    return is_op(node) and _TABLE.get(op_name(node)) in _CONTRACTIONS
+
+
 def source_through(node: Node) -> Node:
     """The node behind casts, copies and other identities."""
     while True:
@@ -724,6 +729,7 @@ def _table() -> dict[str, Callable[[Node, dict[str, Any]], Rule]]:
 _EXPANDS = {"aten::expand", "aten::expand_as", "aten::broadcast_to", "aten::repeat"}
 _UNCHANGED = {f"aten::{n}" for n in ["to", "_to_copy", "clone", "contiguous", "alias", "detach", "lift_fresh_copy"]}
 _TABLE = _table()
+_CONTRACTIONS = {_linear, _matmul, _addmm, _einsum, _grouped_mm, _convolution}
 _CHECKS = {
     "aten::_assert_tensor_metadata",
     "aten::sym_size",

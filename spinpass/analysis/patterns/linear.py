@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from torch.fx import Node
 
-from spinpass.graph import Layout, ProgramEditor, is_float, is_op, op_name, shape
+from spinpass.graph import Layout, ProgramEditor, is_float, op_name, shape
 
 from ..ops.rules import Movement, Multilinear, Normalization, Square, VectorNorm
-from ..ops.table import rule_of
+from ..ops.table import may_contract, rule_of
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def find_linears(editor: ProgramEditor) -> Iterator[Linear]:
 
 def as_linear(editor: ProgramEditor, node: Node) -> Linear | None:
     """The node as a linear layer, or None."""
-    if not is_op(node) or not is_float(node) or editor.is_constant(node):
+    if not may_contract(node) or not is_float(node) or editor.is_constant(node):
         return None
     rule = rule_of(node)
     if not isinstance(rule, Multilinear):
