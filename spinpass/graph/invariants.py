@@ -20,6 +20,8 @@ from spinpass.errors import InvariantError
 from .editor import ProgramEditor
 from .nodes import shape, value
 
+_arguments, _named = operator.attrgetter("_args"), operator.attrgetter("_kwargs")
+
 
 @dataclass(frozen=True)
 class Changes:
@@ -50,7 +52,9 @@ class Invariants:
     def __init__(self, editor: ProgramEditor) -> None:
         self._editor = editor
         self._nodes: list[Node] = []
-        self._parts: list[Any] = []  # of each node its arguments and its recorded value; the specs of the signature
+        self._arguments: list[Any] = []  # of each node, positional and named
+        self._named: list[Any] = []
+        self._specs: list[Any] = []  # of the signature
         self._steps: dict[Node, int] = {}
         self._interface = editor.interface()
         self.check()
@@ -67,26 +71,27 @@ class Invariants:
         queued = {n: count - self._steps.get(n, 0) for n, count in steps.items() if count != self._steps.get(n, 0)}
         self._steps = steps
         nodes = list(self._editor.nodes)
-        parts = [part for n in nodes for part in (n.args, n.kwargs, n.meta.get("val"))]
-        parts += (*self._editor.inputs, *self._editor.outputs)
-        same = len(parts) == len(self._parts) and all(map(operator.is_, parts, self._parts))
-        if same and nodes == self._nodes:
+        # read straight from the attributes: the properties of Node cost more than all the rest
+        arguments, named = list(map(_arguments, nodes)), list(map(_named, nodes))
+        specs = [*self._editor.inputs, *self._editor.outputs]
+        same = nodes == self._nodes and _identical(arguments, self._arguments) and _identical(named, self._named)
+        if same and _identical(specs, self._specs):
             return Changes((), (), 0, queued)
-        before = {n: self._parts[3 * i : 3 * i + 3] for i, n in enumerate(self._nodes)}
+        before = dict(zip(self._nodes, zip(self._arguments, self._named)))
         made, altered = [], []
-        for i, node in enumerate(nodes):
-            if node not in before:
+        for node, args, kwargs in zip(nodes, arguments, named):
+            known = before.get(node)
+            if known is None:
                 made.append(node)
-            elif not all(map(operator.is_, before[node], parts[3 * i : 3 * i + 3])):
+            elif known[0] is not args or known[1] is not kwargs:
                 altered.append(node)
-        place = {n: i for i, n in enumerate(nodes)}
         for node in (*made, *altered):
-            _check_operands(node, place)
+            _check_operands(node)
         for node in altered:
-            _check_values(node, before[node][:2])
+            _check_values(node, before[node])
         self._check_interface()
         removed = len(self._nodes) + len(made) - len(nodes)
-        self._nodes, self._parts = nodes, parts
+        self._nodes, self._arguments, self._named, self._specs = nodes, arguments, named, specs
         return Changes(tuple(made), tuple(altered), removed, queued)
 
     def _check_interface(self) -> None:
@@ -97,11 +102,15 @@ class Invariants:
                 raise InvariantError(f"the program {kind} something else than before: {changed[1]}, not {changed[0]}")
 
 
-def _check_operands(node: Node, place: Mapping[Node, int]) -> None:
+def _identical(these: list[Any], those: list[Any]) -> bool:
+    return len(these) == len(those) and all(map(operator.is_, these, those))
+
+
+def _check_operands(node: Node) -> None:
     for operand in node.all_input_nodes:
-        if operand not in place:
+        if operand.graph is not node.graph or operand._erased:
             raise InvariantError(f"{node.name} reads {operand.name}, which is not in the graph")
-        if place[operand] >= place[node]:
+        if not operand < node:
             raise InvariantError(f"{node.name} reads {operand.name}, which is computed after it")
         if node not in operand.users:
             raise InvariantError(f"{node.name} reads {operand.name}, which does not have it among its users")
