@@ -128,8 +128,7 @@ def _dense(
         node = editor.call(torch.ops.aten.matmul.default, node, matrix_node, after=node, origin=origin)
     if blocks > 1:
         node = editor.call(torch.ops.aten.flatten.using_ints, node, -2, -1, after=node, origin=origin)
-    # a matrix product returns other strides than its operand had: copy into those, so that views that follow stay
-    # possible
+    # a matrix product returns other strides than its operand had; views that follow need those of the operand
     like = editor.call(torch.ops.aten.empty_like.default, start, after=node, origin=origin)
     return editor.call(torch.ops.aten.copy.default, like, node, after=like, origin=origin)
 

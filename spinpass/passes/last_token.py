@@ -1,8 +1,8 @@
 """LastToken:  (f(x) W)[:, −1:]  ->  f(x[:, −1:]) W:  the head works on a prompt's last token alone.
 
-Generation reads no other logits; those of a long prompt are a good part of what a small model computes, and gigabytes
-for a large vocabulary. Everything between the logits and the first linear layer in front of them must act on each token
-alone.
+Generation reads no other logits. Those of a long prompt are a good part of what a small model computes, and gigabytes
+for a large vocabulary. What lies between the logits and the first linear layer in front of them must act on each token
+by itself.
 """
 
 from __future__ import annotations

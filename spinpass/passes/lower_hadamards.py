@@ -31,8 +31,8 @@ def lower_hadamards(program: ExportedProgram) -> ExportedProgram:
     """Return a program without ``spinpass::hadamard`` that computes what ``program`` does, to float rounding.
 
     Half-precision Hadamards are computed in float32 and rounded once, as by the operator. Signature, dynamic shapes and
-    the record (:mod:`spinpass.record`) are kept. The program given is not changed; it is returned where it has no
-    Hadamard.
+    the record (:mod:`spinpass.record`) are kept. The program given is not changed, and without Hadamards it is returned
+    itself.
 
     Raises:
         ProgramError, QuantizedWeightError: as :class:`spinpass.graph.editor.ProgramEditor`.
