@@ -45,7 +45,7 @@ class Candidate:
     Attributes:
         role: the rotation that it would be.
         space: the space, every edge accounted for.
-        form: ``offline`` if all of it folds, else ``online``.
+        form: ``offline`` or ``online``.
         name: what the space is called where its parameters do not say so.
         over: the rotation whose blocks this one may lie on top of.
     """
@@ -237,7 +237,7 @@ class Candidates:
                 yield Candidate("R4", space, "online" if space.entries else "offline")
 
     def _across_heads(self) -> Iterator[Found]:
-        """Yield the inputs of the linear layers that read attention: R2 levels each head by itself, this all of them."""
+        """Yield the inputs of the linear layers that read attention: R2 levels each head by itself, this levels all."""
         done: set[Node] = set()
         for attention in find_attention(self.editor):
             reading = set(self._cache_walk(attention.value).grow(attention.value, attention.value_layout).readers)
