@@ -2,8 +2,8 @@
 
 Sizes are those of the program's example inputs where these are small. Else the independent symbols of the input shapes
 get small numbers within the range constraints, and sizes that are expressions of others (a mask over past + new tokens)
-follow. Integers are chosen by what the graph does with them (see :class:`.roles.InputRole`), and floats are standard
-normal.
+follow. Integers are chosen by what the graph does with them (see :class:`.roles.InputRole`); floats are drawn from a
+standard normal distribution.
 """
 
 from __future__ import annotations
