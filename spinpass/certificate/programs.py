@@ -56,8 +56,8 @@ def verify(
         after: the program made of it.
         inputs: positional arguments, keyword arguments, the pair of both, or values by placeholder name. None makes
             synthetic ones from the specs of ``before``.
-        bound: the largest relative error allowed in float64, or bounds by dtype. The defaults are
-            :data:`spinpass.certificate.BOUNDS`.
+        bound: the largest relative error allowed in float64, or bounds by dtype. Those that are not given are the ones
+            of :data:`spinpass.certificate.BOUNDS`.
         exact: by placeholder name, what computes the float64 values that constants of ``after`` had before they were
             rounded to their dtype; each is computed where it is used. Without this mapping the float64 comparison sees
             that rounding, and its bound is raised to it.

@@ -31,8 +31,8 @@ def lower_hadamards(program: ExportedProgram) -> ExportedProgram:
     """Return a program without ``spinpass::hadamard`` that computes what ``program`` does, to float rounding.
 
     Half-precision Hadamards are computed in float32 and rounded once, as by the operator. Signature, dynamic shapes and
-    the record (:mod:`spinpass.record`) are kept. The program given is not changed, and without Hadamards it is returned
-    itself.
+    the record (:mod:`spinpass.record`) are kept. The program given is not changed, and it is what is returned where it
+    has no Hadamards.
 
     Raises:
         ProgramError, QuantizedWeightError: as :class:`spinpass.graph.editor.ProgramEditor`.
@@ -152,7 +152,7 @@ def _same_strides(a: Node, b: Node) -> bool:
 
 
 def _allow_copies(users: Iterable[Node]) -> None:
-    """view -> reshape:  behind a value whose strides are not those that the program was traced with."""
+    """view -> reshape:  let every view behind a value copy, because its strides are not those of the traced program."""
     todo, seen = list(users), set[Node]()
     while todo:
         node = todo.pop()

@@ -13,7 +13,7 @@ from .site_pass import SitePass
 
 
 def materialize(editor: ProgramEditor, space: Space) -> Space:
-    """Give every computed constant of the space a stored tensor, and return the space.
+    """Give every computed constant of the space a stored tensor of its own, and return the space.
 
     Its value is the one before anything is queued for this space.
     """

@@ -35,7 +35,7 @@ log = logging.getLogger("spinpass")
 
 
 class PassRunner:
-    """What runs passes on a private copy of a program, ``editor``.
+    """A runner of passes on a private copy of a program, ``editor``.
 
     Raises:
         InvariantError: a pass has broken the program, which is a bug in spinpass. The message names it and its space.

@@ -21,7 +21,7 @@ from .plan import OnlinePart, PlannedSpace, RotationPlan, Site, UntieRequest
 
 
 class Planner:
-    """What decides about candidates, one at a time.
+    """The planner decides about candidates, one at a time.
 
     It edits nothing: whoever iterates over :meth:`edits` carries out each edit before taking the next, and reports an
     applied site by :meth:`applied`.

@@ -34,8 +34,7 @@ class AxisType:
     Attributes:
         layout: where the vectors lie.
         pending: the scale that is being moved past the value.
-        centred: the value stays the same when the whole stream is centred, because it lies behind a LayerNorm's
-            centring.
+        centred: the value lies behind a LayerNorm's centring, so that it stays the same when the stream is centred.
         reads: of a constant, whether it contracts the space along this axis.
     """
 
