@@ -1,23 +1,23 @@
-"""Every error spinpass raises on purpose.
+"""Every error that spinpass raises on purpose.
 
-All derive from :class:`SpinpassError`; a message names the value that was wrong and what to do about it.
+All derive from :class:`SpinpassError`; a message names the value that was wrong and says what to do about it.
 """
 
 
 class SpinpassError(Exception):
-    """Base of all errors raised by spinpass."""
+    """The base of all errors that spinpass raises."""
 
 
 class ConfigError(SpinpassError, ValueError):
-    """A value of the configuration cannot be used (unknown rotation, block size that does not divide, ...)."""
+    """A value that was given cannot be used, for example an unknown rotation or a block size that does not divide."""
 
 
 class ProgramError(SpinpassError, TypeError):
-    """The input is not a program that spinpass can read (wrong type, training mode, ...)."""
+    """The input is not a program that spinpass can read, for example of the wrong type or in training mode."""
 
 
 class QuantizedWeightError(ProgramError):
-    """A weight is quantized or packed: rotating it would need dequantizing, which is not done behind your back."""
+    """A weight is quantized or packed. To rotate it would need dequantizing, which is not done behind your back."""
 
 
 class RefusedError(SpinpassError):
@@ -25,7 +25,7 @@ class RefusedError(SpinpassError):
 
 
 class InvariantError(SpinpassError):
-    """A pass broke an invariant of the program: a bug in spinpass, never a user's fault. Please report it."""
+    """A pass broke an invariant of the program. It is a bug in spinpass, never a user's fault: please report it."""
 
 
 class VerificationError(SpinpassError):

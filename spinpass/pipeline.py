@@ -17,7 +17,9 @@ from spinpass.passes import CENTER, FOLD_ROTATIONS, FUSE_NORM_SCALE, INSERT_ROTA
 from spinpass.planning import Planner, RotationPlan, UntieRequest
 from spinpass.progress import Progress
 
-VERIFY_LIMIT = 50_000_000  # parameters up to which a result is certified unless told otherwise
+VERIFY_LIMIT = 50_000_000
+"""The number of parameters up to which a result is certified unless the configuration says otherwise."""
+
 log = logging.getLogger("spinpass")
 
 PASSES: list[SitePass] = [
@@ -27,14 +29,18 @@ PASSES: list[SitePass] = [
     INSERT_ROTATIONS,
     FOLD_ROTATIONS,  # last: whatever the passes before have queued on a constant happens in the original basis
 ]
+"""What is run for every decided space, in this order."""
 
 
 @dataclass(frozen=True)
 class Rotated:
-    """What :func:`rotate` returns: the rotated program, every decision behind it, and its certificate.
+    """What :func:`rotate` returns.
 
-    ``certificate`` is None where none was made: it was switched off, or the program is larger than
-    :data:`VERIFY_LIMIT`.
+    Attributes:
+        program: the rotated program.
+        plan: every decision behind it.
+        certificate: the proof that both programs are one function. It is None where none was made, because it was
+            switched off or the program is larger than :data:`VERIFY_LIMIT`.
     """
 
     program: ExportedProgram
@@ -52,18 +58,18 @@ def rotate(
     """Rotate a program without changing the function it computes, and say how.
 
     Args:
-        program: of a language model, from ``torch.export.export`` or any exporter built on it. It is not changed.
-        config: what to rotate and how; the default inserts R1–R4.
-        plan: decisions made earlier by :func:`plan`, perhaps with spaces left out; its configuration is used.
+        program: a language model, from ``torch.export.export`` or any exporter built on it. It is not changed.
+        config: what to rotate and how. The default inserts R1–R4 and the rotations of latents.
+        plan: decisions made earlier by :func:`plan`, perhaps with spaces left out. Its configuration is used.
         progress: called with (constants done, all constants) while weights are computed; planning is done by then.
 
     Returns:
-        The program, with the same inputs, outputs, dtypes and dynamic shapes; a KV cache travels in the rotated basis
-        (see :mod:`spinpass.record`). The plan, and the certificate.
+        The rotated program, its plan and its certificate. The program has the same inputs, outputs, dtypes and dynamic
+        shapes; a KV cache travels in the rotated basis (see :mod:`spinpass.record`).
 
     Raises:
         ProgramError, QuantizedWeightError: the input is not a floating-point inference program.
-        ConfigError: a setting does not fit the program.
+        ConfigError: a setting or the plan does not fit the program, or both a config and a plan are given.
         RefusedError: no requested rotation can be applied exactly; the reasons are listed.
         InvariantError: a pass broke the program, or the certificate failed as a VerificationError: bugs in spinpass.
 
@@ -92,12 +98,15 @@ def transform(
     plan: RotationPlan | None = None,
     progress: Progress | None = None,
 ) -> ExportedProgram:
-    """The rotated program alone: the first field of what :func:`rotate` returns, which documents the rest."""
+    """Return the rotated program alone. Arguments and errors are those of :func:`rotate`, of whose result it is a part.
+
+    The program has the same inputs, outputs, dtypes and dynamic shapes as the one given.
+    """
     return rotate(program, config, plan=plan, progress=progress).program
 
 
 def plan(program: ExportedProgram, config: RotationConfig | None = None) -> RotationPlan:
-    """The decisions that :func:`rotate` would make. No weight is read; the program is not changed.
+    """Return the decisions that :func:`rotate` would make. No weight is read, and the program is not changed.
 
     Raises:
         ProgramError, QuantizedWeightError, ConfigError: as :func:`rotate`.
@@ -108,7 +117,7 @@ def plan(program: ExportedProgram, config: RotationConfig | None = None) -> Rota
 def _edited(
     program: ExportedProgram, config: RotationConfig, plan: RotationPlan | None
 ) -> tuple[ProgramEditor, Planner]:
-    """The program after all passes, its constants not yet computed, and what was decided."""
+    """Return the program after all passes, its constants not yet computed, and the planner that has decided."""
     runner = PassRunner(program)
     planner = Planner(runner.editor, config, plan, record.read(program))
     for edit in planner.edits():
@@ -128,6 +137,7 @@ def _edited(
 
 
 def _is_certified(program: ExportedProgram, config: RotationConfig) -> bool:
+    """Return whether the result is to be certified."""
     if config.verify is not None:
         return config.verify
     small: bool = sum(t.numel() for t in program.state_dict.values()) <= VERIFY_LIMIT
@@ -137,6 +147,7 @@ def _is_certified(program: ExportedProgram, config: RotationConfig) -> bool:
 
 
 def _config(config: RotationConfig | None, plan: RotationPlan | None) -> RotationConfig:
+    """Return the configuration that counts, the plan's or the one given or the default."""
     if plan is not None:
         if config is not None and config is not plan.config:
             raise ConfigError("give either a config or a plan: the plan brings its own configuration")
@@ -147,7 +158,7 @@ def _config(config: RotationConfig | None, plan: RotationPlan | None) -> Rotatio
 
 
 def _record(planner: Planner) -> record.Record:
-    """What the program will say of itself, the caches of earlier rotations included."""
+    """Return what the program will say of itself, the caches of earlier rotations included."""
     earlier = planner.earlier or record.Record(_version())
     inputs, outputs = dict(earlier.inputs), dict(earlier.outputs)
     for planned, carried in planner.carried:

@@ -1,4 +1,4 @@
-"""What long work calls to say how far it is. Whoever shows it, a terminal or a log, hands it in."""
+"""What long work calls to say how far it is: whoever shows it, a terminal or a log, hands it in."""
 
 from __future__ import annotations
 
@@ -7,43 +7,43 @@ from collections.abc import Callable
 from typing import Protocol
 
 Progress = Callable[[int, int], None]
-"""Called with (done, total)."""
+"""A function that is called with (done, total)."""
 
 Tick = Callable[[], None]
-"""Called once for every piece that is done."""
+"""A function that is called once for every piece that is done."""
 
 
 class Steps(Protocol):
     """The steps of one piece of work, told as they begin."""
 
     seconds: dict[str, float]
-    """Wall-clock time of the steps that are done, by name."""
+    """The wall-clock time of the steps that are done, in seconds, by name."""
 
     def start(self, name: str, /) -> Progress:
         """End the step before and begin this one; call the result with (done, total) where that is known."""
 
     def begin(self, name: str, /) -> None:
-        """:meth:`start` for a step that cannot say how far it is."""
+        """Do as :meth:`start` for a step that cannot say how far it is."""
 
     def finish(self) -> None:
         """End the step under way."""
 
 
 class Silent:
-    """Steps that are timed and not shown."""
+    """:class:`Steps` that are timed and not shown."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self._name, self._began = "", 0.0
 
     def start(self, name: str, /) -> Progress:
-        """See :meth:`Steps.start`."""
+        """End the step before and begin this one, as :meth:`Steps.start` says; what is returned does nothing."""
         self.finish()
         self._name, self._began = name, time.perf_counter()
         return lambda done, total: None
 
     def begin(self, name: str, /) -> None:
-        """See :meth:`Steps.begin`."""
+        """End the step before and begin this one, as :meth:`Steps.begin` says."""
         self.start(name)
 
     def finish(self) -> None:

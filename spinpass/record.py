@@ -1,7 +1,7 @@
 """What a rotated program says about itself: the basis of its KV cache, the rotations, the configuration.
 
-The record travels as ``node.meta["custom"]["spinpass"]`` of the nodes that produce outputs: it survives
-``torch.export.save``/``load``, ``run_decompositions`` and ``copy.deepcopy``.
+The record travels as ``node.meta["custom"]["spinpass"]`` of the nodes that produce outputs. There it survives
+``torch.export.save`` and ``load``, ``run_decompositions`` and ``copy.deepcopy``.
 """
 
 from __future__ import annotations
@@ -15,12 +15,17 @@ from torch.fx import Graph, Node
 from spinpass.rotations import Rotation
 
 KEY = "spinpass"
+"""The key of the record in ``node.meta["custom"]``."""
 
 
 @dataclass(frozen=True)
 class Carried:
-    """A cache input or output whose axis ``dim`` (negative) holds blocks of ``rotation.size`` in the basis ``x' = x
-    R``.
+    """A cache input or output that is in a rotated basis, ``x' = x R``.
+
+    Attributes:
+        rotation: R.
+        dim: the axis that holds blocks of ``rotation.size`` elements, counted from the end, so that it is negative.
+        space: the name of the space that the cache belongs to.
     """
 
     rotation: Rotation
@@ -28,25 +33,37 @@ class Carried:
     space: str
 
     def to_dict(self) -> dict[str, Any]:
+        """Return what :meth:`from_dict` reads, as values that JSON can hold."""
         return {"rotation": self.rotation.to_dict(), "dim": self.dim, "space": self.space}
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> Carried:
+        """Return the value that :meth:`to_dict` has written."""
         return Carried(Rotation.from_dict(data["rotation"]), data["dim"], data["space"])
 
 
 @dataclass(frozen=True)
 class Record:
-    """``inputs`` by placeholder name, ``outputs`` by index among the user outputs."""
+    """What a rotated program says about itself.
+
+    Attributes:
+        version: the version of spinpass that rotated it last.
+        inputs: its caches in a rotated basis, by placeholder name.
+        outputs: the caches that it returns in a rotated basis, by index among the user outputs.
+        config: the last configuration, as :meth:`spinpass.config.RotationConfig.to_dict` writes it.
+        rotations: the fingerprint of every rotation, by the name of its space.
+        certificate: what :meth:`spinpass.Certificate.to_dict` writes; None where the program was not certified.
+    """
 
     version: str
     inputs: dict[str, Carried] = field(default_factory=dict)
     outputs: dict[int, Carried] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
-    rotations: dict[str, str] = field(default_factory=dict)  # space name -> fingerprint
+    rotations: dict[str, str] = field(default_factory=dict)
     certificate: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
+        """Return what :meth:`from_dict` reads, as values that JSON can hold."""
         return {
             "version": self.version,
             "inputs": {k: v.to_dict() for k, v in self.inputs.items()},
@@ -58,6 +75,7 @@ class Record:
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> Record:
+        """Return the value that :meth:`to_dict` has written."""
         return Record(
             data["version"],
             {k: Carried.from_dict(v) for k, v in data["inputs"].items()},
@@ -69,7 +87,7 @@ class Record:
 
 
 def read(program: ExportedProgram) -> Record | None:
-    """The record of a rotated program; None for any other program."""
+    """Return the record of a rotated program, and None for any other program."""
     for node in program.graph.nodes:
         custom = node.meta.get("custom")
         if isinstance(custom, dict) and KEY in custom:

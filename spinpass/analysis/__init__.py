@@ -1,6 +1,6 @@
 """What operators do to bases (``ops``), where rotations could go (``patterns``), which axes share one (``basis``).
 
-Reads the graph and edits nothing.
+The analysis reads the graph and edits nothing.
 """
 
 from .basis.linear_input import LinearInputWalk

@@ -11,22 +11,36 @@ from torch import Tensor
 
 from spinpass.errors import VerificationError
 
-_ROWS = 12
-# Largest error of an output relative to its largest absolute value. float64 is the proof that both programs are one
-# function; the other rows say how far two correct programs may drift apart by rounding alone: some tens of roundoff
-# units for the half types (u = 4.9e-4 and 3.9e-3), some thousands for float32 (u = 6e-8), whose models are deeper.
+_ROWS = 12  # how many outputs the table shows
+
 BOUNDS = {torch.float64: 1e-9, torch.float32: 2e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-# An original that is itself noisier than that (its own error against float64) excuses this multiple of its noise.
+"""The largest error allowed of an output, relative to its largest absolute value.
+
+float64 is the proof that both programs are one function. The others say how far two correct programs may drift apart by
+rounding alone: some tens of roundoff units for the half types (u = 4.9e-4 and 3.9e-3), some thousands for float32
+(u = 6e-8), whose models are deeper.
+"""
+
 NOISE_FACTOR = 4.0
-# Constants that were changed and stored again in a narrower type carry one rounding each, which the float64 comparison
-# sees: as many roundoff units of that type are allowed, or the same multiple of the original's noise as above.
+"""An original that is itself noisier than that (its own error against float64) excuses this multiple of its noise."""
+
 STORED_UNITS = 8.0
+"""How many roundoff units are allowed of constants that were changed and stored again in a narrower type.
+
+They carry one rounding each, which the float64 comparison sees. ``NOISE_FACTOR`` times the original's noise is allowed
+where that is more.
+"""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One output against its reference: max |error|, max |reference|, and the share of equal argmax over the last axis
-    (None where that says nothing)."""
+    """One output compared with its reference.
+
+    Attributes:
+        error: max |error|.
+        scale: max |reference|.
+        argmax: the share of vectors along the last axis whose argmax is the same; None where that says nothing.
+    """
 
     error: float
     scale: float
@@ -34,22 +48,28 @@ class Difference:
 
     @property
     def relative(self) -> float:
-        """error / scale; 0 for no error, infinite where the reference is all zero."""
+        """Return error / scale: 0 for no error, and infinity where there is one and the reference is all zero."""
         if self.error == 0:
             return 0.0
         return self.error / self.scale if self.scale > 0 else math.inf
 
     def worst(self, other: Difference) -> Difference:
-        """The worse of two comparisons of one output (two steps of a closed loop)."""
+        """Return the worse of two comparisons of one output, for example of two steps of a closed loop.
+
+        The share of equal argmax is the smaller one of both.
+        """
         agreements = [d.argmax for d in (self, other) if d.argmax is not None]
         base = max(self, other, key=lambda d: d.relative)
         return Difference(base.error, base.scale, min(agreements, default=None))
 
 
 def difference_of(reference: Any, result: Any, *, argmax: bool) -> Difference:
-    """`result` against `reference`, tensors or plain values. Equal infinities and NaNs in both count as equal; other
-    values that are not finite, and differing shapes, are an infinite error. Entries that both fill with the largest
-    number of a float type (forbidden tokens) say nothing about the size of the others."""
+    """Compare ``result`` with ``reference``, which are tensors of any dtype or plain values, in float64.
+
+    Equal infinities and NaNs in both count as equal; other values that are not finite, and differing shapes, are an
+    infinite error. Entries that both fill with the largest number of a float type (forbidden tokens) say nothing about
+    the size of the others. ``argmax`` asks for the share of equal argmax as well.
+    """
     if not isinstance(reference, Tensor) or not isinstance(result, Tensor):
         same = not isinstance(reference, Tensor) and not isinstance(result, Tensor) and reference == result
         return Difference(0.0 if same else math.inf, 1.0, None)
@@ -79,10 +99,17 @@ def _wide(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class OutputCheck:
-    """One output, the worst of all steps.
+    """What was found about one output, at the worst of all steps.
 
-    `float64` compares the lifted programs, `native` the programs in the model's dtype; `noise` is the original's own
-    rounding (its native result against its float64 result, relative); `mismatch` is a wrong shape or dtype, or ''.
+    Attributes:
+        name: what the output is called.
+        shape: its shape at the last step.
+        float64: the comparison of the programs lifted to float64.
+        native: the comparison of the programs in the model's dtype.
+        noise: the original's own rounding, which is the relative error of its native result against its float64 one.
+        bound64: the largest relative error allowed in float64.
+        bound_native: the largest relative error allowed in the model's dtype.
+        mismatch: says which shape or dtype is wrong, else ''.
     """
 
     name: str
@@ -96,7 +123,7 @@ class OutputCheck:
 
     @property
     def failure(self) -> str:
-        """Why the output fails, or ''."""
+        """Return why the output fails, or '' where it does not."""
         if self.mismatch:
             return self.mismatch
         if not self.float64.relative <= self.bound64:
@@ -108,12 +135,17 @@ class OutputCheck:
 
 @dataclass(frozen=True)
 class Certificate:
-    """The result of comparing two programs. `print(certificate)` shows a table.
+    """The result of comparing two programs. ``print(certificate)`` shows a table.
 
-    `dtype` is the float type whose rounding limits the original; `exact`: the float64 comparison used the changed
-    constants before their cast to the stored type, so that it judges the transformation alone; `constants` says so in
-    words; `inputs` describes what both programs were given; `closed_loop_steps` counts the further steps in which each
-    program was fed its own returned state, and `closed_loop` says what was carried or why there was no loop.
+    Attributes:
+        outputs: what was found about every output and every state that a program changed.
+        dtype: the float type whose rounding limits the original.
+        exact: whether the float64 comparison used the changed constants before their cast to the stored type, so that
+            it judges the transformation alone.
+        constants: says so in words.
+        inputs: a description of each input that both programs were given.
+        closed_loop_steps: how many further steps were run in which each program was fed its own returned state.
+        closed_loop: says what was carried, or why there was no loop.
     """
 
     outputs: tuple[OutputCheck, ...]
@@ -126,16 +158,17 @@ class Certificate:
 
     @property
     def ok(self) -> bool:
+        """Return whether every output keeps to its bounds."""
         return all(not output.failure for output in self.outputs)
 
     @property
     def worst(self) -> OutputCheck:
-        """The output with the largest relative error, failures first."""
+        """Return the output with the largest relative error, of those that fail if any does."""
         return max(self.outputs, key=lambda o: (bool(o.failure), o.float64.relative, o.native.relative))
 
     @property
     def verdict(self) -> str:
-        """One line: equivalent or not, and by how much."""
+        """Say in one line whether the programs are equivalent, and how far apart they are."""
         if not self.outputs:
             return "equivalent: the programs have no outputs"
         if not self.ok:
@@ -145,14 +178,14 @@ class Certificate:
         return f"equivalent: relative error at most {exact:.1e} in float64, {native:.1e} in {_short(self.dtype)}"
 
     def raise_if_failed(self) -> None:
-        """VerificationError naming the worst output, unless :attr:`ok`."""
+        """Raise a VerificationError that names the worst output, unless :attr:`ok`."""
         if not self.ok:
             failed = sum(bool(o.failure) for o in self.outputs)
             others = f" ({failed} of {len(self.outputs)} outputs fail)" if failed > 1 else ""
             raise VerificationError(f"the programs are not equivalent: {self.worst.name}: {self.worst.failure}{others}")
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able; errors that are not finite become strings."""
+        """Return the certificate as values that JSON can hold; errors that are not finite become strings."""
         outputs = [_plain(asdict(o) | {"ok": not o.failure, "failure": o.failure}) for o in self.outputs]
         return {
             "ok": self.ok,

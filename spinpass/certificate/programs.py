@@ -1,9 +1,9 @@
 """The certificate: do two exported programs compute the same function?
 
 Both are run on the same inputs, lifted to float64 throughout (the proof) and in their own dtypes (what rounding does to
-it). Inputs and outputs that a program carries in a rotated basis, a KV cache, are rotated on the way in and back on the
-way out; then each program is fed the state it returned itself, step after step, so that a cache written in one basis
-and read in another shows even where a single step hides it.
+it). Inputs and outputs that a program carries in a rotated basis, such as a KV cache, are rotated on the way in and
+back on the way out. Then each program is fed the state it returned itself, step after step, so that a cache written in
+one basis and read in another shows even where a single step hides it.
 """
 
 from __future__ import annotations
@@ -49,18 +49,28 @@ def verify(
     steps: int = 2,
     progress: Progress | None = None,
 ) -> Certificate:
-    """Compare `after` with `before`; neither is modified.
+    """Compare ``after`` with ``before``; neither is modified.
 
-    `inputs`: positional arguments, keyword arguments, the pair of both, or values by placeholder name; None makes
-    synthetic ones from the specs of `before`. `bound`: the largest relative error allowed in float64, or bounds by
-    dtype; the defaults are `certificate.BOUNDS`. `exact`: the float64 values that constants of `after` had before they
-    were rounded to their dtype, by placeholder name, each computed where it is used; without this mapping the float64
-    comparison sees that rounding, and its bound is raised to it. `steps`: closed-loop steps beyond the first, where the
-    program returns state that it also takes. `progress(done, total)` is called after every executed node.
+    Args:
+        before: the original.
+        after: the program made of it.
+        inputs: positional arguments, keyword arguments, the pair of both, or values by placeholder name. None makes
+            synthetic ones from the specs of ``before``.
+        bound: the largest relative error allowed in float64, or bounds by dtype. Those that are not given are the ones
+            of :data:`spinpass.certificate.BOUNDS`.
+        exact: by placeholder name, what computes the float64 values that constants of ``after`` had before they were
+            rounded to their dtype; each is computed where it is used. Without this mapping the float64 comparison sees
+            that rounding, and its bound is raised to it.
+        steps: how many closed-loop steps follow the first, where the program returns state that it also takes.
+        progress: called with (nodes done, all nodes) after every executed node.
 
-    Returns the certificate, failed or not. Raises ProgramError for something that is not an exported program or cannot
-    be run, ConfigError for inputs or bounds that do not fit, VerificationError where the programs do not even take and
-    return the same things.
+    Returns:
+        The certificate, failed or not.
+
+    Raises:
+        ProgramError: one of the two is not an exported program or cannot be run.
+        ConfigError: inputs, bounds or exact values do not fit.
+        VerificationError: the programs do not even take and return the same things.
     """
     bounds = _bounds(bound)
     _check_programs(before, after)
@@ -90,6 +100,7 @@ def verify(
 
 
 def _bounds(bound: Bound | None) -> dict[torch.dtype, float]:
+    """Return the bounds by dtype, those that were given in place of the defaults."""
     given = {} if bound is None else dict(bound) if isinstance(bound, Mapping) else {torch.float64: bound}
     for dtype, limit in given.items():
         if dtype not in BOUNDS or not limit >= 0:
@@ -102,6 +113,7 @@ def _gives(bound: Bound | None, dtype: torch.dtype) -> bool:
 
 
 def _check_programs(before: ExportedProgram, after: ExportedProgram) -> None:
+    """Make sure that both are programs which take and return the same things."""
     for ep in (before, after):
         if not isinstance(ep, ExportedProgram):
             raise ProgramError(f"verify compares two torch.export.ExportedProgram, got {type(ep).__name__}")
@@ -121,7 +133,10 @@ def _deferred(after: ExportedProgram, exact: Mapping[str, Callable[[], Tensor]])
 
 
 def _stored_again(before: ExportedProgram, after: ExportedProgram) -> torch.dtype | None:
-    """The narrowest type below float64 of the constants of `after` that are not constants of `before`; None if none."""
+    """Return the narrowest type below float64 of those constants of ``after`` that are not constants of ``before``.
+
+    Return None where there are no such constants.
+    """
     old = constants(before)
     changed = (value for name, value in constants(after).items() if _differs(old, name, value))
     return max(_float_dtypes(changed) - {torch.float64}, key=lambda dtype: torch.finfo(dtype).eps, default=None)
@@ -141,8 +156,10 @@ def _about_constants(stored: torch.dtype | None, deferred: Mapping[str, Any]) ->
 
 
 def _working_dtype(ep: ExportedProgram) -> torch.dtype:
-    """The float type whose rounding decides the accuracy: the narrowest among the constants, or, in a float64 model,
-    the narrowest that it casts to on the way."""
+    """Return the float type whose rounding decides the accuracy.
+
+    It is the narrowest among the constants, or, in a float64 model, the narrowest that it casts to on the way.
+    """
     modules = [m for m in ep.graph_module.modules() if isinstance(m, GraphModule)]
     stored = _float_dtypes(constants(ep).values()) - {torch.float64}
     computed = _float_dtypes(value(node) for module in modules for node in module.graph.nodes)
@@ -160,7 +177,7 @@ def _describe(name: str, given: Any) -> str:
 
 
 class _Ticker:
-    """Counts executed nodes for the caller's progress callback."""
+    """A counter of executed nodes, which tells the caller's ``progress``."""
 
     def __init__(self, progress: Progress | None, total: int) -> None:
         self.progress, self.total, self.done = progress, total, 0
@@ -171,7 +188,7 @@ class _Ticker:
             self.progress(self.done, self.total)
 
     def finish(self) -> None:
-        """The loop may have stopped early."""
+        """Report that all is done, because the loop may have stopped early."""
         if self.progress is not None and self.done < self.total:
             self.progress(self.total, self.total)
 
@@ -180,18 +197,22 @@ class _Ticker:
 
 
 class _Exhausted(Exception):
-    """The original itself cannot take a further step, because its cache is full."""
+    """The original itself cannot take a further step, for example because its cache is full."""
 
 
 class _Round:
-    """The four sessions: both programs lifted, both native."""
+    """The four sessions: both programs lifted, and both native."""
 
     def __init__(self, *sessions: Session, returned: Mapping[int, str]) -> None:
         self.exact_before, self.exact_after, self.before, self.after = self.sessions = sessions
         self.returned = returned
 
     def run(self, values: Mapping[str, Any], tally: _Tally) -> None:
-        """One step of all four; the comparison goes to `tally`."""
+        """Run one step of all four sessions and give what they return to ``tally``.
+
+        Raises:
+            _Exhausted: the original cannot be run on the state that it returned itself.
+        """
         try:
             first = self.exact_before.step(values)
         except ProgramError as error:
@@ -205,7 +226,7 @@ class _Round:
             tally.add(f"state {name}", _Results(*(s.current(name) for s in self.sessions)), argmax=False)
 
     def next_values(self, values: Mapping[str, Any], seed: int) -> dict[str, Any] | str:
-        """Hand every program its own state; the other inputs of the next step, or why there is none."""
+        """Hand every program its own state; return the inputs of the next step, or why there is none."""
         for session in self.sessions:
             session.feed_back(self.returned)
         original = self.exact_before
@@ -213,7 +234,7 @@ class _Round:
 
 
 class _Results(NamedTuple):
-    """One output of the four sessions."""
+    """What the four sessions return for one output."""
 
     exact_before: Any
     exact_after: Any
@@ -222,7 +243,7 @@ class _Results(NamedTuple):
 
 
 def _closed_loop(values: Mapping[str, Any], round_: _Round, tally: _Tally, steps: int) -> tuple[int, str]:
-    """Up to `steps` further steps on returned state; how many were run, and a line about it."""
+    """Run up to ``steps`` further steps on returned state; return how many were run, and a line about it."""
     if not round_.returned and not round_.exact_before.changed:
         return 0, "none: the program returns no state that it also takes"
     for done in range(steps):
@@ -253,6 +274,7 @@ class _Tally:
         self._checks: dict[str, OutputCheck] = {}
 
     def add(self, name: str, results: _Results, *, argmax: bool) -> None:
+        """Compare one output of one step, and keep what is worse than before."""
         exact = difference_of(results.exact_before, results.exact_after, argmax=argmax)
         native = difference_of(results.before, results.after, argmax=argmax)
         noise = difference_of(results.exact_before, results.before, argmax=False).relative
@@ -266,7 +288,7 @@ class _Tally:
         self._checks[name] = OutputCheck(name, shape, exact, native, noise, *limits, mismatch)
 
     def _limits(self, noise: float) -> tuple[float, float]:
-        """The bounds in float64 and in the model's dtype of an output whose original has this noise."""
+        """Return the bounds, in float64 and in the model's dtype, of an output whose original has this noise."""
         bound64, bound_native = self._bounds
         noise = noise if noise < float("inf") else 0.0
         if self._roundoff is not None:
@@ -274,6 +296,7 @@ class _Tally:
         return bound64, max(bound_native, NOISE_FACTOR * noise)
 
     def checks(self) -> tuple[OutputCheck, ...]:
+        """Return what was found about every output."""
         return tuple(self._checks.values())
 
 
@@ -282,6 +305,7 @@ def _is_floating(x: Any) -> bool:
 
 
 def _mismatch(before: Any, after: Any) -> str:
+    """Say what is wrong with the type, shape or dtype of an output, or return ''."""
     if not isinstance(before, Tensor) or not isinstance(after, Tensor):
         return "" if type(before) is type(after) else f"{type(after).__name__} instead of {type(before).__name__}"
     if before.shape != after.shape:

@@ -1,8 +1,8 @@
-"""Run an exported program on real tensors, in its own dtypes or lifted to float64 throughout.
+"""An exported program run on real tensors, in its own dtypes or lifted to float64 throughout.
 
-Lifted means that no value is ever rounded to less than float64: constants are upcast where they are used (and released
-right after, so that the peak stays near one constant), dtype arguments of ops that name a narrower float name float64
-instead, and the default dtype is float64 for the ops that do not name one. Two programs that are equal as functions of
+Lifted means that no value is ever rounded to less than float64. Constants are upcast where they are used (and released
+right after, so that the peak stays near one constant), dtype arguments that name a narrower float name float64 instead,
+and the default dtype is float64 for the operators that do not name one. Two programs that are equal as functions of
 real numbers then agree to about 1e-15, whatever casts their authors wrote into norms and position embeddings.
 """
 
@@ -25,6 +25,7 @@ from spinpass.graph import is_op, mutates, op_name
 from spinpass.progress import Tick
 
 Watch = Callable[[Node, Any], Any]
+"""A function that is given every node with its value, and returns the value to go on with."""
 
 _WIDER = {
     torch.float16: torch.float64,
@@ -35,7 +36,7 @@ _WIDER = {
 }
 _CONSTANTS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR, InputKind.CUSTOM_OBJ)
 _DTYPE_ASSERTION = "aten._assert_tensor_metadata.default"
-# A lookup commutes with a cast: looking up first avoids a float64 copy of the whole table.
+# A lookup commutes with a cast; to look up first avoids a float64 copy of the whole table.
 _LOOKUPS = frozenset({"aten.embedding.default", "aten.index_select.default"})
 # Neither disabling gradients nor autocast means anything in a float64 run without gradients.
 _SCOPES = frozenset({"wrap_with_set_grad_enabled", "wrap_with_autocast"})
@@ -54,8 +55,10 @@ class Deferred:
 class Execution:
     """What one run returned.
 
-    `outputs` are the flat user outputs; `state` maps the placeholder name of every input or buffer that the run changed
-    (in place, or through a mutation output of the signature) to its new value.
+    Attributes:
+        outputs: the flat user outputs.
+        state: the new value of every input or buffer that the run changed, in place or through a mutation output of the
+            signature, by placeholder name.
     """
 
     outputs: tuple[Any, ...]
@@ -63,19 +66,30 @@ class Execution:
 
 
 def run(ep: ExportedProgram, inputs: object = None, *, float64: bool = False) -> list[Any]:
-    """Flat user outputs of `ep` for `inputs` (see :func:`flat_inputs`): tensors, or the plain value where one is not.
+    """Return the flat user outputs of ``ep`` for ``inputs``: tensors, or the plain value where one is none.
 
-    With `float64` the program is lifted throughout: all floating outputs are float64. The inputs are not modified.
-    Raises ConfigError where `inputs` do not fit the program, ProgramError naming the node that could not be run.
+    Args:
+        ep: the program.
+        inputs: what :func:`flat_inputs` takes. They are not modified.
+        float64: lift the program throughout, so that all floating outputs are float64.
+
+    Raises:
+        ConfigError: the inputs do not fit the program.
+        ProgramError: a node could not be run; the message names it.
     """
     return list(execute(ep, flat_inputs(ep, inputs), float64=float64).outputs)
 
 
 def flat_inputs(ep: ExportedProgram, inputs: object) -> dict[str, Any]:
-    """`inputs` as {user placeholder name: value}.
+    """Return ``inputs`` as {user placeholder name: value}.
 
-    Accepted: that mapping itself, a mapping of keyword arguments, a sequence of positional arguments, or the pair
-    `(args, kwargs)` as in `ExportedProgram.example_inputs`. ConfigError if they do not match the program's inputs.
+    Args:
+        ep: the program.
+        inputs: such a mapping itself, a mapping of keyword arguments, a sequence of positional arguments, or the pair
+            ``(args, kwargs)`` as in ``ExportedProgram.example_inputs``.
+
+    Raises:
+        ConfigError: the inputs do not match those of the program.
     """
     names = user_input_names(ep)
     if isinstance(inputs, Mapping) and set(inputs) == set(names):
@@ -99,13 +113,18 @@ def _args_kwargs(inputs: object) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def user_input_names(ep: ExportedProgram) -> list[str]:
-    """Placeholder names of the user inputs, in signature order."""
+    """Return the placeholder names of the user inputs, in the order of the signature."""
     return [spec.arg.name for spec in ep.graph_signature.input_specs if spec.kind is InputKind.USER_INPUT]
 
 
 def constants(ep: ExportedProgram) -> dict[str, Any]:
-    """{placeholder name: value} of everything that is not given at call time: parameters, buffers, lifted constants and
-    user inputs that export specialised to one plain value."""
+    """Return {placeholder name: value} of everything that is not given when the program is called.
+
+    That is parameters, buffers, lifted constants, and user inputs that export specialised to one plain value.
+
+    Raises:
+        ProgramError: the program lacks a constant that a placeholder names.
+    """
     return {spec.arg.name: _constant(ep, spec) for spec in ep.graph_signature.input_specs if _is_constant(spec)}
 
 
@@ -131,11 +150,19 @@ def execute(
     watch: Watch | None = None,
     gradients: bool = False,
 ) -> Execution:
-    """Run `ep` with `values` by placeholder name; a value for a constant replaces the stored one, and may be
-    :class:`Deferred` in a lifted run. `gradients`: record those of the values that require them.
+    """Run ``ep``. Nothing in ``values`` or in the program is modified: what is written in place is cloned first.
 
-    `watch` is called with every node and its value, and returns the value to go on with; then `tick` is. Nothing in
-    `values` or in the program is modified: what the program writes in place is cloned first.
+    Args:
+        ep: the program.
+        values: the user inputs by placeholder name. A value for a constant replaces the stored one, and may be
+            :class:`Deferred` in a lifted run.
+        float64: lift the program throughout.
+        tick: called after every node.
+        watch: called with every node and its value before ``tick``; it returns the value to go on with.
+        gradients: record the gradients of the values that require them.
+
+    Raises:
+        ProgramError: a value is missing, a node could not be run, or an output is of a kind that inference has not.
     """
     written = _written_placeholders(ep)
     known = constants(ep) | dict(values)
@@ -159,6 +186,7 @@ def execute(
 
 
 def _split_outputs(ep: ExportedProgram, results: Sequence[Any], state: dict[str, Tensor]) -> Execution:
+    """Tell the user outputs from the new values of inputs and buffers, which go to ``state``."""
     signature = ep.graph_signature
     buffers = {spec.target: spec.arg.name for spec in signature.input_specs if spec.kind is InputKind.BUFFER}
     outputs: list[Any] = []
@@ -175,7 +203,7 @@ def _split_outputs(ep: ExportedProgram, results: Sequence[Any], state: dict[str,
 
 
 def lift(value: Any) -> Any:
-    """float64 for a narrower float, tensor or dtype (complex likewise); anything else as it is."""
+    """Return a tensor or dtype of a narrower float as float64 (complex128 if it is complex), anything else as it is."""
     value = _computed(value)
     if isinstance(value, Tensor):
         wider = _WIDER.get(value.dtype)
@@ -188,7 +216,7 @@ def _computed(value: Any) -> Any:
 
 
 def origin(node: Node) -> Node:
-    """The node whose data `node` shows, through views, casts, copies and in-place writes."""
+    """Return the node whose data ``node`` shows, through views, casts, copies and in-place writes."""
     while node.op == "call_function" and _passes_through(node):
         node = node.all_input_nodes[0]
     return node
@@ -203,7 +231,10 @@ def _passes_through(node: Node) -> bool:
 
 
 def _written_placeholders(ep: ExportedProgram) -> set[str]:
-    """Placeholders that some op may write in place. Too many is harmless: each is cloned before the run."""
+    """Return the placeholders that some operator may write in place.
+
+    Too many are harmless: each is cloned before the run.
+    """
     found: set[str] = set()
     for node in ep.graph.nodes:
         if mutates(node):
@@ -222,7 +253,14 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 class Runner(Interpreter):
-    """fx's interpreter (which frees every value after its last use), lifting as it goes."""
+    """fx's interpreter, which frees every value after its last use; with ``float64`` it lifts as it goes.
+
+    Args:
+        module: the graph.
+        float64: lift every value.
+        tick: called after every node.
+        watch: called with every node and its value before ``tick``; it returns the value to go on with.
+    """
 
     def __init__(
         self, module: GraphModule, *, float64: bool, tick: Tick | None = None, watch: Watch | None = None
@@ -234,6 +272,11 @@ class Runner(Interpreter):
         self.watch = watch
 
     def run_node(self, n: Node) -> Any:
+        """Run one node, show it to ``watch`` and count it.
+
+        Raises:
+            ProgramError: the node could not be run.
+        """
         try:
             result = super().run_node(n)
         except _NODE_ERRORS as error:
@@ -246,6 +289,7 @@ class Runner(Interpreter):
         return result
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call an operator, with lifted arguments in a lifted run."""
         if not self.float64:
             return super().call_function(target, args, kwargs)
         name = str(target)
@@ -265,7 +309,7 @@ class Runner(Interpreter):
 
 
 class _Body(torch.nn.Module):
-    """The subgraph of a higher-order op, run lifted."""
+    """The subgraph of a higher-order operator, run lifted."""
 
     def __init__(self, module: GraphModule) -> None:
         super().__init__()

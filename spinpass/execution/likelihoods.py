@@ -21,10 +21,18 @@ def log_probabilities(
     gradients: bool = False,
     watch: Watch | None = None,
 ) -> Tensor:
-    """(tokens, vocabulary), float32. ``inputs``, ``constants`` (by placeholder name, in place of the stored ones),
-    ``gradients`` and ``watch``: see :func:`.interpreter.execute`.
+    """Return log p(next token), float32 (tokens, vocabulary), of the program's first output, which are its logits.
 
-    Raises ConfigError: inputs that do not fit the program; a first output that is no logits.
+    Args:
+        program: the program of a language model.
+        inputs: what :func:`.interpreter.flat_inputs` takes.
+        constants: values to take in place of stored constants, by placeholder name.
+        gradients: record the gradients of the values that require them.
+        watch: called with every node and its value; it returns the value to go on with.
+
+    Raises:
+        ConfigError: the inputs do not fit the program, or its first output is no logits.
+        ProgramError: the program could not be run.
     """
     values = {**flat_inputs(program, inputs), **constants}
     logits = execute(program, values, gradients=gradients, watch=watch).outputs[0]

@@ -19,7 +19,7 @@ _CACHE_WRITES = frozenset({"aten::cat", "aten::index_copy", "aten::index_put", "
 
 
 def output_names(ep: ExportedProgram) -> list[str]:
-    """A name for every flat user output: its path in the returned structure, with the node's name where it is bare."""
+    """Return a name for every flat user output: its path in what is returned, with the node's name where it is bare."""
     specs = [s for s in ep.graph_signature.output_specs if s.kind is OutputKind.USER_OUTPUT]
     paths = list(_paths(ep.call_spec.out_spec))
     if len(paths) != len(specs):  # a program edited by hand
@@ -30,6 +30,7 @@ def output_names(ep: ExportedProgram) -> list[str]:
 
 
 def _paths(spec: Any, prefix: str = "") -> Iterator[str]:
+    """Yield the path of every leaf of a structure, its keys joined by dots."""
     if spec.is_leaf():
         yield prefix
         return
@@ -41,7 +42,10 @@ def _paths(spec: Any, prefix: str = "") -> Iterator[str]:
 
 
 def returned_state(ep: ExportedProgram) -> dict[int, str]:
-    """{user output index: user input} where the output is that input with something written into it or joined to it."""
+    """Return {index of a user output: user input} where the output is the input with something written or joined to it.
+
+    The input is given by the name of its placeholder.
+    """
     nodes = {node.name: node for node in ep.graph.nodes}
     users = set(user_input_names(ep))
     outputs = [s.arg.name for s in ep.graph_signature.output_specs if s.kind is OutputKind.USER_OUTPUT]
@@ -54,7 +58,7 @@ def returned_state(ep: ExportedProgram) -> dict[int, str]:
 
 
 def _written_input(node: Node) -> Node | None:
-    """The placeholder behind `node` if a cache write lies between."""
+    """Return the placeholder behind ``node`` if a cache write lies between them, else None."""
     for writer in _chain(node):
         if op_name(writer).removesuffix("_") in _CACHE_WRITES:
             roots = [origin(source) for source in writer.all_input_nodes]
@@ -63,7 +67,7 @@ def _written_input(node: Node) -> Node | None:
 
 
 def _chain(node: Node) -> Iterator[Node]:
-    """`node` and what it shows, step by step, to the origin."""
+    """Yield ``node`` and what it shows, step by step, to the origin."""
     end = origin(node)
     while node is not end:
         yield node

@@ -15,9 +15,9 @@ from .interpreter import origin
 
 
 class InputRole(enum.Enum):
-    """What an integer input is for, read off its uses."""
+    """What an integer input is for."""
 
-    LOOKUP = "looked up in a table of `bound` rows"
+    LOOKUP = "looked up in a table of ``bound`` rows"
     POSITION = "a position: written to, or multiplied as a number"
     MASK = "compared, summed or turned into a boolean"
     OTHER = "none of these"
@@ -37,7 +37,10 @@ _PRODUCTS = frozenset({"aten::mul", "aten::matmul", "aten::bmm", "aten::mm", "at
 
 
 def role_of(node: Node) -> tuple[InputRole, int | None]:
-    """The role of an integer placeholder by the strongest of its uses, and the size of the smallest axis it indexes."""
+    """Return the role of an integer placeholder by the strongest of its uses, and the size of the axis it indexes.
+
+    Of several axes the smallest counts. The size is None where the placeholder indexes no axis of known size.
+    """
     uses = list(_uses(node))
     rows = [n for n in (_rows(user, via) for user, via in uses) if n is not None]
     places = [n for n in (_places(user, via) for user, via in _shifted_uses(node)) if n is not None]
@@ -53,7 +56,7 @@ def role_of(node: Node) -> tuple[InputRole, int | None]:
 
 
 def _uses(node: Node) -> Iterator[tuple[Node, Node]]:
-    """(user, the node through which it reads) for every use of the placeholder, through views and casts."""
+    """Yield (user, the node through which it reads) for every use of the placeholder, through views and casts."""
     stack, seen = [node], {node}
     while stack:
         via = stack.pop()
@@ -65,8 +68,10 @@ def _uses(node: Node) -> Iterator[tuple[Node, Node]]:
 
 
 def _shifted_uses(node: Node) -> Iterator[tuple[Node, Node]]:
-    """The same, also where it was added to something or copied into a buffer before: a start, and the places from
-    there on."""
+    """Yield the same, also where the value was added to something or copied into a buffer before.
+
+    Such a value is a start, and what is read are the places from there on.
+    """
     stack, seen = [node], {node}
     while stack:
         for user, via in _uses(stack.pop()):
@@ -78,6 +83,7 @@ def _shifted_uses(node: Node) -> Iterator[tuple[Node, Node]]:
 
 
 def _carriers(user: Node, via: Node) -> list[Node]:
+    """Return the nodes that hold the integers of ``via`` behind ``user``: a sum with them, or a copy of them."""
     if is_float(user):
         return []
     if _base(user) == "aten::add":
@@ -97,7 +103,7 @@ def _is_bool(node: Node) -> bool:
 
 
 def _rows(user: Node, via: Node) -> int | None:
-    """Rows of the table that `user` looks `via` up in."""
+    """Return the rows of the table that ``user`` looks ``via`` up in, 1 where they are dynamic; None for no lookup."""
     table = _TABLES.get(_base(user))
     if table is None or not is_op(user):
         return None
@@ -111,7 +117,7 @@ def _rows(user: Node, via: Node) -> int | None:
 
 
 def _places(user: Node, via: Node) -> int | None:
-    """Places on the axis that `user` writes to at `via`; 0 where the axis is dynamic."""
+    """Return the places on the axis that ``user`` writes to at ``via``, 0 where they are dynamic; None for no write."""
     index = _WRITES.get(_base(user))
     if index is None or not is_op(user):
         return None

@@ -18,8 +18,18 @@ from .interpreter import Deferred, constants, execute
 
 @dataclass
 class Session:
-    """A program run step by step, each time with the state it returned itself. Values go in and come out in the basis
-    of the original; `state` is raw, by placeholder name."""
+    """A program run step by step, each time with the state it returned itself.
+
+    Values go in and come out in the basis of the original.
+
+    Attributes:
+        ep: the program.
+        float64: whether it is run lifted.
+        tick: called after every node.
+        deferred: constants to compute in place of the stored ones, by placeholder name.
+        state: what inputs and buffers hold by now, by placeholder name and in the program's own basis.
+        changed: the names of the inputs and buffers that the program has changed itself.
+    """
 
     ep: ExportedProgram
     float64: bool
@@ -36,7 +46,13 @@ class Session:
         self.raw: tuple[Any, ...] = ()
 
     def step(self, values: Mapping[str, Any]) -> tuple[Any, ...]:
-        """The flat user outputs for `values`, except where the program has state of its own."""
+        """Run the program on ``values``, by placeholder name, and return its flat user outputs.
+
+        Where the program has state of its own, that is taken in place of a value.
+
+        Raises:
+            ProgramError: the program could not be run.
+        """
         given = {name: _into(value, self.carried_in.get(name), self.float64) for name, value in values.items()}
         fed = given | self.state
         result = execute(self.ep, {**self.deferred, **fed}, float64=self.float64, tick=self.tick)
@@ -47,18 +63,18 @@ class Session:
         return tuple(self._plain(out, self.carried_out.get(i)) for i, out in enumerate(result.outputs))
 
     def current(self, name: str) -> Any:
-        """What the input or buffer `name` holds now; None if the program has none of that name."""
+        """Return what the input or buffer called ``name`` holds now, or None if the program has none of that name."""
         return self._plain(self.state.get(name, self.known.get(name)), self.carried_in.get(name))
 
     def _plain(self, out: Any, carried: Carried | None) -> Any:
-        """In the basis of the original, in the type that the program returned."""
+        """Return a value in the basis of the original, in the dtype that the program returned."""
         if carried is None or not isinstance(out, Tensor):
             return out
         restored = _blockwise(out, carried, inverse=True)
         return restored if self.float64 else restored.to(out.dtype)
 
     def feed_back(self, returned: Mapping[int, str]) -> None:
-        """Outputs become inputs of the next step, raw."""
+        """Let outputs, by index, be the inputs of these names in the next step, in the program's own basis."""
         self.state |= {name: self.raw[i] for i, name in returned.items()}
 
 
@@ -70,12 +86,12 @@ def _into(given: Any, carried: Carried | None, float64: bool) -> Any:
 
 
 def into_basis(x: Tensor, carried: Carried) -> Tensor:
-    """A plain cache tensor as the rotated program takes it, in float64."""
+    """Return a cache tensor of the original as the rotated program takes it: the same shape, in float64."""
     return _blockwise(x, carried, inverse=False)
 
 
 def _blockwise(x: Tensor, carried: Carried, *, inverse: bool) -> Tensor:
-    """x R (or x Rᵀ) in float64 on each contiguous block of the axis that is as long as the rotation."""
+    """Return x R (x Rᵀ with ``inverse``) in float64, on each contiguous block of the axis as long as the rotation."""
     last = x.detach().to(torch.float64).movedim(carried.dim, -1)
     blocks = last.reshape(*last.shape[:-1], -1, carried.rotation.size)
     return carried.rotation.apply(blocks, inverse=inverse).flatten(-2).movedim(-1, carried.dim)

@@ -1,8 +1,9 @@
 """Inputs for a program, made from its own placeholder specs.
 
-Sizes: the example inputs of the program where they are small, else small numbers for the independent symbols of the
-input shapes, within the range constraints; sizes that are expressions of others (a mask over past + new tokens) follow.
-Values: integers by what the graph does with them (see :class:`InputRole`), floats standard normal.
+Sizes are those of the program's example inputs where these are small. Else the independent symbols of the input shapes
+get small numbers within the range constraints, and sizes that are expressions of others (a mask over past + new tokens)
+follow. Integers are chosen by what the graph does with them (see :class:`.roles.InputRole`); floats are drawn from a
+standard normal distribution.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from .interpreter import flat_inputs
 from .returned import returned_state
 from .roles import InputRole, role_of
 
-Sizes = dict[Any, int]  # sympy symbol -> value
+Sizes = dict[Any, int]
+"""The value of each sympy symbol."""
 
 _BATCH = 2
 _LENGTHS = (5, 3, 7, 4, 6)
@@ -33,7 +35,15 @@ _LARGE = 64  # example inputs with a longer dynamic axis are not used: the check
 
 @dataclass(frozen=True)
 class UserInput:
-    """One tensor or number that the caller gives. `shape` holds ints and symbolic expressions."""
+    """One tensor or number that the caller gives.
+
+    Attributes:
+        node: its placeholder.
+        shape: ints and symbolic expressions; () for a number.
+        dtype: None for a number.
+        role: what it is for, if it is an integer tensor.
+        bound: the size of the smallest axis that it indexes, None where that is unknown.
+    """
 
     node: Node
     shape: tuple[Any, ...]
@@ -43,13 +53,17 @@ class UserInput:
 
     @property
     def name(self) -> str:
+        """Return the name of the placeholder."""
         return self.node.name
 
 
 def synthetic_inputs(ep: ExportedProgram, *, seed: int = 0) -> dict[str, Any]:
-    """{user placeholder name: value}, valid for `ep` and the same for the same seed.
+    """Return {user placeholder name: value}, valid for ``ep`` and the same for the same seed.
 
-    Tensors have the dtype and device of the placeholder. Raises ConfigError where no size satisfies the constraints.
+    Tensors have the dtype and device of the placeholder.
+
+    Raises:
+        ConfigError: no small sizes satisfy the constraints, or a size cannot be derived from the others.
     """
     inputs = user_inputs(ep)
     generator = torch.Generator().manual_seed(seed)
@@ -60,7 +74,7 @@ def synthetic_inputs(ep: ExportedProgram, *, seed: int = 0) -> dict[str, Any]:
 
 
 def user_inputs(ep: ExportedProgram) -> list[UserInput]:
-    """The user inputs in signature order, with their roles."""
+    """Return the user inputs in the order of the signature, with their roles."""
     nodes = {node.name: node for node in ep.graph.nodes if node.op == "placeholder"}
     specs = ep.graph_signature.input_specs
     return [_user_input(nodes[spec.arg.name]) for spec in specs if spec.kind is InputKind.USER_INPUT]
@@ -83,7 +97,7 @@ def _specialised(ep: ExportedProgram) -> dict[str, Any]:
 
 
 def bound_sizes(inputs: list[UserInput], values: Mapping[str, Any]) -> Sizes:
-    """The symbols that stand alone as a size of some input, with their value in `values`."""
+    """Return the symbols that stand alone as a size of some input, with their value in ``values``."""
     sizes: Sizes = {}
     for spec in inputs:
         if spec.dtype is None and isinstance(value(spec.node), torch.SymInt):
@@ -95,7 +109,11 @@ def bound_sizes(inputs: list[UserInput], values: Mapping[str, Any]) -> Sizes:
 
 
 def concrete(size: Any, sizes: Sizes) -> int:
-    """A size or symbolic expression as a number. ConfigError if a symbol has none."""
+    """Return a size or symbolic expression as a number.
+
+    Raises:
+        ConfigError: a symbol of it has no value in ``sizes``.
+    """
     if isinstance(size, int):
         return size
     result = size.subs(sizes)
@@ -105,7 +123,7 @@ def concrete(size: Any, sizes: Sizes) -> int:
 
 
 def out_of_range(ep: ExportedProgram, sizes: Sizes) -> str | None:
-    """The first range constraint that `sizes` break, or None."""
+    """Say which range constraint ``sizes`` break first, or return None where they break none."""
     for symbol, allowed in ep.range_constraints.items():
         result = symbol.subs(sizes)
         if result.is_number and not allowed.lower <= result <= allowed.upper:
@@ -114,6 +132,11 @@ def out_of_range(ep: ExportedProgram, sizes: Sizes) -> str | None:
 
 
 def _chosen_sizes(ep: ExportedProgram, inputs: list[UserInput]) -> Sizes:
+    """Choose small sizes within the range constraints.
+
+    Raises:
+        ConfigError: they break another constraint.
+    """
     lengths = iter(_LENGTHS * 16)
     sizes: Sizes = {}
     for symbol, axis in _symbols(inputs):
@@ -129,6 +152,7 @@ def _chosen_sizes(ep: ExportedProgram, inputs: list[UserInput]) -> Sizes:
 
 
 def _symbols(inputs: list[UserInput]) -> Iterator[tuple[Any, int]]:
+    """Yield (symbol, axis) for every symbol in a size of an input, as often as it occurs."""
     for spec in inputs:
         val = value(spec.node)
         if isinstance(val, torch.SymInt):
@@ -142,7 +166,10 @@ def _symbols(inputs: list[UserInput]) -> Iterator[tuple[Any, int]]:
 
 
 def _examples(ep: ExportedProgram, inputs: list[UserInput]) -> dict[str, Any]:
-    """The program's example inputs by name; nothing where it has none, they are fake, or a dynamic axis is long."""
+    """Return the program's example inputs by name.
+
+    Return nothing where it has none, where they are fake, or where a dynamic axis is long.
+    """
     if ep.example_inputs is None:
         return {}
     try:
@@ -157,7 +184,10 @@ def _examples(ep: ExportedProgram, inputs: list[UserInput]) -> dict[str, Any]:
 
 
 def _has_features(ep: ExportedProgram, inputs: list[UserInput]) -> bool:
-    """The program takes images, sounds or embeddings: how many of them belong to which ids only its examples tell."""
+    """Return whether the program takes images, sounds or embeddings beside ids.
+
+    How many of them belong to which ids only its examples tell.
+    """
     state = set(returned_state(ep).values())
     has_ids = any(spec.role is InputRole.LOOKUP for spec in inputs)
     floats = [spec for spec in inputs if spec.dtype is not None and spec.dtype.is_floating_point]
@@ -177,12 +207,12 @@ def _value(spec: UserInput, sizes: Sizes, examples: Mapping[str, Any], generator
 
 
 def _is_blank(example: Tensor) -> bool:
-    """A float example of one repeated value (an empty cache, for example) would hide a wrong rotation."""
+    """Return whether an example repeats one float, as an empty cache does, which would hide a wrong rotation."""
     return example.is_floating_point() and bool((example == example.flatten()[:1]).all())
 
 
 def fresh(spec: UserInput, size: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """New values of shape `size` according to the role, on the CPU."""
+    """Return new values of shape ``size`` according to the role, in the input's dtype and on the CPU."""
     dtype = spec.dtype or torch.int64
     if dtype.is_floating_point or dtype.is_complex:
         return torch.randn(size, generator=generator, dtype=torch.float64).to(dtype)
@@ -199,10 +229,11 @@ def fresh(spec: UserInput, size: tuple[int, ...], generator: torch.Generator) ->
 def next_inputs(
     ep: ExportedProgram, values: Mapping[str, Any], state: Mapping[str, Tensor], *, seed: int
 ) -> dict[str, Any] | str:
-    """Inputs of the step after one that was run with `values` and left `state` (by placeholder name).
+    """Return the inputs of the step after one that was run with ``values`` and left ``state``, by placeholder name.
 
     The state is taken as it is; new ids are drawn, positions go on, and masks become all ones, so that what the program
-    wrote itself is seen. A string says why there is no next step (a size is fixed, a position would leave its table).
+    wrote itself is seen. Where there is no next step, for example because a size is fixed or a position would leave its
+    table, a string says why.
     """
     inputs = user_inputs(ep)
     returned = {spec.name: state[spec.name] for spec in inputs if spec.name in state}
@@ -237,6 +268,7 @@ def _continued(spec: UserInput, old: Any, size: tuple[int, ...], grown: int, gen
 
 
 def _past_end(inputs: list[UserInput], values: Mapping[str, Any]) -> str | None:
+    """Say which input would point past the end of its table, or return None where none does."""
     for spec in inputs:
         if spec.role is InputRole.POSITION and spec.bound is not None and int(values[spec.name].max()) >= spec.bound:
             return f"{spec.name} would pass the end of a cache of {spec.bound} places"

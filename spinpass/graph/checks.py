@@ -1,4 +1,4 @@
-"""Whether a program can be rotated at all: an inference program over dense floating-point weights."""
+"""What a program must be to be rotated at all: an inference program over dense floating-point weights."""
 
 from __future__ import annotations
 
@@ -14,11 +14,16 @@ from spinpass.errors import ProgramError, QuantizedWeightError
 from .nodes import arguments, is_op, op_name
 
 PACKED_TYPES = {torch.int8, torch.uint8, torch.int16, torch.int32}
-"""What a weight that is packed from integers is stored as."""
+"""The dtypes in which weights that are packed from integers are stored."""
 
 
 def check_program(program: object) -> None:
-    """Raise ProgramError unless ``program`` is an inference program over dense floating-point weights."""
+    """Raise an error unless ``program`` is an inference program over dense floating-point weights.
+
+    Raises:
+        ProgramError: ``program`` is no ExportedProgram, or dropout is active in it.
+        QuantizedWeightError: an operator works on quantized or packed weights, or a stored weight is one.
+    """
     if not isinstance(program, ExportedProgram):
         raise ProgramError(
             f"expected a torch.export.ExportedProgram, got {type(program).__name__}; "

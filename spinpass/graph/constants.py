@@ -36,9 +36,10 @@ class Constant:
     steps: list[Step] = field(default_factory=list)
 
     def compute(self) -> Tensor:
-        """The queue applied in float64, cast once.
+        """Apply the queue in float64 and cast the result once, to the stored dtype.
 
-        Raises InvariantError: the steps change the shape.
+        Raises:
+            InvariantError: the steps change the shape.
         """
         if not self.steps:
             return self.tensor
@@ -51,7 +52,7 @@ class Constant:
         return result
 
     def compute_float64(self) -> Tensor:
-        """The queue applied in float64; an integer constant as it is."""
+        """Apply the queue in float64; what is not floating point is returned as it is stored."""
         result = self.tensor.detach()
         if not result.is_floating_point():
             return result
@@ -109,15 +110,15 @@ class Constants:
         return iter(self._all)
 
     def fqns(self, node: Node) -> list[str]:
-        """All names under which the constant is stored."""
+        """Return all names under which the constant is stored, the node's own first."""
         return [self._all[n].fqn for n in (node, *(a for a, first in self._aliases.items() if first is node))]
 
     def has_alias(self, node: Node) -> bool:
-        """The constant is stored under a further name that nothing reads."""
+        """Return whether the constant is stored under a further name, which nothing reads."""
         return node in self._aliases.values()
 
     def unused_name(self, name: str) -> str:
-        """``name``, with a number behind it where a constant has that name already."""
+        """Return ``name``, with a number behind it where a constant has that name already."""
         taken = {c.fqn for c in self._all.values()}
         unused, k = name, 1
         while unused in taken:
@@ -130,7 +131,10 @@ class Constants:
         self.nbytes += tensor.nbytes
 
     def part_with_alias(self, node: Node) -> Node | None:
-        """One of the constant's aliases as a constant of its own, equal to ``node`` by now; None if it has none."""
+        """Make one of the constant's aliases a constant of its own, equal to what ``node`` is by now, and return it.
+
+        Return None where the constant has no alias.
+        """
         alias = next((a for a, first in self._aliases.items() if first is node), None)
         if alias is not None:
             del self._aliases[alias]
@@ -144,16 +148,20 @@ class Constants:
         self._retired[node] = fill
 
     def is_retired(self, node: Node) -> bool:
-        """The constant was retired before."""
+        """Return whether the constant was retired before."""
         return node in self._retired
 
     def exact(self) -> dict[str, Callable[[], Tensor]]:
-        """By placeholder name, what computes each edited constant in float64, before the cast to its stored type."""
+        """Return by placeholder name what computes each edited constant in float64, before the cast to its dtype."""
         chiefs = {n: self._all[self._aliases.get(n, n)] for n in self._all}
         return {n.name: chief.compute_float64 for n, chief in chiefs.items() if chief.steps}
 
     def store(self, specs: Sequence[InputSpec], progress: Progress | None) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Compute every constant, one at a time; returns the state dict and the other constants of the new program."""
+        """Compute every constant, one at a time; return the state dict and the other constants of the new program.
+
+        Raises:
+            InvariantError: the steps queued on a constant change its shape.
+        """
         state_dict, constants = dict(self._source.state_dict), dict(self._source.constants)
         by_name = {s.arg.name: s for s in specs}
         for done, (node, constant) in enumerate(self._all.items()):
@@ -202,7 +210,7 @@ class Constants:
 
 
 def _is_index(tensor: Tensor) -> bool:
-    """A small tensor of integers, whose values are known."""
+    """Return whether the tensor is a small one of int64, whose values are shown to the analysis."""
     small = tensor.dtype == torch.int64 and tensor.numel() <= _SMALL
     return small and not isinstance(tensor, torch._subclasses.FakeTensor)
 

@@ -1,4 +1,4 @@
-"""ProgramEditor: a private copy of an exported program that passes edit, graph and constants."""
+"""ProgramEditor: a private copy of an exported program, whose graph and constants passes edit."""
 
 from __future__ import annotations
 
@@ -34,8 +34,11 @@ from .nodes import is_check, mutates, op_name, shape, value
 class ProgramEditor:
     """A copy of ``program`` whose graph and constants can be edited; :meth:`finish` returns a new ExportedProgram.
 
-    Raises ProgramError for anything that is not an inference program over dense tensors. The analysis needs a program
-    without in-place operators: see :func:`spinpass.passes.open_program`.
+    The analysis needs a program without in-place operators: see :func:`spinpass.passes.open_program`.
+
+    Raises:
+        ProgramError: ``program`` is not an inference program over dense tensors, or lacks a constant that it names.
+        QuantizedWeightError: some of its weights are quantized or packed.
     """
 
     def __init__(self, program: ExportedProgram) -> None:
@@ -58,56 +61,67 @@ class ProgramEditor:
 
     @property
     def nodes(self) -> Iterable[Node]:
+        """Return all nodes, in the order of the graph."""
         return self.graph.nodes
 
     @property
     def output_node(self) -> Node:
+        """Return the node that returns the program's outputs."""
         last: Node = next(iter(reversed(self.graph.nodes)))
         return last
 
     @property
     def mutated_buffers(self) -> set[Node]:
-        """The placeholders of the buffers that the program updates."""
+        """Return the placeholders of the buffers that the program updates."""
         return self._constants.updated
 
     def is_constant(self, node: Node) -> bool:
-        """The value depends on parameters, buffers and lifted tensors only (its shape perhaps on dynamic sizes)."""
+        """Return whether the value depends on parameters, buffers and lifted tensors only.
+
+        Its shape may depend on dynamic sizes.
+        """
         return self._expressions.is_constant(node)
 
     def is_weight(self, node: Node) -> bool:
-        """A constant, or one matrix per token gathered from a constant stack of them (the experts of a mixture)."""
+        """Return whether the node is a constant, or one matrix per token gathered from a constant stack of matrices.
+
+        The latter are the experts of a mixture.
+        """
         return self._expressions.is_weight(node)
 
     def is_computable(self, node: Node) -> bool:
-        """The value of a constant is known without running the program: no dynamic size goes into it."""
+        """Return whether the node is a constant whose value no dynamic size goes into: it is known without a run."""
         return self._expressions.is_computable(node)
 
     def canonical(self, node: Node) -> Node:
-        """The first node that computes the same constant expression: two ``1 + g`` of one ``g`` are one scale."""
+        """Return the first node that computes the same constant expression: ``1 + g`` twice is one scale."""
         return self._expressions.canonical(node)
 
     def deferred(self, node: Node, given: Mapping[Node, Tensor] = MappingProxyType({})) -> Callable[[], Tensor]:
-        """Computes the float64 value that a constant node has now; see :meth:`.expressions.Expressions.deferred`."""
+        """Return what computes the float64 value that a constant node has now.
+
+        See :meth:`.expressions.Expressions.deferred`.
+        """
         return self._expressions.deferred(node, given)
 
     def is_stored(self, node: Node) -> bool:
-        """The node is the placeholder of a parameter, buffer or lifted tensor."""
+        """Return whether the node is the placeholder of a parameter, buffer or lifted tensor."""
         return node in self._constants
 
     def fqn(self, node: Node) -> str:
-        """The name of the constant in the model's state dict; the node's own name for a computed one."""
+        """Return the name of the constant in the model's state dict; a computed constant has its node's name."""
         return self._constants[node].fqn if node in self._constants else node.name
 
     def fqns(self, node: Node) -> list[str]:
-        """All names under which the constant is stored."""
+        """Return all names under which the constant is stored, the node's own first."""
         return self._constants.fqns(node)
 
     def has_alias(self, node: Node) -> bool:
-        """The constant is stored under a further name that nothing reads."""
+        """Return whether the constant is stored under a further name, which nothing reads."""
         return self._constants.has_alias(node)
 
     def nbytes(self) -> int:
-        """Bytes of all distinct constants."""
+        """Return the bytes that all distinct constants take."""
         return self._constants.nbytes
 
     def check_weights(self, weights: Iterable[Node]) -> None:
@@ -121,17 +135,18 @@ class ProgramEditor:
                     )
 
     def user_inputs(self) -> list[Node]:
+        """Return the placeholders of what the caller gives, in order."""
         names = {s.arg.name for s in self.inputs if s.kind == InputKind.USER_INPUT}
         return [n for n in self.graph.nodes if n.op == "placeholder" and n.name in names]
 
     def mutated(self, kind: OutputKind, target: str | None) -> Node:
-        """The placeholder of the buffer or user input that an output of this kind updates."""
+        """Return the placeholder of the buffer or user input that an output of this kind updates."""
         if kind == OutputKind.BUFFER_MUTATION:
             return next(n for n in self.mutated_buffers if self.fqn(n) == target)
         return next(n for n in self.user_inputs() if n.name == target)
 
     def output_values(self) -> Iterator[tuple[int, OutputKind, str | None, Node]]:
-        """(index, kind, mutation target, node) of every tensor that leaves the program."""
+        """Yield (index, kind, mutation target, node) of every tensor that leaves the program."""
         for i, (spec, node) in enumerate(zip(self.outputs, self.output_node.args[0])):  # type: ignore[arg-type]
             if isinstance(node, Node):
                 yield i, spec.kind, spec.target, node
@@ -145,12 +160,14 @@ class ProgramEditor:
         self.output_node.args = (tuple(returned),)
 
     def user_output_index(self, index: int) -> int:
-        """The index among the user outputs of output ``index`` of the graph."""
+        """Return which of the user outputs the graph's output ``index`` is."""
         return sum(s.kind == OutputKind.USER_OUTPUT for s in self.outputs[:index])
 
     def interface(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        """What the program takes and returns, to be compared: (name, dtype, shape) of every user input; (kind, mutation
-        target, dtype, shape) of every output.
+        """Return what the program takes and what it returns, to be compared.
+
+        The first is (name, dtype, shape) of every user input; the second is (kind, mutation target, dtype, shape) of
+        every output, and how many values are returned.
         """
         takes = tuple((n.name, *_kind_of(n)) for n in self.user_inputs())
         returned: Any = self.output_node.args[0]
@@ -158,13 +175,17 @@ class ProgramEditor:
         return takes, (*returns, f"{len(returned)} values")
 
     def queued_steps(self) -> dict[Node, int]:
-        """How many steps are queued on each constant, the constants in the order of their placeholders."""
+        """Return how many steps are queued on each constant, the constants in the order of their placeholders."""
         return {node: len(self._constants[node].steps) for node in self._constants}
 
     # -- editing the graph --------------------------------------------------------------------------------------------
 
     def call(self, target: Callable[..., Any], *args: Any, after: Node, origin: str, **kwargs: Any) -> Node:
-        """Insert ``target(*args)`` right after a node; the fake value and the provenance are set."""
+        """Insert ``target(*args, **kwargs)`` right after a node, with its fake value, and ``origin`` as provenance.
+
+        Raises:
+            ProgramError: no values are recorded in the program.
+        """
         following = after.next
         while following.op == "placeholder":
             following = following.next
@@ -181,16 +202,21 @@ class ProgramEditor:
         return node
 
     def repeat(self, node: Node, instead: dict[Node, Node], *, before: Node) -> Node:
-        """A copy of ``node`` right before another, reading other operands; it has the same fake value."""
+        """Copy ``node`` to right before another node, with other operands; the copy has the same fake value."""
         with self.graph.inserting_before(before):
             return self.graph.node_copy(node, lambda n: instead.get(n, n))
 
     def erase(self, nodes: Iterable[Node]) -> None:
-        """Remove nodes that nobody reads any more."""
+        """Remove nodes that nothing reads any more, given in the order of the graph."""
         for node in reversed(list(nodes)):
             self.graph.erase_node(node)
 
     def fake_mode(self) -> Any:
+        """Return the mode of the fake tensors that export recorded.
+
+        Raises:
+            ProgramError: no values are recorded.
+        """
         for node in self.graph.nodes:
             val = value(node)
             if isinstance(val, torch._subclasses.FakeTensor):
@@ -200,13 +226,16 @@ class ProgramEditor:
         )
 
     def current(self, node: Node) -> Node:
-        """What stands for a node that was replaced."""
+        """Return what stands for a node by now, which is the node itself if it was not replaced."""
         while node in self._successors:
             node = self._successors[node]
         return node
 
     def replace(self, node: Node, by: Node, users: Iterable[Node] | None = None) -> None:
-        """Let ``users`` (default: all) read ``by`` instead of ``node``."""
+        """Let ``users`` read ``by`` instead of ``node``.
+
+        Without ``users`` all of them do, and ``by`` is what :meth:`current` gives for ``node`` from then on.
+        """
         if users is None:
             self._successors[node] = by
         for user in list(node.users if users is None else users):
@@ -216,11 +245,11 @@ class ProgramEditor:
     # -- editing constants --------------------------------------------------------------------------------------------
 
     def queue(self, node: Node, step: Step) -> None:
-        """``constant <- step(constant)`` in float64, when the program is finished."""
+        """Apply ``step`` to the constant, in float64, when the program is finished. It must keep the shape."""
         self._constants[node].steps.append(step)
 
     def add_constant(self, name: str, tensor: Tensor, *, steps: Iterable[Step] = ()) -> Node:
-        """A new parameter, stored under ``name`` (made unique), placed among the parameters."""
+        """Add a parameter behind all others, stored under ``name``, which is made unique; return its placeholder."""
         fqn = self._constants.unused_name(name)
         at = 1 + max((i for i, s in enumerate(self.inputs) if s.kind == InputKind.PARAMETER), default=-1)
         by_name = {n.name: n for n in self._constants}
@@ -238,7 +267,7 @@ class ProgramEditor:
         return node
 
     def materialize(self, node: Node) -> Node:
-        """A stored constant in place of a computed one, for all its readers."""
+        """Put a stored constant in place of a computed one, for all its readers, and return its placeholder."""
         compute = self.deferred(node)
         val = value(node)
         empty = torch.empty(val.shape, dtype=val.dtype, device=val.device)
@@ -247,7 +276,7 @@ class ProgramEditor:
         return stored
 
     def retire(self, node: Node, value: float) -> None:
-        """What the constant expression ``node`` stood for is folded elsewhere, and it is all ``value`` by now.
+        """Note that what the constant expression ``node`` stood for is folded elsewhere: it is all ``value`` by now.
 
         Where nothing reads the constant behind it any more, the finished program stores what gives that value, so that
         its state dict fits the architecture that the program was exported from.
@@ -259,8 +288,9 @@ class ProgramEditor:
             self._constants.retire(*found)
 
     def split(self, node: Node, users: Iterable[Node]) -> Node:
-        """Give ``users`` a constant of their own, equal to ``node`` (untying). Its stored alias is reused where
-        there is one.
+        """Give ``users`` a constant of their own, equal to ``node``, and return it: this unties them.
+
+        An alias under which the constant is stored is reused where there is one.
         """
         own = self._constants.part_with_alias(node)
         if own is None:
@@ -270,20 +300,28 @@ class ProgramEditor:
         return own
 
     def exact_constants(self) -> dict[str, Callable[[], Tensor]]:
-        """By placeholder name, what computes each edited constant in float64, before the cast to its stored type."""
+        """Return by placeholder name what computes each edited constant in float64, before the cast to its dtype."""
         return self._constants.exact()
 
     # -- the result ---------------------------------------------------------------------------------------------------
 
     def cleanup(self) -> None:
-        """Remove what no longer reaches an output. Placeholders stay: they are the program's interface."""
+        """Remove what no longer reaches an output. Placeholders stay, because they are the program's interface."""
         for node in reversed(list(self.graph.nodes)):
             dead = node.op == "call_function" and not node.users
             if dead and not mutates(node) and not is_check(node):
                 self.graph.erase_node(node)
 
     def finish(self, progress: Progress | None = None) -> ExportedProgram:
-        """Compute the constants and build the program; torch's verifier checks it."""
+        """Compute the constants and build the program, which torch's verifier checks.
+
+        Args:
+            progress: called with (constants done, all constants).
+
+        Raises:
+            InvariantError: an edit has changed the shape of a constant, the order of the placeholders, or left a node
+                without a recorded value.
+        """
         self.cleanup()
         self.graph.lint()
         state_dict, constants = self._constants.store(self.inputs, progress)
@@ -320,13 +358,13 @@ class ProgramEditor:
 
 
 def _kind_of(argument: Any) -> tuple[Any, ...]:
-    """dtype and shape of a tensor that enters or leaves the program; the type of anything else."""
+    """Return dtype and shape of a tensor that enters or leaves the program, and the type of anything else."""
     val = value(argument) if isinstance(argument, Node) else argument
     return (str(val.dtype), shape(argument)) if isinstance(val, Tensor) else (type(val).__name__,)
 
 
 def shares_memory(editor: ProgramEditor, node: Node, source: Node) -> bool:
-    """The result of ``node`` is a view of ``source``, or ``source`` itself."""
+    """Return whether the result of ``node`` is a view of ``source``, or ``source`` itself."""
     assert isinstance(node.target, torch._ops.OpOverload)
     if not (node.target.is_view or op_name(node) in _MAY_RETURN_OPERAND):
         return False

@@ -37,7 +37,7 @@ _REARRANGEMENTS = {
 
 
 class Expressions:
-    """What is computed from the constants alone. Answers are remembered: operands of a node must not change."""
+    """What is computed from the constants alone. Answers are remembered, so operands of a node must not change."""
 
     def __init__(self, constants: Constants) -> None:
         self._constants = constants
@@ -46,7 +46,10 @@ class Expressions:
         self._first: dict[Hashable, Node] = {}
 
     def is_constant(self, node: Node) -> bool:
-        """The value depends on parameters, buffers and lifted tensors only (its shape perhaps on dynamic sizes)."""
+        """Return whether the value depends on parameters, buffers and lifted tensors only.
+
+        Its shape may depend on dynamic sizes.
+        """
         known = self._is_constant.get(node)
         if known is None:
             if node.op == "placeholder":
@@ -58,7 +61,10 @@ class Expressions:
         return known
 
     def is_weight(self, node: Node) -> bool:
-        """A constant, or one matrix per token gathered from a constant stack of them (the experts of a mixture)."""
+        """Return whether the node is a constant, or one matrix per token gathered from a constant stack of matrices.
+
+        The latter are the experts of a mixture.
+        """
         if self.is_constant(node):
             return True
         known = self._is_weight.get(node)
@@ -76,19 +82,19 @@ class Expressions:
         return op_name(node) in _REARRANGEMENTS and tensors == [source] and self.is_weight(source)
 
     def is_computable(self, node: Node) -> bool:
-        """The value of a constant is known without running the program: no dynamic size goes into it."""
+        """Return whether the node is a constant whose value no dynamic size goes into: it is known without a run."""
         if not self.is_constant(node):
             return False
         return node in self._constants or all(self.is_computable(s) for s in node.all_input_nodes)
 
     def canonical(self, node: Node) -> Node:
-        """The first node that computes the same constant expression: two ``1 + g`` of one ``g`` are one scale."""
+        """Return the first node that computes the same constant expression: ``1 + g`` twice is one scale."""
         if not self.is_constant(node) or node in self._constants:
             return node
         return self._first.setdefault((node.target, self._frozen(node.args), self._frozen(node.kwargs)), node)
 
     def _frozen(self, argument: Any) -> Hashable:
-        """An argument as part of a key, equal expressions as one."""
+        """Return an argument as part of a key, which is the same for equal expressions."""
         if isinstance(argument, Node):
             return self.canonical(argument)
         if isinstance(argument, (list, tuple)):
@@ -98,18 +104,22 @@ class Expressions:
         return repr(argument)
 
     def behind(self, node: Node) -> set[Node]:
-        """The stored constants that a constant expression is computed from."""
+        """Return the stored constants that a constant expression is computed from."""
         if node in self._constants:
             return {node}
         return {stored for source in node.all_input_nodes for stored in self.behind(source)}
 
     def deferred(self, node: Node, given: Mapping[Node, Tensor] = MappingProxyType({})) -> Callable[[], Tensor]:
-        """Computes the float64 value that a constant node has now, whatever is queued later; nothing is computed yet.
+        """Return what computes the float64 value that a constant node has now, whatever is queued later.
 
-        Casts to lower precision inside the expression are lifted to float64 as well. ``given``: values to take in place
-        of those of some nodes.
+        Nothing is computed yet. Casts to lower precision inside the expression are lifted to float64 as well.
 
-        Raises InvariantError: the node is no constant.
+        Args:
+            node: the constant or expression of constants.
+            given: values to take in place of those of some nodes.
+
+        Raises:
+            InvariantError: the node is no constant.
         """
         if node in given:
             return lambda: given[node]
@@ -132,9 +142,10 @@ class Expressions:
         return compute
 
     def filling(self, node: Node, value: float) -> tuple[Node, float] | None:
-        """(stored constant, number): filled with the number, it makes the whole expression ``value``.
+        """Return the stored constant, and the number that makes the whole expression ``value`` where it fills it.
 
-        None where the expression is computed from several constants, or from one in another way than 1 + it.
+        Return None where the expression is computed from several constants, or from one in another way than as itself
+        or as 1 + it.
         """
         behind = self.behind(node)
         if len(behind) != 1:

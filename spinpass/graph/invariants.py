@@ -27,8 +27,11 @@ _arguments, _named = operator.attrgetter("_args"), operator.attrgetter("_kwargs"
 class Changes:
     """What has become of a program since it was last looked at.
 
-    ``made``: new nodes. ``altered``: nodes that read other operands than before. ``removed``: how many nodes are gone.
-    ``queued``: the number of steps added to the queue of each constant that got any.
+    Attributes:
+        made: the nodes that are new.
+        altered: the nodes that read other operands than before.
+        removed: how many nodes are gone.
+        queued: how many steps were added to the queue of each constant that got any.
     """
 
     made: tuple[Node, ...]
@@ -38,15 +41,15 @@ class Changes:
 
     @property
     def graph(self) -> bool:
-        """The graph is another one; otherwise at most constants have changed."""
+        """Return whether the graph is another one; otherwise at most constants have changed."""
         return bool(self.made or self.altered or self.removed)
 
 
 class Invariants:
-    """Compares a program with what it was at the last :meth:`check`, at first with what it was when this was made.
+    """A guard that compares a program with what it was at the last :meth:`check`, or when the guard was made.
 
     Raises:
-        InvariantError: the program is broken as it is.
+        InvariantError: the program is broken to begin with.
     """
 
     def __init__(self, editor: ProgramEditor) -> None:
@@ -60,7 +63,7 @@ class Invariants:
         self.check()
 
     def check(self) -> Changes:
-        """What has changed, after making sure that it may.
+        """Make sure that what has changed may change, and return it.
 
         Raises:
             InvariantError: an operand is not computed before its reader, or not part of the graph; a value that is read
@@ -119,7 +122,7 @@ def _check_operands(node: Node) -> None:
 
 
 def _check_values(node: Node, arguments: Any) -> None:
-    """Operands were exchanged for others of the same shape and dtype, or the recorded value is not to be trusted."""
+    """Make sure that operands were exchanged for others of their shape and dtype: the recorded value is of those."""
     if node.op != "call_function":
         return
     before, after = _operands(arguments), _operands([node.args, node.kwargs])

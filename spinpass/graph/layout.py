@@ -17,16 +17,23 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-Size = Hashable  # an int, or a symbolic expression for a dynamic axis
+Size = Hashable
+"""The size of an axis: an int, or a symbolic expression where it is dynamic."""
 
 
 class LayoutError(Exception):
-    """The data movement cuts through a block: the axis cannot be followed any further."""
+    """A data movement cuts through a block, so that the axis cannot be followed any further."""
 
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """``blocks[i, j]``: C-order offset, over ``sizes`` of axes ``dims``, of coordinate ``j`` of block ``i``."""
+    """Where ``k`` blocks of ``n`` elements sit in a tensor, each of them a vector of the space.
+
+    Attributes:
+        dims: the axes that carry the blocks, in ascending order.
+        sizes: the sizes of those axes.
+        blocks: ``blocks[i, j]`` is the C-order offset over ``sizes`` of coordinate j of block i, int64 (k, n).
+    """
 
     dims: tuple[int, ...]
     sizes: tuple[int, ...]
@@ -34,28 +41,30 @@ class Layout:
 
     @staticmethod
     def full(dim: int, size: int) -> Layout:
-        """The whole axis ``dim`` is one vector of the space."""
+        """Return the layout in which the whole axis ``dim``, of length ``size``, is one vector of the space."""
         return Layout((dim,), (size,), torch.arange(size).view(1, size))
 
     @property
     def count(self) -> int:
+        """Return ``k``, the number of blocks."""
         return int(self.blocks.shape[0])
 
     @property
     def width(self) -> int:
-        """``n``: the number of coordinates of the space."""
+        """Return ``n``, the number of coordinates of the space."""
         return int(self.blocks.shape[1])
 
     @cached_property
     def mixing(self) -> frozenset[int]:
-        """The axes along which a rotation mixes elements; along the other carriers every block stays at one
-        position.
+        """Return the axes along which a rotation mixes elements.
+
+        Along the other carriers every block stays at one position.
         """
         return frozenset(d for d in self.dims if not _constant_rows(self.coordinate(d)))
 
     @cached_property
     def is_contiguous(self) -> bool:
-        """One axis, tiled from its first to its last element by blocks in order."""
+        """Return whether the blocks lie on one axis and tile it in order, from its first element to its last."""
         return (
             len(self.dims) == 1
             and self.blocks.numel() == self.sizes[0]
@@ -82,8 +91,9 @@ class Layout:
     # -- data movement ------------------------------------------------------------------------------------------------
 
     def renamed(self, to: Mapping[int, int]) -> Layout:
-        """Axis ``d`` becomes axis ``to[d]`` (transpose, permute, unsqueeze, squeeze, alignment of broadcast
-        operands).
+        """Follow a renaming of axes, of which axis ``d`` becomes axis ``to[d]``.
+
+        Transpose, permute, unsqueeze, squeeze and the alignment of broadcast operands are such.
         """
         if all(to[d] == d for d in self.dims):
             return self
@@ -94,7 +104,11 @@ class Layout:
         return _make(tuple(to[d] for d in order), sizes, _ravel([self.coordinate(d) for d in order], sizes))
 
     def regrouped(self, before: Sequence[Size], after: Sequence[Size]) -> Layout:
-        """Follow a view or reshape from shape ``before`` to shape ``after``."""
+        """Follow a view or reshape from shape ``before`` to shape ``after``.
+
+        Raises:
+            LayoutError: the view merges the blocks' axes with others of dynamic size, or cannot be followed.
+        """
         if tuple(before) == tuple(after):
             return self
         old: list[int] = []
@@ -113,10 +127,17 @@ class Layout:
         return _make(tuple(new), sizes, wide.blocks)
 
     def taken(self, dim: int, index: Tensor, size: Size) -> Layout | None:
-        """Follow a selection: element ``p`` of the result's axis is element ``index[p]`` of this one. None: no block
-        is left.
+        """Follow a selection, after which element ``p`` of axis ``dim`` is what element ``index[p]`` was before.
 
-        ``size`` is the axis' length before. Raises LayoutError where a block is cut.
+        Return None where no block is left.
+
+        Args:
+            dim: the axis.
+            index: the selected positions, int64 (selected,).
+            size: the length of the axis before.
+
+        Raises:
+            LayoutError: a block is cut, or elements of the axis are repeated.
         """
         if dim not in self.dims:
             return self
@@ -138,10 +159,12 @@ class Layout:
         )
 
     def untaken(self, dim: int, index: Tensor | None, size: Size) -> Layout:
-        """The inverse of :meth:`taken`: where the blocks sit in the axis of length ``size`` that the selection was
-        made from.
+        """Return where the blocks sit in the axis of length ``size`` that a selection was made from.
 
-        ``index`` None: a selection of unknown positions (dynamic); then the whole axis must carry the layout.
+        This is the inverse of :meth:`taken`. ``index`` is None where the positions are known at run time only.
+
+        Raises:
+            LayoutError: the blocks lie along the axis, and its length or the positions are dynamic.
         """
         if dim not in self.dims and (index is None or not isinstance(size, int) or index.numel() == size):
             return self
@@ -153,7 +176,11 @@ class Layout:
         return _make(wide.dims, sizes, _ravel(coordinates, sizes))
 
     def joined(self, other: Layout) -> Layout:
-        """Both layouts hold on one tensor. Raises LayoutError where they contradict each other."""
+        """Return the layout of a tensor on which both layouts hold.
+
+        Raises:
+            LayoutError: they contradict each other.
+        """
         if self == other:
             return self
         if self.width != other.width:
@@ -168,7 +195,7 @@ class Layout:
         return _make(a.dims, a.sizes, blocks)
 
     def overlaps(self, other: Layout) -> bool:
-        """Some element belongs to both layouts (they need not be of one space)."""
+        """Return whether some element belongs to both layouts, which need not be of one space."""
         if not set(self.dims) & set(other.dims):
             return False
         carriers = {**dict(zip(self.dims, self.sizes)), **dict(zip(other.dims, other.sizes))}
@@ -199,12 +226,12 @@ class Layout:
         return self.sizes[self.dims.index(dim)]
 
     def coordinate(self, dim: int) -> Tensor:
-        """Position along axis ``dim`` of every element of every block, shape (k, n)."""
+        """Return the position along axis ``dim`` of every element of every block, int64 (k, n)."""
         at = self.dims.index(dim)
         return (self.blocks // math.prod(self.sizes[at + 1 :])) % self.sizes[at]
 
     def _widened(self, carriers: Mapping[int, int]) -> Layout:
-        """The same layout with the free axes among ``carriers`` (axis -> size) written out."""
+        """Return the same layout with the free axes among ``carriers`` (axis -> size) written out."""
         extra = {d: s for d, s in carriers.items() if d not in self.dims}
         if not extra:
             return self
@@ -225,7 +252,11 @@ class Layout:
 
 
 def merged(layouts: Iterable[Layout]) -> Layout:
-    """All of ``layouts`` on one tensor. Raises LayoutError where they contradict each other."""
+    """Return the layout of a tensor on which all of ``layouts`` hold.
+
+    Raises:
+        LayoutError: they contradict each other, or there are none.
+    """
     result: Layout | None = None
     for layout in layouts:
         result = layout if result is None else result.joined(layout)
@@ -235,7 +266,9 @@ def merged(layouts: Iterable[Layout]) -> Layout:
 
 
 def _make(dims: tuple[int, ...], sizes: tuple[int, ...], blocks: Tensor) -> Layout:
-    """Normal form: blocks ordered by first element, and no axis listed along which the layout just repeats."""
+    """Return the normal form: blocks are in the order of their first elements, and no axis is listed along which the
+    layout just repeats.
+    """
     for dim, size in zip(dims, sizes):
         stride = math.prod(sizes[dims.index(dim) + 1 :])
         position = (blocks // stride) % size
@@ -266,8 +299,9 @@ def _ravel(coordinates: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
 
 
 def _view_groups(before: Sequence[Size], after: Sequence[Size]) -> list[tuple[list[int], list[int]]]:
-    """Split a view into the smallest runs of axes that hold the same elements: (4, 6, s) -> (24, s) is [0,1]->[0],
-    [2]->[1].
+    """Split a view into the smallest runs of axes that hold the same elements.
+
+    (4, 6, s) -> (24, s) is split into [0, 1] -> [0] and [2] -> [1].
     """
     groups: list[tuple[list[int], list[int]]] = []
     i = j = 0
@@ -297,7 +331,7 @@ _PRIMES = (1009, 2003, 4001, 8009, 16001, 32003, 64007, 128021)
 
 
 def _magnitude(size: Size) -> float:
-    """A number that orders sizes; dynamic ones count as distinct large primes."""
+    """Return a number that orders sizes; dynamic ones count as distinct large primes."""
     if isinstance(size, int):
         return float(size)
     symbols = sorted(size.free_symbols, key=str)  # type: ignore[attr-defined]

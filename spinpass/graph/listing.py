@@ -1,4 +1,4 @@
-"""A program under edit as text: its constants with what is queued on them, then a line for every node."""
+"""A program under edit as text: a line for every constant and the steps queued on it, then a line for every node."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .nodes import value
 
 
 def listing(editor: ProgramEditor) -> str:
-    """For people, and for ``diff``."""
+    """Return the program as text for people to read and for ``diff`` to compare."""
     steps = editor.queued_steps()
     lines = [f"constant {n.name}  {editor.fqn(n)}: {_shown(value(n))}{_queue(k)}" for n, k in steps.items()]
     for node in editor.nodes:

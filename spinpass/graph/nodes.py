@@ -15,12 +15,15 @@ KNOWN = "spinpass_known"  # in a node's meta: the value of a small lifted index 
 
 
 def is_op(node: Node) -> bool:
-    """The node calls an operator of torch (not a Python builtin on symbolic sizes, not ``getitem``)."""
+    """Return whether the node calls an operator of torch, and not ``getitem`` or a builtin on symbolic sizes."""
     return node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload)
 
 
 def op_name(node: Node) -> str:
-    """``aten::linear`` for operators, ``getitem`` and the like for builtins, the node kind for the rest."""
+    """Return the name of what the node calls: ``aten::linear``, or ``getitem`` for a builtin.
+
+    A node that calls nothing gives its kind, for example ``placeholder``.
+    """
     if node.op != "call_function":
         return node.op
     if isinstance(node.target, torch._ops.OpOverload):
@@ -29,7 +32,7 @@ def op_name(node: Node) -> str:
 
 
 def arguments(node: Node) -> dict[str, Any]:
-    """The arguments of an operator call by the names of its schema, defaults filled in."""
+    """Return the arguments of an operator call by the names of its schema, defaults filled in."""
     assert isinstance(node.target, torch._ops.OpOverload)
     schema = node.target._schema.arguments
     bound = {a.name: a.default_value for a in schema}
@@ -39,13 +42,14 @@ def arguments(node: Node) -> dict[str, Any]:
 
 
 def mutates(node: Node) -> bool:
-    """The operator writes into one of its arguments."""
+    """Return whether the node is an operator that writes into one of its arguments."""
     return is_op(node) and node.target._schema.is_mutable  # type: ignore[union-attr]
 
 
 def functional_target(node: Node) -> Any:
-    """The operator that returns what the in-place operator of ``node`` writes into its first argument; None if none
-    does.
+    """Return the operator whose result is what the in-place operator of ``node`` writes into its first argument.
+
+    Return None where there is none.
     """
     assert isinstance(node.target, torch._ops.OpOverload)
     schema = node.target._schema
@@ -60,12 +64,15 @@ def functional_target(node: Node) -> Any:
 
 
 def value(node: Node) -> Any:
-    """The fake value that export recorded for the node, or None."""
+    """Return the fake value that export recorded for the node, or None where it recorded none."""
     return node.meta.get("val")
 
 
 def known_integers(node: Node) -> Tensor | None:
-    """The value of a small lifted index tensor, copies looked through; None where it is only known at run time."""
+    """Return the value of a small lifted index tensor, int64, also behind copies of it.
+
+    Return None where the value is known at run time only.
+    """
     while op_name(node) in _COPIES:
         node = node.all_input_nodes[0]
     known = node.meta.get(KNOWN)
@@ -73,7 +80,7 @@ def known_integers(node: Node) -> Tensor | None:
 
 
 def elements(node: Node) -> int:
-    """How many elements a tensor has, dynamic axes counted as one."""
+    """Return how many elements a tensor has, dynamic axes counted as one."""
     total = 1
     for size in shape(node):
         total *= size if isinstance(size, int) else 1
@@ -81,7 +88,7 @@ def elements(node: Node) -> int:
 
 
 def shape(node: Node) -> tuple[Size, ...]:
-    """Static sizes as ints, dynamic ones as symbolic expressions."""
+    """Return the sizes of a tensor, dynamic ones as symbolic expressions; () for what is no tensor."""
     val = value(node)
     if not isinstance(val, Tensor):
         return ()
@@ -102,17 +109,18 @@ def _size(size: Any) -> Size:
 
 
 def is_float(node: Node) -> bool:
+    """Return whether the value is a floating-point tensor."""
     val = value(node)
     return isinstance(val, Tensor) and val.is_floating_point()
 
 
 def is_check(node: Node) -> bool:
-    """An assertion: it has no users and must stay."""
+    """Return whether the node is an assertion, which has no users and must stay."""
     return "assert" in op_name(node) or "sym_constrain" in op_name(node)
 
 
 def lifted(node: Node) -> tuple[Any, Any]:
-    """The node's arguments with every floating dtype among them raised to float64 (complex64 to complex128)."""
+    """Return the node's arguments, with every floating dtype raised to float64 and complex ones to complex128."""
 
     def lift(arg: Any) -> Any:
         if isinstance(arg, torch.dtype):

@@ -12,7 +12,10 @@ from torch.export.graph_signature import ExportGraphSignature, InputKind, InputS
 
 
 def without_constants(program: ExportedProgram, names: Collection[str]) -> ExportedProgram:
-    """Drop constants that no operator reads, placeholders and all. ``program`` is used up."""
+    """Return the program without constants that no operator reads, and without their placeholders.
+
+    The program given is used up.
+    """
     dropped = {s.arg.name for s in program.graph_signature.input_specs if s.target in names}
     for node in [n for n in program.graph.nodes if n.op == "placeholder" and n.name in dropped]:
         program.graph.erase_node(node)
@@ -24,7 +27,7 @@ def without_constants(program: ExportedProgram, names: Collection[str]) -> Expor
 def with_constants(
     program: ExportedProgram, state_dict: Mapping[str, Tensor], specs: list[InputSpec] | None = None
 ) -> ExportedProgram:
-    """A copy with another state dict, and other input specs if any are given."""
+    """Return a copy of the program with another state dict, and with other input specs if any are given."""
     signature = program.graph_signature
     return ExportedProgram(
         root=program.graph_module,
@@ -43,7 +46,7 @@ def with_constants(
 
 
 def integers_as_buffers(program: ExportedProgram) -> ExportedProgram:
-    """Integer parameters as buffers: a program that an editor takes."""
+    """Return the program with integer parameters as buffers, so that :class:`.editor.ProgramEditor` takes it."""
     state, specs = dict(program.state_dict), copy.deepcopy(program.graph_signature.input_specs)
     for spec in specs:
         if spec.kind == InputKind.PARAMETER and spec.target is not None:
@@ -54,7 +57,7 @@ def integers_as_buffers(program: ExportedProgram) -> ExportedProgram:
 
 
 def integers_as_parameters(program: ExportedProgram, names: Collection[str]) -> ExportedProgram:
-    """The inverse of :func:`integers_as_buffers` for these names."""
+    """Return the program with the buffers of these names as parameters: the inverse of :func:`integers_as_buffers`."""
     state, specs = dict(program.state_dict), copy.deepcopy(program.graph_signature.input_specs)
     for spec in specs:
         if spec.kind == InputKind.BUFFER and spec.target in names:

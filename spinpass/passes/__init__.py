@@ -1,4 +1,4 @@
-"""Edits, one per file: of one site (a decided space), or of a whole program."""
+"""Edits, one per file: some edit one site (a decided space), the others a whole program."""
 
 from .center import CENTER
 from .fold import FOLD_ROTATIONS

@@ -1,6 +1,8 @@
 """Center:  LayerNorm(x) = RMSNorm(C x), C = I − 11ᵀ/n:  every writer W -> C W, b -> C b, and the norms stop centring.
 
-Exact where every reader of the stream centres it; the basis analysis has made sure of that.
+This is exact where every reader of the stream centres it; the basis analysis has made sure of that.
+
+Source: SliceGPT, Ashkboos et al., arXiv 2401.15024, section 3.2.
 """
 
 from __future__ import annotations
@@ -16,8 +18,9 @@ from .site_pass import SitePass
 
 
 def center(editor: ProgramEditor, space: Space, origin: str) -> Space:
-    """Centre what is written into the stream (entries are centred where they are rotated) and drop the norms'
-    centring.
+    """Centre what constants write into the stream, let its norms stop centring, and return the space.
+
+    Entries are centred where they are rotated.
     """
     if not space.centred:
         return space
@@ -50,7 +53,7 @@ def _stop_centring(editor: ProgramEditor, node: Node, origin: str) -> None:
 
 
 def _broken(editor: ProgramEditor, space: Space, rotation: Rotation, changes: Changes) -> str | None:
-    """What writes into the stream is centred, and no norm of it centres any more."""
+    """Check that what writes into the stream is centred, and that no norm of it centres any more."""
     for use in space.constants:
         if not use.type.centred and not changes.queued.get(editor.current(use.node)):
             return f"{editor.fqn(editor.current(use.node))} writes into the stream and is not centred"

@@ -1,8 +1,9 @@
-"""FoldRotations:  reader W -> W R;  writer W -> Rᵀ W, b -> Rᵀ b;  table E -> E R.   One step per constant, computed
-at the end.
+"""FoldRotations:  reader W -> W R;  writer W -> Rᵀ W, b -> Rᵀ b;  table E -> E R.
 
-In row-vector form all of these are one operation: every vector of the space that lies in the constant is multiplied
-by R.
+In row-vector form all of these are one operation: every vector of the space that lies in the constant is multiplied by
+R. It is one step per constant, computed at the end.
+
+Source: computational invariance, SliceGPT, Ashkboos et al., arXiv 2401.15024, section 3.1.
 """
 
 from __future__ import annotations
@@ -19,19 +20,19 @@ from .site_pass import SitePass
 
 
 def fold_rotation(editor: ProgramEditor, space: Space, rotation: Rotation) -> Space:
-    """Queue the rotation on every constant of the space."""
+    """Queue the rotation on every constant of the space, and return the space."""
     for use in space.constants:
         rotate_constant(editor, editor.current(use.node), use.type.layout, rotation)
     return space
 
 
 def rotate_constant(editor: ProgramEditor, node: Node, layout: Layout, rotation: Rotation) -> None:
-    """Queue ``v -> v R`` for the vectors of ``layout`` in the constant."""
+    """Queue ``v -> v R`` for the vectors of ``layout`` in the stored constant ``node``."""
     editor.queue(node, lambda tensor: layout.apply(tensor, lambda vectors, dim: rotation.apply(vectors, dim)))
 
 
 def _broken(editor: ProgramEditor, space: Space, rotation: Rotation, changes: Changes) -> str | None:
-    """Every constant of the space gets as many steps as it has axes in the space, and the graph stays as it is."""
+    """Check that every constant got as many steps as it has axes in the space, and that the graph stayed as it is."""
     if changes.graph:
         return "the graph is another one, although only constants are folded"
     due = Counter(editor.current(use.node) for use in space.constants)

@@ -2,9 +2,10 @@
 
     v = x[..., a:b]; v.copy_(y); f(x)  ->  f(slice_scatter(x, y, a, b));   writes that cover x  ->  f(cat(y, ...))
 
-Only the in-place operators and what reads the written memory change; everything else stays as it was exported, which
-``run_decompositions``, which traces the program again, does not promise. What is written into an input (a KV cache)
-becomes an output that updates it. ``run_decompositions`` is used where memory of a buffer is written.
+Only the in-place operators and what reads the written memory change. Everything else stays as it was exported;
+``run_decompositions`` traces the program again and does not promise that. What is written into an input (a KV cache)
+becomes an output that updates it. ``run_decompositions`` is used where memory of a buffer is written, and where a write
+cannot be expressed in the graph.
 """
 
 from __future__ import annotations
@@ -32,9 +33,10 @@ aten = torch.ops.aten
 
 
 def open_program(program: ExportedProgram) -> ProgramEditor:
-    """An editor over a copy of the program without in-place operators.
+    """Return an editor over a copy of the program without in-place operators.
 
-    Raises ProgramError for anything that is not an inference program over dense tensors.
+    Raises:
+        ProgramError, QuantizedWeightError: as :class:`spinpass.graph.editor.ProgramEditor`.
     """
     editor = ProgramEditor(program)
     try:
@@ -46,11 +48,15 @@ def open_program(program: ExportedProgram) -> ProgramEditor:
 
 
 class _Unsupported(Exception):
-    """The write cannot be expressed in the graph."""
+    """A write that cannot be expressed in the graph."""
 
 
 def functionalize(editor: ProgramEditor) -> None:
-    """Replace every in-place operator of the graph, which must not write to constants."""
+    """Replace every in-place operator of the graph.
+
+    Raises:
+        _Unsupported: memory of a constant is written, or a write cannot be put back into what is viewed.
+    """
     detached = [n for n in editor.nodes if op_name(n) == "aten::detach_"]  # which changes no value
     for node in detached:
         node.replace_all_uses_with(node.all_input_nodes[0])
@@ -81,7 +87,7 @@ class _Memory:
                 self._find_memory(_written(node))
 
     def _find_memory(self, node: Node) -> None:
-        """The whole memory that a write to ``node`` may touch."""
+        """Note all views of the whole memory that a write to ``node`` may touch."""
         root = node
         while (source := _viewed(self.editor, root)) is not None:
             root = source
@@ -122,7 +128,7 @@ class _Memory:
         self._stale.discard(node)
 
     def return_inputs(self) -> None:
-        """Let the program return what it has written into its inputs."""
+        """Let the program return what it has written into its inputs, as outputs that update them."""
         for root in self._views:
             if root in self._inputs:
                 self.editor.add_mutation(root, self._contents(root, self.editor.output_node))
@@ -133,7 +139,7 @@ class _Memory:
         return node
 
     def _contents(self, node: Node, at: Node) -> Node:
-        """The node that holds ``node``'s contents, made anew before ``at`` where a write has outdated it."""
+        """Return the node that holds ``node``'s contents, made anew before ``at`` where a write has outdated it."""
         if node not in self._stale:
             return self._current.get(node, node)
         source = self._contents(self._viewed[node], at)
@@ -143,7 +149,7 @@ class _Memory:
         return again
 
     def _result(self, node: Node, old: Node) -> Node:
-        """What the in-place operator computes, as a value."""
+        """Return a node that computes what the in-place operator writes."""
         if op_name(node) == "aten::copy_":
             return self._copied(node, old)
         target = functional_target(node)
@@ -161,7 +167,7 @@ class _Memory:
         return source if shape(source) == shape(old) else self._call(node, aten.expand_as.default, source, old)
 
     def _put_back(self, view: Node, new: Node, at: Node) -> set[Node]:
-        """Write ``new`` through the chain of views up to the memory's root; returns the views that are up to date."""
+        """Write ``new`` through the chain of views up to the memory's root; return the views that are up to date."""
         path = {view}
         self._current[view] = new
         self._stale.discard(view)
@@ -180,7 +186,7 @@ class _Memory:
         return path
 
     def _scattered(self, view: Node, through: Node, whole: Node, part: Node, at: Node) -> Node:
-        """``whole`` with ``part`` where the view operator ``through`` looks."""
+        """Return ``whole`` with ``part`` where the view operator ``through`` looks."""
         name, args = op_name(through), arguments(through)
         if name in _RESHAPES:
             return self._call(at, aten.view_as.default, part, whole)
@@ -213,7 +219,7 @@ class _Memory:
         raise _Unsupported(f"a write through {name}")
 
     def _call(self, at: Node, target: Any, *args: Any, **kwargs: Any) -> Node:
-        """A new node right before ``at``; scatters that cover the whole axis become a concatenation."""
+        """Return a new node right before ``at``; scatters that cover the whole axis become a concatenation."""
         made = self.editor.call(target, *args, after=at.prev, origin="Functionalize", **kwargs)
         parts = _covering_parts(made)
         if parts is None:
@@ -223,7 +229,7 @@ class _Memory:
 
 
 def _written(node: Node) -> Node:
-    """The tensor that an in-place operator writes: its first argument, and no other."""
+    """Return the tensor that an in-place operator writes, which must be its first argument and no other."""
     first = next(iter(arguments(node).values()))
     if not isinstance(first, Node) or (functional_target(node) is None and op_name(node) != "aten::copy_"):
         raise _Unsupported(f"{op_name(node)} writes otherwise than into its first argument")
@@ -231,7 +237,7 @@ def _written(node: Node) -> Node:
 
 
 def _viewed(editor: ProgramEditor, node: Node) -> Node | None:
-    """The operand whose memory the node's result shows, or None where it has memory of its own."""
+    """Return the operand whose memory the node's result shows, or None where it has memory of its own."""
     if node.op != "call_function":
         return None
     if op_name(node) == "getitem":
@@ -245,7 +251,7 @@ def _viewed(editor: ProgramEditor, node: Node) -> Node | None:
 
 
 def _covering_parts(node: Node) -> list[Node] | None:
-    """The parts, in order, where nested scatters along one axis overwrite all of it."""
+    """Return the parts, in order, where nested scatters along one axis overwrite all of it; None where they do not."""
     parts: dict[tuple[int, int], Node] = {}
     here, dim, size = node, None, None
     while op_name(here) == "aten::slice_scatter":
@@ -268,6 +274,7 @@ def _covering_parts(node: Node) -> list[Node] | None:
 
 
 def _covers(parts: Iterable[tuple[int, int]], size: int) -> bool:
+    """Return whether the parts, as (start, end), lie side by side from 0 to ``size``."""
     reached = 0
     for start, end in sorted(parts):
         if start != reached:

@@ -1,7 +1,9 @@
 """FuseNormScale:  (x̂·g + β) Wᵀ + b  ->  x̂ (W diag(g))ᵀ + (b + β Wᵀ);   (y·c) with y = W x  ->  (diag(c) W) x.
 
-Only for the scales that the basis analysis found to be read by linears alone (or written by them alone). Half of a
-norm operator's work is kept: ``layer_norm`` with a scale becomes ``layer_norm`` or ``rms_norm`` without one.
+It moves only the scales that the basis analysis found to be read by linears alone (or written by them alone). Half of a
+norm operator's work is kept: ``layer_norm`` with a scale becomes ``layer_norm`` without one, ``rms_norm`` likewise.
+
+Source: SliceGPT, Ashkboos et al., arXiv 2401.15024, section 3.2.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from .site_pass import SitePass
 def fuse_norm_scale(editor: ProgramEditor, space: Space, origin: str) -> Space:
     """Move every pending scale and shift of the space into the constants that carry it.
 
-    Returns the space with the biases that had to be made, where they write into it.
+    Return the space with the biases that had to be made, where they write into it.
     """
     made = [(use.node, _shift_result(editor, use, origin)) for use in space.shifts]
     for use in space.shifts:
@@ -44,6 +46,7 @@ def fuse_norm_scale(editor: ProgramEditor, space: Space, origin: str) -> Space:
 
 
 def _scale(editor: ProgramEditor, node: Node, axis: AxisType) -> None:
+    """Queue ``v -> v · scale`` for the vectors of the axis in the constant."""
     assert axis.pending is not None and axis.pending.scale is not None
     scale = editor.deferred(axis.pending.scale)
     layout = axis.layout
@@ -56,8 +59,9 @@ def _scale(editor: ProgramEditor, node: Node, axis: AxisType) -> None:
 
 
 def _along(scale: Tensor, width: int, dim: int, rank: int) -> Tensor:
-    """The scale's coordinates on axis ``dim`` of a tensor of ``rank`` axes; where it holds one scale for each of many
-    vectors, those are on the axis before it.
+    """Return the scale with its coordinates on axis ``dim`` of ``rank`` axes.
+
+    Where it holds one scale for each of many vectors, those lie on the axis before it.
     """
     dim %= rank
     if scale.numel() == width:
@@ -67,6 +71,7 @@ def _along(scale: Tensor, width: int, dim: int, rank: int) -> Tensor:
 
 
 def _unscale(editor: ProgramEditor, node: Node, space: Space, origin: str) -> None:
+    """Take the scale or shift out of the operator that applies it."""
     rule = rule_of(node)
     if isinstance(rule, Normalization):
         return _strip_norm(editor, node, rule, origin)
@@ -76,14 +81,14 @@ def _unscale(editor: ProgramEditor, node: Node, space: Space, origin: str) -> No
 
 
 def _as_dtype(editor: ProgramEditor, source: Node, like: Node, origin: str) -> Node:
-    """Type promotion by the scale must not get lost with it."""
+    """Cast ``source`` to the dtype of ``like``: type promotion by the scale must not get lost with it."""
     if value(source).dtype == value(like).dtype:
         return source
     return editor.call(torch.ops.aten.to.dtype, source, value(like).dtype, after=source, origin=origin)
 
 
 def _strip_norm(editor: ProgramEditor, node: Node, rule: Normalization, origin: str) -> None:
-    """norm(x)·g + β  ->  norm(x), in the same operator family."""
+    """norm(x)·g + β  ->  norm(x):  replace the norm by one of the same family without scale and bias."""
     if rule.weight is None and rule.bias is None:
         return
     args = (rule.source, [int(shape(rule.source)[-1])])  # type: ignore[call-overload]
@@ -95,7 +100,10 @@ def _strip_norm(editor: ProgramEditor, node: Node, rule: Normalization, origin: 
 
 
 def _shift_result(editor: ProgramEditor, use: ShiftUse, origin: str) -> Node | None:
-    """b -> b + β Wᵀ. Where there is no b, or it has other users, a new one, which is returned."""
+    """b -> b + β Wᵀ:  add to the bias what the shift becomes.
+
+    Where there is no b, or it has other users, make a new one and return it; return None otherwise.
+    """
     shift, weight = editor.deferred(use.shift), editor.deferred(use.weight)
     contract: Callable[[], Tensor]
     if op_name(use.node) == "aten::linear":
@@ -138,6 +146,7 @@ def _append(node: Node, bias: Node) -> None:
 
 
 def _bias_name(editor: ProgramEditor, weight: Node) -> str:
+    """Return the name of the bias that belongs to a weight."""
     stored = weight
     while not editor.is_stored(stored) and stored.all_input_nodes:
         stored = stored.all_input_nodes[0]
@@ -146,7 +155,7 @@ def _bias_name(editor: ProgramEditor, weight: Node) -> str:
 
 
 def _broken(editor: ProgramEditor, space: Space, rotation: Rotation, changes: Changes) -> str | None:
-    """Every pending scale is in its constant, every shift in a bias, and nothing multiplies or adds them any more."""
+    """Check that every pending scale is in its constant and every shift in a bias, and that nothing applies them."""
     for use in space.constants:
         pending, constant = use.type.pending, editor.current(use.node)
         if pending is not None and pending.scale is not None and not changes.queued.get(constant):

@@ -1,5 +1,7 @@
-"""InsertRotations:  an entry x -> x R,  an exit x' -> x' Rᵀ:  what could not be folded stands in the graph as
-Hadamard operators.
+"""InsertRotations:  an entry x -> x R,  an exit x' -> x' Rᵀ.
+
+What could not be folded stands in the graph as Hadamard operators, or as products with a stored matrix where the
+rotation is dense.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from .site_pass import SitePass
 
 
 def insert_rotations(editor: ProgramEditor, space: Space, rotation: Rotation, origin: str) -> Space:
-    """Put the rotation at every entry of the space and its inverse at every exit."""
+    """Put the rotation at every entry of the space and its inverse at every exit, and return the space."""
     stored: dict[str, Node] = {}
     for entry in space.entries:
         node = editor.current(entry.node)
@@ -45,7 +47,17 @@ def rotate_value(
     origin: str,
     inverse: bool = False,
 ) -> Node:
-    """Nodes that compute ``x R`` (or ``x Rᵀ``) along the layout's one axis; returns the last."""
+    """Insert nodes that compute ``x R`` (``x Rᵀ`` with ``inverse``) along the layout's one axis; return the last.
+
+    Args:
+        editor: the program.
+        node: x, of any rank and floating dtype.
+        layout: where the vectors lie in x, contiguous along one axis.
+        rotation: R.
+        stored: the constants of this rotation by what they are, to be made once for all values of a space.
+        origin: the name of the space.
+        inverse: insert the inverse.
+    """
     dim, rank = layout.dims[0], len(shape(node))
     if dim != rank - 1:
         node = editor.call(torch.ops.aten.transpose.int, node, dim, rank - 1, after=node, origin=origin)
@@ -65,7 +77,7 @@ def _hadamard(
     origin: str,
     inverse: bool,
 ) -> Node:
-    """x·diag(s)·H, or x·Hᵀ·diag(s)."""
+    """x -> x·diag(s)·H,  or  x -> x·Hᵀ·diag(s):  insert a structured rotation, or its inverse, along the last axis."""
     signs = _signs(editor, node, layout, rotation, stored, origin)
     if signs is not None and not inverse:
         node = editor.call(torch.ops.aten.mul.Tensor, node, signs, after=node, origin=origin)
@@ -78,6 +90,7 @@ def _hadamard(
 def _signs(
     editor: ProgramEditor, node: Node, layout: Layout, rotation: Rotation, stored: dict[str, Node], origin: str
 ) -> Node | None:
+    """Return the stored signs (channels,) in the dtype of the value, or None where the rotation has none."""
     signs = rotation.signs()
     if signs is None:
         return None
@@ -97,7 +110,7 @@ def _dense(
     origin: str,
     inverse: bool,
 ) -> Node:
-    """x·Q block by block, for rotations without structure."""
+    """x -> x·Q:  insert a rotation without structure, or its inverse, block by block along the last axis."""
     key = f"matrix {value(node).dtype}"
     if key not in stored:
         matrix = rotation.matrix()[: rotation.order, : rotation.order].contiguous()
@@ -115,8 +128,7 @@ def _dense(
         node = editor.call(torch.ops.aten.matmul.default, node, matrix_node, after=node, origin=origin)
     if blocks > 1:
         node = editor.call(torch.ops.aten.flatten.using_ints, node, -2, -1, after=node, origin=origin)
-    # a matrix product returns other strides than its operand had: copy into those, so that views that follow stay
-    # possible
+    # a matrix product returns other strides than its operand had; views that follow need those of the operand
     like = editor.call(torch.ops.aten.empty_like.default, start, after=node, origin=origin)
     return editor.call(torch.ops.aten.copy.default, like, node, after=like, origin=origin)
 
@@ -126,7 +138,7 @@ def _identifier(origin: str) -> str:
 
 
 def _broken(editor: ProgramEditor, space: Space, rotation: Rotation, changes: Changes) -> str | None:
-    """One rotation for every entry, one inverse for every exit, and nobody reads past them."""
+    """Check that every entry has one rotation and every exit one inverse, and that nothing reads past them."""
     if rotation.is_structured:
         hadamards = [arguments(n) for n in changes.made if op_name(n) == HADAMARD]
         made = (sum(not h["transpose"] for h in hadamards), sum(h["transpose"] for h in hadamards))

@@ -1,8 +1,8 @@
 """LastToken:  (f(x) W)[:, −1:]  ->  f(x[:, −1:]) W:  the head works on a prompt's last token alone.
 
-Generation reads no other logits; those of a long prompt are a good part of what a small model computes, and gigabytes
-for a large vocabulary. Everything between the logits and the first linear layer in front of them must act on each token
-alone.
+Generation reads no other logits. Those of a long prompt are a good part of what a small model computes, and gigabytes
+for a large vocabulary. What lies between the logits and the first linear layer in front of them must act on each token
+by itself.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from spinpass import record
 from spinpass.errors import ConfigError
 from spinpass.graph import ProgramEditor, arguments, op_name, shape
 
-_TOKENS = 1  # the axis
+_TOKENS = 1  # the axis of the tokens
 _PER_TOKEN = {
     "aten::to", "aten::_to_copy", "aten::tanh", "aten::clone", "aten::contiguous", "aten::linear", "aten::mul",
     "aten::div", "aten::add", "aten::sub", "spinpass::hadamard", "spinpass::round_tokens",
@@ -25,11 +25,13 @@ _ORIGIN = "last token"
 
 
 def last_token(program: ExportedProgram) -> ExportedProgram:
-    """The program with logits (batch, 1, vocabulary), those of the last token, as its first output.
+    """Return a program whose first output is the last token's logits, (batch, 1, vocabulary).
+
+    The record (:mod:`spinpass.record`) is kept, and the program given is not changed.
 
     Raises:
         ConfigError: the first output does not come out of a linear layer token by token.
-        ProgramError: as :class:`~spinpass.graph.editor.ProgramEditor`.
+        ProgramError, QuantizedWeightError: as :class:`spinpass.graph.editor.ProgramEditor`.
     """
     editor = ProgramEditor(program)
     logits = next((node for _, _, _, node in editor.output_values()), None)
@@ -52,7 +54,11 @@ def last_token(program: ExportedProgram) -> ExportedProgram:
 
 
 def _tail(editor: ProgramEditor, logits: Node) -> list[Node]:
-    """From the first linear layer that is met on the way back to the logits, in the order of the graph."""
+    """Return the nodes from the linear layer that is met first on the way back, to the logits, in this order.
+
+    Raises:
+        ConfigError: some node between them is not known to act on each token alone.
+    """
     tail = [logits]
     while True:
         node = tail[-1]
@@ -67,7 +73,11 @@ def _tail(editor: ProgramEditor, logits: Node) -> list[Node]:
 
 
 def _source(editor: ProgramEditor, node: Node) -> Node:
-    """The one operand that depends on the tokens. ConfigError where there are several."""
+    """Return the one operand that depends on the tokens, (batch, tokens, channels).
+
+    Raises:
+        ConfigError: there are several such operands, or it has another number of axes.
+    """
     sources = [n for n in node.all_input_nodes if not editor.is_constant(n)]
     if len(sources) != 1 or len(shape(sources[0])) != 3:
         raise ConfigError(f"the logits depend on several values in {node.name}: export the logits of all tokens")
@@ -75,7 +85,7 @@ def _source(editor: ProgramEditor, node: Node) -> Node:
 
 
 def _keeps_all(node: Node) -> bool:
-    """A slice that leaves out nothing, as models write it that may be asked for some logits."""
+    """Return whether the node is a slice that leaves out nothing, as in models that may be asked for some logits."""
     if op_name(node) != "aten::slice":
         return False
     given = arguments(node)

@@ -2,7 +2,7 @@
 
     x (I ⊗ F1 ⊗ F2)  =  flatten(F1ᵀ (unflatten(x) F2))
 
-with the Kronecker factors of :func:`spinpass.rotations.hadamard.kronecker_factors` as parameters of the program. Every
+The Kronecker factors of :func:`spinpass.rotations.hadamard.kronecker_factors` become parameters of the program. Every
 factor is one ``aten::linear``, which is what the delegates of ExecuTorch and OpenVINO take; axes are split and joined
 without mentioning the others, so dynamic shapes stay dynamic.
 """
@@ -28,10 +28,11 @@ _PACKAGE = "spinpass.hadamard_factor"
 
 
 def lower_hadamards(program: ExportedProgram) -> ExportedProgram:
-    """A program without ``spinpass::hadamard`` that computes what ``program`` does, to float rounding.
+    """Return a program without ``spinpass::hadamard`` that computes what ``program`` does, to float rounding.
 
-    Half-precision Hadamards are computed in float32 and rounded once, as by the op. Signature, dynamic shapes and the
-    record (:mod:`spinpass.record`) are kept; the program given is not changed, and returned where it has no Hadamard.
+    Half-precision Hadamards are computed in float32 and rounded once, as by the operator. Signature, dynamic shapes and
+    the record (:mod:`spinpass.record`) are kept. The program given is not changed, and it is what is returned where it
+    has no Hadamards.
 
     Raises:
         ProgramError, QuantizedWeightError: as :class:`spinpass.graph.editor.ProgramEditor`.
@@ -57,7 +58,11 @@ def _is_hadamard(node: Node) -> bool:
 
 
 def _lowered(editor: ProgramEditor, node: Node, factors: dict[tuple[int, bool, torch.dtype], Node]) -> Node:
-    """What stands for one Hadamard."""
+    """Return the last of the nodes that stand for one Hadamard.
+
+    Raises:
+        ExportError: its axis has a dynamic size.
+    """
     given = arguments(node)
     x, order, transpose = given["x"], given["order"], given["transpose"]
     size = shape(x)[-1]
@@ -81,8 +86,11 @@ def _lowered(editor: ProgramEditor, node: Node, factors: dict[tuple[int, bool, t
 
 
 def _multiply(chain: _Chain, weights: Sequence[tuple[int, Node]]) -> None:
-    """The last axis times every factor, the last factor first. One that was multiplied moves to the front: after all of
-    them the axes are in their old order again."""
+    """Multiply the last axis by every factor, the last factor first.
+
+    The axis of a factor that was multiplied moves to the front, so that after all of them the axes are in their old
+    order again.
+    """
     if len(weights) == 1:
         return chain.call(torch.ops.aten.linear.default, weights[0][1])
     order = math.prod(size for size, _ in weights)
@@ -103,7 +111,10 @@ def _weight(
     transpose: bool,
     dtype: torch.dtype,
 ) -> Node:
-    """The weight of ``aten::linear`` that multiplies by ``F/√f``: its transpose. Made once per program."""
+    """Return the weight of an ``aten::linear`` that multiplies by ``F/√f``, which is its transpose.
+
+    It is made once per program, and has the shape (f, f).
+    """
     matrix = hadamard.matrix(order)
     transpose = transpose and not torch.equal(matrix, matrix.t())
     if (order, transpose, dtype) not in factors:
@@ -114,7 +125,7 @@ def _weight(
 
 
 class _Chain:
-    """Nodes in a row, each reading the one before."""
+    """Nodes in a row, each of which reads the one before."""
 
     def __init__(self, editor: ProgramEditor, first: Node, at: Node) -> None:
         self.last = first
@@ -123,14 +134,15 @@ class _Chain:
         self._origin = str(origin or at.name)
 
     def call(self, target: Any, *args: Any) -> None:
+        """Append ``target(last, *args)``."""
         self._at = self.last = self._editor.call(target, self.last, *args, after=self._at, origin=self._origin)
 
     def split(self, rows: int, columns: int) -> None:
-        """The last axis as two."""
+        """Split the last axis into two."""
         self.call(torch.ops.aten.unflatten.int, -1, [rows, columns])
 
     def join(self) -> None:
-        """The last two axes as one."""
+        """Join the last two axes into one."""
         self.call(torch.ops.aten.flatten.using_ints, -2, -1)
 
 
@@ -140,7 +152,7 @@ def _same_strides(a: Node, b: Node) -> bool:
 
 
 def _allow_copies(users: Iterable[Node]) -> None:
-    """``view -> reshape`` downstream of a value whose strides are not those that the program was traced with."""
+    """view -> reshape:  let every view behind a value copy, because its strides are not those of the traced program."""
     todo, seen = list(users), set[Node]()
     while todo:
         node = todo.pop()

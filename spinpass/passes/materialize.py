@@ -1,6 +1,6 @@
 """Materialize:  an expression of constants that must change  ->  a stored constant.   W = f(A, B)  ->  W
 
-Only where the change cannot go into A and B themselves, because f is not a movement of their elements.
+It applies only where the change cannot go into A and B themselves, because f is not a movement of their elements.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from .site_pass import SitePass
 
 
 def materialize(editor: ProgramEditor, space: Space) -> Space:
-    """Give every computed constant of the space a tensor of its own, with its value before anything is queued for
-    this space.
+    """Give every computed constant of the space a stored tensor of its own, and return the space.
+
+    Its value is the one before anything is queued for this space.
     """
     for node in {use.node: None for use in space.constants}:
         if not editor.is_stored(editor.current(node)):
@@ -23,6 +24,7 @@ def materialize(editor: ProgramEditor, space: Space) -> Space:
 
 
 def _broken(editor: ProgramEditor, space: Space, rotation: Rotation, changes: Changes) -> str | None:
+    """Check that every constant of the space is stored by now."""
     computed = [use.node for use in space.constants if not editor.is_stored(editor.current(use.node))]
     return f"{computed[0].name} is still computed from other constants" if computed else None
 

@@ -16,10 +16,13 @@ from spinpass.graph import ProgramEditor, op_name
 
 
 def give_own_constants(program: ExportedProgram, but: Collection[str] = ()) -> ExportedProgram:
-    """``program`` with no constant read by two linear layers, those called ``but`` left alone. The program given is not
-    changed, and returned where nothing is shared.
+    """Return a program in which no two linear layers read one constant, except those constants named in ``but``.
 
-    Raises ProgramError, QuantizedWeightError: as :class:`spinpass.graph.editor.ProgramEditor`.
+    The record (:mod:`spinpass.record`) is kept. The program given is not changed; it is returned where no linear
+    layers share a constant.
+
+    Raises:
+        ProgramError, QuantizedWeightError: as :class:`spinpass.graph.editor.ProgramEditor`.
     """
     editor = ProgramEditor(program)
     known = constants(program)

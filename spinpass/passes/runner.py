@@ -1,7 +1,7 @@
-"""Runs passes: guard, run, check. What breaks the program is named with the pass and the space it broke it for.
+"""The runner of passes: guard, run, check. What breaks the program is named with its pass and the space it ran for.
 
-With ``SPINPASS_DUMP=DIR`` in the environment the program is written to DIR as text before and after every pass, each
-run of the pipeline into a folder of its own.
+With ``SPINPASS_DUMP=DIR`` in the environment the program is written to DIR as text before and after every pass, and
+each run of the pipeline gets a folder of its own.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ log = logging.getLogger("spinpass")
 
 
 class PassRunner:
-    """Passes on a private copy of a program, ``editor``.
+    """A runner of passes on a private copy of a program, ``editor``.
 
     Raises:
-        InvariantError: a pass, which the message names with its space, has broken the program: a bug in spinpass.
+        InvariantError: a pass has broken the program, which is a bug in spinpass. The message names it and its space.
         ProgramError, QuantizedWeightError: as :func:`.functionalize.open_program`.
         ConfigError: SPINPASS_DUMP names a folder that cannot be written.
     """
@@ -52,7 +52,11 @@ class PassRunner:
         self._dump.after(self.editor)
 
     def untie(self, constants: tuple[Node, ...]) -> None:
-        """Give every use of the constants but one a copy; see :mod:`.untie`."""
+        """Give every use of the constants but one a copy, as :func:`.untie.untie` does.
+
+        Raises:
+            InvariantError: the program is broken by that.
+        """
         self._run(
             "Untie",
             ", ".join(map(self.editor.fqn, constants)),
@@ -61,7 +65,11 @@ class PassRunner:
         )
 
     def run(self, site_pass: SitePass, space: Space, rotation: Rotation, name: str) -> Space:
-        """One pass for the space of that name; returns the space with what the pass has added to it."""
+        """Run one pass for the space of that name; return the space with what the pass has added to it.
+
+        Raises:
+            InvariantError: the pass has failed or broken the program.
+        """
         if not site_pass.applies(space):
             return space
         return self._run(
@@ -89,7 +97,7 @@ class PassRunner:
 
 @contextmanager
 def _named(name: str, on: str) -> Iterator[None]:
-    """What goes wrong inside is said with the pass and the space; errors about the user's input stay what they are."""
+    """Say what goes wrong inside with the pass and the space; errors about the user's input stay what they are."""
     try:
         yield
     except InvariantError as error:
@@ -109,14 +117,14 @@ class _Dump:
         self._name = ""
 
     def before(self, editor: Callable[[], ProgramEditor], name: str, on: str) -> None:
-        """The program as the pass finds it; ``editor`` is called only where something is written."""
+        """Write the program as the pass finds it; ``editor`` is called only where something is written."""
         if self._folder is not None:
             where = re.sub(r"[^\w.#]+", "_", on)[:80]
             self._name = f"{next(self._number):04}-{where}-{name}"
             self._write(editor(), "before")
 
     def after(self, editor: ProgramEditor) -> None:
-        """The program as the pass has left it."""
+        """Write the program as the pass has left it."""
         if self._folder is not None:
             self._write(editor, "after")
 
@@ -126,6 +134,11 @@ class _Dump:
 
 
 def _new_folder(wanted: str) -> Path:
+    """Make the first folder ``run-1``, ``run-2``, … in ``wanted`` that does not exist, and return it.
+
+    Raises:
+        ConfigError: the folder cannot be made.
+    """
     for k in count(1):
         folder = Path(wanted, f"run-{k}")
         try:

@@ -14,10 +14,13 @@ from spinpass.rotations import Rotation
 class SitePass:
     """One edit of a program for a decided space.
 
-    ``applies``: the guard; a space without anything of the kind is not touched. ``run``: the edit, given the editor,
-    the space, its rotation and its name; returns the space with what the edit has added to it. ``broken``: what does
-    not hold although the edit has run, given the editor, the space as it was given, its rotation and what has changed;
-    None where everything holds.
+    Args:
+        name: what the pass is called in messages and dumps.
+        applies: the guard. For a space for which it is false nothing is run.
+        run: the edit, given the editor, the space, its rotation and its name. It returns the space with what it has
+            added to it.
+        broken: the check, given the editor, the space that ``run`` was given, its rotation and what has changed. It
+            returns what does not hold although the edit has run, or None where everything holds.
     """
 
     name: str

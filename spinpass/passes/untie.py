@@ -10,10 +10,11 @@ from spinpass.graph import ProgramEditor
 
 
 def untie(editor: ProgramEditor, constants: Iterable[Node]) -> list[Node]:
-    """Give every use of the constants but one a copy; returns the new constants.
+    """Give every use of the constants but one a copy, and return the copies.
 
-    Exported, all uses of a tied constant read the last of its names, and uses come in the order of the names. So where
-    there are several names the last use keeps its constant, and the table stays the table, the head the head.
+    In an exported program all uses of a tied constant read the last of its names, and uses come in the order of the
+    names. So where there are several names the last use keeps its constant, and the table stays the table, the head
+    the head.
     """
     copies = []
     for node in constants:
@@ -25,7 +26,7 @@ def untie(editor: ProgramEditor, constants: Iterable[Node]) -> list[Node]:
 
 
 def still_tied(editor: ProgramEditor, constants: Iterable[Node]) -> str | None:
-    """Which of the constants still has several uses; None where each has one."""
+    """Return a sentence that names a constant with several uses, or None where each has one."""
     for node in constants:
         stored = _leaf(editor, node)
         if len(stored.users) > 1:
@@ -34,6 +35,7 @@ def still_tied(editor: ProgramEditor, constants: Iterable[Node]) -> str | None:
 
 
 def _leaf(editor: ProgramEditor, node: Node) -> Node:
+    """Return the stored constant that an expression of constants begins with."""
     while not editor.is_stored(node):
         node = node.all_input_nodes[0]
     return node

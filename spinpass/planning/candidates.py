@@ -1,4 +1,4 @@
-"""Where rotations could go: one generator for each rotation, which finds and edits nothing.
+"""Where rotations could go: one generator for each rotation, which finds candidates and edits nothing.
 
 Candidates come one by one, because finding one looks at what was accepted before it and at the graph as it is by then.
 """
@@ -34,16 +34,20 @@ from .claims import Claims
 from .names import attention_name, leaf
 from .plan import UntieRequest
 
-_ONLINE_PER_OFFLINE = 2  # `form="auto"`: an online part in the stream costs as much as that many at inputs of linears
-_UNTIE_BELOW = 0.01  # `tied="auto"` unties where that adds less than this share of the constants' bytes
+_ONLINE_PER_OFFLINE = 2  # ``form="auto"``: an online part in the stream counts as that many at inputs of linears
+_UNTIE_BELOW = 0.01  # ``tied="auto"`` unties where that adds less than this share of the constants' bytes
 
 
 @dataclass(frozen=True)
 class Candidate:
     """A space that could be rotated.
 
-    ``name``: what the space is called where its parameters do not say so. ``over``: the rotation whose blocks this one
-    may lie on top of.
+    Attributes:
+        role: the rotation that it would be.
+        space: the space, every edge accounted for.
+        form: ``offline`` or ``online``.
+        name: what the space is called where its parameters do not say so.
+        over: the rotation whose blocks this one may lie on top of.
     """
 
     role: Role
@@ -57,7 +61,13 @@ Found = Candidate | Refusal | UntieRequest
 
 
 class Candidates:
-    """The candidates of all rotations that a configuration asks for."""
+    """The candidates of all rotations that a configuration asks for.
+
+    Args:
+        editor: the program, functional.
+        config: what is asked for.
+        claims: what was accepted so far. Whoever iterates keeps it up to date.
+    """
 
     def __init__(self, editor: ProgramEditor, config: RotationConfig, claims: Claims) -> None:
         self.editor, self.config, self.claims = editor, config, claims
@@ -96,7 +106,7 @@ class Candidates:
                     yield Candidate("R1", found, "offline")
 
     def _residual_streams(self) -> Iterator[Space | UntieRequest]:
-        """Every residual stream; a table that its uses need in two bases is untied or kept, as configured."""
+        """Yield every residual stream; a table that its uses need in two bases is untied or kept, as configured."""
         for node in self._streams:
             node = self.editor.current(node)
             if node in self._stream_values or node in self.claims:
@@ -122,14 +132,16 @@ class Candidates:
         return "R1" in self.config.rotations and self.config.form != "online"
 
     def _unties(self, shared: list[Node]) -> bool:
+        """Return whether the configuration unties these constants."""
         if self.config.tied != "auto":
             return self.config.tied == "untie"
         added: int = sum(value(n).numel() * value(n).element_size() for n in shared)
         return added < _UNTIE_BELOW * self.editor.nbytes()
 
     def _offline_refusal(self, space: Space) -> Refusal | None:
-        """Why ``form="auto"`` leaves the stream to the online form; None where it does not, or another form is asked
-        for.
+        """Return why ``form="auto"`` leaves the stream to the online form.
+
+        Return None where it does not, or where another form is asked for.
         """
         if self.config.form != "auto":
             return None
@@ -147,7 +159,7 @@ class Candidates:
         )
 
     def _linear_inputs(self, space: Space) -> int:
-        """How many rotations the online form of R1 needs in place of this stream."""
+        """Return how many rotations the online form of R1 needs in place of this stream."""
         return len({root_of(linear.operand) for linear in find_linears(self.editor)} & space.members.keys())
 
     def _inputs_of_linears(self) -> Iterator[Found]:
@@ -175,8 +187,10 @@ class Candidates:
                 yield Refusal(f"R1 at {root.name}", why, tuple(self.editor.fqn(n) for n in space.kept))
 
     def _linear_input(self, linear: Linear) -> Space:
-        """The linear layers that read what this one reads; those only that read its operand where not everything that
-        is made of the value goes to linear layers.
+        """Return the space of the linear layers that read what this one reads.
+
+        Where not everything that is made of the value goes to linear layers, it is that of those that read the very
+        operand of this one.
         """
         root = root_of(linear.operand)
         widens = torch.promote_types(value(root).dtype, value(linear.operand).dtype) != value(root).dtype
@@ -223,7 +237,7 @@ class Candidates:
                 yield Candidate("R4", space, "online" if space.entries else "offline")
 
     def _across_heads(self) -> Iterator[Found]:
-        """The inputs of the linear layers that read attention: R2 levels every head by itself, this all of them."""
+        """Yield the inputs of the linear layers that read attention: R2 levels each head by itself, this levels all."""
         done: set[Node] = set()
         for attention in find_attention(self.editor):
             reading = set(self._cache_walk(attention.value).grow(attention.value, attention.value_layout).readers)
@@ -235,7 +249,7 @@ class Candidates:
                     yield Candidate("heads", space, "online", over="R2")
 
     def _latents(self) -> Iterator[Found]:
-        """Whatever else linear layers write and linear layers read, with nothing but norms between: free of cost."""
+        """Yield what else linear layers write and read with nothing but norms between: rotating it costs nothing."""
         if "R1" not in self.config.rotations:
             deque(self._residual_streams(), maxlen=0)  # the residual stream is left alone then
         open_values: set[Node] = set()  # of spaces that were no latents: from there the same space would grow
@@ -261,6 +275,7 @@ class Candidates:
 
 
 def _open_edge(role: Role, node: Node, space: Space) -> Refusal:
+    """Return the refusal that names the first edge of the space that stays open."""
     edge = next(iter(space.online), None)
     if edge is None:
         missing = "writes into it" if not space.writers else "reads it"

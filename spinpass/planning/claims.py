@@ -10,7 +10,7 @@ from spinpass.graph import Layout
 
 
 class Claims:
-    """Two rotations may meet in one tensor on different axes or elements, never on the same ones."""
+    """What is rotated already. Two rotations may meet in one tensor, but never on the same axes and elements."""
 
     def __init__(self) -> None:
         self._held: dict[Node, list[tuple[str, Layout]]] = {}
@@ -19,18 +19,18 @@ class Claims:
         return node in self._held
 
     def take(self, name: str, space: Space) -> None:
-        """Every vector of the space belongs to the rotation ``name`` from now on."""
+        """Give every vector of the space to the rotation called ``name``."""
         for node, types in space.members.items():
             self._held.setdefault(node, []).extend((name, t.layout) for t in types)
 
     def overlap(self, node: Node, layout: Layout) -> bool:
-        """Some element of the layout is rotated already."""
+        """Return whether some element of the layout in ``node`` is rotated already."""
         return any(held.overlaps(layout) for _, held in self._held.get(node, ()))
 
     def conflict(self, space: Space, over: Role | None) -> tuple[Node, str] | None:
-        """(value, name of the space that holds it) where the new space meets another; None where it meets none.
+        """Return a value in which the new space meets another, and the other's name; None where it meets none.
 
-        ``over``: the rotation whose blocks this one may lie on top of.
+        ``over`` is the rotation whose blocks this one may lie on top of.
         """
         for node, types in space.members.items():
             for other, held in self._held.get(node, ()):

@@ -1,4 +1,4 @@
-"""What a space is called: by the parameters that it is made of, so that every program of a model names it alike."""
+"""What a space is called: its name comes from its parameters, so that every program of a model names it alike."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from spinpass.graph import ProgramEditor
 
 
 def parameter_names(editor: ProgramEditor, nodes: list[Node]) -> list[str]:
-    """The stored parameters that the nodes are computed from, sorted, each once."""
+    """Return the names of the stored parameters that the nodes are computed from, sorted, each once."""
     return sorted({editor.fqn(leaf(editor, n)) for n in nodes})
 
 
 def common_name(role: Role, space: Space, writers: list[str], readers: list[str]) -> str:
-    """The module that the parameters of a space belong to; ``residual`` for a stream that something writes into."""
+    """Return the module that the parameters of a space belong to; ``residual`` for a stream that is written into."""
     if role == "R1" and writers:
         return "residual"
     across_weights = writers + readers if role in ("R2", "R3") else readers
@@ -25,7 +25,7 @@ def common_name(role: Role, space: Space, writers: list[str], readers: list[str]
 
 
 def attention_name(editor: ProgramEditor, attention: Attention) -> str:
-    """The module whose parameters compute the queries; it has the same name in every program made of the model."""
+    """Return the module whose parameters compute the queries, which has one name in every program of the model."""
     found: list[str] = []
     todo, seen = [attention.query], set()
     while todo:
@@ -42,14 +42,14 @@ def attention_name(editor: ProgramEditor, attention: Attention) -> str:
 
 
 def leaf(editor: ProgramEditor, node: Node) -> Node:
-    """The stored constant that an expression of constants begins with."""
+    """Return the stored constant that an expression of constants begins with."""
     while not editor.is_stored(node) and node.all_input_nodes:
         node = node.all_input_nodes[0]
     return node
 
 
 def _common_prefix(names: list[str]) -> str:
-    """The module that all the parameters belong to; a single parameter names its own module."""
+    """Return the innermost module that all the parameters belong to; it may be an empty string."""
     paths = [n.split(".")[:-1] for n in names]
     prefix: list[str] = []
     for parts in zip(*paths):

@@ -15,7 +15,14 @@ from spinpass.rotations import Rotation
 
 @dataclass(frozen=True)
 class OnlinePart:
-    """A rotation that stays in the graph: at ``node``, because of ``why``, at ``flops`` per token."""
+    """A rotation that stays in the graph.
+
+    Attributes:
+        node: the name of the node behind which it stands.
+        why: the reason for which it cannot be folded.
+        flops: the floating-point operations it adds per token.
+        inverse: whether it is the inverse rotation, at an exit of the space.
+    """
 
     node: str
     why: str
@@ -25,7 +32,21 @@ class OnlinePart:
 
 @dataclass(frozen=True)
 class PlannedSpace:
-    """One decision, in names and numbers."""
+    """One decision, in names and numbers.
+
+    Attributes:
+        name: what the space is called.
+        role: which rotation it is.
+        size: how many coordinates the space has.
+        form: ``offline`` or ``online``.
+        rotation: the matrix.
+        writers: the parameters that write into the space.
+        readers: the parameters that read it.
+        online: the rotations that stay in the graph.
+        cache: the KV caches that travel in the rotated basis, by placeholder name or as ``output 1``.
+        bytes_added: bytes of constants that the rotation adds; 0 until its passes have run.
+        notes: what stays as it is, and why.
+    """
 
     name: str
     role: Role
@@ -41,7 +62,7 @@ class PlannedSpace:
 
     @property
     def flops(self) -> int:
-        """Added floating-point operations per token."""
+        """Return the floating-point operations that are added per token."""
         return sum(part.flops for part in self.online)
 
 
@@ -54,6 +75,7 @@ class Site:
 
     @property
     def name(self) -> str:
+        """Return the name of the space."""
         return self.planned.name
 
 
@@ -66,7 +88,10 @@ class UntieRequest:
 
 @dataclass(frozen=True)
 class RotationPlan:
-    """Every decision about a program: what is rotated, in which form and at what cost, and what is refused and why."""
+    """Every decision about a program: what is rotated, in which form and at what cost, and what is refused and why.
+
+    ``print(plan)`` shows a table.
+    """
 
     config: RotationConfig
     spaces: tuple[PlannedSpace, ...]
@@ -74,16 +99,20 @@ class RotationPlan:
 
     @property
     def flops(self) -> int:
-        """Added floating-point operations per token."""
+        """Return the floating-point operations that are added per token."""
         return sum(s.flops for s in self.spaces)
 
     @property
     def bytes_added(self) -> int:
-        """Bytes of constants that the rotated program has and the original has not."""
+        """Return the bytes of constants that the rotated program has and the original has not."""
         return sum(s.bytes_added for s in self.spaces)
 
     def without(self, *names: str) -> RotationPlan:
-        """The plan with some spaces left alone."""
+        """Return the plan without the spaces of these names, which are left alone.
+
+        Raises:
+            ConfigError: the plan has no space of such a name.
+        """
         unknown = set(names) - {s.name for s in self.spaces}
         if unknown:
             raise ConfigError(
@@ -95,7 +124,7 @@ class RotationPlan:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able."""
+        """Return the plan as values that JSON can hold."""
         return {
             "config": self.config.to_dict(),
             "flops_per_token": self.flops,

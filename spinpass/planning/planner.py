@@ -21,14 +21,19 @@ from .plan import OnlinePart, PlannedSpace, RotationPlan, Site, UntieRequest
 
 
 class Planner:
-    """Decides about one candidate at a time. It edits nothing: whoever iterates carries out each edit before taking the
-    next, and reports an applied site by :meth:`applied`.
+    """The planner decides about candidates, one at a time.
+
+    It edits nothing: whoever iterates over :meth:`edits` carries out each edit before taking the next, and reports an
+    applied site by :meth:`applied`.
 
     Args:
         editor: the program, functional.
         config: what is asked for.
         only: a plan whose spaces alone are taken, with its rotations.
         earlier: what a program that was rotated before says of itself.
+
+    Raises:
+        QuantizedWeightError: the weight of a linear layer is unpacked from integers inside the program.
     """
 
     def __init__(
@@ -52,7 +57,11 @@ class Planner:
         editor.check_weights(linear.weight for linear in find_linears(editor))
 
     def edits(self) -> Iterator[Site | UntieRequest]:
-        """What is to be done to the program, in order; what is refused is noted in ``refusals``."""
+        """Yield what is to be done to the program, in order; what is refused is noted in ``refusals``.
+
+        Raises:
+            ConfigError: a setting, or a matrix of the user's, does not fit a space.
+        """
         for found in Candidates(self.editor, self.config, self._claims):
             match found:
                 case UntieRequest():
@@ -69,19 +78,20 @@ class Planner:
                 self.refusals.append(Refusal(role, _NOTHING[role]))
 
     def applied(self, site: Site) -> None:
-        """The site's passes have run: note the bytes that they, and untying for them, have added."""
+        """Note the bytes that the site's passes, which have run, and untying for them have added."""
         before, self._bytes = self._bytes, self.editor.nbytes()
         at = next(i for i, s in enumerate(self.planned) if s.name == site.name)
         self.planned[at] = replace(self.planned[at], bytes_added=self._bytes - before)
 
     def plan(self) -> RotationPlan:
-        """The decisions so far, in the order of the rotations."""
+        """Return the decisions so far, in the order of the rotations."""
         spaces = sorted(self.planned, key=lambda s: ROLES.index(s.role))
         return RotationPlan(self.config, tuple(spaces), tuple(self.refusals))
 
     # -- one candidate -------------------------------------------------------------------------------------------------
 
     def _accept(self, candidate: Candidate) -> Site | None:
+        """Decide about a candidate: return the site, or note the refusal and return None."""
         role, space = candidate.role, candidate.space
         writers, readers = parameter_names(self.editor, space.writers), parameter_names(self.editor, space.readers)
         name = self._unique(f"{role}:{candidate.name or common_name(role, space, writers, readers)}")
@@ -120,6 +130,7 @@ class Planner:
             self.refusals.append(refusal)
 
     def _objection(self, name: str, space: Space, fqns: list[str], over: Role | None) -> str | None:
+        """Return why the space must not be rotated, or None where nothing speaks against it."""
         pattern = self.config.excludes(name, fqns)
         if pattern is not None:
             return f"excluded by {pattern!r}"
@@ -141,6 +152,7 @@ class Planner:
         return None
 
     def _is_carried_already(self, cache: CacheEdge) -> bool:
+        """Return whether an earlier rotation has put the cache into a basis of its own."""
         if self.earlier is None:
             return False
         if cache.output is None:
@@ -164,9 +176,11 @@ class Planner:
             ) from error
 
     def _flops(self, node: Node, rotation: Rotation) -> int:
+        """Return the floating-point operations per token of rotating the value online."""
         return rotation.flops * max(1, elements(node) // rotation.size // self._tokens)
 
     def _unique(self, name: str) -> str:
+        """Return the name, with a number behind it where a space has had it already."""
         unique, k = name, 2
         while unique in self._names_seen:
             unique, k = f"{name}#{k}", k + 1

@@ -1,4 +1,4 @@
-"""A plan in fewer lines: what differs only in the layer stands together."""
+"""A plan in fewer lines: what differs only in its layer stands together."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from .plan import PlannedSpace, RotationPlan
 
 
 def grouped_spaces(plan: RotationPlan, *, every_space: bool = False) -> dict[str, list[PlannedSpace]]:
-    """Spaces that differ only in the layer, under one name; each under its own with ``every_space``."""
+    """Group spaces that differ only in their layer under one name; with ``every_space`` each keeps its own name."""
     groups: dict[tuple[str, ...], list[PlannedSpace]] = {}
     for space in plan.spaces:
         name = space.name if every_space else layer_pattern(space.name)
@@ -21,7 +21,10 @@ def grouped_spaces(plan: RotationPlan, *, every_space: bool = False) -> dict[str
 
 
 def grouped_refusals(plan: RotationPlan, *, every_space: bool = False) -> dict[tuple[str, str], int]:
-    """(what is left alone, why) -> how often; those that differ only in the layer count together."""
+    """Count how often each thing is left alone for each reason, as (what, why) -> how often.
+
+    Refusals that differ only in their layer count together, unless ``every_space``.
+    """
     reasons: dict[tuple[str, str], int] = {}
     for refusal in plan.refusals:
         key = (refusal.what, refusal.why)
@@ -31,12 +34,12 @@ def grouped_refusals(plan: RotationPlan, *, every_space: bool = False) -> dict[t
 
 
 def layer_pattern(name: str) -> str:
-    """The name with ``*`` for every number that is a part of it."""
+    """Return the name with ``*`` for every part of it that is a number."""
     return re.sub(r"(?<=[._])\d+(?=[._:]|$)", "*", name)
 
 
 def online_parts(spaces: list[PlannedSpace]) -> str:
-    """How many rotations stay in the graph, and why the first."""
+    """Say how many rotations of these spaces stay in the graph, and why the first one does."""
     parts = [part for space in spaces for part in space.online]
     if not parts:
         return "nothing"

@@ -1,1 +1,1 @@
-"""Spaces: which tensor axes must share one basis, found by walking from a seed over the whole graph."""
+"""Which tensor axes must share one basis: such a space is found by a walk from a seed over the whole graph."""

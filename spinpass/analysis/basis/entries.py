@@ -1,5 +1,7 @@
-"""Where the online rotations of a space stand best: behind views that only rearrange, and behind operators in which
-several of them meet. The space is the same; fewer or cheaper Hadamards make it.
+"""Where the online rotations of a space stand best.
+
+They stand behind views that only rearrange, and behind operators in which several of them meet. The space is the same,
+but fewer or cheaper Hadamards make it.
 """
 
 from __future__ import annotations
@@ -16,13 +18,17 @@ from .space import Entry, Space
 
 
 def settled(space: Space, rule: Callable[[Node], Rule]) -> Space:
-    """The space with its entries moved to where they cost least. ``rule``: what an operator does to its operands."""
+    """Return the space with its entries moved to where they cost least.
+
+    ``rule`` gives the rule of a node, as :func:`spinpass.analysis.rule_of` does.
+    """
     return _hoisted(_sunk(space, rule), rule)
 
 
 def _hoisted(space: Space, rule: Callable[[Node], Rule]) -> Space:
-    """Fewer online rotations: where several entries meet in one operator and go nowhere else, rotate its result
-    instead.
+    """Return the space with fewer online rotations.
+
+    Where several entries meet in one operator and go nowhere else, its result is rotated in their place.
     """
     entries = {e.node: e for e in space.entries}
     inner: dict[Node, set[Node] | None] = {}  # member -> the entries it is made of alone, None if of anything else
@@ -68,7 +74,7 @@ def _hoisted(space: Space, rule: Callable[[Node], Rule]) -> Space:
 
 
 def _sunk(space: Space, rule: Callable[[Node], Rule]) -> Space:
-    """Entries whose vectors lie across axes go behind the view that makes them one axis, if nothing else reads them."""
+    """Move entries whose vectors lie across axes behind the view that makes them one axis, if only it reads them."""
     entries = []
     members = dict(space.members)
     for entry in space.entries:
@@ -93,7 +99,7 @@ def _sunk(space: Space, rule: Callable[[Node], Rule]) -> Space:
 
 
 def _cone(node: Node, entries: set[Node], space: Space) -> set[Node]:
-    """Everything of the space strictly between ``entries`` and ``node``."""
+    """Return everything of the space strictly between ``entries`` and ``node``."""
     found: set[Node] = set()
     todo = [s for s in node.all_input_nodes if s in space.members and s not in entries]
     while todo:
@@ -107,11 +113,11 @@ def _cone(node: Node, entries: set[Node], space: Space) -> set[Node]:
 def _leads_only_to(
     node: Node, cone: set[Node], inner: Node, entries: dict[Node, Entry], rule: Callable[[Node], Rule]
 ) -> bool:
-    """No reader of ``inner`` outside the cone needs it in the space's basis."""
+    """Return whether no reader of ``inner`` outside the cone needs it in the space's basis."""
     keep = entries[inner].keep if inner in entries else ()
     return all(u in cone or u is node or u in keep or _ignores(u, rule) for u in inner.users)
 
 
 def _ignores(user: Node, rule: Callable[[Node], Rule]) -> bool:
-    """Only the shape or dtype of its operands matters to ``user``."""
+    """Return whether only the shape or dtype of its operands matters to ``user``."""
     return user.op == "call_function" and isinstance(rule(user), Ignored)

@@ -1,7 +1,8 @@
 """The space between a value and the linear layers that read it: R1's online form, and any other input of linears.
 
-y = z Wᵀ   ->   y = (z R)(W R)ᵀ      one rotation of z, shared by all its linears; whoever else reads z keeps the
-original
+    y = z Wᵀ   ->   y = (z R)(W R)ᵀ
+
+All its linears share one rotation of z, and whoever else reads z keeps the original.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from .walk import Barrier, Walk, _Restart
 
 
 class LinearInputWalk(Walk):
-    """Grows from a computed value towards the linears that read it and never further. Its seeds are entries."""
+    """A walk from a computed value towards the linears that read it, and never further. Its seeds are entries."""
 
     def _backward(self, node: Node, axis: AxisType) -> None:
         if self.editor.is_weight(node):
@@ -40,7 +41,7 @@ class LinearInputWalk(Walk):
         super()._forward(node, axis, user)
 
     def _serves(self, user: Node, node: Node) -> bool:
-        """Everything behind ``user`` is a linear layer whose weight may be rotated."""
+        """Return whether everything behind ``user`` is a linear layer whose weight may be rotated."""
         if user.op != "call_function":
             return False
         rule = self._rule(user)
@@ -59,7 +60,7 @@ class LinearInputWalk(Walk):
         return weight in self.kept or any(self._is_kept(s) for s in weight.all_input_nodes)
 
     def _is_linear_weight(self, node: Node, axis: AxisType, user: Node) -> bool:
-        """``user`` contracts the axis, it does not pass it on."""
+        """Return whether ``user`` contracts the axis of the weight and does not pass it on."""
         linear = as_linear(self.editor, user)
         if linear is None or linear.weight is not node or axis.layout.dims != (linear.weight_dim,):
             return False
@@ -69,19 +70,19 @@ class LinearInputWalk(Walk):
         )
 
     def _check_partner(self, constant: Node, partner: Node, axis: AxisType) -> None:
-        """Whatever else a weight reads is rotated where it reads it, its scale included."""
+        """Do nothing: whatever else a weight reads is rotated where it reads it, its scale included."""
 
     def _leave_program(self, node: Node, axis: AxisType) -> None:
         raise Barrier("a program output")
 
 
 def _selects(node: Node) -> bool:
-    """The node takes some of its operand's tokens, each whole (those that are routed to an expert)."""
+    """Return whether the node takes some of its operand's tokens, each whole (those that are routed to an expert)."""
     return op_name(node) in ("aten::index", "aten::index_select") and is_float(node)
 
 
 def _passed_on(rule: Rule) -> Node | None:
-    """The value whose vectors an operator passes on unchanged."""
+    """Return the value whose vectors an operator passes on unchanged, or None for other operators."""
     if isinstance(rule, Movement):
         return rule.source
     if isinstance(rule, Multilinear) and len(rule.terms) == 1 and len(rule.terms[0]) == 1:

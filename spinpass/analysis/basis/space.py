@@ -1,4 +1,4 @@
-"""What the basis analysis finds: a space, and the edges at which it meets everything else."""
+"""Space: what the basis analysis finds, with the edges at which it meets everything else."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ from spinpass.graph import Layout
 
 @dataclass(frozen=True)
 class Pending:
-    """A per-channel scale (and shift) that is being moved into constants.
+    """A per-channel scale, perhaps with a shift, that is being moved into constants.
 
-    ``after``: the original value is (this one)·scale + shift (behind a norm); otherwise this one is to be multiplied by
-    ``scale`` (in front of a layer scale). ``scale`` and ``shift`` are constant nodes, indexed by the space's
-    coordinate.
+    Attributes:
+        after: true behind a norm, where the original value is (this one)·scale + shift; false in front of a layer
+            scale, where this one is still to be multiplied by ``scale``.
+        scale: a constant node, indexed by the coordinate of the space. None stands for 1.
+        shift: likewise. None stands for 0.
+        origin: the operator that applies the scale in the original.
     """
 
     after: bool
@@ -28,18 +31,30 @@ class Pending:
 class AxisType:
     """The basis of an axis: where the space's vectors lie in the tensor, and what is pending on them.
 
-    ``centred``: the value stays the same when the whole stream is centred (it lies behind a LayerNorm's centring).
+    Attributes:
+        layout: where the vectors lie.
+        pending: the scale that is being moved past the value.
+        centred: the value lies behind a LayerNorm's centring, so that it stays the same when the stream is centred.
+        reads: of a constant, whether it contracts the space along this axis.
     """
 
     layout: Layout
     pending: Pending | None = None
     centred: bool = False
-    reads: bool = field(default=False, compare=False)  # of a constant: it contracts the space along this axis
+    reads: bool = field(default=False, compare=False)
 
 
 @dataclass(frozen=True)
 class Entry:
-    """``node`` leaves a barrier in the original basis; all its users but ``keep`` read it in the space's basis."""
+    """A value that enters the space: it leaves a barrier in the original basis and has to be rotated online.
+
+    Attributes:
+        node: the value.
+        layout: where the space's vectors lie in it.
+        keep: the users that read it in the original basis; all others read it in the space's basis.
+        why: what does not commute with a rotation, as a phrase.
+        centre: the value has to be centred as well.
+    """
 
     node: Node
     layout: Layout
@@ -50,7 +65,14 @@ class Entry:
 
 @dataclass(frozen=True)
 class Exit:
-    """``users`` need ``node``, a value of the space, in the original basis."""
+    """A value that leaves the space and has to be rotated back online.
+
+    Attributes:
+        node: the value, which is in the space's basis.
+        layout: where the space's vectors lie in it.
+        users: the users that need it in the original basis.
+        why: what does not commute with a rotation, as a phrase.
+    """
 
     node: Node
     layout: Layout
@@ -67,12 +89,19 @@ class ConstantUse:
 
     @property
     def reads(self) -> bool:
+        """Return whether the constant contracts the space; otherwise it writes into it."""
         return self.type.reads
 
 
 @dataclass(frozen=True)
 class CacheEdge:
-    """A KV cache that enters or leaves the program in the space's basis."""
+    """A KV cache that enters or leaves the program in the space's basis.
+
+    Attributes:
+        node: the value that enters or leaves.
+        layout: where the space's vectors lie in it.
+        output: the index of the graph's output as which it leaves; None for an input.
+    """
 
     node: Node
     layout: Layout
@@ -81,8 +110,13 @@ class CacheEdge:
 
 @dataclass(frozen=True)
 class ShiftUse:
-    """A linear operator whose input lost a constant shift: its result must gain ``shift`` contracted with its
-    weight.
+    """A linear operator whose input lost a constant shift, so that its result must gain shift · weight.
+
+    Attributes:
+        node: the operator.
+        operand: its input.
+        weight: its weight, a matrix.
+        shift: what the input lost, a constant node.
     """
 
     node: Node
@@ -93,7 +127,22 @@ class ShiftUse:
 
 @dataclass(frozen=True)
 class Space:
-    """All that shares one basis, with every edge accounted for."""
+    """All that shares one basis, with every edge accounted for.
+
+    Attributes:
+        seed: the value that the walk began with.
+        width: how many coordinates the space has.
+        members: the values of the space, with the basis of each of their axes that lie in it.
+        constants: the constants with an axis in the space.
+        entries: where a rotation has to stand in the graph.
+        exits: where its inverse has to stand in the graph.
+        carried: the KV caches that enter or leave the program in the space's basis.
+        scales: multiplications by a norm's or layer's scale, and norm operators with one, to be moved into constants.
+        shifts: the linear operators that have to make up for a shift.
+        centrings: operators that subtract mean(x), which changes nothing once all writers are centred.
+        centred: whether the writers have to be centred.
+        kept: constants that stay as they are, and why.
+    """
 
     seed: Node
     width: int
@@ -102,35 +151,42 @@ class Space:
     entries: tuple[Entry, ...]
     exits: tuple[Exit, ...]
     carried: tuple[CacheEdge, ...]
-    scales: tuple[
-        Node, ...
-    ]  # multiplications by a norm's or layer's scale, and norm operators with one, to be moved into constants
+    scales: tuple[Node, ...]
     shifts: tuple[ShiftUse, ...]
-    centrings: tuple[Node, ...]  # x − mean(x), which are identities once all writers are centred
+    centrings: tuple[Node, ...]
     centred: bool
-    kept: dict[Node, str]  # constants that stay as they are, and why
+    kept: dict[Node, str]
 
     @property
     def online(self) -> tuple[Entry | Exit, ...]:
-        """Where a rotation, or its inverse, has to stand in the graph."""
+        """Return the edges at which a rotation, or its inverse, has to stand in the graph."""
         return (*self.entries, *self.exits)
 
     @property
     def is_offline(self) -> bool:
+        """Return whether the rotation folds into constants entirely."""
         return not self.online
 
     @property
     def writers(self) -> list[Node]:
+        """Return the constants that write into the space."""
         return [c.node for c in self.constants if not c.reads]
 
     @property
     def readers(self) -> list[Node]:
+        """Return the constants that contract the space."""
         return [c.node for c in self.constants if c.reads]
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why something was left as it is, and the nodes it is about."""
+    """Why something was left as it is.
+
+    Attributes:
+        what: the space, rotation or place that it is about.
+        why: the reason, as a phrase.
+        nodes: the names of the nodes or parameters that are to blame.
+    """
 
     what: str
     why: str

@@ -1,11 +1,11 @@
 """The basis analysis: which tensor axes must share one basis.
 
-A *space* grows from a seed axis through every operator that commutes with a rotation of that axis, in both
-directions, until each of its edges is accounted for: constants that lie in the space (they fold), contractions (they
-cancel), norm statistics (they do not change), and barriers. Where a value enters the space behind a barrier stands an
-:class:`Entry`, where one leaves it for an operator that needs the original basis an :class:`Exit`: there an online
-rotation makes the program right, whatever the configuration then decides. The analysis reads the graph and never
-edits it; ops.py says what each operator does.
+A *space* grows from a seed axis through every operator that commutes with a rotation of that axis, in both directions,
+until each of its edges is accounted for: constants that lie in the space (they fold), contractions (they cancel), norm
+statistics (they do not change), and barriers. Where a value enters the space behind a barrier stands an
+:class:`~.space.Entry`, where one leaves it for an operator that needs the original basis an :class:`~.space.Exit`.
+There an online rotation makes the program right, whatever the configuration then decides. The analysis reads the graph
+and never edits it; ``ops/table.py`` says what each operator does.
 
 Two operators are crossed although no rotation passes them, because they can be moved into constants first:
 
@@ -50,7 +50,7 @@ from .space import AxisType, CacheEdge, ConstantUse, Entry, Exit, Pending, Shift
 
 
 class Barrier(Exception):
-    """The operator does not commute with a rotation of the axis."""
+    """An operator does not commute with a rotation of the axis."""
 
 
 class _Restart(Exception):
@@ -58,8 +58,13 @@ class _Restart(Exception):
 
 
 class Walk:
-    """The growth of a space from a seed. ``cache``: the values that a KV cache may hold; program inputs and outputs
-    among them, or moved from them, may be in the space's basis."""
+    """The growth of a space from a seed.
+
+    Args:
+        editor: the program, which is not edited.
+        cache: the values that a KV cache may hold. Program inputs and outputs among them, or moved from them, may be in
+            the space's basis.
+    """
 
     def __init__(self, editor: ProgramEditor, *, cache: Collection[Node] = ()) -> None:
         self.editor = editor
@@ -71,7 +76,13 @@ class Walk:
         self._rules: dict[Node, Rule] = {}
 
     def grow(self, seed: Node, layout: Layout) -> Space:
-        """The space of ``seed``'s axes ``layout``. Always succeeds: what does not commute is an entry or an exit."""
+        """Return the space of the axes of ``seed`` that ``layout`` says.
+
+        There always is one, because what does not commute is an entry or an exit.
+
+        Raises:
+            InvariantError: the walk does not settle, which is a bug in spinpass.
+        """
         for _ in range(len(self.editor.graph.nodes)):
             try:
                 return self._grow_once(seed, layout)
@@ -82,6 +93,11 @@ class Walk:
     # -- one attempt --------------------------------------------------------------------------------------------------
 
     def _grow_once(self, seed: Node, layout: Layout) -> Space:
+        """Grow the space under the assumptions so far.
+
+        Raises:
+            _Restart: one of them is wrong.
+        """
         self._seed = seed
         self.types: dict[Node, list[AxisType]] = {}
         self._todo: deque[tuple[Node, AxisType]] = deque()
@@ -119,14 +135,14 @@ class Walk:
         return self._result(seed, layout)
 
     def _check_centred_constants(self) -> None:
-        """A constant that is centred where it writes must not be read as well: what reads with it may be uncentred."""
+        """Keep a constant that is centred where it writes and is read as well: what reads with it may be uncentred."""
         for constant, types in self.types.items():
             if self.editor.is_weight(constant) and any(t.reads and not t.centred for t in types):
                 self.kept[constant] = "it would have to be centred where it writes, and is read as well"
                 raise _Restart
 
     def _check_all_or_none(self) -> None:
-        """An operator is linked to the space through all its ports or through none."""
+        """Make sure that an operator is linked to the space through all its ports or through none."""
         entered = {node for node, _ in self._entries}
         left = {(node, user) for node, user, _ in self._exits}
         for (_, user, _), (_, why) in self._exits.items():
@@ -145,14 +161,19 @@ class Walk:
                     raise _Restart
 
     def _is_statistic(self, node: Node, user: Node) -> bool:
-        """``user`` reads nothing of ``node`` that a rotation would change."""
+        """Return whether ``user`` reads nothing of ``node`` that a rotation would change."""
         if user.op != "call_function":
             return False
         rule = self._rule(user)
         return isinstance(rule, (Ignored, Zeros)) or (isinstance(rule, Movement) and rule.source is not node)
 
     def _demand(self, node: Node, axis: AxisType) -> None:
-        """``node`` must carry ``axis``."""
+        """Let ``node`` carry ``axis``, together with what it carries already.
+
+        Raises:
+            Barrier: it cannot carry the axis.
+            _Restart: it cannot carry both.
+        """
         if node in self.kept:
             raise Barrier(self.kept[node])
         sizes = shape(node)
@@ -180,12 +201,13 @@ class Walk:
         self._todo.append((node, axis))
 
     def _forget(self, node: Node, axis: AxisType) -> None:
-        """The type was widened: what stopped the narrower one need not stop it."""
+        """Forget the edges of an axis that was widened: what stopped the narrower one need not stop it."""
         self._entries.pop((node, axis.layout.dims), None)
         for key in [k for k in self._exits if k[0] is node]:
             del self._exits[key]
 
     def _contradiction(self, node: Node, why: str) -> None:
+        """Keep the constant, or close the operator that has made the demand, and start again."""
         if self.editor.is_weight(node):
             self.kept[node] = why
         elif self._by in self._closed:
@@ -195,7 +217,7 @@ class Walk:
         raise _Restart
 
     def _leave_zone(self, axis: AxisType, why: str) -> None:
-        """Something other than a linear meets a value with a pending scale: the scale stays where it is."""
+        """Let a pending scale stay where it is, because something else than a linear meets the value; start again."""
         assert axis.pending is not None
         if axis.pending.origin is None:
             raise InvariantError("a pending scale without an origin")
@@ -309,9 +331,11 @@ class Walk:
                 self._note_uncentred(node, axis, f"is read by {user.name} in the original basis")
 
     def _rule_or_none(self, node: Node) -> Rule | None:
+        """Return the rule of an operator, and None for a node that is none."""
         return self._rule(node) if node.op == "call_function" else None
 
     def _note_uncentred(self, node: Node, axis: AxisType, why: str) -> None:
+        """Note a use of the stream that would see it being centred."""
         if not axis.centred and not self.editor.is_weight(node):
             self._uncentred_uses.append((node, why))
 
@@ -352,7 +376,7 @@ class Walk:
                 raise Barrier(_reason(rule, user))
 
     def _consume_items(self, node: Node, axis: AxisType, user: Node) -> None:
-        """All results of a split, or none: a value cannot be restored for one of them alone."""
+        """Follow all results of a split or none of them: a value cannot be restored for one of them alone."""
         for item in list(user.users):
             self._by = item
             try:
@@ -378,7 +402,7 @@ class Walk:
             self._note_uncentred(node, axis, "is a program output")
 
     def _is_cache(self, node: Node) -> bool:
-        """One of the values that a cache may hold, or a part or arrangement of them."""
+        """Return whether the node is one of the values that a cache may hold, or a part or arrangement of them."""
         if node in self.cache:
             return True
         rule = self._rule_or_none(node)
@@ -406,7 +430,7 @@ class Walk:
                     raise Barrier(self._uncrossed.get(user, str(error))) from error
 
     def _cross_forward(self, node: Node, axis: AxisType, user: Node, rule: Multilinear) -> bool:
-        """x̂ -> x̂·g, or -> x̂·g + β: the scale or shift goes into the linears that follow."""
+        """x̂ -> x̂·g,  or  x̂·g -> x̂·g + β:  move the scale or shift into the linears that follow, if that is possible."""
         if self.editor.is_constant(node) or self.editor.is_constant(user):
             return False
         if axis.pending is not None and not axis.pending.after:
@@ -421,7 +445,10 @@ class Walk:
         return True
 
     def _crossable(self, node: Node, rule: Rule, layout: Layout) -> tuple[Node, Node] | None:
-        """(value, constant) where ``node`` multiplies a value by one constant per coordinate of the space."""
+        """Return (value, constant) where ``node`` multiplies a value by one constant per coordinate of the space.
+
+        Return None for other nodes, and where the constant cannot be moved.
+        """
         if node in self._uncrossed or not isinstance(rule, Multilinear) or not layout.is_contiguous:
             return None
         if len(rule.terms) != 1 or len(rule.terms[0]) != 2 or rule.opaque:
@@ -456,6 +483,7 @@ class Walk:
             offset += length
 
     def _pieces(self, node: Node, rule: Concatenate, layout: Layout) -> Iterator[tuple[Node, Layout]]:
+        """Yield the concatenated values that hold some of the layout's blocks, each with its part of the layout."""
         offset = 0
         for source in rule.sources:
             if rule.dim not in layout.dims:
@@ -508,6 +536,7 @@ class Walk:
         self._demand(user, AxisType(axis.layout, pending, rule.centres or axis.centred))
 
     def _cross_norm(self, node: Node, rule: Normalization, layout: Layout) -> Pending | None:
+        """Note the norm, and return the scale and shift that are pending behind it; None where it has neither."""
         self._scales[node] = None
         if rule.centres:
             self._centrings[node] = None
@@ -519,8 +548,10 @@ class Walk:
         return node if node is None else self.editor.canonical(node)
 
     def _is_normed(self, node: Node, rule: Normalization, layout: Layout) -> bool:
-        """The norm is one of the space's vectors: where nothing is centred, of several side by side; where nothing is
-        scaled either, of other values besides.
+        """Return whether the norm is taken of the space's vectors.
+
+        It is taken of one vector. Where nothing is centred it may be taken of several that lie side by side, and where
+        nothing is scaled either of other values besides.
         """
         last = {len(shape(node)) - 1}
         if rule.centres:
@@ -530,15 +561,16 @@ class Walk:
         return layout.is_contiguous and layout.mixing <= last
 
     def _is_whole(self, node: Node, layout: Layout) -> bool:
-        """The space's one vector is the whole last axis."""
+        """Return whether the space's one vector is the whole last axis."""
         return layout.count == 1 and layout.is_contiguous and layout.dims == (len(shape(node)) - 1,)
 
     # -- sums of products ----------------------------------------------------------------------------------------------
 
     def _spread(self, rule: Multilinear, at: Operand | None, axis: AxisType, user: Node | None = None) -> None:
-        """From one port of a product (None: its result) to all others that must then be in the space.
+        """Go from one port of a product, which is its result for None, to all others that must then be in the space.
 
-        Raises Barrier where the operator does not commute.
+        Raises:
+            Barrier: the operator does not commute with a rotation of the axis.
         """
         layout = axis.layout
         labels = rule.out if at is None else at.labels
@@ -562,6 +594,7 @@ class Walk:
         mixing: set[object],
         user: Node | None,
     ) -> None:
+        """Go on where every term of the product holds the axis once, and the result has it."""
         demands: list[tuple[Node, dict[int, int]]] = []
         if not set(names.values()) <= set(rule.out):
             raise Barrier("part of the axis is summed over")
@@ -593,7 +626,10 @@ class Walk:
     def _pass_pending(
         self, at: Operand | None, axis: AxisType, demands: list[tuple[Node, dict[int, int]]], user: Node
     ) -> None:
-        """x̂·g -> x̂·g + β: besides products with factors per token, all that may become of a value with a scale."""
+        """x̂·g -> x̂·g + β:  let a shift be pending as well.
+
+        Besides products with factors per token, that is all that may become of a value with a scale pending.
+        """
         assert axis.pending is not None
         added = [node for node, _ in demands if at is None or node is not at.node]
         simple = (
@@ -612,6 +648,7 @@ class Walk:
     def _contract(
         self, rule: Multilinear, at: Operand, axis: AxisType, names: dict[int, object], mixing: set[object], user: Node
     ) -> None:
+        """Go on to the one operand that the product contracts the axis with."""
         term = next(t for t in rule.terms if any(o is at for o in t))
         partners = [o for o in term if o is not at and mixing & set(o.labels)]
         if len(partners) != 1:
@@ -646,7 +683,11 @@ class Walk:
             self._shift_reader(user, at, partner, axis.pending.shift)
 
     def _check_partner(self, constant: Node, partner: Node, axis: AxisType) -> None:
-        """A second use of a constant must read a value with the same scale pending."""
+        """Make sure that a second use of a constant reads a value with the same scale pending.
+
+        Raises:
+            _Restart: it does not, and the constant is kept.
+        """
         if partner in self.types:
             return
         root = partner
@@ -668,7 +709,7 @@ class Walk:
             raise _Restart
 
     def _only_source(self, node: Node) -> Node | None:
-        """The value that a movement or a multiplication by a scalar was applied to."""
+        """Return the value that a movement or a multiplication by a scalar was applied to; None for other operators."""
         rule = self._rule_or_none(node)
         if isinstance(rule, Movement):
             return rule.source
@@ -678,6 +719,11 @@ class Walk:
         return None
 
     def _shift_reader(self, user: Node, at: Operand, partner: Operand, shift: Node) -> None:
+        """Note that the result of ``user`` must gain the shift times its weight.
+
+        Raises:
+            Barrier: the operator has no place for that.
+        """
         args = arguments(user)
         unscaled = args.get("alpha", 1) == 1 and args.get("beta", 1) == 1
         on_the_right = op_name(user) == "aten::linear" or (partner.labels == ("k", "n") and at.labels[-1] == "k")
@@ -730,7 +776,7 @@ def _reason(rule: Rule, node: Node) -> str:
 
 
 def _fits(scale: Node | None, layout: Layout) -> bool:
-    """One scale for every vector of the layout, or one for all of them side by side on their axis."""
+    """Return whether there is one scale for every vector of the layout, or one for all of them side by side."""
     if scale is None:
         return True
     count = elements(scale)
@@ -738,8 +784,9 @@ def _fits(scale: Node | None, layout: Layout) -> bool:
 
 
 def _commutes_with_scale(node: Node, rule: Multilinear, mixing: set[Any], axis: AxisType) -> bool:
-    """f(x̂)·g = f(x̂·g): the operator is linear in one operand, channel by channel (a factor per token, a gather of
-    tokens, a sum over them). A shift as well commutes with gathers alone.
+    """f(x̂)·g = f(x̂·g):  return whether the operator is linear in one operand, channel by channel.
+
+    Such are a factor per token, a gather of tokens and a sum over them. A shift as well commutes with gathers alone.
     """
     holders = [o for term in rule.terms for o in term if mixing & set(o.labels)]
     if len(rule.terms) != 1 or len(holders) != 1 or axis.pending is None:
@@ -752,7 +799,7 @@ def _range(start: int, length: int) -> Tensor:
 
 
 def _through_identities(node: Node) -> list[Node]:
-    """The users of a value, casts and checks looked through."""
+    """Return the users of a value, casts and checks looked through."""
     found: list[Node] = []
     for user in node.users:
         rule = rule_of(user) if user.op == "call_function" else None
@@ -766,7 +813,7 @@ def _through_identities(node: Node) -> list[Node]:
 
 
 def _reduced_axes(node: Node) -> frozenset[int] | None:
-    """The axes that a sum or mean runs over; None for other operators."""
+    """Return the axes that a sum or mean runs over, and None for other operators."""
     if not is_op(node) or op_name(node) not in ("aten::mean", "aten::sum"):
         return None
     args = arguments(node)

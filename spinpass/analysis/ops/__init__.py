@@ -1,1 +1,1 @@
-"""Operators: what each of them does to the axes of its operands, as a rule."""
+"""What each operator does to the axes of its operands, as a rule."""

@@ -20,11 +20,15 @@ from torch.fx import Node
 from spinpass.graph import Layout
 
 Label = Hashable
+"""The name of an axis within one rule. Axes of the same name run together, as in an einsum."""
 
 
 @dataclass(frozen=True)
 class Operand:
-    """One tensor operand of a product. ``labels[d]`` names axis ``d``; None: the operator acts on that axis itself."""
+    """One tensor operand of a product.
+
+    ``labels[d]`` names axis ``d``. It is None where the operator acts on that axis itself.
+    """
 
     node: Node
     labels: tuple[Label | None, ...]
@@ -32,7 +36,10 @@ class Operand:
 
 @dataclass(frozen=True)
 class Multilinear:
-    """result[out] = Σ_terms Π_operands. ``opaque`` operands enter in another way and pass no rotation."""
+    """result[out] = Σ_terms Π_operands.
+
+    Operands that are ``opaque`` enter in another way, and pass no rotation.
+    """
 
     terms: tuple[tuple[Operand, ...], ...]
     out: tuple[Label | None, ...]
@@ -41,10 +48,14 @@ class Multilinear:
 
 @dataclass(frozen=True)
 class Movement:
-    """The result's elements are elements of ``source``.
+    """An operator whose result holds elements of ``source``, moved.
 
-    ``forward`` takes a layout of the source to that of the result, or to None where no block of it is left;
-    ``backward`` takes one of the result to that of the source.
+    Attributes:
+        source: the operand.
+        forward: takes a layout of the source to that of the result, or to None where no block of it is left. It raises
+            LayoutError where a block cannot be followed.
+        backward: takes a layout of the result to that of the source, and raises LayoutError likewise.
+        is_identity: the result is the source, perhaps in another dtype.
     """
 
     source: Node
@@ -70,7 +81,7 @@ class Square:
 
 @dataclass(frozen=True)
 class VectorNorm:
-    """The 2-norm over ``dims``: no rotation of those axes changes it."""
+    """The 2-norm over ``dims``, which no rotation of those axes changes."""
 
     source: Node
     dims: tuple[int, ...]
@@ -106,22 +117,22 @@ class Normalization:
 
 @dataclass(frozen=True)
 class Zeros:
-    """All elements are zero, so they are in every basis."""
+    """A value whose elements are all zero, so that it is the same in every basis."""
 
 
 @dataclass(frozen=True)
 class Several:
-    """Several results; the ``getitem`` nodes that take them have rules of their own."""
+    """An operator with several results; the ``getitem`` nodes that take them have rules of their own."""
 
 
 @dataclass(frozen=True)
 class Ignored:
-    """Only shape or dtype of the operand matter."""
+    """An operator to which only the shape or dtype of its operand matters."""
 
 
 @dataclass(frozen=True)
 class Opaque:
-    """No rotation passes."""
+    """An operator that no rotation passes. ``why`` is the reason, as a phrase."""
 
     why: str
 

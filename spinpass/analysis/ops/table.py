@@ -1,6 +1,7 @@
 """The table of operators: for each of them, what builds its rule from a call.
 
-An operator that is not in the table is opaque: refusing is always right.
+An operator that is not in the table is opaque: to refuse is always right. Every builder takes a call and its arguments
+by the names of the schema, and returns the rule; its docstring says what the operator does where the rule does not.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from .rules import (
 
 
 def rule_of(node: Node) -> Rule:
-    """The rule of a node's operator; Opaque for operators not in the table."""
+    """Return the rule of a node's operator, which is Opaque for operators that are not in the table."""
     if node.op == "call_function" and op_name(node) == "getitem":
         return _item(node)
     if not is_op(node):
@@ -52,12 +53,12 @@ def rule_of(node: Node) -> Rule:
 
 
 def may_contract(node: Node) -> bool:
-    """The operator is one of those whose rules may contract two operands: a product, no sum or movement."""
+    """Return whether the operator's rule may contract two operands: those of products may, not of sums or movements."""
     return is_op(node) and _TABLE.get(op_name(node)) in _CONTRACTIONS
 
 
 def source_through(node: Node) -> Node:
-    """The node behind casts, copies and other identities."""
+    """Return the node behind casts, copies and other identities."""
     while True:
         rule = rule_of(node)
         if not (isinstance(rule, Movement) and rule.is_identity):
@@ -119,7 +120,10 @@ def _view(node: Node, args: dict[str, Any]) -> Rule:
 
 
 def _selection(node: Node, source: Node, dim: int, index: Tensor | None, keeps_axis: bool = True) -> Rule:
-    """Elements ``index`` of axis ``dim``; without ``keeps_axis`` the axis disappears."""
+    """Return the rule for elements ``index`` of axis ``dim``; without ``keeps_axis`` the axis disappears.
+
+    ``index`` is int64 (selected,), or None where the positions are known at run time only.
+    """
     before = shape(source)
     rank = len(before)
     drop = {d: d if d < dim else d - 1 for d in range(rank) if d != dim}
@@ -207,7 +211,7 @@ def _item(node: Node) -> Rule:
 
 
 def _piece(node: Node, source: Node, name: str, args: dict[str, Any], which: int) -> Rule:
-    """Result ``which`` of split, chunk or unbind."""
+    """Return the rule for result ``which`` of split, chunk or unbind."""
     operand = args["self"]
     rank = len(shape(operand))
     dim = args["dim"] % rank
@@ -222,7 +226,7 @@ def _piece(node: Node, source: Node, name: str, args: dict[str, Any], which: int
 
 
 def _repeat(node: Node, args: dict[str, Any]) -> Rule:
-    """Axes that are repeated must be free ones; the repeated axis is then free as well."""
+    """The operator repeats axes, which must be free ones and are free in the result as well."""
     source = args["self"]
     before, after = shape(source), shape(node)
     lead = len(after) - len(before)
@@ -257,7 +261,7 @@ def _cat(node: Node, args: dict[str, Any]) -> Rule:
 
 
 def _aligned(operand: Node, out: Sequence[object]) -> Operand:
-    """Labels of an operand broadcast to the result, whose axes are labelled by their index."""
+    """Return an operand that is broadcast to the result, with labels. The result's axes are labelled by their index."""
     sizes = shape(operand)
     lead = len(out) - len(sizes)
     return Operand(
@@ -279,7 +283,7 @@ def _add(node: Node, args: dict[str, Any]) -> Rule:
 
 
 def _centring(node: Node, args: dict[str, Any]) -> Rule | None:
-    """x − mean(x), the mean possibly cast in between."""
+    """x − mean(x): return its rule, also where the mean is cast in between, or None for other differences."""
     x, other = args["self"], args["other"]
     if op_name(node) not in ("aten::sub", "aten::sub_") or args.get("alpha", 1) != 1:
         return None
@@ -321,7 +325,7 @@ def _where(node: Node, args: dict[str, Any]) -> Rule:
 
 
 def _is_zero(value: Any) -> bool:
-    """The number, or one made by the program."""
+    """Return whether the value is the number zero, or one made by the program."""
     if not isinstance(value, Node):
         return bool(value == 0)
     return set(shape(value)) <= {1} and isinstance(rule_of(value), Zeros)
@@ -347,7 +351,7 @@ def _linear(node: Node, args: dict[str, Any]) -> Rule:
 
 
 def _product(a: Node, b: Node, out_rank: int) -> tuple[tuple[Operand, Operand], tuple[Label, ...]]:
-    """matmul's operands: (..., m, k)·(..., k, n), vectors as they come."""
+    """Return matmul's operands, (..., m, k)·(..., k, n) or vectors as they come, and the labels of its result."""
     lead = out_rank - (len(shape(a)) > 1) - (len(shape(b)) > 1)
 
     def batch(x: Node) -> tuple[Label | None, ...]:
@@ -376,7 +380,10 @@ def _addmm(node: Node, args: dict[str, Any]) -> Rule:
 
 
 def _grouped_mm(node: Node, args: dict[str, Any]) -> Rule:
-    """Rows (t, k) in groups, each group by its own matrix of (e, k, n): the group of a row is an index, not a value."""
+    """The operator multiplies rows (t, k) in groups, each group by its own matrix of (e, k, n).
+
+    The group of a row is an index, not a value.
+    """
     names = ("self", "mat2") if "mat2" in args else ("input", "weight")
     rows, matrices = (args[n] for n in names)
     if len(shape(rows)) != 2 or len(shape(matrices)) != 3:
@@ -447,7 +454,7 @@ def _index_select(node: Node, args: dict[str, Any]) -> Rule:
 
 
 def _write_along(node: Node, args: dict[str, Any], written: Node, dims: set[int], opaque: Sequence[Node]) -> Rule:
-    """x with ``written`` put at some positions of axes ``dims``: both are in one basis along all other axes."""
+    """Return the rule of x with ``written`` at some positions of axes ``dims``: other axes of both share one basis."""
     rank = len(shape(node))
     labels = tuple(None if d in dims else d for d in range(rank))
     lead = rank - len(shape(written))
@@ -458,7 +465,7 @@ def _write_along(node: Node, args: dict[str, Any], written: Node, dims: set[int]
 
 
 def _stack(node: Node, args: dict[str, Any]) -> Rule:
-    """Values side by side along a new axis."""
+    """The operator puts values side by side along a new axis."""
     axis = args["dim"] % len(shape(node))
     labels = tuple(d for d in range(len(shape(node))) if d != axis)
     out = tuple(d if d != axis else None for d in range(len(shape(node))))
@@ -483,8 +490,9 @@ def _index_put(node: Node, args: dict[str, Any]) -> Rule:
 
 
 def _masked_scatter(node: Node, args: dict[str, Any]) -> Rule:
-    """Rows of ``source``, in order, where the mask is true: whole vectors are written if the mask is constant along
-    them (image features that take the places of their tokens).
+    """The operator puts rows of ``source``, in order, where the mask is true.
+
+    Whole vectors are written if the mask is constant along them (image features that take the places of their tokens).
     """
     target, mask, source = args["self"], args["mask"], args["source"]
     last, rank = shape(target)[-1], len(shape(target))
@@ -498,7 +506,7 @@ def _masked_scatter(node: Node, args: dict[str, Any]) -> Rule:
 
 
 def _constant_along_last(node: Node) -> bool:
-    """The values do not change along the last axis, because it was made by expanding one element."""
+    """Return whether the values are the same along the last axis, because it was made by expanding one element."""
     while shape(node)[-1:] != (1,):
         if not is_op(node) or op_name(node) not in _EXPANDS | _UNCHANGED or not shape(node):
             return False
@@ -507,8 +515,9 @@ def _constant_along_last(node: Node) -> bool:
 
 
 def _scatter(node: Node, args: dict[str, Any]) -> Rule:
-    """``self`` with rows of ``src`` put, or added, at ``index`` along one axis; whole vectors if the index is constant
-    along them.
+    """The operator puts or adds rows of ``src`` at ``index`` along one axis of ``self``.
+
+    Whole vectors are written if the index is constant along them.
     """
     rank, source = len(shape(node)), args.get("src")
     if not isinstance(source, Node):
@@ -522,7 +531,7 @@ def _scatter(node: Node, args: dict[str, Any]) -> Rule:
 
 
 def _gather(node: Node, args: dict[str, Any]) -> Rule:
-    """Elements at ``index`` along one axis; whole vectors if the index is constant along them."""
+    """The operator takes elements at ``index`` along one axis: whole vectors if the index is constant along them."""
     rank = len(shape(node))
     if args["dim"] % rank == rank - 1 or not _constant_along_last(args["index"]):
         return Opaque("aten::gather does not commute with a rotation")
@@ -551,7 +560,7 @@ def _copy(node: Node, args: dict[str, Any]) -> Rule:
 
 
 def _along(node: Node, source: Node, dims: set[int]) -> Rule:
-    """An operator that acts along ``dims`` alone, the same at every position of the other axes, and is linear."""
+    """Return the rule of a linear operator that acts along ``dims`` alone, the same at every position of other axes."""
     labels = tuple(None if d in dims else d for d in range(len(shape(source))))
     return Multilinear(((Operand(source, labels),),), labels)
 
@@ -563,7 +572,7 @@ def _roll(node: Node, args: dict[str, Any]) -> Rule:
 
 
 def _pad(node: Node, args: dict[str, Any]) -> Rule:
-    """Zeros before or behind some axes."""
+    """The operator puts zeros before or behind some axes."""
     if args.get("value", 0) not in (0, None) or args.get("mode", "constant") != "constant":
         return Opaque("padding with other values than zero")
     rank, widths = len(shape(node)), args["pad"]
@@ -591,7 +600,7 @@ def _slice_scatter(node: Node, args: dict[str, Any]) -> Rule:
 
 
 def _reduce(node: Node, args: dict[str, Any]) -> Rule:
-    """sum and mean over some axes; the others pass."""
+    """The operator sums over some axes, or takes their mean; the others pass."""
     source = args["self"]
     rank = len(shape(source))
     dims = args.get("dim")
@@ -617,9 +626,8 @@ def _attention(node: Node, args: dict[str, Any]) -> Rule:
     """softmax(q·kᵀ)·v: the head axis of q and k is contracted, that of v passes."""
     q, k, v = args["query"], args["key"], args["value"]
     rank = len(shape(q))
-    shared = [
-        d for d in range(rank - 2) if shape(q)[d] == shape(k)[d] == shape(v)[d]
-    ]  # not the heads of grouped queries
+    # not the heads of grouped queries
+    shared = [d for d in range(rank - 2) if shape(q)[d] == shape(k)[d] == shape(v)[d]]
     batch: tuple[Label | None, ...] = tuple(d if d in shared else None for d in range(rank - 2))
     term = (Operand(q, (*batch, None, "d")), Operand(k, (*batch, None, "d")), Operand(v, (*batch, None, "e")))
     mask = [args.get("attn_mask"), args.get("attn_bias")]
@@ -667,6 +675,7 @@ def _shape_only(node: Node, args: dict[str, Any]) -> Rule:
 
 
 def _table() -> dict[str, Callable[[Node, dict[str, Any]], Rule]]:
+    """Return what builds the rule of a call, by the operator's name."""
     groups: list[tuple[Callable[[Node, dict[str, Any]], Rule], str]] = [
         (
             _same,
@@ -755,8 +764,9 @@ _NATIVE_ATTENTION = {name for name in _SEVERAL if "attention" in name}
 
 
 def tokens_per_call(inputs: Sequence[Node]) -> int:
-    """How many tokens one call of a static program processes (1 along dynamic axes): the elements of its integer
-    input.
+    """Return how many tokens one call of the program processes, which is the elements of its first integer input.
+
+    Axes of dynamic size count as 1.
     """
     for node in inputs:
         val = value(node)

@@ -1,1 +1,1 @@
-"""Where rotations could go: each file finds seeds for the basis analysis and edits nothing."""
+"""Where rotations could go: each file finds seeds for the basis analysis, and edits nothing."""

@@ -20,6 +20,8 @@ _FUSED = (
     "aten::_scaled_dot_product_efficient_attention",
 )
 SOFTMAX = ("aten::softmax", "aten::_softmax", "aten::_safe_softmax")
+"""The operators that compute a softmax."""
+
 _TOWARDS_SCORES = (
     "aten::mul",
     "aten::div",
@@ -38,8 +40,15 @@ _TOWARDS_SCORES = (
 
 @dataclass(frozen=True)
 class Attention:
-    """``query`` and ``key`` contract over axes ``query_layout``, ``key_layout``; ``value``'s axis passes to the
-    result.
+    """One attention, softmax(q kᵀ) v.
+
+    Attributes:
+        node: the attention operator, or the softmax where attention is spelled out.
+        query: q.
+        query_layout: the axis along which q is contracted with k.
+        key: k.
+        value: v.
+        value_layout: the axis of v that passes to the result.
     """
 
     node: Node
@@ -51,7 +60,7 @@ class Attention:
 
 
 def find_attention(editor: ProgramEditor) -> list[Attention]:
-    """Every softmax(q kᵀ) v of the program, in graph order."""
+    """Return every softmax(q kᵀ) v of the program, in the order of the graph."""
     found = []
     for node in editor.nodes:
         if not is_op(node):
@@ -97,7 +106,7 @@ def _spelled_out(editor: ProgramEditor, softmax: Node) -> Attention | None:
 
 
 def _static(operand: Operand, names: Collection[Label | None]) -> list[Layout]:
-    """The axes with one of these labels, where their size is known."""
+    """Return the axes with one of these labels, where their size is known."""
     sizes = shape(operand.node)
     named = [d for d, label in enumerate(operand.labels) if label is not None and label in names]
     return [Layout.full(d, size) for d in named if isinstance(size := sizes[d], int)]
@@ -112,7 +121,7 @@ class _Product:
 
 
 def _scores(editor: ProgramEditor, softmax: Node) -> _Product | None:
-    """The product of two computed values that the softmax is taken of, masks, scales and caps looked through."""
+    """Return the product of two computed values that the softmax is taken of, masks, scales and caps looked through."""
     todo, seen = [softmax.args[0]], set()
     while todo:
         node = todo.pop()
@@ -133,7 +142,7 @@ def _scores(editor: ProgramEditor, softmax: Node) -> _Product | None:
 
 
 def _weighted_sum(editor: ProgramEditor, softmax: Node) -> _Product | None:
-    """The product that the softmax goes into: the values that it weighs, and it."""
+    """Return the product that the softmax goes into: first the values that it weighs, then what came of it."""
     todo, seen = [softmax], set()
     while todo:
         node = todo.pop()
@@ -155,6 +164,7 @@ def _weighted_sum(editor: ProgramEditor, softmax: Node) -> _Product | None:
 
 
 def _activations_product(editor: ProgramEditor, node: Node) -> _Product | None:
+    """Return the node as a product of two computed values, or None."""
     if op_name(node) not in ("aten::matmul", "aten::bmm", "aten::mm", "aten::baddbmm", "aten::einsum"):
         return None
     rule = rule_of(node)
@@ -167,8 +177,9 @@ def _activations_product(editor: ProgramEditor, node: Node) -> _Product | None:
 
 
 def cache_values(editor: ProgramEditor, operand: Node) -> set[Node]:
-    """What a KV cache may hold of an attention's key or value operand: everything between the linear layer and the
-    attention.
+    """Return what a KV cache may hold of an attention's key or value operand.
+
+    That is everything between the linear layer and the attention.
     """
     found: set[Node] = set()
     todo = [operand]

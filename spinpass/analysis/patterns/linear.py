@@ -1,4 +1,4 @@
-"""Linear layers: a computed value contracted with a weight."""
+"""Linear layers: computed values contracted with weights."""
 
 from __future__ import annotations
 
@@ -15,8 +15,14 @@ from ..ops.table import may_contract, rule_of
 
 @dataclass(frozen=True)
 class Linear:
-    """``node`` contracts axis ``dim`` of ``operand`` with axis ``weight_dim`` of ``weight``: a constant, or the expert
-    matrices of a mixture that were gathered for each token.
+    """A linear layer.
+
+    Attributes:
+        node: the operator.
+        operand: the computed value that it reads.
+        dim: the axis of ``operand`` that is contracted.
+        weight: a constant, or the expert matrices of a mixture that were gathered for each token.
+        weight_dim: the axis of ``weight`` that is contracted.
     """
 
     node: Node
@@ -27,7 +33,7 @@ class Linear:
 
 
 def find_linears(editor: ProgramEditor) -> Iterator[Linear]:
-    """Every linear layer, in graph order."""
+    """Yield every linear layer, in the order of the graph."""
     for node in editor.nodes:
         found = as_linear(editor, node)
         if found is not None:
@@ -35,7 +41,7 @@ def find_linears(editor: ProgramEditor) -> Iterator[Linear]:
 
 
 def as_linear(editor: ProgramEditor, node: Node) -> Linear | None:
-    """The node as a linear layer, or None."""
+    """Return the node as a linear layer, or None where it is none."""
     if not may_contract(node) or not is_float(node) or editor.is_constant(node):
         return None
     rule = rule_of(node)
@@ -54,14 +60,14 @@ def as_linear(editor: ProgramEditor, node: Node) -> Linear | None:
 
 
 def root_of(node: Node) -> Node:
-    """The operator that computed a value, views, casts and slices looked through."""
+    """Return the operator that computed a value, views, casts and slices looked through."""
     while node.op == "call_function" and isinstance(rule := rule_of(node), Movement):
         node = rule.source
     return node
 
 
 def normed_value(editor: ProgramEditor, node: Node) -> Node | None:
-    """x, where the value is x/‖x‖ times a scale, plus a bias perhaps, along its last axis; None for other values."""
+    """Return x where the value is x/‖x‖ along its last axis, perhaps with a scale and a bias; None for other values."""
     if node.op != "call_function":
         return None
     rule = rule_of(node)
@@ -79,7 +85,7 @@ def normed_value(editor: ProgramEditor, node: Node) -> Node | None:
 
 
 def _is_norm_statistic(node: Node, depth: int = 8) -> bool:
-    """The value comes from a sum of squares, within a few operators."""
+    """Return whether the value comes from squares or a 2-norm, within a few operators."""
     if node.op != "call_function" or depth == 0:
         return False
     rule = rule_of(node)
@@ -89,7 +95,7 @@ def _is_norm_statistic(node: Node, depth: int = 8) -> bool:
 
 
 def whole_axis(node: Node, dim: int) -> Layout:
-    """Axis ``dim`` (static) as one vector."""
+    """Return the layout in which axis ``dim``, whose size is static, is one vector."""
     size = shape(node)[dim]
     assert isinstance(size, int)
     return Layout.full(dim, size)

@@ -37,9 +37,10 @@ ACTIVATIONS = (
 
 
 def find_down_projections(editor: ProgramEditor, sums: Collection[Node] | None = None) -> Iterator[Linear]:
-    """Every linear layer whose input no rotation can pass, because it was computed channel by channel, and whose result
-    goes on into the model: is summed with something, not turned into logits. ``sums``: the residual sums, if they were
-    found already.
+    """Yield every linear layer whose input no rotation can pass, because it was computed channel by channel.
+
+    Its result has to go on into the model, which means that it is summed with something and not turned into logits.
+    ``sums`` are the residual sums, if they were found already.
     """
     found = find_residual_sums(editor) if sums is None else sums
     summed = {n for s in found for n in (s, *s.all_input_nodes)}
@@ -51,7 +52,7 @@ def find_down_projections(editor: ProgramEditor, sums: Collection[Node] | None =
 
 
 def _downstream(node: Node, steps: int = 20) -> Iterator[Node]:
-    """The value and what becomes of it through views, scales and norms, within a few operators."""
+    """Yield the value and what becomes of it within a few operators."""
     todo, seen = [(node, steps)], set()
     while todo:
         here, left = todo.pop(0)
@@ -63,7 +64,7 @@ def _downstream(node: Node, steps: int = 20) -> Iterator[Node]:
 
 
 def _is_activated(editor: ProgramEditor, node: Node, depth: int = 12) -> bool:
-    """A nonlinearity, or a product of two computed values, perhaps normed or scaled since."""
+    """Return whether a nonlinearity or a product of two computed values, perhaps normed or scaled, made the value."""
     if not is_op(node) or depth == 0:
         return False
     rule = rule_of(node)

@@ -14,7 +14,7 @@ from .linear import as_linear, root_of
 
 
 def find_residual_sums(editor: ProgramEditor) -> Iterator[Node]:
-    """Every ``x + f(x)`` whose summand is written by a linear layer, in graph order."""
+    """Yield every ``x + f(x)`` with a summand that a linear layer writes, in the order of the graph."""
     for node in editor.nodes:
         if (
             not is_op(node)
@@ -34,8 +34,9 @@ def find_residual_sums(editor: ProgramEditor) -> Iterator[Node]:
 
 
 def _is_written(editor: ProgramEditor, node: Node, depth: int = 12) -> bool:
-    """A linear layer's result, or results of several (experts) put together; scales, norms and biases on the way are
-    looked through.
+    """Return whether the value is a linear layer's result, or results of several (experts) put together.
+
+    Scales, norms and biases on the way are looked through.
     """
     root = root_of(node)
     if root.op != "call_function" or depth == 0:
