@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 import spinpass
-from tests.support.imports import circles, imports, module_of, modules, reached
+from benchmarks.imports import imports, module_of, modules, reached
+from tests.support.circles import circles
 
 PACKAGE = Path(spinpass.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
