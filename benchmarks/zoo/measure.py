@@ -22,7 +22,7 @@ from spinpass.execution import flat_inputs, run
 from spinpass.planning import RotationPlan
 
 from . import decoding
-from .records import BROKEN, CHANGED, NOISIER, REFUSED, SAME, UNCHECKED, UNTYPED
+from .states import BROKEN, CHANGED, NOISIER, REFUSED, SAME, UNCHECKED, UNTYPED
 from .structure import Structure, structure_of
 
 CONFIGS: dict[str, RotationConfig] = {

@@ -13,24 +13,11 @@ from typing import Any
 
 import spinpass
 
+from . import states
+
 Record = dict[str, Any]
 
 OUT = Path("out/zoo")
-# The states of a record; those of one configuration of the pass are the first seven.
-SAME = "same function"
-REFUSED = "refused"
-UNCHECKED = "unchecked"  # transformed, but the programs cannot be run or return nothing to compare
-NOISIER = (
-    "noisier"  # the same function in float64, but rounding in its own dtype shows more than the certificate allows
-)
-CHANGED = "changed output"
-UNTYPED = "untyped exception"
-BROKEN = "broken invariant"
-NOT_BUILT = "not built"
-NOT_EXPORTED = "not exported"
-DIED = "died"  # out of time or memory
-RUNNING = "running"
-FAILURES = (CHANGED, UNTYPED, BROKEN, DIED)
 
 _ZOO = Path(__file__).parent
 _BUILDING = ("shrink.py", "overrides.py", "models.py", "export.py", "variants.py")
@@ -92,18 +79,18 @@ def building_version() -> str:
 
 def is_fresh(record: Record | None, now: Mapping[str, str] | None = None) -> bool:
     """The record is finished and was measured with the present sources."""
-    if record is None or record.get("status") in (None, RUNNING):
+    if record is None or record.get("status") in (None, states.RUNNING):
         return False
     return record.get("sources") == dict(now or sources())
 
 
 def is_failure(record: Mapping[str, Any], known: Iterable[str]) -> bool:
     """The pass failed, or a type outside ``known`` did not become a program."""
-    if record["status"] in (NOT_BUILT, NOT_EXPORTED):
+    if record["status"] in (states.NOT_BUILT, states.NOT_EXPORTED):
         return record["type"] not in known and record.get("variant") == "prefill"
-    if record["status"] == NOISIER:  # in half precision the choice of an expert may tip over
+    if record["status"] == states.NOISIER:  # in half precision the choice of an expert may tip over
         return record.get("variant") not in ("bf16", "fp16")
-    return record["status"] in FAILURES
+    return record["status"] in states.FAILURES
 
 
 def _digest(paths: Iterable[Path], *more: str) -> str:

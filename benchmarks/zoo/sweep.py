@@ -26,7 +26,7 @@ from rich.progress import Progress
 
 from spinpass.cli.screen import Screen
 
-from . import records
+from . import records, states
 from .export import register, warm_up
 from .models import model_types
 from .overrides import NOT_EXPORTABLE
@@ -117,7 +117,7 @@ def line(record: Record) -> str:
     parts += [f"{seconds:.2f} s"] if seconds is not None else []
     why = record.get("why") or next((r["why"] for r in record.get("runs", {}).values() if r.get("why")), "")
     lines = why.strip().splitlines()
-    return "  ".join(parts + ([lines[-1][:160]] if lines and record["status"] != records.SAME else []))
+    return "  ".join(parts + ([lines[-1][:160]] if lines and record["status"] != states.SAME else []))
 
 
 def _fork(job: Job) -> int:
