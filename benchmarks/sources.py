@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import ast
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Collection
 from pathlib import Path
 
 from .imports import ROOT, modules, reached, with_packages
 
 
-def depended_on(module: str, within: Iterable[str], root: Path = ROOT) -> list[Path]:
+def depended_on(module: str, within: Collection[str], root: Path = ROOT) -> list[Path]:
     """The files of ``module`` and of all that it imports, in functions too, in the packages named in ``within``."""
     names = {each for found in (module, *reached(module, late=True, root=root)) for each in with_packages(found)}
-    return sorted(path for name, path in modules(root).items() if name in names and name.split(".")[0] in set(within))
+    return sorted(path for name, path in modules(root).items() if name in names and name.split(".")[0] in within)
 
 
-def digest(module: str, *more: str, within: Iterable[str] = ("spinpass", "benchmarks"), root: Path = ROOT) -> str:
+def digest(module: str, *more: str, within: Collection[str] = ("spinpass", "benchmarks"), root: Path = ROOT) -> str:
     """Twelve digits that change with the code of ``module`` and what it imports (see :func:`depended_on`) and with
     ``more``. Comments, docstrings and layout are no code."""
     hashed = hashlib.sha256()
