@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping
-from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -52,27 +51,25 @@ def read_all(variant: str, out: Path = OUT) -> dict[str, Record]:
     return {path.stem: record for path in paths if (record := read(path)) is not None}
 
 
-def sources() -> dict[str, str]:
+def sources(root: Path = ROOT) -> dict[str, str]:
     """What a record depends on: the pass, how it is measured, how programs are made."""
-    return {"pass": pass_version(), "measuring": measuring_version(), "building": building_version()}
+    return {"pass": pass_version(root), "measuring": measuring_version(root), "building": building_version(root)}
 
 
-@cache
 def pass_version(root: Path = ROOT) -> str:
     """A hash of what the measuring runs of spinpass."""
     return digest("benchmarks.zoo.measure", within=("spinpass",), root=root)
 
 
-@cache
 def measuring_version(root: Path = ROOT) -> str:
     """A hash of what decides about the figures beside the pass."""
     return digest("benchmarks.zoo.measure", within=("benchmarks",), root=root)
 
 
-@cache
 def building_version(root: Path = ROOT) -> str:
     """A hash of what decides about the exported programs: the zoo's own code, torch and transformers."""
-    return digest("benchmarks.zoo.variants", version("torch"), version("transformers"), within=("benchmarks",), root=root)
+    installed = version("torch"), version("transformers")
+    return digest("benchmarks.zoo.variants", *installed, within=("benchmarks",), root=root)
 
 
 def is_fresh(record: Record | None, now: Mapping[str, str] | None = None) -> bool:
