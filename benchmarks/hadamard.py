@@ -1,6 +1,7 @@
-"""Time of ``hadamard.transform`` beside one dense product with the same matrix: ``python benchmarks/hadamard.py``.
+"""What the structured Hadamard transform takes beside one dense product: ``python benchmarks/hadamard.py``.
 
-Medians of repeated calls on one thread. The ratio is dense / structured: above 1 the structure pays.
+Both are by the same matrix; times are medians of repeated calls on one thread. The ratio is dense / structured: above 1
+the structure pays.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Row:
 
 
 def median_us(call: Callable[[], object], seconds: float) -> float:
-    """Median time of one call, from at least 5 and as many as fit into ``seconds``."""
+    """Take the median time of one call, from at least 5 and as many as fit into ``seconds``."""
     call()
     times: list[float] = []
     end = time.perf_counter() + seconds
@@ -49,7 +50,7 @@ def median_us(call: Callable[[], object], seconds: float) -> float:
 
 
 def measure(size: int, tokens: int, dtype: torch.dtype, seconds: float) -> Row:
-    """Both products on the same random input of shape (tokens, size)."""
+    """Time both products on the same random input of shape (tokens, size)."""
     x = torch.randn(tokens, size, dtype=dtype)
     dense = hadamard.matrix(size, dtype) / size**0.5
     structured_us = median_us(lambda: hadamard.transform(x, size), seconds)
@@ -58,7 +59,7 @@ def measure(size: int, tokens: int, dtype: torch.dtype, seconds: float) -> Row:
 
 
 def render(rows: list[Row]) -> Table:
-    """One line per size and token count."""
+    """A table with one line per size and token count."""
     table = Table(
         "n", "factors", "tokens", "structured µs", "dense µs", "dense / structured", title="Hadamard transform"
     )

@@ -1,4 +1,4 @@
-"""COVERAGE.md from the records of the sweep: ``python -m benchmarks.zoo.coverage``; exit code 1 if one is a failure."""
+"""``python -m benchmarks.zoo.coverage`` writes COVERAGE.md from the records; exit code 1 if one is a failure."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def _head(types: Records) -> str:
 
 
 def _stale(found: Records) -> int:
-    """How many were measured with other sources of the pass than the present ones."""
+    """Count those that were measured with other sources of the pass than the present ones."""
     now = records.pass_version()
     return sum(record.get("sources", {}).get("pass") != now for record in found.values())
 

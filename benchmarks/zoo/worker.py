@@ -1,4 +1,4 @@
-"""What one forked worker does for one type: get the program, measure it, keep the record. And its limits."""
+"""What one forked worker does for one type: get the program, measure it and keep the record, within limits."""
 
 from __future__ import annotations
 
