@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import spinpass
-from benchmarks.imports import ROOT, imports, module_of, modules, parsed, reached
+from benchmarks.imports import ROOT, exported, imports, module_of, modules, parsed, reached
 from tests.support.circles import circles
 
 PACKAGE = Path(spinpass.__file__).parent
@@ -231,6 +231,19 @@ def test_every_name_that_may_be_shared_is() -> None:
 def test_no_public_name_hides_a_module() -> None:
     hidden = {f"spinpass.{each}" for each in spinpass.__all__} & modules().keys()
     assert not hidden, f"both a module and a name of spinpass: {', '.join(sorted(hidden))}"
+
+
+def test_the_readme_names_what_there_is() -> None:
+    text = (ROOT / "README.md").read_text()
+    for dotted in set(re.findall(r"(?<![\w.])spinpass(?:\.\w+)+", text)) - {"spinpass.json"}:
+        home, _, last = dotted.rpartition(".")
+        known = exported(home) | (public_names(modules()[home]) if home in modules() else set())
+        assert dotted in modules() or last in known, f"README.md: there is no {dotted}"
+    for module, names in re.findall(r"^from (spinpass[\w.]*) import (.+)$", text, re.M):
+        missing = set(re.split(r",\s*", names)) - exported(module)
+        assert not missing, f"README.md: {module} has no {', '.join(missing)}"
+    for path in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (ROOT / path).exists(), f"README.md: there is no {path}"
 
 
 # -- sizes -------------------------------------------------------------------------------------------------------------
