@@ -1,7 +1,6 @@
-"""What the structured Hadamard transform takes beside one dense product: ``python benchmarks/hadamard.py``.
+"""Time of ``hadamard.transform`` beside one dense product with the same matrix: ``python benchmarks/hadamard.py``.
 
-Both are by the same matrix; times are medians of repeated calls on one thread. The ratio is dense / structured: above 1
-the structure pays.
+Medians of repeated calls on one thread. The ratio is dense / structured: above 1 the structure pays.
 """
 
 from __future__ import annotations
