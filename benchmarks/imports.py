@@ -45,7 +45,7 @@ def modules(root: Path = ROOT) -> dict[str, Path]:
 @cache
 def parsed(path: Path) -> ast.Module:
     """The file's syntax tree, which is not to be changed."""
-    return ast.parse(path.read_text(encoding="utf-8"))
+    return ast.parse(path.read_text(encoding="utf-8"), str(path))
 
 
 @cache
