@@ -6,7 +6,7 @@ import pytest
 
 import spinpass
 from spinpass.graph import ProgramEditor
-from spinpass.passes import materialize
+from spinpass.passes.materialize import materialize
 from tests.support.decoders import Decoder, exported, made
 from tests.support.passes import centred, error, finished, fuse, stream, targets
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from spinpass.graph import ProgramEditor
-from spinpass.passes import fold_rotation, materialize
+from spinpass.passes.fold import fold_rotation
+from spinpass.passes.materialize import materialize
 from spinpass.rotations import Rotation
 from tests.support.decoders import Decoder, exported, made
 from tests.support.passes import finished, stream

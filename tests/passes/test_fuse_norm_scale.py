@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from spinpass.graph import ProgramEditor
-from spinpass.passes import materialize
+from spinpass.passes.materialize import materialize
 from tests.support.decoders import NORMS, Decoder, exported, made
 from tests.support.passes import error, finished, fuse, stream
 

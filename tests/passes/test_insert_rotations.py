@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 
 from spinpass.graph import ProgramEditor
-from spinpass.passes import fold_rotation, insert_rotations, materialize
+from spinpass.passes.fold import fold_rotation
+from spinpass.passes.insert_rotations import insert_rotations
+from spinpass.passes.materialize import materialize
 from spinpass.rotations import Rotation
 from tests.support.decoders import Decoder, exported, made
 from tests.support.passes import error, finished, fuse, stream, targets

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from spinpass.graph import ProgramEditor
-from spinpass.passes import untie
+from spinpass.passes.untie import untie
 from tests.support.decoders import Decoder, exported, made
 from tests.support.passes import error
 

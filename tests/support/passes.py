@@ -9,7 +9,8 @@ from torch.export import ExportedProgram
 from spinpass.analysis import Space, Walk, find_residual_sums, whole_axis
 from spinpass.execution import run
 from spinpass.graph import ProgramEditor, op_name, shape
-from spinpass.passes import center, fuse_norm_scale
+from spinpass.passes.center import center
+from spinpass.passes.fuse_norm_scale import fuse_norm_scale
 from tests.support.decoders import relative_error, tokens
 
 
