@@ -42,7 +42,9 @@ def of_accuracy(root: Path) -> str:
 
 
 def test_what_measures_nothing_changes_no_key(tree: Path) -> None:
-    append(tree, ADDED, "spinpass/cli/app.py", "spinpass/cli/new.py", "spinpass/folders/export.py", "spinpass/__main__.py")
+    append(
+        tree, ADDED, "spinpass/cli/app.py", "spinpass/cli/new.py", "spinpass/folders/export.py", "spinpass/__main__.py"
+    )
     append(tree, ADDED, "spinpass/reporting/page.py", "benchmarks/accuracy.py", "benchmarks/zoo/sweep.py")
     assert changed(tree) == set()
 
@@ -82,10 +84,14 @@ def test_what_is_measured_how_and_on_what_are_apart() -> None:
     zoo = {name.removeprefix("benchmarks.zoo."): file for name, file in modules().items() if ".zoo." in name}
     measuring = {zoo[n] for n in ("decoding", "measure", "states", "structure")}
     assert measuring < set(depended_on("benchmarks.zoo.measure", ("benchmarks",)))
-    building = {f for n, f in zoo.items() if n.startswith(("vision", "models", "overrides", "shrink", "export", "variants"))}
+    building = {
+        f for n, f in zoo.items() if n.startswith(("vision", "models", "overrides", "shrink", "export", "variants"))
+    }
     assert building < set(depended_on("benchmarks.zoo.variants", ("benchmarks",)))
     assert not measuring & set(depended_on("benchmarks.zoo.variants", ("benchmarks",)))
 
 
 def test_more_than_the_code_may_be_in_a_key() -> None:
-    assert len({digest("benchmarks.sources"), digest("benchmarks.sources", "1"), digest("benchmarks.sources", "2")}) == 3
+    assert (
+        len({digest("benchmarks.sources"), digest("benchmarks.sources", "1"), digest("benchmarks.sources", "2")}) == 3
+    )
