@@ -26,7 +26,7 @@ help:
 	@echo "make bench  exactness on real and tiny models, cost of the pass, speed of the Hadamards"
 	@echo "make accuracy  what rotation buys under quantization: perplexities, paired (about an hour and a half, resumable)"
 	@echo "make tokens    greedy tokens of every runtime against those of transformers (about half an hour)"
-	@echo "make speed     ONNX Runtime, rotated against unrotated, 4 bits against float (about half an hour)"
+	@echo "make speed     ONNX Runtime, rotated against original, 4 bits against float (about half an hour)"
 	@echo "make consumer  the exported folder in optimum's ORTModelForCausalLM, in an environment of its own"
 	@echo "make runtimes  install ExecuTorch, OpenVINO and torchao into .venv, for the tests that need them"
 	@echo "make zoo    every model type of transformers, tiny: export, rotate, certify; writes COVERAGE.md (about 25 minutes, resumable)"

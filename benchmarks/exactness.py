@@ -1,9 +1,9 @@
 """How exact the rotated programs are: ``python benchmarks/exactness.py``.
 
-The first table is SmolLM2-135M (its package, or ``--model``), exported with its KV cache and rotated by R1–R4: the
-largest change of a logit in float64 and float32, in the program and in ONNX Runtime; greedy text; the size of the
-files. The second table takes every tiny random-weight model of ``tests/support/models.py`` and rotates it in both forms
-of R1.
+The first table is about SmolLM2-135M (its package, or ``--model``), exported with its KV cache and rotated by R1–R4. It
+shows the largest change of a logit in float64 and float32, in the program and in ONNX Runtime, greedy text, and the
+size of the files. The second table takes every tiny random-weight model of ``tests/support/models.py`` and rotates it
+in both forms of R1.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def main(
 
 
 def real_model(name: str, out: Path, form: str, steps: Steps) -> dict[str, Any]:
-    """Rotate, certify, export and generate."""
+    """Rotate, certify, export and generate; returns what is shown, by its label."""
     loaded = load_model(name, progress=steps.begin)
     steps.start("rotate and certify")
     config = spinpass.RotationConfig(form=form, tied="keep", verify=True)  # type: ignore[arg-type]
@@ -98,7 +98,7 @@ def real_model(name: str, out: Path, form: str, steps: Steps) -> dict[str, Any]:
 
 
 def tiny_model(name: str, steps: Steps) -> list[dict[str, Any]]:
-    """One tiny float64 model, R1 in both forms."""
+    """Rotate one tiny float64 model with R1 in both forms; returns a row for each."""
     tick = steps.start(f"tiny {name}")
     program = models.export_plain(models.build(name, dtype=torch.float64), models.sample_inputs(name))
     rows = []

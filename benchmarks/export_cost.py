@@ -2,7 +2,8 @@
 
 ``spinpass export MODEL OUT --int4``, which is one graph for prompts and tokens, rotated, fused, certified and packed to
 4 bits, against ``OnnxExporter.export_for_generation``, which is two graphs in float32. Both start from the same model,
-each in processes of its own, in turns: CPU seconds of a whole process, loading included, and its peak of memory.
+each in processes of its own, in turns. Shown are CPU seconds of a whole process, loading included, and its peak of
+memory.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ def main(
 
 
 def _measured(command: list[str]) -> dict[str, float]:
-    """Of one process with one thread for each library."""
+    """Run one process with one thread for each library; returns its seconds and bytes."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     measuring = (
         "import json, resource, subprocess, sys\n"

@@ -1,7 +1,8 @@
 """What calibration costs: ``python -m benchmarks.gptq [PROGRAM.pt2]``.
 
-GPTQ of every linear layer of a rotated program, on windows of tokens drawn at random (the cost does not depend on the
-text): CPU and wall-clock seconds, and the peak of memory above the loaded program, as a multiple of its weights.
+Every linear layer of a rotated program is rounded by GPTQ on calibration windows drawn at random (the cost does not
+depend on the text). Shown are CPU and wall-clock seconds, and the peak of memory above the loaded program, as a
+multiple of its weights.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from spinpass.quantization import quantize
 def main(
     program: Annotated[Path | None, typer.Argument(help="An exported program; SmolLM2-135M if none is given.")] = None,
     scheme: Annotated[str, typer.Option(help="What to quantize.")] = "w4-gptq",
-    samples: Annotated[int, typer.Option(help="Windows to calibrate on.")] = 16,
+    windows: Annotated[int, typer.Option("--samples", help="Windows to calibrate on.")] = 16,
     length: Annotated[int, typer.Option(help="Tokens per window.")] = 512,
     threads: Annotated[int, typer.Option(help="Of torch.")] = 2,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
@@ -37,10 +38,10 @@ def main(
         path = program or packaged_program(steps)
         steps.start("rotate")
         rotated = spinpass.transform(load_program(path), spinpass.RotationConfig(form="online", verify=False))
-        figures = measured(rotated, scheme, samples, length, steps.start(f"quantize, {scheme}"))
+        figures = measured(rotated, scheme, windows, length, steps.start(f"quantize, {scheme}"))
     if as_json:
         screen.document({"program": str(path), "scheme": scheme, "threads": threads} | figures)
-    table = Table("CPU s", "wall s", "peak MB", "peak ÷ weights", title=f"{scheme}, {samples} × {length} tokens")
+    table = Table("CPU s", "wall s", "peak MB", "peak ÷ weights", title=f"{scheme}, {windows} windows of {length}")
     peak, weights = figures["peak_bytes"], figures["weight_bytes"]
     times = f"{figures['cpu_seconds']:.0f}", f"{figures['wall_seconds']:.0f}"
     table.add_row(*times, f"{peak / MEGABYTE:.0f}", f"{peak / weights:.2f}")
@@ -48,12 +49,12 @@ def main(
 
 
 def measured(
-    program: torch.export.ExportedProgram, scheme: str, samples: int, length: int, progress: Any
+    program: torch.export.ExportedProgram, scheme: str, windows: int, length: int, progress: Any
 ) -> dict[str, float]:
-    """Of one call of ``quantize``."""
+    """Call ``quantize`` once; returns CPU and wall-clock seconds, and bytes."""
     generator = torch.Generator().manual_seed(0)
-    windows = torch.randint(1000, (samples, length), generator=generator)
-    inputs = [ProgramScorer(program).inputs(ids) for ids in windows.tolist()]
+    drawn = torch.randint(1000, (windows, length), generator=generator)
+    inputs = [ProgramScorer(program).inputs(ids) for ids in drawn.tolist()]
     distinct = {t.data_ptr(): t.nbytes for t in program.state_dict.values()}
     loaded = reset_peak()
     wall, cpu = time.perf_counter(), time.process_time()

@@ -37,7 +37,7 @@ class Row:
 
 
 def median_us(call: Callable[[], object], seconds: float) -> float:
-    """Median time of one call, from at least 5 and as many as fit into ``seconds``."""
+    """Take the median time of one call, from at least 5 and as many as fit into ``seconds``."""
     call()
     times: list[float] = []
     end = time.perf_counter() + seconds
@@ -49,7 +49,7 @@ def median_us(call: Callable[[], object], seconds: float) -> float:
 
 
 def measure(size: int, tokens: int, dtype: torch.dtype, seconds: float) -> Row:
-    """Both products on the same random input of shape (tokens, size)."""
+    """Time both products on the same random input of shape (tokens, size)."""
     x = torch.randn(tokens, size, dtype=dtype)
     dense = hadamard.matrix(size, dtype) / size**0.5
     structured_us = median_us(lambda: hadamard.hadamard_transform(x, size), seconds)
@@ -58,7 +58,7 @@ def measure(size: int, tokens: int, dtype: torch.dtype, seconds: float) -> Row:
 
 
 def render(rows: list[Row]) -> Table:
-    """One line per size and token count."""
+    """A table with one line per size and token count."""
     table = Table(
         "n", "factors", "tokens", "structured µs", "dense µs", "dense / structured", title="Hadamard transform"
     )

@@ -1,16 +1,16 @@
-"""Beside what one would fetch instead: the same weights in llama.cpp. ``python -m benchmarks.llama_cpp --python PATH``.
+"""How llama.cpp, which one would fetch instead, does with the same weights: ``python -m benchmarks.llama_cpp``.
 
 The GGUF file is run by llama.cpp as it is and with its weights rounded to Q4_0; what ``spinpass export`` makes of the
 same file is run by ONNX Runtime: ``--int4`` with and without rotation and, where ``--quantize`` names one, a scheme
 with R1 online.
 Perplexity is over the same windows of tokens, every token but the first of a window predicted from those before it;
-the reference are the float32 values that the GGUF file stands for. Prefill and decoding are timed as in
+the reference is the float32 values that the GGUF file stands for. Prefill and decoding are timed as in
 :mod:`benchmarks.timing`, in turns. llama.cpp computes the logits of a prompt's last token, an exported graph those of
 all tokens: the row "all logits" has llama.cpp do the same. Several threads are timed by the wall clock and wait for
 each other in loops: that says nothing on a machine whose cores are not idle.
 
-PATH is the interpreter of an environment with llama-cpp-python (``pip install llama-cpp-python`` compiles it, which
-takes a quarter of an hour of CPU time); it need not have anything else.
+``--python`` names the interpreter of an environment with llama-cpp-python (``pip install llama-cpp-python`` compiles
+it, which takes a quarter of an hour of CPU time); it need not have anything else.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def main(
     gguf: Annotated[Path | None, typer.Option(help="The model; the demo's if none is named.")] = None,
     text: Annotated[Path | None, typer.Option(help="UTF-8 text to score on; else Python's help texts.")] = None,
     python: Annotated[str, typer.Option(help="Interpreter that has llama-cpp-python.")] = sys.executable,
-    quantize: Annotated[str, typer.Option(help="A scheme beside --int4, say w4g128-gptq-a8-head8-embed8.")] = "",
+    quantize: Annotated[str, typer.Option(help="A scheme beside --int4, for example w4g128-gptq-a8.")] = "",
     calibration: Annotated[Path | None, typer.Option(help="Text for the scheme.")] = None,
     windows: Annotated[int, typer.Option(help="Windows that are scored.")] = 8,
     length: Annotated[int, typer.Option(help="Tokens per window.")] = 512,
@@ -108,7 +108,7 @@ class Worker:
             raise typer.BadParameter(MISSING.format(python, self.about["error"]), param_hint="--python")
 
     def ask(self, task: str, **arguments: Any) -> Any:
-        """What the task returns."""
+        """Run the task there; returns what it returns."""
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps({"task": task, **arguments}) + "\n")
         self._process.stdin.flush()
@@ -145,7 +145,7 @@ class Model:
     perplexity: evaluation.Perplexity
 
     def to_dict(self, reference: evaluation.Perplexity) -> dict[str, Any]:
-        """JSON-able; the ratio is to the reference's perplexity, its standard error paired over windows."""
+        """The JSON-able form; the ratio is to the reference's perplexity, its standard error paired over windows."""
         change = evaluation.change(reference, self.perplexity)
         ratio = 1 + change.percent / 100
         files = self.path.glob("*.onnx*") if self.path.is_dir() else [self.path]
@@ -154,7 +154,7 @@ class Model:
 
 
 def _gguf_files(source: Path, out: Path, worker: Worker, steps: Steps) -> dict[str, Path]:
-    """The file as it is, under what most of its weights are, and as Q4_0."""
+    """Name the file by what most of its weights are, and have it rounded to Q4_0 beside it."""
     steps.start("round to Q4_0")
     own = LLAMA if (kind := _kinds(source).split(" ")[0]) == "Q4_0" else GGUF.format(kind)
     files = {own: source}
@@ -164,7 +164,7 @@ def _gguf_files(source: Path, out: Path, worker: Worker, steps: Steps) -> dict[s
 
 
 def _kinds(gguf: Path) -> str:
-    """How many tensors are stored how, the most frequent first."""
+    """Count how many tensors are stored how, the most frequent first."""
     from gguf import GGUFReader
 
     counts = Counter(tensor.tensor_type.name for tensor in GGUFReader(gguf).tensors)
@@ -172,7 +172,7 @@ def _kinds(gguf: Path) -> str:
 
 
 def _folders(loaded: LoadedModel, out: Path, scheme: str, calibration: Path | None, steps: Steps) -> dict[str, Path]:
-    """What the command line writes with ``--int4`` and ``--quantize``."""
+    """Write what the command line writes with ``--int4`` and ``--quantize``."""
     turned = rotated(loaded.program, RotationConfig(), steps, certify=False)
     wanted: dict[str, tuple[Callable[[], Result], bool]] = {
         "spinpass, --int4 --rotations none": (lambda: Result(loaded.program), True),

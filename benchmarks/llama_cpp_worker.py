@@ -1,7 +1,7 @@
 """What ``llama_cpp.py`` starts in the environment that has llama-cpp-python: a request per line, an answer per line.
 
 A request is ``{"task": name, ...arguments}``; the answer to a task is what its function returns. The first line says
-which version answers, or why none can. Imports nothing of spinpass.
+which version answers, or why none can. Nothing of spinpass is imported.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def requantize(source: str, target: str, kind: str) -> str:
 
 
 def time_round(gguf: str, ids: list[int], prompt: int, threads: int, all_logits: bool) -> dict[str, float]:
-    """Load the file; seconds of the prompt, and of one token on top of it, the median over the rest of ``ids``."""
+    """Load the file and time it: seconds of the prompt, and the median of one token on top over the rest of ``ids``."""
     clock = time.process_time if threads == 1 else time.perf_counter
     model = loaded(gguf, len(ids), threads, all_logits)
     found: dict[str, float] = {}
@@ -65,7 +65,7 @@ def time_round(gguf: str, ids: list[int], prompt: int, threads: int, all_logits:
 
 
 def losses(gguf: str, windows: list[list[int]], threads: int) -> list[float]:
-    """The mean negative log-likelihood of every token but the first, per window, from an empty cache."""
+    """Average the negative log-likelihood of every token but the first, per window, from an empty cache."""
     import numpy as np
 
     model = loaded(gguf, max(map(len, windows)), threads, True)

@@ -1,13 +1,14 @@
 """What rotation costs at run time, in ONNX Runtime: ``python -m benchmarks.speed``.
 
-One model, exported side by side: with 4-bit weights (``MatMulNBits``, as ``spinpass export --int4`` writes them) as it
-is and rotated in three ways, and in float32 with and without ONNX Runtime's own operators for attention and norms.
-Measured are the prefill of a prompt from an empty cache and the single tokens decoded on top of it. In every round
-each model is loaded anew, so that no model keeps a lucky place in memory, in an order drawn anew. With one thread the
-clock is CPU time of the process, which other programs on the machine stretch little; with more it is wall-clock time.
+One model, exported side by side: with 4-bit weights (``MatMulNBits``, as ``spinpass export --int4`` writes them),
+original and rotated in three ways, and in float32 with and without ONNX Runtime's own operators for attention and
+norms. Measured are the prefill of a prompt from an empty cache and the single tokens decoded on top of it. In every
+round each model is loaded anew, so that no model keeps a lucky place in memory, in an order drawn anew. With one thread
+the clock is CPU time of the process, which other programs on the machine stretch little; with more it is wall-clock
+time.
 
 Ratios are speeds (above 1: faster), taken within every round; shown is their median over rounds, with the quartiles.
-The unrotated model takes part twice: how far its second part is from 1 is what the measurement cannot resolve.
+The original model in 4 bits takes part twice: how far its second part is from 1 is what the measurement cannot resolve.
 
 ``8b-layer`` is one Llama layer of the shape of an 8B model (``--layers`` for more) with random weights and a small
 vocabulary, so that the layer is what is measured. ``--levels`` and ``--blocks`` add a table of 4-bit weights without
@@ -66,8 +67,8 @@ def main(
     new: Annotated[int, typer.Option(help="Tokens decoded after it, one at a time.")] = 32,
     threads: Annotated[int, typer.Option(help="Of ONNX Runtime.")] = 1,
     layers: Annotated[int, typer.Option(help=f"Of {LAYER}.")] = 1,
-    levels: Annotated[str, typer.Option(help="accuracy_level of MatMulNBits for the second table, say 0,1,4.")] = "",
-    blocks: Annotated[str, typer.Option(help="Block sizes for the second table, say 32,64,128.")] = "",
+    levels: Annotated[str, typer.Option(help="accuracy_level in the second table, for example 0,1,4.")] = "",
+    blocks: Annotated[str, typer.Option(help="Block sizes for the second table, for example 32,64,128.")] = "",
     transformers: Annotated[bool, typer.Option("--transformers", help="Also transformers' own export.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
@@ -100,14 +101,14 @@ def main(
 
 @dataclass(frozen=True)
 class Exports:
-    """Folders by name, and what is known of each without running it."""
+    """What was exported: folders by name, and what is known of each without running it."""
 
     files: dict[str, Path]
     about: dict[str, dict[str, Any]]
 
 
 def _source(model: str, layers: int, out: Path, steps: Steps) -> str:
-    """What load_model takes."""
+    """Make the model where that is needed; returns what load_model takes."""
     if model == "smollm2":
         return packaged_model()
     if model != LAYER:
@@ -131,7 +132,7 @@ def _source(model: str, layers: int, out: Path, steps: Steps) -> str:
 
 
 def _exported(program: ExportedProgram, out: Path, steps: Steps) -> Exports:
-    """Every variant; the float files of rotated models are not kept."""
+    """Export every variant; the float files of rotated models are not kept."""
     made = Exports({}, {})
 
     def write(source: ExportedProgram, name: str, fuse: bool = True) -> Path:
@@ -162,14 +163,14 @@ def _exported(program: ExportedProgram, out: Path, steps: Steps) -> Exports:
 
 
 def _flops(program: ExportedProgram) -> int:
-    """Multiplications and additions in the matrix products of one token, from an empty cache."""
+    """Count multiplications and additions in the matrix products of one token, from an empty cache."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         run(program, ProgramScorer(program).inputs([1]))
     return int(counter.get_total_flops())
 
 
 def _of_transformers(source: str, out: Path, steps: Steps) -> Path:
-    """A folder with the graph that decodes single tokens, as transformers exports and fuses it."""
+    """Have transformers export and fuse the graph that decodes single tokens; returns its folder."""
     from transformers.exporters import OnnxConfig, OnnxExporter
     from transformers.exporters.utils import decompose_for_generation
 
@@ -187,7 +188,7 @@ def _of_transformers(source: str, out: Path, steps: Steps) -> Path:
 
 
 def _grid(source: Path, out: Path, levels: str, blocks: str, work: Work, steps: Steps) -> dict[str, Any]:
-    """4-bit weights without rotation at every accuracy level and block size, against float32."""
+    """Time the original model in 4 bits at every accuracy level and block size, against float32."""
     contenders: dict[str, Contender] = {FLOAT: OrtContender(source)}
     steps.start("pack the grid")
     for level in map(int, (levels or "4").split(",")):
@@ -217,7 +218,7 @@ def _table(rows: dict[str, Any], about: dict[str, Any], work: Work) -> Table:
 
 
 def _pair_table(pairs: dict[str, Any]) -> Table:
-    table = Table("speed", *PHASES, title="Float32 and 4-bit, unrotated", title_justify="left")
+    table = Table("speed", *PHASES, title="The original model in float32 and 4 bits", title_justify="left")
     for name, row in pairs.items():
         table.add_row(name, *(cells(row, phase)[1] for phase in PHASES))
     return table
@@ -225,7 +226,7 @@ def _pair_table(pairs: dict[str, Any]) -> Table:
 
 def _grid_table(grid: dict[str, Any]) -> Table:
     table = Table("", "decode, ms", "speed ÷ fp32", "prefill, ms", "speed ÷ fp32", title_justify="left")
-    table.title = "MatMulNBits, unrotated"
+    table.title = "MatMulNBits, the original model"
     for name, row in grid.items():
         table.add_row(name, *(text for phase in PHASES for text in cells(row, phase)))
     return table

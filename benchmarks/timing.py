@@ -1,4 +1,4 @@
-"""Prefill and decoding of several models in turns, and the ratios of their speeds, round by round.
+"""Several models prefill and decode in turns; their speeds are compared round by round.
 
 In every round each model is loaded anew, so that none keeps a lucky place in memory, in an order drawn anew. With one
 thread the clock is CPU time of the process, which other programs on the machine stretch little; with more it is
@@ -37,27 +37,27 @@ class Work:
 
     @property
     def clock(self) -> Callable[[], float]:
-        """Seconds. Threads that wait in a loop count as busy, so CPU time says nothing of several."""
+        """What tells seconds. Threads that wait in a loop count as busy, so CPU time says nothing of several."""
         return time.process_time if self.threads == 1 else time.perf_counter
 
     @property
     def about(self) -> str:
-        """For a caption."""
+        """What a caption says of it."""
         clock = "CPU time, 1 thread" if self.threads == 1 else f"wall-clock time, {self.threads} threads"
         return (
             f"{clock}, median of {self.repeats} rounds (quartiles); {self.new} tokens after a prompt of {self.prompt}"
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able."""
+        """Its JSON-able form."""
         return asdict(self) | {"clock": "CPU" if self.threads == 1 else "wall"}
 
 
 class Contender(Protocol):
-    """A model in some runtime."""
+    """A model in some runtime, which takes part."""
 
     def round(self, work: Work, ids: list[int], /) -> dict[str, float]:
-        """Load it and run it; seconds of the prompt and, the median over the tokens, of one token."""
+        """Load it and run it; returns seconds of the prompt and the median of those of one token."""
 
 
 @dataclass(frozen=True)
@@ -87,14 +87,14 @@ def _seconds(graph: DecoderGraph, ids: Tensor, state: State, clock: Callable[[],
 
 
 def _filled(graph: DecoderGraph, length: int) -> State:
-    """A cache of so many tokens that nobody has read."""
+    """Make a cache of so many tokens that nobody has read."""
     generator = torch.Generator().manual_seed(0)
     shapes = {s: [length if n == 0 else abs(n) for n in s.empty] for s in graph.cache}
     return State(length, {s.name: to_ort(torch.randn(shapes[s], generator=generator).to(s.dtype)) for s in graph.cache})
 
 
 def measured(contenders: Mapping[str, Contender], work: Work, progress: Progress) -> dict[str, Times]:
-    """Seconds of each round."""
+    """Let all of them run; returns the seconds of each round."""
     ids = torch.randint(VOCABULARY, (work.prompt + work.new,), generator=torch.Generator().manual_seed(0)).tolist()
     times: dict[str, Times] = {name: {phase: [] for phase in PHASES} for name in contenders}
     order = random.Random(0)
@@ -107,7 +107,7 @@ def measured(contenders: Mapping[str, Contender], work: Work, progress: Progress
 
 
 def compared(times: Times, base: Times) -> dict[str, Any]:
-    """Of each phase that both have: seconds, and the speed as a multiple of the base's, with quartiles over rounds."""
+    """Seconds of each phase that both have, and the speed as a multiple of the base's, with quartiles over rounds."""
     found: dict[str, Any] = {}
     for phase in PHASES:
         if times[phase] and base[phase]:
@@ -118,7 +118,7 @@ def compared(times: Times, base: Times) -> dict[str, Any]:
 
 
 def cells(row: dict[str, Any], phase: str) -> tuple[str, str]:
-    """Milliseconds and ratio, for a table."""
+    """Milliseconds and ratio as a table shows them."""
     if phase not in row:
         return "", ""
     low, high = row[phase]["quartiles"]

@@ -41,7 +41,7 @@ Generate = Callable[[list[int], int], list[int]]
 
 @dataclass(frozen=True)
 class Row:
-    """How many answers, and how many of their tokens, are those expected; or why that is not known."""
+    """How many answers of a runtime, and how many of their tokens, are those expected; or why it was skipped."""
 
     runtime: str
     answers: int = 0
@@ -104,14 +104,14 @@ def _row(runtime: str, case: Case, steps: Steps) -> Row:
 
 
 def _compared(runtime: str, case: Case, generate: Generate) -> Row:
-    """``generate``: (token ids of the prompt, how many new tokens) -> the new tokens."""
+    """Compare what ``generate`` returns for (token ids of the prompt, how many new tokens) with what is expected."""
     same = [(generate(a["ids"], len(a["tokens"])), a["tokens"]) for a in case.expected]
     tokens = sum(sum(x == y for x, y in zip(found, wanted)) for found, wanted in same)
     return Row(runtime, sum(a == b for a, b in same), tokens, sum(len(wanted) for _, wanted in same))
 
 
 def _ort_folder(case: Case) -> Path:
-    """The rotated model for ONNX Runtime, fused, with what lies beside it; exported once."""
+    """Export the rotated model for ONNX Runtime, fused, with what lies beside it; once."""
     folder = case.folder / "ort"
     if not (folder / "model.onnx").is_file():
         program = spinpass.transform(case.loaded.program, case.config)
@@ -128,7 +128,7 @@ def _ort_decoder(runtime: str, case: Case) -> Row:
 
 
 def _ort_model(runtime: str, case: Case) -> Row:
-    """All prompts in one call, padded on the left."""
+    """Generate for all prompts in one call, padded on the left."""
     model = OrtModel.from_pretrained(_ort_folder(case), threads=1)
     longest = max(len(a["ids"]) for a in case.expected)
     padding = [longest - len(a["ids"]) for a in case.expected]

@@ -67,7 +67,7 @@ def packaged_program(steps: Steps) -> Path:
 
 
 def measured(steps: Steps, stage: str, what: str, threads: int) -> dict[str, Any]:
-    """The figures of one stage, from a fresh process of this script."""
+    """Take the figures of one stage from a fresh process of this script."""
     steps.start(f"{stage} {Path(what).name}, {threads} threads")
     command = [sys.executable, __file__, stage, what, str(threads)]
     # Threads that wait in a loop count as busy; beside other programs that is most of what would be measured.
@@ -80,7 +80,7 @@ def measured(steps: Steps, stage: str, what: str, threads: int) -> dict[str, Any
 
 
 def measure(stage: str, what: str, threads: int) -> dict[str, Any]:
-    """Figures of ``plan`` or ``transform`` in this process; ``what`` is a file or a number of layers."""
+    """Measure ``plan`` or ``transform`` in this process; ``what`` is a file or a number of layers."""
     torch.set_num_threads(threads)
     program = synthetic(int(what)) if what.isdigit() else load_program(what)
     distinct = {t.data_ptr(): t for t in program.state_dict.values()}  # tied weights are loaded as views
@@ -99,7 +99,7 @@ def measure(stage: str, what: str, threads: int) -> dict[str, Any]:
 
 
 def synthetic(layers: int) -> torch.export.ExportedProgram:
-    """The decoder of the examples, deeper."""
+    """Export the decoder of the examples with so many layers."""
     sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
     from decoder import VOCABULARY, Decoder
 
@@ -113,14 +113,14 @@ def reset_peak() -> int:
 
 
 def memory(what: str) -> int:
-    """A line of /proc/self/status, in bytes."""
+    """Read a line of /proc/self/status, in bytes."""
     found = re.search(rf"{what}:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"))
     assert found is not None
     return int(found[1]) * 1024
 
 
 def line(depths: list[int], seconds: list[float]) -> dict[str, float]:
-    """Least squares, seconds = start + per_layer · layers, and the share of the variance it explains."""
+    """Fit by least squares, seconds = start + per_layer · layers, and the share of the variance it explains."""
     x, y = torch.tensor(depths, dtype=torch.float64), torch.tensor(seconds, dtype=torch.float64)
     slope = float(((x - x.mean()) * (y - y.mean())).sum() / ((x - x.mean()) ** 2).sum())
     start = float(y.mean() - slope * x.mean())
@@ -129,7 +129,7 @@ def line(depths: list[int], seconds: list[float]) -> dict[str, float]:
 
 
 def real_table(name: str, rows: list[dict[str, Any]]) -> Table:
-    """CPU and memory of the real program."""
+    """A table of CPU and memory of the real program."""
     weights = rows[0]["weight_bytes"]
     title = f"{name}: {rows[0]['nodes']:,} nodes, {weights / MEGABYTE:.0f} MB of weights"
     table = Table("stage", "threads", "CPU s", "wall s", "peak MB", "peak / weights", title=title, title_justify="left")
@@ -145,7 +145,7 @@ def real_table(name: str, rows: list[dict[str, Any]]) -> Table:
 def growth_table(
     depths: list[int], growth: dict[str, list[dict[str, Any]]], fits: dict[str, dict[str, float]]
 ) -> Table:
-    """CPU seconds over depth, and the fitted line."""
+    """A table of CPU seconds over depth, and the fitted line."""
     headings = ("stage", *(f"{depth} layers" for depth in depths), "ms / layer", "R²")
     table = Table(*headings, title="CPU seconds over depth, one thread", title_justify="left")
     for column in table.columns[1:]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import ast
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 import spinpass
-from tests.support.imports import circles, imports, module_of, modules, reached
+from benchmarks.imports import ROOT, exported, imports, module_of, modules, parsed, reached
+from tests.support.circles import circles
 
 PACKAGE = Path(spinpass.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -112,11 +114,11 @@ def part_of(module: str) -> str:
     return module.split(".")[1] if module.startswith("spinpass.") else ""
 
 
-def upward(path: Path) -> list[str]:
+def upward(path: Path, root: Path = ROOT) -> list[str]:
     """Imports of the file that do not run down."""
-    mine = part_of(module_of(path))
+    mine = part_of(module_of(path, root))
     found = []
-    for made in imports(path):
+    for made in imports(path, root):
         theirs = part_of(made.module)
         if theirs and theirs != mine and ROW_OF[theirs] <= ROW_OF[mine]:
             found.append(f"row {ROW_OF[mine]} ({mine}) imports row {ROW_OF[theirs]} ({theirs}): {made}")
@@ -134,12 +136,11 @@ def test_imports_run_down() -> None:
     assert not found, "\n".join(found)
 
 
-def test_an_import_that_runs_up_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tests.support.imports.ROOT", tmp_path)
+def test_an_import_that_runs_up_is_seen(tmp_path: Path) -> None:
     file = tmp_path / "spinpass" / "graph" / "wrong.py"
     file.parent.mkdir(parents=True)
     file.write_text("def f() -> None:\n    from spinpass.planning import Planner\n")
-    assert upward(file) == ["row 10 (graph) imports row 6 (planning): spinpass/graph/wrong.py:2"]
+    assert upward(file, tmp_path) == ["row 10 (graph) imports row 6 (planning): spinpass/graph/wrong.py:2"]
 
 
 @pytest.mark.parametrize("top", ["spinpass", "benchmarks"])
@@ -147,18 +148,30 @@ def test_no_circle(top: str) -> None:
     assert not circles({m for m in modules() if m.split(".")[0] == top})
 
 
-@pytest.mark.parametrize("path", FILES, ids=name)
-def test_packages_are_entered_by_their_faces(path: Path) -> None:
-    """From outside a package only what its ``__init__`` exports is imported."""
-    me = module_of(path)
+def past_a_face(path: Path, open_to_it: set[str]) -> list[str]:
+    """Imports of the file that reach into another part of spinpass by more than what its ``__init__`` exports."""
+    mine = part_of(module_of(path))
+    found = []
     for made in imports(path):
         theirs = part_of(made.module)
         face = next((f for f in FACES if made.module == f or made.module.startswith(f"{f}.")), f"spinpass.{theirs}")
-        if theirs and theirs != part_of(me):
-            assert made.module == face or made.module in _OPEN, f"{made} looks past the face of {face}: {made.module}"
+        if theirs and theirs != mine and made.module != face and made.module not in open_to_it:
+            found.append(f"{made} looks past the face of {face}: {made.module}")
+    return found
 
 
-_OPEN = {"spinpass.reporting.page"}  # needs matplotlib: imported when it is asked for
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_packages_are_entered_by_their_faces(path: Path) -> None:
+    assert not past_a_face(path, {"spinpass.reporting.page"})  # needs matplotlib: imported when it is asked for
+
+
+OUTSIDE = [f for m, f in modules().items() if m.split(".")[0] != "spinpass"]
+
+
+@pytest.mark.parametrize("path", OUTSIDE, ids=module_of)
+def test_benchmarks_examples_and_the_plug_in_enter_by_the_faces_too(path: Path) -> None:
+    """They are command lines of their own: what draws is open to them, while the face of ``cli`` is its entry alone."""
+    assert not past_a_face(path, {"spinpass.cli.screen", "spinpass.cli.tables"})
 
 
 @pytest.mark.parametrize("path", [f for f in FILES if f.name == "__init__.py"], ids=name)
@@ -168,6 +181,98 @@ def test_packages_say_what_they_are_and_export(path: Path) -> None:
     exported = [n for n in tree.body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "__all__"]
     inner = len(path.relative_to(PACKAGE).parts) > 2 and module_of(path) not in FACES
     assert exported or inner or path.parent.name == "exporters", f"{path} has no __all__"
+
+
+# -- words: one for each thing, one thing for each -------------------------------------------------------------------
+
+# names that several modules may define, because they are one thing for each runtime
+SHARED = {"export": "a program becomes a file, spinpass.exporters.<runtime>.export"}
+
+
+def public_names(path: Path) -> set[str]:
+    """The classes, functions, constants and type aliases that the module defines for others."""
+    found: set[str] = set()
+    todo = list(parsed(path).body)
+    while todo:
+        node = todo.pop()
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            found.add(node.name)
+        elif isinstance(node, ast.If | ast.Try):
+            todo += [n for n in ast.iter_child_nodes(node) if isinstance(n, ast.stmt)]
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            found |= {n.id for t in targets for n in ast.walk(t) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    return {name for name in found if not name.startswith("_")}
+
+
+def test_every_kind_of_definition_is_seen(tmp_path: Path) -> None:
+    file = tmp_path / "some.py"
+    file.write_text(
+        "from x import Imported\nA, B = 1, 2\nC: int = 3\nD = E = list[int]\n_F = 4\nA.attribute = 5\n"
+        "class G:\n    H = 6\ndef i():\n    J = 7\ntry:\n    K = 8\nexcept ImportError:\n    L = 9\nif A:\n    async def m(): ...\n"
+    )
+    assert public_names(file) == {*"ABCDEGiKm"}
+
+
+def test_no_two_modules_define_one_name() -> None:
+    homes: dict[str, list[str]] = {}
+    for path in FILES:
+        for each in public_names(path):
+            homes.setdefault(each, []).append(name(path))
+    found = {each: at for each, at in sorted(homes.items()) if len(at) > 1 and each not in SHARED}
+    assert not found, "\n".join(f"{each}: {', '.join(at)}" for each, at in found.items())
+
+
+def test_every_name_that_may_be_shared_is() -> None:
+    homes = Counter(each for path in FILES for each in public_names(path))
+    assert all(homes[each] > 1 for each in SHARED)
+
+
+def test_no_public_name_hides_a_module() -> None:
+    hidden = {f"spinpass.{each}" for each in spinpass.__all__} & modules().keys()
+    assert not hidden, f"both a module and a name of spinpass: {', '.join(sorted(hidden))}"
+
+
+def test_the_readme_names_what_there_is() -> None:
+    text = (ROOT / "README.md").read_text()
+    for dotted in set(re.findall(r"(?<![\w.])spinpass(?:\.\w+)+", text)) - {"spinpass.json"}:
+        home, _, last = dotted.rpartition(".")
+        known = exported(home) | (public_names(modules()[home]) if home in modules() else set())
+        assert dotted in modules() or last in known, f"README.md: there is no {dotted}"
+    for module, names in re.findall(r"^from (spinpass[\w.]*) import (.+)$", text, re.M):
+        missing = set(re.split(r",\s*", names)) - exported(module)
+        assert not missing, f"README.md: {module} has no {', '.join(missing)}"
+    for path in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (ROOT / path).exists(), f"README.md: there is no {path}"
+
+
+# -- sizes -------------------------------------------------------------------------------------------------------------
+
+ALONE, LONGEST, LONGEST_OF_RULES, LONGEST_CLASS = 7, 450, 900, 320
+RULES = (PACKAGE / "analysis" / "basis", PACKAGE / "analysis" / "ops")  # one walk, one table: long, and of one piece
+
+
+def test_few_modules_stand_alone() -> None:
+    alone = sorted(f.name for f in PACKAGE.glob("*.py") if f.stem not in ("__init__", "__main__"))
+    assert len(alone) <= ALONE, f"{len(alone)} files directly in spinpass: {', '.join(alone)}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_no_module_is_too_long_to_read(path: Path) -> None:
+    lines = len(path.read_text().splitlines())
+    most = LONGEST_OF_RULES if path.parent in RULES else LONGEST
+    assert lines <= most, f"{name(path)} has {lines} lines, {most} are allowed"
+
+
+@pytest.mark.parametrize("path", [f for f in FILES if name(f) != "analysis/basis/walk.py"], ids=name)
+def test_no_class_is_too_long_to_read(path: Path) -> None:
+    for node in ast.walk(parsed(path)):
+        if isinstance(node, ast.ClassDef):
+            lines = (node.end_lineno or 0) - node.lineno + 1
+            assert lines <= LONGEST_CLASS, f"{name(path)}: {node.name} has {lines} lines, {LONGEST_CLASS} are allowed"
+
+
+# -- the surface -------------------------------------------------------------------------------------------------------
 
 
 def test_modules_import_without_the_extras() -> None:

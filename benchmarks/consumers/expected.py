@@ -2,7 +2,7 @@
 
     python -m benchmarks.consumers.expected OUT.json
 
-Greedy tokens of the original model in float32, the model of the demo unless --model names another one.
+The tokens are greedy ones of the original model in float32, the model of the demo unless --model names another one.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def main() -> None:
 
 
 def original_model(name: str) -> tuple[Any, Any]:
-    """The model of a folder, a name on the hub or a GGUF file as transformers loads it, and its tokenizer."""
+    """Load the model of a folder, a name on the hub or a GGUF file as transformers does, and its tokenizer."""
     source = locate(name)
     where: dict[str, Any] = {"gguf_file": source.gguf} if source.gguf else {}
     model = AutoModelForCausalLM.from_pretrained(source.location, dtype=torch.float32, **where).eval()
@@ -43,7 +43,7 @@ def original_model(name: str) -> tuple[Any, Any]:
 
 
 def answer(model: Any, tokenizer: Any, prompt: str) -> dict[str, Any]:
-    """The prompt, its token ids in the model's chat format, and the new tokens up to an end token."""
+    """Generate: returns the prompt, its token ids in the model's chat format, and the new tokens up to an end token."""
     chat = [{"role": "user", "content": prompt}]
     ids = list(tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False))
     with torch.inference_mode():

@@ -1,4 +1,4 @@
-"""COVERAGE.md from the records of the sweep: ``python -m benchmarks.zoo.coverage``; exit code 1 if one is a failure."""
+"""``python -m benchmarks.zoo.coverage`` writes COVERAGE.md from the records; exit code 1 if one is a failure."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import typer
 
 from spinpass.cli.screen import Screen
 
-from . import records
+from . import records, states
 from .overrides import NOT_EXPORTABLE
 from .records import Record
 from .targets import Records, Run, covered, default_run, is_purely_offline, targets
@@ -99,7 +99,7 @@ def _head(types: Records) -> str:
 
 
 def _stale(found: Records) -> int:
-    """How many were measured with other sources of the pass than the present ones."""
+    """Count those that were measured with other sources of the pass than the present ones."""
     now = records.pass_version()
     return sum(record.get("sources", {}).get("pass") != now for record in found.values())
 
@@ -136,8 +136,8 @@ def _unexported(names: Iterable[str], found: Records) -> str:
 
 def _variant(found: Records) -> str:
     """A line of counts, the differences from it, and the types whose program cannot be made."""
-    made = {name: r for name, r in found.items() if r["status"] not in (records.NOT_BUILT, records.NOT_EXPORTED)}
-    same = [r for r in made.values() if r["status"] == records.SAME]
+    made = {name: r for name, r in found.items() if r["status"] not in (states.NOT_BUILT, states.NOT_EXPORTED)}
+    same = [r for r in made.values() if r["status"] == states.SAME]
     worst = max((float(_worst_run(r).get("error", 0)) for r in same), default=0.0)
     sums = {role: [sum(n) for n in zip(*(covered(r, role) for r in made.values()))] or [0, 0] for role in _ROLES}
     counts = ", ".join(f"{role} at {done} of {places}" for role, (done, places) in sums.items())
@@ -149,7 +149,7 @@ def _variant(found: Records) -> str:
     stale = _stale(made)
     if stale:
         text += f" **{stale} of them were measured with other sources of the pass than these.**"
-    others = [(n, r["status"], _cell(_why(r))) for n, r in found.items() if r["status"] != records.SAME]
+    others = [(n, r["status"], _cell(_why(r))) for n, r in found.items() if r["status"] != states.SAME]
     return text + ("\n\n" + table(("type", "status", "why"), others) if others else "")
 
 
@@ -159,9 +159,9 @@ def _variant(found: Records) -> str:
 def stream(record: Record) -> str:
     """Where R1 ended up in the default configuration."""
     run = default_run(record)
-    if run.get("status") != records.SAME:
+    if run.get("status") != states.SAME:
         status = run.get("status", record["status"])
-        return status if status == records.REFUSED else f"**{status}**"
+        return status if status == states.REFUSED else f"**{status}**"
     streams = run["streams"]
     offline = [s["parts"] for s in streams if s["form"] == "offline"]
     online = sum(s["parts"] for s in streams if s["form"] == "online")
@@ -175,7 +175,7 @@ def stream(record: Record) -> str:
 def reasons(record: Record) -> str:
     """The refusals of the default configuration, each once, without the names of nodes; or what went wrong."""
     run = default_run(record)
-    if record["status"] not in (records.SAME, records.REFUSED):
+    if record["status"] not in (states.SAME, states.REFUSED):
         return _cell(_why(record))
     texts: Counter[str] = Counter()
     for refusal in run.get("refusals", ()):

@@ -22,7 +22,7 @@ from spinpass.execution import flat_inputs, run
 from spinpass.planning import RotationPlan
 
 from . import decoding
-from .records import BROKEN, CHANGED, NOISIER, REFUSED, SAME, UNCHECKED, UNTYPED
+from .states import BROKEN, CHANGED, NOISIER, REFUSED, SAME, UNCHECKED, UNTYPED
 from .structure import Structure, structure_of
 
 CONFIGS: dict[str, RotationConfig] = {
@@ -107,7 +107,7 @@ def _decisions(plan: RotationPlan, structure: Structure) -> dict[str, Any]:
 
 
 def _fingerprint(plan: RotationPlan) -> str:
-    """Equal for plans that make the same program of one."""
+    """A hash that is equal for plans that make the same program of one."""
     spaces = json.dumps(plan.to_dict()["spaces"], sort_keys=True)
     return hashlib.sha256(spaces.encode()).hexdigest()[:12]
 
@@ -148,7 +148,7 @@ def _from_certificate(made: dict[str, Any]) -> dict[str, Any]:
 
 
 def _rounded(before: ExportedProgram, after: ExportedProgram) -> dict[str, Any]:
-    """The comparison with the constants as they are stored, rounded: how far off?"""
+    """Compare with the constants as they are stored, rounded."""
     try:
         return _from_certificate(spinpass.verify(before, after).to_dict())
     except SpinpassError:
@@ -156,7 +156,7 @@ def _rounded(before: ExportedProgram, after: ExportedProgram) -> dict[str, Any]:
 
 
 def _unlifted(before: ExportedProgram, after: ExportedProgram) -> dict[str, Any]:
-    """In its own dtype: the outputs for the example inputs, or, with a cache, the logits of greedy decoding."""
+    """Compare in the program's own dtype: the outputs for the example inputs or, with a cache, greedy logits."""
     try:
         if decoding.takes_cache(before):
             ours, theirs = (decoding.greedy(p, float64=False, like=before) for p in (before, after))
@@ -172,8 +172,8 @@ def _unlifted(before: ExportedProgram, after: ExportedProgram) -> dict[str, Any]
 
 
 def _again_unaided(before: ExportedProgram, after: ExportedProgram, found: dict[str, Any]) -> dict[str, Any]:
-    """The same question without the certificate's machinery: a program that takes a cache decodes greedily; any other
-    is run as a module of torch on its example inputs, and the result likewise."""
+    """Ask again without the certificate's machinery: a program that takes a cache decodes greedily; any other is run as
+    a module of torch on its example inputs, and the result likewise."""
     if decoding.takes_cache(before):
         return _again_decoding(before, after, found)
     try:

@@ -2,42 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
-from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import spinpass
+from benchmarks.imports import ROOT
+from benchmarks.sources import digest
+
+from . import states
 
 Record = dict[str, Any]
 
 OUT = Path("out/zoo")
-# The states of a record; those of one configuration of the pass are the first seven.
-SAME = "same function"
-REFUSED = "refused"
-UNCHECKED = "unchecked"  # transformed, but the programs cannot be run or return nothing to compare
-NOISIER = (
-    "noisier"  # the same function in float64, but rounding in its own dtype shows more than the certificate allows
-)
-CHANGED = "changed output"
-UNTYPED = "untyped exception"
-BROKEN = "broken invariant"
-NOT_BUILT = "not built"
-NOT_EXPORTED = "not exported"
-DIED = "died"  # out of time or memory
-RUNNING = "running"
-FAILURES = (CHANGED, UNTYPED, BROKEN, DIED)
-
-_ZOO = Path(__file__).parent
-_BUILDING = ("shrink.py", "overrides.py", "models.py", "export.py", "variants.py")
-_MEASURING = ("structure.py", "decoding.py", "measure.py")
-_NOT_THE_PASS = ("exporters", "quantization", "reporting", "console.py", "cli.py", "commands.py", "options.py",
-                 "runtime.py", "evaluation.py", "scoring.py", "eval_request.py", "texts.py", "tuning.py",
-                 "folder.py")  # fmt: skip
 
 
 def record_path(arch: str, variant: str, out: Path = OUT) -> Path:
@@ -72,44 +51,38 @@ def read_all(variant: str, out: Path = OUT) -> dict[str, Record]:
     return {path.stem: record for path in paths if (record := read(path)) is not None}
 
 
-def sources() -> dict[str, str]:
+def sources(root: Path = ROOT) -> dict[str, str]:
     """What a record depends on: the pass, how it is measured, how programs are made."""
-    return {"pass": pass_version(), "measuring": _digest(_ZOO / n for n in _MEASURING), "building": building_version()}
+    return {"pass": pass_version(root), "measuring": measuring_version(root), "building": building_version(root)}
 
 
-@cache
-def pass_version() -> str:
-    """A hash of the sources of the pass; exporters, quantization and the command line are left out."""
-    package = Path(spinpass.__file__).parent
-    return _digest(p for p in package.rglob("*.py") if p.relative_to(package).parts[0] not in _NOT_THE_PASS)
+def pass_version(root: Path = ROOT) -> str:
+    """A hash of what the measuring runs of spinpass."""
+    return digest("benchmarks.zoo.measure", within=("spinpass",), root=root)
 
 
-@cache
-def building_version() -> str:
-    """A hash of what decides about the exported programs."""
-    return _digest((_ZOO / n for n in _BUILDING), version("torch"), version("transformers"))
+def measuring_version(root: Path = ROOT) -> str:
+    """A hash of what decides about the figures beside the pass."""
+    return digest("benchmarks.zoo.measure", within=("benchmarks",), root=root)
+
+
+def building_version(root: Path = ROOT) -> str:
+    """A hash of what decides about the exported programs: the zoo's own code, torch and transformers."""
+    installed = version("torch"), version("transformers")
+    return digest("benchmarks.zoo.variants", *installed, within=("benchmarks",), root=root)
 
 
 def is_fresh(record: Record | None, now: Mapping[str, str] | None = None) -> bool:
     """The record is finished and was measured with the present sources."""
-    if record is None or record.get("status") in (None, RUNNING):
+    if record is None or record.get("status") in (None, states.RUNNING):
         return False
     return record.get("sources") == dict(now or sources())
 
 
 def is_failure(record: Mapping[str, Any], known: Iterable[str]) -> bool:
     """The pass failed, or a type outside ``known`` did not become a program."""
-    if record["status"] in (NOT_BUILT, NOT_EXPORTED):
+    if record["status"] in (states.NOT_BUILT, states.NOT_EXPORTED):
         return record["type"] not in known and record.get("variant") == "prefill"
-    if record["status"] == NOISIER:  # in half precision the choice of an expert may tip over
+    if record["status"] == states.NOISIER:  # in half precision the choice of an expert may tip over
         return record.get("variant") not in ("bf16", "fp16")
-    return record["status"] in FAILURES
-
-
-def _digest(paths: Iterable[Path], *more: str) -> str:
-    hashed = hashlib.sha256()
-    for path in sorted(paths):
-        hashed.update(path.name.encode() + b"\0" + path.read_bytes())
-    for text in more:
-        hashed.update(b"\0" + text.encode())
-    return hashed.hexdigest()[:12]
+    return record["status"] in states.FAILURES

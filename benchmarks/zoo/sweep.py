@@ -26,7 +26,7 @@ from rich.progress import Progress
 
 from spinpass.cli.screen import Screen
 
-from . import records
+from . import records, states
 from .export import register, warm_up
 from .models import model_types
 from .overrides import NOT_EXPORTABLE
@@ -53,7 +53,8 @@ def main(
         raise typer.BadParameter(f"{variant!r} is not one of {', '.join(VARIANTS)}", param_hint="--variant")
     names = chosen(only, variant)
     planned = [Job(name, variant, out, force, remeasure) for name in names]
-    todo = [job for job in planned if force or remeasure or not records.is_fresh(records.read(job.record))]
+    now = records.sources()  # read once here, not by every worker
+    todo = [job for job in planned if force or remeasure or not records.is_fresh(records.read(job.record), now)]
     screen = Screen(as_json=as_json)
     screen.note(f"{len(todo)} of {len(planned)} types to measure, {variant}")
     # Refreshed by hand: a thread that draws could hold a lock at the moment of a fork.
@@ -117,7 +118,7 @@ def line(record: Record) -> str:
     parts += [f"{seconds:.2f} s"] if seconds is not None else []
     why = record.get("why") or next((r["why"] for r in record.get("runs", {}).values() if r.get("why")), "")
     lines = why.strip().splitlines()
-    return "  ".join(parts + ([lines[-1][:160]] if lines and record["status"] != records.SAME else []))
+    return "  ".join(parts + ([lines[-1][:160]] if lines and record["status"] != states.SAME else []))
 
 
 def _fork(job: Job) -> int:

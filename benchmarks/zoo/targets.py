@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from .records import SAME, Record
+from .records import Record
+from .states import SAME
 
 Records = Mapping[str, Record]  # by type
 Run = Mapping[str, Any]

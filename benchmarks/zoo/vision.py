@@ -14,14 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from .export import Exported, NotExported, export, load, save
 from .models import randomise, set_cache
 from .overrides import OVERRIDES
 from .shrink import HIDDEN, VOCAB, tiny_rope, tiny_settings
 from .vision_inputs import IMAGE_TOKEN, IMAGES, WHOLE, image_text_inputs
 from .vision_overrides import NOT_EXPORTABLE, SETTINGS
-
-__all__ = ["NOT_EXPORTABLE", "Exported", "NotExported", "build", "export", "image_text_types", "load", "save"]
 
 TOWER_HIDDEN, TOWER_FF, TOWER_HEADS = 32, 48, 4
 _MOST_PARAMETERS = 60_000_000

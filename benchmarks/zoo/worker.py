@@ -1,4 +1,4 @@
-"""What one forked worker does for one type: get the program, measure it, keep the record. And its limits."""
+"""What one forked worker does for one type: get the program, measure it and keep the record, within limits."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 from torch.export import ExportedProgram
 
-from . import records
+from . import records, states
 from .export import NotExported, load, save
 from .measure import measure
 from .records import Record
@@ -62,11 +62,11 @@ def work(job: Job) -> None:
         stage.enter("measure", MEASURE_SECONDS)
         record |= measure(program)
     except NotBuilt as error:
-        record |= {"status": records.NOT_BUILT, "why": str(error)}
+        record |= {"status": states.NOT_BUILT, "why": str(error)}
     except NotExported as error:
-        record |= {"status": records.NOT_EXPORTED, "why": str(error)}
+        record |= {"status": states.NOT_EXPORTED, "why": str(error)}
     except Exception as error:  # out of memory, a damaged file: the parent goes on with the next type
-        died = {"status": records.DIED, "why": f"{stage.name}: {type(error).__name__}: {error}"[:500]}
+        died = {"status": states.DIED, "why": f"{stage.name}: {type(error).__name__}: {error}"[:500]}
         record |= {**died, "traceback": traceback.format_exc()[-3000:]}
     stage.leave()
     records.write(record, job.record)
@@ -75,8 +75,8 @@ def work(job: Job) -> None:
 def buried(job: Job, why: str) -> Record:
     """Finish the record of a worker that was ended from outside."""
     record = records.read(job.record) or {"type": job.arch, "variant": job.variant, "sources": records.sources()}
-    if record.get("status") in (None, records.RUNNING):
-        record |= {"status": records.DIED, "why": f"{record.get('stage', 'start')}: {why}"}
+    if record.get("status") in (None, states.RUNNING):
+        record |= {"status": states.DIED, "why": f"{record.get('stage', 'start')}: {why}"}
         records.write(record, job.record)
     return record
 
@@ -118,7 +118,7 @@ class _Stage:
         self.leave()
         self.name, self._began = name, time.perf_counter()
         limit_time(seconds)
-        records.write({**self.record, "status": records.RUNNING, "stage": name, "pid": os.getpid()}, self.job.record)
+        records.write({**self.record, "status": states.RUNNING, "stage": name, "pid": os.getpid()}, self.job.record)
 
     def leave(self) -> None:
         if self.name:

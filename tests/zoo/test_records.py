@@ -11,14 +11,14 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from benchmarks.zoo import coverage, records, sweep, worker
+from benchmarks.zoo import coverage, records, states, sweep, worker
 from benchmarks.zoo.export import NotExported
 from benchmarks.zoo.measure import status_of
 from benchmarks.zoo.targets import targets
 from benchmarks.zoo.worker import Job
 
 
-def run(status: str = records.SAME, **more: Any) -> dict[str, Any]:
+def run(status: str = states.SAME, **more: Any) -> dict[str, Any]:
     return {
         "status": status,
         "dtype": "float64",
@@ -30,7 +30,7 @@ def run(status: str = records.SAME, **more: Any) -> dict[str, Any]:
     } | more
 
 
-def record(name: str = "llama", status: str = records.SAME, variant: str = "prefill", **runs: Any) -> dict[str, Any]:
+def record(name: str = "llama", status: str = states.SAME, variant: str = "prefill", **runs: Any) -> dict[str, Any]:
     made = {"default": run(status), "untie": run(), "online": run()} | runs
     return {
         "type": name, "variant": variant, "status": status, "sources": records.sources(), "runs": made,
@@ -39,7 +39,7 @@ def record(name: str = "llama", status: str = records.SAME, variant: str = "pref
 
 
 def unexported(name: str) -> dict[str, Any]:
-    return {"type": name, "variant": "prefill", "status": records.NOT_EXPORTED, "why": "torch: it branches"}
+    return {"type": name, "variant": "prefill", "status": states.NOT_EXPORTED, "why": "torch: it branches"}
 
 
 def keep(out: Path, *found: dict[str, Any]) -> None:
@@ -69,26 +69,26 @@ def test_a_record_of_other_sources_is_stale(changed: str) -> None:
     fresh = record()
     assert records.is_fresh(fresh)
     assert not records.is_fresh(fresh | {"sources": fresh["sources"] | {changed: "0"}})
-    assert not records.is_fresh(fresh | {"status": records.RUNNING})
+    assert not records.is_fresh(fresh | {"status": states.RUNNING})
 
 
-@pytest.mark.parametrize("status", [records.CHANGED, records.UNTYPED, records.BROKEN, records.DIED])
+@pytest.mark.parametrize("status", [states.CHANGED, states.UNTYPED, states.BROKEN, states.DIED])
 def test_what_counts_as_a_failure(status: str) -> None:
     assert records.is_failure(record(status=status), known=())
 
 
 def test_a_type_that_is_known_not_to_export_is_no_failure() -> None:
-    assert not records.is_failure(record(status=records.REFUSED), known=())
+    assert not records.is_failure(record(status=states.REFUSED), known=())
     assert not records.is_failure(unexported("dbrx"), known=("dbrx",))
     assert records.is_failure(unexported("llama"), known=("dbrx",))
     assert not records.is_failure(unexported("llama") | {"variant": "decode"}, known=())
 
 
 def test_the_worst_configuration_decides() -> None:
-    assert status_of({"default": run(), "online": run(records.REFUSED)}) == records.SAME
-    assert status_of({"default": run(records.REFUSED), "online": run()}) == records.REFUSED
-    assert status_of({"default": run(), "online": run(records.CHANGED)}) == records.CHANGED
-    assert status_of({"default": run(records.UNTYPED), "online": run(records.CHANGED)}) == records.CHANGED
+    assert status_of({"default": run(), "online": run(states.REFUSED)}) == states.SAME
+    assert status_of({"default": run(states.REFUSED), "online": run()}) == states.REFUSED
+    assert status_of({"default": run(), "online": run(states.CHANGED)}) == states.CHANGED
+    assert status_of({"default": run(states.UNTYPED), "online": run(states.CHANGED)}) == states.CHANGED
 
 
 # -- the sweep -------------------------------------------------------------------------------------------------------
@@ -118,7 +118,7 @@ def test_a_changed_output_ends_the_sweep_with_an_error(tmp_path: Path, monkeypat
     keep(tmp_path, record("llama"))
     assert invoke("sweep", "--only", "llama", "--out", tmp_path).exit_code == 0
     why = "VerificationError: the programs are not equivalent"
-    keep(tmp_path, record("gpt2", records.CHANGED, online=run(records.CHANGED, why=why)))
+    keep(tmp_path, record("gpt2", states.CHANGED, online=run(states.CHANGED, why=why)))
     ended = invoke("sweep", "--only", "llama,gpt2", "--out", tmp_path)
     assert ended.exit_code == 1
     assert "FAILED gpt2" in ended.output and "not equivalent" in ended.output
@@ -133,7 +133,7 @@ def test_unknown_types_and_variants_are_bad_usage(tmp_path: Path) -> None:
 
 def test_workers_leave_records_whatever_becomes_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def work(job: Job) -> None:
-        keep(tmp_path, record(job.arch, records.RUNNING) | {"stage": "measure"})
+        keep(tmp_path, record(job.arch, states.RUNNING) | {"stage": "measure"})
         if job.arch == "bert":
             os.kill(os.getpid(), 9)
         keep(tmp_path, record(job.arch))
@@ -143,7 +143,7 @@ def test_workers_leave_records_whatever_becomes_of_them(tmp_path: Path, monkeypa
     found: list[dict[str, Any]] = []
     sweep.run([Job(n, "prefill", tmp_path) for n in ("llama", "bert", "gpt2")], 2, lambda r, done: found.append(r))
     assert {r["type"]: r["status"] for r in found} == {
-        "llama": records.SAME, "bert": records.DIED, "gpt2": records.SAME,
+        "llama": states.SAME, "bert": states.DIED, "gpt2": states.SAME,
     }  # fmt: skip
     died = records.read(records.record_path("bert", "prefill", tmp_path))
     assert died is not None and died["why"] == "measure: signal SIGKILL"
@@ -159,7 +159,7 @@ def test_a_type_that_does_not_export_says_why(tmp_path: Path, monkeypatch: pytes
     job = Job("dbrx", "prefill", tmp_path)
     worker.work(job)
     found = records.read(job.record)
-    assert found is not None and (found["status"], found["why"]) == (records.NOT_EXPORTED, "torch: dbrx branches")
+    assert found is not None and (found["status"], found["why"]) == (states.NOT_EXPORTED, "torch: dbrx branches")
     assert records.is_fresh(found)
 
 
@@ -167,7 +167,7 @@ def test_a_type_that_does_not_export_says_why(tmp_path: Path, monkeypatch: pytes
 
 
 def test_the_summary_counts_types_not_switches() -> None:
-    refused = record("bloom", records.REFUSED, default=run(records.REFUSED, streams=[], covered={}))
+    refused = record("bloom", states.REFUSED, default=run(states.REFUSED, streams=[], covered={}))
     found = {r["type"]: r for r in (record("llama"), record("llama@tied"), refused, unexported("dbrx"))}
     by_name = {t.what: t.measured for t in targets(found, {"gpt2": record("gpt2", variant="decode")})}
     assert by_name["same function"] == "1 of 3"
@@ -206,7 +206,7 @@ def test_the_document_has_a_line_for_every_type(tmp_path: Path) -> None:
 
 def test_a_changed_output_stands_in_the_document_and_in_the_exit_code(tmp_path: Path) -> None:
     why = "VerificationError: not equivalent"
-    keep(tmp_path, record("gpt2", records.CHANGED, default=run(records.CHANGED, why=why)))
+    keep(tmp_path, record("gpt2", states.CHANGED, default=run(states.CHANGED, why=why)))
     to = tmp_path / "COVERAGE.md"
     ended = invoke("coverage", "--out", tmp_path, "--to", to)
     assert ended.exit_code == 1 and "FAILED gpt2 (prefill): changed output" in ended.output

@@ -12,7 +12,9 @@ pytest.importorskip("transformers")
 
 import spinpass
 from benchmarks.zoo import vision, vision_inputs
+from benchmarks.zoo.export import export
 from benchmarks.zoo.vision_inputs import IMAGE_TOKEN
+from benchmarks.zoo.vision_overrides import NOT_EXPORTABLE
 
 # llava writes rows at placeholders, git puts the image before the text, mllama attends to it.
 QUICK = ("llava", "git", "mllama")
@@ -39,7 +41,7 @@ def test_the_logits_depend_on_the_image(built: tuple[Any, dict[str, Any]]) -> No
 
 def test_the_program_is_the_model_and_its_rotation_is_the_program(built: tuple[Any, dict[str, Any]]) -> None:
     model, inputs = built
-    program = vision.export(model, inputs, ways=("static",)).program
+    program = export(model, inputs, ways=("static",)).program
     torch.testing.assert_close(program.module()(**copy.deepcopy(inputs)).logits, logits(model, inputs))
     rotated = spinpass.transform(program, spinpass.RotationConfig(verify=False))
     certificate = spinpass.verify(program, rotated, ((), inputs))
@@ -60,8 +62,8 @@ def test_every_feature_has_a_placeholder() -> None:
 def test_every_type_with_images_is_a_type_of_transformers() -> None:
     known = set(vision.image_text_types())
     assert {*vision_inputs.IMAGES, *vision_inputs.WHOLE} <= known
-    assert set(vision.NOT_EXPORTABLE) <= known
-    assert known == {*vision_inputs.IMAGES, *vision_inputs.WHOLE} | set(vision.NOT_EXPORTABLE)
+    assert set(NOT_EXPORTABLE) <= known
+    assert known == {*vision_inputs.IMAGES, *vision_inputs.WHOLE} | set(NOT_EXPORTABLE)
 
 
 def test_a_type_without_images_is_not_built() -> None:

@@ -13,7 +13,7 @@ from benchmarks.zoo import decoding, measure
 from benchmarks.zoo.export import export
 from benchmarks.zoo.models import build, model_types, randomise
 from benchmarks.zoo.overrides import NOT_EXPORTABLE, OVERRIDES, SWITCHES
-from benchmarks.zoo.records import SAME
+from benchmarks.zoo.states import SAME
 from benchmarks.zoo.variants import export_variant
 
 # type -> what it shows; with plain torch.export, which is the quickest way to a program
