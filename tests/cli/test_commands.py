@@ -364,7 +364,7 @@ def test_without_the_packages_of_the_command_line(
     real = builtins.__import__
 
     def missing(name: str, *rest: Any, **more: Any) -> Any:
-        if name == "commands":  # from .commands import app
+        if name == "app":  # from .app import app
             raise ModuleNotFoundError(f"No module named {package!r}", name=package)
         return real(name, *rest, **more)
 
