@@ -20,7 +20,7 @@ from spinpass.certificate import Certificate
 from spinpass.certificate import verify as make_certificate
 from spinpass.config import RotationConfig
 from spinpass.errors import ConfigError, ExportError, SpinpassError
-from spinpass.evaluation import LENGTH, SAMPLES, read_text, token_ids
+from spinpass.evaluation import LENGTH, SAMPLES, EvalRequest, Rotated, read_text, token_ids
 from spinpass.evaluation import windows as cut
 from spinpass.folders import ExportRequest, Result, check_writable, onnx_tools, rotated, version_of, write_folder
 from spinpass.formats import GptqReport, load_program, read_artefact, save_program
@@ -33,7 +33,6 @@ from spinpass.runtime import Sampling
 from spinpass.tuning import candidates
 from spinpass.tuning import tune as run_tuning
 
-from .evaluate import EvalRequest, Rotated
 from .generate import GenerateRequest
 from .inspect import artefact_tables
 from .options import (

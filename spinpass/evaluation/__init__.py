@@ -14,6 +14,7 @@ from .comparison import (
     speed,
     windows,
 )
+from .request import EvalRequest, Evaluated, Rotated
 from .scoring import OnnxScorer, Opened, ProgramScorer, open_scorer, token_ids
 from .texts import (
     LENGTH,
@@ -31,10 +32,13 @@ __all__ = [
     "SAMPLES",
     "Change",
     "Comparison",
+    "EvalRequest",
+    "Evaluated",
     "OnnxScorer",
     "Opened",
     "Perplexity",
     "ProgramScorer",
+    "Rotated",
     "Scorer",
     "Speed",
     "calibration_inputs",

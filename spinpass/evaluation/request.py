@@ -7,23 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from spinpass import evaluation
 from spinpass.config import RotationConfig
 from spinpass.errors import ConfigError
-from spinpass.evaluation import (
-    SAMPLES,
-    Opened,
-    ProgramScorer,
-    calibration_inputs,
-    check_calibration,
-    check_samples,
-    open_scorer,
-    read_dataset,
-    read_text,
-)
 from spinpass.pipeline import transform
 from spinpass.progress import Steps
 from spinpass.quantization import quantize as quantized
+
+from .comparison import Comparison, Perplexity, compare, compare_each, perplexity, windows
+from .scoring import Opened, ProgramScorer, open_scorer
+from .texts import SAMPLES, calibration_inputs, check_calibration, check_samples, read_dataset, read_text
 
 Rotated = Literal["no", "auto", "offline", "online"]
 
@@ -32,8 +24,8 @@ Rotated = Literal["no", "auto", "offline", "online"]
 class Evaluated:
     """``main``: of the model, perhaps against another; ``files``: of ONNX folders, against the model as it was."""
 
-    main: evaluation.Perplexity | evaluation.Comparison
-    files: Mapping[str, evaluation.Comparison]
+    main: Perplexity | Comparison
+    files: Mapping[str, Comparison]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
@@ -72,15 +64,15 @@ class EvalRequest:
         """Score the model, or compare it with the other one or with what it was, and with files made of it."""
         opened = open_scorer(self.model, self.tokenizer or None, steps.begin)
         text = read_dataset(self.dataset) if self.dataset else read_text(self.text)
-        texts = evaluation.windows(opened.tokens(text), self.length, self.windows)
+        texts = windows(opened.tokens(text), self.length, self.windows)
         if self.against:
             other = open_scorer(self.against, self.tokenizer or None, steps.begin)
-            return Evaluated(evaluation.compare(other.scorer, opened.scorer, texts, steps.start("compare")), {})
+            return Evaluated(compare(other.scorer, opened.scorer, texts, steps.start("compare")), {})
         changed = [self._changed(opened, steps)] if self.quantize or self.rotate != "no" else []
         files = [open_scorer(file, self.tokenizer or None, steps.begin).scorer for file in self.files]
         if not changed and not files:
-            return Evaluated(evaluation.perplexity(opened.scorer, texts, steps.start("score")), {})
-        found = evaluation.compare_each(opened.scorer, [*changed, *files], texts, steps.start("compare"))
+            return Evaluated(perplexity(opened.scorer, texts, steps.start("score")), {})
+        found = compare_each(opened.scorer, [*changed, *files], texts, steps.start("compare"))
         return Evaluated(found[0] if changed else found[0].before, dict(zip(self.files, found[len(changed) :])))
 
     def _changed(self, opened: Opened, steps: Steps) -> ProgramScorer:
