@@ -20,7 +20,8 @@ from rich.table import Table
 
 import spinpass
 from spinpass import evaluation, record
-from spinpass.cli.screen import Screen, certificate_table, plan_table
+from spinpass.cli.screen import Screen
+from spinpass.cli.tables import certificate_table, plan_table
 from spinpass.config import Form
 from spinpass.exporters import cache_names, onnx
 from spinpass.exporters.onnx import quantize_4bit

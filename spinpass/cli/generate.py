@@ -5,10 +5,43 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from spinpass.errors import ConfigError, ExportError
 from spinpass.runtime import Sampling
+
+from .options import AsJson, Verbose
+from .screen import screen_of
+
+
+def generate_command(
+    ctx: typer.Context,
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that spinpass export wrote.")],
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(help="How many tokens at most.")] = 128,
+    chat: Annotated[bool, typer.Option("--chat", help="PROMPT is a user's turn in the tokenizer's template.")] = False,
+    temperature: Annotated[float, typer.Option(help="Draw at this temperature; 0 takes the likeliest token.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Draw from so many; 0: from all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Draw from this share of the probability.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    threads: Annotated[int | None, typer.Option(help="Of ONNX Runtime; its own choice by default.")] = None,
+    provider: Annotated[str, typer.Option(help="ONNX Runtime's execution provider.")] = "CPUExecutionProvider",
+    as_json: AsJson = False,
+    verbose: Verbose = 0,
+) -> None:
+    """Continue PROMPT with a model in ONNX Runtime, and say how fast that was."""
+    screen = screen_of(ctx, as_json, verbose)
+    sampling = Sampling(temperature, top_k, top_p, seed)
+    request = GenerateRequest(folder, prompt, max_new_tokens, chat, sampling, threads, provider)
+    found = request.run(lambda piece: None if as_json else typer.echo(piece, nl=False))
+    if as_json:
+        screen.document({"ok": True, "folder": str(folder)} | found)
+        return
+    typer.echo()
+    rates = f"prefill {found['prefill_tokens_per_second']:.1f}, decode {found['decode_tokens_per_second']:.1f} tokens/s"
+    typer.echo(f"{found['prompt_tokens']} + {found['new_tokens']} tokens; {rates}", err=True)
 
 
 @dataclass(frozen=True)

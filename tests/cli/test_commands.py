@@ -329,7 +329,7 @@ def test_unexpected_errors_are_one_line_unless_asked(pt2: Path, monkeypatch: pyt
     def fail(*_: object) -> None:
         raise ZeroDivisionError("division by zero")
 
-    monkeypatch.setattr(commands, "make_plan", fail)
+    monkeypatch.setattr("spinpass.cli.plan.plan", fail)
     result = run("plan", pt2)
     assert result.exit_code == 1
     assert "spinpass: unexpected ZeroDivisionError: division by zero; -vv shows where" in result.stderr

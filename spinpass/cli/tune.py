@@ -1,0 +1,69 @@
+"""``spinpass tune``: which rotation is worth its cost under a scheme."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from spinpass.errors import ConfigError
+from spinpass.evaluation import LENGTH, SAMPLES, read_text, token_ids
+from spinpass.evaluation import windows as cut
+from spinpass.folders import Result, check_writable, onnx_tools, write_folder
+from spinpass.loading import load_model
+from spinpass.quantization import QuantizationConfig
+from spinpass.tuning import candidates, tune
+
+from .options import AsJson, Dtype, Model, Samples, Verbose
+from .screen import screen_of
+from .tables import files_table, tuning_table
+
+
+def tune_command(
+    ctx: typer.Context,
+    model: Model,
+    quantize: Annotated[str, typer.Option(help="The scheme to tune for, say w4g128-gptq-a8.")],
+    calibration: Annotated[Path, typer.Option(help="UTF-8 text: its first half calibrates, its second half decides.")],
+    out: Annotated[Path | None, typer.Option(help="Folder to write the best model to, for ONNX Runtime.")] = None,
+    samples: Samples = SAMPLES,
+    windows: Annotated[int, typer.Option(help="Windows to decide on.")] = 16,
+    length: Annotated[int, typer.Option(help="Tokens per window.")] = LENGTH,
+    block_sizes: Annotated[str, typer.Option(help="Also try diagonal blocks of these sizes, say 64,128.")] = "",
+    dtype: Dtype = "float32",
+    as_json: AsJson = False,
+    verbose: Verbose = 0,
+) -> None:
+    """Measure what each way to rotate MODEL is worth under a scheme, and keep what helps; nothing, perhaps."""
+    screen = screen_of(ctx, as_json, verbose)
+    sizes = _sizes(block_sizes)
+    QuantizationConfig.parse(quantize)
+    onnx = None if out is None else onnx_tools()
+    if out is not None:
+        check_writable(out)
+    with screen.steps() as steps:
+        loaded = load_model(model, dtype=dtype, cache=out is not None, progress=steps.begin)
+        if loaded.companions is None or loaded.companions.tokenizer is None:
+            raise ConfigError(f"{model} has no tokenizer to read {calibration} with")
+        ids = token_ids(loaded.companions.tokenizer)(read_text(calibration))
+        half = len(ids) // 2
+        shown, decisive = (cut(part, length, n) for part, n in ((ids[:half], samples), (ids[half:], windows)))
+        found = tune(loaded.program, quantize, shown, decisive, configs=candidates(sizes), steps=steps)
+        written = None
+        if onnx is not None and out is not None:
+            made = Result(found.quantized.program, found.chosen.plan, found.quantized.report)
+            written = write_folder(onnx, loaded, made, out, steps)
+    if as_json:
+        screen.document({"ok": True, "model": model, "scheme": quantize, "seconds": steps.seconds} | found.to_dict())
+        return
+    screen.show(tuning_table(found, quantize, len(decisive), length), found.verdict)
+    if written is not None and out is not None:
+        screen.show(files_table(out, written.files))
+
+
+def _sizes(text: str) -> list[int]:
+    """Numbers separated by commas. ConfigError for anything else."""
+    try:
+        return [int(part) for part in text.split(",") if part.strip()]
+    except ValueError as error:
+        raise ConfigError(f"--block-sizes {text!r} is not a list of numbers such as 64,128") from error
