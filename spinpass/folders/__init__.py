@@ -1,8 +1,9 @@
 """A whole model folder, written: the model, its tokenizer and configuration, ``spinpass.json``."""
 
-from .companions import Result, check_writable, quantized, rotated, version_of
-from .export import ExportRequest, IntegerCache, Target
+from .companions import check_writable
 from .onnx import onnx_tools, write_folder
+from .request import ExportRequest, IntegerCache, Target
+from .result import Result, quantized, rotated, version_of
 
 __all__ = [
     "ExportRequest",

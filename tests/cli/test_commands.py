@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 import spinpass
 from spinpass import RotationConfig, cli, errors, record
 from spinpass.cli import app as commands
-from spinpass.folders import companions as folder_module
-from spinpass.folders.export import ExportRequest
+from spinpass.folders import result as folder_module
+from spinpass.folders.request import ExportRequest
 from spinpass.formats import staging as files
 from spinpass.loading.models import load_program, save_program
 from spinpass.runtime.decoder import OrtDecoder

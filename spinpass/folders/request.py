@@ -16,10 +16,11 @@ from spinpass.passes import last_token
 from spinpass.progress import Steps
 from spinpass.quantization import QuantizationConfig
 
-from .companions import Result, Written, check_writable, quantized, rotated
+from .companions import Written, check_writable
 from .executorch import executorch_tools, write_pte_folder
 from .gptq import WEIGHTS_ONLY, check_rotation, write_gptq_folder
 from .onnx import CacheBits, onnx_tools, write_folder
+from .result import Result, quantized, rotated
 
 Target = Literal["onnx", "executorch", "gptq"]
 IntegerCache = Literal["int8", "int4"]
