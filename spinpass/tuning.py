@@ -19,14 +19,13 @@ from torch.export import ExportedProgram
 
 from spinpass.config import ROLES, RotationConfig
 from spinpass.errors import ConfigError, RefusedError
-from spinpass.evaluation import Comparison, ProgramScorer, compare, paired
+from spinpass.evaluation import Comparison, ProgramScorer, Windows, compare, paired
 from spinpass.pipeline import plan as make_plan
 from spinpass.pipeline import transform
 from spinpass.planning import PlannedSpace, RotationPlan
 from spinpass.progress import Silent, Steps
 from spinpass.quantization import QuantizationConfig, Quantized, distilled, quantize, site_errors
 
-Windows = Sequence[Sequence[int]]
 _JUDGED_ON = 2  # calibration windows that spaces are judged on
 _NOTHING = "none"
 _WHERE_IT_HELPS = ", where it helps"

@@ -1,31 +1,18 @@
 """How good a model is on text: perplexity, agreement and divergence, paired over windows."""
 
-from .comparison import (
-    Change,
-    Comparison,
-    Perplexity,
-    Scorer,
-    Speed,
-    change,
-    compare,
-    compare_each,
-    paired,
-    perplexity,
-    speed,
-    windows,
-)
-from .request import EvalRequest, Evaluated, Rotated
-from .scoring import OnnxScorer, Opened, ProgramScorer, open_scorer, token_ids
-from .texts import (
+from .calibration import (
     LENGTH,
     SAMPLES,
     calibration_inputs,
     calibration_windows,
     check_calibration,
     check_samples,
-    read_dataset,
-    read_text,
 )
+from .comparison import Change, Comparison, Perplexity, Scorer, change, compare, compare_each, paired, perplexity
+from .request import EvalRequest, Evaluated, Rotated
+from .scoring import OnnxScorer, Opened, ProgramScorer, open_scorer, token_ids
+from .texts import Windows, read_dataset, read_text, windows
+from .timing import Speed, speed
 
 __all__ = [
     "LENGTH",
@@ -41,6 +28,7 @@ __all__ = [
     "Rotated",
     "Scorer",
     "Speed",
+    "Windows",
     "calibration_inputs",
     "calibration_windows",
     "change",

@@ -1,15 +1,14 @@
-"""What a decoder is worth and what it costs: perplexity over windows of text, and tokens per second.
+"""What a decoder is worth: perplexity over windows of text, and how two decoders differ.
 
 A comparison of two decoders is paired: both read the same windows, and the difference of their losses has a standard
-error far smaller than that of either perplexity. Times are taken in turns, so that a slow minute of the machine meets
-all of them.
+error far smaller than that of either perplexity.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,26 +19,13 @@ from torch.nn import functional
 from spinpass.errors import ConfigError
 from spinpass.progress import Progress
 
+from .texts import Windows
+
 
 class Scorer(Protocol):
     """Anything that gives logits (length, vocabulary) for token ids, from an empty cache."""
 
     def logits(self, ids: Sequence[int], /) -> Tensor: ...
-
-
-class Timed(Protocol):
-    """Times of one generation, tokens per second."""
-
-    @property
-    def prefill_rate(self) -> float: ...
-    @property
-    def decode_rate(self) -> float: ...
-
-
-class Generator(Protocol):
-    """Anything that continues token ids and says how long it took."""
-
-    def generate(self, ids: Sequence[int], max_new_tokens: int, /, *, end: Any = None) -> Timed: ...
 
 
 @dataclass(frozen=True)
@@ -126,39 +112,7 @@ class Comparison:
         } | {name: None if math.isnan(error) else error for name, error in errors.items()}
 
 
-@dataclass(frozen=True)
-class Speed:
-    """Medians over repeats, in tokens per second."""
-
-    prefill: float
-    decode: float
-    repeats: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able."""
-        return {
-            "prefill_tokens_per_second": self.prefill,
-            "decode_tokens_per_second": self.decode,
-            "repeats": self.repeats,
-        }
-
-
-def windows(ids: Sequence[int], length: int, count: int) -> list[list[int]]:
-    """``count`` windows of ``length`` tokens, evenly spread over ``ids`` without overlap.
-
-    Raises ConfigError: the text is too short for that, or a window could not predict anything.
-    """
-    if length < 2 or count < 1:
-        raise ConfigError(f"{count} windows of {length} tokens: at least one window of two tokens is needed")
-    if len(ids) < count * length:
-        raise ConfigError(
-            f"{count} windows of {length} tokens need {count * length:,} tokens; the text has {len(ids):,}"
-        )
-    step = len(ids) // count
-    return [list(ids[start : start + length]) for start in range(0, count * step, step)]
-
-
-def perplexity(decoder: Scorer, texts: Sequence[Sequence[int]], progress: Progress | None = None) -> Perplexity:
+def perplexity(decoder: Scorer, texts: Windows, progress: Progress | None = None) -> Perplexity:
     """Every token of every window but its first is predicted from those before it in the window.
 
     ``progress(done, all)`` is called after each window. ConfigError if there are no windows.
@@ -174,15 +128,13 @@ def perplexity(decoder: Scorer, texts: Sequence[Sequence[int]], progress: Progre
     return Perplexity(tuple(losses), sum(len(ids) - 1 for ids in texts))
 
 
-def compare(
-    before: Scorer, after: Scorer, texts: Sequence[Sequence[int]], progress: Progress | None = None
-) -> Comparison:
+def compare(before: Scorer, after: Scorer, texts: Windows, progress: Progress | None = None) -> Comparison:
     """Both decoders read every window. ``progress`` as in :func:`perplexity`; ConfigError if there are no windows."""
     return compare_each(before, [after], texts, progress)[0]
 
 
 def compare_each(
-    before: Scorer, others: Sequence[Scorer], texts: Sequence[Sequence[int]], progress: Progress | None = None
+    before: Scorer, others: Sequence[Scorer], texts: Windows, progress: Progress | None = None
 ) -> list[Comparison]:
     """:func:`compare` of several decoders with the first one, which reads every window once."""
     if not texts:
@@ -221,34 +173,6 @@ def paired(before: Sequence[float], after: Sequence[float]) -> Change:
     """The mean of ``after − before`` over windows, in nats per token, and its standard error."""
     differences = [b - a for a, b in zip(before, after)]
     return Change(statistics.fmean(differences), _standard_error(differences))
-
-
-def speed(
-    decoders: Mapping[str, Generator],
-    prompt: Sequence[int],
-    new_tokens: int,
-    *,
-    repeats: int = 3,
-    progress: Progress | None = None,
-) -> dict[str, Speed]:
-    """Generate ``new_tokens`` after ``prompt`` with every decoder in turn, ``repeats`` times after one turn to warm up.
-
-    ConfigError for fewer than two new tokens (the first comes from the prompt's pass) or fewer than one repeat.
-    """
-    if new_tokens < 2 or repeats < 1:
-        raise ConfigError(f"{repeats} repeats of {new_tokens} tokens: at least one repeat of two tokens is needed")
-    times: dict[str, list[Timed]] = {name: [] for name in decoders}
-    for turn in range(repeats + 1):
-        for k, (name, decoder) in enumerate(decoders.items()):
-            times[name].append(decoder.generate(prompt, new_tokens if turn else 2, end=()))
-            if progress is not None:
-                progress(turn * len(decoders) + k + 1, (repeats + 1) * len(decoders))
-    return {name: _medians(measured[1:]) for name, measured in times.items()}
-
-
-def _medians(times: Sequence[Timed]) -> Speed:
-    prefill = statistics.median(t.prefill_rate for t in times)
-    return Speed(prefill, statistics.median(t.decode_rate for t in times), len(times))
 
 
 def _standard_error(values: Sequence[float]) -> float:

@@ -13,9 +13,10 @@ from spinpass.pipeline import transform
 from spinpass.progress import Steps
 from spinpass.quantization import quantize as quantized
 
-from .comparison import Comparison, Perplexity, compare, compare_each, perplexity, windows
+from .calibration import SAMPLES, calibration_inputs, check_calibration, check_samples
+from .comparison import Comparison, Perplexity, compare, compare_each, perplexity
 from .scoring import Opened, ProgramScorer, open_scorer
-from .texts import SAMPLES, calibration_inputs, check_calibration, check_samples, read_dataset, read_text
+from .texts import read_dataset, read_text, windows
 
 Rotated = Literal["no", "auto", "offline", "online"]
 

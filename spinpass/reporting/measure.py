@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,15 +12,13 @@ from torch.export import ExportedProgram
 
 from spinpass import evaluation
 from spinpass.errors import ConfigError
-from spinpass.evaluation import SAMPLES, Opened, ProgramScorer, calibration_windows, open_scorer, read_text
+from spinpass.evaluation import SAMPLES, Opened, ProgramScorer, Windows, calibration_windows, open_scorer, read_text
 from spinpass.planning import RotationPlan
 from spinpass.progress import Steps
 from spinpass.quantization import QuantizationConfig, quantize
 
 from .activations import WatchedScorer, paired
 from .report import Quantized, Report, Scheme
-
-Windows = Sequence[Sequence[int]]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,53 @@
+"""Windows of a text to calibrate on, as tokens and as a program's inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch.export import ExportedProgram
+
+from spinpass.errors import ConfigError
+from spinpass.quantization import QuantizationConfig
+
+from .scoring import ProgramScorer
+from .texts import read_text, windows
+
+Tokenize = Callable[[str], list[int]]
+SAMPLES = 16  # windows to calibrate on
+LENGTH = 512  # tokens of each
+
+
+def check_calibration(scheme: str, path: Path | None) -> None:
+    """ConfigError where the scheme cannot be read, or needs a text and there is none."""
+    if QuantizationConfig.parse(scheme).needs_calibration and path is None:
+        raise ConfigError(f"{scheme} needs a text to calibrate on: add --calibration FILE, or -rtn")
+
+
+def check_samples(samples: int) -> None:
+    """ConfigError where it is no number of windows."""
+    if samples < 1:
+        raise ConfigError(f"{samples} samples to calibrate on: choose 1 or more")
+
+
+def calibration_inputs(
+    program: ExportedProgram, tokenize: Tokenize, path: Path | None, length: int = LENGTH, samples: int = SAMPLES
+) -> list[dict[str, Any]]:
+    """Windows of ``length`` tokens spread over the text, as inputs of the program; none without a text.
+
+    Raises ConfigError: a text that cannot be read, or is shorter than one window.
+    """
+    if path is None:
+        return []
+    scorer = ProgramScorer(program)
+    length = min(length, scorer.longest or length)
+    return [scorer.inputs(window) for window in calibration_windows(tokenize, path, length, samples)]
+
+
+def calibration_windows(
+    tokenize: Tokenize, path: Path, length: int = LENGTH, samples: int = SAMPLES
+) -> list[list[int]]:
+    """The tokens of such windows. Raises ConfigError as :func:`calibration_inputs`."""
+    ids = tokenize(read_text(path))
+    return [list(window) for window in windows(ids, length, max(1, min(samples, len(ids) // length)))]
