@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from spinpass.evaluation import SAMPLES, EvalRequest, Rotated
+from spinpass.evaluation import CALIBRATION_WINDOWS, EvalRequest, Rotated
 
-from .options import AsJson, Model, Samples, Verbose
+from .options import AsJson, CalibrationWindows, Model, Verbose
 from .screen import screen_of
 from .tables import comparison_table
 
@@ -22,7 +22,7 @@ def evaluate_command(
     against: Annotated[str, typer.Option(help="Another model, the one to compare with.")] = "",
     quantize: Annotated[str, typer.Option(help="Quantize MODEL first, say w4g128-a8-kv4; compared with itself.")] = "",
     calibration: Annotated[Path | None, typer.Option(help="Text for GPTQ and static ranges.")] = None,
-    samples: Samples = SAMPLES,
+    calibration_windows: CalibrationWindows = CALIBRATION_WINDOWS,
     rotate_form: Annotated[Rotated, typer.Option("--rotate", help="Rotate MODEL before, with R1 in this form.")] = "no",
     file: Annotated[list[str] | None, typer.Option(help="An ONNX folder made of MODEL, beside it; repeatable.")] = None,
     windows: Annotated[int, typer.Option(help="How many windows of the text.")] = 16,
@@ -37,7 +37,7 @@ def evaluate_command(
     ratio of perplexities, how often both would say the same token, and the divergence of their predictions.
     """
     screen = screen_of(ctx, as_json, verbose)
-    named = (dataset, tuple(file or ()), samples)
+    named = (dataset, tuple(file or ()), calibration_windows)
     request = EvalRequest(model, against, quantize, calibration, rotate_form, text, windows, length, tokenizer, *named)
     with screen.steps() as steps:
         found = request.run(steps)

@@ -8,12 +8,13 @@ from typing import Annotated, Any
 import typer
 
 from spinpass.config import RotationConfig
-from spinpass.evaluation import SAMPLES
+from spinpass.evaluation import CALIBRATION_WINDOWS
 from spinpass.folders import ExportRequest
 from spinpass.formats import GptqReport
 
 from .options import (
     AsJson,
+    CalibrationWindows,
     Context,
     Dequantize,
     Dtype,
@@ -24,7 +25,6 @@ from .options import (
     NoCache,
     NoFuse,
     NoVerify,
-    Samples,
     To,
     Verbose,
     rotation_options,
@@ -47,7 +47,7 @@ def export_command(
     dequantize: Dequantize = False,
     quantize: Annotated[str, typer.Option(help="Quantize, say w4g128-gptq-a8-head8-embed8.")] = "",
     calibration: Annotated[Path | None, typer.Option(help="Text for GPTQ, static ranges and --kv-cache.")] = None,
-    samples: Samples = SAMPLES,
+    calibration_windows: CalibrationWindows = CALIBRATION_WINDOWS,
     kv_cache: KvCache = None,
     last_logits: LastLogits = False,
     no_fuse: NoFuse = False,
@@ -65,7 +65,7 @@ def export_command(
     request = ExportRequest(
         model, out, config, to, quantize=quantize, calibration=calibration, int4=int4, kv_cache=kv_cache, dtype=dtype,
         cache=not no_cache, context=context, dequantize=dequantize, last_logits=last_logits, fuse=not no_fuse,
-        certify=not no_verify, samples=samples,
+        certify=not no_verify, calibration_windows=calibration_windows,
     )  # fmt: skip
     with screen.steps() as steps:
         result, written = request.run(steps)

@@ -58,7 +58,7 @@ NoFuse = Annotated[
 LastLogits = Annotated[
     bool, typer.Option("--last-logits", help="Compute the logits of the last token alone: prompts are read faster.")
 ]
-Samples = Annotated[int, typer.Option("--samples", help="Windows of 512 tokens to calibrate on.")]
+CalibrationWindows = Annotated[int, typer.Option("--samples", help="Windows of 512 tokens to calibrate on.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 Verbose = Annotated[
     int, typer.Option("-v", "--verbose", count=True, help="Log every pass, show every line; -vv: tracebacks.")

@@ -8,14 +8,14 @@ from typing import Annotated
 import typer
 
 from spinpass.errors import ConfigError
-from spinpass.evaluation import LENGTH, SAMPLES, read_text, token_ids
+from spinpass.evaluation import CALIBRATION_LENGTH, CALIBRATION_WINDOWS, read_text, token_ids
 from spinpass.evaluation import windows as cut
 from spinpass.folders import Result, check_writable, onnx_tools, write_folder
 from spinpass.loading import load_model
 from spinpass.quantization import QuantizationConfig
 from spinpass.tuning import candidates, tune
 
-from .options import AsJson, Dtype, Model, Samples, Verbose
+from .options import AsJson, CalibrationWindows, Dtype, Model, Verbose
 from .screen import screen_of
 from .tables import files_table, tuning_table
 
@@ -26,9 +26,9 @@ def tune_command(
     quantize: Annotated[str, typer.Option(help="The scheme to tune for, say w4g128-gptq-a8.")],
     calibration: Annotated[Path, typer.Option(help="UTF-8 text: its first half calibrates, its second half decides.")],
     out: Annotated[Path | None, typer.Option(help="Folder to write the best model to, for ONNX Runtime.")] = None,
-    samples: Samples = SAMPLES,
+    calibration_windows: CalibrationWindows = CALIBRATION_WINDOWS,
     windows: Annotated[int, typer.Option(help="Windows to decide on.")] = 16,
-    length: Annotated[int, typer.Option(help="Tokens per window.")] = LENGTH,
+    length: Annotated[int, typer.Option(help="Tokens per window.")] = CALIBRATION_LENGTH,
     block_sizes: Annotated[str, typer.Option(help="Also try diagonal blocks of these sizes, say 64,128.")] = "",
     dtype: Dtype = "float32",
     as_json: AsJson = False,
@@ -47,7 +47,9 @@ def tune_command(
             raise ConfigError(f"{model} has no tokenizer to read {calibration} with")
         ids = token_ids(loaded.companions.tokenizer)(read_text(calibration))
         half = len(ids) // 2
-        shown, decisive = (cut(part, length, n) for part, n in ((ids[:half], samples), (ids[half:], windows)))
+        shown, decisive = (
+            cut(part, length, n) for part, n in ((ids[:half], calibration_windows), (ids[half:], windows))
+        )
         found = tune(loaded.program, quantize, shown, decisive, configs=candidates(sizes), steps=steps)
         written = None
         if onnx is not None and out is not None:

@@ -1,12 +1,12 @@
 """How good a model is on text: perplexity, agreement and divergence, paired over windows."""
 
 from .calibration import (
-    LENGTH,
-    SAMPLES,
+    CALIBRATION_LENGTH,
+    CALIBRATION_WINDOWS,
     calibration_inputs,
     calibration_windows,
     check_calibration,
-    check_samples,
+    check_windows,
 )
 from .comparison import Change, Comparison, Perplexity, Scorer, change, compare, compare_each, paired, perplexity
 from .request import EvalRequest, Evaluated, Rotated
@@ -15,8 +15,8 @@ from .texts import Windows, read_dataset, read_text, windows
 from .timing import Speed, speed
 
 __all__ = [
-    "LENGTH",
-    "SAMPLES",
+    "CALIBRATION_LENGTH",
+    "CALIBRATION_WINDOWS",
     "Change",
     "Comparison",
     "EvalRequest",
@@ -33,7 +33,7 @@ __all__ = [
     "calibration_windows",
     "change",
     "check_calibration",
-    "check_samples",
+    "check_windows",
     "compare",
     "compare_each",
     "open_scorer",

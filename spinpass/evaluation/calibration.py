@@ -15,8 +15,8 @@ from .scoring import ProgramScorer
 from .texts import read_text, windows
 
 Tokenize = Callable[[str], list[int]]
-SAMPLES = 16  # windows to calibrate on
-LENGTH = 512  # tokens of each
+CALIBRATION_WINDOWS = 16  # windows to calibrate on
+CALIBRATION_LENGTH = 512  # tokens of each
 
 
 def check_calibration(scheme: str, path: Path | None) -> None:
@@ -25,14 +25,18 @@ def check_calibration(scheme: str, path: Path | None) -> None:
         raise ConfigError(f"{scheme} needs a text to calibrate on: add --calibration FILE, or -rtn")
 
 
-def check_samples(samples: int) -> None:
+def check_windows(count: int) -> None:
     """ConfigError where it is no number of windows."""
-    if samples < 1:
-        raise ConfigError(f"{samples} samples to calibrate on: choose 1 or more")
+    if count < 1:
+        raise ConfigError(f"{count} windows to calibrate on: choose 1 or more")
 
 
 def calibration_inputs(
-    program: ExportedProgram, tokenize: Tokenize, path: Path | None, length: int = LENGTH, samples: int = SAMPLES
+    program: ExportedProgram,
+    tokenize: Tokenize,
+    path: Path | None,
+    length: int = CALIBRATION_LENGTH,
+    count: int = CALIBRATION_WINDOWS,
 ) -> list[dict[str, Any]]:
     """Windows of ``length`` tokens spread over the text, as inputs of the program; none without a text.
 
@@ -42,12 +46,12 @@ def calibration_inputs(
         return []
     scorer = ProgramScorer(program)
     length = min(length, scorer.longest or length)
-    return [scorer.inputs(window) for window in calibration_windows(tokenize, path, length, samples)]
+    return [scorer.inputs(window) for window in calibration_windows(tokenize, path, length, count)]
 
 
 def calibration_windows(
-    tokenize: Tokenize, path: Path, length: int = LENGTH, samples: int = SAMPLES
+    tokenize: Tokenize, path: Path, length: int = CALIBRATION_LENGTH, count: int = CALIBRATION_WINDOWS
 ) -> list[list[int]]:
     """The tokens of such windows. Raises ConfigError as :func:`calibration_inputs`."""
     ids = tokenize(read_text(path))
-    return [list(window) for window in windows(ids, length, max(1, min(samples, len(ids) // length)))]
+    return [list(window) for window in windows(ids, length, max(1, min(count, len(ids) // length)))]

@@ -13,7 +13,7 @@ from spinpass.pipeline import transform
 from spinpass.progress import Steps
 from spinpass.quantization import quantize as quantized
 
-from .calibration import SAMPLES, calibration_inputs, check_calibration, check_samples
+from .calibration import CALIBRATION_WINDOWS, calibration_inputs, check_calibration, check_windows
 from .comparison import Comparison, Perplexity, compare, compare_each, perplexity
 from .scoring import Opened, ProgramScorer, open_scorer
 from .texts import read_dataset, read_text, windows
@@ -48,10 +48,10 @@ class EvalRequest:
     tokenizer: str
     dataset: str = ""
     files: tuple[str, ...] = ()
-    samples: int = SAMPLES
+    calibration_windows: int = CALIBRATION_WINDOWS
 
     def __post_init__(self) -> None:
-        check_samples(self.samples)
+        check_windows(self.calibration_windows)
         if self.against and (self.quantize or self.rotate != "no"):
             raise ConfigError("--against compares two models as they are: leave out --quantize and --rotate")
         if self.against and self.files:
@@ -84,6 +84,6 @@ class EvalRequest:
             steps.start("rotate")
             program = transform(program, RotationConfig(form=self.rotate))
         if self.quantize:
-            samples = calibration_inputs(program, opened.tokens, self.calibration, self.length, self.samples)
-            program = quantized(program, self.quantize, samples, progress=steps.start("quantize")).program
+            inputs = calibration_inputs(program, opened.tokens, self.calibration, self.length, self.calibration_windows)
+            program = quantized(program, self.quantize, inputs, progress=steps.start("quantize")).program
         return ProgramScorer(program)

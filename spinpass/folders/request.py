@@ -10,7 +10,7 @@ from typing import Literal
 
 from spinpass.config import RotationConfig
 from spinpass.errors import ConfigError
-from spinpass.evaluation import SAMPLES, check_calibration, check_samples
+from spinpass.evaluation import CALIBRATION_WINDOWS, check_calibration, check_windows
 from spinpass.loading import load_model
 from spinpass.passes import last_token
 from spinpass.progress import Steps
@@ -45,10 +45,10 @@ class ExportRequest:
     last_logits: bool = False
     fuse: bool = True
     certify: bool = True
-    samples: int = SAMPLES
+    calibration_windows: int = CALIBRATION_WINDOWS
 
     def __post_init__(self) -> None:
-        check_samples(self.samples)
+        check_windows(self.calibration_windows)
         if self.quantize:
             check_calibration(self.quantize, self.calibration)
             if self.int4:
@@ -135,7 +135,7 @@ class ExportRequest:
         if self.to == "gptq":
             check_rotation(loaded, result)
         if self.quantize:
-            result = quantized(result, loaded, self.quantize, self.calibration, steps, self.samples)
+            result = quantized(result, loaded, self.quantize, self.calibration, steps, self.calibration_windows)
         if self.last_logits:
             result = replace(result, program=last_token(result.program))
         return result, write(loaded, result, self.out, steps, certify=self.certify)

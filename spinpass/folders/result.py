@@ -13,7 +13,7 @@ from torch.export import ExportedProgram
 from spinpass import record
 from spinpass.config import RotationConfig
 from spinpass.errors import ConfigError
-from spinpass.evaluation import SAMPLES, calibration_inputs, token_ids
+from spinpass.evaluation import CALIBRATION_WINDOWS, calibration_inputs, token_ids
 from spinpass.loading import LoadedModel
 from spinpass.pipeline import plan, transform
 from spinpass.planning import RotationPlan
@@ -70,15 +70,20 @@ def rotated(program: ExportedProgram, config: RotationConfig | None, steps: Step
 
 
 def quantized(
-    result: Result, loaded: LoadedModel, scheme: str, text: Path | None, steps: Steps, windows: int = SAMPLES
+    result: Result,
+    loaded: LoadedModel,
+    scheme: str,
+    text: Path | None,
+    steps: Steps,
+    windows: int = CALIBRATION_WINDOWS,
 ) -> Result:
     """Calibrate on windows of the text where there is one, and quantize. ConfigError where no tokenizer can read it."""
-    samples: list[Any] = []
+    inputs: list[Any] = []
     if text is not None:
         if loaded.companions is None or loaded.companions.tokenizer is None:
             raise ConfigError(f"{loaded.source.location} has no tokenizer to read {text} with: quantize with -rtn")
-        samples = calibration_inputs(result.program, token_ids(loaded.companions.tokenizer), text, samples=windows)
-    made = quantize(result.program, scheme, samples, progress=steps.start("quantize"))
+        inputs = calibration_inputs(result.program, token_ids(loaded.companions.tokenizer), text, count=windows)
+    made = quantize(result.program, scheme, inputs, progress=steps.start("quantize"))
     return replace(result, program=made.program, quantization=made.report)
 
 

@@ -12,7 +12,15 @@ from torch.export import ExportedProgram
 
 from spinpass import evaluation
 from spinpass.errors import ConfigError
-from spinpass.evaluation import SAMPLES, Opened, ProgramScorer, Windows, calibration_windows, open_scorer, read_text
+from spinpass.evaluation import (
+    CALIBRATION_WINDOWS,
+    Opened,
+    ProgramScorer,
+    Windows,
+    calibration_windows,
+    open_scorer,
+    read_text,
+)
 from spinpass.planning import RotationPlan
 from spinpass.progress import Steps
 from spinpass.quantization import QuantizationConfig, quantize
@@ -59,7 +67,7 @@ class ReportRequest:
             return evaluation.windows(ids, self.length, self.windows), []
         if self.calibration is None:
             both = evaluation.windows(ids, self.length, 2 * self.windows)
-            return both[::2], both[1::2][:SAMPLES]
+            return both[::2], both[1::2][:CALIBRATION_WINDOWS]
         others = calibration_windows(opened.tokens, self.calibration, self.length)
         return evaluation.windows(ids, self.length, self.windows), others
 

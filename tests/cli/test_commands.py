@@ -474,7 +474,7 @@ def test_eval_says_what_is_missing(folder: Path, pt2: Path, text: Path, tmp_path
         "--tokenizer": (pt2,),
         "the text has": (folder, "--text", text, "--windows", 999),
         "is not a part of a scheme": (folder, "--quantize", "w4-nf4"),
-        "0 samples to calibrate on": (folder, "--quantize", "w4", "--calibration", text, "--samples", 0),
+        "0 windows to calibrate on": (folder, "--quantize", "w4", "--calibration", text, "--samples", 0),
     }
     for why, arguments in wrong.items():
         result = run("eval", *arguments)
