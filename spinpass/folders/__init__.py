@@ -1,8 +1,10 @@
-"""A whole model folder, written: the model, its tokenizer and configuration, ``spinpass.json``."""
+"""A whole model folder, written: the model, its tokenizer and configuration, ``spinpass.json``; :func:`export` does it
+all.
+"""
 
-from .companions import check_writable
+from .companions import Written, check_writable
 from .onnx import onnx_tools, write_folder
-from .request import ExportRequest, IntegerCache, Target
+from .request import ExportRequest, IntegerCache, Target, export
 from .result import Result, quantized, rotated, version_of
 
 __all__ = [
@@ -10,7 +12,9 @@ __all__ = [
     "IntegerCache",
     "Result",
     "Target",
+    "Written",
     "check_writable",
+    "export",
     "onnx_tools",
     "quantized",
     "rotated",

@@ -1,4 +1,4 @@
-"""What ``spinpass export`` is asked for, and how it is carried out."""
+"""What an export is asked for, and how it is carried out: by ``spinpass export``, or by :func:`export` from Python."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from spinpass.errors import ConfigError
 from spinpass.evaluation import CALIBRATION_WINDOWS, check_calibration, check_windows
 from spinpass.loading import load_model
 from spinpass.passes import last_token
-from spinpass.progress import Steps
+from spinpass.progress import Silent, Steps
 from spinpass.quantization import QuantizationConfig
 
 from .companions import Written, check_writable
@@ -26,9 +26,75 @@ Target = Literal["onnx", "executorch", "gptq"]
 IntegerCache = Literal["int8", "int4"]
 
 
+_DEFAULT = RotationConfig()
+
+
+def export(
+    model: str | Path,
+    out: str | Path,
+    config: RotationConfig | None = _DEFAULT,
+    *,
+    to: Target = "onnx",
+    quantize: str = "",
+    calibration: str | Path | None = None,
+    calibration_windows: int = CALIBRATION_WINDOWS,
+    int4: bool = False,
+    kv_cache: IntegerCache | None = None,
+    dtype: str = "float32",
+    cache: bool = True,
+    context: int = 1024,
+    dequantize: bool = False,
+    last_logits: bool = False,
+    fuse: bool = True,
+    certify: bool = True,
+    steps: Steps | None = None,
+) -> Written:
+    """Load a model, rotate it, certify it, and write a folder that a runtime runs: ``spinpass export`` from Python.
+
+    Args:
+        model: a model folder, a name on the hub, a GGUF file or a .pt2 file.
+        out: the folder that is written: the model, its tokenizer and configuration, ``spinpass.json``.
+        config: what is rotated; None writes the original, to compare with.
+        to: the runtime that the folder is for, or ``"gptq"`` for a checkpoint.
+        quantize: a scheme, for example ``"w4g128-gptq-a8"``; with none, nothing is rounded.
+        calibration: a UTF-8 text for GPTQ, static ranges and ``kv_cache``.
+        calibration_windows: how many windows of 512 tokens of the text are read.
+        int4: pack the weights to 4 bits (MatMulNBits), without a scheme.
+        kv_cache: keep keys and values as integers of this width (ONNX Runtime).
+        dtype: that of the weights, float32, float16 or bfloat16; ``"auto"`` takes the dtype they are stored in.
+        cache: export with a KV cache; without one the program takes whole prompts alone.
+        context: how many tokens the KV cache inside an ExecuTorch program holds.
+        dequantize: where the model is a GPTQ checkpoint, take the values of its integers.
+        last_logits: compute the logits of the last token alone.
+        fuse: use ONNX Runtime's own operators for attention.
+        certify: prove the rotated program, and the file, equivalent before anything stays on the disk.
+        steps: told what begins.
+
+    Returns:
+        The exporter's report, what ``spinpass.json`` holds (plan, certificates, hashes), and the names of all files.
+
+    Raises:
+        ConfigError: a combination that means nothing, a model or text that cannot be read.
+        ExportError: the runtime's packages are missing, or the folder cannot be written.
+        RefusedError: nothing can be rotated.
+        VerificationError: the rotated program, or the file, is not equivalent.
+    """
+    text = None if calibration is None else Path(calibration)
+    request = ExportRequest(
+        str(model), Path(out), config, to, quantize=quantize, calibration=text, int4=int4, kv_cache=kv_cache,
+        dtype=dtype, cache=cache, context=context, dequantize=dequantize, last_logits=last_logits, fuse=fuse,
+        certify=certify, calibration_windows=calibration_windows,
+    )  # fmt: skip
+    steps = steps or Silent()
+    try:
+        return request.run(steps)[1]
+    finally:
+        steps.finish()
+
+
 @dataclass(frozen=True)
 class ExportRequest:
-    """The options of the command. Raises ConfigError for combinations that mean nothing."""
+    """The arguments of :func:`export`. Raises ConfigError for combinations that mean nothing."""
 
     model: str
     out: Path
