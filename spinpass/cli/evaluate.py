@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from spinpass.evaluation import CALIBRATION_WINDOWS, EvalRequest, Rotated
+from spinpass.evaluation import CALIBRATION_WINDOWS, EvalRequest, RotateAs
 
 from .options import AsJson, CalibrationWindows, Model, Verbose
 from .screen import screen_of
@@ -23,7 +23,7 @@ def evaluate_command(
     quantize: Annotated[str, typer.Option(help="Quantize MODEL first, say w4g128-a8-kv4; compared with itself.")] = "",
     calibration: Annotated[Path | None, typer.Option(help="Text for GPTQ and static ranges.")] = None,
     calibration_windows: CalibrationWindows = CALIBRATION_WINDOWS,
-    rotate_form: Annotated[Rotated, typer.Option("--rotate", help="Rotate MODEL before, with R1 in this form.")] = "no",
+    rotate_form: Annotated[RotateAs, typer.Option("--rotate", help="Rotate MODEL first, R1 in this form.")] = "no",
     file: Annotated[list[str] | None, typer.Option(help="An ONNX folder made of MODEL, beside it; repeatable.")] = None,
     windows: Annotated[int, typer.Option(help="How many windows of the text.")] = 16,
     length: Annotated[int, typer.Option(help="Tokens per window.")] = 512,
@@ -37,8 +37,10 @@ def evaluate_command(
     ratio of perplexities, how often both would say the same token, and the divergence of their predictions.
     """
     screen = screen_of(ctx, as_json, verbose)
-    named = (dataset, tuple(file or ()), calibration_windows)
-    request = EvalRequest(model, against, quantize, calibration, rotate_form, text, windows, length, tokenizer, *named)
+    request = EvalRequest(
+        model, text, dataset, against, quantize, calibration, calibration_windows, rotate=rotate_form,
+        files=tuple(file or ()), windows=windows, length=length, tokenizer=tokenizer,
+    )  # fmt: skip
     with screen.steps() as steps:
         found = request.run(steps)
     if as_json:

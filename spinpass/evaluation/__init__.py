@@ -9,7 +9,7 @@ from .calibration import (
     check_windows,
 )
 from .comparison import Change, Comparison, Perplexity, Scorer, change, compare, compare_each, paired, perplexity
-from .request import EvalRequest, Evaluated, Rotated
+from .request import EvalRequest, Evaluated, RotateAs
 from .scoring import OnnxScorer, Opened, ProgramScorer, open_scorer, token_ids
 from .texts import Windows, read_dataset, read_text, windows
 from .timing import Speed, speed
@@ -25,7 +25,7 @@ __all__ = [
     "Opened",
     "Perplexity",
     "ProgramScorer",
-    "Rotated",
+    "RotateAs",
     "Scorer",
     "Speed",
     "Windows",

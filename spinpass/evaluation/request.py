@@ -18,7 +18,7 @@ from .comparison import Comparison, Perplexity, compare, compare_each, perplexit
 from .scoring import Opened, ProgramScorer, open_scorer
 from .texts import read_dataset, read_text, windows
 
-Rotated = Literal["no", "auto", "offline", "online"]
+RotateAs = Literal["no", "auto", "offline", "online"]
 
 
 @dataclass(frozen=True)
@@ -38,17 +38,17 @@ class EvalRequest:
     """The options of the command. Raises ConfigError for combinations that mean nothing."""
 
     model: str
-    against: str
-    quantize: str
-    calibration: Path | None
-    rotate: Rotated
-    text: Path | None
-    windows: int
-    length: int
-    tokenizer: str
+    text: Path | None = None
     dataset: str = ""
-    files: tuple[str, ...] = ()
+    against: str = ""
+    quantize: str = ""
+    calibration: Path | None = None
     calibration_windows: int = CALIBRATION_WINDOWS
+    rotate: RotateAs = "no"
+    files: tuple[str, ...] = ()
+    windows: int = 16
+    length: int = 512
+    tokenizer: str = ""
 
     def __post_init__(self) -> None:
         check_windows(self.calibration_windows)
