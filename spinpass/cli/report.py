@@ -51,7 +51,7 @@ def report_command(
         assert result.plan is not None
         versions = result.to_dict()["versions"]
         found = asked.measure((program, result.program), texts, result.plan, result.certificate, steps, versions)
-        page.write(found, out, steps.start("draw"))
+        page.write_page(found, out, steps.start("draw"))
     if as_json:
         screen.document({"ok": True, "out": str(out)} | found.to_dict())
     screen.show(files_table(out.parent, [out.name]))

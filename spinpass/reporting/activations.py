@@ -18,7 +18,7 @@ from spinpass.graph import ProgramEditor, shape
 from spinpass.passes import open_program
 from spinpass.quantization import WeightSite, cache_sites, weight_sites
 
-from .statistics import Accumulator, Statistics
+from .statistics import Accumulator, SiteStatistics
 
 INPUT, KEY, VALUE, KEY_VALUE = "input", "key", "value", "key and value"
 
@@ -42,8 +42,8 @@ class Pair:
     """One value before and after rotation, and all names it has in both programs."""
 
     names: tuple[Name, ...]
-    before: Statistics
-    after: Statistics
+    before: SiteStatistics
+    after: SiteStatistics
 
     @property
     def kind(self) -> str:
@@ -176,14 +176,14 @@ class WatchedScorer:
             self._gathered[name] = Accumulator(value.shape[-1])
         self._gathered[name].update(value)
 
-    def statistics(self) -> dict[Name, Statistics]:
+    def statistics(self) -> dict[Name, SiteStatistics]:
         """By every name of every site that was reached; sites with several names share one object."""
         results = {node: gathered.result() for node, gathered in self._gathered.items()}
         return {name: results[node] for node, names in self._names.items() if node in results for name in names}
 
 
-def paired(
-    before: Mapping[Name, Statistics], after: Mapping[Name, Statistics]
+def paired_sites(
+    before: Mapping[Name, SiteStatistics], after: Mapping[Name, SiteStatistics]
 ) -> tuple[tuple[Pair, ...], tuple[Unpaired, ...]]:
     """Sites by name, those of one value in both programs together; and what has no partner."""
     left = {unpaired.name: unpaired for unpaired in _without_partner(before, after)}
@@ -195,7 +195,7 @@ def paired(
     return tuple(pairs), tuple(left.values())
 
 
-def _without_partner(before: Mapping[Name, Statistics], after: Mapping[Name, Statistics]) -> Iterator[Unpaired]:
+def _without_partner(before: Mapping[Name, SiteStatistics], after: Mapping[Name, SiteStatistics]) -> Iterator[Unpaired]:
     for name in [*before, *(name for name in after if name not in before)]:
         if name not in after:
             yield Unpaired(name, "the rotated program has no such site")

@@ -25,8 +25,8 @@ from spinpass.planning import RotationPlan
 from spinpass.progress import Steps
 from spinpass.quantization import QuantizationConfig, quantize
 
-from .activations import WatchedScorer, paired
-from .report import Quantized, Report, Scheme
+from .activations import WatchedScorer, paired_sites
+from .report import Report, Scheme, SchemeSide
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class ReportRequest:
         before = WatchedScorer(programs[0])
         after = WatchedScorer(programs[1], like=before)
         unquantized = evaluation.compare(before, after, texts[0], steps.start("score and watch"))
-        pairs, unpaired = paired(before.statistics(), after.statistics())
+        pairs, unpaired = paired_sites(before.statistics(), after.statistics())
         schemes = {scheme: self._scheme(scheme, programs, (before, after), texts, steps) for scheme in self.schemes}
         steps.finish()
         return Report(
@@ -121,5 +121,5 @@ class ReportRequest:
             size = scorer.bytes - (made.report.bytes_before - made.report.bytes_after)
             tick = steps.start(f"score {scheme}, {name}")
             comparison = evaluation.compare(original, ProgramScorer(made.program), texts[0], tick)
-            sides.append(Quantized(comparison, errors, size))
+            sides.append(SchemeSide(comparison, errors, size))
         return Scheme(*sides)

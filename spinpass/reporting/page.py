@@ -19,17 +19,17 @@ from .sections import KURTOSIS, RATIO, or_zero, windows_of
 
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 _SECTIONS: dict[str, tuple[str, Callable[[Report], Iterator[object]]]] = {
-    "activations": ("Activations", sections.activations),
-    "sites": ("Single sites", sections.sites),
-    "perplexity": ("Perplexity", sections.perplexity),
-    "quantization": ("Quantization error", sections.quantization),
-    "plan": ("Plan", sections.plan),
-    "certificate": ("Certificate", sections.certificate),
-    "cost": ("Sizes and speeds", sections.cost),
+    "activations": ("Activations", sections.activations_section),
+    "sites": ("Single sites", sections.sites_section),
+    "perplexity": ("Perplexity", sections.perplexity_section),
+    "quantization": ("Quantization error", sections.quantization_section),
+    "plan": ("Plan", sections.plan_section),
+    "certificate": ("Certificate", sections.certificate_section),
+    "cost": ("Sizes and speeds", sections.cost_section),
 }
 
 
-def write(report: Report, path: Path, progress: Progress | None = None) -> None:
+def write_page(report: Report, path: Path, progress: Progress | None = None) -> None:
     """Draw the page and put it at ``path``, whole or not at all. ExportError where it cannot be written."""
     text = render(report, progress)
     with staged(path.parent, len(text.encode())) as staging:

@@ -24,7 +24,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 from torch import Tensor
 from torch.nn import functional
 
-from .statistics import Statistics
+from .statistics import SiteStatistics
 
 BEFORE, AFTER = "#d9662a", "#2a7fba"  # told apart by the colour-blind as well
 _TEXT, _GRID = "#202428", "#d5d9de"
@@ -46,7 +46,7 @@ class Picture:
     alt: str
 
 
-def surfaces(title: str, before: Statistics, after: Statistics, axis: str) -> Picture:
+def surfaces(title: str, before: SiteStatistics, after: SiteStatistics, axis: str) -> Picture:
     """|x| of one site before and after, on one scale, and the peak of every channel. ``axis``: what a vector is."""
 
     def draw(figure: Figure) -> None:
@@ -119,7 +119,7 @@ def short(number: float) -> str:
     return f"{number:,.0f}" if abs(number) >= 1000 else f"{number:.3g}"
 
 
-def _surface(axes: Any, title: str, side: Statistics, top: float, axis: str) -> None:
+def _surface(axes: Any, title: str, side: SiteStatistics, top: float, axis: str) -> None:
     rows, columns = side.surface.shape
     channels = numpy.arange(columns) * (len(side.peaks) / columns)
     vectors = numpy.arange(rows) * (side.surface_vectors / rows)
@@ -160,7 +160,7 @@ def _highest_corner(heights: Tensor) -> Tensor:
     return highest
 
 
-def _channels(axes: Any, before: Statistics, after: Statistics) -> None:
+def _channels(axes: Any, before: SiteStatistics, after: SiteStatistics) -> None:
     for side, color, name in ((before, BEFORE, "before"), (after, AFTER, "after")):
         axes.plot(side.peaks.tolist(), color=color, linewidth=0.8, label=name)
     _logarithmic(axes, [*before.peaks.tolist(), *after.peaks.tolist()], None)

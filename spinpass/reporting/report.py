@@ -14,7 +14,7 @@ from .activations import Pair, Unpaired
 
 
 @dataclass(frozen=True)
-class Quantized:
+class SchemeSide:
     """One program under one scheme: compared with the untouched unquantized program; the relative error of every weight
     by FQN (:attr:`spinpass.quantization.quantize.QuantizedWeight.error`), and the bytes of all constants.
     """
@@ -33,8 +33,8 @@ class Quantized:
 class Scheme:
     """The same scheme applied to the untouched and to the rotated program."""
 
-    untouched: Quantized
-    rotated: Quantized
+    untouched: SchemeSide
+    rotated: SchemeSide
 
     @property
     def gain(self) -> Change:

@@ -15,12 +15,12 @@ from .families import families, joined, label, worst_of_each
 from .markup import Html, arrow, details, figure, html, table, tag
 from .pictures import bars, heatmaps, short, surfaces
 from .report import Report
-from .statistics import Statistics
+from .statistics import SiteStatistics
 
 _SURFACES = 6  # pictures of single sites
 _PANELS = 12  # kinds of layers in a picture of bars
 _SIDES = ("untouched", "rotated")
-Number = Callable[[Statistics], float]
+Number = Callable[[SiteStatistics], float]
 PEAK: Number = attrgetter("peak")
 RATIO: Number = attrgetter("ratio")
 MEAN: Number = attrgetter("mean_ratio")
@@ -35,7 +35,7 @@ def windows_of(report: Report) -> str:
 # -- activations ------------------------------------------------------------------------------------------------------
 
 
-def activations(report: Report) -> Iterator[object]:
+def activations_section(report: Report) -> Iterator[object]:
     """Bars and heatmaps of every layer, a table of all sites, and what is not among them."""
     yield tag(
         "p",
@@ -96,7 +96,7 @@ def _site_row(pair: Pair) -> list[object]:
     return row + [int(side.peaks.argmax()) if side.vectors else "–" for side in sides]
 
 
-def sites(report: Report) -> Iterator[object]:
+def sites_section(report: Report) -> Iterator[object]:
     """Surfaces of the worst site of every kind of layer."""
     yield tag(
         "p",
@@ -119,7 +119,7 @@ def _numbers(pair: Pair) -> Html:
 # -- quantization -----------------------------------------------------------------------------------------------------
 
 
-def perplexity(report: Report) -> Iterator[object]:
+def perplexity_section(report: Report) -> Iterator[object]:
     """Every program, compared with the untouched unquantized one, and with the untouched one of its scheme."""
     yield tag(
         "p",
@@ -145,7 +145,7 @@ def _compared(base: Perplexity, found: Any, gain: Change | None) -> list[object]
     return [_value(found.after), _ratio(relative), against, f"{found.agreement:.2%}", f"{found.divergence:.2e}"]
 
 
-def quantization(report: Report) -> Iterator[object]:
+def quantization_section(report: Report) -> Iterator[object]:
     """The error of every weight under every scheme."""
     if not report.schemes:
         yield tag("p", "No scheme was asked for (--scheme).")
@@ -171,7 +171,7 @@ def _quotient(before: float, after: float) -> str:
 # -- plan, certificate, cost ------------------------------------------------------------------------------------------
 
 
-def plan(report: Report) -> Iterator[object]:
+def plan_section(report: Report) -> Iterator[object]:
     """What was rotated, what was refused and why."""
     plan = report.plan
     total = f"{_counted(len(plan.spaces), 'space')}, {plan.flops:,} FLOP per token and {plan.bytes_added:,} bytes added"
@@ -196,7 +196,7 @@ def _plan_rows(report: Report, *, every_space: bool) -> Iterator[list[object]]:
         yield [name, first.size, first.rotation, first.form, online_parts(spaces), *(f"{total:,}" for total in sums)]
 
 
-def certificate(report: Report) -> Iterator[object]:
+def certificate_section(report: Report) -> Iterator[object]:
     """Verdict, bounds and errors of every output."""
     certificate = report.certificate
     if certificate is None:
@@ -216,7 +216,7 @@ def _output_row(output: Mapping[str, Any]) -> list[object]:
     return [output["name"], size, verdict, f"{float(exact['scale']):.3g}", *errors]
 
 
-def cost(report: Report) -> Iterator[object]:
+def cost_section(report: Report) -> Iterator[object]:
     """Bytes, tokens per second, and the time of every step."""
     plain = zip(_SIDES, report.bytes, report.rates)
     sizes = [("unquantized", name, f"{size:,}", f"{rate:,.0f}") for name, size, rate in plain]

@@ -22,7 +22,7 @@ _WORST = 5
 
 
 @dataclass(frozen=True)
-class Statistics:
+class SiteStatistics:
     """Of one site. ``vectors``: how many were seen; ``peaks``: float32 (channels,), the largest |x| of each channel.
 
     ``ratio``: the largest max|x| / median|x| of any vector, infinite where a median is 0; ``mean_ratio``: its mean over
@@ -69,7 +69,7 @@ class Accumulator:
         self._vectors, self._finite, self._ratios = 0, 0, 0.0
         self._peaks = torch.zeros(channels)
         self._ratio = math.nan
-        self._moments = Moments()
+        self._moments = CentralMoments()
         self._surface, self._surface_vectors = torch.zeros(0, channels), 0
 
     def update(self, values: Tensor) -> None:
@@ -83,7 +83,7 @@ class Accumulator:
         self._vectors += len(x)
         self._peaks = torch.maximum(self._peaks, size.amax(0))
         self._add_ratios(size.sort(-1).values)
-        self._moments = self._moments.merged(Moments.of(x))
+        self._moments = self._moments.merged(CentralMoments.of(x))
 
     def _add_ratios(self, ordered: Tensor) -> None:
         count = ordered.shape[-1]
@@ -97,15 +97,15 @@ class Accumulator:
         self._ratios += float(finite.double().sum())
         self._finite += len(finite)
 
-    def result(self) -> Statistics:
+    def result(self) -> SiteStatistics:
         """Of everything so far."""
         mean = self._ratios / self._finite if self._finite else math.nan
         kurtosis, surface = self._moments.excess_kurtosis, (self._surface, self._surface_vectors)
-        return Statistics(self._vectors, self._peaks.clone(), self._ratio, mean, kurtosis, *surface)
+        return SiteStatistics(self._vectors, self._peaks.clone(), self._ratio, mean, kurtosis, *surface)
 
 
 @dataclass(frozen=True)
-class Moments:
+class CentralMoments:
     """``count``, mean, and the sums of the second to fourth powers of what is left without the mean, in float64."""
 
     count: int = 0
@@ -115,7 +115,7 @@ class Moments:
     fourth: float = 0.0
 
     @classmethod
-    def of(cls, values: Tensor) -> Moments:
+    def of(cls, values: Tensor) -> CentralMoments:
         """Of all elements."""
         x = values.double().flatten()
         mean = x.mean()
@@ -125,7 +125,7 @@ class Moments:
             x.numel(), float(mean), float(square.sum()), float((square * d).sum()), float((square * square).sum())
         )
 
-    def merged(self, other: Moments) -> Moments:
+    def merged(self, other: CentralMoments) -> CentralMoments:
         """Of both together."""
         a, b = self, other
         n = a.count + b.count
@@ -141,7 +141,7 @@ class Moments:
             + 6 * d**2 * (na**2 * b.second + nb**2 * a.second) / n**2
             + 4 * d * (na * b.third - nb * a.third) / n
         )
-        return Moments(n, a.mean + d * nb / n, second, third, fourth)
+        return CentralMoments(n, a.mean + d * nb / n, second, third, fourth)
 
     @property
     def excess_kurtosis(self) -> float:

@@ -173,7 +173,7 @@ def test_it_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.Monk
     path = tmp_path / "report.html"
     path.write_text("the report of yesterday")
     ticks: list[tuple[int, int]] = []
-    page.write(bare(), path, lambda *at: ticks.append(at))
+    page.write_page(bare(), path, lambda *at: ticks.append(at))
     assert path.read_text(encoding="utf-8").startswith("<!DOCTYPE html>") and ticks[-1] == (7, 7)
     written = path.read_text(encoding="utf-8")
 
@@ -182,7 +182,7 @@ def test_it_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(Path, "write_text", full)
     with pytest.raises(ExportError, match="the disk is full"):
-        page.write(bare(), path)
+        page.write_page(bare(), path)
     assert path.read_text(encoding="utf-8") == written and [p.name for p in tmp_path.iterdir()] == ["report.html"]
 
 
