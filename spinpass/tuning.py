@@ -39,13 +39,13 @@ class SpaceVerdict:
     """
 
     space: str
-    unrotated: float | None
+    original: float | None
     rotated: float | None
 
     @property
     def helps(self) -> bool:
         """The rotated basis is the better one."""
-        return self.rotated is not None and self.unrotated is not None and self.rotated < self.unrotated
+        return self.rotated is not None and self.original is not None and self.rotated < self.original
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Trial:
             "flops_per_token": self.flops,
             "spaces": 0 if self.plan is None else len(self.plan.spaces),
             "comparison": self.comparison.to_dict(),
-            "judged": [{"space": s.space, "unrotated": s.unrotated, "rotated": s.rotated} for s in self.spaces],
+            "judged": [{"space": s.space, "original": s.original, "rotated": s.rotated} for s in self.spaces],
         }
 
 
@@ -190,7 +190,7 @@ class _Tuning:
         self.calibration = [self.scorer.inputs(ids) for ids in calibration]
         self.trials: list[Trial] = []
         self.made: dict[str, tuple[ExportedProgram, Quantized]] = {}
-        self._unrotated = self._site_errors(program, "unrotated")
+        self._original = self._site_errors(program, "original")
 
     def try_config(self, name: str, config: RotationConfig) -> None:
         """With all of its spaces, and with those that help; not where it is refused or nothing of it is rounded."""
@@ -230,8 +230,8 @@ class _Tuning:
             # what is rounded here is the cache, which is read by attention and by no layer: taken as it is
             rounded = self.config.cache is not None
             return SpaceVerdict(space.name, math.inf if rounded else None, 0.0 if rounded else None)
-        readers = [fqn for fqn in space.readers if fqn in self._unrotated and fqn in rotated]
+        readers = [fqn for fqn in space.readers if fqn in self._original and fqn in rotated]
         if not readers:
             return SpaceVerdict(space.name, None, None)
-        before, after = (statistics.fmean(e[fqn] for fqn in readers) for e in (self._unrotated, rotated))
+        before, after = (statistics.fmean(e[fqn] for fqn in readers) for e in (self._original, rotated))
         return SpaceVerdict(space.name, before, after)

@@ -114,7 +114,7 @@ class ReportRequest:
     ) -> Scheme:
         original = ProgramScorer(programs[0])
         sides = []
-        for program, scorer, name in zip(programs, watched, ("untouched", "rotated")):
+        for program, scorer, name in zip(programs, watched, ("original", "rotated")):
             tick = steps.start(f"quantize {scheme}, {name}")
             made = quantize(program, scheme, [ProgramScorer(program).inputs(ids) for ids in texts[1]], progress=tick)
             errors = {scorer.names.get(fqn, fqn): weight.error for fqn, weight in made.report.weights.items()}

@@ -93,7 +93,7 @@ def _tiles(report: Report) -> Html:
         _tile(arrow(*(_digits(p) for p in (report.unquantized.before, report.unquantized.after))), "perplexity")
     )
     for scheme, found in report.schemes.items():
-        both = (found.untouched.comparison.after, found.rotated.comparison.after)
+        both = (found.original.comparison.after, found.rotated.comparison.after)
         made.append(_tile(arrow(*map(_digits, both)), f"perplexity, {scheme}"))
     made.append(_tile(f"{report.plan.flops:,}", "FLOP per token added by online rotations"))
     made.append(_tile(_verdict(report), "certificate"))

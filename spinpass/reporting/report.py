@@ -15,7 +15,7 @@ from .activations import Pair, Unpaired
 
 @dataclass(frozen=True)
 class SchemeSide:
-    """One program under one scheme: compared with the untouched unquantized program; the relative error of every weight
+    """One program under one scheme: compared with the original unquantized program; the relative error of every weight
     by FQN (:attr:`spinpass.quantization.quantize.QuantizedWeight.error`), and the bytes of all constants.
     """
 
@@ -31,36 +31,36 @@ class SchemeSide:
 
 @dataclass(frozen=True)
 class Scheme:
-    """The same scheme applied to the untouched and to the rotated program."""
+    """The same scheme applied to the original and to the rotated program."""
 
-    untouched: SchemeSide
+    original: SchemeSide
     rotated: SchemeSide
 
     @property
     def gain(self) -> Change:
         """Of the loss by rotation, under the scheme, paired by window."""
-        return change(self.untouched.comparison.after, self.rotated.comparison.after)
+        return change(self.original.comparison.after, self.rotated.comparison.after)
 
     def errors(self) -> dict[str, tuple[float, float]]:
-        """Weight -> relative errors (untouched, rotated); nan where only one program has it."""
-        sides = self.untouched.errors, self.rotated.errors
+        """Weight -> relative errors (original, rotated); nan where only one program has it."""
+        sides = self.original.errors, self.rotated.errors
         names = dict.fromkeys([*sides[0], *sides[1]])
         return {name: (sides[0].get(name, math.nan), sides[1].get(name, math.nan)) for name in names}
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
-        gain = {"rotated_over_untouched": math.exp(self.gain.mean), "standard_error": None}
+        gain = {"rotated_over_original": math.exp(self.gain.mean), "standard_error": None}
         if not math.isnan(self.gain.error):
             gain["standard_error"] = math.exp(self.gain.mean) * self.gain.error
-        return {"untouched": self.untouched.to_dict(), "rotated": self.rotated.to_dict()} | gain
+        return {"original": self.original.to_dict(), "rotated": self.rotated.to_dict()} | gain
 
 
 @dataclass(frozen=True)
 class Report:
     """A model before and after rotation.
 
-    ``left``: linear layers that were not measured, by node of the untouched program, and why. ``unquantized``: the
-    rotated program compared with the untouched one. ``bytes``: of the constants, before and after; ``rates``: tokens
+    ``left``: linear layers that were not measured, by node of the original program, and why. ``unquantized``: the
+    rotated program compared with the original one. ``bytes``: of the constants, before and after; ``rates``: tokens
     per second through the exported graph, before and after. ``seconds``: of every step. ``certificate``: as
     :meth:`spinpass.Certificate.to_dict`, None where it was switched off.
     """
@@ -81,11 +81,11 @@ class Report:
     versions: Mapping[str, str]
 
     def perplexities(self) -> Iterator[tuple[str, str, Perplexity]]:
-        """(scheme or "", untouched or rotated, perplexity)."""
-        yield "", "untouched", self.unquantized.before
+        """(scheme or "", original or rotated, perplexity)."""
+        yield "", "original", self.unquantized.before
         yield "", "rotated", self.unquantized.after
         for name, scheme in self.schemes.items():
-            yield name, "untouched", scheme.untouched.comparison.after
+            yield name, "original", scheme.original.comparison.after
             yield name, "rotated", scheme.rotated.comparison.after
 
     def to_dict(self) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from .statistics import SiteStatistics
 
 _SURFACES = 6  # pictures of single sites
 _PANELS = 12  # kinds of layers in a picture of bars
-_SIDES = ("untouched", "rotated")
+_SIDES = ("original", "rotated")
 Number = Callable[[SiteStatistics], float]
 PEAK: Number = attrgetter("peak")
 RATIO: Number = attrgetter("ratio")
@@ -120,13 +120,13 @@ def _numbers(pair: Pair) -> Html:
 
 
 def perplexity_section(report: Report) -> Iterator[object]:
-    """Every program, compared with the untouched unquantized one, and with the untouched one of its scheme."""
+    """Every program, compared with the original unquantized one, and with the original one of its scheme."""
     yield tag(
         "p",
         f"{windows_of(report)}, the same for every row; ± one standard error over windows. Ratios are paired, so "
         "that their errors are far smaller than those of the perplexities. Quantization is simulated.",
     )
-    head = ("scheme", "program", "perplexity", "÷ unquantized", "÷ untouched", "same likeliest token", "KL, nats/token")
+    head = ("scheme", "program", "perplexity", "÷ unquantized", "÷ original", "same likeliest token", "KL, nats/token")
     yield table(head, _perplexity_rows(report), numbers=5)
 
 
@@ -135,7 +135,7 @@ def _perplexity_rows(report: Report) -> Iterator[list[object]]:
     yield ["unquantized", _SIDES[0], _value(base), "", "", "", ""]
     yield ["unquantized", _SIDES[1], *_compared(base, rotated, rotated.change)]
     for name, scheme in report.schemes.items():
-        yield [name, _SIDES[0], *_compared(base, scheme.untouched.comparison, None)]
+        yield [name, _SIDES[0], *_compared(base, scheme.original.comparison, None)]
         yield [name, _SIDES[1], *_compared(base, scheme.rotated.comparison, scheme.gain)]
 
 
@@ -161,7 +161,7 @@ def quantization_section(report: Report) -> Iterator[object]:
         panels = families((joined([fqn]), both) for fqn, both in errors.items())
         yield from _bars("relative error", panels, None)
         rows = ([fqn, *map(_small, both), _quotient(*both)] for fqn, both in errors.items())
-        yield details(f"All {len(errors)} weights", table(("weight", *_SIDES, "rotated ÷ untouched"), rows, numbers=3))
+        yield details(f"All {len(errors)} weights", table(("weight", *_SIDES, "rotated ÷ original"), rows, numbers=3))
 
 
 def _quotient(before: float, after: float) -> str:
@@ -221,7 +221,7 @@ def cost_section(report: Report) -> Iterator[object]:
     plain = zip(_SIDES, report.bytes, report.rates)
     sizes = [("unquantized", name, f"{size:,}", f"{rate:,.0f}") for name, size, rate in plain]
     for scheme, found in report.schemes.items():
-        sizes += [(scheme, name, f"{side.bytes:,}", "") for name, side in zip(_SIDES, (found.untouched, found.rotated))]
+        sizes += [(scheme, name, f"{side.bytes:,}", "") for name, side in zip(_SIDES, (found.original, found.rotated))]
     yield table(("scheme", "program", "bytes of constants", "tokens per second"), sizes, numbers=2)
     yield tag(
         "p",

@@ -191,8 +191,8 @@ def test_the_numbers_are_one_json_document() -> None:
     sites = found["activations"]["sites"]
     assert len(sites) == len(reports.report().pairs) and sites[0]["before"]["max_over_median"] > 1
     scheme = found["schemes"][reports.SCHEME]
-    assert scheme["rotated"]["errors"].keys() == scheme["untouched"]["errors"].keys()
-    assert scheme["untouched"]["bytes"] == scheme["rotated"]["bytes"] < found["bytes"]["before"]
+    assert scheme["rotated"]["errors"].keys() == scheme["original"]["errors"].keys()
+    assert scheme["original"]["bytes"] == scheme["rotated"]["bytes"] < found["bytes"]["before"]
     assert [row[:2] for row in reports.report().perplexities()][-1] == (reports.SCHEME, "rotated")
 
 
