@@ -13,9 +13,9 @@ from . import sections
 from .activations import INPUT, Pair
 from .families import joined
 from .markup import Html, arrow, html, section, tag
-from .pictures import short
+from .numbers import or_zero, short
 from .report import Report
-from .sections import KURTOSIS, RATIO, or_zero, windows_of
+from .sections import KURTOSIS, RATIO, windows_of
 
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 _SECTIONS: dict[str, tuple[str, Callable[[Report], Iterator[object]]]] = {

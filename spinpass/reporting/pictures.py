@@ -24,6 +24,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 from torch import Tensor
 from torch.nn import functional
 
+from .numbers import short
 from .statistics import SiteStatistics
 
 BEFORE, AFTER = "#d9662a", "#2a7fba"  # told apart by the colour-blind as well
@@ -110,13 +111,6 @@ def heatmaps(panels: Channels) -> Picture:
 
     alt = "max |x| of every channel of every layer, before and after rotation: " + ", ".join(panels)
     return _picture(draw, (12.0, 0.7 + sum(heights)), alt)
-
-
-def short(number: float) -> str:
-    """Three digits, or whole thousands; – for nan."""
-    if not math.isfinite(number):
-        return "–" if math.isnan(number) else "∞"
-    return f"{number:,.0f}" if abs(number) >= 1000 else f"{number:.3g}"
 
 
 def _surface(axes: Any, title: str, side: SiteStatistics, top: float, axis: str) -> None:

@@ -13,7 +13,8 @@ from spinpass.planning import grouped_refusals, grouped_spaces, online_parts
 from .activations import INPUT, Pair
 from .families import families, joined, label, worst_of_each
 from .markup import Html, arrow, details, figure, html, table, tag
-from .pictures import bars, heatmaps, short, surfaces
+from .numbers import counted, or_zero, share, short, small, with_error
+from .pictures import bars, heatmaps, surfaces
 from .report import Report
 from .statistics import SiteStatistics
 
@@ -29,7 +30,7 @@ KURTOSIS: Number = attrgetter("kurtosis")
 
 def windows_of(report: Report) -> str:
     """How much text was run."""
-    return f"{_counted(report.windows, 'window')} of {report.length} tokens"
+    return f"{counted(report.windows, 'window')} of {report.length} tokens"
 
 
 # -- activations ------------------------------------------------------------------------------------------------------
@@ -58,7 +59,7 @@ def _bars(name: str, panels: Mapping[str, list[tuple[int, float, float]]], lowes
     shown = {k: finite[k] for k in finite if k in most}
     if shown:
         left = len(finite) - len(shown)
-        rest = f" {_counted(left, 'kind')} of layers with smaller values: see the table." if left else ""
+        rest = f" {counted(left, 'kind')} of layers with smaller values: see the table." if left else ""
         caption = f"{name} of every layer, before and after rotation.{rest}"
         yield figure(bars(name, shown, lowest=lowest), caption)
 
@@ -160,7 +161,7 @@ def quantization_section(report: Report) -> Iterator[object]:
         yield tag("h3", name)
         panels = families((joined([fqn]), both) for fqn, both in errors.items())
         yield from _bars("relative error", panels, None)
-        rows = ([fqn, *map(_small, both), _quotient(*both)] for fqn, both in errors.items())
+        rows = ([fqn, *map(small, both), _quotient(*both)] for fqn, both in errors.items())
         yield details(f"All {len(errors)} weights", table(("weight", *_SIDES, "rotated ÷ original"), rows, numbers=3))
 
 
@@ -174,7 +175,7 @@ def _quotient(before: float, after: float) -> str:
 def plan_section(report: Report) -> Iterator[object]:
     """What was rotated, what was refused and why."""
     plan = report.plan
-    total = f"{_counted(len(plan.spaces), 'space')}, {plan.flops:,} FLOP per token and {plan.bytes_added:,} bytes added"
+    total = f"{counted(len(plan.spaces), 'space')}, {plan.flops:,} FLOP per token and {plan.bytes_added:,} bytes added"
     yield table(_PLAN_HEAD, _plan_rows(report, every_space=False), numbers=2, caption=total)
     notes = sorted({note for space in plan.spaces for note in space.notes})
     yield from (tag("p", note, class_="quiet") for note in notes)
@@ -211,7 +212,7 @@ def certificate_section(report: Report) -> Iterator[object]:
 def _output_row(output: Mapping[str, Any]) -> list[object]:
     exact, native = output["float64"], output["native"]
     verdict = tag("em", "ok" if output["ok"] else output["failure"], class_="good" if output["ok"] else "bad")
-    errors = [cell for found in (exact, native) for cell in (f"{float(found['error']):.1e}", _share(found["argmax"]))]
+    errors = [cell for found in (exact, native) for cell in (f"{float(found['error']):.1e}", share(found["argmax"]))]
     size = "×".join(map(str, output["shape"]))
     return [output["name"], size, verdict, f"{float(exact['scale']):.3g}", *errors]
 
@@ -236,29 +237,8 @@ def cost_section(report: Report) -> Iterator[object]:
 
 
 def _value(found: Perplexity) -> str:
-    return _with_error(found.value, found.error, 3)
+    return with_error(found.value, found.error, 3)
 
 
 def _ratio(found: Change) -> str:
-    return _with_error(math.exp(found.mean), math.exp(found.mean) * found.error, 4)
-
-
-def _with_error(value: float, error: float, digits: int) -> str:
-    return f"{value:.{digits}f}" + ("" if math.isnan(error) else f" ± {error:.{digits}f}")
-
-
-def _small(value: float) -> str:
-    return "–" if math.isnan(value) else f"{value:.2e}"
-
-
-def _share(agreement: float | None) -> str:
-    return "" if agreement is None else f"{agreement:.1%}"
-
-
-def or_zero(value: float) -> float:
-    """0 for nan: to sort by."""
-    return 0.0 if math.isnan(value) else value
-
-
-def _counted(count: int, what: str) -> str:
-    return f"{count} {what}{'s' * (count != 1)}"
+    return with_error(math.exp(found.mean), math.exp(found.mean) * found.error, 4)

@@ -26,7 +26,8 @@ from spinpass.reporting import page
 from spinpass.reporting.activations import INPUT, Name, Pair, Unpaired
 from spinpass.reporting.families import families, joined, label, worst_of_each
 from spinpass.reporting.markup import Html, table, tag
-from spinpass.reporting.pictures import bars, heatmaps, short, surfaces
+from spinpass.reporting.numbers import short
+from spinpass.reporting.pictures import bars, heatmaps, surfaces
 from spinpass.reporting.statistics import Accumulator
 from tests.support import reports
 
