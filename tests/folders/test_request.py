@@ -6,10 +6,12 @@ import inspect
 import json
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import spinpass
+from spinpass import RotationConfig
 from spinpass.errors import ConfigError
 from spinpass.folders.request import ExportRequest, export
 from spinpass.progress import Silent
@@ -52,3 +54,14 @@ def test_what_means_nothing_is_refused_before_the_work(model: Path, tmp_path: Pa
     with pytest.raises(ConfigError, match="w4 needs a text to calibrate on"):
         export(model, tmp_path / "out", quantize="w4")
     assert not (tmp_path / "out").exists()
+
+
+def test_export_says_what_to_know_of_a_combination() -> None:
+    def notes(**options: Any) -> str:
+        return " ".join(ExportRequest("model", Path("out"), **options).notes)
+
+    rotated, online = RotationConfig(), RotationConfig(form="online")
+    assert "seldom gain from a rotation" in notes(config=rotated, int4=True) and not notes(config=None, int4=True)
+    assert "slower than with -a8" in notes(config=online, quantize="w4g128-rtn")
+    assert "--form online" in notes(config=rotated, quantize="w4-rtn-a8")
+    assert not notes(config=online, quantize="w4-rtn-a8") and not notes(config=rotated)
