@@ -1,10 +1,10 @@
 """tune:  measure on text what each way to rotate is worth under a scheme, and keep what helps.
 
 Whole configurations are quantized and scored on held-out text, paired over its windows. Before that every space of a
-configuration is judged by itself (:mod:`.quantization.site_error`): where nothing is rounded it is left alone, and the
-configuration is tried once more with only the spaces whose layers lose less in the rotated basis. Among what is about
-as good as the best, what costs least is taken; no rotation, which costs nothing, also where nothing is significantly
-better. Scales are distilled last, those of what was chosen.
+configuration is judged by itself (:func:`spinpass.quantization.site_errors`): where nothing is rounded it is left
+alone, and the configuration is tried once more with only the spaces whose layers lose less in the rotated basis. Among
+what is about as good as the best, what costs least is taken; no rotation, which costs nothing, also where nothing is
+significantly better. Scales are distilled last, those of what was chosen.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ _ABOUT = 1.02  # times the divergence of the best
 
 @dataclass(frozen=True)
 class SpaceVerdict:
-    """The mean relative error of a space's layers, rounded in the one basis and in the other; None where nothing that
-    is rounded reads it.
+    """What one space is worth: the mean relative error of the layers that read it, rounded in the original and in the
+    rotated basis. None where nothing that is rounded reads it.
     """
 
     space: str
@@ -44,13 +44,13 @@ class SpaceVerdict:
 
     @property
     def helps(self) -> bool:
-        """The rotated basis is the better one."""
+        """Whether the rotated basis is the better one."""
         return self.rotated is not None and self.original is not None and self.rotated < self.original
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One configuration, quantized and scored on held-out text."""
+    """One configuration, quantized and scored on held-out text. ``plan`` is None for no rotation."""
 
     name: str
     plan: RotationPlan | None
@@ -59,11 +59,11 @@ class Trial:
 
     @property
     def flops(self) -> int:
-        """Added floating-point operations per token."""
+        """The floating-point operations that it adds per token."""
         return 0 if self.plan is None else self.plan.flops
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able."""
+        """Return JSON-able values."""
         return {
             "name": self.name,
             "flops_per_token": self.flops,
@@ -75,7 +75,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Tuned:
-    """What was chosen: the rotated program (the one given where no rotation is worth it), quantized, and all trials."""
+    """What was chosen: the rotated program (the original where no rotation is worth it), quantized, and all trials."""
 
     program: ExportedProgram
     quantized: Quantized
@@ -84,7 +84,7 @@ class Tuned:
 
     @property
     def verdict(self) -> str:
-        """In one sentence."""
+        """What was found, in one sentence."""
         found = {t.name: t.comparison for t in self.trials}
         if self.chosen.plan is None:
             return f"rotation is not worth it here: perplexity × {found[_NOTHING].ratio:.4f} without any"
@@ -94,7 +94,7 @@ class Tuned:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able."""
+        """Return JSON-able values."""
         return {
             "chosen": self.chosen.name,
             "verdict": self.verdict,
@@ -129,16 +129,16 @@ def tune(
     """Choose what to rotate for a scheme. The program is not changed.
 
     Args:
-        program: of a language model, taking token ids.
-        scheme: as for :func:`spinpass.quantization.quantize`.
-        calibration: token ids, windows of them; GPTQ and static ranges are made on them, spaces judged on the first.
-        held_out: other windows, at least two: the choice is made on them.
-        configs: what to try besides no rotation; :func:`candidates` by default. A configuration that the program
-            refuses is left out.
+        program: a language model, which takes token ids.
+        scheme: what is rounded, as for :func:`spinpass.quantization.quantize`.
+        calibration: windows of token ids, on which GPTQ and static ranges are made; spaces are judged on the first two.
+        held_out: other windows, at least two, on which the choice is made.
+        configs: what is tried besides no rotation, by name; :func:`candidates` by default. A configuration that the
+            program refuses is left out.
         steps: told what begins.
 
     Raises:
-        ConfigError: too little text, a scheme that cannot be read or does not fit.
+        ConfigError: there is too little text, or the scheme cannot be read or does not fit.
     """
     config = QuantizationConfig.parse(scheme) if isinstance(scheme, str) else scheme
     if not calibration or len(held_out) < 2:
@@ -157,8 +157,8 @@ def tune(
 
 
 def choose(trials: Sequence[Trial]) -> Trial:
-    """The cheapest of those that diverge at most 2 % more than the best; no rotation also where it diverges more by no
-    more than one standard error of the difference.
+    """Choose the cheapest of those that diverge at most 2 % more than the best. No rotation is chosen also where it
+    diverges more by no more than one standard error of the difference.
     """
     best = min(trials, key=lambda t: t.comparison.divergence)
     as_good = [t for t in trials if _is_about(t, best) or (t.plan is None and _is_within_noise(t, best))]
@@ -175,7 +175,7 @@ def _is_within_noise(tried: Trial, best: Trial) -> bool:
 
 
 class _Tuning:
-    """Makes and scores; ``made`` has the rotated and quantized programs of the trials that may still be chosen."""
+    """Makes and scores trials. ``made`` has the rotated and quantized programs of those that may still be chosen."""
 
     def __init__(
         self,
@@ -193,7 +193,7 @@ class _Tuning:
         self._original = self._site_errors(program, "original")
 
     def try_config(self, name: str, config: RotationConfig) -> None:
-        """With all of its spaces, and with those that help; not where it is refused or nothing of it is rounded."""
+        """Try all of its spaces, and those that help; not where it is refused or nothing that reads them is rounded."""
         plan = make_plan(self.program, config)
         try:
             rotated = transform(self.program, plan=plan)
@@ -207,6 +207,7 @@ class _Tuning:
                 self.try_plan(trial, plan.without(*(v.space for v in judged if v.space not in kept)), judged)
 
     def try_plan(self, name: str, plan: RotationPlan | None, judged: tuple[SpaceVerdict, ...] = ()) -> None:
+        """Rotate by the plan, quantize and score."""
         rotated = self.program if plan is None else transform(self.program, plan=plan)
         made = quantize(rotated, self.config, self.calibration, progress=self.steps.start(f"quantize, {name}"))
         tick = self.steps.start(f"score, {name}")

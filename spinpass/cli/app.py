@@ -1,4 +1,5 @@
-"""The commands of the command line. Exit codes: 0 done, 1 refused or not equivalent, 2 bad usage.
+"""The application: its commands, and what becomes of errors. Exit codes: 0 done, 1 refused or not equivalent, 2 bad
+usage.
 
 A command prints a table, or with ``--json`` one JSON document, on stdout; progress and messages go to stderr.
 """
@@ -37,12 +38,15 @@ def _print_version(wanted: bool) -> None:
 
 
 Version = Annotated[
-    bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print versions and exit.")
+    bool,
+    typer.Option(
+        "--version", callback=_print_version, is_eager=True, help="Print the versions of spinpass and torch, and exit."
+    ),
 ]
 
 
 class _Commands(TyperGroup):
-    """Turns errors into one line and an exit code."""
+    """The group of all commands, which turns errors into one line and an exit code."""
 
     def invoke(self, ctx: Any) -> Any:
         ctx.obj = state = CommandState()
@@ -69,13 +73,13 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Rotate exported language models for low-bit quantization, and prove that they compute what they did.",
+    help="Rotate exported language models for low-bit quantization, and prove that they compute the same function.",
 )
 
 
 @app.callback()
 def _root(version: Version = False) -> None:
-    """Options before the command."""
+    """Take the options before the command."""
 
 
 app.command("export")(export_command)

@@ -17,24 +17,39 @@ from .tables import comparison_table
 def evaluate_command(
     ctx: typer.Context,
     model: Model,
-    text: Annotated[Path | None, typer.Option(help="UTF-8 text to score on; else Python's help texts.")] = None,
-    dataset: Annotated[str, typer.Option(help="Or a dataset, NAME:CONFIG:SPLIT, say wikitext:wikitext-2-raw-v1.")] = "",
-    against: Annotated[str, typer.Option(help="Another model, the one to compare with.")] = "",
-    quantize: Annotated[str, typer.Option(help="Quantize MODEL first, say w4g128-a8-kv4; compared with itself.")] = "",
-    calibration: Annotated[Path | None, typer.Option(help="Text for GPTQ and static ranges.")] = None,
+    text: Annotated[Path | None, typer.Option(help="UTF-8 text to score on; Python's help texts by default.")] = None,
+    dataset: Annotated[
+        str,
+        typer.Option(help="Dataset to score on instead, NAME:CONFIG:SPLIT, for example wikitext:wikitext-2-raw-v1."),
+    ] = "",
+    against: Annotated[str, typer.Option(help="Another model, which MODEL is compared with.")] = "",
+    quantize: Annotated[
+        str, typer.Option(help="Quantize MODEL first, for example by w4g128-rtn-a8, and compare it with the original.")
+    ] = "",
+    calibration: Annotated[
+        Path | None, typer.Option(help="UTF-8 text that GPTQ and static ranges calibrate on.")
+    ] = None,
     calibration_windows: CalibrationWindows = CALIBRATION_WINDOWS,
-    rotate_form: Annotated[RotateAs, typer.Option("--rotate", help="Rotate MODEL first, R1 in this form.")] = "no",
-    file: Annotated[list[str] | None, typer.Option(help="An ONNX folder made of MODEL, beside it; repeatable.")] = None,
-    windows: Annotated[int, typer.Option(help="How many windows of the text.")] = 16,
-    length: Annotated[int, typer.Option(help="Tokens per window.")] = 512,
+    rotate_form: Annotated[
+        RotateAs,
+        typer.Option("--rotate", help="Rotate MODEL first, R1 in this form, and compare it with the original."),
+    ] = "no",
+    file: Annotated[
+        list[str] | None, typer.Option(help="ONNX folder made of MODEL, which is compared with it; may be repeated.")
+    ] = None,
+    windows: Annotated[int, typer.Option(help="Number of windows to score.")] = 16,
+    length: Annotated[int, typer.Option(help="Tokens of each window.")] = 512,
     tokenizer: Annotated[str, typer.Option(help="Folder of the tokenizer, where MODEL has none.")] = "",
     as_json: AsJson = False,
     verbose: Verbose = 0,
 ) -> None:
-    """Perplexity of MODEL: a model folder, a hub name, GGUF, .pt2, or a folder that ONNX Runtime runs.
+    """Measure the perplexity of MODEL: a model folder, a hub name, GGUF, .pt2, or a folder that ONNX Runtime runs.
 
-    With --against, --quantize, --rotate or --file also how it differs from the other or from what it was: the paired
-    ratio of perplexities, how often both would say the same token, and the divergence of their predictions.
+    With --against, --quantize, --rotate or --file, two models are compared: the
+    paired ratio of their perplexities, how often both find the same token the
+    likeliest, and the divergence of their predictions. Nothing is written.
+
+    Example: spinpass eval ./model --rotate online --quantize w4g128-rtn-a8
     """
     screen = screen_of(ctx, as_json, verbose)
     request = EvalRequest(

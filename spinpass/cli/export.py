@@ -37,7 +37,7 @@ from .tables import files_table, show_result
 def export_command(
     ctx: typer.Context,
     model: Model,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the model and what belongs to it.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write the model and its companions to.")],
     config: RotationConfig | None = None,
     dtype: Dtype = "float32",
     no_cache: NoCache = False,
@@ -45,8 +45,10 @@ def export_command(
     to: To = "onnx",
     context: Context = 1024,
     dequantize: Dequantize = False,
-    quantize: Annotated[str, typer.Option(help="Quantize, say w4g128-gptq-a8-head8-embed8.")] = "",
-    calibration: Annotated[Path | None, typer.Option(help="Text for GPTQ, static ranges and --kv-cache.")] = None,
+    quantize: Annotated[str, typer.Option(help="Scheme to quantize by, for example w4g128-gptq-a8-head8.")] = "",
+    calibration: Annotated[
+        Path | None, typer.Option(help="UTF-8 text that GPTQ, static ranges and --kv-cache calibrate on.")
+    ] = None,
     calibration_windows: CalibrationWindows = CALIBRATION_WINDOWS,
     kv_cache: KvCache = None,
     last_logits: LastLogits = False,
@@ -57,9 +59,14 @@ def export_command(
 ) -> None:
     """Load MODEL, rotate it, certify it, and write a folder that ONNX Runtime or ExecuTorch runs.
 
-    With --quantize the weights are integers in the file, and 8-bit activations are multiplied as integers; what has no
-    kernel (4-bit activations, caches) is simulated. The certificate is that of the rotation. ExecuTorch takes integers
-    alone: 4-bit weights in groups of 32, say, and 8-bit activations (w4g32-gptq-a8).
+    OUT gets the model, its tokenizer and configuration, and spinpass.json, which
+    says how it was made. With --quantize the weights are integers in the file, and
+    8-bit activations are multiplied as integers; what has no kernel (4-bit
+    activations, caches) is simulated. The certificate is that of the rotation.
+    ExecuTorch takes integers alone, for example 4-bit weights in groups of 32 and
+    8-bit activations (w4g32-gptq-a8).
+
+    Example: spinpass export ./model out --form online --quantize w4g128-rtn-a8
     """
     screen = screen_of(ctx, as_json, verbose)
     request = ExportRequest(
@@ -78,6 +85,7 @@ def export_command(
 
 
 def _report_lines(report: Any) -> list[str]:
+    """The exporter's report for people."""
     if isinstance(report, GptqReport):
         return [report.summary]
     proof = report.certificate.verdict if report.certificate is not None else f"not certified: {report.uncertified}"

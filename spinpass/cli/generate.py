@@ -1,4 +1,4 @@
-"""The command ``generate``: text out of a folder, as it comes, and how fast it came."""
+"""``spinpass generate``: text out of a folder, as it comes, and how fast it came."""
 
 from __future__ import annotations
 
@@ -18,20 +18,31 @@ from .screen import screen_of
 
 def generate_command(
     ctx: typer.Context,
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that spinpass export wrote.")],
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text to continue.")],
-    max_new_tokens: Annotated[int, typer.Option(help="How many tokens at most.")] = 128,
-    chat: Annotated[bool, typer.Option("--chat", help="PROMPT is a user's turn in the tokenizer's template.")] = False,
-    temperature: Annotated[float, typer.Option(help="Draw at this temperature; 0 takes the likeliest token.")] = 0.0,
-    top_k: Annotated[int, typer.Option(help="Draw from so many; 0: from all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Draw from this share of the probability.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
-    threads: Annotated[int | None, typer.Option(help="Of ONNX Runtime; its own choice by default.")] = None,
-    provider: Annotated[str, typer.Option(help="ONNX Runtime's execution provider.")] = "CPUExecutionProvider",
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder that spinpass export wrote.")],
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="Text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 128,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Take PROMPT as a user's turn, in the tokenizer's chat template.")
+    ] = False,
+    temperature: Annotated[float, typer.Option(help="Temperature to draw at; 0 takes the likeliest token.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Draw from so many of the likeliest tokens; 0 draws from all.")] = 0,
+    top_p: Annotated[
+        float, typer.Option(help="Draw from the likeliest tokens that have this share of the probability.")
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
+    threads: Annotated[
+        int | None, typer.Option(help="Threads of ONNX Runtime, which chooses by itself by default.")
+    ] = None,
+    provider: Annotated[str, typer.Option(help="Execution provider of ONNX Runtime.")] = "CPUExecutionProvider",
     as_json: AsJson = False,
     verbose: Verbose = 0,
 ) -> None:
-    """Continue PROMPT with a model in ONNX Runtime, and say how fast that was."""
+    """Continue PROMPT with a model in ONNX Runtime, and say how fast that was.
+
+    The text goes to stdout as it comes, the rates go to stderr; no file is written.
+
+    Example: spinpass generate out "Why is the sky blue?" --chat
+    """
     screen = screen_of(ctx, as_json, verbose)
     sampling = Sampling(temperature, top_k, top_p, seed)
     request = GenerateRequest(folder, prompt, max_new_tokens, chat, sampling, threads, provider)
@@ -46,7 +57,7 @@ def generate_command(
 
 @dataclass(frozen=True)
 class GenerateRequest:
-    """What the user asked for."""
+    """The options of the command."""
 
     folder: Path
     prompt: str
@@ -57,7 +68,7 @@ class GenerateRequest:
     provider: str
 
     def run(self, write: Callable[[str], None]) -> dict[str, Any]:
-        """Generate, giving every piece of text to ``write``; the answer and the rates, JSON-able.
+        """Generate, giving every piece of text to ``write``. Returns the answer and the rates as JSON-able values.
 
         Raises:
             ConfigError: options out of range, an unknown provider, more tokens than the model has positions.

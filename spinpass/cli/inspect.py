@@ -1,4 +1,4 @@
-"""The tables of ``spinpass inspect``."""
+"""``spinpass inspect``: what an exported model says of itself, as tables."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .screen import screen_of
 
 def inspect_command(
     ctx: typer.Context,
-    path: Annotated[Path, typer.Argument(metavar="DIR", help="An exported folder, an .onnx or a .pt2 file.")],
+    path: Annotated[Path, typer.Argument(metavar="DIR", help="Exported folder, .onnx file or .pt2 file.")],
     beside: Annotated[Path | None, typer.Option("--with", help="Another one, to share a KV cache with.")] = None,
     check: Annotated[bool, typer.Option("--check", help="Also read every file and compare its hash.")] = False,
     as_json: AsJson = False,
@@ -27,7 +27,10 @@ def inspect_command(
 ) -> None:
     """Show what an exported model says of itself: rotations, the basis of its cache, certificates, files, versions.
 
-    Exits with 1 if its parts do not belong together, with 2 if the two cannot share a cache.
+    Nothing is written. The exit code is 1 if its parts do not belong together, and
+    2 if the two cannot share a cache.
+
+    Example: spinpass inspect out --check
     """
     screen = screen_of(ctx, as_json, verbose)
     found = read_artefact(path)
@@ -44,7 +47,7 @@ def inspect_command(
 
 
 def artefact_tables(artefact: Artefact) -> list[Table]:
-    """What it is, how it was rotated, and the basis of its cache: equal lines of different layers together."""
+    """Tables of what it is, how it was rotated, and the basis of its cache. Equal lines of different layers are one."""
     about = _titled(str(artefact.path), "", "")
     for name, text in _facts(artefact.manifest):
         about.add_row(name, text)

@@ -24,9 +24,11 @@ def plan_command(
     as_json: AsJson = False,
     verbose: Verbose = 0,
 ) -> None:
-    """Show what would be rotated, in which form and at what cost, and what is refused and why. Nothing is written.
+    """Show what would be rotated, in which form and at what cost, and what is refused and why.
 
-    Exits with 1 if nothing can be rotated.
+    Nothing is written. The exit code is 1 if nothing can be rotated.
+
+    Example: spinpass plan ./model --form online
     """
     screen = screen_of(ctx, as_json, verbose)
     if config is None:

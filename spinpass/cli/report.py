@@ -21,12 +21,16 @@ from .tables import files_table
 def report_command(
     ctx: typer.Context,
     model: Model,
-    out: Annotated[Path, typer.Option("--out", "-o", help="The HTML file.")] = Path("report.html"),
-    scheme: Annotated[list[str] | None, typer.Option(help="Quantize so, say w4g128-a8; may be repeated.")] = None,
-    text: Annotated[Path | None, typer.Option(help="UTF-8 text to run; else Python's help texts.")] = None,
-    calibration: Annotated[Path | None, typer.Option(help="To calibrate on; else other parts of the text.")] = None,
-    windows: Annotated[int, typer.Option(help="How many windows of the text.")] = 8,
-    length: Annotated[int, typer.Option(help="Tokens per window.")] = 256,
+    out: Annotated[Path, typer.Option("--out", "-o", help="HTML file to write.")] = Path("report.html"),
+    scheme: Annotated[
+        list[str] | None, typer.Option(help="Scheme to quantize by, for example w4g128-a8; may be repeated.")
+    ] = None,
+    text: Annotated[Path | None, typer.Option(help="UTF-8 text to run; Python's help texts by default.")] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="UTF-8 text to calibrate on; other parts of --text by default.")
+    ] = None,
+    windows: Annotated[int, typer.Option(help="Number of windows to run.")] = 8,
+    length: Annotated[int, typer.Option(help="Tokens of each window.")] = 256,
     tokenizer: Annotated[str, typer.Option(help="Folder of the tokenizer, where MODEL has none.")] = "",
     config: RotationConfig | None = None,
     no_verify: NoVerify = False,
@@ -35,22 +39,25 @@ def report_command(
 ) -> None:
     """Write a page on what rotation does to MODEL: its activations, its quantization errors, its perplexity.
 
-    With every number behind it in JSON mode.
+    The page is one HTML file that fetches nothing; --json prints every number
+    behind it.
+
+    Example: spinpass report ./model --scheme w4g128-rtn-a8 -o report.html
     """
     screen = screen_of(ctx, as_json, verbose)
     if config is None:
         raise ConfigError("a report needs a rotation; choose from " + ALL)
     if out.is_dir():
-        raise ConfigError(f"{out} is a folder; name a file in it, {out / 'report.html'} say")
+        raise ConfigError(f"{out} is a folder; name a file in it, for example {out / 'report.html'}")
     page, asked = _reporting(), ReportRequest(model, text, calibration, tuple(scheme or ()), windows, length, tokenizer)
     check_writable(out.parent)
     with screen.steps() as steps:
         program, opened = asked.open(steps)
-        texts = asked.texts(opened)
+        cut = asked.cut_windows(opened)
         result = rotated(program, config, steps, certify=not no_verify)
         assert result.plan is not None
         versions = result.to_dict()["versions"]
-        found = asked.measure((program, result.program), texts, result.plan, result.certificate, steps, versions)
+        found = asked.measure((program, result.program), cut, result.plan, result.certificate, steps, versions)
         page.write_page(found, out, steps.start("draw"))
     if as_json:
         screen.document({"ok": True, "out": str(out)} | found.to_dict())
@@ -58,7 +65,7 @@ def report_command(
 
 
 def _reporting() -> Any:
-    """The pages, imported when they are needed: they draw with matplotlib."""
+    """The module that writes pages, imported when it is needed. Raises ExportError where matplotlib is missing."""
     try:
         from spinpass.reporting import page
     except ModuleNotFoundError as error:

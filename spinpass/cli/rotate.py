@@ -20,14 +20,17 @@ from .tables import files_table, show_result
 @rotation_options
 def rotate_command(
     ctx: typer.Context,
-    source: Annotated[Path, typer.Argument(metavar="IN.pt2", help="An exported program.")],
-    target: Annotated[Path, typer.Argument(metavar="OUT.pt2", help="Where the rotated program goes.")],
+    source: Annotated[Path, typer.Argument(metavar="IN.pt2", help="Exported program to rotate.")],
+    target: Annotated[Path, typer.Argument(metavar="OUT.pt2", help="File to write the rotated program to.")],
     config: RotationConfig | None = None,
     no_verify: NoVerify = False,
     as_json: AsJson = False,
     verbose: Verbose = 0,
 ) -> None:
-    """Rotate an exported program, certify it, and save it."""
+    """Rotate an exported program, certify it, and save it as OUT.pt2.
+
+    Example: spinpass rotate model.pt2 rotated.pt2 --rotations R1,R2,R4
+    """
     screen = screen_of(ctx, as_json, verbose)
     if config is None:
         raise ConfigError("rotate needs a rotation; choose from " + ALL)

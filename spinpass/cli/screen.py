@@ -23,7 +23,9 @@ _PIPE_WIDTH = 140  # where there is no terminal to ask
 
 
 class Screen:
-    """Where one command writes. ``as_json``: the result is JSON. ``verbose``: the pass log, and nothing shortened."""
+    """Where one command writes. With ``as_json`` the result is JSON; with ``verbose`` passes are logged, and nothing is
+    shortened.
+    """
 
     def __init__(self, *, as_json: bool = False, verbose: bool = False) -> None:
         self.as_json, self.verbose = as_json, verbose
@@ -43,7 +45,7 @@ class Screen:
 
     @contextmanager
     def steps(self) -> Iterator[ShownSteps]:
-        """A progress display for the steps of a command, removed at the end; their times stay."""
+        """Show the progress of a command's steps. The display is removed at the end; the times of the steps stay."""
         columns = (
             SpinnerColumn(),
             TextColumn("{task.description}"),
@@ -60,24 +62,24 @@ class Screen:
         self.note("  ".join(f"{name} {seconds:.1f} s" for name, seconds in steps.seconds.items()))
 
     def note(self, text: str) -> None:
-        """One line on stderr, for people."""
+        """Write one line to stderr, for people."""
         if text:
             self.err.print(text, style="dim", highlight=False, markup=False)
 
     def error(self, text: str, kind: str) -> None:
-        """One line on stderr, and in JSON mode the document that says so."""
+        """Write one line to stderr, and in JSON mode the document that says so."""
         self.err.print(f"spinpass: {text}", style="red", highlight=False, markup=False, soft_wrap=True)
         if self.as_json:
             self.document({"ok": False, "error": kind, "message": text})
 
     def show(self, *renderables: object) -> None:
-        """The result for people; nothing in JSON mode."""
+        """Write the result for people; in JSON mode nothing."""
         if not self.as_json:
             for renderable in renderables:
                 self.out.print(renderable, highlight=False)
 
     def document(self, data: Any) -> None:
-        """The result as one JSON document."""
+        """Write the result as one JSON document."""
         self.out.file.write(json.dumps(data, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -98,7 +100,7 @@ class ShownSteps(Silent):
 
 @dataclass
 class CommandState:
-    """What the error handling needs to know about the command under way."""
+    """What the handling of errors has to know about the command under way."""
 
     screen: Screen = field(default_factory=Screen)
     tracebacks: bool = False

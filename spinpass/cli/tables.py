@@ -1,4 +1,4 @@
-"""Results as tables for people."""
+"""Results of the commands as tables for people."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _OUTPUTS_SHOWN = 8
 
 
 def show_result(screen: Screen, result: Result) -> None:
-    """The plan and the certificate, where there are any."""
+    """Show the plan and the certificate, where there are any."""
     if result.plan is not None:
         show_plan(screen, result.plan)
     if result.certificate is not None:
@@ -27,7 +27,7 @@ def show_result(screen: Screen, result: Result) -> None:
 
 
 def show_plan(screen: Screen, decided: RotationPlan) -> None:
-    """What is rotated, and what is left alone."""
+    """Show what is rotated, and what is left alone."""
     refused = refusal_table(decided, every_space=screen.verbose)
     screen.show(plan_table(decided, every_space=screen.verbose), *([refused] if refused else []))
 
@@ -48,7 +48,7 @@ def plan_table(plan: RotationPlan, *, every_space: bool = False) -> Table:
 
 
 def refusal_table(plan: RotationPlan, *, every_space: bool = False) -> Table | None:
-    """What is left alone and why, or None."""
+    """What is left alone and why; None where everything is rotated."""
     if not plan.refusals:
         return None
     table = Table("left alone", "why", title="Refused", title_justify="left")
@@ -58,7 +58,9 @@ def refusal_table(plan: RotationPlan, *, every_space: bool = False) -> Table | N
 
 
 def certificate_table(certificate: Mapping[str, Any], *, every_output: bool = False) -> Table:
-    """Errors per output of ``Certificate.to_dict()``: the worst first, the rest counted unless ``every_output``."""
+    """The errors of every output, from ``Certificate.to_dict()``. The worst come first; the rest is counted unless
+    ``every_output``.
+    """
     native = certificate["dtype"]
     headings = ("output", "max |ref|", "float64 error", "argmax", f"{native} error", "argmax", "")
     table = Table(*headings, title="Certificate", title_justify="left", caption_justify="left")
@@ -79,7 +81,7 @@ def certificate_table(certificate: Mapping[str, Any], *, every_output: bool = Fa
 def comparison_table(
     main: Perplexity | Comparison, files: Mapping[str, Comparison], windows: int, length: int
 ) -> Table:
-    """Perplexities with their standard errors, and how models differ: a line for each."""
+    """Perplexities with their standard errors, and how the models differ, a line for each."""
     table = Table(title="Perplexity", title_justify="left", caption_justify="left")
     table.caption = f"{windows} windows of {length} tokens; ± one standard error over windows, ratios paired"
     compared = dict(files) if isinstance(main, Perplexity) else {"after": main, **files}
@@ -96,7 +98,7 @@ def comparison_table(
 
 
 def tuning_table(found: Tuned, scheme: str, windows: int, length: int) -> Table:
-    """What every trial costs and what it is worth; the chosen one in bold."""
+    """What every trial costs and what it is worth; the chosen one is bold."""
     table = Table("rotation", "spaces", "FLOP/token", "perplexity ÷ original", "KL", "same token", title_justify="left")
     table.title, table.caption_justify = f"Tuning for {scheme}", "left"
     table.caption = f"{windows} held-out windows of {length} tokens; ± one standard error over windows, paired"
@@ -110,7 +112,7 @@ def tuning_table(found: Tuned, scheme: str, windows: int, length: int) -> Table:
 
 
 def files_table(folder: Path, names: list[str]) -> Table:
-    """Names and sizes."""
+    """Files of the folder and their sizes."""
     table = Table("file", "MB", title=str(folder), title_justify="left")
     table.columns[1].justify = "right"
     for name in names:

@@ -23,18 +23,24 @@ from .tables import files_table, tuning_table
 def tune_command(
     ctx: typer.Context,
     model: Model,
-    quantize: Annotated[str, typer.Option(help="The scheme to tune for, say w4g128-gptq-a8.")],
-    calibration: Annotated[Path, typer.Option(help="UTF-8 text: its first half calibrates, its second half decides.")],
+    quantize: Annotated[str, typer.Option(help="Scheme to tune for, for example w4g128-gptq-a8.")],
+    calibration: Annotated[Path, typer.Option(help="UTF-8 text whose first half calibrates and whose second decides.")],
     out: Annotated[Path | None, typer.Option(help="Folder to write the best model to, for ONNX Runtime.")] = None,
     calibration_windows: CalibrationWindows = CALIBRATION_WINDOWS,
-    windows: Annotated[int, typer.Option(help="Windows to decide on.")] = 16,
-    length: Annotated[int, typer.Option(help="Tokens per window.")] = CALIBRATION_LENGTH,
-    block_sizes: Annotated[str, typer.Option(help="Also try diagonal blocks of these sizes, say 64,128.")] = "",
+    windows: Annotated[int, typer.Option(help="Number of windows to decide on.")] = 16,
+    length: Annotated[int, typer.Option(help="Tokens of each window.")] = CALIBRATION_LENGTH,
+    block_sizes: Annotated[str, typer.Option(help="Also try diagonal blocks of these sizes, for example 64,128.")] = "",
     dtype: Dtype = "float32",
     as_json: AsJson = False,
     verbose: Verbose = 0,
 ) -> None:
-    """Measure what each way to rotate MODEL is worth under a scheme, and keep what helps; nothing, perhaps."""
+    """Measure what each way to rotate MODEL is worth under a scheme, and keep what helps, which may be nothing.
+
+    With --out the best model is written, quantized, as spinpass export writes it;
+    without --out nothing is.
+
+    Example: spinpass tune ./model --quantize w4g128-gptq-a8 --calibration text.txt
+    """
     screen = screen_of(ctx, as_json, verbose)
     sizes = _sizes(block_sizes)
     QuantizationConfig.parse(quantize)
@@ -64,7 +70,7 @@ def tune_command(
 
 
 def _sizes(text: str) -> list[int]:
-    """Numbers separated by commas. ConfigError for anything else."""
+    """The numbers of a list separated by commas. Raises ConfigError for anything else."""
     try:
         return [int(part) for part in text.split(",") if part.strip()]
     except ValueError as error:

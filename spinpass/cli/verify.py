@@ -18,14 +18,17 @@ from .tables import certificate_table
 
 def verify_command(
     ctx: typer.Context,
-    before: Annotated[Path, typer.Argument(metavar="A", help="An exported program, .pt2.")],
-    after: Annotated[Path, typer.Argument(metavar="B", help="Another .pt2, or an .onnx file or its folder.")],
+    before: Annotated[Path, typer.Argument(metavar="A", help="Exported program, .pt2.")],
+    after: Annotated[Path, typer.Argument(metavar="B", help="Another .pt2 file, an .onnx file or its folder.")],
     as_json: AsJson = False,
     verbose: Verbose = 0,
 ) -> None:
-    """Compare B with A on the same inputs. Exits with 1 if they do not compute the same function.
+    """Compare B with A on the same inputs; the exit code is 1 if they do not compute the same function.
 
-    A KV cache that one of them carries in a rotated basis is translated: B may be rotated and A the original.
+    B may be rotated and A the original: a KV cache that one of them carries in a
+    rotated basis is translated. Nothing is written.
+
+    Example: spinpass verify model.pt2 rotated.pt2
     """
     screen = screen_of(ctx, as_json, verbose)
     file = after / "model.onnx" if after.is_dir() else after
@@ -56,6 +59,7 @@ def verify_command(
 
 
 def _onnx_compare() -> Any:
+    """What compares a program with an ONNX file. Raises ExportError where ONNX is missing."""
     try:
         from spinpass.exporters.onnx import compare_file
     except ModuleNotFoundError as error:

@@ -20,13 +20,13 @@ CALIBRATION_LENGTH = 512  # tokens of each
 
 
 def check_calibration(scheme: str, path: Path | None) -> None:
-    """ConfigError where the scheme cannot be read, or needs a text and there is none."""
+    """Raise ConfigError where the scheme cannot be read, or needs a text and there is none."""
     if QuantizationConfig.parse(scheme).needs_calibration and path is None:
         raise ConfigError(f"{scheme} needs a text to calibrate on: add --calibration FILE, or -rtn")
 
 
 def check_windows(count: int) -> None:
-    """ConfigError where it is no number of windows."""
+    """Raise ConfigError where the count is no number of calibration windows."""
     if count < 1:
         raise ConfigError(f"{count} windows to calibrate on: choose 1 or more")
 
@@ -38,9 +38,10 @@ def calibration_inputs(
     length: int = CALIBRATION_LENGTH,
     count: int = CALIBRATION_WINDOWS,
 ) -> list[dict[str, Any]]:
-    """Windows of ``length`` tokens spread over the text, as inputs of the program; none without a text.
+    """At most ``count`` windows of ``length`` tokens, spread over the text, as inputs of the program by name; none
+    without a text. Windows are shorter where the program takes fewer tokens at once.
 
-    Raises ConfigError: a text that cannot be read, or is shorter than one window.
+    Raises ConfigError: the text cannot be read, or is shorter than one window.
     """
     if path is None:
         return []
@@ -52,6 +53,6 @@ def calibration_inputs(
 def calibration_windows(
     tokenize: Tokenize, path: Path, length: int = CALIBRATION_LENGTH, count: int = CALIBRATION_WINDOWS
 ) -> list[list[int]]:
-    """The tokens of such windows. Raises ConfigError as :func:`calibration_inputs`."""
+    """The token ids of at most ``count`` windows of a text. Raises ConfigError as :func:`calibration_inputs`."""
     ids = tokenize(read_text(path))
     return [list(window) for window in windows(ids, length, max(1, min(count, len(ids) // length)))]

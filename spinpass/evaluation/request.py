@@ -1,4 +1,4 @@
-"""What ``spinpass eval`` is asked for, and how it is carried out."""
+"""What an evaluation is asked for, and how it is carried out; ``spinpass eval`` is its command."""
 
 from __future__ import annotations
 
@@ -23,19 +23,40 @@ RotateAs = Literal["no", "auto", "offline", "online"]
 
 @dataclass(frozen=True)
 class Evaluated:
-    """``main``: of the model, perhaps against another; ``files``: of ONNX folders, against the model as it was."""
+    """What was measured.
+
+    ``main``: of the model, perhaps compared with another; ``files``: ONNX folders, each compared with the original.
+    """
 
     main: Perplexity | Comparison
     files: Mapping[str, Comparison]
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able."""
+        """Return JSON-able values."""
         return self.main.to_dict() | ({"files": {k: c.to_dict() for k, c in self.files.items()}} if self.files else {})
 
 
 @dataclass(frozen=True)
 class EvalRequest:
-    """The options of the command. Raises ConfigError for combinations that mean nothing."""
+    """What is scored on what.
+
+    Args:
+        model: a model folder, a name on the hub, a GGUF or .pt2 file, or a folder that ONNX Runtime runs.
+        text: UTF-8 text to score on; Python's help texts by default.
+        dataset: a dataset to score on instead, as :func:`read_dataset` names it.
+        against: another model, which the model is compared with.
+        quantize: a scheme that the model is quantized by first, to be compared with the original.
+        calibration: UTF-8 text to calibrate on.
+        calibration_windows: how many windows of it, of ``length`` tokens.
+        rotate: the form of R1 in which the model is rotated first, to be compared with the original.
+        files: ONNX folders made of the model, each compared with it.
+        windows: how many windows are scored.
+        length: tokens of each window.
+        tokenizer: a folder, where the model has no tokenizer.
+
+    Raises:
+        ConfigError: a combination that means nothing.
+    """
 
     model: str
     text: Path | None = None
@@ -62,18 +83,21 @@ class EvalRequest:
             check_calibration(self.quantize, self.calibration)
 
     def run(self, steps: Steps) -> Evaluated:
-        """Score the model, or compare it with the other one or with what it was, and with files made of it."""
+        """Score the model, or compare it with the other one or with the original, and compare files made of it.
+
+        Raises ConfigError and ExportError: a model or a text that cannot be read, a text that is too short.
+        """
         opened = open_scorer(self.model, self.tokenizer or None, steps.begin)
         text = read_dataset(self.dataset) if self.dataset else read_text(self.text)
-        texts = windows(opened.tokens(text), self.length, self.windows)
+        scored = windows(opened.tokens(text), self.length, self.windows)
         if self.against:
             other = open_scorer(self.against, self.tokenizer or None, steps.begin)
-            return Evaluated(compare(other.scorer, opened.scorer, texts, steps.start("compare")), {})
+            return Evaluated(compare(other.scorer, opened.scorer, scored, steps.start("compare")), {})
         changed = [self._changed(opened, steps)] if self.quantize or self.rotate != "no" else []
         files = [open_scorer(file, self.tokenizer or None, steps.begin).scorer for file in self.files]
         if not changed and not files:
-            return Evaluated(perplexity(opened.scorer, texts, steps.start("score")), {})
-        found = compare_each(opened.scorer, [*changed, *files], texts, steps.start("compare"))
+            return Evaluated(perplexity(opened.scorer, scored, steps.start("score")), {})
+        found = compare_each(opened.scorer, [*changed, *files], scored, steps.start("compare"))
         return Evaluated(found[0] if changed else found[0].before, dict(zip(self.files, found[len(changed) :])))
 
     def _changed(self, opened: Opened, steps: Steps) -> ProgramScorer:

@@ -16,7 +16,7 @@ _ENOUGH = 4_000_000  # characters of a dataset
 
 
 def read_text(path: Path | None) -> str:
-    """The file, or Python's help texts where none is named. ConfigError where it is not UTF-8 text."""
+    """The text of a UTF-8 file; Python's help texts for None. Raises ConfigError where the file cannot be read."""
     if path is None:
         return "\n\n".join(topics.values())
     try:
@@ -26,9 +26,10 @@ def read_text(path: Path | None) -> str:
 
 
 def read_dataset(name: str) -> str:
-    """The documents of a dataset, ``NAME[:CONFIG[:SPLIT]]`` as the package datasets knows it, a hub name or a folder:
-    the first few million characters of its column ``text``, or of the only one that holds strings. The split is
-    ``test`` where none is named.
+    """The documents of a dataset, ``NAME[:CONFIG[:SPLIT]]`` as the package datasets knows it, a hub name or a folder.
+
+    Read are the first few million characters of its column ``text``, or of the only one that holds strings. The split
+    is ``test`` where none is named.
 
     Raises ConfigError: the package is missing, there is no such dataset or split, or no column of text.
     """
@@ -51,7 +52,7 @@ def read_dataset(name: str) -> str:
 
 
 def _string_columns(rows: Any) -> list[str]:
-    """By the dataset's types, or by its first row where a stream does not know them before."""
+    """The columns of strings, by the dataset's types, or by its first row where a stream knows no types before."""
     if rows.features:
         strings = ("string", "large_string")
         return [name for name, kind in rows.features.items() if getattr(kind, "dtype", "") in strings]
@@ -69,7 +70,7 @@ def _joined(documents: Iterable[str]) -> str:
 
 
 def windows(ids: Sequence[int], length: int, count: int) -> list[list[int]]:
-    """``count`` windows of ``length`` tokens, evenly spread over ``ids`` without overlap.
+    """Cut ``count`` windows of ``length`` tokens, evenly spread over ``ids`` without overlap.
 
     Raises ConfigError: the text is too short for that, or a window could not predict anything.
     """

@@ -14,7 +14,7 @@ from spinpass.progress import Progress
 
 
 class Timed(Protocol):
-    """Times of one generation, tokens per second."""
+    """The rates of one generation, in tokens per second."""
 
     @property
     def prefill_rate(self) -> float: ...
@@ -30,14 +30,14 @@ class Generator(Protocol):
 
 @dataclass(frozen=True)
 class Speed:
-    """Medians over repeats, in tokens per second."""
+    """The rates of a decoder, medians over repeats, in tokens per second."""
 
     prefill: float
     decode: float
     repeats: int
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able."""
+        """Return JSON-able values."""
         return {
             "prefill_tokens_per_second": self.prefill,
             "decode_tokens_per_second": self.decode,
@@ -55,7 +55,7 @@ def speed(
 ) -> dict[str, Speed]:
     """Generate ``new_tokens`` after ``prompt`` with every decoder in turn, ``repeats`` times after one turn to warm up.
 
-    ConfigError for fewer than two new tokens (the first comes from the prompt's pass) or fewer than one repeat.
+    Raises ConfigError for fewer than two new tokens (the first comes from the prompt's pass) or fewer than one repeat.
     """
     if new_tokens < 2 or repeats < 1:
         raise ConfigError(f"{repeats} repeats of {new_tokens} tokens: at least one repeat of two tokens is needed")

@@ -18,7 +18,7 @@ from .result import Result
 
 @dataclass(frozen=True)
 class Written:
-    """A folder: the exporter's report, what ``spinpass.json`` holds, the names of all files."""
+    """A folder that was written: the exporter's report, what ``spinpass.json`` holds, and the names of all files."""
 
     report: Any
     manifest: Mapping[str, Any]
@@ -30,7 +30,8 @@ def write_companions(
 ) -> tuple[dict[str, Any], list[str]]:
     """Put the tokenizer, the configuration and ``spinpass.json`` beside the ``files`` of an export.
 
-    ``made``: the reports of what was made of it. Returns what ``spinpass.json`` holds and the names of all files.
+    ``made``: the reports of the export and of what followed, by name. Returns what ``spinpass.json`` holds, and the
+    names of all files.
     """
     written = set(files)
     if loaded.companions is not None:
@@ -42,7 +43,7 @@ def write_companions(
 
 
 def check_writable(folder: Path) -> None:
-    """Before minutes of work: ExportError where nothing can be written. Leaves no new folder behind."""
+    """Raise ExportError, before minutes of work, where the folder cannot be written to. Leaves no new folder behind."""
     created = not folder.exists()
     with staged(folder):
         pass

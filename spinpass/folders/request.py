@@ -129,7 +129,7 @@ class ExportRequest:
     def _check_checkpoint(self) -> None:
         if self.int4 or self.kv_cache is not None:
             raise ConfigError(
-                "--int4 and --kv-cache are ONNX Runtime's: use --quantize w4g128-gptq, say, with --to gptq"
+                "--int4 and --kv-cache are ONNX Runtime's: use --quantize with --to gptq, for example w4g128-gptq"
             )
         if self.last_logits:
             raise ConfigError("a checkpoint has no logits: leave out --last-logits with --to gptq")
@@ -161,7 +161,7 @@ class ExportRequest:
 
     @property
     def notes(self) -> list[str]:
-        """What the user should know about the combination."""
+        """What the user should know about the combination, a sentence each."""
         found = []
         if self.int4 and self.config is not None:
             found.append(
@@ -185,7 +185,7 @@ class ExportRequest:
     def run(self, steps: Steps) -> tuple[Result, Written]:
         """Load, rotate, certify, quantize, write. What is missing is said before the minutes of work.
 
-        Raises whatever the steps do: ConfigError, ExportError, RefusedError, VerificationError.
+        Raises ConfigError, ExportError, RefusedError and VerificationError, as :func:`export`.
         """
         write = self._writer()
         check_writable(self.out)
@@ -207,7 +207,7 @@ class ExportRequest:
         return result, write(loaded, result, self.out, steps, certify=self.certify)
 
     def _writer(self) -> Callable[..., Written]:
-        """What writes the folder, its packages imported. Raises ExportError where one is missing."""
+        """The function that writes the folder, with its packages imported. Raises ExportError where one is missing."""
         if self.to == "gptq":
             return write_gptq_folder
         if self.to == "executorch":

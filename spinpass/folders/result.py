@@ -25,7 +25,10 @@ _PACKAGES = ("spinpass", "torch", "transformers", "onnx", "onnxscript", "onnxrun
 
 @dataclass(frozen=True)
 class Result:
-    """A program and how it came about; without a plan where nothing was asked for."""
+    """A program and how it came about.
+
+    ``plan`` is None where no rotation was asked for, ``quantization`` where nothing was rounded.
+    """
 
     program: ExportedProgram
     plan: RotationPlan | None = None
@@ -33,16 +36,17 @@ class Result:
 
     @property
     def exportable(self) -> ExportedProgram | Quantized:
-        """With its integers, where there are any."""
+        """What an exporter takes: the program, with its integers where there are any."""
         return self.program if self.quantization is None else Quantized(self.program, self.quantization)
 
     @property
     def certificate(self) -> dict[str, Any] | None:
-        """As the program's record holds it; None where it was not certified."""
+        """The certificate in the program's record; None where the program was not certified."""
         found = record.read(self.program)
         return found.certificate if found is not None else None
 
     def to_dict(self) -> dict[str, Any]:
+        """Return JSON-able values: versions, plan, record, quantization."""
         found = record.read(self.program)
         return {
             "versions": {name: version_of(name) for name in _PACKAGES} | {"python": platform.python_version()},
@@ -53,7 +57,7 @@ class Result:
 
 
 def rotated(program: ExportedProgram, config: RotationConfig | None, steps: Steps, *, certify: bool = True) -> Result:
-    """Plan, rotate and certify; the program as it is without a configuration. Raises what ``transform`` does."""
+    """Plan, rotate and certify; without a configuration, return the original. Raises what ``transform`` raises."""
     if config is None:
         return Result(program)
     config = replace(config, verify=certify)
@@ -77,7 +81,7 @@ def quantized(
     steps: Steps,
     windows: int = CALIBRATION_WINDOWS,
 ) -> Result:
-    """Calibrate on windows of the text where there is one, and quantize. ConfigError where no tokenizer can read it."""
+    """Calibrate on windows of the text where there is one, and quantize. Raises ConfigError if it cannot be read."""
     inputs: list[Any] = []
     if text is not None:
         if loaded.companions is None or loaded.companions.tokenizer is None:
@@ -88,7 +92,7 @@ def quantized(
 
 
 def version_of(package: str) -> str:
-    """Of an installed package, for people to read."""
+    """The version of an installed package, for people to read."""
     try:
         return version(package)
     except PackageNotFoundError:  # not installed, or run from a source tree

@@ -1,4 +1,4 @@
-"""What ``spinpass report`` is asked for, and how it is measured."""
+"""What a report is asked for, and how it is measured; ``spinpass report`` is its command."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ from .report import Report, Scheme, SchemeSide
 
 @dataclass(frozen=True)
 class ReportRequest:
-    """The options of the command.
+    """Which model is run on which text, and quantized by which schemes.
 
-    Windows to calibrate on come from ``calibration``, or from the same text, between those that are scored. Raises
-    ConfigError: a scheme that does not parse or is named twice, a text that cannot be read.
+    Calibration windows come from ``calibration``, or from the same text, between those that are scored. Raises
+    ConfigError: a scheme cannot be read or is named twice, or a text cannot be read.
     """
 
     model: str
@@ -54,14 +54,14 @@ class ReportRequest:
             read_text(path)
 
     def open(self, steps: Steps) -> tuple[ExportedProgram, Opened]:
-        """Load and export the model. Raises ConfigError for an ONNX model too."""
+        """Load and export the model. Raises ConfigError where it cannot be loaded, or is an ONNX model."""
         opened = open_scorer(self.model, self.tokenizer or None, steps.begin)
         if opened.program is None:
             raise ConfigError(f"{self.model} is an ONNX model; a report needs the program it was made of")
         return opened.program, opened
 
-    def texts(self, opened: Opened) -> tuple[Windows, Windows]:
-        """Token ids of the windows that are scored, and of those to calibrate on."""
+    def cut_windows(self, opened: Opened) -> tuple[Windows, Windows]:
+        """Cut the windows that are scored and the calibration windows. Raises ConfigError for too short a text."""
         ids = opened.tokens(read_text(self.text))
         if not self.schemes:
             return evaluation.windows(ids, self.length, self.windows), []
@@ -74,18 +74,22 @@ class ReportRequest:
     def measure(
         self,
         programs: tuple[ExportedProgram, ExportedProgram],
-        texts: tuple[Windows, Windows],
+        windows: tuple[Windows, Windows],
         plan: RotationPlan,
         certificate: Mapping[str, Any] | None,
         steps: Steps,
         versions: Mapping[str, str],
     ) -> Report:
-        """Everything that the report says of the ``programs`` before and after rotation."""
+        """Measure everything that the report says.
+
+        ``programs``: before and after rotation; ``windows``: as :meth:`cut_windows` returns them; ``certificate``: as
+        :meth:`spinpass.Certificate.to_dict`; ``versions``: those of the packages, which the page names.
+        """
         before = WatchedScorer(programs[0])
         after = WatchedScorer(programs[1], like=before)
-        unquantized = evaluation.compare(before, after, texts[0], steps.start("score and watch"))
+        unquantized = evaluation.compare(before, after, windows[0], steps.start("score and watch"))
         pairs, unpaired = paired_sites(before.statistics(), after.statistics())
-        schemes = {scheme: self._scheme(scheme, programs, (before, after), texts, steps) for scheme in self.schemes}
+        schemes = {scheme: self._scheme(scheme, programs, (before, after), windows, steps) for scheme in self.schemes}
         steps.finish()
         return Report(
             model=self.model,
@@ -109,17 +113,17 @@ class ReportRequest:
         scheme: str,
         programs: tuple[ExportedProgram, ExportedProgram],
         watched: tuple[WatchedScorer, WatchedScorer],
-        texts: tuple[Windows, Windows],
+        windows: tuple[Windows, Windows],
         steps: Steps,
     ) -> Scheme:
         original = ProgramScorer(programs[0])
         sides = []
         for program, scorer, name in zip(programs, watched, ("original", "rotated")):
             tick = steps.start(f"quantize {scheme}, {name}")
-            made = quantize(program, scheme, [ProgramScorer(program).inputs(ids) for ids in texts[1]], progress=tick)
+            made = quantize(program, scheme, [ProgramScorer(program).inputs(ids) for ids in windows[1]], progress=tick)
             errors = {scorer.names.get(fqn, fqn): weight.error for fqn, weight in made.report.weights.items()}
             size = scorer.bytes - (made.report.bytes_before - made.report.bytes_after)
             tick = steps.start(f"score {scheme}, {name}")
-            comparison = evaluation.compare(original, ProgramScorer(made.program), texts[0], tick)
+            comparison = evaluation.compare(original, ProgramScorer(made.program), windows[0], tick)
             sides.append(SchemeSide(comparison, errors, size))
         return Scheme(*sides)

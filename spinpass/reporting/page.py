@@ -30,14 +30,14 @@ _SECTIONS: dict[str, tuple[str, Callable[[Report], Iterator[object]]]] = {
 
 
 def write_page(report: Report, path: Path, progress: Progress | None = None) -> None:
-    """Draw the page and put it at ``path``, whole or not at all. ExportError where it cannot be written."""
+    """Draw the page and put it at ``path``, whole or not at all. Raises ExportError where it cannot be written."""
     text = render(report, progress)
     with staged(path.parent, len(text.encode())) as staging:
         (staging / path.name).write_text(text, encoding="utf-8")
 
 
 def render(report: Report, progress: Progress | None = None) -> str:
-    """The whole document. ``progress``: sections done, and all."""
+    """The whole document as text. ``progress`` is called with the sections that are done, and all."""
     made = []
     for done, (identifier, (title, write_section)) in enumerate(_SECTIONS.items()):
         made.append(section(identifier, title, *write_section(report)))

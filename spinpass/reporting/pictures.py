@@ -48,7 +48,7 @@ class Picture:
 
 
 def surfaces(title: str, before: SiteStatistics, after: SiteStatistics, axis: str) -> Picture:
-    """|x| of one site before and after, on one scale, and the peak of every channel. ``axis``: what a vector is."""
+    """Draw |x| of one site before and after on one scale, and the peak of every channel. ``axis``: what a vector is."""
 
     def draw(figure: Figure) -> None:
         top = float(max(before.surface.max(), after.surface.max()))
@@ -64,10 +64,10 @@ def surfaces(title: str, before: SiteStatistics, after: SiteStatistics, axis: st
 
 
 def bars(label: str, panels: Bars, *, lowest: float | None = None) -> Picture:
-    """Two bars per layer in a panel per kind of layer, logarithmic, all on one scale. What is not finite is left out.
+    """Draw two bars per layer, in a panel per kind of layer, on one logarithmic scale. What is not finite is left out.
 
-    ``lowest``: where the scale begins; None: at the power of ten below the smallest number. With negative numbers it is
-    linear between −1 and 1.
+    ``lowest`` is where the scale begins, by default at the power of ten below the smallest number. Where numbers are
+    negative, the scale is linear between −1 and 1.
     """
     numbers = [x for values in panels.values() for entry in values for x in entry[1:] if math.isfinite(x)]
     columns = min(_PANELS, len(panels))
@@ -90,7 +90,7 @@ def bars(label: str, panels: Bars, *, lowest: float | None = None) -> Picture:
 
 
 def heatmaps(panels: Channels) -> Picture:
-    """The peak of every channel (columns) of every layer (rows), before and after, on one logarithmic scale.
+    """Draw the peak of every channel (columns) of every layer (rows), before and after, on one logarithmic scale.
 
     Where there are more channels than :data:`_COLUMNS`, a column shows the largest of several.
     """
@@ -148,7 +148,7 @@ def _heatmap(axes: Any, title: str, layers: Sequence[tuple[int, Tensor]], norm: 
 
 
 def _highest_corner(heights: Tensor) -> Tensor:
-    """Of every face of a surface: its colour is that of the spike that it belongs to."""
+    """The highest corner of every face of a surface, so that its colour is that of the spike that it belongs to."""
     padded = functional.pad(heights[None], (0, 1, 0, 1), mode="replicate")
     highest: Tensor = functional.max_pool2d(padded, 2, stride=1)[0]
     return highest
@@ -176,7 +176,7 @@ def _bars(axes: Any, name: str, values: Sequence[tuple[int, float, float]]) -> N
 
 
 def _logarithmic(axes: Any, numbers: Sequence[float], lowest: float | None) -> None:
-    """Whole decades, so that bars of nearly the same number look so; linear between −1 and 1 if some are negative."""
+    """Scale in whole decades, so that nearly equal bars look so; linear between −1 and 1 where some are negative."""
     positive = [x for x in numbers if x > 0]
     if not positive:
         return
@@ -207,7 +207,7 @@ def _extremes(values: Sequence[tuple[int, float, float]]) -> str:
 
 
 def _picture(draw: Callable[[Figure], None], size: tuple[float, float], alt: str) -> Picture:
-    """Drawn once: the dark picture is the light one with other colours of text and grid."""
+    """Draw once: the dark picture is the light one with other colours of text and grid."""
     light = _drawn(draw, size)
     return Picture(_uri(light), _uri(light.replace(_TEXT, _DARK_TEXT).replace(_GRID, _DARK_GRID)), alt)
 

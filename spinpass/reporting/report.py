@@ -15,8 +15,10 @@ from .activations import Pair, Unpaired
 
 @dataclass(frozen=True)
 class SchemeSide:
-    """One program under one scheme: compared with the original unquantized program; the relative error of every weight
-    by FQN (:attr:`spinpass.quantization.quantize.QuantizedWeight.error`), and the bytes of all constants.
+    """One program under one scheme.
+
+    ``comparison``: with the original unquantized program; ``errors``: the relative error of every weight, by FQN;
+    ``bytes``: those of all constants.
     """
 
     comparison: Comparison
@@ -24,31 +26,31 @@ class SchemeSide:
     bytes: int
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able."""
+        """Return JSON-able values."""
         found = self.comparison.to_dict()
         return {"bytes": self.bytes, "errors": dict(self.errors)} | {k: v for k, v in found.items() if k != "before"}
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """The same scheme applied to the original and to the rotated program."""
+    """One scheme, applied to the original and to the rotated program."""
 
     original: SchemeSide
     rotated: SchemeSide
 
     @property
     def gain(self) -> Change:
-        """Of the loss by rotation, under the scheme, paired by window."""
+        """The change of the loss by rotation, under the scheme, paired by window."""
         return change(self.original.comparison.after, self.rotated.comparison.after)
 
     def errors(self) -> dict[str, tuple[float, float]]:
-        """Weight -> relative errors (original, rotated); nan where only one program has it."""
+        """The relative errors (original, rotated) of every weight; nan where only the other program has it."""
         sides = self.original.errors, self.rotated.errors
         names = dict.fromkeys([*sides[0], *sides[1]])
         return {name: (sides[0].get(name, math.nan), sides[1].get(name, math.nan)) for name in names}
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able."""
+        """Return JSON-able values."""
         gain = {"rotated_over_original": math.exp(self.gain.mean), "standard_error": None}
         if not math.isnan(self.gain.error):
             gain["standard_error"] = math.exp(self.gain.mean) * self.gain.error
@@ -59,9 +61,9 @@ class Scheme:
 class Report:
     """A model before and after rotation.
 
-    ``left``: linear layers that were not measured, by node of the original program, and why. ``unquantized``: the
-    rotated program compared with the original one. ``bytes``: of the constants, before and after; ``rates``: tokens
-    per second through the exported graph, before and after. ``seconds``: of every step. ``certificate``: as
+    ``left``: linear layers that were not measured, by node of the original program, and why; ``unquantized``: the
+    rotated program compared with the original; ``bytes``: those of the constants, before and after; ``rates``: tokens
+    per second through the exported graph, before and after; ``seconds``: the time of every step; ``certificate``: as
     :meth:`spinpass.Certificate.to_dict`, None where it was switched off.
     """
 
@@ -81,7 +83,7 @@ class Report:
     versions: Mapping[str, str]
 
     def perplexities(self) -> Iterator[tuple[str, str, Perplexity]]:
-        """(scheme or "", original or rotated, perplexity)."""
+        """Every perplexity, as (scheme or "", original or rotated, perplexity)."""
         yield "", "original", self.unquantized.before
         yield "", "rotated", self.unquantized.after
         for name, scheme in self.schemes.items():
@@ -89,7 +91,7 @@ class Report:
             yield name, "rotated", scheme.rotated.comparison.after
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able."""
+        """Return JSON-able values."""
         return {
             "model": self.model,
             "windows": self.windows,

@@ -121,7 +121,7 @@ def _numbers(pair: Pair) -> Html:
 
 
 def perplexity_section(report: Report) -> Iterator[object]:
-    """Every program, compared with the original unquantized one, and with the original one of its scheme."""
+    """Every program, compared with the original unquantized one, and with the original under its scheme."""
     yield tag(
         "p",
         f"{windows_of(report)}, the same for every row; ± one standard error over windows. Ratios are paired, so "

@@ -1,4 +1,4 @@
-"""Statistics of activations, gathered as they come: nothing grows with the number of tokens.
+"""Statistics of activations, gathered as they come, so that nothing grows with the number of tokens.
 
     max|x| per channel;  max|x| / median|x| per vector;  excess kurtosis  m₄/m₂² − 3  of all values
 
@@ -23,12 +23,13 @@ _WORST = 5
 
 @dataclass(frozen=True)
 class SiteStatistics:
-    """Of one site. ``vectors``: how many were seen; ``peaks``: float32 (channels,), the largest |x| of each channel.
+    """The statistics of one site. Without vectors, or where nothing varies, a number is nan.
 
-    ``ratio``: the largest max|x| / median|x| of any vector, infinite where a median is 0; ``mean_ratio``: its mean over
-    the vectors where it is finite; vectors of zeros count in neither. ``kurtosis``: excess, over all values; 0 for
-    Gaussian ones. ``surface``: float32, at most :data:`SURFACE`, |x| by vector and channel of the first window and its
-    ``surface_vectors``, each bin the largest in it. Without vectors, or where nothing varies, a number is nan.
+    ``vectors``: how many were seen; ``peaks``: float32 (channels,), the largest |x| of each channel; ``ratio``: the
+    largest max|x| / median|x| of any vector, infinite where a median is 0; ``mean_ratio``: the mean of that over the
+    vectors where it is finite (vectors of zeros count in neither); ``kurtosis``: the excess over all values, 0 for
+    Gaussian ones; ``surface``: float32, at most :data:`SURFACE`, |x| by vector and channel of the first window, each
+    bin the largest in it; ``surface_vectors``: how many vectors that window had.
     """
 
     vectors: int
@@ -45,7 +46,7 @@ class SiteStatistics:
         return float(self.peaks.max()) if self.vectors else math.nan
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able: the numbers, and the channels with the largest peaks. What is not finite is None."""
+        """Return JSON-able values: numbers, None where not finite, and the channels with the largest peaks."""
         numbers = {
             "peak": self.peak,
             "max_over_median": self.ratio,
@@ -73,7 +74,7 @@ class Accumulator:
         self._surface, self._surface_vectors = torch.zeros(0, channels), 0
 
     def update(self, values: Tensor) -> None:
-        """``values``: float (..., channels), read and not kept."""
+        """Take ``values``, float (..., channels), which are read and not kept."""
         x = values.detach().reshape(-1, values.shape[-1]).float()
         if not len(x):
             return
@@ -98,7 +99,7 @@ class Accumulator:
         self._finite += len(finite)
 
     def result(self) -> SiteStatistics:
-        """Of everything so far."""
+        """The statistics of everything so far."""
         mean = self._ratios / self._finite if self._finite else math.nan
         kurtosis, surface = self._moments.excess_kurtosis, (self._surface, self._surface_vectors)
         return SiteStatistics(self._vectors, self._peaks.clone(), self._ratio, mean, kurtosis, *surface)
@@ -106,7 +107,7 @@ class Accumulator:
 
 @dataclass(frozen=True)
 class CentralMoments:
-    """``count``, mean, and the sums of the second to fourth powers of what is left without the mean, in float64."""
+    """The count and mean of values, and the sums of the 2nd to 4th powers of their distances from it, in float64."""
 
     count: int = 0
     mean: float = 0.0
@@ -116,7 +117,7 @@ class CentralMoments:
 
     @classmethod
     def of(cls, values: Tensor) -> CentralMoments:
-        """Of all elements."""
+        """The moments of all elements."""
         x = values.double().flatten()
         mean = x.mean()
         d = x - mean
@@ -126,7 +127,7 @@ class CentralMoments:
         )
 
     def merged(self, other: CentralMoments) -> CentralMoments:
-        """Of both together."""
+        """The moments of both together."""
         a, b = self, other
         n = a.count + b.count
         if not n:
@@ -150,7 +151,7 @@ class CentralMoments:
 
 
 def pooled(size: Tensor) -> Tensor:
-    """(vectors, channels) in at most :data:`SURFACE` bins, the largest of each: a spike of one value stays."""
+    """Pool |x| (vectors, channels) in at most :data:`SURFACE` bins; the largest of each, so that no spike is lost."""
     rows, columns = (min(have, most) for have, most in zip(size.shape, SURFACE))
     pooled: Tensor = functional.adaptive_max_pool2d(size[None], (rows, columns))[0]
     return pooled

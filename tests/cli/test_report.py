@@ -76,7 +76,7 @@ def test_a_report_without_a_scheme_or_a_certificate(folder: Path, tmp_path: Path
         (("--scheme", "w4", "--calibration", "missing.txt"), "missing.txt is not a readable UTF-8 text"),
         (("--windows", "99"), "99 windows of 24 tokens need 2,376 tokens; the text has 400"),
         (("--windows", "9", "--scheme", "w4"), "18 windows of 24 tokens need 432 tokens"),
-        (("-o", "."), ". is a folder; name a file in it, report.html say"),
+        (("-o", "."), ". is a folder; name a file in it, for example report.html"),
         (("--tokenizer", ""), "has no tokenizer; name a folder that has one with --tokenizer"),
     ],
 )
