@@ -20,7 +20,8 @@ from rich.table import Table
 
 import spinpass
 from spinpass import evaluation, record
-from spinpass.cli.screen import Screen, certificate_table, plan_table
+from spinpass.cli.screen import Screen
+from spinpass.cli.tables import certificate_table, plan_table
 from spinpass.config import Form
 from spinpass.exporters import cache_names, onnx
 from spinpass.exporters.onnx import quantize_4bit
@@ -45,12 +46,14 @@ Folders = dict[str, Path]
 
 
 def main(
-    out: Annotated[Path, typer.Argument(help="Where the models go.")] = Path("out/demo"),
+    out: Annotated[Path, typer.Argument(help="Folder to write the models to.")] = Path("out/demo"),
     model: Annotated[str, typer.Option(help="Another model: folder, hub name, GGUF or .pt2 with a tokenizer.")] = "",
     windows: Annotated[int, typer.Option(help=f"Windows of {WINDOW} tokens for the perplexity.")] = 5,
     repeats: Annotated[int, typer.Option(help="Repeats of every timing.")] = 3,
-    form: Annotated[Form, typer.Option(help="Of R1: in the residual stream, or at the linears' inputs.")] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    form: Annotated[
+        Form, typer.Option(help="Place of R1: in the residual stream (offline) or at the linear layers (online).")
+    ] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")] = False,
 ) -> None:
     """Rotate a small language model and compare it with the original."""
     torch.set_num_threads(1)  # the folds are many small products: threads would mostly wait for each other
@@ -134,9 +137,9 @@ def prose(decoder: OrtDecoder) -> list[int]:
 
 def score(decoders: dict[str, OrtDecoder], count: int, steps: Steps) -> dict[str, evaluation.Perplexity]:
     """Perplexity of every model on the same windows."""
-    texts = evaluation.windows(prose(next(iter(decoders.values()))), WINDOW, count)
+    cut = evaluation.windows(prose(next(iter(decoders.values()))), WINDOW, count)
     return {
-        name: evaluation.perplexity(decoder, texts, steps.start(f"perplexity of {name}"))
+        name: evaluation.perplexity(decoder, cut, steps.start(f"perplexity of {name}"))
         for name, decoder in decoders.items()
     }
 

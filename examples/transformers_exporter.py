@@ -10,7 +10,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.exporters import ExportedModel, OnnxConfig
 
 import spinpass
-from spinpass.exporters.transformers import RotatedOnnxExporter, generate
+from spinpass.exporters.transformers import RotatedOnnxExporter
+from spinpass.exporters.transformers.generation import generate
 
 PROMPT, NEW_TOKENS = list(range(3, 11)), 12
 

@@ -1,10 +1,10 @@
 """tune:  measure on text what each way to rotate is worth under a scheme, and keep what helps.
 
 Whole configurations are quantized and scored on held-out text, paired over its windows. Before that every space of a
-configuration is judged by itself (:mod:`.quantization.site_error`): where nothing is rounded it is left alone, and the
-configuration is tried once more with only the spaces whose layers lose less in the rotated basis. Among what is about
-as good as the best, what costs least is taken; no rotation, which costs nothing, also where nothing is significantly
-better. Scales are distilled last, those of what was chosen.
+configuration is judged by itself (:func:`spinpass.quantization.site_errors`): where nothing is rounded it is left
+alone, and the configuration is tried once more with only the spaces whose layers lose less in the rotated basis. Among
+what is about as good as the best, what costs least is taken; no rotation, which costs nothing, also where nothing is
+significantly better. Scales are distilled last, those of what was chosen.
 """
 
 from __future__ import annotations
@@ -19,14 +19,13 @@ from torch.export import ExportedProgram
 
 from spinpass.config import ROLES, RotationConfig
 from spinpass.errors import ConfigError, RefusedError
-from spinpass.evaluation import Comparison, ProgramScorer, compare, paired
+from spinpass.evaluation import Comparison, ProgramScorer, Windows, compare, paired
 from spinpass.pipeline import plan as make_plan
 from spinpass.pipeline import transform
 from spinpass.planning import PlannedSpace, RotationPlan
 from spinpass.progress import Silent, Steps
 from spinpass.quantization import QuantizationConfig, Quantized, distilled, quantize, site_errors
 
-Windows = Sequence[Sequence[int]]
 _JUDGED_ON = 2  # calibration windows that spaces are judged on
 _NOTHING = "none"
 _WHERE_IT_HELPS = ", where it helps"
@@ -35,23 +34,23 @@ _ABOUT = 1.02  # times the divergence of the best
 
 @dataclass(frozen=True)
 class SpaceVerdict:
-    """The mean relative error of a space's layers, rounded in the one basis and in the other; None where nothing that
-    is rounded reads it.
+    """What one space is worth: the mean relative error of the layers that read it, rounded in the original and in the
+    rotated basis. None where nothing that is rounded reads it.
     """
 
     space: str
-    unrotated: float | None
+    original: float | None
     rotated: float | None
 
     @property
     def helps(self) -> bool:
-        """The rotated basis is the better one."""
-        return self.rotated is not None and self.unrotated is not None and self.rotated < self.unrotated
+        """Whether the rotated basis is the better one."""
+        return self.rotated is not None and self.original is not None and self.rotated < self.original
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One configuration, quantized and scored on held-out text."""
+    """One configuration, quantized and scored on held-out text. ``plan`` is None for no rotation."""
 
     name: str
     plan: RotationPlan | None
@@ -60,23 +59,23 @@ class Trial:
 
     @property
     def flops(self) -> int:
-        """Added floating-point operations per token."""
+        """The floating-point operations that it adds per token."""
         return 0 if self.plan is None else self.plan.flops
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able."""
+        """Return JSON-able values."""
         return {
             "name": self.name,
             "flops_per_token": self.flops,
             "spaces": 0 if self.plan is None else len(self.plan.spaces),
             "comparison": self.comparison.to_dict(),
-            "judged": [{"space": s.space, "unrotated": s.unrotated, "rotated": s.rotated} for s in self.spaces],
+            "judged": [{"space": s.space, "original": s.original, "rotated": s.rotated} for s in self.spaces],
         }
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """What was chosen: the rotated program (the one given where no rotation is worth it), quantized, and all trials."""
+    """What was chosen: the rotated program (the original where no rotation is worth it), quantized, and all trials."""
 
     program: ExportedProgram
     quantized: Quantized
@@ -85,7 +84,7 @@ class Tuned:
 
     @property
     def verdict(self) -> str:
-        """In one sentence."""
+        """What was found, in one sentence."""
         found = {t.name: t.comparison for t in self.trials}
         if self.chosen.plan is None:
             return f"rotation is not worth it here: perplexity × {found[_NOTHING].ratio:.4f} without any"
@@ -95,7 +94,7 @@ class Tuned:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able."""
+        """Return JSON-able values."""
         return {
             "chosen": self.chosen.name,
             "verdict": self.verdict,
@@ -130,16 +129,16 @@ def tune(
     """Choose what to rotate for a scheme. The program is not changed.
 
     Args:
-        program: of a language model, taking token ids.
-        scheme: as for :func:`spinpass.quantization.quantize`.
-        calibration: token ids, windows of them; GPTQ and static ranges are made on them, spaces judged on the first.
-        held_out: other windows, at least two: the choice is made on them.
-        configs: what to try besides no rotation; :func:`candidates` by default. A configuration that the program
-            refuses is left out.
+        program: a language model, which takes token ids.
+        scheme: what is rounded, as for :func:`spinpass.quantization.quantize`.
+        calibration: windows of token ids, on which GPTQ and static ranges are made; spaces are judged on the first two.
+        held_out: other windows, at least two, on which the choice is made.
+        configs: what is tried besides no rotation, by name; :func:`candidates` by default. A configuration that the
+            program refuses is left out.
         steps: told what begins.
 
     Raises:
-        ConfigError: too little text, a scheme that cannot be read or does not fit.
+        ConfigError: there is too little text, or the scheme cannot be read or does not fit.
     """
     config = QuantizationConfig.parse(scheme) if isinstance(scheme, str) else scheme
     if not calibration or len(held_out) < 2:
@@ -158,8 +157,8 @@ def tune(
 
 
 def choose(trials: Sequence[Trial]) -> Trial:
-    """The cheapest of those that diverge at most 2 % more than the best; no rotation also where it diverges more by no
-    more than one standard error of the difference.
+    """Choose the cheapest of those that diverge at most 2 % more than the best. No rotation is chosen also where it
+    diverges more by no more than one standard error of the difference.
     """
     best = min(trials, key=lambda t: t.comparison.divergence)
     as_good = [t for t in trials if _is_about(t, best) or (t.plan is None and _is_within_noise(t, best))]
@@ -176,7 +175,7 @@ def _is_within_noise(tried: Trial, best: Trial) -> bool:
 
 
 class _Tuning:
-    """Makes and scores; ``made`` has the rotated and quantized programs of the trials that may still be chosen."""
+    """Makes and scores trials. ``made`` has the rotated and quantized programs of those that may still be chosen."""
 
     def __init__(
         self,
@@ -191,10 +190,10 @@ class _Tuning:
         self.calibration = [self.scorer.inputs(ids) for ids in calibration]
         self.trials: list[Trial] = []
         self.made: dict[str, tuple[ExportedProgram, Quantized]] = {}
-        self._unrotated = self._site_errors(program, "unrotated")
+        self._original = self._site_errors(program, "original")
 
     def try_config(self, name: str, config: RotationConfig) -> None:
-        """With all of its spaces, and with those that help; not where it is refused or nothing of it is rounded."""
+        """Try all of its spaces, and those that help; not where it is refused or nothing that reads them is rounded."""
         plan = make_plan(self.program, config)
         try:
             rotated = transform(self.program, plan=plan)
@@ -208,6 +207,7 @@ class _Tuning:
                 self.try_plan(trial, plan.without(*(v.space for v in judged if v.space not in kept)), judged)
 
     def try_plan(self, name: str, plan: RotationPlan | None, judged: tuple[SpaceVerdict, ...] = ()) -> None:
+        """Rotate by the plan, quantize and score."""
         rotated = self.program if plan is None else transform(self.program, plan=plan)
         made = quantize(rotated, self.config, self.calibration, progress=self.steps.start(f"quantize, {name}"))
         tick = self.steps.start(f"score, {name}")
@@ -231,8 +231,8 @@ class _Tuning:
             # what is rounded here is the cache, which is read by attention and by no layer: taken as it is
             rounded = self.config.cache is not None
             return SpaceVerdict(space.name, math.inf if rounded else None, 0.0 if rounded else None)
-        readers = [fqn for fqn in space.readers if fqn in self._unrotated and fqn in rotated]
+        readers = [fqn for fqn in space.readers if fqn in self._original and fqn in rotated]
         if not readers:
             return SpaceVerdict(space.name, None, None)
-        before, after = (statistics.fmean(e[fqn] for fqn in readers) for e in (self._unrotated, rotated))
+        before, after = (statistics.fmean(e[fqn] for fqn in readers) for e in (self._original, rotated))
         return SpaceVerdict(space.name, before, after)

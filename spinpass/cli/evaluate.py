@@ -1,96 +1,64 @@
-"""What ``spinpass eval`` is asked for, and how it is carried out."""
+"""``spinpass eval``: how good a model is on text, alone or beside another one."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated
 
-from spinpass import evaluation
-from spinpass.config import RotationConfig
-from spinpass.errors import ConfigError
-from spinpass.evaluation import (
-    SAMPLES,
-    Opened,
-    ProgramScorer,
-    calibration_inputs,
-    check_calibration,
-    check_samples,
-    open_scorer,
-    read_dataset,
-    read_text,
-)
-from spinpass.pipeline import transform
-from spinpass.progress import Steps
-from spinpass.quantization import quantize as quantized
+import typer
 
-Rotated = Literal["no", "auto", "offline", "online"]
+from spinpass.evaluation import CALIBRATION_WINDOWS, EvalRequest, RotateAs
+
+from .options import AsJson, CalibrationWindows, Model, Verbose
+from .screen import screen_of
+from .tables import comparison_table
 
 
-@dataclass(frozen=True)
-class Evaluated:
-    """``main``: of the model, perhaps against another; ``files``: of ONNX folders, against the model as it was."""
+def evaluate_command(
+    ctx: typer.Context,
+    model: Model,
+    text: Annotated[Path | None, typer.Option(help="UTF-8 text to score on; Python's help texts by default.")] = None,
+    dataset: Annotated[
+        str,
+        typer.Option(help="Dataset to score on instead, NAME:CONFIG:SPLIT, for example wikitext:wikitext-2-raw-v1."),
+    ] = "",
+    against: Annotated[str, typer.Option(help="Another model, which MODEL is compared with.")] = "",
+    quantize: Annotated[
+        str, typer.Option(help="Quantize MODEL first, for example by w4g128-rtn-a8, and compare it with the original.")
+    ] = "",
+    calibration: Annotated[
+        Path | None, typer.Option(help="UTF-8 text that GPTQ and static ranges calibrate on.")
+    ] = None,
+    calibration_windows: CalibrationWindows = CALIBRATION_WINDOWS,
+    rotate_form: Annotated[
+        RotateAs,
+        typer.Option("--rotate", help="Rotate MODEL first, R1 in this form, and compare it with the original."),
+    ] = "no",
+    file: Annotated[
+        list[str] | None, typer.Option(help="ONNX folder made of MODEL, which is compared with it; may be repeated.")
+    ] = None,
+    windows: Annotated[int, typer.Option(help="Number of windows to score.")] = 16,
+    length: Annotated[int, typer.Option(help="Tokens of each window.")] = 512,
+    tokenizer: Annotated[str, typer.Option(help="Folder of the tokenizer, where MODEL has none.")] = "",
+    as_json: AsJson = False,
+    verbose: Verbose = 0,
+) -> None:
+    """Measure the perplexity of MODEL: a model folder, a hub name, GGUF, .pt2, or a folder that ONNX Runtime runs.
 
-    main: evaluation.Perplexity | evaluation.Comparison
-    files: Mapping[str, evaluation.Comparison]
+    With --against, --quantize, --rotate or --file, two models are compared: the
+    paired ratio of their perplexities, how often both find the same token the
+    likeliest, and the divergence of their predictions. Nothing is written.
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able."""
-        return self.main.to_dict() | ({"files": {k: c.to_dict() for k, c in self.files.items()}} if self.files else {})
-
-
-@dataclass(frozen=True)
-class EvalRequest:
-    """The options of the command. Raises ConfigError for combinations that mean nothing."""
-
-    model: str
-    against: str
-    quantize: str
-    calibration: Path | None
-    rotate: Rotated
-    text: Path | None
-    windows: int
-    length: int
-    tokenizer: str
-    dataset: str = ""
-    files: tuple[str, ...] = ()
-    samples: int = SAMPLES
-
-    def __post_init__(self) -> None:
-        check_samples(self.samples)
-        if self.against and (self.quantize or self.rotate != "no"):
-            raise ConfigError("--against compares two models as they are: leave out --quantize and --rotate")
-        if self.against and self.files:
-            raise ConfigError("--file is compared with MODEL: leave out --against")
-        if self.dataset and self.text is not None:
-            raise ConfigError("--text and --dataset both name what to score on: leave out one of them")
-        if self.quantize:
-            check_calibration(self.quantize, self.calibration)
-
-    def run(self, steps: Steps) -> Evaluated:
-        """Score the model, or compare it with the other one or with what it was, and with files made of it."""
-        opened = open_scorer(self.model, self.tokenizer or None, steps.begin)
-        text = read_dataset(self.dataset) if self.dataset else read_text(self.text)
-        texts = evaluation.windows(opened.tokens(text), self.length, self.windows)
-        if self.against:
-            other = open_scorer(self.against, self.tokenizer or None, steps.begin)
-            return Evaluated(evaluation.compare(other.scorer, opened.scorer, texts, steps.start("compare")), {})
-        changed = [self._changed(opened, steps)] if self.quantize or self.rotate != "no" else []
-        files = [open_scorer(file, self.tokenizer or None, steps.begin).scorer for file in self.files]
-        if not changed and not files:
-            return Evaluated(evaluation.perplexity(opened.scorer, texts, steps.start("score")), {})
-        found = evaluation.compare_each(opened.scorer, [*changed, *files], texts, steps.start("compare"))
-        return Evaluated(found[0] if changed else found[0].before, dict(zip(self.files, found[len(changed) :])))
-
-    def _changed(self, opened: Opened, steps: Steps) -> ProgramScorer:
-        if opened.program is None:
-            raise ConfigError(f"{self.model} is an ONNX model; --quantize and --rotate need the program it was made of")
-        program = opened.program
-        if self.rotate != "no":
-            steps.start("rotate")
-            program = transform(program, RotationConfig(form=self.rotate))
-        if self.quantize:
-            samples = calibration_inputs(program, opened.tokens, self.calibration, self.length, self.samples)
-            program = quantized(program, self.quantize, samples, progress=steps.start("quantize")).program
-        return ProgramScorer(program)
+    Example: spinpass eval ./model --rotate online --quantize w4g128-rtn-a8
+    """
+    screen = screen_of(ctx, as_json, verbose)
+    request = EvalRequest(
+        model, text, dataset, against, quantize, calibration, calibration_windows, rotate=rotate_form,
+        files=tuple(file or ()), windows=windows, length=length, tokenizer=tokenizer,
+    )  # fmt: skip
+    with screen.steps() as steps:
+        found = request.run(steps)
+    if as_json:
+        screen.document({"model": model, "windows": windows, "length": length} | found.to_dict())
+    else:
+        screen.show(comparison_table(found.main, found.files, windows, length))

@@ -1,19 +1,63 @@
-"""The command ``generate``: text out of a folder, as it comes, and how fast it came."""
+"""``spinpass generate``: text out of a folder, as it comes, and how fast it came."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from spinpass.errors import ConfigError, ExportError
 from spinpass.runtime import Sampling
 
+from .options import AsJson, Verbose
+from .screen import screen_of
+
+
+def generate_command(
+    ctx: typer.Context,
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder that spinpass export wrote.")],
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="Text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 128,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Take PROMPT as a user's turn, in the tokenizer's chat template.")
+    ] = False,
+    temperature: Annotated[float, typer.Option(help="Temperature to draw at; 0 takes the likeliest token.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Draw from so many of the likeliest tokens; 0 draws from all.")] = 0,
+    top_p: Annotated[
+        float, typer.Option(help="Draw from the likeliest tokens that have this share of the probability.")
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
+    threads: Annotated[
+        int | None, typer.Option(help="Threads of ONNX Runtime, which chooses by itself by default.")
+    ] = None,
+    provider: Annotated[str, typer.Option(help="Execution provider of ONNX Runtime.")] = "CPUExecutionProvider",
+    as_json: AsJson = False,
+    verbose: Verbose = 0,
+) -> None:
+    """Continue PROMPT with a model in ONNX Runtime, and say how fast that was.
+
+    The text goes to stdout as it comes, the rates go to stderr; no file is written.
+
+    Example: spinpass generate out "Why is the sky blue?" --chat
+    """
+    screen = screen_of(ctx, as_json, verbose)
+    sampling = Sampling(temperature, top_k, top_p, seed)
+    request = GenerateRequest(folder, prompt, max_new_tokens, chat, sampling, threads, provider)
+    found = request.run(lambda piece: None if as_json else typer.echo(piece, nl=False))
+    if as_json:
+        screen.document({"ok": True, "folder": str(folder)} | found)
+        return
+    typer.echo()
+    rates = f"prefill {found['prefill_tokens_per_second']:.1f}, decode {found['decode_tokens_per_second']:.1f} tokens/s"
+    typer.echo(f"{found['prompt_tokens']} + {found['new_tokens']} tokens; {rates}", err=True)
+
 
 @dataclass(frozen=True)
 class GenerateRequest:
-    """What the user asked for."""
+    """The options of the command."""
 
     folder: Path
     prompt: str
@@ -24,7 +68,7 @@ class GenerateRequest:
     provider: str
 
     def run(self, write: Callable[[str], None]) -> dict[str, Any]:
-        """Generate, giving every piece of text to ``write``; the answer and the rates, JSON-able.
+        """Generate, giving every piece of text to ``write``. Returns the answer and the rates as JSON-able values.
 
         Raises:
             ConfigError: options out of range, an unknown provider, more tokens than the model has positions.

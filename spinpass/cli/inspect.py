@@ -1,19 +1,53 @@
-"""The tables of ``spinpass inspect``."""
+"""``spinpass inspect``: what an exported model says of itself, as tables."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
+import typer
 from rich.table import Table
 
-from spinpass.formats import Artefact
+from spinpass.formats import Artefact, read_artefact
 from spinpass.planning import layer_pattern
+
+from .options import AsJson, Verbose
+from .screen import screen_of
+
+
+def inspect_command(
+    ctx: typer.Context,
+    path: Annotated[Path, typer.Argument(metavar="DIR", help="Exported folder, .onnx file or .pt2 file.")],
+    beside: Annotated[Path | None, typer.Option("--with", help="Another one, to share a KV cache with.")] = None,
+    check: Annotated[bool, typer.Option("--check", help="Also read every file and compare its hash.")] = False,
+    as_json: AsJson = False,
+    verbose: Verbose = 0,
+) -> None:
+    """Show what an exported model says of itself: rotations, the basis of its cache, certificates, files, versions.
+
+    Nothing is written. The exit code is 1 if its parts do not belong together, and
+    2 if the two cannot share a cache.
+
+    Example: spinpass inspect out --check
+    """
+    screen = screen_of(ctx, as_json, verbose)
+    found = read_artefact(path)
+    found.check(files=check)
+    if beside is not None:
+        other = read_artefact(beside)
+        other.check(files=check)
+        found.require_same_basis(other)
+    if as_json:
+        screen.document({"ok": True} | found.to_dict())
+    screen.show(*artefact_tables(found))
+    if beside is not None:
+        screen.show(f"shares a KV cache with {beside}")
 
 
 def artefact_tables(artefact: Artefact) -> list[Table]:
-    """What it is, how it was rotated, and the basis of its cache: equal lines of different layers together."""
+    """Tables of what it is, how it was rotated, and the basis of its cache. Equal lines of different layers are one."""
     about = _titled(str(artefact.path), "", "")
     for name, text in _facts(artefact.manifest):
         about.add_row(name, text)

@@ -1,4 +1,4 @@
-"""The options that several commands share, and the configuration they amount to."""
+"""The options that several commands share, and the configuration that they amount to."""
 
 from __future__ import annotations
 
@@ -16,54 +16,82 @@ ALL = ",".join(ROLES)
 DEFAULT = ",".join(DEFAULT_ROLES)
 
 Rotations = Annotated[
-    str, typer.Option(help="Comma-separated; in export, none writes the model as it is, to compare with.", metavar=ALL)
+    str,
+    typer.Option(
+        help="Rotations to make, separated by commas; in export, none writes the original, to compare with.",
+        metavar=ALL,
+    ),
 ]
-KindOption = Annotated[Kind, typer.Option(help="Of the rotation matrices.")]
+KindOption = Annotated[Kind, typer.Option(help="Kind of the rotation matrices.")]
 BlockSize = Annotated[
     int | None,
     typer.Option(
-        help="Rotate in diagonal blocks of this size; it must divide every space.", show_default="whole spaces"
+        help="Rotate in diagonal blocks of this size, which must divide that of every space.",
+        show_default="whole spaces",
     ),
 ]
-Seed = Annotated[int, typer.Option(help="Of the random kinds.")]
+Seed = Annotated[int, typer.Option(help="Seed for the random kinds.")]
 TiedOption = Annotated[
-    Tied, typer.Option(help="A table shared by embedding and head: keep it, or give the head one of its own.")
+    Tied,
+    typer.Option(
+        help="Keep a table that embedding and head share, or give the head one of its own (untie); auto unties where "
+        "that is cheap."
+    ),
 ]
-FormOption = Annotated[Form, typer.Option(help="Of R1: in the residual stream, or at the linears' inputs.")]
+FormOption = Annotated[
+    Form,
+    typer.Option(
+        help="Place of R1: in the residual stream and folded into the weights (offline), or at the inputs of the "
+        "linear layers (online)."
+    ),
+]
 CacheOption = Annotated[
-    CacheBasis, typer.Option(help="Let the KV cache travel rotated, or leave out what would rotate it.")
+    CacheBasis,
+    typer.Option(help="Let the KV cache be stored rotated, or leave out the rotations that need it (plain)."),
 ]
 Exclude = Annotated[
     list[str] | None,
-    typer.Option(help="Pattern of spaces or parameters to leave alone; may be repeated.", metavar="PATTERN"),
+    typer.Option(
+        help="Pattern of spaces or parameters to leave alone, for example R4:*; may be repeated.", metavar="PATTERN"
+    ),
 ]
 Dtype = Annotated[
-    Literal["float32", "float16", "bfloat16", "auto"], typer.Option(help="Of the weights; auto: as stored.")
+    Literal["float32", "float16", "bfloat16", "auto"],
+    typer.Option(help="Dtype of the weights; auto takes the one they are stored in."),
 ]
-NoCache = Annotated[bool, typer.Option("--no-cache", help="Export the prompt's pass alone, without a KV cache.")]
+NoCache = Annotated[bool, typer.Option("--no-cache", help="Export without a KV cache, for whole prompts alone.")]
 NoVerify = Annotated[bool, typer.Option("--no-verify", help="Do not certify the result.")]
-To = Annotated[Target, typer.Option(help="For this runtime, or as a checkpoint.")]
+To = Annotated[Target, typer.Option(help="Runtime that the folder is for, or gptq for a GPTQ checkpoint.")]
 Context = Annotated[
-    int, typer.Option(help="With --to executorch: tokens that the KV cache inside holds, prompt and answer.")
+    int, typer.Option(help="Tokens, prompt and answer, that the KV cache inside an ExecuTorch program holds.")
 ]
 Dequantize = Annotated[
-    bool, typer.Option("--dequantize", help="Where MODEL is a GPTQ checkpoint, take the values of its integers.")
+    bool,
+    typer.Option(
+        "--dequantize",
+        help="Where MODEL is a GPTQ checkpoint, take the values of its integers; it is refused otherwise.",
+    ),
 ]
-Int4 = Annotated[bool, typer.Option("--int4", help="Pack the weights to 4 bits (MatMulNBits).")]
+Int4 = Annotated[bool, typer.Option("--int4", help="Pack the weights to 4 bits (MatMulNBits), without a scheme.")]
 KvCache = Annotated[
     IntegerCache | None,
-    typer.Option(help="Keep keys and values as integers, with scales from the calibration text."),
+    typer.Option(help="Keep keys and values as integers in ONNX Runtime, with scales from the calibration text."),
 ]
 NoFuse = Annotated[
-    bool, typer.Option("--no-fuse", help="Standard ONNX operators only, instead of ONNX Runtime's for attention.")
+    bool,
+    typer.Option("--no-fuse", help="Write standard ONNX operators only, instead of ONNX Runtime's own for attention."),
 ]
 LastLogits = Annotated[
-    bool, typer.Option("--last-logits", help="Compute the logits of the last token alone: prompts are read faster.")
+    bool,
+    typer.Option("--last-logits", help="Compute the logits of the last token alone, so that prompts are read faster."),
 ]
-Samples = Annotated[int, typer.Option("--samples", help="Windows of 512 tokens to calibrate on.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+CalibrationWindows = Annotated[
+    int, typer.Option("--samples", help="Number of calibration windows, of 512 tokens or of --length.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
 Verbose = Annotated[
-    int, typer.Option("-v", "--verbose", count=True, help="Log every pass, show every line; -vv: tracebacks.")
+    int,
+    typer.Option("-v", "--verbose", count=True, help="Log every pass and show every line; -vv shows tracebacks too."),
 ]
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="A model folder, a name on the hub, a GGUF file or a .pt2 file.")
@@ -98,7 +126,7 @@ def configuration(
     cache: CacheOption = "rotated",
     exclude: Exclude = None,
 ) -> RotationConfig | None:
-    """What the options ask for; None for ``--rotations none``."""
+    """What the options ask for; None for ``--rotations none``. Raises ConfigError where that means nothing."""
     if rotations.strip().lower() == "none":
         return None
     chosen: Any = tuple(name.strip() for name in rotations.split(","))

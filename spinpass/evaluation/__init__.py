@@ -1,47 +1,39 @@
 """How good a model is on text: perplexity, agreement and divergence, paired over windows."""
 
-from .comparison import (
-    Change,
-    Comparison,
-    Perplexity,
-    Scorer,
-    Speed,
-    change,
-    compare,
-    compare_each,
-    paired,
-    perplexity,
-    speed,
-    windows,
-)
-from .scoring import OnnxScorer, Opened, ProgramScorer, open_scorer, token_ids
-from .texts import (
-    LENGTH,
-    SAMPLES,
+from .calibration import (
+    CALIBRATION_LENGTH,
+    CALIBRATION_WINDOWS,
     calibration_inputs,
     calibration_windows,
     check_calibration,
-    check_samples,
-    read_dataset,
-    read_text,
+    check_windows,
 )
+from .comparison import Change, Comparison, Perplexity, Scorer, change, compare, compare_each, paired, perplexity
+from .request import EvalRequest, Evaluated, RotateAs
+from .scoring import OnnxScorer, Opened, ProgramScorer, open_scorer, token_ids
+from .texts import Windows, read_dataset, read_text, windows
+from .timing import Speed, speed
 
 __all__ = [
-    "LENGTH",
-    "SAMPLES",
+    "CALIBRATION_LENGTH",
+    "CALIBRATION_WINDOWS",
     "Change",
     "Comparison",
+    "EvalRequest",
+    "Evaluated",
     "OnnxScorer",
     "Opened",
     "Perplexity",
     "ProgramScorer",
+    "RotateAs",
     "Scorer",
     "Speed",
+    "Windows",
     "calibration_inputs",
     "calibration_windows",
     "change",
     "check_calibration",
-    "check_samples",
+    "check_windows",
     "compare",
     "compare_each",
     "open_scorer",

@@ -1,15 +1,14 @@
-"""What a decoder is worth and what it costs: perplexity over windows of text, and tokens per second.
+"""What a decoder is worth: perplexity over windows of text, and how two decoders differ.
 
 A comparison of two decoders is paired: both read the same windows, and the difference of their losses has a standard
-error far smaller than that of either perplexity. Times are taken in turns, so that a slow minute of the machine meets
-all of them.
+error far smaller than that of either perplexity.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,6 +19,8 @@ from torch.nn import functional
 from spinpass.errors import ConfigError
 from spinpass.progress import Progress
 
+from .texts import Windows
+
 
 class Scorer(Protocol):
     """Anything that gives logits (length, vocabulary) for token ids, from an empty cache."""
@@ -27,24 +28,13 @@ class Scorer(Protocol):
     def logits(self, ids: Sequence[int], /) -> Tensor: ...
 
 
-class Timed(Protocol):
-    """Times of one generation, tokens per second."""
-
-    @property
-    def prefill_rate(self) -> float: ...
-    @property
-    def decode_rate(self) -> float: ...
-
-
-class Generator(Protocol):
-    """Anything that continues token ids and says how long it took."""
-
-    def generate(self, ids: Sequence[int], max_new_tokens: int, /, *, end: Any = None) -> Timed: ...
-
-
 @dataclass(frozen=True)
 class Perplexity:
-    """``losses``: the mean negative log-likelihood per predicted token of each window, in nats."""
+    """How well a decoder predicts a text.
+
+    ``losses``: the mean negative log-likelihood per predicted token of each window, in nats; ``tokens``: how many were
+    predicted in all windows.
+    """
 
     losses: tuple[float, ...]
     tokens: int
@@ -70,28 +60,30 @@ class Perplexity:
         return self.value * self.loss_error
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able; the standard error is None for a single window."""
+        """Return JSON-able values; the standard error is None for a single window."""
         error = None if math.isnan(self.error) else self.error
         return {"perplexity": self.value, "standard_error": error, "tokens": self.tokens, "losses": list(self.losses)}
 
 
 @dataclass(frozen=True)
 class Change:
-    """Difference of the mean losses of two decoders over the same windows, in nats per token; its standard error."""
+    """The difference of two decoders' mean losses over the same windows, and its standard error, in nats per token."""
 
     mean: float
     error: float
 
     @property
     def percent(self) -> float:
-        """The same as a change of perplexity, in percent."""
+        """The change of the perplexity, in percent."""
         return 100 * math.expm1(self.mean)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two decoders on the same windows. ``agreement``: the share of positions at which both find the same token the
-    likeliest; ``divergence``: KL(before ‖ after) in nats per token, of each window.
+    """Two decoders on the same windows.
+
+    ``agreement``: the share of positions at which both find the same token the likeliest; ``divergences``: of each
+    window KL(before ‖ after), in nats per token.
     """
 
     before: Perplexity
@@ -101,12 +93,12 @@ class Comparison:
 
     @property
     def change(self) -> Change:
-        """Of the loss, paired."""
+        """The change of the loss, paired by window."""
         return change(self.before, self.after)
 
     @property
     def ratio(self) -> float:
-        """The perplexity after ÷ before."""
+        """The perplexity after divided by that before."""
         return math.exp(self.change.mean)
 
     @property
@@ -115,7 +107,7 @@ class Comparison:
         return statistics.fmean(self.divergences)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able; standard errors are None for a single window."""
+        """Return JSON-able values; standard errors are None for a single window."""
         errors = {"ratio_error": self.ratio * self.change.error, "kl_error": _standard_error(self.divergences)}
         return {
             "before": self.before.to_dict(),
@@ -126,71 +118,37 @@ class Comparison:
         } | {name: None if math.isnan(error) else error for name, error in errors.items()}
 
 
-@dataclass(frozen=True)
-class Speed:
-    """Medians over repeats, in tokens per second."""
+def perplexity(decoder: Scorer, windows: Windows, progress: Progress | None = None) -> Perplexity:
+    """Predict every token of every window but its first from those before it in the window.
 
-    prefill: float
-    decode: float
-    repeats: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able."""
-        return {
-            "prefill_tokens_per_second": self.prefill,
-            "decode_tokens_per_second": self.decode,
-            "repeats": self.repeats,
-        }
-
-
-def windows(ids: Sequence[int], length: int, count: int) -> list[list[int]]:
-    """``count`` windows of ``length`` tokens, evenly spread over ``ids`` without overlap.
-
-    Raises ConfigError: the text is too short for that, or a window could not predict anything.
+    ``progress(done, total)`` is called after each window. Raises ConfigError where there are no windows.
     """
-    if length < 2 or count < 1:
-        raise ConfigError(f"{count} windows of {length} tokens: at least one window of two tokens is needed")
-    if len(ids) < count * length:
-        raise ConfigError(
-            f"{count} windows of {length} tokens need {count * length:,} tokens; the text has {len(ids):,}"
-        )
-    step = len(ids) // count
-    return [list(ids[start : start + length]) for start in range(0, count * step, step)]
-
-
-def perplexity(decoder: Scorer, texts: Sequence[Sequence[int]], progress: Progress | None = None) -> Perplexity:
-    """Every token of every window but its first is predicted from those before it in the window.
-
-    ``progress(done, all)`` is called after each window. ConfigError if there are no windows.
-    """
-    if not texts:
+    if not windows:
         raise ConfigError("there are no windows to evaluate on")
     losses: list[float] = []
-    for ids in texts:
+    for ids in windows:
         logits = decoder.logits(ids)[:-1].double()
         losses.append(float(functional.cross_entropy(logits, torch.tensor(list(ids[1:])))))
         if progress is not None:
-            progress(len(losses), len(texts))
-    return Perplexity(tuple(losses), sum(len(ids) - 1 for ids in texts))
+            progress(len(losses), len(windows))
+    return Perplexity(tuple(losses), sum(len(ids) - 1 for ids in windows))
 
 
-def compare(
-    before: Scorer, after: Scorer, texts: Sequence[Sequence[int]], progress: Progress | None = None
-) -> Comparison:
-    """Both decoders read every window. ``progress`` as in :func:`perplexity`; ConfigError if there are no windows."""
-    return compare_each(before, [after], texts, progress)[0]
+def compare(before: Scorer, after: Scorer, windows: Windows, progress: Progress | None = None) -> Comparison:
+    """Let both decoders read every window. ``progress`` and ConfigError are as in :func:`perplexity`."""
+    return compare_each(before, [after], windows, progress)[0]
 
 
 def compare_each(
-    before: Scorer, others: Sequence[Scorer], texts: Sequence[Sequence[int]], progress: Progress | None = None
+    before: Scorer, others: Sequence[Scorer], windows: Windows, progress: Progress | None = None
 ) -> list[Comparison]:
-    """:func:`compare` of several decoders with the first one, which reads every window once."""
-    if not texts:
+    """Compare each of ``others`` with ``before``, which reads every window once. Else as :func:`compare`."""
+    if not windows:
         raise ConfigError("there are no windows to evaluate on")
     losses: list[list[float]] = [[] for _ in (before, *others)]
     divergences: list[list[float]] = [[] for _ in others]
     equal = [0] * len(others)
-    for done, ids in enumerate(texts):
+    for done, ids in enumerate(windows):
         following = torch.tensor(list(ids[1:]))
         expected = _log_probabilities(before, ids)
         losses[0].append(float(functional.nll_loss(expected, following)))
@@ -200,8 +158,8 @@ def compare_each(
             equal[k] += int((expected.argmax(-1) == found.argmax(-1)).sum())
             divergences[k].append(float((expected.exp() * (expected - found)).sum(-1).mean()))
         if progress is not None:
-            progress(done + 1, len(texts))
-    tokens = sum(len(ids) - 1 for ids in texts)
+            progress(done + 1, len(windows))
+    tokens = sum(len(ids) - 1 for ids in windows)
     first, *rest = (Perplexity(tuple(each), tokens) for each in losses)
     return [Comparison(first, e, n / tokens, tuple(d)) for e, n, d in zip(rest, equal, divergences)]
 
@@ -211,7 +169,7 @@ def _log_probabilities(decoder: Scorer, ids: Sequence[int]) -> Tensor:
 
 
 def change(before: Perplexity, after: Perplexity) -> Change:
-    """How much worse ``after`` is, window by window. ConfigError if the two were not measured on as many windows."""
+    """How much worse ``after`` is, window by window. Raises ConfigError where the numbers of windows differ."""
     if len(before.losses) != len(after.losses):
         raise ConfigError(f"{len(before.losses)} and {len(after.losses)} windows cannot be compared in pairs")
     return paired(before.losses, after.losses)
@@ -221,34 +179,6 @@ def paired(before: Sequence[float], after: Sequence[float]) -> Change:
     """The mean of ``after − before`` over windows, in nats per token, and its standard error."""
     differences = [b - a for a, b in zip(before, after)]
     return Change(statistics.fmean(differences), _standard_error(differences))
-
-
-def speed(
-    decoders: Mapping[str, Generator],
-    prompt: Sequence[int],
-    new_tokens: int,
-    *,
-    repeats: int = 3,
-    progress: Progress | None = None,
-) -> dict[str, Speed]:
-    """Generate ``new_tokens`` after ``prompt`` with every decoder in turn, ``repeats`` times after one turn to warm up.
-
-    ConfigError for fewer than two new tokens (the first comes from the prompt's pass) or fewer than one repeat.
-    """
-    if new_tokens < 2 or repeats < 1:
-        raise ConfigError(f"{repeats} repeats of {new_tokens} tokens: at least one repeat of two tokens is needed")
-    times: dict[str, list[Timed]] = {name: [] for name in decoders}
-    for turn in range(repeats + 1):
-        for k, (name, decoder) in enumerate(decoders.items()):
-            times[name].append(decoder.generate(prompt, new_tokens if turn else 2, end=()))
-            if progress is not None:
-                progress(turn * len(decoders) + k + 1, (repeats + 1) * len(decoders))
-    return {name: _medians(measured[1:]) for name, measured in times.items()}
-
-
-def _medians(times: Sequence[Timed]) -> Speed:
-    prefill = statistics.median(t.prefill_rate for t in times)
-    return Speed(prefill, statistics.median(t.decode_rate for t in times), len(times))
 
 
 def _standard_error(values: Sequence[float]) -> float:

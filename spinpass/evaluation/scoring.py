@@ -20,26 +20,26 @@ from .comparison import Scorer
 
 @dataclass(frozen=True)
 class Opened:
-    """Something that scores, its program unless it is in ONNX Runtime, and its tokenizer."""
+    """Something that scores, with its program (None where it is in ONNX Runtime) and its tokenizer."""
 
     scorer: Scorer
     program: ExportedProgram | None
     tokenizer: Any
 
     def tokens(self, text: str) -> list[int]:
-        """Token ids of a text, without special tokens."""
+        """The token ids of a text, without special tokens."""
         return token_ids(self.tokenizer)(text)
 
 
 def token_ids(tokenizer: Any) -> Callable[[str], list[int]]:
-    """What a tokenizer of transformers makes of a text, without special tokens."""
+    """A function from a text to its token ids, without special tokens, by a tokenizer of transformers."""
     return lambda text: list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 class ProgramScorer:
-    """A program that takes token ids and returns logits first, in its own dtype.
+    """Scores with a program that takes token ids and returns logits first, in its own dtype.
 
-    Raises ConfigError: no input of it, or more than one, is looked up in a table of tokens.
+    Raises ConfigError where no input of it, or more than one, is looked up in a table of tokens.
     """
 
     def __init__(self, program: ExportedProgram) -> None:
@@ -75,7 +75,7 @@ class ProgramScorer:
         return {spec.name: tokens if spec is self._ids else self._value(spec, sizes) for spec in self._inputs}
 
     def logits(self, ids: Sequence[int]) -> Tensor:
-        """(length, vocabulary), float32. ConfigError where the program does not take that many tokens."""
+        """Logits (length, vocabulary), float32. Raises ConfigError where the program does not take that many tokens."""
         logits: Tensor = run(self.program, self.inputs(ids))[0]
         return logits[0].float()
 
@@ -91,7 +91,8 @@ class ProgramScorer:
 
 
 class OnnxScorer:
-    """The ONNX file that a program was exported to, its inputs under their names in the program, in ONNX Runtime.
+    """Scores with the ONNX file that a program was exported to, in ONNX Runtime; its inputs have their names in the
+    program.
 
     Raises ExportError where ONNX Runtime cannot load it.
     """
@@ -103,7 +104,7 @@ class OnnxScorer:
         self._session = runtime.open_session(path)
 
     def logits(self, ids: Sequence[int]) -> Tensor:
-        """(length, vocabulary), float32."""
+        """Logits (length, vocabulary), float32."""
         taken = {node.name for node in self._session.get_inputs()}
         given = {name: value for name, value in self._program.inputs(ids).items() if name in taken}
         results = self._ort.run(self._session, {name: self._ort.to_ort(value) for name, value in given.items()})
@@ -111,12 +112,13 @@ class OnnxScorer:
 
 
 def open_scorer(model: str, tokenizer: str | None = None, progress: Callable[[str], None] | None = None) -> Opened:
-    """A folder with ``model.onnx`` in ONNX Runtime, or anything that :func:`spinpass.loading.models.load_model`
-    takes.
+    """Open a folder with ``model.onnx`` in ONNX Runtime, or anything that :func:`spinpass.loading.load_model` takes.
+
+    ``tokenizer`` is a folder, where the model has none of its own; ``progress`` is called with the name of each step.
 
     Raises:
-        ConfigError: nothing there, or no tokenizer: name one.
-        ExportError: it cannot be loaded.
+        ConfigError: there is no model, or no tokenizer.
+        ExportError: the model cannot be loaded.
     """
     path = Path(model)
     if path.suffix == ".onnx" or (path / "model.onnx").is_file():
@@ -141,7 +143,7 @@ def _tokenizer(name: str) -> Any:
 
 
 def _size(spec: UserInput, axis: int, length: int) -> int:
-    """Of an axis whose size stands alone: one sequence, its length in masks and positions, nothing in caches."""
+    """The size of an axis that stands alone: one sequence, its length in masks and positions, nothing in caches."""
     if axis == 0 and len(spec.shape) > 1:
         return 1
     return 0 if spec.dtype is not None and spec.dtype.is_floating_point else length

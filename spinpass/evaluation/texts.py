@@ -1,28 +1,22 @@
-"""Texts from files, and as a program's inputs to calibrate on."""
+"""Texts from files and datasets, and windows of their tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
-from torch.export import ExportedProgram
-
 from spinpass.errors import ConfigError
-from spinpass.quantization import QuantizationConfig
 
-from .comparison import windows
-from .scoring import ProgramScorer
+Windows = Sequence[Sequence[int]]
+"""Windows of a text, each as its token ids."""
 
-Tokenize = Callable[[str], list[int]]
-SAMPLES = 16  # windows to calibrate on
-LENGTH = 512  # tokens of each
 _ENOUGH = 4_000_000  # characters of a dataset
 
 
 def read_text(path: Path | None) -> str:
-    """The file, or Python's help texts where none is named. ConfigError where it is not UTF-8 text."""
+    """The text of a UTF-8 file; Python's help texts for None. Raises ConfigError where the file cannot be read."""
     if path is None:
         return "\n\n".join(topics.values())
     try:
@@ -32,9 +26,10 @@ def read_text(path: Path | None) -> str:
 
 
 def read_dataset(name: str) -> str:
-    """The documents of a dataset, ``NAME[:CONFIG[:SPLIT]]`` as the package datasets knows it, a hub name or a folder:
-    the first few million characters of its column ``text``, or of the only one that holds strings. The split is
-    ``test`` where none is named.
+    """The documents of a dataset, ``NAME[:CONFIG[:SPLIT]]`` as the package datasets knows it, a hub name or a folder.
+
+    Read are the first few million characters of its column ``text``, or of the only one that holds strings. The split
+    is ``test`` where none is named.
 
     Raises ConfigError: the package is missing, there is no such dataset or split, or no column of text.
     """
@@ -57,7 +52,7 @@ def read_dataset(name: str) -> str:
 
 
 def _string_columns(rows: Any) -> list[str]:
-    """By the dataset's types, or by its first row where a stream does not know them before."""
+    """The columns of strings, by the dataset's types, or by its first row where a stream knows no types before."""
     if rows.features:
         strings = ("string", "large_string")
         return [name for name, kind in rows.features.items() if getattr(kind, "dtype", "") in strings]
@@ -74,35 +69,16 @@ def _joined(documents: Iterable[str]) -> str:
     return "\n\n".join(found)
 
 
-def check_calibration(scheme: str, path: Path | None) -> None:
-    """ConfigError where the scheme cannot be read, or needs a text and there is none."""
-    if QuantizationConfig.parse(scheme).needs_calibration and path is None:
-        raise ConfigError(f"{scheme} needs a text to calibrate on: add --calibration FILE, or -rtn")
+def windows(ids: Sequence[int], length: int, count: int) -> list[list[int]]:
+    """Cut ``count`` windows of ``length`` tokens, evenly spread over ``ids`` without overlap.
 
-
-def check_samples(samples: int) -> None:
-    """ConfigError where it is no number of windows."""
-    if samples < 1:
-        raise ConfigError(f"{samples} samples to calibrate on: choose 1 or more")
-
-
-def calibration_inputs(
-    program: ExportedProgram, tokenize: Tokenize, path: Path | None, length: int = LENGTH, samples: int = SAMPLES
-) -> list[dict[str, Any]]:
-    """Windows of ``length`` tokens spread over the text, as inputs of the program; none without a text.
-
-    Raises ConfigError: a text that cannot be read, or is shorter than one window.
+    Raises ConfigError: the text is too short for that, or a window could not predict anything.
     """
-    if path is None:
-        return []
-    scorer = ProgramScorer(program)
-    length = min(length, scorer.longest or length)
-    return [scorer.inputs(window) for window in calibration_windows(tokenize, path, length, samples)]
-
-
-def calibration_windows(
-    tokenize: Tokenize, path: Path, length: int = LENGTH, samples: int = SAMPLES
-) -> list[list[int]]:
-    """The tokens of such windows. Raises ConfigError as :func:`calibration_inputs`."""
-    ids = tokenize(read_text(path))
-    return [list(window) for window in windows(ids, length, max(1, min(samples, len(ids) // length)))]
+    if length < 2 or count < 1:
+        raise ConfigError(f"{count} windows of {length} tokens: at least one window of two tokens is needed")
+    if len(ids) < count * length:
+        raise ConfigError(
+            f"{count} windows of {length} tokens need {count * length:,} tokens; the text has {len(ids):,}"
+        )
+    step = len(ids) // count
+    return [list(ids[start : start + length]) for start in range(0, count * step, step)]

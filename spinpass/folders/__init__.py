@@ -1,15 +1,20 @@
-"""A whole model folder, written: the model, its tokenizer and configuration, ``spinpass.json``."""
+"""A whole model folder, written: the model, its tokenizer and configuration, ``spinpass.json``; :func:`export` does it
+all.
+"""
 
-from .companions import Result, check_writable, quantized, rotated, version_of
-from .export import ExportRequest, IntegerCache, Target
+from .companions import Written, check_writable
 from .onnx import onnx_tools, write_folder
+from .request import ExportRequest, IntegerCache, Target, export
+from .result import Result, quantized, rotated, version_of
 
 __all__ = [
     "ExportRequest",
     "IntegerCache",
     "Result",
     "Target",
+    "Written",
     "check_writable",
+    "export",
     "onnx_tools",
     "quantized",
     "rotated",

@@ -1,95 +1,24 @@
-"""A loaded model and what becomes of it, and the folder that it is written to with what lies beside: tokenizer,
-configuration, ``spinpass.json``.
+"""The folder that a model is written to, and what lies beside the model in it: tokenizer, configuration,
+``spinpass.json``.
 """
 
 from __future__ import annotations
 
 import json
-import platform
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch.export import ExportedProgram
-
-from spinpass import record
-from spinpass.config import RotationConfig
-from spinpass.errors import ConfigError
-from spinpass.evaluation import SAMPLES, calibration_inputs, token_ids
 from spinpass.formats import MANIFEST, hashes, staged
 from spinpass.loading import LoadedModel
-from spinpass.pipeline import plan, transform
-from spinpass.planning import RotationPlan
-from spinpass.progress import Steps
-from spinpass.quantization import QuantizationReport, Quantized, quantize
 
-_PACKAGES = ("spinpass", "torch", "transformers", "onnx", "onnxscript", "onnxruntime", "executorch")
-
-
-@dataclass(frozen=True)
-class Result:
-    """A program and how it came about; without a plan where nothing was asked for."""
-
-    program: ExportedProgram
-    plan: RotationPlan | None = None
-    quantization: QuantizationReport | None = None
-
-    @property
-    def exportable(self) -> ExportedProgram | Quantized:
-        """With its integers, where there are any."""
-        return self.program if self.quantization is None else Quantized(self.program, self.quantization)
-
-    @property
-    def certificate(self) -> dict[str, Any] | None:
-        """As the program's record holds it; None where it was not certified."""
-        found = record.read(self.program)
-        return found.certificate if found is not None else None
-
-    def to_dict(self) -> dict[str, Any]:
-        found = record.read(self.program)
-        return {
-            "versions": {name: version_of(name) for name in _PACKAGES} | {"python": platform.python_version()},
-            "plan": self.plan and self.plan.to_dict(),
-            "record": found and found.to_dict(),
-            "quantization": self.quantization and self.quantization.to_dict(),
-        }
-
-
-def rotated(program: ExportedProgram, config: RotationConfig | None, steps: Steps, *, certify: bool = True) -> Result:
-    """Plan, rotate and certify; the program as it is without a configuration. Raises what ``transform`` does."""
-    if config is None:
-        return Result(program)
-    config = replace(config, verify=certify)
-    steps.start("plan")
-    decided = plan(program, config)
-    tick = steps.start("rotate")
-
-    def progress(done: int, total: int) -> None:
-        tick(done, total)
-        if done == total and certify:
-            steps.start("certify")
-
-    return Result(transform(program, plan=decided, progress=progress), decided)
-
-
-def quantized(
-    result: Result, loaded: LoadedModel, scheme: str, text: Path | None, steps: Steps, windows: int = SAMPLES
-) -> Result:
-    """Calibrate on windows of the text where there is one, and quantize. ConfigError where no tokenizer can read it."""
-    samples: list[Any] = []
-    if text is not None:
-        if loaded.companions is None or loaded.companions.tokenizer is None:
-            raise ConfigError(f"{loaded.source.location} has no tokenizer to read {text} with: quantize with -rtn")
-        samples = calibration_inputs(result.program, token_ids(loaded.companions.tokenizer), text, samples=windows)
-    made = quantize(result.program, scheme, samples, progress=steps.start("quantize"))
-    return replace(result, program=made.program, quantization=made.report)
+from .result import Result
 
 
 @dataclass(frozen=True)
 class Written:
-    """A folder: the exporter's report, what ``spinpass.json`` holds, the names of all files."""
+    """A folder that was written: the exporter's report, what ``spinpass.json`` holds, and the names of all files."""
 
     report: Any
     manifest: Mapping[str, Any]
@@ -101,7 +30,8 @@ def write_companions(
 ) -> tuple[dict[str, Any], list[str]]:
     """Put the tokenizer, the configuration and ``spinpass.json`` beside the ``files`` of an export.
 
-    ``made``: the reports of what was made of it. Returns what ``spinpass.json`` holds and the names of all files.
+    ``made``: the reports of the export and of what followed, by name. Returns what ``spinpass.json`` holds, and the
+    names of all files.
     """
     written = set(files)
     if loaded.companions is not None:
@@ -113,17 +43,9 @@ def write_companions(
 
 
 def check_writable(folder: Path) -> None:
-    """Before minutes of work: ExportError where nothing can be written. Leaves no new folder behind."""
+    """Raise ExportError, before minutes of work, where the folder cannot be written to. Leaves no new folder behind."""
     created = not folder.exists()
     with staged(folder):
         pass
     if created:
         folder.rmdir()
-
-
-def version_of(package: str) -> str:
-    """Of an installed package, for people to read."""
-    try:
-        return version(package)
-    except PackageNotFoundError:  # not installed, or run from a source tree
-        return "not installed"

@@ -9,7 +9,8 @@ from spinpass.errors import ExportError
 from spinpass.loading import LoadedModel
 from spinpass.progress import Steps
 
-from .companions import Result, Written, write_companions
+from .companions import Written, write_companions
+from .result import Result
 
 
 def write_pte_folder(

@@ -19,7 +19,8 @@ from spinpass.loading import LoadedModel
 from spinpass.passes import untie
 from spinpass.progress import Steps
 
-from .companions import Result, Written, write_companions
+from .companions import Written, write_companions
+from .result import Result
 
 WEIGHTS_ONLY = "--to gptq writes quantized weights: add --quantize, say w4g128-gptq"
 

@@ -15,7 +15,8 @@ from spinpass.loading import Companions, LoadedModel
 from spinpass.progress import Steps
 from spinpass.quantization import QuantizationReport
 
-from .companions import Result, Written, write_companions
+from .companions import Written, write_companions
+from .result import Result
 
 _REPORTS = {"packed": "pack", "cache": "cache"}  # in spinpass.json: of which step
 

@@ -1,4 +1,4 @@
-"""Activations where a quantizer would round them, before and after rotation, paired by the weights beside them."""
+"""Activations where a quantizer would round them, before and after rotation, in pairs by the weights beside them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from spinpass.graph import ProgramEditor, shape
 from spinpass.passes import open_program
 from spinpass.quantization import WeightSite, cache_sites, weight_sites
 
-from .statistics import Accumulator, Statistics
+from .statistics import Accumulator, SiteStatistics
 
 INPUT, KEY, VALUE, KEY_VALUE = "input", "key", "value", "key and value"
 
@@ -39,24 +39,24 @@ class Name:
 
 @dataclass(frozen=True)
 class Pair:
-    """One value before and after rotation, and all names it has in both programs."""
+    """One value before and after rotation, and all names that it has in both programs."""
 
     names: tuple[Name, ...]
-    before: Statistics
-    after: Statistics
+    before: SiteStatistics
+    after: SiteStatistics
 
     @property
     def kind(self) -> str:
-        """Of all names."""
+        """The kind, which all names share."""
         return self.names[0].kind
 
     @property
     def weights(self) -> tuple[str, ...]:
-        """Their FQNs."""
+        """The FQNs of the weights."""
         return tuple(name.weight for name in self.names)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able."""
+        """Return JSON-able values."""
         sides = {"before": self.before.to_dict(), "after": self.after.to_dict()}
         return {"kind": self.kind, "weights": list(self.weights), "use": self.names[0].use} | sides
 
@@ -69,22 +69,22 @@ class Unpaired:
     why: str
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able."""
+        """Return JSON-able values."""
         return {"site": str(self.name), "why": self.why}
 
 
 def first_names(editor: ProgramEditor) -> dict[str, str]:
-    """Every FQN of every stored constant -> the first FQN of that constant."""
+    """A map from every FQN of every stored constant to the first FQN of that constant."""
     stored = [node for node in editor.nodes if editor.is_stored(node)]
     names = {editor.fqn(node): editor.fqn(node) for node in stored}
     return names | {alias: editor.fqn(node) for node in stored for alias in editor.fqns(node)[1:]}
 
 
 def find_sites(editor: ProgramEditor, names: Mapping[str, str] | None = None) -> dict[Node, list[Name]]:
-    """Every value that a linear layer reads and every key and value of attention, with its names, in graph order.
+    """Find every value that a linear layer reads and every key and value of attention, with its names, in graph order.
 
-    ``names``: :func:`first_names` of the program whose layers count; the products with matrices that a pass has added
-    do not. None: this one.
+    ``names``: :func:`first_names` of the program whose layers count, by default this one; products with matrices that a
+    pass has added are no layers.
     """
     known = first_names(editor) if names is None else names
     sites = [s for s in weight_sites(editor)[0] if editor.fqn(s.weight) in known and _reads_channels(s)]
@@ -106,7 +106,7 @@ def find_sites(editor: ProgramEditor, names: Mapping[str, str] | None = None) ->
 
 
 def _reads_channels(site: WeightSite) -> bool:
-    """False for outer products, positions times frequencies say."""
+    """False for outer products, for example positions times frequencies."""
     return shape(site.operand)[-1] != 1
 
 
@@ -135,12 +135,11 @@ def _made_by(node: Node, writers: Mapping[Node, str]) -> list[str]:
 
 
 class WatchedScorer:
-    """Scores windows as :class:`~spinpass.evaluation.scoring.ProgramScorer`, and meanwhile gathers statistics of every
-    site.
+    """Scores windows as :class:`spinpass.evaluation.ProgramScorer` does, and gathers the statistics of every site.
 
-    ``like``: the program before rotation, whose layers count. ``rates``: tokens per second of each window, the
-    gathering not counted; ``left``: linear layers that are no sites, by node, and why; ``bytes``: of all constants.
-    Raises ConfigError as the scorer does.
+    ``like``: the scorer of the original program, whose layers count. ``rates``: tokens per second of each window, the
+    gathering not counted; ``left``: linear layers that are no sites, by node, and why; ``bytes``: those of all
+    constants. Raises ConfigError as the scorer does.
     """
 
     def __init__(self, program: ExportedProgram, like: WatchedScorer | None = None) -> None:
@@ -155,7 +154,7 @@ class WatchedScorer:
         self.rates: list[float] = []
 
     def logits(self, ids: Sequence[int]) -> Tensor:
-        """(length, vocabulary), float32."""
+        """Logits (length, vocabulary), float32."""
         watching = 0.0
 
         def watch(node: Node, value: Any) -> Any:
@@ -176,16 +175,16 @@ class WatchedScorer:
             self._gathered[name] = Accumulator(value.shape[-1])
         self._gathered[name].update(value)
 
-    def statistics(self) -> dict[Name, Statistics]:
-        """By every name of every site that was reached; sites with several names share one object."""
+    def statistics(self) -> dict[Name, SiteStatistics]:
+        """The statistics by every name of every site that was reached; the names of one site share one object."""
         results = {node: gathered.result() for node, gathered in self._gathered.items()}
         return {name: results[node] for node, names in self._names.items() if node in results for name in names}
 
 
-def paired(
-    before: Mapping[Name, Statistics], after: Mapping[Name, Statistics]
+def paired_sites(
+    before: Mapping[Name, SiteStatistics], after: Mapping[Name, SiteStatistics]
 ) -> tuple[tuple[Pair, ...], tuple[Unpaired, ...]]:
-    """Sites by name, those of one value in both programs together; and what has no partner."""
+    """Pair sites by name, those of one value in both programs together. Returns the pairs, and what has no partner."""
     left = {unpaired.name: unpaired for unpaired in _without_partner(before, after)}
     groups: dict[tuple[str, int, int], list[Name]] = {}
     for name in before:
@@ -195,7 +194,7 @@ def paired(
     return tuple(pairs), tuple(left.values())
 
 
-def _without_partner(before: Mapping[Name, Statistics], after: Mapping[Name, Statistics]) -> Iterator[Unpaired]:
+def _without_partner(before: Mapping[Name, SiteStatistics], after: Mapping[Name, SiteStatistics]) -> Iterator[Unpaired]:
     for name in [*before, *(name for name in after if name not in before)]:
         if name not in after:
             yield Unpaired(name, "the rotated program has no such site")

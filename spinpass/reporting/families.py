@@ -1,4 +1,4 @@
-"""Sites and weights that differ only in the layer, together: what a panel of bars shows."""
+"""Sites and weights that differ only in the layer stand together, as a panel of bars shows them."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ T = TypeVar("T")
 
 
 def label(pair: Pair) -> str:
-    """``key of layers.0.attn.k_proj``, ``input of layers.0.attn.{q_proj,k_proj,v_proj}``."""
+    """What a pair is called: ``key of layers.0.attn.k_proj``, ``input of layers.0.attn.{q_proj,k_proj,v_proj}``."""
     use = pair.names[0].use
     return f"{pair.kind} of {joined(pair.weights)}" + (f", use {use + 1}" if use else "")
 
 
 def joined(fqns: Sequence[str]) -> str:
-    """Several names as one, their differing parts in braces, without ``.weight``."""
+    """Write several names as one, their differing parts in braces, without ``.weight``."""
     parts = [fqn.removesuffix(".weight").split(".") for fqn in fqns]
     if len({len(p) for p in parts}) > 1:
         return ", ".join(".".join(p) for p in parts)
@@ -29,8 +29,9 @@ def joined(fqns: Sequence[str]) -> str:
 
 
 def families(values: Iterable[tuple[str, tuple[T, T]]]) -> dict[str, list[tuple[int, T, T]]]:
-    """name -> (before, after) as pattern -> (layer, before, after). The layer is the first number in a name, or the
-    place in its family where several have the same.
+    """Group name -> (before, after) as pattern -> (layer, before, after).
+
+    The layer is the first number in a name, or the place in its family where several have the same.
     """
     found: dict[str, list[tuple[str, tuple[T, T]]]] = {}
     for name, both in values:
@@ -50,7 +51,7 @@ def _layer(name: str) -> int:
 
 
 def worst_of_each(pairs: Iterable[Pair], most: int) -> list[Pair]:
-    """Of every family the pair with the largest max/median before, the largest ``most`` first."""
+    """Take of every family the pair with the largest max/median before; return the ``most`` largest, largest first."""
     grouped: dict[str, list[Pair]] = {}
     for pair in pairs:
         if pair.before.vectors and pair.after.vectors:

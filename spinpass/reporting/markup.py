@@ -1,4 +1,4 @@
-"""HTML out of values: every string is escaped, and only :class:`Html` is taken as it is."""
+"""HTML out of values: every string is escaped, and only :class:`Html` is taken literally."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ if TYPE_CHECKING:
 
 
 class Html(str):
-    """Markup that is ready."""
+    """Markup that is escaped already."""
 
 
 def html(value: object) -> Html:
-    """A value as markup: escaped unless it is some."""
+    """A value as markup, escaped unless it is markup already."""
     return value if isinstance(value, Html) else Html(escape(str(value)))
 
 
@@ -26,7 +26,7 @@ def tag(name: str, *children: object, **attributes: str) -> Html:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]], *, numbers: int, caption: str = "") -> Html:
-    """The last ``numbers`` columns are numbers; it scrolls sideways where it does not fit."""
+    """A table whose last ``numbers`` columns are numbers. It scrolls sideways where it does not fit."""
     first = len(head) - numbers
 
     def cells(kind: str, values: Sequence[object]) -> Html:
@@ -39,22 +39,22 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]], *, numbers: int
 
 
 def figure(picture: Picture, caption: object) -> Html:
-    """The picture for the reader's colour scheme."""
+    """A picture in the reader's colour scheme, with a caption."""
     dark = Html(f'<source srcset="{escape(picture.dark)}" media="(prefers-color-scheme: dark)">')
     light = Html(f'<img src="{escape(picture.light)}" alt="{escape(picture.alt)}">')
     return tag("figure", tag("picture", dark, light), tag("figcaption", caption))
 
 
 def details(summary: str, *children: object) -> Html:
-    """Folded until asked for."""
+    """Parts that are folded until they are asked for."""
     return tag("details", tag("summary", summary), *children)
 
 
 def section(identifier: str, title: str, *children: object) -> Html:
-    """With a heading that the contents link to."""
+    """A section with a heading that the contents link to."""
     return tag("section", tag("h2", title), *children, id=identifier)
 
 
 def arrow(before: str, after: str) -> Html:
-    """In the colours of the pictures."""
+    """Two numbers, before and after, in the colours of the pictures."""
     return Html(f"{tag('em', before, class_='before')} → {tag('em', after, class_='after')}")

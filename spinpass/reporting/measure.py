@@ -1,9 +1,9 @@
-"""What ``spinpass report`` is asked for, and how it is measured."""
+"""What a report is asked for, and how it is measured; ``spinpass report`` is its command."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,23 +12,29 @@ from torch.export import ExportedProgram
 
 from spinpass import evaluation
 from spinpass.errors import ConfigError
-from spinpass.evaluation import SAMPLES, Opened, ProgramScorer, calibration_windows, open_scorer, read_text
+from spinpass.evaluation import (
+    CALIBRATION_WINDOWS,
+    Opened,
+    ProgramScorer,
+    Windows,
+    calibration_windows,
+    open_scorer,
+    read_text,
+)
 from spinpass.planning import RotationPlan
 from spinpass.progress import Steps
 from spinpass.quantization import QuantizationConfig, quantize
 
-from .activations import WatchedScorer, paired
-from .report import Quantized, Report, Scheme
-
-Windows = Sequence[Sequence[int]]
+from .activations import WatchedScorer, paired_sites
+from .report import Report, Scheme, SchemeSide
 
 
 @dataclass(frozen=True)
 class ReportRequest:
-    """The options of the command.
+    """Which model is run on which text, and quantized by which schemes.
 
-    Windows to calibrate on come from ``calibration``, or from the same text, between those that are scored. Raises
-    ConfigError: a scheme that does not parse or is named twice, a text that cannot be read.
+    Calibration windows come from ``calibration``, or from the same text, between those that are scored. Raises
+    ConfigError: a scheme cannot be read or is named twice, or a text cannot be read.
     """
 
     model: str
@@ -48,38 +54,42 @@ class ReportRequest:
             read_text(path)
 
     def open(self, steps: Steps) -> tuple[ExportedProgram, Opened]:
-        """Load and export the model. Raises ConfigError for an ONNX model too."""
+        """Load and export the model. Raises ConfigError where it cannot be loaded, or is an ONNX model."""
         opened = open_scorer(self.model, self.tokenizer or None, steps.begin)
         if opened.program is None:
             raise ConfigError(f"{self.model} is an ONNX model; a report needs the program it was made of")
         return opened.program, opened
 
-    def texts(self, opened: Opened) -> tuple[Windows, Windows]:
-        """Token ids of the windows that are scored, and of those to calibrate on."""
+    def cut_windows(self, opened: Opened) -> tuple[Windows, Windows]:
+        """Cut the windows that are scored and the calibration windows. Raises ConfigError for too short a text."""
         ids = opened.tokens(read_text(self.text))
         if not self.schemes:
             return evaluation.windows(ids, self.length, self.windows), []
         if self.calibration is None:
             both = evaluation.windows(ids, self.length, 2 * self.windows)
-            return both[::2], both[1::2][:SAMPLES]
+            return both[::2], both[1::2][:CALIBRATION_WINDOWS]
         others = calibration_windows(opened.tokens, self.calibration, self.length)
         return evaluation.windows(ids, self.length, self.windows), others
 
     def measure(
         self,
         programs: tuple[ExportedProgram, ExportedProgram],
-        texts: tuple[Windows, Windows],
+        windows: tuple[Windows, Windows],
         plan: RotationPlan,
         certificate: Mapping[str, Any] | None,
         steps: Steps,
         versions: Mapping[str, str],
     ) -> Report:
-        """Everything that the report says of the ``programs`` before and after rotation."""
+        """Measure everything that the report says.
+
+        ``programs``: before and after rotation; ``windows``: as :meth:`cut_windows` returns them; ``certificate``: as
+        :meth:`spinpass.Certificate.to_dict`; ``versions``: those of the packages, which the page names.
+        """
         before = WatchedScorer(programs[0])
         after = WatchedScorer(programs[1], like=before)
-        unquantized = evaluation.compare(before, after, texts[0], steps.start("score and watch"))
-        pairs, unpaired = paired(before.statistics(), after.statistics())
-        schemes = {scheme: self._scheme(scheme, programs, (before, after), texts, steps) for scheme in self.schemes}
+        unquantized = evaluation.compare(before, after, windows[0], steps.start("score and watch"))
+        pairs, unpaired = paired_sites(before.statistics(), after.statistics())
+        schemes = {scheme: self._scheme(scheme, programs, (before, after), windows, steps) for scheme in self.schemes}
         steps.finish()
         return Report(
             model=self.model,
@@ -103,17 +113,17 @@ class ReportRequest:
         scheme: str,
         programs: tuple[ExportedProgram, ExportedProgram],
         watched: tuple[WatchedScorer, WatchedScorer],
-        texts: tuple[Windows, Windows],
+        windows: tuple[Windows, Windows],
         steps: Steps,
     ) -> Scheme:
         original = ProgramScorer(programs[0])
         sides = []
-        for program, scorer, name in zip(programs, watched, ("untouched", "rotated")):
+        for program, scorer, name in zip(programs, watched, ("original", "rotated")):
             tick = steps.start(f"quantize {scheme}, {name}")
-            made = quantize(program, scheme, [ProgramScorer(program).inputs(ids) for ids in texts[1]], progress=tick)
+            made = quantize(program, scheme, [ProgramScorer(program).inputs(ids) for ids in windows[1]], progress=tick)
             errors = {scorer.names.get(fqn, fqn): weight.error for fqn, weight in made.report.weights.items()}
             size = scorer.bytes - (made.report.bytes_before - made.report.bytes_after)
             tick = steps.start(f"score {scheme}, {name}")
-            comparison = evaluation.compare(original, ProgramScorer(made.program), texts[0], tick)
-            sides.append(Quantized(comparison, errors, size))
+            comparison = evaluation.compare(original, ProgramScorer(made.program), windows[0], tick)
+            sides.append(SchemeSide(comparison, errors, size))
         return Scheme(*sides)

@@ -13,31 +13,31 @@ from . import sections
 from .activations import INPUT, Pair
 from .families import joined
 from .markup import Html, arrow, html, section, tag
-from .pictures import short
+from .numbers import or_zero, short
 from .report import Report
-from .sections import KURTOSIS, RATIO, or_zero, windows_of
+from .sections import KURTOSIS, RATIO, windows_of
 
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 _SECTIONS: dict[str, tuple[str, Callable[[Report], Iterator[object]]]] = {
-    "activations": ("Activations", sections.activations),
-    "sites": ("Single sites", sections.sites),
-    "perplexity": ("Perplexity", sections.perplexity),
-    "quantization": ("Quantization error", sections.quantization),
-    "plan": ("Plan", sections.plan),
-    "certificate": ("Certificate", sections.certificate),
-    "cost": ("Sizes and speeds", sections.cost),
+    "activations": ("Activations", sections.activations_section),
+    "sites": ("Single sites", sections.sites_section),
+    "perplexity": ("Perplexity", sections.perplexity_section),
+    "quantization": ("Quantization error", sections.quantization_section),
+    "plan": ("Plan", sections.plan_section),
+    "certificate": ("Certificate", sections.certificate_section),
+    "cost": ("Sizes and speeds", sections.cost_section),
 }
 
 
-def write(report: Report, path: Path, progress: Progress | None = None) -> None:
-    """Draw the page and put it at ``path``, whole or not at all. ExportError where it cannot be written."""
+def write_page(report: Report, path: Path, progress: Progress | None = None) -> None:
+    """Draw the page and put it at ``path``, whole or not at all. Raises ExportError where it cannot be written."""
     text = render(report, progress)
     with staged(path.parent, len(text.encode())) as staging:
         (staging / path.name).write_text(text, encoding="utf-8")
 
 
 def render(report: Report, progress: Progress | None = None) -> str:
-    """The whole document. ``progress``: sections done, and all."""
+    """The whole document as text. ``progress`` is called with the sections that are done, and all."""
     made = []
     for done, (identifier, (title, write_section)) in enumerate(_SECTIONS.items()):
         made.append(section(identifier, title, *write_section(report)))
@@ -93,7 +93,7 @@ def _tiles(report: Report) -> Html:
         _tile(arrow(*(_digits(p) for p in (report.unquantized.before, report.unquantized.after))), "perplexity")
     )
     for scheme, found in report.schemes.items():
-        both = (found.untouched.comparison.after, found.rotated.comparison.after)
+        both = (found.original.comparison.after, found.rotated.comparison.after)
         made.append(_tile(arrow(*map(_digits, both)), f"perplexity, {scheme}"))
     made.append(_tile(f"{report.plan.flops:,}", "FLOP per token added by online rotations"))
     made.append(_tile(_verdict(report), "certificate"))

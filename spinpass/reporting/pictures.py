@@ -24,7 +24,8 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 from torch import Tensor
 from torch.nn import functional
 
-from .statistics import Statistics
+from .numbers import short
+from .statistics import SiteStatistics
 
 BEFORE, AFTER = "#d9662a", "#2a7fba"  # told apart by the colour-blind as well
 _TEXT, _GRID = "#202428", "#d5d9de"
@@ -46,8 +47,8 @@ class Picture:
     alt: str
 
 
-def surfaces(title: str, before: Statistics, after: Statistics, axis: str) -> Picture:
-    """|x| of one site before and after, on one scale, and the peak of every channel. ``axis``: what a vector is."""
+def surfaces(title: str, before: SiteStatistics, after: SiteStatistics, axis: str) -> Picture:
+    """Draw |x| of one site before and after on one scale, and the peak of every channel. ``axis``: what a vector is."""
 
     def draw(figure: Figure) -> None:
         top = float(max(before.surface.max(), after.surface.max()))
@@ -63,10 +64,10 @@ def surfaces(title: str, before: Statistics, after: Statistics, axis: str) -> Pi
 
 
 def bars(label: str, panels: Bars, *, lowest: float | None = None) -> Picture:
-    """Two bars per layer in a panel per kind of layer, logarithmic, all on one scale. What is not finite is left out.
+    """Draw two bars per layer, in a panel per kind of layer, on one logarithmic scale. What is not finite is left out.
 
-    ``lowest``: where the scale begins; None: at the power of ten below the smallest number. With negative numbers it is
-    linear between −1 and 1.
+    ``lowest`` is where the scale begins, by default at the power of ten below the smallest number. Where numbers are
+    negative, the scale is linear between −1 and 1.
     """
     numbers = [x for values in panels.values() for entry in values for x in entry[1:] if math.isfinite(x)]
     columns = min(_PANELS, len(panels))
@@ -89,7 +90,7 @@ def bars(label: str, panels: Bars, *, lowest: float | None = None) -> Picture:
 
 
 def heatmaps(panels: Channels) -> Picture:
-    """The peak of every channel (columns) of every layer (rows), before and after, on one logarithmic scale.
+    """Draw the peak of every channel (columns) of every layer (rows), before and after, on one logarithmic scale.
 
     Where there are more channels than :data:`_COLUMNS`, a column shows the largest of several.
     """
@@ -112,14 +113,7 @@ def heatmaps(panels: Channels) -> Picture:
     return _picture(draw, (12.0, 0.7 + sum(heights)), alt)
 
 
-def short(number: float) -> str:
-    """Three digits, or whole thousands; – for nan."""
-    if not math.isfinite(number):
-        return "–" if math.isnan(number) else "∞"
-    return f"{number:,.0f}" if abs(number) >= 1000 else f"{number:.3g}"
-
-
-def _surface(axes: Any, title: str, side: Statistics, top: float, axis: str) -> None:
+def _surface(axes: Any, title: str, side: SiteStatistics, top: float, axis: str) -> None:
     rows, columns = side.surface.shape
     channels = numpy.arange(columns) * (len(side.peaks) / columns)
     vectors = numpy.arange(rows) * (side.surface_vectors / rows)
@@ -154,13 +148,13 @@ def _heatmap(axes: Any, title: str, layers: Sequence[tuple[int, Tensor]], norm: 
 
 
 def _highest_corner(heights: Tensor) -> Tensor:
-    """Of every face of a surface: its colour is that of the spike that it belongs to."""
+    """The highest corner of every face of a surface, so that its colour is that of the spike that it belongs to."""
     padded = functional.pad(heights[None], (0, 1, 0, 1), mode="replicate")
     highest: Tensor = functional.max_pool2d(padded, 2, stride=1)[0]
     return highest
 
 
-def _channels(axes: Any, before: Statistics, after: Statistics) -> None:
+def _channels(axes: Any, before: SiteStatistics, after: SiteStatistics) -> None:
     for side, color, name in ((before, BEFORE, "before"), (after, AFTER, "after")):
         axes.plot(side.peaks.tolist(), color=color, linewidth=0.8, label=name)
     _logarithmic(axes, [*before.peaks.tolist(), *after.peaks.tolist()], None)
@@ -182,7 +176,7 @@ def _bars(axes: Any, name: str, values: Sequence[tuple[int, float, float]]) -> N
 
 
 def _logarithmic(axes: Any, numbers: Sequence[float], lowest: float | None) -> None:
-    """Whole decades, so that bars of nearly the same number look so; linear between −1 and 1 if some are negative."""
+    """Scale in whole decades, so that nearly equal bars look so; linear between −1 and 1 where some are negative."""
     positive = [x for x in numbers if x > 0]
     if not positive:
         return
@@ -213,7 +207,7 @@ def _extremes(values: Sequence[tuple[int, float, float]]) -> str:
 
 
 def _picture(draw: Callable[[Figure], None], size: tuple[float, float], alt: str) -> Picture:
-    """Drawn once: the dark picture is the light one with other colours of text and grid."""
+    """Draw once: the dark picture is the light one with other colours of text and grid."""
     light = _drawn(draw, size)
     return Picture(_uri(light), _uri(light.replace(_TEXT, _DARK_TEXT).replace(_GRID, _DARK_GRID)), alt)
 

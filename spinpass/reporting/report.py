@@ -14,9 +14,11 @@ from .activations import Pair, Unpaired
 
 
 @dataclass(frozen=True)
-class Quantized:
-    """One program under one scheme: compared with the untouched unquantized program; the relative error of every weight
-    by FQN (:attr:`spinpass.quantization.quantize.QuantizedWeight.error`), and the bytes of all constants.
+class SchemeSide:
+    """One program under one scheme.
+
+    ``comparison``: with the original unquantized program; ``errors``: the relative error of every weight, by FQN;
+    ``bytes``: those of all constants.
     """
 
     comparison: Comparison
@@ -24,44 +26,44 @@ class Quantized:
     bytes: int
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able."""
+        """Return JSON-able values."""
         found = self.comparison.to_dict()
         return {"bytes": self.bytes, "errors": dict(self.errors)} | {k: v for k, v in found.items() if k != "before"}
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """The same scheme applied to the untouched and to the rotated program."""
+    """One scheme, applied to the original and to the rotated program."""
 
-    untouched: Quantized
-    rotated: Quantized
+    original: SchemeSide
+    rotated: SchemeSide
 
     @property
     def gain(self) -> Change:
-        """Of the loss by rotation, under the scheme, paired by window."""
-        return change(self.untouched.comparison.after, self.rotated.comparison.after)
+        """The change of the loss by rotation, under the scheme, paired by window."""
+        return change(self.original.comparison.after, self.rotated.comparison.after)
 
     def errors(self) -> dict[str, tuple[float, float]]:
-        """Weight -> relative errors (untouched, rotated); nan where only one program has it."""
-        sides = self.untouched.errors, self.rotated.errors
+        """The relative errors (original, rotated) of every weight; nan where only the other program has it."""
+        sides = self.original.errors, self.rotated.errors
         names = dict.fromkeys([*sides[0], *sides[1]])
         return {name: (sides[0].get(name, math.nan), sides[1].get(name, math.nan)) for name in names}
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able."""
-        gain = {"rotated_over_untouched": math.exp(self.gain.mean), "standard_error": None}
+        """Return JSON-able values."""
+        gain = {"rotated_over_original": math.exp(self.gain.mean), "standard_error": None}
         if not math.isnan(self.gain.error):
             gain["standard_error"] = math.exp(self.gain.mean) * self.gain.error
-        return {"untouched": self.untouched.to_dict(), "rotated": self.rotated.to_dict()} | gain
+        return {"original": self.original.to_dict(), "rotated": self.rotated.to_dict()} | gain
 
 
 @dataclass(frozen=True)
 class Report:
     """A model before and after rotation.
 
-    ``left``: linear layers that were not measured, by node of the untouched program, and why. ``unquantized``: the
-    rotated program compared with the untouched one. ``bytes``: of the constants, before and after; ``rates``: tokens
-    per second through the exported graph, before and after. ``seconds``: of every step. ``certificate``: as
+    ``left``: linear layers that were not measured, by node of the original program, and why; ``unquantized``: the
+    rotated program compared with the original; ``bytes``: those of the constants, before and after; ``rates``: tokens
+    per second through the exported graph, before and after; ``seconds``: the time of every step; ``certificate``: as
     :meth:`spinpass.Certificate.to_dict`, None where it was switched off.
     """
 
@@ -81,15 +83,15 @@ class Report:
     versions: Mapping[str, str]
 
     def perplexities(self) -> Iterator[tuple[str, str, Perplexity]]:
-        """(scheme or "", untouched or rotated, perplexity)."""
-        yield "", "untouched", self.unquantized.before
+        """Every perplexity, as (scheme or "", original or rotated, perplexity)."""
+        yield "", "original", self.unquantized.before
         yield "", "rotated", self.unquantized.after
         for name, scheme in self.schemes.items():
-            yield name, "untouched", scheme.untouched.comparison.after
+            yield name, "original", scheme.original.comparison.after
             yield name, "rotated", scheme.rotated.comparison.after
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able."""
+        """Return JSON-able values."""
         return {
             "model": self.model,
             "windows": self.windows,

@@ -13,14 +13,15 @@ from spinpass.planning import grouped_refusals, grouped_spaces, online_parts
 from .activations import INPUT, Pair
 from .families import families, joined, label, worst_of_each
 from .markup import Html, arrow, details, figure, html, table, tag
-from .pictures import bars, heatmaps, short, surfaces
+from .numbers import counted, or_zero, share, short, small, with_error
+from .pictures import bars, heatmaps, surfaces
 from .report import Report
-from .statistics import Statistics
+from .statistics import SiteStatistics
 
 _SURFACES = 6  # pictures of single sites
 _PANELS = 12  # kinds of layers in a picture of bars
-_SIDES = ("untouched", "rotated")
-Number = Callable[[Statistics], float]
+_SIDES = ("original", "rotated")
+Number = Callable[[SiteStatistics], float]
 PEAK: Number = attrgetter("peak")
 RATIO: Number = attrgetter("ratio")
 MEAN: Number = attrgetter("mean_ratio")
@@ -29,13 +30,13 @@ KURTOSIS: Number = attrgetter("kurtosis")
 
 def windows_of(report: Report) -> str:
     """How much text was run."""
-    return f"{_counted(report.windows, 'window')} of {report.length} tokens"
+    return f"{counted(report.windows, 'window')} of {report.length} tokens"
 
 
 # -- activations ------------------------------------------------------------------------------------------------------
 
 
-def activations(report: Report) -> Iterator[object]:
+def activations_section(report: Report) -> Iterator[object]:
     """Bars and heatmaps of every layer, a table of all sites, and what is not among them."""
     yield tag(
         "p",
@@ -58,7 +59,7 @@ def _bars(name: str, panels: Mapping[str, list[tuple[int, float, float]]], lowes
     shown = {k: finite[k] for k in finite if k in most}
     if shown:
         left = len(finite) - len(shown)
-        rest = f" {_counted(left, 'kind')} of layers with smaller values: see the table." if left else ""
+        rest = f" {counted(left, 'kind')} of layers with smaller values: see the table." if left else ""
         caption = f"{name} of every layer, before and after rotation.{rest}"
         yield figure(bars(name, shown, lowest=lowest), caption)
 
@@ -96,7 +97,7 @@ def _site_row(pair: Pair) -> list[object]:
     return row + [int(side.peaks.argmax()) if side.vectors else "–" for side in sides]
 
 
-def sites(report: Report) -> Iterator[object]:
+def sites_section(report: Report) -> Iterator[object]:
     """Surfaces of the worst site of every kind of layer."""
     yield tag(
         "p",
@@ -119,14 +120,14 @@ def _numbers(pair: Pair) -> Html:
 # -- quantization -----------------------------------------------------------------------------------------------------
 
 
-def perplexity(report: Report) -> Iterator[object]:
-    """Every program, compared with the untouched unquantized one, and with the untouched one of its scheme."""
+def perplexity_section(report: Report) -> Iterator[object]:
+    """Every program, compared with the original unquantized one, and with the original under its scheme."""
     yield tag(
         "p",
         f"{windows_of(report)}, the same for every row; ± one standard error over windows. Ratios are paired, so "
         "that their errors are far smaller than those of the perplexities. Quantization is simulated.",
     )
-    head = ("scheme", "program", "perplexity", "÷ unquantized", "÷ untouched", "same likeliest token", "KL, nats/token")
+    head = ("scheme", "program", "perplexity", "÷ unquantized", "÷ original", "same likeliest token", "KL, nats/token")
     yield table(head, _perplexity_rows(report), numbers=5)
 
 
@@ -135,7 +136,7 @@ def _perplexity_rows(report: Report) -> Iterator[list[object]]:
     yield ["unquantized", _SIDES[0], _value(base), "", "", "", ""]
     yield ["unquantized", _SIDES[1], *_compared(base, rotated, rotated.change)]
     for name, scheme in report.schemes.items():
-        yield [name, _SIDES[0], *_compared(base, scheme.untouched.comparison, None)]
+        yield [name, _SIDES[0], *_compared(base, scheme.original.comparison, None)]
         yield [name, _SIDES[1], *_compared(base, scheme.rotated.comparison, scheme.gain)]
 
 
@@ -145,7 +146,7 @@ def _compared(base: Perplexity, found: Any, gain: Change | None) -> list[object]
     return [_value(found.after), _ratio(relative), against, f"{found.agreement:.2%}", f"{found.divergence:.2e}"]
 
 
-def quantization(report: Report) -> Iterator[object]:
+def quantization_section(report: Report) -> Iterator[object]:
     """The error of every weight under every scheme."""
     if not report.schemes:
         yield tag("p", "No scheme was asked for (--scheme).")
@@ -160,8 +161,8 @@ def quantization(report: Report) -> Iterator[object]:
         yield tag("h3", name)
         panels = families((joined([fqn]), both) for fqn, both in errors.items())
         yield from _bars("relative error", panels, None)
-        rows = ([fqn, *map(_small, both), _quotient(*both)] for fqn, both in errors.items())
-        yield details(f"All {len(errors)} weights", table(("weight", *_SIDES, "rotated ÷ untouched"), rows, numbers=3))
+        rows = ([fqn, *map(small, both), _quotient(*both)] for fqn, both in errors.items())
+        yield details(f"All {len(errors)} weights", table(("weight", *_SIDES, "rotated ÷ original"), rows, numbers=3))
 
 
 def _quotient(before: float, after: float) -> str:
@@ -171,10 +172,10 @@ def _quotient(before: float, after: float) -> str:
 # -- plan, certificate, cost ------------------------------------------------------------------------------------------
 
 
-def plan(report: Report) -> Iterator[object]:
+def plan_section(report: Report) -> Iterator[object]:
     """What was rotated, what was refused and why."""
     plan = report.plan
-    total = f"{_counted(len(plan.spaces), 'space')}, {plan.flops:,} FLOP per token and {plan.bytes_added:,} bytes added"
+    total = f"{counted(len(plan.spaces), 'space')}, {plan.flops:,} FLOP per token and {plan.bytes_added:,} bytes added"
     yield table(_PLAN_HEAD, _plan_rows(report, every_space=False), numbers=2, caption=total)
     notes = sorted({note for space in plan.spaces for note in space.notes})
     yield from (tag("p", note, class_="quiet") for note in notes)
@@ -196,7 +197,7 @@ def _plan_rows(report: Report, *, every_space: bool) -> Iterator[list[object]]:
         yield [name, first.size, first.rotation, first.form, online_parts(spaces), *(f"{total:,}" for total in sums)]
 
 
-def certificate(report: Report) -> Iterator[object]:
+def certificate_section(report: Report) -> Iterator[object]:
     """Verdict, bounds and errors of every output."""
     certificate = report.certificate
     if certificate is None:
@@ -211,17 +212,17 @@ def certificate(report: Report) -> Iterator[object]:
 def _output_row(output: Mapping[str, Any]) -> list[object]:
     exact, native = output["float64"], output["native"]
     verdict = tag("em", "ok" if output["ok"] else output["failure"], class_="good" if output["ok"] else "bad")
-    errors = [cell for found in (exact, native) for cell in (f"{float(found['error']):.1e}", _share(found["argmax"]))]
+    errors = [cell for found in (exact, native) for cell in (f"{float(found['error']):.1e}", share(found["argmax"]))]
     size = "×".join(map(str, output["shape"]))
     return [output["name"], size, verdict, f"{float(exact['scale']):.3g}", *errors]
 
 
-def cost(report: Report) -> Iterator[object]:
+def cost_section(report: Report) -> Iterator[object]:
     """Bytes, tokens per second, and the time of every step."""
     plain = zip(_SIDES, report.bytes, report.rates)
     sizes = [("unquantized", name, f"{size:,}", f"{rate:,.0f}") for name, size, rate in plain]
     for scheme, found in report.schemes.items():
-        sizes += [(scheme, name, f"{side.bytes:,}", "") for name, side in zip(_SIDES, (found.untouched, found.rotated))]
+        sizes += [(scheme, name, f"{side.bytes:,}", "") for name, side in zip(_SIDES, (found.original, found.rotated))]
     yield table(("scheme", "program", "bytes of constants", "tokens per second"), sizes, numbers=2)
     yield tag(
         "p",
@@ -236,29 +237,8 @@ def cost(report: Report) -> Iterator[object]:
 
 
 def _value(found: Perplexity) -> str:
-    return _with_error(found.value, found.error, 3)
+    return with_error(found.value, found.error, 3)
 
 
 def _ratio(found: Change) -> str:
-    return _with_error(math.exp(found.mean), math.exp(found.mean) * found.error, 4)
-
-
-def _with_error(value: float, error: float, digits: int) -> str:
-    return f"{value:.{digits}f}" + ("" if math.isnan(error) else f" ± {error:.{digits}f}")
-
-
-def _small(value: float) -> str:
-    return "–" if math.isnan(value) else f"{value:.2e}"
-
-
-def _share(agreement: float | None) -> str:
-    return "" if agreement is None else f"{agreement:.1%}"
-
-
-def or_zero(value: float) -> float:
-    """0 for nan: to sort by."""
-    return 0.0 if math.isnan(value) else value
-
-
-def _counted(count: int, what: str) -> str:
-    return f"{count} {what}{'s' * (count != 1)}"
+    return with_error(math.exp(found.mean), math.exp(found.mean) * found.error, 4)

@@ -1,4 +1,4 @@
-"""Statistics of activations, gathered as they come: nothing grows with the number of tokens.
+"""Statistics of activations, gathered as they come, so that nothing grows with the number of tokens.
 
     max|x| per channel;  max|x| / median|x| per vector;  excess kurtosis  m₄/m₂² − 3  of all values
 
@@ -22,13 +22,14 @@ _WORST = 5
 
 
 @dataclass(frozen=True)
-class Statistics:
-    """Of one site. ``vectors``: how many were seen; ``peaks``: float32 (channels,), the largest |x| of each channel.
+class SiteStatistics:
+    """The statistics of one site. Without vectors, or where nothing varies, a number is nan.
 
-    ``ratio``: the largest max|x| / median|x| of any vector, infinite where a median is 0; ``mean_ratio``: its mean over
-    the vectors where it is finite; vectors of zeros count in neither. ``kurtosis``: excess, over all values; 0 for
-    Gaussian ones. ``surface``: float32, at most :data:`SURFACE`, |x| by vector and channel of the first window and its
-    ``surface_vectors``, each bin the largest in it. Without vectors, or where nothing varies, a number is nan.
+    ``vectors``: how many were seen; ``peaks``: float32 (channels,), the largest |x| of each channel; ``ratio``: the
+    largest max|x| / median|x| of any vector, infinite where a median is 0; ``mean_ratio``: the mean of that over the
+    vectors where it is finite (vectors of zeros count in neither); ``kurtosis``: the excess over all values, 0 for
+    Gaussian ones; ``surface``: float32, at most :data:`SURFACE`, |x| by vector and channel of the first window, each
+    bin the largest in it; ``surface_vectors``: how many vectors that window had.
     """
 
     vectors: int
@@ -45,7 +46,7 @@ class Statistics:
         return float(self.peaks.max()) if self.vectors else math.nan
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able: the numbers, and the channels with the largest peaks. What is not finite is None."""
+        """Return JSON-able values: numbers, None where not finite, and the channels with the largest peaks."""
         numbers = {
             "peak": self.peak,
             "max_over_median": self.ratio,
@@ -69,11 +70,11 @@ class Accumulator:
         self._vectors, self._finite, self._ratios = 0, 0, 0.0
         self._peaks = torch.zeros(channels)
         self._ratio = math.nan
-        self._moments = Moments()
+        self._moments = CentralMoments()
         self._surface, self._surface_vectors = torch.zeros(0, channels), 0
 
     def update(self, values: Tensor) -> None:
-        """``values``: float (..., channels), read and not kept."""
+        """Take ``values``, float (..., channels), which are read and not kept."""
         x = values.detach().reshape(-1, values.shape[-1]).float()
         if not len(x):
             return
@@ -83,7 +84,7 @@ class Accumulator:
         self._vectors += len(x)
         self._peaks = torch.maximum(self._peaks, size.amax(0))
         self._add_ratios(size.sort(-1).values)
-        self._moments = self._moments.merged(Moments.of(x))
+        self._moments = self._moments.merged(CentralMoments.of(x))
 
     def _add_ratios(self, ordered: Tensor) -> None:
         count = ordered.shape[-1]
@@ -97,16 +98,16 @@ class Accumulator:
         self._ratios += float(finite.double().sum())
         self._finite += len(finite)
 
-    def result(self) -> Statistics:
-        """Of everything so far."""
+    def result(self) -> SiteStatistics:
+        """The statistics of everything so far."""
         mean = self._ratios / self._finite if self._finite else math.nan
         kurtosis, surface = self._moments.excess_kurtosis, (self._surface, self._surface_vectors)
-        return Statistics(self._vectors, self._peaks.clone(), self._ratio, mean, kurtosis, *surface)
+        return SiteStatistics(self._vectors, self._peaks.clone(), self._ratio, mean, kurtosis, *surface)
 
 
 @dataclass(frozen=True)
-class Moments:
-    """``count``, mean, and the sums of the second to fourth powers of what is left without the mean, in float64."""
+class CentralMoments:
+    """The count and mean of values, and the sums of the 2nd to 4th powers of their distances from it, in float64."""
 
     count: int = 0
     mean: float = 0.0
@@ -115,8 +116,8 @@ class Moments:
     fourth: float = 0.0
 
     @classmethod
-    def of(cls, values: Tensor) -> Moments:
-        """Of all elements."""
+    def of(cls, values: Tensor) -> CentralMoments:
+        """The moments of all elements."""
         x = values.double().flatten()
         mean = x.mean()
         d = x - mean
@@ -125,8 +126,8 @@ class Moments:
             x.numel(), float(mean), float(square.sum()), float((square * d).sum()), float((square * square).sum())
         )
 
-    def merged(self, other: Moments) -> Moments:
-        """Of both together."""
+    def merged(self, other: CentralMoments) -> CentralMoments:
+        """The moments of both together."""
         a, b = self, other
         n = a.count + b.count
         if not n:
@@ -141,7 +142,7 @@ class Moments:
             + 6 * d**2 * (na**2 * b.second + nb**2 * a.second) / n**2
             + 4 * d * (na * b.third - nb * a.third) / n
         )
-        return Moments(n, a.mean + d * nb / n, second, third, fourth)
+        return CentralMoments(n, a.mean + d * nb / n, second, third, fourth)
 
     @property
     def excess_kurtosis(self) -> float:
@@ -150,7 +151,7 @@ class Moments:
 
 
 def pooled(size: Tensor) -> Tensor:
-    """(vectors, channels) in at most :data:`SURFACE` bins, the largest of each: a spike of one value stays."""
+    """Pool |x| (vectors, channels) in at most :data:`SURFACE` bins; the largest of each, so that no spike is lost."""
     rows, columns = (min(have, most) for have, most in zip(size.shape, SURFACE))
     pooled: Tensor = functional.adaptive_max_pool2d(size[None], (rows, columns))[0]
     return pooled

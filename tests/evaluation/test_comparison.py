@@ -1,4 +1,4 @@
-"""Perplexity and speed, on decoders whose figures are known."""
+"""Perplexity and comparisons, on decoders whose figures are known."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import pytest
 import torch
@@ -26,38 +25,6 @@ class Certain:
         probabilities = torch.full((len(ids), 4), (1 - self.p) / 3)
         probabilities[range(len(ids)), [(i + 1) % 4 for i in ids]] = self.p
         return probabilities.log()
-
-
-@dataclass
-class Clock:
-    """Reports prepared rates; remembers what it was asked."""
-
-    rates: list[tuple[float, float]]
-    asked: list[tuple[str, int, Any]]
-    name: str = ""
-
-    def generate(self, ids: Sequence[int], max_new_tokens: int, /, *, end: Any = None) -> Any:
-        self.asked.append((self.name, max_new_tokens, end))
-        prefill, decode = self.rates.pop(0)
-        return type("Times", (), {"prefill_rate": prefill, "decode_rate": decode})()
-
-
-def test_windows_spread_over_the_text() -> None:
-    assert evaluation.windows(list(range(100)), 10, 3) == [list(range(s, s + 10)) for s in (0, 33, 66)]
-    assert evaluation.windows([7, 8], 2, 1) == [[7, 8]]
-
-
-@pytest.mark.parametrize(
-    ("length", "count", "reason"),
-    [
-        (1, 1, "at least one window of two tokens"),
-        (4, 0, "0 windows of 4 tokens"),
-        (6, 2, "need 12 tokens; the text has 10"),
-    ],
-)
-def test_windows_that_do_not_fit(length: int, count: int, reason: str) -> None:
-    with pytest.raises(ConfigError, match=reason):
-        evaluation.windows(list(range(10)), length, count)
 
 
 def test_perplexity_of_a_known_distribution() -> None:
@@ -98,26 +65,6 @@ def test_change_is_paired() -> None:
 def test_change_needs_the_same_windows() -> None:
     with pytest.raises(ConfigError, match="2 and 1 windows cannot be compared in pairs"):
         evaluation.change(evaluation.Perplexity((1.0, 2.0), 2), evaluation.Perplexity((1.0,), 1))
-
-
-def test_speed_takes_turns_and_leaves_out_the_first() -> None:
-    asked: list[tuple[str, int, Any]] = []
-    clocks = {
-        name: Clock([(1, 1), (10 * k, 5 * k), (30 * k, 7 * k), (20 * k, 6 * k)], asked, name)
-        for k, name in ((1, "a"), (2, "b"))
-    }
-    ticks: list[tuple[int, int]] = []
-    found = evaluation.speed(clocks, [1, 2], 8, repeats=3, progress=lambda *at: ticks.append(at))
-    assert found == {"a": evaluation.Speed(20, 6, 3), "b": evaluation.Speed(40, 12, 3)}
-    assert asked[:4] == [("a", 2, ()), ("b", 2, ()), ("a", 8, ()), ("b", 8, ())]
-    assert ticks[-1] == (8, 8)
-    assert found["a"].to_dict()["decode_tokens_per_second"] == 6
-
-
-@pytest.mark.parametrize(("tokens", "repeats"), [(1, 3), (8, 0)])
-def test_speed_needs_something_to_time(tokens: int, repeats: int) -> None:
-    with pytest.raises(ConfigError, match="at least one repeat of two tokens"):
-        evaluation.speed({}, [1], tokens, repeats=repeats)
 
 
 def test_a_comparison_of_known_distributions() -> None:

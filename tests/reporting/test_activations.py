@@ -12,7 +12,7 @@ import spinpass
 from spinpass.evaluation.scoring import ProgramScorer
 from spinpass.passes.functionalize import open_program
 from spinpass.quantization.layers.sites import weight_sites
-from spinpass.reporting.activations import INPUT, KEY, VALUE, Name, WatchedScorer, find_sites, paired
+from spinpass.reporting.activations import INPUT, KEY, VALUE, Name, WatchedScorer, find_sites, paired_sites
 from tests.support import programs, reports
 from tests.support.decoders import Decoder, made
 
@@ -63,7 +63,7 @@ def test_after_is_the_rotated_input() -> None:
     plan = spinpass.plan(program, spinpass.RotationConfig(rotations=("R4",)))
     rotated = spinpass.transform(program, plan=plan)
     before = scored(program)
-    pairs, unpaired = paired(before.statistics(), scored(rotated, before).statistics())
+    pairs, unpaired = paired_sites(before.statistics(), scored(rotated, before).statistics())
     assert not unpaired
     readers = {weight: space for space in plan.spaces for weight in space.readers}
     assert readers
@@ -81,7 +81,7 @@ def test_every_site_has_its_partner(kind: Any, form: Any) -> None:
     _, program = reports.outlying()
     before = scored(program)
     after = scored(spinpass.transform(program, spinpass.RotationConfig(kind=kind, form=form)), before)
-    pairs, unpaired = paired(before.statistics(), after.statistics())
+    pairs, unpaired = paired_sites(before.statistics(), after.statistics())
     assert not unpaired, "matrices that the pass adds are no layers of the model"
     names = [name for pair in pairs for name in pair.names]
     assert sorted(map(str, names)) == sorted(map(str, before.statistics()))
@@ -101,7 +101,7 @@ def test_an_untied_head_keeps_its_name() -> None:
     rotated = WatchedScorer(spinpass.transform(program, spinpass.RotationConfig(tied="untie")), like=before)
     for scorer in (before, rotated):
         scorer.logits(list(range(5, 15)))
-    assert paired(before.statistics(), rotated.statistics())[1] == ()
+    assert paired_sites(before.statistics(), rotated.statistics())[1] == ()
 
 
 # -- what may go wrong ------------------------------------------------------------------------------------------------
@@ -110,16 +110,16 @@ def test_an_untied_head_keeps_its_name() -> None:
 def test_a_site_that_is_missing_after_rotation_is_reported() -> None:
     found = scored(reports.outlying()[1]).statistics()
     gone = next(name for name in found if name.kind == KEY)
-    pairs, unpaired = paired(found, {name: s for name, s in found.items() if name != gone})
+    pairs, unpaired = paired_sites(found, {name: s for name, s in found.items() if name != gone})
     assert [(u.name, u.why) for u in unpaired] == [(gone, "the rotated program has no such site")]
     assert all(gone not in pair.names for pair in pairs) and len(pairs) > 4
-    assert paired({}, {gone: found[gone]})[1][0].why == "only the rotated program has this site"
+    assert paired_sites({}, {gone: found[gone]})[1][0].why == "only the rotated program has this site"
 
 
 def test_a_layer_that_another_program_lacks_is_reported() -> None:
     before = scored(reports.outlying()[1])
     after = scored(reports.export(made(Decoder(layers=1), dtype=torch.float32)), before)
-    unpaired = paired(before.statistics(), after.statistics())[1]
+    unpaired = paired_sites(before.statistics(), after.statistics())[1]
     assert unpaired and all("blocks.1" in u.name.weight for u in unpaired)
 
 
@@ -127,7 +127,7 @@ def test_values_of_different_width_are_no_pair() -> None:
     found = scored(reports.outlying()[1]).statistics()
     inputs = [name for name in found if name.kind == INPUT]
     wide = next(n for n in inputs if len(found[n].peaks) != len(found[inputs[0]].peaks))
-    pairs, unpaired = paired({inputs[0]: found[inputs[0]]}, {inputs[0]: found[wide]})
+    pairs, unpaired = paired_sites({inputs[0]: found[inputs[0]]}, {inputs[0]: found[wide]})
     sizes = len(found[inputs[0]].peaks), len(found[wide].peaks)
     assert not pairs and unpaired[0].why == f"{sizes[0]} channels before, {sizes[1]} after: not the same value"
     assert str(inputs[0]) in unpaired[0].to_dict()["site"]
@@ -135,15 +135,15 @@ def test_values_of_different_width_are_no_pair() -> None:
 
 def test_pairs_go_by_name_whatever_the_order() -> None:
     found = scored(reports.outlying()[1]).statistics()
-    pairs, unpaired = paired(found, dict(reversed(found.items())))
+    pairs, unpaired = paired_sites(found, dict(reversed(found.items())))
     assert not unpaired and all(pair.before is pair.after for pair in pairs)
 
 
 def test_a_value_that_splits_after_rotation_becomes_two_pairs() -> None:
     found = scored(reports.outlying()[1]).statistics()
-    shared = next(p for p in paired(found, found)[0] if len(p.names) == 3)
+    shared = next(p for p in paired_sites(found, found)[0] if len(p.names) == 3)
     other = next(s for s in found.values() if len(s.peaks) == len(shared.before.peaks) and s is not shared.before)
-    pairs, _ = paired(found, found | {shared.names[0]: other})
+    pairs, _ = paired_sites(found, found | {shared.names[0]: other})
     assert [p.names for p in pairs if shared.names[0] in p.names] == [shared.names[:1]]
     assert shared.names[1:] in [p.names for p in pairs]
 

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import base64
-import io
-import json
 import math
-import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
 from functools import cache
 from html.parser import HTMLParser
@@ -14,21 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 pytest.importorskip("matplotlib")
-from PIL import Image  # a dependency of matplotlib
 
 import spinpass
 from spinpass.errors import ExportError
 from spinpass.evaluation.comparison import Comparison, Perplexity
 from spinpass.reporting import page
 from spinpass.reporting.activations import INPUT, Name, Pair, Unpaired
-from spinpass.reporting.families import families, joined, label, worst_of_each
-from spinpass.reporting.markup import Html, table, tag
-from spinpass.reporting.pictures import bars, heatmaps, short, surfaces
-from spinpass.reporting.statistics import Accumulator
+from spinpass.reporting.families import label
+from spinpass.reporting.numbers import short
 from tests.support import reports
+from tests.support.pictures import check_picture
 
 _EMPTY = {"meta", "img", "source"}
 _NASTY = '<script>alert("x")</script>&$\\frac{a}$'
@@ -66,19 +59,6 @@ def rendered() -> str:
     return page.render(reports.report())
 
 
-def check_picture(uri: str) -> int:
-    """It is SVG that can be parsed, and so are the bitmaps in it, which are counted."""
-    head, data = uri.split(",", 1)
-    assert head == "data:image/svg+xml;base64"
-    root = ElementTree.fromstring(base64.b64decode(data, validate=True))
-    assert root.tag == "{http://www.w3.org/2000/svg}svg"
-    bitmaps = list(root.iter("{http://www.w3.org/2000/svg}image"))
-    for bitmap in bitmaps:
-        inner, pixels = bitmap.attrib["{http://www.w3.org/1999/xlink}href"].split(",", 1)
-        assert inner == "data:image/png;base64"
-        image = Image.open(io.BytesIO(base64.b64decode(pixels)))
-        assert len(image.convert("RGBA").getcolors(1 << 24) or []) > 1, "something is painted"
-    return len(bitmaps)
 
 
 def bare(**changes: Any) -> Any:
@@ -173,7 +153,7 @@ def test_it_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.Monk
     path = tmp_path / "report.html"
     path.write_text("the report of yesterday")
     ticks: list[tuple[int, int]] = []
-    page.write(bare(), path, lambda *at: ticks.append(at))
+    page.write_page(bare(), path, lambda *at: ticks.append(at))
     assert path.read_text(encoding="utf-8").startswith("<!DOCTYPE html>") and ticks[-1] == (7, 7)
     written = path.read_text(encoding="utf-8")
 
@@ -182,85 +162,5 @@ def test_it_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(Path, "write_text", full)
     with pytest.raises(ExportError, match="the disk is full"):
-        page.write(bare(), path)
+        page.write_page(bare(), path)
     assert path.read_text(encoding="utf-8") == written and [p.name for p in tmp_path.iterdir()] == ["report.html"]
-
-
-def test_the_numbers_are_one_json_document() -> None:
-    found = json.loads(json.dumps(reports.report().to_dict(), allow_nan=False))
-    sites = found["activations"]["sites"]
-    assert len(sites) == len(reports.report().pairs) and sites[0]["before"]["max_over_median"] > 1
-    scheme = found["schemes"][reports.SCHEME]
-    assert scheme["rotated"]["errors"].keys() == scheme["untouched"]["errors"].keys()
-    assert scheme["untouched"]["bytes"] == scheme["rotated"]["bytes"] < found["bytes"]["before"]
-    assert [row[:2] for row in reports.report().perplexities()][-1] == (reports.SCHEME, "rotated")
-
-
-# -- the parts --------------------------------------------------------------------------------------------------------
-
-
-def test_markup_escapes_everything_but_markup() -> None:
-    assert tag("p", "<b>", Html("<i>x</i>"), title='a"b') == '<p title="a&quot;b">&lt;b&gt;<i>x</i></p>'
-    made = table(("a", "<b>"), [("<c>", 1.5)], numbers=1, caption="<d>")
-    assert '<td class="number">1.5</td>' in made and "<td>&lt;c&gt;</td>" in made and "&lt;d&gt;" in made
-
-
-def test_families() -> None:
-    assert joined(["m.0.q.weight", "m.0.k.weight"]) == "m.0.{q,k}" and joined(["a.b.weight", "c"]) == "a.b, c"
-    found = families([("m.3.x", (1.0, 2.0)), ("m.7.x", (3.0, 4.0)), ("head", (5.0, 6.0))])
-    assert found == {"m.*.x": [(3, 1.0, 2.0), (7, 3.0, 4.0)], "head": [(0, 5.0, 6.0)]}
-    experts = families((f"m.0.e.{k}.w", (1.0, 1.0)) for k in range(3))
-    assert [place for place, *_ in experts["m.*.e.*.w"]] == [0, 1, 2], "several of one layer stand side by side"
-
-
-def test_the_worst_of_each_family_comes_first() -> None:
-    report = reports.report()
-    worst = worst_of_each(report.pairs, 3)
-    ratios = [p.before.ratio for p in worst]
-    assert ratios == sorted(ratios, reverse=True) and ratios[0] == max(p.before.ratio for p in report.pairs)
-    assert len({label(p).replace("0", "1") for p in worst}) == 3
-
-
-def test_bars_leave_out_what_is_not_finite_and_do_not_read_mathematics() -> None:
-    made = bars("x", {"$\\frac{a}$": [(0, math.inf, 1.0), (1, math.nan, -2.0)], "b_c": [(0, 3.0, 4.0)]})
-    assert "∞" in made.alt and "b_c" in made.alt
-    assert made.light != made.dark
-    same = bars("x", {"p": [(0, 1.0, 2.0)]})
-    assert same == bars("x", {"p": [(0, 1.0, 2.0)]}), "the same numbers are the same file"
-
-
-def test_a_surface_of_zeros_can_be_drawn() -> None:
-    gathered = Accumulator(1)
-    gathered.update(torch.zeros(1, 1))
-    flat = surfaces("nothing", gathered.result(), gathered.result(), "token")
-    assert check_picture(flat.light) == 0
-
-
-def test_a_heatmap_has_two_panels_for_every_kind_of_layer() -> None:
-    wide, narrow = torch.rand(5000), torch.rand(8)
-    wide[4321] = 100
-    made = heatmaps({"a": [(0, wide, wide), (4, wide[:4000], wide[:4000])], "$b_c$": [(0, narrow, narrow)]})
-    assert check_picture(made.light) >= 4 and "$b_c$" in made.alt and made.light != made.dark
-
-
-def test_a_surface_shows_its_spike_in_red() -> None:
-    spiky, flat = Accumulator(60), Accumulator(60)
-    x = torch.full((30, 60), 0.1)
-    flat.update(x)
-    x[15, 30] = 9
-    spiky.update(x)
-    made = surfaces("spike", spiky.result(), flat.result(), "token")
-    assert check_picture(made.light) == check_picture(made.dark) == 2
-    svg = base64.b64decode(made.light.split(",", 1)[1]).decode()
-    reds = []
-    for part in svg.split("data:image/png;base64,")[1:]:
-        image = Image.open(io.BytesIO(base64.b64decode(part.split('"', 1)[0]))).convert("RGBA")
-        reds.append(sum(n for n, (r, g, b, a) in image.getcolors(1 << 24) or [] if a == 255 and r > 150 > 2 * b))  # type: ignore[misc]
-    assert reds[0] > 20 and reds[1] == 0
-
-
-@pytest.mark.parametrize(
-    ("number", "text"), [(math.nan, "–"), (math.inf, "∞"), (12345.6, "12,346"), (0.01234, "0.0123"), (-3.0, "-3")]
-)
-def test_short_numbers(number: float, text: str) -> None:
-    assert short(number) == text

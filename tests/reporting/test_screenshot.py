@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(not BROWSERS, reason=browser.NONE)
 @pytest.fixture(scope="module")
 def html(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("page") / "report.html"
-    page.write(reports.report(), path)
+    page.write_page(reports.report(), path)
     return path
 
 

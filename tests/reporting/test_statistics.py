@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from spinpass.reporting.statistics import SURFACE, Accumulator, Moments, pooled
+from spinpass.reporting.statistics import SURFACE, Accumulator, CentralMoments, pooled
 
 
 def values(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -39,18 +39,18 @@ def test_statistics_are_those_of_numpy(channels: int) -> None:
 
 def test_moments_do_not_lose_digits_where_the_mean_is_large() -> None:
     x = torch.randn(4000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    parts = [Moments.of(part + 1e6) for part in x.split(37)]
-    merged = Moments()
+    parts = [CentralMoments.of(part + 1e6) for part in x.split(37)]
+    merged = CentralMoments()
     for part in parts:
         merged = merged.merged(part)
-    assert merged.excess_kurtosis == pytest.approx(Moments.of(x).excess_kurtosis, abs=1e-6)
+    assert merged.excess_kurtosis == pytest.approx(CentralMoments.of(x).excess_kurtosis, abs=1e-6)
 
 
 def test_known_kurtoses() -> None:
-    assert Moments.of(torch.tensor([-1.0, 1.0])).excess_kurtosis == -2
+    assert CentralMoments.of(torch.tensor([-1.0, 1.0])).excess_kurtosis == -2
     gaussian = torch.randn(10**6, generator=torch.Generator().manual_seed(0))
-    assert Moments.of(gaussian).excess_kurtosis == pytest.approx(0, abs=0.02)
-    assert math.isnan(Moments.of(torch.ones(5)).excess_kurtosis) and math.isnan(Moments().excess_kurtosis)
+    assert CentralMoments.of(gaussian).excess_kurtosis == pytest.approx(0, abs=0.02)
+    assert math.isnan(CentralMoments.of(torch.ones(5)).excess_kurtosis) and math.isnan(CentralMoments().excess_kurtosis)
 
 
 def test_vectors_of_zeros_have_no_ratio_and_a_median_of_zero_has_an_infinite_one() -> None:

@@ -6,12 +6,11 @@ from functools import cache
 from typing import Any
 
 import torch
-from rich.progress import Progress
 from torch.export import ExportedProgram
 
 import spinpass
 from spinpass import record
-from spinpass.progress import Steps
+from spinpass.progress import Silent
 from spinpass.reporting.measure import ReportRequest
 from spinpass.reporting.report import Report
 from tests.support.decoders import VOCAB, Decoder, exported, made, with_outliers
@@ -46,9 +45,8 @@ def measured(
     found = record.read(rotated)
     assert found is not None
     request = ReportRequest(model, schemes=schemes, windows=WINDOWS, length=LENGTH)
-    steps = Steps(Progress(disable=True))
     return request.measure(
-        (program, rotated), (texts(), texts(1)), plan, found.certificate, steps, {"spinpass": "test"}
+        (program, rotated), (texts(), texts(1)), plan, found.certificate, Silent(), {"spinpass": "test"}
     )
 
 

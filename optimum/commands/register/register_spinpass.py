@@ -16,28 +16,28 @@ from optimum.commands.export.base import ExportCommand
 
 _WEIGHTS: dict[str, list[str]] = {"fp32": [], "int8": ["--quantize", "w8-rtn-head8-embed8"], "int4": ["--int4"]}
 _VALUES = {
-    "rotations": ("R1,R2,R3,R4", "which rotations; none writes the model as it is, to compare with"),
-    "kind": ("KIND", "of the rotation matrices: hadamard, random-hadamard or random-matrix"),
+    "rotations": ("R1,R2,R3,R4", "rotations to make, separated by commas; none writes the original, to compare with"),
+    "kind": ("KIND", "kind of the rotation matrices: hadamard, random-hadamard or random-matrix"),
     "block-size": ("N", "rotate in diagonal blocks of this size"),
-    "seed": ("N", "of the random kinds"),
-    "tied": ("TIED", "a table shared by embedding and head: auto, keep or untie"),
-    "form": ("FORM", "of R1: auto, offline (in the residual stream) or online (at the linears' inputs)"),
-    "cache": ("CACHE", "let the KV cache travel rotated, or leave it plain"),
-    "dtype": ("DTYPE", "of the weights: float32, float16, bfloat16, or auto as stored"),
-    "quantize": ("SCHEME", "quantize, say w4g128-gptq-a8-head8-embed8, instead of --weights"),
-    "calibration": ("FILE", "text for GPTQ, static ranges and --kv-cache"),
-    "samples": ("N", "windows of 512 tokens to calibrate on"),
-    "to": ("TARGET", "onnx, executorch, or gptq for a checkpoint"),
-    "context": ("N", "with --to executorch: tokens that the KV cache inside holds"),
-    "kv-cache": ("BITS", "int8 or int4: keep keys and values as integers"),
+    "seed": ("N", "seed for the random kinds"),
+    "tied": ("TIED", "keep a table that embedding and head share, or untie it; auto unties where that is cheap"),
+    "form": ("FORM", "place of R1: auto, offline (in the residual stream) or online (at the linear layers' inputs)"),
+    "cache": ("CACHE", "let the KV cache be stored rotated, or leave out the rotations that need it: rotated or plain"),
+    "dtype": ("DTYPE", "dtype of the weights: float32, float16, bfloat16, or auto for the one they are stored in"),
+    "quantize": ("SCHEME", "scheme to quantize by, for example w4g128-gptq-a8-head8, instead of --weights"),
+    "calibration": ("FILE", "UTF-8 text that GPTQ, static ranges and --kv-cache calibrate on"),
+    "samples": ("N", "number of calibration windows, of 512 tokens"),
+    "to": ("TARGET", "runtime that the folder is for, onnx or executorch, or gptq for a checkpoint"),
+    "context": ("N", "tokens that the KV cache inside an ExecuTorch program holds"),
+    "kv-cache": ("BITS", "keep keys and values as integers, int8 or int4"),
 }
 _SWITCHES = {
-    "no-cache": "export the prompt's pass alone, without a KV cache",
+    "no-cache": "export without a KV cache, for whole prompts alone",
     "no-verify": "do not certify the result",
-    "last-logits": "compute the logits of the last token alone: prompts are read faster",
-    "no-fuse": "standard ONNX operators only, instead of ONNX Runtime's for attention",
+    "last-logits": "compute the logits of the last token alone, so that prompts are read faster",
+    "no-fuse": "write standard ONNX operators only, instead of ONNX Runtime's own for attention",
     "dequantize": "where MODEL is a GPTQ checkpoint, take the values of its integers",
-    "json": "print one JSON document",
+    "json": "print one JSON document instead of tables",
 }
 
 
@@ -53,16 +53,20 @@ class SpinpassExportCommand(BaseOptimumCLICommand):  # type: ignore[misc]  # opt
         parser.add_argument(
             "-m", "--model", required=True, help="a model folder, a name on the hub, a GGUF file or a .pt2 file"
         )
-        parser.add_argument("output", metavar="OUT", help="folder for the model and what belongs to it")
-        parser.add_argument("--weights", choices=list(_WEIGHTS), default="fp32", help="fp32 as they are, or packed")
+        parser.add_argument("output", metavar="OUT", help="folder to write the model and its companions to")
+        parser.add_argument("--weights", choices=list(_WEIGHTS), default="fp32", help="what the weights become")
         for name, (metavar, text) in _VALUES.items():
             parser.add_argument(f"--{name}", metavar=metavar, default=SUPPRESS, help=text)
         parser.add_argument(
-            "--exclude", metavar="PATTERN", action="append", default=[], help="spaces or parameters to leave alone"
+            "--exclude",
+            metavar="PATTERN",
+            action="append",
+            default=[],
+            help="pattern of spaces or parameters to leave alone; may be repeated",
         )
         for name, text in _SWITCHES.items():
             parser.add_argument(f"--{name}", action="store_true", help=text)
-        parser.add_argument("-v", "--verbose", action="count", default=0, help="log every pass; -vv: tracebacks")
+        parser.add_argument("-v", "--verbose", action="count", default=0, help="log every pass; -vv: tracebacks too")
 
     def run(self) -> None:
         """Exits as the command line does: 0 done, 1 refused or not equivalent, 2 bad usage; one line says why."""

@@ -1,4 +1,4 @@
-"""What ``spinpass export`` is asked for, and how it is carried out."""
+"""What an export is asked for, and how it is carried out: by ``spinpass export``, or by :func:`export` from Python."""
 
 from __future__ import annotations
 
@@ -10,24 +10,91 @@ from typing import Literal
 
 from spinpass.config import RotationConfig
 from spinpass.errors import ConfigError
-from spinpass.evaluation import SAMPLES, check_calibration, check_samples
+from spinpass.evaluation import CALIBRATION_WINDOWS, check_calibration, check_windows
 from spinpass.loading import load_model
 from spinpass.passes import last_token
-from spinpass.progress import Steps
+from spinpass.progress import Silent, Steps
 from spinpass.quantization import QuantizationConfig
 
-from .companions import Result, Written, check_writable, quantized, rotated
+from .companions import Written, check_writable
 from .executorch import executorch_tools, write_pte_folder
 from .gptq import WEIGHTS_ONLY, check_rotation, write_gptq_folder
 from .onnx import CacheBits, onnx_tools, write_folder
+from .result import Result, quantized, rotated
 
 Target = Literal["onnx", "executorch", "gptq"]
 IntegerCache = Literal["int8", "int4"]
 
 
+_DEFAULT = RotationConfig()
+
+
+def export(
+    model: str | Path,
+    out: str | Path,
+    config: RotationConfig | None = _DEFAULT,
+    *,
+    to: Target = "onnx",
+    quantize: str = "",
+    calibration: str | Path | None = None,
+    calibration_windows: int = CALIBRATION_WINDOWS,
+    int4: bool = False,
+    kv_cache: IntegerCache | None = None,
+    dtype: str = "float32",
+    cache: bool = True,
+    context: int = 1024,
+    dequantize: bool = False,
+    last_logits: bool = False,
+    fuse: bool = True,
+    certify: bool = True,
+    steps: Steps | None = None,
+) -> Written:
+    """Load a model, rotate it, certify it, and write a folder that a runtime runs: ``spinpass export`` from Python.
+
+    Args:
+        model: a model folder, a name on the hub, a GGUF file or a .pt2 file.
+        out: the folder that is written: the model, its tokenizer and configuration, ``spinpass.json``.
+        config: what is rotated; None writes the original, to compare with.
+        to: the runtime that the folder is for, or ``"gptq"`` for a checkpoint.
+        quantize: a scheme, for example ``"w4g128-gptq-a8"``; with none, nothing is rounded.
+        calibration: a UTF-8 text for GPTQ, static ranges and ``kv_cache``.
+        calibration_windows: how many windows of 512 tokens of the text are read.
+        int4: pack the weights to 4 bits (MatMulNBits), without a scheme.
+        kv_cache: keep keys and values as integers of this width (ONNX Runtime).
+        dtype: that of the weights, float32, float16 or bfloat16; ``"auto"`` takes the dtype they are stored in.
+        cache: export with a KV cache; without one the program takes whole prompts alone.
+        context: how many tokens the KV cache inside an ExecuTorch program holds.
+        dequantize: where the model is a GPTQ checkpoint, take the values of its integers.
+        last_logits: compute the logits of the last token alone.
+        fuse: use ONNX Runtime's own operators for attention.
+        certify: prove the rotated program, and the file, equivalent before anything stays on the disk.
+        steps: told what begins.
+
+    Returns:
+        The exporter's report, what ``spinpass.json`` holds (plan, certificates, hashes), and the names of all files.
+
+    Raises:
+        ConfigError: a combination that means nothing, a model or text that cannot be read.
+        ExportError: the runtime's packages are missing, or the folder cannot be written.
+        RefusedError: nothing can be rotated.
+        VerificationError: the rotated program, or the file, is not equivalent.
+    """
+    text = None if calibration is None else Path(calibration)
+    request = ExportRequest(
+        str(model), Path(out), config, to, quantize=quantize, calibration=text, int4=int4, kv_cache=kv_cache,
+        dtype=dtype, cache=cache, context=context, dequantize=dequantize, last_logits=last_logits, fuse=fuse,
+        certify=certify, calibration_windows=calibration_windows,
+    )  # fmt: skip
+    steps = steps or Silent()
+    try:
+        return request.run(steps)[1]
+    finally:
+        steps.finish()
+
+
 @dataclass(frozen=True)
 class ExportRequest:
-    """The options of the command. Raises ConfigError for combinations that mean nothing."""
+    """The arguments of :func:`export`. Raises ConfigError for combinations that mean nothing."""
 
     model: str
     out: Path
@@ -44,10 +111,10 @@ class ExportRequest:
     last_logits: bool = False
     fuse: bool = True
     certify: bool = True
-    samples: int = SAMPLES
+    calibration_windows: int = CALIBRATION_WINDOWS
 
     def __post_init__(self) -> None:
-        check_samples(self.samples)
+        check_windows(self.calibration_windows)
         if self.quantize:
             check_calibration(self.quantize, self.calibration)
             if self.int4:
@@ -62,7 +129,7 @@ class ExportRequest:
     def _check_checkpoint(self) -> None:
         if self.int4 or self.kv_cache is not None:
             raise ConfigError(
-                "--int4 and --kv-cache are ONNX Runtime's: use --quantize w4g128-gptq, say, with --to gptq"
+                "--int4 and --kv-cache are ONNX Runtime's: use --quantize with --to gptq, for example w4g128-gptq"
             )
         if self.last_logits:
             raise ConfigError("a checkpoint has no logits: leave out --last-logits with --to gptq")
@@ -94,7 +161,7 @@ class ExportRequest:
 
     @property
     def notes(self) -> list[str]:
-        """What the user should know about the combination."""
+        """What the user should know about the combination, a sentence each."""
         found = []
         if self.int4 and self.config is not None:
             found.append(
@@ -118,7 +185,7 @@ class ExportRequest:
     def run(self, steps: Steps) -> tuple[Result, Written]:
         """Load, rotate, certify, quantize, write. What is missing is said before the minutes of work.
 
-        Raises whatever the steps do: ConfigError, ExportError, RefusedError, VerificationError.
+        Raises ConfigError, ExportError, RefusedError and VerificationError, as :func:`export`.
         """
         write = self._writer()
         check_writable(self.out)
@@ -134,13 +201,13 @@ class ExportRequest:
         if self.to == "gptq":
             check_rotation(loaded, result)
         if self.quantize:
-            result = quantized(result, loaded, self.quantize, self.calibration, steps, self.samples)
+            result = quantized(result, loaded, self.quantize, self.calibration, steps, self.calibration_windows)
         if self.last_logits:
             result = replace(result, program=last_token(result.program))
         return result, write(loaded, result, self.out, steps, certify=self.certify)
 
     def _writer(self) -> Callable[..., Written]:
-        """What writes the folder, its packages imported. Raises ExportError where one is missing."""
+        """The function that writes the folder, with its packages imported. Raises ExportError where one is missing."""
         if self.to == "gptq":
             return write_gptq_folder
         if self.to == "executorch":

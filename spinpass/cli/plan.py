@@ -1,0 +1,45 @@
+"""``spinpass plan``: what would be rotated, and what is refused."""
+
+from __future__ import annotations
+
+import typer
+
+from spinpass.config import RotationConfig
+from spinpass.errors import ConfigError
+from spinpass.loading import load_model
+from spinpass.pipeline import plan
+
+from .options import ALL, AsJson, Dtype, Model, NoCache, Verbose, rotation_options
+from .screen import screen_of
+from .tables import show_plan
+
+
+@rotation_options
+def plan_command(
+    ctx: typer.Context,
+    model: Model,
+    config: RotationConfig | None = None,
+    dtype: Dtype = "float32",
+    no_cache: NoCache = False,
+    as_json: AsJson = False,
+    verbose: Verbose = 0,
+) -> None:
+    """Show what would be rotated, in which form and at what cost, and what is refused and why.
+
+    Nothing is written. The exit code is 1 if nothing can be rotated.
+
+    Example: spinpass plan ./model --form online
+    """
+    screen = screen_of(ctx, as_json, verbose)
+    if config is None:
+        raise ConfigError("a plan needs a rotation; choose from " + ALL)
+    with screen.steps() as steps:
+        loaded = load_model(model, dtype=dtype, cache=not no_cache, progress=steps.begin)
+        steps.start("plan")
+        decided = plan(loaded.program, config)
+    if as_json:
+        about = {"ok": bool(decided.spaces), "model": model, "seconds": steps.seconds}
+        screen.document(about | {"plan": decided.to_dict()})
+    show_plan(screen, decided)
+    if not decided.spaces:
+        raise typer.Exit(1)

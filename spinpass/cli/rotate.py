@@ -1,0 +1,51 @@
+"""``spinpass rotate``: an exported program, rotated and certified."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from spinpass.config import RotationConfig
+from spinpass.errors import ConfigError
+from spinpass.folders import check_writable, rotated
+from spinpass.formats import load_program, save_program
+
+from .options import ALL, AsJson, NoVerify, Verbose, rotation_options
+from .screen import screen_of
+from .tables import files_table, show_result
+
+
+@rotation_options
+def rotate_command(
+    ctx: typer.Context,
+    source: Annotated[Path, typer.Argument(metavar="IN.pt2", help="Exported program to rotate.")],
+    target: Annotated[Path, typer.Argument(metavar="OUT.pt2", help="File to write the rotated program to.")],
+    config: RotationConfig | None = None,
+    no_verify: NoVerify = False,
+    as_json: AsJson = False,
+    verbose: Verbose = 0,
+) -> None:
+    """Rotate an exported program, certify it, and save it as OUT.pt2.
+
+    Example: spinpass rotate model.pt2 rotated.pt2 --rotations R1,R2,R4
+    """
+    screen = screen_of(ctx, as_json, verbose)
+    if config is None:
+        raise ConfigError("rotate needs a rotation; choose from " + ALL)
+    if target.suffix != ".pt2":
+        raise ConfigError(f"{target} does not end in .pt2, the name of an exported program")
+    check_writable(target.parent)
+    with screen.steps() as steps:
+        steps.start("load")
+        program = load_program(source)
+        result = rotated(program, config, steps, certify=not no_verify)
+        steps.start("save")
+        save_program(result.program, target)
+    if as_json:
+        about = {"ok": True, "source": str(source), "target": str(target), "seconds": steps.seconds}
+        screen.document(about | result.to_dict())
+        return
+    show_result(screen, result)
+    screen.show(files_table(target.parent, [target.name]))

@@ -1,0 +1,130 @@
+"""Results of the commands as tables for people."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from spinpass.evaluation import Comparison, Perplexity
+from spinpass.folders import Result
+from spinpass.planning import RotationPlan, grouped_refusals, grouped_spaces, online_parts
+from spinpass.tuning import Tuned
+
+from .screen import Screen
+
+_OUTPUTS_SHOWN = 8
+
+
+def show_result(screen: Screen, result: Result) -> None:
+    """Show the plan and the certificate, where there are any."""
+    if result.plan is not None:
+        show_plan(screen, result.plan)
+    if result.certificate is not None:
+        screen.show(certificate_table(result.certificate, every_output=screen.verbose))
+
+
+def show_plan(screen: Screen, decided: RotationPlan) -> None:
+    """Show what is rotated, and what is left alone."""
+    refused = refusal_table(decided, every_space=screen.verbose)
+    screen.show(plan_table(decided, every_space=screen.verbose), *([refused] if refused else []))
+
+
+def plan_table(plan: RotationPlan, *, every_space: bool = False) -> Table:
+    """The decisions of a plan; spaces that differ only in the layer share a line unless ``every_space``."""
+    table = Table(title="Rotations", title_justify="left", caption_justify="left")
+    for name in ("space", "rotation", "form", "online"):
+        table.add_column(name, no_wrap=name in ("space", "rotation"))
+    table.add_column("FLOP/token", justify="right")
+    for name, spaces in grouped_spaces(plan, every_space=every_space).items():
+        first = spaces[0]
+        label = f"{name} ({len(spaces)}×)" if len(spaces) > 1 else name
+        table.add_row(label, str(first.rotation), first.form, online_parts(spaces), f"{sum(s.flops for s in spaces):,}")
+    total = f"{len(plan.spaces)} spaces, {plan.flops:,} FLOP per token and {plan.bytes_added:,} bytes added"
+    table.caption = "\n".join([total, *_notes(plan)])
+    return table
+
+
+def refusal_table(plan: RotationPlan, *, every_space: bool = False) -> Table | None:
+    """What is left alone and why; None where everything is rotated."""
+    if not plan.refusals:
+        return None
+    table = Table("left alone", "why", title="Refused", title_justify="left")
+    for (what, why), count in grouped_refusals(plan, every_space=every_space).items():
+        table.add_row(f"{what} ({count}×)" if count > 1 else what, why)
+    return table
+
+
+def certificate_table(certificate: Mapping[str, Any], *, every_output: bool = False) -> Table:
+    """The errors of every output, from ``Certificate.to_dict()``. The worst come first; the rest is counted unless
+    ``every_output``.
+    """
+    native = certificate["dtype"]
+    headings = ("output", "max |ref|", "float64 error", "argmax", f"{native} error", "argmax", "")
+    table = Table(*headings, title="Certificate", title_justify="left", caption_justify="left")
+    for column in table.columns[1:6]:
+        column.justify = "right"
+    outputs = sorted(certificate["outputs"], key=lambda o: (o["ok"], o["float64"]["argmax"] is None))
+    shown = outputs if every_output else outputs[:_OUTPUTS_SHOWN]
+    for output in shown:
+        verdict = "[green]ok[/]" if output["ok"] else "[red]FAIL[/]"
+        table.add_row(
+            output["name"], *_difference(output["float64"], scale=True), *_difference(output["native"]), verdict
+        )
+    rest = f" ({len(outputs) - len(shown)} more outputs)" if len(outputs) > len(shown) else ""
+    table.caption = f"{certificate['verdict']}{rest}\nclosed loop: {certificate['closed_loop']}"
+    return table
+
+
+def comparison_table(
+    main: Perplexity | Comparison, files: Mapping[str, Comparison], windows: int, length: int
+) -> Table:
+    """Perplexities with their standard errors, and how the models differ, a line for each."""
+    table = Table(title="Perplexity", title_justify="left", caption_justify="left")
+    table.caption = f"{windows} windows of {length} tokens; ± one standard error over windows, ratios paired"
+    compared = dict(files) if isinstance(main, Perplexity) else {"after": main, **files}
+    table.add_column("", overflow="fold")
+    for name in ("perplexity", *(("÷ before", "same token", "KL, nats per token") if compared else ())):
+        table.add_column(name, no_wrap=True)
+    first = main if isinstance(main, Perplexity) else main.before
+    table.add_row("before" if compared else "model", f"{first.value:.4f} ± {first.error:.4f}")
+    for name, each in compared.items():
+        ratio = f"{each.ratio:.4f} ± {each.ratio * each.change.error:.4f}"
+        after = f"{each.after.value:.4f} ± {each.after.error:.4f}"
+        table.add_row(name, after, ratio, f"{each.agreement:.2%}", f"{each.divergence:.5f}")
+    return table
+
+
+def tuning_table(found: Tuned, scheme: str, windows: int, length: int) -> Table:
+    """What every trial costs and what it is worth; the chosen one is bold."""
+    table = Table("rotation", "spaces", "FLOP/token", "perplexity ÷ original", "KL", "same token", title_justify="left")
+    table.title, table.caption_justify = f"Tuning for {scheme}", "left"
+    table.caption = f"{windows} held-out windows of {length} tokens; ± one standard error over windows, paired"
+    for trial in found.trials:
+        seen = trial.comparison
+        kept = "" if trial.plan is None else f"{len(trial.plan.spaces)} of {len(trial.spaces)}"
+        numbers = f"{seen.ratio:.4f} ± {seen.ratio * seen.change.error:.4f}", f"{seen.divergence:.5f}"
+        style = "bold" if trial is found.chosen else None
+        table.add_row(trial.name, kept, f"{trial.flops:,}", *numbers, f"{seen.agreement:.2%}", style=style)
+    return table
+
+
+def files_table(folder: Path, names: list[str]) -> Table:
+    """Files of the folder and their sizes."""
+    table = Table("file", "MB", title=str(folder), title_justify="left")
+    table.columns[1].justify = "right"
+    for name in names:
+        table.add_row(name, f"{(folder / name).stat().st_size / 1e6:.2f}")
+    return table
+
+
+def _notes(plan: RotationPlan) -> list[str]:
+    return sorted({note for space in plan.spaces for note in space.notes})
+
+
+def _difference(data: Mapping[str, Any], *, scale: bool = False) -> tuple[str, ...]:
+    argmax = "" if data["argmax"] is None else f"{data['argmax']:.1%}"
+    cells = (f"{float(data['error']):.1e}", argmax)
+    return (f"{float(data['scale']):.3g}", *cells) if scale else cells

@@ -1,0 +1,77 @@
+"""``spinpass tune``: which rotation is worth its cost under a scheme."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from spinpass.errors import ConfigError
+from spinpass.evaluation import CALIBRATION_LENGTH, CALIBRATION_WINDOWS, read_text, token_ids
+from spinpass.evaluation import windows as cut
+from spinpass.folders import Result, check_writable, onnx_tools, write_folder
+from spinpass.loading import load_model
+from spinpass.quantization import QuantizationConfig
+from spinpass.tuning import candidates, tune
+
+from .options import AsJson, CalibrationWindows, Dtype, Model, Verbose
+from .screen import screen_of
+from .tables import files_table, tuning_table
+
+
+def tune_command(
+    ctx: typer.Context,
+    model: Model,
+    quantize: Annotated[str, typer.Option(help="Scheme to tune for, for example w4g128-gptq-a8.")],
+    calibration: Annotated[Path, typer.Option(help="UTF-8 text whose first half calibrates and whose second decides.")],
+    out: Annotated[Path | None, typer.Option(help="Folder to write the best model to, for ONNX Runtime.")] = None,
+    calibration_windows: CalibrationWindows = CALIBRATION_WINDOWS,
+    windows: Annotated[int, typer.Option(help="Number of windows to decide on.")] = 16,
+    length: Annotated[int, typer.Option(help="Tokens of each window.")] = CALIBRATION_LENGTH,
+    block_sizes: Annotated[str, typer.Option(help="Also try diagonal blocks of these sizes, for example 64,128.")] = "",
+    dtype: Dtype = "float32",
+    as_json: AsJson = False,
+    verbose: Verbose = 0,
+) -> None:
+    """Measure what each way to rotate MODEL is worth under a scheme, and keep what helps, which may be nothing.
+
+    With --out the best model is written, quantized, as spinpass export writes it;
+    without --out nothing is.
+
+    Example: spinpass tune ./model --quantize w4g128-gptq-a8 --calibration text.txt
+    """
+    screen = screen_of(ctx, as_json, verbose)
+    sizes = _sizes(block_sizes)
+    QuantizationConfig.parse(quantize)
+    onnx = None if out is None else onnx_tools()
+    if out is not None:
+        check_writable(out)
+    with screen.steps() as steps:
+        loaded = load_model(model, dtype=dtype, cache=out is not None, progress=steps.begin)
+        if loaded.companions is None or loaded.companions.tokenizer is None:
+            raise ConfigError(f"{model} has no tokenizer to read {calibration} with")
+        ids = token_ids(loaded.companions.tokenizer)(read_text(calibration))
+        half = len(ids) // 2
+        shown, decisive = (
+            cut(part, length, n) for part, n in ((ids[:half], calibration_windows), (ids[half:], windows))
+        )
+        found = tune(loaded.program, quantize, shown, decisive, configs=candidates(sizes), steps=steps)
+        written = None
+        if onnx is not None and out is not None:
+            made = Result(found.quantized.program, found.chosen.plan, found.quantized.report)
+            written = write_folder(onnx, loaded, made, out, steps)
+    if as_json:
+        screen.document({"ok": True, "model": model, "scheme": quantize, "seconds": steps.seconds} | found.to_dict())
+        return
+    screen.show(tuning_table(found, quantize, len(decisive), length), found.verdict)
+    if written is not None and out is not None:
+        screen.show(files_table(out, written.files))
+
+
+def _sizes(text: str) -> list[int]:
+    """The numbers of a list separated by commas. Raises ConfigError for anything else."""
+    try:
+        return [int(part) for part in text.split(",") if part.strip()]
+    except ValueError as error:
+        raise ConfigError(f"--block-sizes {text!r} is not a list of numbers such as 64,128") from error

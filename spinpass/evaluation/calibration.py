@@ -1,0 +1,58 @@
+"""Windows of a text to calibrate on, as tokens and as a program's inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch.export import ExportedProgram
+
+from spinpass.errors import ConfigError
+from spinpass.quantization import QuantizationConfig
+
+from .scoring import ProgramScorer
+from .texts import read_text, windows
+
+Tokenize = Callable[[str], list[int]]
+CALIBRATION_WINDOWS = 16  # windows to calibrate on
+CALIBRATION_LENGTH = 512  # tokens of each
+
+
+def check_calibration(scheme: str, path: Path | None) -> None:
+    """Raise ConfigError where the scheme cannot be read, or needs a text and there is none."""
+    if QuantizationConfig.parse(scheme).needs_calibration and path is None:
+        raise ConfigError(f"{scheme} needs a text to calibrate on: add --calibration FILE, or -rtn")
+
+
+def check_windows(count: int) -> None:
+    """Raise ConfigError where the count is no number of calibration windows."""
+    if count < 1:
+        raise ConfigError(f"{count} windows to calibrate on: choose 1 or more")
+
+
+def calibration_inputs(
+    program: ExportedProgram,
+    tokenize: Tokenize,
+    path: Path | None,
+    length: int = CALIBRATION_LENGTH,
+    count: int = CALIBRATION_WINDOWS,
+) -> list[dict[str, Any]]:
+    """At most ``count`` windows of ``length`` tokens, spread over the text, as inputs of the program by name; none
+    without a text. Windows are shorter where the program takes fewer tokens at once.
+
+    Raises ConfigError: the text cannot be read, or is shorter than one window.
+    """
+    if path is None:
+        return []
+    scorer = ProgramScorer(program)
+    length = min(length, scorer.longest or length)
+    return [scorer.inputs(window) for window in calibration_windows(tokenize, path, length, count)]
+
+
+def calibration_windows(
+    tokenize: Tokenize, path: Path, length: int = CALIBRATION_LENGTH, count: int = CALIBRATION_WINDOWS
+) -> list[list[int]]:
+    """The token ids of at most ``count`` windows of a text. Raises ConfigError as :func:`calibration_inputs`."""
+    ids = tokenize(read_text(path))
+    return [list(window) for window in windows(ids, length, max(1, min(count, len(ids) // length)))]

@@ -1,0 +1,113 @@
+"""What an evaluation is asked for, and how it is carried out; ``spinpass eval`` is its command."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from spinpass.config import RotationConfig
+from spinpass.errors import ConfigError
+from spinpass.pipeline import transform
+from spinpass.progress import Steps
+from spinpass.quantization import quantize as quantized
+
+from .calibration import CALIBRATION_WINDOWS, calibration_inputs, check_calibration, check_windows
+from .comparison import Comparison, Perplexity, compare, compare_each, perplexity
+from .scoring import Opened, ProgramScorer, open_scorer
+from .texts import read_dataset, read_text, windows
+
+RotateAs = Literal["no", "auto", "offline", "online"]
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What was measured.
+
+    ``main``: of the model, perhaps compared with another; ``files``: ONNX folders, each compared with the original.
+    """
+
+    main: Perplexity | Comparison
+    files: Mapping[str, Comparison]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON-able values."""
+        return self.main.to_dict() | ({"files": {k: c.to_dict() for k, c in self.files.items()}} if self.files else {})
+
+
+@dataclass(frozen=True)
+class EvalRequest:
+    """What is scored on what.
+
+    Args:
+        model: a model folder, a name on the hub, a GGUF or .pt2 file, or a folder that ONNX Runtime runs.
+        text: UTF-8 text to score on; Python's help texts by default.
+        dataset: a dataset to score on instead, as :func:`read_dataset` names it.
+        against: another model, which the model is compared with.
+        quantize: a scheme that the model is quantized by first, to be compared with the original.
+        calibration: UTF-8 text to calibrate on.
+        calibration_windows: how many windows of it, of ``length`` tokens.
+        rotate: the form of R1 in which the model is rotated first, to be compared with the original.
+        files: ONNX folders made of the model, each compared with it.
+        windows: how many windows are scored.
+        length: tokens of each window.
+        tokenizer: a folder, where the model has no tokenizer.
+
+    Raises:
+        ConfigError: a combination that means nothing.
+    """
+
+    model: str
+    text: Path | None = None
+    dataset: str = ""
+    against: str = ""
+    quantize: str = ""
+    calibration: Path | None = None
+    calibration_windows: int = CALIBRATION_WINDOWS
+    rotate: RotateAs = "no"
+    files: tuple[str, ...] = ()
+    windows: int = 16
+    length: int = 512
+    tokenizer: str = ""
+
+    def __post_init__(self) -> None:
+        check_windows(self.calibration_windows)
+        if self.against and (self.quantize or self.rotate != "no"):
+            raise ConfigError("--against compares two models as they are: leave out --quantize and --rotate")
+        if self.against and self.files:
+            raise ConfigError("--file is compared with MODEL: leave out --against")
+        if self.dataset and self.text is not None:
+            raise ConfigError("--text and --dataset both name what to score on: leave out one of them")
+        if self.quantize:
+            check_calibration(self.quantize, self.calibration)
+
+    def run(self, steps: Steps) -> Evaluated:
+        """Score the model, or compare it with the other one or with the original, and compare files made of it.
+
+        Raises ConfigError and ExportError: a model or a text that cannot be read, a text that is too short.
+        """
+        opened = open_scorer(self.model, self.tokenizer or None, steps.begin)
+        text = read_dataset(self.dataset) if self.dataset else read_text(self.text)
+        scored = windows(opened.tokens(text), self.length, self.windows)
+        if self.against:
+            other = open_scorer(self.against, self.tokenizer or None, steps.begin)
+            return Evaluated(compare(other.scorer, opened.scorer, scored, steps.start("compare")), {})
+        changed = [self._changed(opened, steps)] if self.quantize or self.rotate != "no" else []
+        files = [open_scorer(file, self.tokenizer or None, steps.begin).scorer for file in self.files]
+        if not changed and not files:
+            return Evaluated(perplexity(opened.scorer, scored, steps.start("score")), {})
+        found = compare_each(opened.scorer, [*changed, *files], scored, steps.start("compare"))
+        return Evaluated(found[0] if changed else found[0].before, dict(zip(self.files, found[len(changed) :])))
+
+    def _changed(self, opened: Opened, steps: Steps) -> ProgramScorer:
+        if opened.program is None:
+            raise ConfigError(f"{self.model} is an ONNX model; --quantize and --rotate need the program it was made of")
+        program = opened.program
+        if self.rotate != "no":
+            steps.start("rotate")
+            program = transform(program, RotationConfig(form=self.rotate))
+        if self.quantize:
+            inputs = calibration_inputs(program, opened.tokens, self.calibration, self.length, self.calibration_windows)
+            program = quantized(program, self.quantize, inputs, progress=steps.start("quantize")).program
+        return ProgramScorer(program)

@@ -1,0 +1,99 @@
+"""What becomes of a loaded model before it is written: rotated, certified, quantized."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from torch.export import ExportedProgram
+
+from spinpass import record
+from spinpass.config import RotationConfig
+from spinpass.errors import ConfigError
+from spinpass.evaluation import CALIBRATION_WINDOWS, calibration_inputs, token_ids
+from spinpass.loading import LoadedModel
+from spinpass.pipeline import plan, transform
+from spinpass.planning import RotationPlan
+from spinpass.progress import Steps
+from spinpass.quantization import QuantizationReport, Quantized, quantize
+
+_PACKAGES = ("spinpass", "torch", "transformers", "onnx", "onnxscript", "onnxruntime", "executorch")
+
+
+@dataclass(frozen=True)
+class Result:
+    """A program and how it came about.
+
+    ``plan`` is None where no rotation was asked for, ``quantization`` where nothing was rounded.
+    """
+
+    program: ExportedProgram
+    plan: RotationPlan | None = None
+    quantization: QuantizationReport | None = None
+
+    @property
+    def exportable(self) -> ExportedProgram | Quantized:
+        """What an exporter takes: the program, with its integers where there are any."""
+        return self.program if self.quantization is None else Quantized(self.program, self.quantization)
+
+    @property
+    def certificate(self) -> dict[str, Any] | None:
+        """The certificate in the program's record; None where the program was not certified."""
+        found = record.read(self.program)
+        return found.certificate if found is not None else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON-able values: versions, plan, record, quantization."""
+        found = record.read(self.program)
+        return {
+            "versions": {name: version_of(name) for name in _PACKAGES} | {"python": platform.python_version()},
+            "plan": self.plan and self.plan.to_dict(),
+            "record": found and found.to_dict(),
+            "quantization": self.quantization and self.quantization.to_dict(),
+        }
+
+
+def rotated(program: ExportedProgram, config: RotationConfig | None, steps: Steps, *, certify: bool = True) -> Result:
+    """Plan, rotate and certify; without a configuration, return the original. Raises what ``transform`` raises."""
+    if config is None:
+        return Result(program)
+    config = replace(config, verify=certify)
+    steps.start("plan")
+    decided = plan(program, config)
+    tick = steps.start("rotate")
+
+    def progress(done: int, total: int) -> None:
+        tick(done, total)
+        if done == total and certify:
+            steps.start("certify")
+
+    return Result(transform(program, plan=decided, progress=progress), decided)
+
+
+def quantized(
+    result: Result,
+    loaded: LoadedModel,
+    scheme: str,
+    text: Path | None,
+    steps: Steps,
+    windows: int = CALIBRATION_WINDOWS,
+) -> Result:
+    """Calibrate on windows of the text where there is one, and quantize. Raises ConfigError if it cannot be read."""
+    inputs: list[Any] = []
+    if text is not None:
+        if loaded.companions is None or loaded.companions.tokenizer is None:
+            raise ConfigError(f"{loaded.source.location} has no tokenizer to read {text} with: quantize with -rtn")
+        inputs = calibration_inputs(result.program, token_ids(loaded.companions.tokenizer), text, count=windows)
+    made = quantize(result.program, scheme, inputs, progress=steps.start("quantize"))
+    return replace(result, program=made.program, quantization=made.report)
+
+
+def version_of(package: str) -> str:
+    """The version of an installed package, for people to read."""
+    try:
+        return version(package)
+    except PackageNotFoundError:  # not installed, or run from a source tree
+        return "not installed"

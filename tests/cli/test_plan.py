@@ -1,0 +1,42 @@
+"""``spinpass plan``: what it shows and what it refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from spinpass.formats.pt2 import save_program
+from tests.support.commands import document, run
+
+
+def test_options_reach_the_configuration(pt2: Path) -> None:
+    options = ("--rotations", "R4,R1", "--block-size", "16", "--form", "online", "--tied", "keep", "--cache", "plain")
+    data = document(run("plan", pt2, *options, "--exclude", "*layers.0*", "--exclude", "R9*", "--json"))["plan"]
+    config = data["config"]
+    assert config["rotations"] == ["R1", "R4"] and config["exclude"] == ["*layers.0*", "R9*"]
+    assert (config["block_size"], config["form"], config["tied"], config["cache"]) == (16, "online", "keep", "plain")
+    assert {space["form"] for space in data["spaces"]} == {"online"}
+    assert all("layers.0" not in space["name"] for space in data["spaces"])
+
+
+def test_plan_groups_layers_unless_verbose(pt2: Path) -> None:
+    short = run("plan", pt2)
+    assert short.exit_code == 0 and "R2:model.layers.*.self_attn (2×)" in short.stdout
+    long = run("plan", pt2, "-v")
+    assert "R2:model.layers.1.self_attn" in long.stdout and "(2×)" not in long.stdout
+    assert "FoldRotations" in long.stderr and "FoldRotations" not in short.stderr
+    assert "FoldRotations" not in run("plan", pt2).stderr  # the log does not outlive its command
+
+
+def test_plan_of_a_folder_and_refusals(folder: Path) -> None:
+    result = run("plan", folder, "--no-cache", "--exclude", "R4:*")
+    assert result.exit_code == 0, result.stderr
+    assert "Refused" in result.stdout and "excluded by 'R4:*'" in result.stdout
+
+
+def test_training_mode_is_refused(tmp_path: Path) -> None:
+    module = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Dropout(0.1))
+    save_program(torch.export.export(module, (torch.randn(2, 8),)), tmp_path / "x.pt2")
+    result = run("plan", tmp_path / "x.pt2")
+    assert result.exit_code == 1 and "dropout is active" in result.stderr

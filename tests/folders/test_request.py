@@ -1,0 +1,67 @@
+"""A folder written from Python: what ``spinpass export`` does, without a terminal."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import spinpass
+from spinpass import RotationConfig
+from spinpass.errors import ConfigError
+from spinpass.folders.request import ExportRequest, export
+from spinpass.progress import Silent
+from spinpass.runtime.decoder import OrtDecoder
+from tests.support import folders
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return folders.model_folder(tmp_path_factory.mktemp("model"))
+
+
+def test_a_folder_that_runs(model: Path, tmp_path: Path) -> None:
+    out, steps = tmp_path / "out", Silent()
+    written = export(model, str(out), spinpass.RotationConfig(form="online"), int4=True, steps=steps)
+    assert {path.name for path in out.iterdir()} == set(written.files) >= {"model.onnx", "tokenizer.json"}
+    assert json.loads((out / "spinpass.json").read_text()) == json.loads(json.dumps(written.manifest))
+    assert written.manifest["record"]["certificate"]["ok"] and written.report.certificate is not None
+    assert {space["form"] for space in written.manifest["plan"]["spaces"] if space["rotation"] == "R1"} == {"online"}
+    assert {"load", "rotate", "certify", "pack"} <= steps.seconds.keys()
+    assert len(OrtDecoder(out).generate([5, 6, 7], 4, end=()).tokens) == 4
+
+
+def test_the_original_without_a_rotation(model: Path, tmp_path: Path) -> None:
+    written = export(model, tmp_path / "out", None)
+    assert written.manifest["plan"] is None and written.report.hadamards == 0
+
+
+def test_the_function_takes_what_the_request_holds() -> None:
+    parameters = inspect.signature(export).parameters
+    held = {field.name: field.default for field in fields(ExportRequest) if field.name not in ("model", "out", "config")}
+    assert {name: p.default for name, p in parameters.items() if name in held} == held
+    assert parameters.keys() - held.keys() == {"model", "out", "config", "steps"}
+    assert parameters["config"].default == spinpass.RotationConfig(), "rotated unless told otherwise"
+
+
+def test_what_means_nothing_is_refused_before_the_work(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--int4 rounds the weights by itself"):
+        export(model, tmp_path / "out", int4=True, quantize="w4-rtn")
+    with pytest.raises(ConfigError, match="w4 needs a text to calibrate on"):
+        export(model, tmp_path / "out", quantize="w4")
+    assert not (tmp_path / "out").exists()
+
+
+def test_export_says_what_to_know_of_a_combination() -> None:
+    def notes(**options: Any) -> str:
+        return " ".join(ExportRequest("model", Path("out"), **options).notes)
+
+    rotated, online = RotationConfig(), RotationConfig(form="online")
+    assert "seldom gain from a rotation" in notes(config=rotated, int4=True) and not notes(config=None, int4=True)
+    assert "slower than with -a8" in notes(config=online, quantize="w4g128-rtn")
+    assert "--form online" in notes(config=rotated, quantize="w4-rtn-a8")
+    assert not notes(config=online, quantize="w4-rtn-a8") and not notes(config=rotated)
