@@ -17,7 +17,6 @@ import typer
 from rich.table import Table
 
 import spinpass
-from spinpass import record
 from spinpass.cli.screen import Screen
 from spinpass.exporters import onnx
 from spinpass.loading import load_model
@@ -65,11 +64,11 @@ def real_model(name: str, out: Path, form: str, steps: Steps) -> dict[str, Any]:
     loaded = load_model(name, progress=steps.begin)
     steps.start("rotate and certify")
     config = spinpass.RotationConfig(form=form, tied="keep", verify=True)  # type: ignore[arg-type]
-    plan = spinpass.plan(loaded.program, config)
-    rotated = spinpass.transform(loaded.program, plan=plan)
-    found = record.read(rotated)
-    assert found is not None and found.certificate is not None
-    logits = found.certificate["outputs"][0]
+    found = spinpass.rotate(loaded.program, config)
+    rotated, plan = found.program, found.plan
+    assert found.certificate is not None
+    certificate = found.certificate.to_dict()
+    logits = certificate["outputs"][0]
     reports, texts = {}, {}
     for label, program in (("original", loaded.program), ("rotated", rotated)):
         steps.start(f"write {label}")
@@ -87,8 +86,8 @@ def real_model(name: str, out: Path, form: str, steps: Steps) -> dict[str, Any]:
         "max |Δlogit| float64, lifted": logits["float64"]["error"],
         "max |Δlogit| float32": logits["native"]["error"],
         "argmax agreement": logits["native"]["argmax"],
-        "verdict": found.certificate["verdict"],
-        "closed loop": found.certificate["closed_loop"],
+        "verdict": certificate["verdict"],
+        "closed loop": certificate["closed_loop"],
         "ONNX Runtime against the program": ort.verdict,
         "max |Δlogit| ONNX Runtime": ort.outputs[0].difference.error,
         "prompts with identical greedy text": f"{equal} of {len(PROMPTS)} × {NEW_TOKENS} tokens",

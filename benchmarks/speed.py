@@ -153,12 +153,12 @@ def _exported(program: ExportedProgram, out: Path, steps: Steps) -> Exports:
     keep(LAST, out / LAST)
     for name, config in ROTATED.items():
         steps.start(f"rotate {name}")
-        plan = spinpass.plan(program, config)
-        folder = write(spinpass.transform(program, plan=plan), f"{name}, fp32")
+        rotated = spinpass.rotate(program, config)
+        folder = write(rotated.program, f"{name}, fp32")
         quantize_4bit(folder, out / name)
         for file in folder.iterdir():
             file.unlink()
-        keep(name, out / name, plan.flops)
+        keep(name, out / name, rotated.plan.flops)
     return made
 
 

@@ -19,7 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 
 import spinpass
-from spinpass import evaluation, record
+from spinpass import evaluation
 from spinpass.cli.screen import Screen
 from spinpass.cli.tables import certificate_table, plan_table
 from spinpass.config import Form
@@ -93,12 +93,10 @@ def build(
     loaded: LoadedModel, out: Path, form: Form, steps: Steps
 ) -> tuple[Folders, spinpass.RotationPlan, dict[str, Any]]:
     """Export and quantize both models; the rotated one is certified in float64 and in the model's dtype."""
-    config = spinpass.RotationConfig(form=form, verify=True)
-    plan = spinpass.plan(loaded.program, config)
     steps.start("rotate and certify")
-    programs = {"original": loaded.program, "rotated": spinpass.transform(loaded.program, plan=plan)}
-    found = record.read(programs["rotated"])
-    assert found is not None and found.certificate is not None  # `verify=True`
+    rotated = spinpass.rotate(loaded.program, spinpass.RotationConfig(form=form, verify=True))
+    assert rotated.certificate is not None  # `verify=True`
+    programs = {"original": loaded.program, "rotated": rotated.program}
     folders: Folders = {}
     proofs: dict[str, str] = {}
     for name, program in programs.items():
@@ -113,7 +111,7 @@ def build(
         steps.start(f"quantize {name}")
         quantize_4bit(out / name, out / f"{name}-int4")
         folders[f"{name}-int4"] = out / f"{name}-int4"
-    return folders, plan, found.certificate | {"onnx": proofs}
+    return folders, rotated.plan, rotated.certificate.to_dict() | {"onnx": proofs}
 
 
 def write(decoder: OrtDecoder, steps: Steps, name: str) -> list[str]:

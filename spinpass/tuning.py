@@ -20,8 +20,7 @@ from torch.export import ExportedProgram
 from spinpass.config import ROLES, RotationConfig
 from spinpass.errors import ConfigError, RefusedError
 from spinpass.evaluation import Comparison, ProgramScorer, Windows, compare, paired
-from spinpass.pipeline import plan as make_plan
-from spinpass.pipeline import transform
+from spinpass.pipeline import rotate
 from spinpass.planning import PlannedSpace, RotationPlan
 from spinpass.progress import Silent, Steps
 from spinpass.quantization import QuantizationConfig, Quantized, distilled, quantize, site_errors
@@ -194,12 +193,12 @@ class _Tuning:
 
     def try_config(self, name: str, config: RotationConfig) -> None:
         """Try all of its spaces, and those that help; not where it is refused or nothing that reads them is rounded."""
-        plan = make_plan(self.program, config)
         try:
-            rotated = transform(self.program, plan=plan)
+            found = rotate(self.program, config)
         except RefusedError:
             return
-        judged = self._judge(plan, self._site_errors(rotated, name))
+        plan = found.plan
+        judged = self._judge(plan, self._site_errors(found.program, name))
         rounded = [v.space for v in judged if v.rotated is not None]
         helping = [v.space for v in judged if v.helps]
         for trial, kept in ((name, rounded), (name + _WHERE_IT_HELPS, helping)):
@@ -208,7 +207,7 @@ class _Tuning:
 
     def try_plan(self, name: str, plan: RotationPlan | None, judged: tuple[SpaceVerdict, ...] = ()) -> None:
         """Rotate by the plan, quantize and score."""
-        rotated = self.program if plan is None else transform(self.program, plan=plan)
+        rotated = self.program if plan is None else rotate(self.program, plan=plan).program
         made = quantize(rotated, self.config, self.calibration, progress=self.steps.start(f"quantize, {name}"))
         tick = self.steps.start(f"score, {name}")
         compared = compare(self.scorer, ProgramScorer(made.program), self.held_out, tick)

@@ -15,9 +15,9 @@ from spinpass.config import RotationConfig
 from spinpass.errors import ConfigError
 from spinpass.evaluation import CALIBRATION_WINDOWS, calibration_inputs, token_ids
 from spinpass.loading import LoadedModel
-from spinpass.pipeline import plan, transform
+from spinpass.pipeline import rotate
 from spinpass.planning import RotationPlan
-from spinpass.progress import Steps
+from spinpass.progress import Progress, Steps
 from spinpass.quantization import QuantizationReport, Quantized, quantize
 
 _PACKAGES = ("spinpass", "torch", "transformers", "onnx", "onnxscript", "onnxruntime", "executorch")
@@ -60,17 +60,18 @@ def rotated(program: ExportedProgram, config: RotationConfig | None, steps: Step
     """Plan, rotate and certify; without a configuration, return the original. Raises what ``transform`` raises."""
     if config is None:
         return Result(program)
-    config = replace(config, verify=certify)
     steps.start("plan")
-    decided = plan(program, config)
-    tick = steps.start("rotate")
+    tick: Progress | None = None
 
     def progress(done: int, total: int) -> None:
+        nonlocal tick
+        tick = tick or steps.start("rotate")  # the first constant is computed when the plan stands
         tick(done, total)
         if done == total and certify:
             steps.start("certify")
 
-    return Result(transform(program, plan=decided, progress=progress), decided)
+    found = rotate(program, replace(config, verify=certify), progress=progress)
+    return Result(found.program, found.plan)
 
 
 def quantized(
