@@ -20,7 +20,7 @@ from spinpass.errors import InvariantError
 from .editor import ProgramEditor
 from .nodes import shape, value
 
-_arguments, _named = operator.attrgetter("_args"), operator.attrgetter("_kwargs")
+_arguments = operator.attrgetter("_args")
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,9 @@ class Invariants:
     def __init__(self, editor: ProgramEditor) -> None:
         self._editor = editor
         self._nodes: list[Node] = []
-        self._arguments: list[Any] = []  # of each node, positional and named
-        self._named: list[Any] = []
+        self._arguments: list[Any] = []  # of each node, in the same order
+        self._known: dict[Node, tuple[Any, Any]] = {}  # of each node the positional and the named arguments
+        self._named: list[Node] = []  # the nodes that have named arguments
         self._specs: list[Any] = []  # of the signature
         self._steps: dict[Node, int] = {}
         self._interface = editor.interface()
@@ -73,28 +74,34 @@ class Invariants:
         steps = self._editor.queued_steps()
         queued = {n: count - self._steps.get(n, 0) for n, count in steps.items() if count != self._steps.get(n, 0)}
         self._steps = steps
+        # arguments are read straight from the attributes: the properties of Node cost more than all the rest
         nodes = list(self._editor.nodes)
-        # read straight from the attributes: the properties of Node cost more than all the rest
-        arguments, named = list(map(_arguments, nodes)), list(map(_named, nodes))
+        arguments = list(map(_arguments, nodes))
         specs = [*self._editor.inputs, *self._editor.outputs]
-        same = nodes == self._nodes and _identical(arguments, self._arguments) and _identical(named, self._named)
-        if same and _identical(specs, self._specs):
+        same = nodes == self._nodes and _identical(arguments, self._arguments) and _identical(specs, self._specs)
+        if same and all(self._known[n][1] is n._kwargs for n in self._named):
             return Changes((), (), 0, queued)
-        before = dict(zip(self._nodes, zip(self._arguments, self._named)))
-        made, altered = [], []
-        for node, args, kwargs in zip(nodes, arguments, named):
-            known = before.get(node)
-            if known is None:
-                made.append(node)
-            elif known[0] is not args or known[1] is not kwargs:
-                altered.append(node)
+        head = min(_common(nodes, self._nodes), _common(arguments, self._arguments))
+        tail = min(
+            _common(nodes[:head:-1], self._nodes[:head:-1]), _common(arguments[:head:-1], self._arguments[:head:-1])
+        )
+        between = nodes[head : len(nodes) - tail]
+        made = [n for n in between if n not in self._known]
+        altered = [n for n in between if n in self._known and self._known[n][0] is not n._args]
+        altered += [n for n in self._named if self._known[n][1] is not n._kwargs and n not in altered]
+        gone = self._nodes[head : len(self._nodes) - tail]
+        removed = len(gone) + len(made) - len(between)
         for node in (*made, *altered):
             _check_operands(node)
         for node in altered:
-            _check_values(node, before[node])
-        self._check_interface()
-        removed = len(self._nodes) + len(made) - len(nodes)
-        self._nodes, self._arguments, self._named, self._specs = nodes, arguments, named, specs
+            _check_values(node, self._known[node])
+        if removed or not _identical(specs, self._specs) or any(n.op != "call_function" for n in (*made, *altered)):
+            self._check_interface()
+        for node in gone:
+            del self._known[node]
+        self._known |= {n: (n._args, n._kwargs) for n in (*between, *altered)}
+        self._named = [n for n in self._named if n in self._known] + [n for n in made if n._kwargs]
+        self._nodes, self._arguments, self._specs = nodes, arguments, specs
         return Changes(tuple(made), tuple(altered), removed, queued)
 
     def _check_interface(self) -> None:
@@ -107,6 +114,12 @@ class Invariants:
 
 def _identical(these: list[Any], those: list[Any]) -> bool:
     return len(these) == len(those) and all(map(operator.is_, these, those))
+
+
+def _common(these: list[Any], those: list[Any]) -> int:
+    """Return how many elements from the front on are the same objects."""
+    same = list(map(operator.is_, these, those))
+    return same.index(False) if False in same else len(same)
 
 
 def _check_operands(node: Node) -> None:
