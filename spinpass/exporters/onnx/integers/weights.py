@@ -13,7 +13,6 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -23,14 +22,12 @@ from torch import Tensor
 
 from spinpass.errors import ConfigError, ExportError
 from spinpass.formats import model_path
-from spinpass.quantization import Codes, QuantizedWeight
+from spinpass.quantization import QuantizedWeight
 
+from ..blocks import STORED_BITS, block_size, blocks, packed_bits
 from ..operators.hadamard import Body
 from .four_bits import Packed, QuantizeReport, Work, constant_matrix, load, write
 from .kernels import IntegerProducts, arrays, has_integer_kernel, is_rounded_per_token
-
-_BLOCKS = (256, 128, 64, 32, 16)
-STORED_BITS = {2: 2, 3: 4, 4: 4, 8: 8}
 
 
 def pack_weights(
@@ -155,42 +152,6 @@ class _Packing(Work):
             return None
         stored = torch.from_numpy(np.array(constant.const_value.numpy()).astype(np.float32))
         return self.named.get(_digest(stored if by_column else stored.T))
-
-
-def block_size(codes: Codes, name: str) -> int:
-    """The largest block that no group border cuts; for one group per row, the one that wastes fewest weights.
-
-    Raises ConfigError: groups of a size that no block divides, or of columns that do not lie side by side.
-    """
-    columns, groups = codes.q.shape[1], codes.scales.shape[1]
-    if groups == 1:
-        return min(_BLOCKS, key=lambda b: (-(-columns // b) * b, -b))
-    size = codes.group_length
-    if size is None:
-        raise ConfigError(f"the groups of {name} do not lie side by side, as MatMulNBits needs them")
-    fitting = [b for b in _BLOCKS if size % b == 0]
-    if not fitting:
-        raise ConfigError(f"the groups of {name} have {size} weights; MatMulNBits takes multiples of {_BLOCKS[-1]}")
-    return fitting[0]
-
-
-def blocks(codes: Codes, block: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(codes (out, in padded to blocks), scales (out, blocks), zero points (out, blocks)); padding stands for zero."""
-    columns = codes.q.shape[1]
-    count = -(-columns // block)
-    at = codes.group_of[torch.arange(count) * block]
-    scales, zeros = codes.scales[:, at], codes.zeros[:, at]
-    q = torch.cat([codes.q, zeros[:, -1:].expand(-1, count * block - columns)], 1)
-    return q, scales, zeros
-
-
-def packed_bits(q: Tensor, bits: int) -> np.ndarray[Any, Any]:
-    """uint8 values below 2^bits, packed along the last axis, the first in the lowest bits; rows padded with zeros."""
-    per = 8 // bits
-    short = -q.shape[-1] % per
-    padded = torch.nn.functional.pad(q, (0, short)).reshape(*q.shape[:-1], -1, per).to(torch.int32)
-    shifted = padded << (torch.arange(per, dtype=torch.int32) * bits)
-    return np.asarray(shifted.sum(-1).to(torch.uint8))
 
 
 def _digest(matrix: Tensor) -> bytes:

@@ -27,7 +27,7 @@ from spinpass.errors import ConfigError, ExportError
 from spinpass.operators import unpack
 from spinpass.quantization import Codes
 
-from ..integers.weights import STORED_BITS, block_size, blocks, packed_bits
+from ..blocks import STORED_BITS, block_size, blocks, packed_bits
 from .hadamard import DOMAIN, VERSION
 
 OP = "PackedLinear"
