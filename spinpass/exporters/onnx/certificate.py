@@ -1,19 +1,26 @@
-"""The certificate continued onto the ONNX file: ONNX Runtime's outputs against the program's, for the same inputs."""
+"""The certificate continued onto the ONNX file: ONNX Runtime's outputs against the program's, for the same inputs.
+
+A fused decoder is compared on three kinds of call, because GroupQueryAttention takes another path for each: a prompt on
+an empty cache, a single token, and several tokens on a cache, which the kernel takes for one sequence only. All three
+are cut out of one set of inputs.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from torch.export import ExportedProgram
 
 from spinpass import execution
 from spinpass.certificate import Comparison, FileCertificate, badness
+from spinpass.execution import Sizes, UserInput
 from spinpass.runtime import from_ort, open_session, run, to_ort
 
-from .cases import fused_cases
-
 KIND = "ONNX file"
+_CACHE_RANK = 4
 
 
 def certify(ep: ExportedProgram, path: Path, inputs: object = None, *, fused: bool = False) -> FileCertificate:
@@ -21,7 +28,7 @@ def certify(ep: ExportedProgram, path: Path, inputs: object = None, *, fused: bo
 
     ``inputs`` as in :func:`spinpass.execution.flat_inputs`; None makes them from the program's own specs. Inputs and
     outputs of the file are matched to the program's by position. A ``fused`` file is compared on several parts of them,
-    see :mod:`.cases`, and each output is where it is worst.
+    see :func:`fused_cases`, and each output is where it is worst.
 
     Raises:
         ExportError: ONNX Runtime cannot load or run the file.
@@ -40,3 +47,34 @@ def _certify(ep: ExportedProgram, session: Any, values: object) -> FileCertifica
     feed = {name: to_ort(value) for name, value in zip(names, comparison.fed, strict=True)}
     results = map(from_ort, run(session, feed))
     return comparison.certificate(names, [o.name for o in session.get_outputs()], results, KIND)
+
+
+def fused_cases(ep: ExportedProgram, values: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """``values`` cut to a prompt without cache, one token per sequence, and one sequence; ``values`` alone where the
+    program has no cache whose length is a size of its own."""
+    specs = execution.user_inputs(ep)
+    sizes = execution.bound_sizes(specs, values)
+    caches = [s for s in specs if len(s.shape) == _CACHE_RANK and _is_symbol(s.shape[2])]
+    ids = next((s for s in specs if len(s.shape) == 2 and _is_symbol(s.shape[1])), None)
+    if not caches or ids is None:
+        return [dict(values)]
+    empty = {spec.shape[2]: 0 for spec in caches}
+    one_token = {ids.shape[1]: 1}
+    one_row = {ids.shape[0]: 1} if _is_symbol(ids.shape[0]) else {}
+    return [_cut(specs, values, sizes | change) for change in (empty, one_token, one_row)]
+
+
+def _cut(specs: list[UserInput], values: Mapping[str, Any], sizes: Sizes) -> dict[str, Any]:
+    """The first entries along every axis; numbers stay."""
+    cut = dict(values)
+    for spec in specs:
+        value = values[spec.name]
+        if isinstance(value, Tensor):
+            for axis, size in enumerate(spec.shape):
+                value = value.narrow(axis, 0, execution.concrete(size, sizes))
+            cut[spec.name] = value
+    return cut
+
+
+def _is_symbol(size: Any) -> bool:
+    return bool(getattr(size, "is_symbol", False))
