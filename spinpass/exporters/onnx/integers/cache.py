@@ -25,7 +25,7 @@ from spinpass.runtime import DecoderGraph, from_ort, open_session
 from ..fusion.attention import GQA
 from ..fusion.builder import Builder
 from ..fusion.match import sizes, static
-from .four_bits import companions, load
+from .copies import companions, load
 
 _STORED = {8: ir.DataType.INT8, 4: ir.DataType.UINT8}  # two codes of four bits, plus 8 each, the first in the low half
 _SCALES = 12  # where the kernel takes the scales of keys and values

@@ -26,8 +26,9 @@ from spinpass.quantization import QuantizedWeight
 
 from ..blocks import STORED_BITS, block_size, blocks, packed_bits
 from ..operators.hadamard import Body
-from .four_bits import Packed, QuantizeReport, Work, constant_matrix, load, write
+from .copies import QuantizeReport, load, write
 from .kernels import IntegerProducts, arrays, has_integer_kernel, is_rounded_per_token
+from .rewrite import Packed, Work, constant_matrix
 
 
 def pack_weights(

@@ -28,10 +28,10 @@ from spinpass.operators import unpack
 from spinpass.quantization import Codes
 
 from ..blocks import STORED_BITS, block_size, blocks, packed_bits
+from ..fusion.builder import CONTRIB
 from .hadamard import DOMAIN, VERSION
 
 OP = "PackedLinear"
-_RUNTIME = "com.microsoft"
 
 
 def translation() -> Callable[..., Any]:
@@ -67,7 +67,7 @@ def lower(model: ir.Model) -> int:
         if not value.uses():
             del model.graph.initializers[str(value.name)]
     if nodes:
-        model.opset_imports[_RUNTIME] = 1
+        model.opset_imports[CONTRIB] = 1
     return len(nodes)
 
 
@@ -106,7 +106,7 @@ class _Operands:
         rows, columns = self.codes.q.shape
         sizes = {"K": columns, "N": rows, "bits": self.codes.bits, "block_size": self.block}
         listed = [ir.AttrInt64(key, value) for key, value in sizes.items()]
-        new = ir.Node(_RUNTIME, "MatMulNBits", [x, *self.inputs], listed, name=node.name)
+        new = ir.Node(CONTRIB, "MatMulNBits", [x, *self.inputs], listed, name=node.name)
         ir.convenience.replace_nodes_and_values(self.graph, node, [node], [new], node.outputs, new.outputs)
 
     def _constant(self, name: str, array: np.ndarray[Any, Any]) -> ir.Value:
