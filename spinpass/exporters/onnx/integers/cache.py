@@ -8,7 +8,6 @@ by the largest integer. A rotation of the heads (R2, R3) spreads outliers over t
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +18,13 @@ import onnx_ir as ir
 import torch
 
 from spinpass.errors import ConfigError, ExportError
-from spinpass.formats import PROTOBUF_LIMIT, data_name, model_path, remove_stale_data, staged
-from spinpass.runtime import DecoderGraph, from_ort, open_session
+from spinpass.formats import model_path
+from spinpass.runtime import DecoderGraph, from_ort
 
 from ..fusion.attention import GQA
 from ..fusion.builder import Builder
 from ..fusion.match import sizes, static
-from .copies import companions, load
+from .copies import load, write_copy
 
 _STORED = {8: ir.DataType.INT8, 4: ir.DataType.UINT8}  # two codes of four bits, plus 8 each, the first in the low half
 _SCALES = 12  # where the kernel takes the scales of keys and values
@@ -85,17 +84,7 @@ def quantize_cache(
     for node in nodes:
         _requantize(model.graph, builder.at(node), node, bits, scales)
     model.metadata_props["spinpass.cache"] = json.dumps({"bits": bits, "scales": "per head and channel"})
-    weights = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
-    external = weights > PROTOBUF_LIMIT if external_data is None else external_data
-    if not external:
-        ir.external_data.load_to_model(model)
-    with staged(target.parent, weights) as staging:
-        ir.save(model, staging / target.name, external_data=data_name(target) if external else None)
-        open_session(staging / target.name)
-        for file in companions(source, origin) if origin.parent.resolve() != target.parent.resolve() else ():
-            shutil.copyfile(file, staging / file.name)
-        files = tuple(target.parent / file.name for file in sorted(staging.iterdir()))
-    remove_stale_data(target, files)
+    files, _ = write_copy(model, source, target, external_data)
     return CacheReport(target, files, bits, len(nodes), before, before * bits // 32)
 
 

@@ -43,8 +43,13 @@ class QuantizeReport:
         return self.__dict__ | {"path": str(self.path), "files": [str(f) for f in self.files], "kept": list(self.kept)}
 
 
-def write(model: ir.Model, work: Work, source: str | Path, target: Path, external_data: bool | None) -> QuantizeReport:
-    """Store a model whose nodes ``work`` has replaced, whole or not at all; see :func:`quantize_4bit`."""
+def write_quantized(
+    model: ir.Model, work: Work, source: str | Path, target: Path, external_data: bool | None
+) -> QuantizeReport:
+    """Store a model whose nodes ``work`` has replaced.
+
+    Raises ExportError where nothing was replaced, and as :func:`write_copy`.
+    """
     origin = model_path(source)
     if not (work.matmuls or work.heads or work.tables):
         reasons = "; ".join(work.kept) or "it multiplies by no constant matrix"
@@ -52,6 +57,22 @@ def write(model: ir.Model, work: Work, source: str | Path, target: Path, externa
     model.opset_imports[CONTRIB] = 1
     common.RemoveUnusedNodesPass()(model)
     before = _size(origin, model)
+    files, after = write_copy(model, source, target, external_data)
+    return QuantizeReport(
+        target, files, before, after, work.matmuls, work.heads, work.tables, work.shared, tuple(work.kept)
+    )
+
+
+def write_copy(
+    model: ir.Model, source: str | Path, target: Path, external_data: bool | None
+) -> tuple[tuple[Path, ...], int]:
+    """Store a changed model of ``source`` at ``target``, with the other files of its folder.
+
+    Returns the paths of all files, and the bytes of the model itself.
+
+    Raises ExportError: ONNX Runtime cannot load it, or nothing can be written there. Nothing is left behind.
+    """
+    origin = model_path(source)
     weights = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
     external = weights > PROTOBUF_LIMIT if external_data is None else external_data
     if not external:  # else the tensors that stayed would go on naming the source's data file
@@ -59,15 +80,12 @@ def write(model: ir.Model, work: Work, source: str | Path, target: Path, externa
     with staged(target.parent, weights) as staging:
         ir.save(model, staging / target.name, external_data=data_name(target) if external else None)
         open_session(staging / target.name)
-        written = sorted(staging.iterdir())
-        after = sum(file.stat().st_size for file in written)
-        for file in companions(source, origin) if origin.parent.resolve() != target.parent.resolve() else ():
+        size = sum(file.stat().st_size for file in staging.iterdir())
+        for file in _companions(source, origin) if origin.parent.resolve() != target.parent.resolve() else ():
             shutil.copyfile(file, staging / file.name)
         files = tuple(target.parent / file.name for file in sorted(staging.iterdir()))
     remove_stale_data(target, files)
-    return QuantizeReport(
-        target, files, before, after, work.matmuls, work.heads, work.tables, work.shared, tuple(work.kept)
-    )
+    return files, size
 
 
 def load(path: Path) -> ir.Model:
@@ -88,7 +106,7 @@ def _size(path: Path, model: ir.Model) -> int:
     return path.stat().st_size + sum(file.stat().st_size for file in data if file.is_file())
 
 
-def companions(source: str | Path, origin: Path) -> Iterator[Path]:
+def _companions(source: str | Path, origin: Path) -> Iterator[Path]:
     """The files beside the model that belong to it, if ``source`` is a folder."""
     if Path(source).is_dir():
         yield from (f for f in origin.parent.iterdir() if f.is_file() and not f.name.endswith((".onnx", ".onnx.data")))

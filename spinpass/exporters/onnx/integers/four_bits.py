@@ -14,7 +14,7 @@ from pathlib import Path
 from spinpass.errors import ConfigError
 from spinpass.formats import model_path
 
-from .copies import QuantizeReport, load, write
+from .copies import QuantizeReport, load, write_quantized
 from .rewrite import Work
 
 _BLOCKS = (16, 32, 64, 128, 256)
@@ -58,11 +58,10 @@ def quantize_4bit(
             ``destination`` cannot be written; nothing is left behind.
     """
     _check_options(block_size, accuracy_level, head_bits, table_bits)
-    origin, target = model_path(source), model_path(destination)
-    model = load(origin)
+    model = load(model_path(source))
     work = Work(model.graph, block_size, symmetric, accuracy_level, head_bits, table_bits, frozenset(keep))
     work.run()
-    return write(model, work, source, target, external_data)
+    return write_quantized(model, work, source, model_path(destination), external_data)
 
 
 def _check_options(block_size: int, accuracy_level: int, head_bits: int | None, table_bits: int | None) -> None:

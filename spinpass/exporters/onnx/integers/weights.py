@@ -26,7 +26,7 @@ from spinpass.quantization import QuantizedWeight
 
 from ..blocks import STORED_BITS, block_size, blocks, packed_bits
 from ..operators.hadamard import Body
-from .copies import QuantizeReport, load, write
+from .copies import QuantizeReport, load, write_quantized
 from .kernels import IntegerProducts, arrays, has_integer_kernel, is_rounded_per_token
 from .rewrite import Packed, Work, constant_matrix
 
@@ -67,7 +67,7 @@ def pack_weights(
             f"no matrix product or table lookup of {where} has the constant that the integers of {name} stand for; "
             "export the program that quantize returned"
         )
-    return write(model, work, source, model_path(destination), external_data)
+    return write_quantized(model, work, source, model_path(destination), external_data)
 
 
 @dataclass
