@@ -12,7 +12,9 @@ from typing import Any
 from torch.export import ExportedProgram
 
 from spinpass.errors import ExportError
-from spinpass.formats import dequantize_checkpoint, read_gptq
+from spinpass.formats import read_gptq
+
+from .dequantize import dequantize_checkpoint
 
 
 def quantization_method(folder: Path) -> str | None:
