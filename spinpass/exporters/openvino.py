@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,49 +16,19 @@ from torch.export import ExportedProgram
 from spinpass import record
 from spinpass.certificate import Comparison, FileCertificate
 from spinpass.errors import ConfigError, ExportError, ProgramError
-from spinpass.exporters.clock import Clock
-from spinpass.exporters.names import GraphNames, Names, renamed, signature_names
-from spinpass.exporters.refusals import refuse_fake_weights, refuse_mutation
-from spinpass.formats import staged
 from spinpass.graph import shape, value
 from spinpass.passes import lower_hadamards
 from spinpass.runtime import CompiledModel, import_openvino, reason
 
-VERIFY_LIMIT = 2**31
-"""Above this many bytes of weights ``verify=None`` does not certify: both the program and OpenVINO would be run."""
+from .certified_file import Clock, FileReport, write_certified
+from .names import GraphNames, Names, renamed, signature_names
+from .refusals import refuse_fake_weights, refuse_mutation
 
 _TYPES = (torch.float16, torch.float32, torch.float64, torch.int8, torch.uint8, torch.int32, torch.int64, torch.bool)
 
 
-@dataclass(frozen=True)
-class OpenVINOReport:
-    """What :func:`export` wrote.
-
-    ``bytes`` is the size of all ``files``. Without a ``certificate``, ``uncertified`` says why. ``seconds`` maps the
-    steps to wall-clock time.
-    """
-
-    path: Path
-    files: tuple[Path, ...]
-    bytes: int
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-    certificate: FileCertificate | None
-    uncertified: str
-    seconds: Mapping[str, float]
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able."""
-        return {
-            "path": str(self.path),
-            "files": [str(file) for file in self.files],
-            "bytes": self.bytes,
-            "inputs": list(self.inputs),
-            "outputs": list(self.outputs),
-            "certificate": None if self.certificate is None else self.certificate.to_dict(),
-            "uncertified": self.uncertified,
-            "seconds": dict(self.seconds),
-        }
+class OpenVINOReport(FileReport):
+    """What :func:`export` wrote."""
 
 
 def export(
@@ -106,24 +75,16 @@ def export(
     if (found := record.read(ep)) is not None:
         model.set_rt_info(json.dumps(found.to_dict()), ["spinpass", "record"])
     weights = sum(t.nbytes for t in {id(t): t for t in (*ep.state_dict.values(), *_tensors(ep.constants))}.values())
-    with staged(target.parent, weights) as staging:
+
+    def save(file: Path) -> None:
         clock.start("write")
-        openvino.save_model(model, str(staging / target.name), compress_to_fp16=False)
-        written = sorted(staging.iterdir())
-        size = sum(file.stat().st_size for file in written)
-        clock.start("certify")
-        certificate, uncertified = _certify(ep, staging / target.name, inputs, verify, weights)
-    clock.stop()
-    return OpenVINOReport(
-        path=target,
-        files=tuple(target.parent / file.name for file in written),
-        bytes=size,
-        inputs=tuple(names.inputs),
-        outputs=tuple(names.outputs),
-        certificate=certificate,
-        uncertified=uncertified,
-        seconds=clock.seconds,
-    )
+        openvino.save_model(model, str(file), compress_to_fp16=False)
+
+    def compare(file: Path) -> FileCertificate | str:
+        return _compared(ep, file, inputs, insist=bool(verify))
+
+    report = write_certified(target, names, clock, save, compare, weights=weights, verify=verify)
+    return OpenVINOReport(**vars(report))
 
 
 def _xml_path(path: str | Path) -> Path:
@@ -163,25 +124,17 @@ def _fix_shapes(openvino: Any, model: Any, ep: ExportedProgram) -> None:
     model.reshape({port: openvino.PartialShape(sizes) for port, sizes in zip(model.inputs, shapes, strict=True)})
 
 
-def _certify(
-    ep: ExportedProgram, path: Path, inputs: object, verify: bool | None, weights: int
-) -> tuple[FileCertificate | None, str]:
-    """The certificate, or None and why there is none. Raises VerificationError where it fails."""
-    if verify is False:
-        return None, "switched off"
-    if verify is None and weights > VERIFY_LIMIT:
-        return None, f"{weights:,} bytes of weights are above the limit of {VERIFY_LIMIT:,}: pass verify=True"
+def _compared(ep: ExportedProgram, path: Path, inputs: object, *, insist: bool) -> FileCertificate | str:
+    """The certificate, or why there can be none, which is an ExportError for who ``insist``s on one."""
     comparison = Comparison.of(ep, inputs)
     without = {t.dtype for t in (*comparison.fed, *comparison.expected)} - set(_TYPES)
     if without:
         why = f"OpenVINO's Python interface has no {', '.join(map(str, without))}"
-        if verify:
+        if insist:
             raise ExportError(f"the model cannot be certified: {why}; pass verify=False to write it all the same")
-        return None, why
+        return why
     model = CompiledModel(path)
-    certificate = comparison.certificate(model.inputs, model.outputs, model.run(comparison.fed), "OpenVINO model")
-    certificate.raise_if_failed()
-    return certificate, ""
+    return comparison.certificate(model.inputs, model.outputs, model.run(comparison.fed), "OpenVINO model")
 
 
 def _tensors(constants: Mapping[str, Any]) -> list[torch.Tensor]:

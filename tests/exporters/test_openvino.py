@@ -18,6 +18,7 @@ from tests.support.programs import program
 
 openvino = pytest.importorskip("openvino")
 
+from spinpass.exporters import certified_file  # noqa: E402
 from spinpass.exporters import openvino as exporter  # noqa: E402
 from spinpass.runtime.openvino_session import CompiledModel, generate  # noqa: E402
 
@@ -98,7 +99,7 @@ def test_bfloat16_is_written_uncertified(tmp_path: Path) -> None:
 
 
 def test_the_limit_of_the_certificate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exporter, "VERIFY_LIMIT", 10)
+    monkeypatch.setattr(certified_file, "CERTIFY_BYTES", 10)
     report = exporter.export(small(), tmp_path / "m.xml")
     assert report.uncertified == "64 bytes of weights are above the limit of 10: pass verify=True"
     assert exporter.export(small(), tmp_path / "m.xml", verify=True).certificate is not None

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
@@ -25,12 +25,13 @@ from torch.export.graph_signature import InputKind, OutputKind
 from spinpass import execution
 from spinpass.errors import ConfigError, ExportError, ProgramError
 from spinpass.execution import origin
-from spinpass.exporters.clock import Clock
-from spinpass.formats import pte_path, staged
+from spinpass.formats import pte_path
 from spinpass.graph import mutates, op_name
 from spinpass.passes import give_own_constants, lower_hadamards
 from spinpass.quantization import Quantized
 
+from ..certified_file import Clock, FileReport, write_certified
+from ..names import signature_names
 from .certificate import PteCertificate, certify
 from .integers import IntegerLayers, with_integer_layers
 
@@ -40,48 +41,27 @@ INTEGER_BOUND = 0.05
 """On the relative error of a file with integer layers: a value that lies at a tie may be rounded either way."""
 
 
-@dataclass(frozen=True)
-class PteReport:
+@dataclass(frozen=True, kw_only=True)
+class PteReport(FileReport):
     """What :func:`export` wrote.
 
     ``delegates``: calls of the backend; ``operators``: what is left to ExecuTorch's own kernels, by name;
     ``integer_layers``: linear layers on integers, with ``scale_error``, the largest relative change of their scales by
-    bfloat16, and ``kept``, why quantized weights stayed float. Without a ``certificate``, ``uncertified`` says why.
-    ``seconds`` maps the steps to wall-clock time.
+    bfloat16, and ``kept``, why quantized weights stayed float.
     """
 
-    path: Path
-    bytes: int
+    certificate: PteCertificate | None
     backend: Backend
     delegates: int
     operators: Mapping[str, int]
     integer_layers: int
     scale_error: float
     kept: Mapping[str, str]
-    certificate: PteCertificate | None
-    uncertified: str
-    seconds: Mapping[str, float]
 
-    @property
-    def files(self) -> tuple[Path, ...]:
-        """What was written: the one file."""
-        return (self.path,)
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able."""
-        return {
-            "path": str(self.path),
-            "bytes": self.bytes,
-            "backend": self.backend,
-            "delegates": self.delegates,
-            "operators": dict(self.operators),
-            "integer_layers": self.integer_layers,
-            "scale_error": self.scale_error,
-            "kept": dict(self.kept),
-            "certificate": None if self.certificate is None else self.certificate.to_dict(),
-            "uncertified": self.uncertified,
-            "seconds": dict(self.seconds),
-        }
+    KEYS: ClassVar[tuple[str, ...]] = (
+        "path", "bytes", "backend", "delegates", "operators", "integer_layers", "scale_error", "kept", "certificate",
+        "uncertified", "seconds",
+    )  # fmt: skip
 
 
 def export(
@@ -117,26 +97,32 @@ def export(
     clock.start("lower")
     lowered = _lowered(program)
     _check_operators(lowered.program)
-    with staged(target.parent) as staging, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's and ExecuTorch's own; what matters is an error or in the report
+    operators: Counter[str] = Counter()
+
+    def save(file: Path) -> None:
         clock.start("delegate")
-        edge, manager = _translated(lowered.program, backend)
+        found, manager = _translated(lowered.program, backend)
+        operators.update(found)
         clock.start("write")
-        with open(staging / target.name, "wb") as file:
-            manager.write_to_file(file)
-        size = (staging / target.name).stat().st_size
-        certificate, uncertified = None, "switched off"
-        if verify:
-            clock.start("certify")
-            bound = INTEGER_BOUND if lowered.layers else None
-            certificate, uncertified = certify(lowered.program, staging / target.name, inputs, bound), ""
-            certificate.raise_if_failed()
-    clock.stop()
-    delegates = edge.pop("executorch_call_delegate", 0)
+        with open(file, "wb") as stream:
+            manager.write_to_file(stream)
+
+    def compare(file: Path) -> PteCertificate:
+        return certify(lowered.program, file, inputs, INTEGER_BOUND if lowered.layers else None)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's and ExecuTorch's own; what matters is an error or in the report
+        names = signature_names(lowered.program)
+        report = write_certified(target, names, clock, save, compare if verify else None, verify=verify)
     return PteReport(
-        target, size, backend, delegates, edge, lowered.layers, lowered.scale_error, lowered.kept,
-        certificate, uncertified, clock.seconds,
-    )  # fmt: skip
+        **vars(report),
+        backend=backend,
+        delegates=operators.pop("executorch_call_delegate", 0),
+        operators=operators,
+        integer_layers=lowered.layers,
+        scale_error=lowered.scale_error,
+        kept=lowered.kept,
+    )
 
 
 def _check(program: object, backend: str) -> None:

@@ -19,10 +19,10 @@ from torch.export import ExportedProgram
 from spinpass import execution, record
 from spinpass.certificate import BOUNDS, FileCertificate, FileOutput, compare
 from spinpass.errors import VerificationError
-from spinpass.exporters.names import signature_names
 from spinpass.record import Carried
 from spinpass.runtime import DTYPES, from_ort, open_session, run, to_ort
 
+from ..names import signature_names
 from .certificate import KIND
 
 

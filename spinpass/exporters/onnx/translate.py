@@ -25,10 +25,10 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
 from spinpass.errors import ExportError
-from spinpass.exporters.refusals import refuse_fake_weights, refuse_mutation
 from spinpass.graph import is_op, mutates
 from spinpass.quantization import decode_scales
 
+from ..refusals import refuse_fake_weights, refuse_mutation
 from .operators import hadamard as onnx_functions
 from .operators import packed_linear as onnx_packed
 from .operators import rounding as onnx_rounding

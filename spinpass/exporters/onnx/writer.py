@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
 import onnx_ir as ir
 from onnx_ir.passes import common
@@ -19,11 +19,11 @@ from torch.export import ExportedProgram
 from spinpass import record
 from spinpass.certificate import FileCertificate
 from spinpass.errors import ConfigError, ProgramError
-from spinpass.exporters.clock import Clock
-from spinpass.exporters.names import GraphNames, Names, renamed, signature_names
-from spinpass.formats import PROTOBUF_LIMIT, data_name, model_path, remove_stale_data, staged
+from spinpass.formats import PROTOBUF_LIMIT, data_name, model_path, remove_stale_data
 from spinpass.runtime import NoKernelError
 
+from ..certified_file import Clock, FileReport, write_certified
+from ..names import GraphNames, Names, renamed, signature_names
 from . import translate as onnx_translate
 from .certificate import certify
 from .fusion import fuse as onnx_fuse
@@ -32,50 +32,27 @@ from .operators import hadamard as onnx_functions
 from .operators import packed_linear as onnx_packed
 from .operators import rounding as onnx_rounding
 
-VERIFY_LIMIT = 2**31
-"""Above this many bytes of weights ``verify=None`` does not certify: both the program and ONNX Runtime would be run."""
 
-
-@dataclass(frozen=True)
-class OnnxReport:
+@dataclass(frozen=True, kw_only=True)
+class OnnxReport(FileReport):
     """What :func:`export` wrote.
 
-    ``bytes`` is the size of all ``files`` together, ``hadamards`` the number of online Hadamards in the graph. Without
-    a ``certificate``, ``uncertified`` says why. ``seconds`` maps the steps to wall-clock time. ``fused`` is what became
-    of attention and norms, None where it was not asked for.
+    ``opset`` is the model's, ``hadamards`` the number of online Hadamards in the graph. ``fused`` is what became of
+    attention and norms, None where it was not asked for.
     """
 
-    path: Path
-    files: tuple[Path, ...]
-    bytes: int
     opset: int
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
     hadamards: int
-    certificate: FileCertificate | None
-    uncertified: str
-    seconds: Mapping[str, float]
     fused: Fused | None = None
+
+    KEYS: ClassVar[tuple[str, ...]] = (
+        "path", "files", "bytes", "opset", "inputs", "outputs", "hadamards", "certificate", "uncertified", "seconds",
+        "fused",
+    )  # fmt: skip
 
     def fused_lines(self) -> list[str]:
         """What was fused, and a line for every attention that was not; nothing where it was not asked for."""
         return [] if self.fused is None else [self.fused.summary, *(f"not fused: {why}" for why in self.fused.kept)]
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able."""
-        return {
-            "path": str(self.path),
-            "files": [str(file) for file in self.files],
-            "bytes": self.bytes,
-            "opset": self.opset,
-            "inputs": list(self.inputs),
-            "outputs": list(self.outputs),
-            "hadamards": self.hadamards,
-            "certificate": None if self.certificate is None else self.certificate.to_dict(),
-            "uncertified": self.uncertified,
-            "seconds": dict(self.seconds),
-            "fused": None if self.fused is None else self.fused.to_dict(),
-        }
 
 
 def export(
@@ -136,29 +113,22 @@ def export(
         raise ConfigError(
             f"one ONNX file cannot hold {weights:,} bytes of weights: leave external_data at None or set it to True"
         )
-    with staged(target.parent, weights) as staging:
+
+    def save(path: Path) -> None:
         clock.start("write")
-        ir.save(model, staging / target.name, external_data=data_name(target) if external else None)
-        written = sorted(staging.iterdir())
-        size = sum(file.stat().st_size for file in written)
-        clock.start("certify")
-        certificate, uncertified = _certify(ep, staging / target.name, inputs, verify, weights, fused)
-    files = tuple(target.parent / file.name for file in written)
-    remove_stale_data(target, files)
-    clock.stop()
-    return OnnxReport(
-        path=target,
-        files=files,
-        bytes=size,
-        opset=model.opset_imports[""],
-        inputs=tuple(names.inputs),
-        outputs=tuple(names.outputs),
-        hadamards=hadamards,
-        certificate=certificate,
-        uncertified=uncertified,
-        seconds=clock.seconds,
-        fused=fused,
-    )
+        ir.save(model, path, external_data=data_name(target) if external else None)
+
+    def compare(path: Path) -> FileCertificate | str:
+        try:
+            return certify(ep, path, inputs, fused=fused is not None and fused.attention > 0)
+        except NoKernelError as error:
+            if verify:
+                raise
+            return str(error)
+
+    report = write_certified(target, names, clock, save, compare, weights=weights, verify=verify)
+    remove_stale_data(target, report.files)
+    return OnnxReport(**vars(report), opset=model.opset_imports[""], hadamards=hadamards, fused=fused)
 
 
 def _finish(model: ir.Model, names: GraphNames, metadata: Mapping[str, str]) -> int:
@@ -185,21 +155,3 @@ def _record(ep: ExportedProgram, names: GraphNames) -> dict[str, str]:
     data["inputs"] = {names.inputs[names.input_index[name]]: carried for name, carried in data["inputs"].items()}
     data["outputs"] = {names.outputs[names.output_index[int(i)]]: carried for i, carried in data["outputs"].items()}
     return {"spinpass.record": json.dumps(data)}
-
-
-def _certify(
-    ep: ExportedProgram, path: Path, inputs: object, verify: bool | None, weights: int, fused: Fused | None
-) -> tuple[FileCertificate | None, str]:
-    """The certificate, or None and why there is none. Raises VerificationError where it fails."""
-    if verify is False:
-        return None, "switched off"
-    if verify is None and weights > VERIFY_LIMIT:
-        return None, f"{weights:,} bytes of weights are above the limit of {VERIFY_LIMIT:,}: pass verify=True"
-    try:
-        certificate = certify(ep, path, inputs, fused=fused is not None and fused.attention > 0)
-    except NoKernelError as error:
-        if verify:
-            raise
-        return None, str(error)
-    certificate.raise_if_failed()
-    return certificate, ""

@@ -24,6 +24,7 @@ from torch.export import Dim, ExportedProgram
 from spinpass import record
 from spinpass.certificate import files as file_certificate
 from spinpass.errors import ConfigError, ExportError, ProgramError, VerificationError
+from spinpass.exporters import certified_file
 from spinpass.exporters import names as onnx_names
 from spinpass.exporters.onnx import certificate as onnx_certificate
 from spinpass.exporters.onnx import writer as exporter
@@ -545,7 +546,7 @@ def test_factors_in_the_wrong_order_are_caught(tmp_path: Path, monkeypatch: pyte
 def test_switched_off_and_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     report = exporter.export(program(), tmp_path / "m.onnx", verify=False)
     assert report.certificate is None and report.uncertified == "switched off"
-    monkeypatch.setattr(exporter, "VERIFY_LIMIT", 10)
+    monkeypatch.setattr(certified_file, "CERTIFY_BYTES", 10)
     report = exporter.export(program(), tmp_path / "m.onnx")
     assert report.certificate is None and "above the limit of 10: pass verify=True" in report.uncertified
     assert exporter.export(program(), tmp_path / "m.onnx", verify=True).certificate is not None
