@@ -22,7 +22,7 @@ _ELEMENTWISE = {"Identity", "Cast", "Add", "Sub", "Mul", "Div", "Tanh", "Clip"}
 
 
 @dataclass(frozen=True)
-class Packed:
+class PackedMatrix:
     """A quantized matrix of N columns and K rows, as the inputs of ``MatMulNBits``."""
 
     rows: int
@@ -48,7 +48,7 @@ class Work:
     tables: int = 0
     shared: int = 0
     kept: list[str] = field(default_factory=list)
-    packed: dict[tuple[str, bool, int], Packed] = field(default_factory=dict)
+    packed: dict[tuple[str, bool, int], PackedMatrix] = field(default_factory=dict)
 
     def run(self) -> None:
         nodes = [node for node in self.graph if node.domain in ("", "ai.onnx")]
@@ -121,7 +121,7 @@ class Work:
             return f"its shape {list(shape)} is not that of a matrix"
         return f"its shape {list(shape)} is smaller than a block" if max(shape) < self.block_size else ""
 
-    def _pack(self, constant: ir.Value, by_column: bool, bits: int) -> Packed:
+    def _pack(self, constant: ir.Value, by_column: bool, bits: int) -> PackedMatrix:
         """Quantize along the contracted axis: rows, or the columns of a constant that is used transposed. Once per
         constant."""
         key = (str(constant.name), by_column, bits)
@@ -129,7 +129,7 @@ class Work:
             self.packed[key] = self.quantized(constant, by_column, bits)
         return self.packed[key]
 
-    def quantized(self, constant: ir.Value, by_column: bool, bits: int) -> Packed:
+    def quantized(self, constant: ir.Value, by_column: bool, bits: int) -> PackedMatrix:
         """The integers of a constant, as constants of the graph."""
         assert constant.const_value is not None
         array = constant.const_value.numpy()
@@ -140,7 +140,7 @@ class Work:
         inputs = [self.constant(name, data), self.constant(f"{name}.scales", scales.astype(kind))]
         if not self.symmetric:
             inputs.append(self.constant(f"{name}.zero_points", zero_points))
-        return Packed(matrix.shape[0], matrix.shape[1], bits, self.block_size, tuple(inputs))
+        return PackedMatrix(matrix.shape[0], matrix.shape[1], bits, self.block_size, tuple(inputs))
 
     def constant(self, name: str, array: np.ndarray[Any, Any]) -> ir.Value:
         unique = name

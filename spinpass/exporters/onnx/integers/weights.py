@@ -28,7 +28,7 @@ from ..blocks import STORED_BITS, block_size, blocks, packed_bits
 from ..operators.hadamard import Body
 from .copies import QuantizeReport, load, write_quantized
 from .kernels import IntegerProducts, arrays, has_integer_kernel, is_rounded_per_token
-from .rewrite import Packed, Work, constant_matrix
+from .rewrite import PackedMatrix, Work, constant_matrix
 
 
 def pack_weights(
@@ -130,7 +130,7 @@ class _Packing(Work):
     def table_bits_of(self, constant: ir.Value) -> int | None:
         return self.bits_of(constant, True, False)
 
-    def quantized(self, constant: ir.Value, by_column: bool, bits: int) -> Packed:
+    def quantized(self, constant: ir.Value, by_column: bool, bits: int) -> PackedMatrix:
         name = self._name(constant, by_column)
         assert name is not None and constant.const_value is not None  # by its bits
         self.found.add(name)
@@ -146,7 +146,7 @@ class _Packing(Work):
         ]
         if bool((zeros != 2 ** (bits - 1)).any()):
             inputs.append(self.constant(f"{label}.zero_points", packed_bits(zeros, bits)))
-        return Packed(columns, rows, bits, block, tuple(inputs))
+        return PackedMatrix(columns, rows, bits, block, tuple(inputs))
 
     def _name(self, constant: ir.Value, by_column: bool) -> str | None:
         if constant.const_value is None or len(constant.const_value.shape) != 2:
