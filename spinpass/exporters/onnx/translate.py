@@ -29,9 +29,9 @@ from spinpass.graph import is_op, mutates
 from spinpass.quantization import decode_scales
 
 from ..refusals import refuse_fake_weights, refuse_mutation
-from .operators import hadamard as onnx_functions
-from .operators import packed_linear as onnx_packed
-from .operators import rounding as onnx_rounding
+from .operators.hadamard import hadamard_translation
+from .operators.packed_linear import packed_linear_translation
+from .operators.rounding import round_rows_translation, round_tokens_translation, translate_round_tensor
 
 _RULES = (
     rules.add_0_rule,
@@ -72,11 +72,11 @@ def translate(ep: ExportedProgram, opset: int | None) -> ir.Model:
 
     ep = decode_scales(ep)
     table: dict[Any, Callable[..., Any]] = {
-        torch.ops.spinpass.hadamard.default: onnx_functions.translation(),
-        torch.ops.spinpass.round_tokens.default: onnx_rounding.round_tokens(),
-        torch.ops.spinpass.round_rows.default: onnx_rounding.round_rows(),
-        torch.ops.spinpass.round_tensor.default: onnx_rounding.round_tensor,
-        torch.ops.spinpass.packed_linear.default: onnx_packed.translation(),
+        torch.ops.spinpass.hadamard.default: hadamard_translation(),
+        torch.ops.spinpass.round_tokens.default: round_tokens_translation(),
+        torch.ops.spinpass.round_rows.default: round_rows_translation(),
+        torch.ops.spinpass.round_tensor.default: translate_round_tensor,
+        torch.ops.spinpass.packed_linear.default: packed_linear_translation(),
         **_CASTS,
     }
     with _quiet():

@@ -24,13 +24,12 @@ from spinpass.runtime import NoKernelError
 
 from ..certified_file import Clock, FileReport, write_certified
 from ..names import GraphNames, Names, renamed, signature_names
-from . import translate as onnx_translate
 from .certificate import certify
-from .fusion import fuse as onnx_fuse
-from .fusion.fuse import Fused
-from .operators import hadamard as onnx_functions
-from .operators import packed_linear as onnx_packed
-from .operators import rounding as onnx_rounding
+from .fusion.fuse import Fused, fuse_model
+from .operators.hadamard import attach_hadamards
+from .operators.packed_linear import lower_packed_linears
+from .operators.rounding import attach_roundings
+from .translate import translate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,8 +102,8 @@ def export(
     clock = Clock(progress)
     clock.start("translate")
     names = renamed(signature_names(ep), input_names, output_names)
-    model = onnx_translate.translate(ep, opset)
-    fused = onnx_fuse.fuse(model) if fuse else None
+    model = translate(ep, opset)
+    fused = fuse_model(model) if fuse else None
     about = {} if fused is None else {"spinpass.fused": json.dumps(fused.to_dict())}
     hadamards = _finish(model, names, _record(ep, names) | about | dict(metadata or {}))
     weights = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
@@ -136,9 +135,9 @@ def _finish(model: ir.Model, names: GraphNames, metadata: Mapping[str, str]) -> 
     there are.
     """
     common.ClearMetadataAndDocStringPass()(model)
-    onnx_packed.lower(model)
-    hadamards = onnx_functions.attach(model)
-    onnx_rounding.attach(model)
+    lower_packed_linears(model)
+    hadamards = attach_hadamards(model)
+    attach_roundings(model)
     for value, name in zip((*model.graph.inputs, *model.graph.outputs), (*names.inputs, *names.outputs), strict=True):
         value.name = name
     common.NameFixPass()(model)

@@ -12,8 +12,8 @@ import torch
 from transformers.exporters.exporter_onnx import OnnxExporter
 
 from spinpass import operators  # noqa: F401  # registers the operator that is translated
-from spinpass.exporters.onnx.operators import hadamard as onnx_functions
 
+from ..onnx.operators.hadamard import attach_hadamards, hadamard_translation
 from .mixin import RotationMixin
 from .quantizers import calibrated, refuse_graph_quantizer
 
@@ -36,7 +36,7 @@ class RotatedOnnxExporter(OnnxExporter, RotationMixin):
         with _hadamards_translated():
             plain = dataclasses.replace(config, quantizer=None)
             converted, metadata = super().export_program(model, sample_inputs, plain)
-        onnx_functions.attach(converted)
+        attach_hadamards(converted)
         quantizer = calibrated(config, sample_inputs, self.rotated_program).quantizer
         if quantizer is not None:
             functions = dict(converted.functions)
@@ -53,7 +53,7 @@ def _hadamards_translated() -> Iterator[None]:
     table: dict[Any, Any] = exporter._ONNX_TRANSLATION_TABLE  # noqa: SLF001  # OnnxExporter has no argument for translations
     operator = torch.ops.spinpass.hadamard.default
     before = table.get(operator)
-    table[operator] = onnx_functions.translation()
+    table[operator] = hadamard_translation()
     try:
         yield
     finally:

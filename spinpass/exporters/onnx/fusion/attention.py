@@ -16,7 +16,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from ..operators import hadamard as onnx_functions
+from ..operators.hadamard import DOMAIN, is_hadamard
 from .attention_pattern import CachedAttention, NoMatchError, match_attention
 from .builder import CONTRIB, Builder
 from .mask import Mask, read_mask
@@ -167,7 +167,7 @@ def _untransposed(builder: Builder, x: ir.Value) -> ir.Value | None:
 def _hadamard(builder: Builder, x: ir.Value) -> ir.Value | None:
     """Blocks along the last axis: heads side by side are more of them."""
     node = x.producer()
-    if node is None or not onnx_functions.is_call(node) or node.inputs[0] is None:
+    if node is None or not is_hadamard(node) or node.inputs[0] is None:
         return None
     inner = flat(builder, node.inputs[0])
     return builder.add(node.op_type, [inner], inner, domain=node.domain, **_attributes(node))
@@ -184,7 +184,7 @@ def _rotary(builder: Builder, x: ir.Value) -> ir.Value | None:
 def _per_head(builder: Builder, x: ir.Value) -> ir.Value | None:
     """Roundings and norms of each head's vector: between two Reshapes."""
     node = x.producer()
-    if node is None or not (node.domain == onnx_functions.DOMAIN or node.op_type == NORM) or len(sizes(x)) != 4:
+    if node is None or not (node.domain == DOMAIN or node.op_type == NORM) or len(sizes(x)) != 4:
         return None
     assert node.inputs[0] is not None
     batch, heads, tokens, size = sizes(x)

@@ -42,7 +42,7 @@ class Fused:
         return asdict(self) | {"kept": list(self.kept)}
 
 
-def fuse(model: ir.Model) -> Fused:
+def fuse_model(model: ir.Model) -> Fused:
     """Fuse what can be fused in ``model``, in place. It computes the same function."""
     builder = Builder(model.graph)
     fuse_rotary(model.graph, builder)

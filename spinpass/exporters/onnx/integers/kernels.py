@@ -18,7 +18,7 @@ import onnx_ir as ir
 from spinpass.quantization import QuantizedWeight
 
 from ..operators.hadamard import Body
-from ..operators.rounding import ROWS, TOKENS, arguments, codes_of, factor_of, is_call
+from ..operators.rounding import ROWS, TOKENS, codes_of, factor_of, is_rounding, rounding_arguments
 
 _MIDDLE = 128
 _UINT8, _FLOAT, _DOUBLE = ir.DataType.UINT8, ir.DataType.FLOAT, ir.DataType.DOUBLE
@@ -28,13 +28,15 @@ _Weight = tuple[ir.Value, ir.Value, ir.Value]
 def is_rounded_per_token(x: ir.Value) -> bool:
     """The value is what symmetric int8 codes per token stand for."""
     node = x.producer()
-    return node is not None and is_call(node, TOKENS) and arguments(node) == (8, True)
+    return node is not None and is_rounding(node, TOKENS) and rounding_arguments(node) == (8, True)
 
 
 def is_static(x: ir.Value) -> bool:
     """The value is what uint8 codes with one scale stand for, large tokens scaled perhaps."""
     node = x.producer()
-    if node is None or not (node.op_type == "DequantizeLinear" or (is_call(node, ROWS) and arguments(node)[0] == 8)):
+    if node is None or not (
+        node.op_type == "DequantizeLinear" or (is_rounding(node, ROWS) and rounding_arguments(node)[0] == 8)
+    ):
         return False
     scale = node.inputs[1]
     # a range for every channel cannot be taken out of the sum over channels

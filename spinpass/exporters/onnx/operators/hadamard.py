@@ -22,15 +22,15 @@ from spinpass.rotations import hadamard
 
 DOMAIN = "spinpass"
 VERSION = 1
-OP = "Hadamard"
+HADAMARD = "Hadamard"
 
 _COMPUTE = {ir.DataType.DOUBLE: (ir.DataType.DOUBLE, np.float64)}
 _DEFAULT_COMPUTE = (ir.DataType.FLOAT, np.float32)
 
 
-def translation() -> Callable[..., Any]:
+def hadamard_translation() -> Callable[..., Any]:
     """What ``torch.onnx.export`` should emit for ``torch.ops.spinpass.hadamard``: the opaque node."""
-    call = onnxscript.values.Op(onnxscript.values.Opset(DOMAIN, VERSION), OP, _schema())
+    call = onnxscript.values.Op(onnxscript.values.Opset(DOMAIN, VERSION), HADAMARD, _schema())
 
     def hadamard_node(x: Any, order: int, transpose: bool = False) -> Any:
         y = call(x, order=order, transpose=int(transpose))
@@ -40,14 +40,14 @@ def translation() -> Callable[..., Any]:
     return hadamard_node
 
 
-def attach(model: ir.Model) -> int:
+def attach_hadamards(model: ir.Model) -> int:
     """Give every opaque node of ``model`` its function, changing the model in place; the number of such nodes.
 
     The function is called ``Hadamard_<order>[x<blocks>][_transposed]_rank<rank>_<dtype>``, ``blocks`` being how many
     blocks of ``order`` lie side by side on the last axis. Raises ExportError where the size of that axis is dynamic.
     """
     opset = model.opset_imports[""]
-    nodes = list(calls(model))
+    nodes = list(hadamard_calls(model))
     for node in nodes:
         y = node.outputs[0]
         assert y.shape is not None and y.dtype is not None  # torch.onnx sets both from the program's own values
@@ -57,7 +57,7 @@ def attach(model: ir.Model) -> int:
             raise ExportError(
                 f"an online Hadamard of order {order} runs along an axis of the dynamic size {size}: make it static"
             )
-        name = function_name(order, size // order, rank, dtype, transpose=transpose)
+        name = hadamard_name(order, size // order, rank, dtype, transpose=transpose)
         node.op_type = name
         if (DOMAIN, name, "") not in model.functions:
             function = _function(name, order, size // order, rank, dtype, transpose, opset)
@@ -67,26 +67,26 @@ def attach(model: ir.Model) -> int:
     return len(nodes)
 
 
-def calls(model: ir.Model) -> Iterator[ir.Node]:
-    """The online Hadamards of a model, before or after :func:`attach`."""
-    return filter(is_call, model.graph.all_nodes())
+def hadamard_calls(model: ir.Model) -> Iterator[ir.Node]:
+    """The online Hadamards of a model, before or after :func:`attach_hadamards`."""
+    return filter(is_hadamard, model.graph.all_nodes())
 
 
-def is_call(node: ir.Node) -> bool:
+def is_hadamard(node: ir.Node) -> bool:
     """The node is an online Hadamard."""
-    return node.domain == DOMAIN and node.op_type.startswith(OP)
+    return node.domain == DOMAIN and node.op_type.startswith(HADAMARD)
 
 
-def function_name(order: int, blocks: int, rank: int, dtype: ir.DataType, *, transpose: bool) -> str:
+def hadamard_name(order: int, blocks: int, rank: int, dtype: ir.DataType, *, transpose: bool) -> str:
     size = f"{order}x{blocks}" if blocks > 1 else f"{order}"
-    return f"{OP}_{size}{'_transposed' if transpose else ''}_rank{rank}_{dtype.name.lower()}"
+    return f"{HADAMARD}_{size}{'_transposed' if transpose else ''}_rank{rank}_{dtype.name.lower()}"
 
 
 def _schema() -> onnx.defs.OpSchema:
     floats = ["tensor(float16)", "tensor(bfloat16)", "tensor(float)", "tensor(double)"]
     integer = onnx.defs.OpSchema.AttrType.INT
     return onnx.defs.OpSchema(
-        OP,
+        HADAMARD,
         DOMAIN,
         VERSION,
         inputs=[onnx.defs.OpSchema.FormalParameter("x", "T")],

@@ -31,12 +31,12 @@ from ..blocks import STORED_BITS, block_size, blocks, packed_bits
 from ..fusion.builder import CONTRIB
 from .hadamard import DOMAIN, VERSION
 
-OP = "PackedLinear"
+PACKED_LINEAR = "PackedLinear"
 
 
-def translation() -> Callable[..., Any]:
+def packed_linear_translation() -> Callable[..., Any]:
     """What ``torch.onnx.export`` should emit for ``torch.ops.spinpass.packed_linear``: the opaque node, and an Add."""
-    call = onnxscript.values.Op(onnxscript.values.Opset(DOMAIN, VERSION), OP, _schema())
+    call = onnxscript.values.Op(onnxscript.values.Opset(DOMAIN, VERSION), PACKED_LINEAR, _schema())
 
     def packed_linear(x: Any, qweight: Any, scales: Any, qzeros: Any, g_idx: Any, bias: Any, bits: int) -> Any:
         order = () if g_idx is None else (g_idx,)
@@ -47,13 +47,13 @@ def translation() -> Callable[..., Any]:
     return packed_linear
 
 
-def lower(model: ir.Model) -> int:
+def lower_packed_linears(model: ir.Model) -> int:
     """Replace the opaque nodes of ``model`` and their constants, in place; the number of such nodes.
 
     Raises ExportError: groups that MatMulNBits cannot take.
     """
     made: dict[tuple[str, ...], _Operands] = {}
-    nodes = [node for node in model.graph if node.domain == DOMAIN and node.op_type == OP]
+    nodes = [node for node in model.graph if node.domain == DOMAIN and node.op_type == PACKED_LINEAR]
     replaced: set[ir.Value] = set()
     for node in nodes:
         x, *constants = node.inputs
@@ -153,7 +153,7 @@ def _schema() -> onnx.defs.OpSchema:
     formal, option = onnx.defs.OpSchema.FormalParameter, onnx.defs.OpSchema.FormalParameterOption
     floats = ["tensor(float16)", "tensor(bfloat16)", "tensor(float)", "tensor(double)"]
     return onnx.defs.OpSchema(
-        OP,
+        PACKED_LINEAR,
         DOMAIN,
         VERSION,
         inputs=[

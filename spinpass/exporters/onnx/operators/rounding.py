@@ -24,7 +24,7 @@ TOKENS, ROWS = "RoundTokens", "RoundRows"
 _UINT8, _FLOAT, _DOUBLE = ir.DataType.UINT8, ir.DataType.FLOAT, ir.DataType.DOUBLE
 
 
-def round_tokens() -> Callable[..., Any]:
+def round_tokens_translation() -> Callable[..., Any]:
     """What ``torch.onnx.export`` should emit for ``torch.ops.spinpass.round_tokens``: an opaque node."""
     call = onnxscript.values.Op(_OPSET, TOKENS, _schema(TOKENS, ("x", "clip"), ("bits", "symmetric")))
 
@@ -34,7 +34,7 @@ def round_tokens() -> Callable[..., Any]:
     return node
 
 
-def round_rows() -> Callable[..., Any]:
+def round_rows_translation() -> Callable[..., Any]:
     """For ``torch.ops.spinpass.round_rows``: an opaque node."""
     call = onnxscript.values.Op(_OPSET, ROWS, _schema(ROWS, ("x", "scale", "zero", "limit"), ("bits",)))
 
@@ -44,7 +44,7 @@ def round_rows() -> Callable[..., Any]:
     return node
 
 
-def round_tensor(x: Any, scale: Any, zero: Any, bits: int) -> Any:
+def translate_round_tensor(x: Any, scale: Any, zero: Any, bits: int) -> Any:
     """For ``torch.ops.spinpass.round_tensor``: standard ops."""
     dtype = x.dtype
     if bits == 8 and dtype == _FLOAT:
@@ -58,13 +58,13 @@ def round_tensor(x: Any, scale: Any, zero: Any, bits: int) -> Any:
     return op.Cast(op.Mul(op.Sub(codes, middle), step), to=dtype.value)
 
 
-def attach(model: ir.Model) -> int:
+def attach_roundings(model: ir.Model) -> int:
     """Give every opaque node of ``model`` its function, changing the model in place; the number of such nodes."""
-    nodes = [n for n in model.graph.all_nodes() if is_call(n, TOKENS) or is_call(n, ROWS)]
+    nodes = [n for n in model.graph.all_nodes() if is_rounding(n, TOKENS) or is_rounding(n, ROWS)]
     for node in nodes:
         dtype = node.outputs[0].dtype
         assert dtype is not None  # torch.onnx sets it from the program's own value
-        build = _tokens if is_call(node, TOKENS) else _rows
+        build = _tokens if is_rounding(node, TOKENS) else _rows
         function = build(node, dtype, model.opset_imports[""])
         node.op_type = function.name
         model.functions.setdefault(function.identifier(), function)
@@ -73,12 +73,12 @@ def attach(model: ir.Model) -> int:
     return len(nodes)
 
 
-def is_call(node: ir.Node | None, name: str) -> bool:
-    """The node is a rounding of this kind, before or after :func:`attach`."""
+def is_rounding(node: ir.Node | None, name: str) -> bool:
+    """The node is a rounding of this kind, before or after :func:`attach_roundings`."""
     return node is not None and node.domain == DOMAIN and node.op_type.startswith(name)
 
 
-def arguments(node: ir.Node) -> tuple[int, bool]:
+def rounding_arguments(node: ir.Node) -> tuple[int, bool]:
     """(bits, symmetric) of a rounding."""
     symmetric = node.attributes.get("symmetric")
     return node.attributes["bits"].as_int(), symmetric is not None and bool(symmetric.as_int())
@@ -112,7 +112,7 @@ def _schema(name: str, inputs: tuple[str, ...], attributes: tuple[str, ...]) -> 
 
 
 def _tokens(node: ir.Node, dtype: ir.DataType, opset: int) -> ir.Function:
-    bits, symmetric = arguments(node)
+    bits, symmetric = rounding_arguments(node)
     body, compute = Body(), _compute(dtype)
     x, clip = inputs = (ir.Value(name="x"), ir.Value(name="clip"))
     share = body.cast(clip, _DOUBLE, compute)
@@ -125,7 +125,7 @@ def _tokens(node: ir.Node, dtype: ir.DataType, opset: int) -> ir.Function:
 
 
 def _rows(node: ir.Node, dtype: ir.DataType, opset: int) -> ir.Function:
-    bits, _ = arguments(node)
+    bits, _ = rounding_arguments(node)
     body, compute = Body(), _compute(dtype)
     x, scale, zero, limit = inputs = [ir.Value(name=n) for n in ("x", "scale", "zero", "limit")]
     wide = body.cast(x, dtype, compute)
