@@ -36,7 +36,7 @@ class PteCertificate(FileCertificate):
         return super().to_dict() | {"steps": self.steps}
 
 
-def certify(ep: ExportedProgram, path: Path, inputs: object = None, bound: float | None = None) -> PteCertificate:
+def certify_pte(ep: ExportedProgram, path: Path, inputs: object = None, bound: float | None = None) -> PteCertificate:
     """Run the file at ``path`` and ``ep`` on ``inputs`` and compare; a program that keeps a cache in its buffers is run
     on, each on the cache that it wrote itself.
 

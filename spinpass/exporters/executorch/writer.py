@@ -32,7 +32,7 @@ from spinpass.quantization import Quantized
 
 from ..certified_file import Clock, FileReport, write_certified
 from ..names import signature_names
-from .certificate import PteCertificate, certify
+from .certificate import PteCertificate, certify_pte
 from .integers import IntegerLayers, with_integer_layers
 
 Backend = Literal["xnnpack", "portable"]
@@ -108,7 +108,7 @@ def export(
             manager.write_to_file(stream)
 
     def compare(file: Path) -> PteCertificate:
-        return certify(lowered.program, file, inputs, INTEGER_BOUND if lowered.layers else None)
+        return certify_pte(lowered.program, file, inputs, INTEGER_BOUND if lowered.layers else None)
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's and ExecuTorch's own; what matters is an error or in the report

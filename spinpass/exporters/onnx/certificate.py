@@ -23,7 +23,7 @@ KIND = "ONNX file"
 _CACHE_RANK = 4
 
 
-def certify(ep: ExportedProgram, path: Path, inputs: object = None, *, fused: bool = False) -> FileCertificate:
+def certify_onnx(ep: ExportedProgram, path: Path, inputs: object = None, *, fused: bool = False) -> FileCertificate:
     """Run the file at ``path`` (CPU, default optimisations) and ``ep`` on ``inputs`` and compare.
 
     ``inputs`` as in :func:`spinpass.execution.flat_inputs`; None makes them from the program's own specs. Inputs and

@@ -1,6 +1,6 @@
 """An ONNX file against any program of the same model: the original of a rotated file, say.
 
-Where :func:`.certificate.certify` compares a file with the program it was written from, the two here may carry a
+Where :func:`.certificate.certify_onnx` compares a file with the program it was written from, the two here may carry a
 KV cache in different bases. What each says about itself (:mod:`spinpass.record`; ``spinpass.record`` in the file's
 metadata) is undone: both are given the same cache in their own basis, and both results are read in the plain one.
 """

@@ -24,7 +24,7 @@ from spinpass.runtime import NoKernelError
 
 from ..certified_file import Clock, FileReport, write_certified
 from ..names import GraphNames, Names, renamed, signature_names
-from .certificate import certify
+from .certificate import certify_onnx
 from .fusion.fuse import Fused, fuse_model
 from .operators.hadamard import attach_hadamards
 from .operators.packed_linear import lower_packed_linears
@@ -119,7 +119,7 @@ def export(
 
     def compare(path: Path) -> FileCertificate | str:
         try:
-            return certify(ep, path, inputs, fused=fused is not None and fused.attention > 0)
+            return certify_onnx(ep, path, inputs, fused=fused is not None and fused.attention > 0)
         except NoKernelError as error:
             if verify:
                 raise

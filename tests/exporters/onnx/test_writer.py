@@ -566,13 +566,13 @@ def test_own_inputs(tmp_path: Path) -> None:
     assert report.certificate is not None and report.certificate.inputs == ("x float32[4, 6, 8]",)
     static = exporter.export(program(), tmp_path / "static.onnx")
     with pytest.raises(ExportError, match=r"cannot run the model: .*Got invalid dimensions"):
-        onnx_certificate.certify(program(dynamic=True), static.path, (torch.randn(4, 6, 8),))
+        onnx_certificate.certify_onnx(program(dynamic=True), static.path, (torch.randn(4, 6, 8),))
 
 
 def test_a_damaged_file(tmp_path: Path) -> None:
     (tmp_path / "m.onnx").write_bytes(b"not a model")
     with pytest.raises(ExportError, match=r"cannot load m.onnx"):
-        onnx_certificate.certify(program(), tmp_path / "m.onnx")
+        onnx_certificate.certify_onnx(program(), tmp_path / "m.onnx")
 
 
 def test_errors_that_are_not_finite_become_text() -> None:
