@@ -171,11 +171,11 @@ def _transformers_onnx(runtime: str, case: Case) -> Row:
 
 def _openvino(runtime: str, case: Case) -> Row:
     from spinpass.exporters import openvino
-    from spinpass.runtime import CompiledModel, generate
+    from spinpass.runtime import CompiledModel, generate_openvino
 
     program = spinpass.transform(case.loaded.program, case.config)
     model = CompiledModel(openvino.export(program, case.folder / "openvino").path, threads=1)
-    return _compared(runtime, case, lambda ids, new: generate(model, ids, new, end=_ends(case)))
+    return _compared(runtime, case, lambda ids, new: generate_openvino(model, ids, new, end=_ends(case)))
 
 
 def _executorch(runtime: str, case: Case) -> Row:

@@ -18,7 +18,7 @@ from spinpass.certificate import Comparison, FileCertificate
 from spinpass.errors import ConfigError, ExportError, ProgramError
 from spinpass.graph import shape, value
 from spinpass.passes import lower_hadamards
-from spinpass.runtime import CompiledModel, import_openvino, reason
+from spinpass.runtime import CompiledModel, import_openvino, openvino_reason
 
 from .certified_file import Clock, FileReport, write_certified
 from .names import GraphNames, Names, renamed, signature_names
@@ -99,7 +99,7 @@ def _convert(openvino: Any, program: ExportedProgram) -> Any:
         return openvino.convert_model(program)
     except Exception as error:  # the frontend's errors have no common base below Exception
         raise ExportError(
-            f"OpenVINO {openvino.__version__} cannot convert the program: {reason(error)}; "
+            f"OpenVINO {openvino.__version__} cannot convert the program: {openvino_reason(error)}; "
             "replace that operator or decompose it before the export"
         ) from error
 

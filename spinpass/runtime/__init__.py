@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from .decoder import OrtDecoder
 from .onnx_graph import DecoderGraph, State
-from .onnx_session import DTYPES, NoKernelError, from_ort, open_session, run, to_ort
-from .openvino_session import CompiledModel, generate, import_openvino, reason
+from .onnx_session import DTYPES, NoKernelError, from_ort, open_session, run_session, to_ort
+from .openvino_session import CompiledModel, generate_openvino, import_openvino, openvino_reason
 from .ort_model import OrtModel
 from .sampling import Sampling
 from .text_pieces import Pieces
@@ -31,11 +31,11 @@ __all__ = [
     "Sampling",
     "State",
     "from_ort",
-    "generate",
+    "generate_openvino",
     "import_openvino",
     "open_session",
-    "reason",
-    "run",
+    "openvino_reason",
+    "run_session",
     "to_ort",
 ]
 

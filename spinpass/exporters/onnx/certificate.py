@@ -17,7 +17,7 @@ from torch.export import ExportedProgram
 from spinpass import execution
 from spinpass.certificate import Comparison, FileCertificate, badness
 from spinpass.execution import Sizes, UserInput
-from spinpass.runtime import from_ort, open_session, run, to_ort
+from spinpass.runtime import from_ort, open_session, run_session, to_ort
 
 KIND = "ONNX file"
 _CACHE_RANK = 4
@@ -45,7 +45,7 @@ def _certify(ep: ExportedProgram, session: Any, values: object) -> FileCertifica
     comparison = Comparison.of(ep, values)
     names = [i.name for i in session.get_inputs()]
     feed = {name: to_ort(value) for name, value in zip(names, comparison.fed, strict=True)}
-    results = map(from_ort, run(session, feed))
+    results = map(from_ort, run_session(session, feed))
     return comparison.certificate(names, [o.name for o in session.get_outputs()], results, KIND)
 
 

@@ -20,7 +20,7 @@ from spinpass import execution, record
 from spinpass.certificate import BOUNDS, FileCertificate, FileOutput, compare
 from spinpass.errors import VerificationError
 from spinpass.record import Carried
-from spinpass.runtime import DTYPES, from_ort, open_session, run, to_ort
+from spinpass.runtime import DTYPES, from_ort, open_session, run_session, to_ort
 
 from ..names import signature_names
 from .certificate import KIND
@@ -48,7 +48,7 @@ def compare_file(program: ExportedProgram, path: Path) -> FileCertificate:
         file: to_ort(_rotated(value, there.get(file)))
         for file, value in zip(files, given.values(), strict=True)
     }  # fmt: skip
-    results = map(from_ort, run(session, feed))
+    results = map(from_ort, run_session(session, feed))
     expected = {index: torch.as_tensor(returned[i]) for i, index in names.output_index.items()}
     dtype = max({t.dtype for t in expected.values()} & BOUNDS.keys(), key=_roundoff, default=torch.float32)
     outputs = [
