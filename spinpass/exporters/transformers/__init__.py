@@ -17,6 +17,7 @@ from spinpass.errors import ExportError
 if TYPE_CHECKING:
     from .dynamo import RotatedDynamoExporter
     from .executorch import RotatedExecutorchExporter
+    from .generation import generate_exported
     from .mixin import RotationMixin
     from .onnx import RotatedOnnxExporter
     from .openvino import RotatedOpenVINOExporter
@@ -27,6 +28,7 @@ __all__ = [
     "RotatedOnnxExporter",
     "RotatedOpenVINOExporter",
     "RotationMixin",
+    "generate_exported",
     "register",
 ]
 
@@ -36,6 +38,7 @@ _HOMES = {
     "RotatedOnnxExporter": "onnx",
     "RotatedExecutorchExporter": "executorch",
     "RotatedOpenVINOExporter": "openvino",
+    "generate_exported": "generation",
 }
 _FORMATS = {
     "dynamo": "RotatedDynamoExporter",

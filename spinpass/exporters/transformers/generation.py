@@ -10,7 +10,9 @@ import torch
 from spinpass.errors import ConfigError
 
 
-def generate(exported: Any, ids: Sequence[int], max_new_tokens: int, *, end: Collection[int] = ()) -> list[int]:
+def generate_exported(
+    exported: Any, ids: Sequence[int], max_new_tokens: int, *, end: Collection[int] = ()
+) -> list[int]:
     """Continue ``ids`` greedily with the components ``prefill`` and ``decode`` of an ``ExportedModel``.
 
     The cache that prefill returns is what decode is given, as it is: a rotated pair keeps it in the same basis. Returns

@@ -12,7 +12,7 @@ from spinpass.errors import ConfigError, ExportError
 from spinpass.pipeline import transform
 from spinpass.record import Record
 
-from .caches import Rotated, check_caches
+from .caches import RotatedComponent, check_caches
 from .quantizers import refuse_graph_quantizer
 
 
@@ -37,7 +37,7 @@ class RotationMixin(DynamoExporter):
         if rotation is not None and not isinstance(rotation, RotationConfig):
             raise ConfigError(f"rotation is a {type(rotation).__name__}, not a spinpass.RotationConfig")
         self.rotation = rotation or RotationConfig()
-        self._components: list[Rotated] = []
+        self._components: list[RotatedComponent] = []
         self._last: ExportedProgram | None = None
         super().__init__()  # type: ignore[no-untyped-call]  # transformers leaves it unannotated
 
@@ -58,7 +58,7 @@ class RotationMixin(DynamoExporter):
         refuse_graph_quantizer(config)
         program, metadata = super().export_program(model, sample_inputs, config)
         rotated = transform(program, self.rotation)
-        made = Rotated.of(rotated, metadata.out_spec or "")
+        made = RotatedComponent.of(rotated, metadata.out_spec or "")
         self._components.append(made)
         self._last = rotated
         metadata.packages["spinpass"] = made.record.version
