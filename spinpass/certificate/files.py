@@ -90,7 +90,7 @@ class FileCertificate:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class FileComparison:
     """A program run once: ``fed`` are the tensors that a file of it takes, ``expected`` those that it should return,
     both in the order of the signature and without what export specialised to a constant."""
 
@@ -99,13 +99,13 @@ class Comparison:
     dtype: torch.dtype
 
     @staticmethod
-    def of(ep: ExportedProgram, inputs: object = None) -> Comparison:
+    def of(ep: ExportedProgram, inputs: object = None) -> FileComparison:
         """``inputs`` as in :func:`spinpass.execution.flat_inputs`; None makes them from the program's own specs. Raises
         ConfigError where they do not fit."""
         values = execution.synthetic_inputs(ep) if inputs is None else execution.flat_inputs(ep, inputs)
         returned = zip(execution.run(ep, values), constant_outputs(ep), strict=True)
         constant = {spec.arg.name for spec in ep.graph_signature.input_specs if isinstance(spec.arg, ConstantArgument)}
-        return Comparison(
+        return FileComparison(
             tuple(as_tensor(value) for name, value in values.items() if name not in constant),
             tuple(as_tensor(value) for value, is_constant in returned if not is_constant),
             narrowest_dtype(ep),

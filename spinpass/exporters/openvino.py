@@ -14,7 +14,7 @@ import torch
 from torch.export import ExportedProgram
 
 from spinpass import record
-from spinpass.certificate import Comparison, FileCertificate
+from spinpass.certificate import FileCertificate, FileComparison
 from spinpass.errors import ConfigError, ExportError, ProgramError
 from spinpass.graph import shape, value
 from spinpass.passes import lower_hadamards
@@ -126,7 +126,7 @@ def _fix_shapes(openvino: Any, model: Any, ep: ExportedProgram) -> None:
 
 def _compared(ep: ExportedProgram, path: Path, inputs: object, *, insist: bool) -> FileCertificate | str:
     """The certificate, or why there can be none, which is an ExportError for who ``insist``s on one."""
-    comparison = Comparison.of(ep, inputs)
+    comparison = FileComparison.of(ep, inputs)
     without = {t.dtype for t in (*comparison.fed, *comparison.expected)} - set(_TYPES)
     if without:
         why = f"OpenVINO's Python interface has no {', '.join(map(str, without))}"

@@ -28,7 +28,7 @@ from .static_cache import export_static_cache
 
 __all__ = ["Companions", "LoadedModel", "Source", "load_model", "load_program", "locate", "save_program"]
 
-Kind = Literal["program", "gguf", "transformers"]
+SourceKind = Literal["program", "gguf", "transformers"]
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 _WEIGHTS = ("*.safetensors", "*.bin")
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "auto": "auto"}
@@ -39,7 +39,7 @@ _SAMPLE = (2, 16)  # a batch of one would be specialised to one
 class Source:
     """Where a model is: a ``program`` file, a ``gguf`` file, or a folder or name that ``transformers`` loads."""
 
-    kind: Kind
+    kind: SourceKind
     location: str
     gguf: str | None = None
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from spinpass import execution
-from spinpass.certificate import Comparison, FileCertificate, badness
+from spinpass.certificate import FileCertificate, FileComparison, badness
 from spinpass.execution import Sizes, UserInput
 from spinpass.runtime import from_ort, open_session, run_session, to_ort
 
@@ -42,7 +42,7 @@ def certify_onnx(ep: ExportedProgram, path: Path, inputs: object = None, *, fuse
 
 
 def _certify(ep: ExportedProgram, session: Any, values: object) -> FileCertificate:
-    comparison = Comparison.of(ep, values)
+    comparison = FileComparison.of(ep, values)
     names = [i.name for i in session.get_inputs()]
     feed = {name: to_ort(value) for name, value in zip(names, comparison.fed, strict=True)}
     results = map(from_ort, run_session(session, feed))

@@ -17,7 +17,7 @@ import onnx
 from spinpass.errors import ExportError
 from spinpass.formats import model_path, staged
 
-CONFIG = "genai_config.json"
+GENAI_CONFIG = "genai_config.json"
 _TYPE = "decoder"  # GenAI's own name for a language model of no particular family
 _PAST = re.compile(r"past_key_values\.(\d+)\.(key|value)")
 _PRESENT = re.compile(r"present\.(\d+)\.(key|value)")
@@ -48,8 +48,8 @@ def save_genai_config(folder: str | Path, config: Any, generation_config: Any = 
     path = model_path(folder)
     found = genai_config(path, config, generation_config)
     with staged(path.parent) as staging:
-        (staging / CONFIG).write_text(json.dumps(found, indent=2), encoding="utf-8")
-    return path.parent / CONFIG
+        (staging / GENAI_CONFIG).write_text(json.dumps(found, indent=2), encoding="utf-8")
+    return path.parent / GENAI_CONFIG
 
 
 def genai_config(path: Path, config: Any, generation_config: Any = None) -> dict[str, Any]:

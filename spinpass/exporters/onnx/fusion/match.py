@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-Size = int | ir.SymbolicDim
+AxisSize = int | ir.SymbolicDim
 
 
 def made_by(value: ir.Value | None, *ops: str, domain: str = "") -> ir.Node | None:
@@ -49,12 +49,12 @@ def integer(node: ir.Node, name: str, default: int) -> int:
     return default if found is None else found.as_int()
 
 
-def sizes(value: ir.Value | None) -> Sequence[Size]:
+def sizes(value: ir.Value | None) -> Sequence[AxisSize]:
     """The shape of a value; empty where it is not known."""
     return () if value is None or value.shape is None else tuple(value.shape)
 
 
-def names(shape: Sequence[Size]) -> list[int | str | None]:
+def names(shape: Sequence[AxisSize]) -> list[int | str | None]:
     """Sizes as numbers and symbols; None for what is not known."""
     return [size if isinstance(size, int) else size.value for size in shape]
 
