@@ -22,7 +22,7 @@ from spinpass.rotations import hadamard
 
 DOMAIN = "spinpass"
 VERSION = 1
-HADAMARD = "Hadamard"
+HADAMARD_NODE = "Hadamard"
 
 _COMPUTE = {ir.DataType.DOUBLE: (ir.DataType.DOUBLE, np.float64)}
 _DEFAULT_COMPUTE = (ir.DataType.FLOAT, np.float32)
@@ -30,7 +30,7 @@ _DEFAULT_COMPUTE = (ir.DataType.FLOAT, np.float32)
 
 def hadamard_translation() -> Callable[..., Any]:
     """What ``torch.onnx.export`` should emit for ``torch.ops.spinpass.hadamard``: the opaque node."""
-    call = onnxscript.values.Op(onnxscript.values.Opset(DOMAIN, VERSION), HADAMARD, _schema())
+    call = onnxscript.values.Op(onnxscript.values.Opset(DOMAIN, VERSION), HADAMARD_NODE, _schema())
 
     def hadamard_node(x: Any, order: int, transpose: bool = False) -> Any:
         y = call(x, order=order, transpose=int(transpose))
@@ -74,19 +74,19 @@ def hadamard_calls(model: ir.Model) -> Iterator[ir.Node]:
 
 def is_hadamard(node: ir.Node) -> bool:
     """The node is an online Hadamard."""
-    return node.domain == DOMAIN and node.op_type.startswith(HADAMARD)
+    return node.domain == DOMAIN and node.op_type.startswith(HADAMARD_NODE)
 
 
 def hadamard_name(order: int, blocks: int, rank: int, dtype: ir.DataType, *, transpose: bool) -> str:
     size = f"{order}x{blocks}" if blocks > 1 else f"{order}"
-    return f"{HADAMARD}_{size}{'_transposed' if transpose else ''}_rank{rank}_{dtype.name.lower()}"
+    return f"{HADAMARD_NODE}_{size}{'_transposed' if transpose else ''}_rank{rank}_{dtype.name.lower()}"
 
 
 def _schema() -> onnx.defs.OpSchema:
     floats = ["tensor(float16)", "tensor(bfloat16)", "tensor(float)", "tensor(double)"]
     integer = onnx.defs.OpSchema.AttrType.INT
     return onnx.defs.OpSchema(
-        HADAMARD,
+        HADAMARD_NODE,
         DOMAIN,
         VERSION,
         inputs=[onnx.defs.OpSchema.FormalParameter("x", "T")],

@@ -31,12 +31,12 @@ from ..blocks import STORED_BITS, block_size, blocks, packed_bits
 from ..fusion.builder import CONTRIB
 from .hadamard import DOMAIN, VERSION
 
-PACKED_LINEAR = "PackedLinear"
+PACKED_LINEAR_NODE = "PackedLinear"
 
 
 def packed_linear_translation() -> Callable[..., Any]:
     """What ``torch.onnx.export`` should emit for ``torch.ops.spinpass.packed_linear``: the opaque node, and an Add."""
-    call = onnxscript.values.Op(onnxscript.values.Opset(DOMAIN, VERSION), PACKED_LINEAR, _schema())
+    call = onnxscript.values.Op(onnxscript.values.Opset(DOMAIN, VERSION), PACKED_LINEAR_NODE, _schema())
 
     def packed_linear(x: Any, qweight: Any, scales: Any, qzeros: Any, g_idx: Any, bias: Any, bits: int) -> Any:
         order = () if g_idx is None else (g_idx,)
@@ -53,7 +53,7 @@ def lower_packed_linears(model: ir.Model) -> int:
     Raises ExportError: groups that MatMulNBits cannot take.
     """
     made: dict[tuple[str, ...], _Operands] = {}
-    nodes = [node for node in model.graph if node.domain == DOMAIN and node.op_type == PACKED_LINEAR]
+    nodes = [node for node in model.graph if node.domain == DOMAIN and node.op_type == PACKED_LINEAR_NODE]
     replaced: set[ir.Value] = set()
     for node in nodes:
         x, *constants = node.inputs
@@ -153,7 +153,7 @@ def _schema() -> onnx.defs.OpSchema:
     formal, option = onnx.defs.OpSchema.FormalParameter, onnx.defs.OpSchema.FormalParameterOption
     floats = ["tensor(float16)", "tensor(bfloat16)", "tensor(float)", "tensor(double)"]
     return onnx.defs.OpSchema(
-        PACKED_LINEAR,
+        PACKED_LINEAR_NODE,
         DOMAIN,
         VERSION,
         inputs=[
