@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from .decoder import OrtDecoder
 from .onnx_graph import DecoderGraph, State
-from .onnx_session import DTYPES, NoKernelError, from_ort, open_session, run_session, to_ort
 from .openvino_session import CompiledModel, generate_openvino, import_openvino, openvino_reason
 from .ort_model import OrtModel
 from .sampling import Sampling
@@ -16,6 +15,7 @@ from .text_pieces import Pieces
 
 if TYPE_CHECKING:
     from .executorch_session import PteMethod
+    from .onnx_session import DTYPES, NoKernelError, from_ort, open_session, run_session, to_ort
     from .pte_decoder import PteDecoder
 
 __all__ = [
@@ -39,7 +39,8 @@ __all__ = [
     "to_ort",
 ]
 
-_LAZY = {"PteMethod": "executorch_session", "PteDecoder": "pte_decoder"}
+_SESSION = ("DTYPES", "NoKernelError", "from_ort", "open_session", "run_session", "to_ort")
+_LAZY = dict.fromkeys(_SESSION, "onnx_session") | {"PteMethod": "executorch_session", "PteDecoder": "pte_decoder"}
 
 
 def __getattr__(name: str) -> Any:
