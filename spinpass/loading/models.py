@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import importlib
 import logging
-import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch.export import ExportedProgram
@@ -24,24 +23,13 @@ from spinpass.formats import load_program, save_program, staged
 
 from . import gptq as gptq_model
 from .older_transformers import add_older_words
+from .sources import Source, locate
 from .static_cache import export_static_cache
 
-__all__ = ["Companions", "LoadedModel", "Source", "load_model", "load_program", "locate", "save_program"]
+__all__ = ["Companions", "LoadedModel", "load_model", "load_program", "save_program"]
 
-SourceKind = Literal["program", "gguf", "transformers"]
-_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
-_WEIGHTS = ("*.safetensors", "*.bin")
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "auto": "auto"}
 _SAMPLE = (2, 16)  # a batch of one would be specialised to one
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a model is: a ``program`` file, a ``gguf`` file, or a folder or name that ``transformers`` loads."""
-
-    kind: SourceKind
-    location: str
-    gguf: str | None = None
 
 
 @dataclass(frozen=True)
@@ -74,21 +62,6 @@ class LoadedModel:
     source: Source
     program: ExportedProgram
     companions: Companions | None
-
-
-def locate(model: str | Path) -> Source:
-    """Decide what ``model`` names, without loading anything.
-
-    Raises ConfigError: there is no such file or folder, or it holds no model.
-    """
-    path = Path(model).expanduser()
-    if path.is_file():
-        return _file(path)
-    if path.is_dir():
-        return _folder(path)
-    if not _HUB_NAME.fullmatch(str(model)) or path.suffix in (".pt2", ".gguf", ".onnx", ".safetensors"):
-        raise ConfigError(f"there is no file or folder {model}")
-    return Source("transformers", str(model))
 
 
 def load_model(
@@ -131,25 +104,6 @@ def load_model(
         report("dequantize")
         program = gptq_model.with_values(program, source.location)
     return LoadedModel(source, program, Companions(loaded.config, loaded.generation_config, tokenizer))
-
-
-def _file(path: Path) -> Source:
-    if path.suffix == ".pt2":
-        return Source("program", str(path))
-    if path.suffix == ".gguf":
-        return Source("gguf", str(path.parent), path.name)
-    raise ConfigError(f"{path} is neither a .pt2 nor a .gguf file")
-
-
-def _folder(path: Path) -> Source:
-    if (path / "config.json").is_file() and any(next(path.glob(pattern), None) for pattern in _WEIGHTS):
-        return Source("transformers", str(path))
-    found = sorted(file.name for file in path.glob("*.gguf"))
-    if len(found) == 1:
-        return Source("gguf", str(path), found[0])
-    if found:
-        raise ConfigError(f"{path} holds several GGUF files; name one of {', '.join(found)}")
-    raise ConfigError(f"{path} holds no model: neither config.json with weights nor a GGUF file")
 
 
 def _is_packed(source: Source, dequantize: bool) -> bool:
