@@ -19,14 +19,12 @@ import torch
 from torch.export import ExportedProgram
 
 from spinpass.errors import ConfigError, ExportError
-from spinpass.formats import load_program, save_program, staged
+from spinpass.formats import load_program, staged
 
-from . import gptq as gptq_model
+from .gptq import quantization_method, skeleton, with_values
 from .older_transformers import add_older_words
 from .sources import Source, locate
 from .static_cache import export_static_cache
-
-__all__ = ["Companions", "LoadedModel", "load_model", "load_program", "save_program"]
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "auto": "auto"}
 _SAMPLE = (2, 16)  # a batch of one would be specialised to one
@@ -102,7 +100,7 @@ def load_model(
         program = _exported(loaded, cache, source.location, context)
     if packed:
         report("dequantize")
-        program = gptq_model.with_values(program, source.location)
+        program = with_values(program, source.location)
     return LoadedModel(source, program, Companions(loaded.config, loaded.generation_config, tokenizer))
 
 
@@ -110,7 +108,7 @@ def _is_packed(source: Source, dequantize: bool) -> bool:
     """The folder holds a GPTQ checkpoint. ConfigError where that is not to be dequantized."""
     if source.kind != "transformers" or not Path(source.location).is_dir():
         return False
-    if gptq_model.quantization_method(Path(source.location)) != "gptq":
+    if quantization_method(Path(source.location)) != "gptq":
         return False
     if not dequantize:
         raise ConfigError(
@@ -126,7 +124,7 @@ def _load(source: Source, dtype: Any, packed: bool) -> tuple[Any, Any]:
     where: dict[str, Any] = {"gguf_file": source.gguf} if source.gguf else {}
     try:
         if packed:
-            model = gptq_model.skeleton(transformers, source.location, dtype)
+            model = skeleton(transformers, source.location, dtype)
         else:
             model = transformers.AutoModelForCausalLM.from_pretrained(source.location, dtype=dtype, **where).eval()
     except Exception as error:  # hub, file, configuration and import errors: no common base below Exception

@@ -19,7 +19,7 @@ from spinpass.cli import app as commands
 from spinpass.folders import companions as folder_module
 from spinpass.folders.export import ExportRequest
 from spinpass.formats import staging as files
-from spinpass.loading.models import load_program, save_program
+from spinpass.formats.pt2 import load_program, save_program
 from spinpass.runtime.decoder import OrtDecoder
 from tests.support import folders, programs
 

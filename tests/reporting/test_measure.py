@@ -17,7 +17,7 @@ from spinpass.cli import app as commands
 from spinpass.errors import ConfigError
 from spinpass.evaluation.scoring import Opened, ProgramScorer
 from spinpass.formats import staging as files
-from spinpass.loading.models import load_program, save_program
+from spinpass.formats.pt2 import load_program, save_program
 from spinpass.reporting.measure import ReportRequest
 from tests.support import folders, programs
 
