@@ -26,7 +26,8 @@ SWITCHED_OFF = "switched off"
 
 
 class Clock:
-    """Measures the wall-clock seconds of every step; calls ``progress`` with a step's name before it starts."""
+    """A clock measures the wall-clock ``seconds`` of steps, and calls ``progress`` with the name of each before it
+    starts."""
 
     def __init__(self, progress: Callable[[str], None] | None) -> None:
         self.seconds: dict[str, float] = {}
@@ -49,10 +50,10 @@ class Clock:
 
 @dataclass(frozen=True, kw_only=True)
 class FileReport:
-    """What an exporter wrote. ``path`` is the model's file, ``bytes`` the size of all ``files`` together.
+    """This is what an exporter wrote: ``path`` is the model's file, ``bytes`` the size of all ``files`` together.
 
-    ``inputs`` and ``outputs`` are the names of what goes into the graph and comes out. Without a ``certificate``,
-    ``uncertified`` says why. ``seconds`` maps the steps to wall-clock time. :meth:`to_dict` lists ``KEYS``.
+    ``inputs`` and ``outputs`` are the names of what goes into the graph and comes out. Where there is no
+    ``certificate``, ``uncertified`` says why. ``seconds`` maps the steps to wall-clock time.
     """
 
     path: Path
@@ -69,7 +70,7 @@ class FileReport:
     )  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what JSON can hold."""
+        """Return the fields that ``KEYS`` lists, as JSON can hold them."""
         return {key: _plain(getattr(self, key)) for key in self.KEYS}
 
 
@@ -87,13 +88,13 @@ def write_certified(
 
     Args:
         target: the model's file; its folder is made where it is missing.
-        names: of the graph's inputs and outputs, for the report.
-        clock: is stopped when the files are there.
-        save: writes to the path that it is given; its steps are its own to name.
-        compare: returns the certificate of the file at the path that it is given, or why there can be none. Where it is
-            None nothing is compared, and there is no such step.
-        weights: bytes that the disk has to hold, and that ``verify=None`` goes by.
-        verify: False does not compare, None compares up to :data:`CERTIFY_BYTES`.
+        names: what the graph's inputs and outputs are called; the report lists them.
+        clock: it is stopped when the files are there.
+        save: it writes to the path that it is given, and names its own steps.
+        compare: it returns the certificate of the file at the path that it is given, or why there can be none. Where it
+            is None nothing is compared, and there is no such step.
+        weights: how many bytes the disk has to hold; ``verify=None`` goes by them.
+        verify: False does not compare, None compares up to :data:`CERTIFY_BYTES`, True always.
 
     Raises:
         ExportError: nothing can be written there.
@@ -123,7 +124,7 @@ def write_certified(
 
 
 def _unwanted(verify: bool | None, weights: int) -> str:
-    """Why the file is not to be compared; empty where it is."""
+    """Return why the file is not to be compared; the reason is empty where it is."""
     if verify is False:
         return SWITCHED_OFF
     if verify is None and weights > CERTIFY_BYTES:
@@ -132,7 +133,7 @@ def _unwanted(verify: bool | None, weights: int) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """The value as JSON has it."""
+    """Return the value as JSON has it."""
     if hasattr(value, "to_dict"):
         return value.to_dict()
     if isinstance(value, Path):

@@ -28,7 +28,7 @@ _TYPES = (torch.float16, torch.float32, torch.float64, torch.int8, torch.uint8, 
 
 
 class OpenVINOReport(FileReport):
-    """What :func:`export` wrote."""
+    """This is what :func:`export` wrote."""
 
 
 def export(
@@ -41,22 +41,24 @@ def export(
     inputs: object = None,
     progress: Callable[[str], None] | None = None,
 ) -> OpenVINOReport:
-    """Write ``ep`` as an OpenVINO model. The program is not changed; dynamic axes stay dynamic, a KV cache stays inputs
-    and outputs, weights keep their precision. What a rotated program says about itself is the model's runtime info
-    ``spinpass/record``.
+    """Write ``ep`` as an OpenVINO model.
+
+    The program is not changed; dynamic axes stay dynamic, a KV cache stays inputs and outputs, weights keep their
+    precision. What a rotated program says about itself is the model's runtime info ``spinpass/record``.
 
     Args:
         ep: an inference program.
         path: ``.../name.xml``, or a folder, which then gets ``openvino_model.xml``. Existing files are replaced.
-        input_names, output_names: as for :func:`spinpass.exporters.onnx.export`.
+        input_names, output_names: what to rename, as :func:`spinpass.exporters.onnx.export` takes it.
         verify: compare OpenVINO's outputs, computed in float32, with the program's. None does so up to 2 GiB of
             weights; True insists.
         inputs: what to compare on; None makes small inputs from the program's own specs.
-        progress: called with the name of each step before it starts.
+        progress: it is called with the name of each step before it starts.
 
     Raises:
-        ProgramError: not an ExportedProgram; QuantizedWeightError: one with quantized weights and online Hadamards.
-        ConfigError: names that do not fit.
+        ProgramError: ``ep`` is not an ExportedProgram.
+        QuantizedWeightError: it has quantized weights and online Hadamards.
+        ConfigError: a name does not fit.
         ExportError: OpenVINO is missing or cannot convert or run the program, or nothing can be written there.
         VerificationError: the files would not compute what the program computes. In every case nothing is left behind.
     """
@@ -105,7 +107,7 @@ def _convert(openvino: Any, program: ExportedProgram) -> Any:
 
 
 def _name_ports(model: Any, names: GraphNames) -> None:
-    """The signature's names on the model's ports, which come in the same order."""
+    """Put the signature's names on the model's ports, which come in the same order."""
     for ports, wanted, what in ((model.inputs, names.inputs, "inputs"), (model.outputs, names.outputs, "outputs")):
         if len(ports) != len(wanted):
             raise ExportError(
@@ -117,7 +119,7 @@ def _name_ports(model: Any, names: GraphNames) -> None:
 
 
 def _fix_shapes(openvino: Any, model: Any, ep: ExportedProgram) -> None:
-    """The program's own shapes on the inputs: the frontend leaves out sizes that it does not need."""
+    """Put the program's own shapes on the inputs: the frontend leaves out sizes that it does not need."""
     taken = [node for node in ep.graph.nodes if node.name in ep.graph_signature.user_inputs]
     tensors = [node for node in taken if isinstance(value(node), torch.Tensor)]
     shapes = [[size if isinstance(size, int) else -1 for size in shape(node)] for node in tensors]
@@ -125,7 +127,7 @@ def _fix_shapes(openvino: Any, model: Any, ep: ExportedProgram) -> None:
 
 
 def _compared(ep: ExportedProgram, path: Path, inputs: object, *, insist: bool) -> FileCertificate | str:
-    """The certificate, or why there can be none, which is an ExportError for who ``insist``s on one."""
+    """Return the certificate, or why there can be none; with ``insist`` that is an ExportError."""
     comparison = FileComparison.of(ep, inputs)
     without = {t.dtype for t in (*comparison.fed, *comparison.expected)} - set(_TYPES)
     if without:

@@ -43,11 +43,11 @@ INTEGER_BOUND = 0.05
 
 @dataclass(frozen=True, kw_only=True)
 class PteReport(FileReport):
-    """What :func:`export` wrote.
+    """This is what :func:`export` wrote.
 
-    ``delegates``: calls of the backend; ``operators``: what is left to ExecuTorch's own kernels, by name;
-    ``integer_layers``: linear layers on integers, with ``scale_error``, the largest relative change of their scales by
-    bfloat16, and ``kept``, why quantized weights stayed float.
+    ``delegates`` counts the calls of the backend, ``operators`` what is left to ExecuTorch's own kernels, by name.
+    ``integer_layers`` counts the linear layers on integers; ``scale_error`` is the largest relative change of their
+    scales by bfloat16, and ``kept`` says why quantized weights stayed float.
     """
 
     certificate: PteCertificate | None
@@ -77,18 +77,18 @@ def export(
 
     Args:
         program: an inference program whose dynamic axes have upper bounds, with the caches that it updates in its
-            buffers if it has any (:func:`spinpass.loading.export_static_cache`); or what
+            buffers if it has any (:func:`spinpass.loading.export_static_cache`). Or what
             :func:`spinpass.quantization.quantize` returned, with 8-bit activations: its layers become integers.
         path: ``.../name.pte``, or a folder, which then gets ``model.pte``. An existing file is replaced.
         backend: ``xnnpack`` delegates what XNNPACK has kernels for, ``portable`` nothing (floats only; slow).
         verify: compare what ExecuTorch returns with the program.
         inputs: what to compare on; None makes small inputs from the program's own specs.
-        progress: called with the name of each step before it starts.
+        progress: it is called with the name of each step before it starts.
 
     Raises:
-        ProgramError: neither a program nor a quantized one.
-        ConfigError: an axis without upper bound, options that do not fit, layers that have no kernel.
-        ExportError: an operator that ExecuTorch does not have, or nothing can be written there.
+        ProgramError: ``program`` is neither a program nor a quantized one.
+        ConfigError: an axis has no upper bound, an option does not fit, or a layer has no kernel.
+        ExportError: ExecuTorch does not have an operator, or nothing can be written there.
         VerificationError: the file would not compute what the program computes. In every case nothing is left behind.
     """
     _check(program, backend)
@@ -156,7 +156,7 @@ def _is_bounded(program: ExportedProgram, size: Any) -> bool:
 
 
 def _lowered(program: ExportedProgram | Quantized) -> IntegerLayers:
-    """The program as ExecuTorch takes it; without integers unless it is quantized."""
+    """Return the program as ExecuTorch takes it; there are no integers in it unless it is quantized."""
     if isinstance(program, ExportedProgram):
         return IntegerLayers(give_own_constants(lower_hadamards(program)), 0, 0.0, {})
     plain = lower_hadamards(program.program)
@@ -168,12 +168,12 @@ def _check_operators(program: ExportedProgram) -> None:
     if own:
         raise ExportError(
             f"ExecuTorch has no {', '.join(own)}: caches, 4-bit and static activations are simulated only; quantize "
-            "weights and 8-bit activations, w4g32-gptq-a8 say, and export what quantize returned"
+            "weights and 8-bit activations, for example w4g32-gptq-a8, and export what quantize returned"
         )
 
 
 def _translated(program: ExportedProgram, backend: Backend) -> tuple[Counter[str], Any]:
-    """(operators of the delegated graph by name, the file's content)."""
+    """Return the operators of the delegated graph, counted by name, and the file's content."""
     partitioners = [XnnpackPartitioner()] if backend == "xnnpack" else []
     initialised = _initialised_buffers(program)
     passes = [InitializedMutableBufferPass(initialised)] if initialised else []
@@ -194,7 +194,7 @@ def _operator(node: torch.fx.Node) -> str:
 
 
 def _initialised_buffers(program: ExportedProgram) -> list[str]:
-    """Placeholders of buffers that the program updates and that do not start as zeros."""
+    """List the placeholders of buffers that the program updates and that do not start as zeros."""
     signature = program.graph_signature
     written = {origin(source).name for node in program.graph.nodes if mutates(node) for source in node.all_input_nodes}
     updated = {spec.target for spec in signature.output_specs if spec.kind is OutputKind.BUFFER_MUTATION}

@@ -62,12 +62,14 @@ def __getattr__(name: str) -> Any:
 def register(*formats: str) -> None:
     """Let ``AutoHfExporter.from_config(config, rotation=...)`` make rotated exporters.
 
-    ``formats``: of ``dynamo``, ``onnx``, ``executorch``, ``openvino``; all of them by default. They take the place of
-    transformers' own, under the same names: quantizers check the format's name, and what is written is an ordinary file
-    of that format, which loads where there is no spinpass. Runners stay what they are.
+    They take the place of transformers' own, under the same names: quantizers check the format's name, and what is
+    written is an ordinary file of that format, which loads where there is no spinpass. Runners stay what they are.
+
+    Args:
+        formats: some of ``dynamo``, ``onnx``, ``executorch``, ``openvino``; none names all of them.
 
     Raises:
-        ExportError: an unknown format, or transformers is missing.
+        ExportError: a format is unknown, or transformers is missing.
     """
     unknown = [name for name in formats if name not in _FORMATS]
     if unknown:

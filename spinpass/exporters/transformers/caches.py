@@ -17,7 +17,7 @@ _CACHE = "past_key_values"
 
 @dataclass(frozen=True)
 class RotatedComponent:
-    """A rotated component: its record, and whether it takes and returns a cache, in whatever basis."""
+    """This is a rotated component: its record, and whether it takes and returns a cache, in whatever basis."""
 
     record: Record
     takes_cache: bool
@@ -25,7 +25,10 @@ class RotatedComponent:
 
     @staticmethod
     def of(program: ExportedProgram, out_spec: str) -> RotatedComponent:
-        """Raises ExportError where the program has no record. ``out_spec`` as in transformers' metadata."""
+        """Read the component off a rotated program; ``out_spec`` is that of transformers' metadata.
+
+        Raises ExportError where the program has no record.
+        """
         found = record.read(program)
         if found is None:
             raise ExportError("no output of the rotated program is computed: there is nothing to export")

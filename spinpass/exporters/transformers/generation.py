@@ -19,7 +19,7 @@ def generate_exported(
     the new tokens, an end token included.
 
     Raises:
-        ConfigError: an empty prompt, a limit below 1, or a component is missing.
+        ConfigError: the prompt is empty, the limit is below 1, or a component is missing.
     """
     if not ids or max_new_tokens < 1:
         raise ConfigError(
@@ -44,7 +44,8 @@ def generate_exported(
 
 
 def _inputs(metadata: Any, ids: Sequence[int], length: int, cache: Any) -> dict[str, Any]:
-    """What the component was traced with, of: ids, their positions, a mask over all ``length`` tokens, the cache."""
+    """Return what the component was traced with, out of ids, their positions, a mask over all ``length`` tokens and the
+    cache."""
     positions = torch.arange(length - len(ids), length)
     known = {
         "input_ids": torch.tensor([list(ids)]),
@@ -57,7 +58,7 @@ def _inputs(metadata: Any, ids: Sequence[int], length: int, cache: Any) -> dict[
 
 
 def _empty_cache(config: Any) -> Any:
-    """As the components were traced with: its layers are there, without tokens."""
+    """Make the cache that the components were traced with: its layers are there, without tokens."""
     from transformers import DynamicCache
 
     return DynamicCache(config=config)

@@ -19,7 +19,7 @@ from .quantizers import calibrated, refuse_graph_quantizer
 
 
 class RotatedOnnxExporter(OnnxExporter, RotationMixin):
-    """Exports to a rotated ``onnx_ir.Model`` that stock ONNX Runtime runs, ``ort_fusions`` included.
+    """This exporter makes a rotated ``onnx_ir.Model`` that stock ONNX Runtime runs, ``ort_fusions`` included.
 
     Online Hadamards are opaque nodes while transformers optimizes and fuses the graph; then they become calls of named
     functions with bodies of standard operators (:mod:`spinpass.exporters.onnx.operators.hadamard`), and the quantizer
@@ -29,7 +29,7 @@ class RotatedOnnxExporter(OnnxExporter, RotationMixin):
     extra = "onnx,transformers"
 
     def export_program(self, model: Any, sample_inputs: Any, config: Any) -> tuple[Any, Any]:
-        """As of transformers; the quantizer's samples hold the cache in the rotated basis."""
+        """Export as transformers does; the quantizer's samples hold the cache in the rotated basis."""
         refuse_graph_quantizer(config)
         if config.quantizer is not None:
             config.quantizer.validate_environment(config.export_format)
