@@ -22,9 +22,9 @@ STORED_BITS = {2: 2, 3: 4, 4: 4, 8: 8}
 
 
 def block_size(codes: Codes, name: str) -> int:
-    """The largest block that no group border cuts; for one group per row, the one that wastes fewest weights.
+    """Return the largest block that no group border cuts; for one group per row, the one that wastes fewest weights.
 
-    Raises ConfigError: groups of a size that no block divides, or of columns that do not lie side by side.
+    Raises ConfigError: no block divides the groups' size, or their columns do not lie side by side.
     """
     columns, groups = codes.q.shape[1], codes.scales.shape[1]
     if groups == 1:
@@ -39,7 +39,10 @@ def block_size(codes: Codes, name: str) -> int:
 
 
 def blocks(codes: Codes, block: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(codes (out, in padded to blocks), scales (out, blocks), zero points (out, blocks)); padding stands for zero."""
+    """Return codes (out, in padded to blocks) uint8, scales (out, blocks) and zero points (out, blocks) uint8.
+
+    The padding stands for zero.
+    """
     columns = codes.q.shape[1]
     count = -(-columns // block)
     at = codes.group_of[torch.arange(count) * block]
@@ -49,7 +52,7 @@ def blocks(codes: Codes, block: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def packed_bits(q: Tensor, bits: int) -> np.ndarray[Any, Any]:
-    """uint8 values below 2^bits, packed along the last axis, the first in the lowest bits; rows padded with zeros."""
+    """Pack uint8 values below 2^bits along the last axis, the first in the lowest bits; rows are padded with zeros."""
     per = 8 // bits
     short = -q.shape[-1] % per
     padded = torch.nn.functional.pad(q, (0, short)).reshape(*q.shape[:-1], -1, per).to(torch.int32)

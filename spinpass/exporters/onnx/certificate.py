@@ -26,9 +26,9 @@ _CACHE_RANK = 4
 def certify_onnx(ep: ExportedProgram, path: Path, inputs: object = None, *, fused: bool = False) -> FileCertificate:
     """Run the file at ``path`` (CPU, default optimisations) and ``ep`` on ``inputs`` and compare.
 
-    ``inputs`` as in :func:`spinpass.execution.flat_inputs`; None makes them from the program's own specs. Inputs and
-    outputs of the file are matched to the program's by position. A ``fused`` file is compared on several parts of them,
-    see :func:`fused_cases`, and each output is where it is worst.
+    ``inputs`` are what :func:`spinpass.execution.flat_inputs` takes; None makes them from the program's own specs.
+    Inputs and outputs of the file are matched to the program's by position. A ``fused`` file is compared on several
+    parts of them, which :func:`fused_cases` cuts, and of each output the worst is kept.
 
     Raises:
         ExportError: ONNX Runtime cannot load or run the file.
@@ -50,8 +50,10 @@ def _certify(ep: ExportedProgram, session: Any, values: object) -> FileCertifica
 
 
 def fused_cases(ep: ExportedProgram, values: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """``values`` cut to a prompt without cache, one token per sequence, and one sequence; ``values`` alone where the
-    program has no cache whose length is a size of its own."""
+    """Cut ``values`` to a prompt without cache, to one token per sequence, and to one sequence.
+
+    They stay whole, one case, where the program has no cache whose length is a size of its own.
+    """
     specs = execution.user_inputs(ep)
     sizes = execution.bound_sizes(specs, values)
     caches = [s for s in specs if len(s.shape) == _CACHE_RANK and _is_symbol(s.shape[2])]
@@ -65,7 +67,7 @@ def fused_cases(ep: ExportedProgram, values: Mapping[str, Any]) -> list[dict[str
 
 
 def _cut(specs: list[UserInput], values: Mapping[str, Any], sizes: Sizes) -> dict[str, Any]:
-    """The first entries along every axis; numbers stay."""
+    """Keep the first entries along every axis; numbers stay."""
     cut = dict(values)
     for spec in specs:
         value = values[spec.name]

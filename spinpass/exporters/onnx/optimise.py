@@ -67,7 +67,7 @@ def optimise(model: ir.Model) -> None:
 
 
 def _settle_sizes(graph: ir.Graph) -> None:
-    """A size that export has found to be a number is written as one: torch makes a name of it, ``"2"``, in caches."""
+    """Write a size that export has found to be a number as one: torch makes a name of it, ``"2"``, in caches."""
     for value in (*graph.inputs, *(output for node in graph for output in node.outputs)):
         if value.shape is None:
             continue
@@ -76,7 +76,7 @@ def _settle_sizes(graph: ir.Graph) -> None:
 
 
 def _drop_reshapes(graph: ir.Graph) -> None:
-    """Reshape(x) -> x where both have the same shape, symbols included: what ``reshape`` of a fresh export often is."""
+    """Reshape(x) -> x where both have the same shape, symbols included, which a fresh export often has."""
     for node in list(graph):
         x, y = node.inputs[0] if node.inputs else None, node.outputs[0]
         if node.op_type != "Reshape" or x is None or x.shape is None or x.shape != y.shape or y.is_graph_output():
@@ -87,7 +87,7 @@ def _drop_reshapes(graph: ir.Graph) -> None:
 
 
 def _share_initializers(graph: ir.Graph) -> None:
-    """One initializer for every tensor in memory: constants tied in the program stay one in the file."""
+    """Keep one initializer for every tensor in memory: constants tied in the program stay one in the file."""
     first: dict[tuple[Any, ...], ir.Value] = {}
     for value in list(graph.initializers.values()):
         raw = value.const_value.raw if isinstance(value.const_value, ir.Tensor) else None

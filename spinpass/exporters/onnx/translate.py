@@ -33,12 +33,12 @@ from .optimise import optimise
 
 
 def translate(ep: ExportedProgram, opset: int | None) -> ir.Model:
-    """The optimised model of ``ep`` with its online Hadamards and packed layers still opaque. ``ep`` is not changed,
-    constants are not copied.
+    """Return the optimised model of ``ep`` with its online Hadamards and packed layers still opaque.
+
+    ``ep`` is not changed, constants are not copied. ``opset`` None is the one that torch translates to.
 
     Raises:
-        ExportError: an op that ONNX has no translation for, a program that writes to its inputs or buffers, fake
-            weights.
+        ExportError: an op has no translation, the program writes to its inputs or buffers, or a weight has no values.
     """
     refuse_fake_weights(ep)
 
@@ -59,7 +59,7 @@ def translate(ep: ExportedProgram, opset: int | None) -> ir.Model:
 
 
 def _convert(ep: _Program, opset: int | None, table: dict[Any, Any]) -> Any:
-    """What torch.onnx makes of the program. None where that fails and decomposing the program first may help."""
+    """Return what torch.onnx makes of the program; None where that fails and decomposing the program first may help."""
     try:
         return torch.onnx.export(ep, opset_version=opset, custom_translation_table=table, optimize=False, verbose=False)
     except torch.onnx.OnnxExporterError as error:
@@ -75,8 +75,7 @@ def _convert(ep: _Program, opset: int | None, table: dict[Any, Any]) -> Any:
 
 
 class _Program(ExportedProgram):
-    """A copy of a program that decomposes itself only where it must, which is what ``torch.onnx.export`` asks of it
-    first."""
+    """This is a copy of a program that decomposes itself only where it must, when ``torch.onnx.export`` asks for it."""
 
     def __init__(self, ep: ExportedProgram, *, decompose: bool = False) -> None:
         self.decompose = decompose
@@ -108,7 +107,7 @@ class _Program(ExportedProgram):
 
 
 def _is_translatable(node: Node, table: Mapping[Any, Any]) -> bool:
-    """The node has a translation of its own and leaves its arguments alone."""
+    """Say whether the node has a translation of its own and leaves its arguments alone."""
     if not is_op(node):
         return node.op != "get_attr"  # the subgraph of a higher-order op
     return node.target not in table and (node.target in _CASTS or not mutates(node))
@@ -140,7 +139,7 @@ _CASTS: dict[Any, Callable[..., Any]] = {
 
 
 def _refusal(error: BaseException) -> ExportError | None:
-    """The refusal of our own that torch.onnx wrapped in ``error``."""
+    """Return the refusal of our own that torch.onnx wrapped in ``error``, if there is one."""
     return next((cause for cause in _causes(error) if isinstance(cause, ExportError)), None)
 
 

@@ -34,7 +34,7 @@ from .translate import translate
 
 @dataclass(frozen=True, kw_only=True)
 class OnnxReport(FileReport):
-    """What :func:`export` wrote.
+    """This is what :func:`export` wrote.
 
     ``opset`` is the model's, ``hadamards`` the number of online Hadamards in the graph. ``fused`` is what became of
     attention and norms, None where it was not asked for.
@@ -50,7 +50,7 @@ class OnnxReport(FileReport):
     )  # fmt: skip
 
     def fused_lines(self) -> list[str]:
-        """What was fused, and a line for every attention that was not; nothing where it was not asked for."""
+        """Say what was fused, and of every attention that was not, why; no lines where it was not asked for."""
         return [] if self.fused is None else [self.fused.summary, *(f"not fused: {why}" for why in self.fused.kept)]
 
 
@@ -76,24 +76,25 @@ def export(
         path: ``.../name.onnx``, or a folder, which then gets ``model.onnx``. Existing files are replaced.
         input_names, output_names: a sequence for all of them or {name in the program: new name}. By default inputs have
             the names of the program's placeholders and outputs the keys of the returned structure (``logits``,
-            ``past_key_values_0``), or the program's own names where it has no keys; ``output.`` in front where an input
-            has that name.
-        opset: ONNX opset; None takes the one torch translates to.
+            ``past_key_values_0``), or the program's own names where it has no keys; ``output.`` stands in front where
+            an input has that name.
+        opset: the model's ONNX opset; None takes the one torch translates to.
         fuse: use ONNX Runtime's own operators for attention, rotary embeddings and norms where they compute the same
             (:mod:`.fusion`). The file then needs ONNX Runtime, and takes several tokens on top of a cache for one
             sequence at a time; prompts and single tokens in batches.
-        external_data: weights in ``name.onnx.data`` beside the file; None does that above ``external_threshold`` bytes.
+        external_data: put the weights into ``name.onnx.data`` beside the file; None does that above
+            ``external_threshold`` bytes.
         verify: compare ONNX Runtime's outputs with the program's. None does so up to 2 GiB of weights and where ONNX
             Runtime has the kernels on a CPU; True insists.
         inputs: what to compare on; None makes small inputs from the program's own specs.
         metadata: further ``metadata_props`` of the model.
-        progress: called with the name of each step before it starts.
+        progress: it is called with the name of each step before it starts.
 
     Raises:
-        ProgramError: not an ExportedProgram.
-        ConfigError: names or options that do not fit.
-        ExportError: an op without translation, state written in place, ONNX Runtime cannot run the result, nothing can
-            be written there.
+        ProgramError: ``ep`` is not an ExportedProgram.
+        ConfigError: a name or an option does not fit.
+        ExportError: an op has no translation, state is written in place, ONNX Runtime cannot run the result, or nothing
+            can be written there.
         VerificationError: the file would not compute what the program computes. In every case nothing is left behind.
     """
     if not isinstance(ep, ExportedProgram):
@@ -131,9 +132,8 @@ def export(
 
 
 def _finish(model: ir.Model, names: GraphNames, metadata: Mapping[str, str]) -> int:
-    """Names, metadata, kernels of packed layers and the functions of the Hadamards, in place; returns how many of these
-    there are.
-    """
+    """Give the model its names, metadata, kernels of packed layers and functions, in place; return how many Hadamards
+    there are."""
     common.ClearMetadataAndDocStringPass()(model)
     lower_packed_linears(model)
     hadamards = attach_hadamards(model)
@@ -146,7 +146,7 @@ def _finish(model: ir.Model, names: GraphNames, metadata: Mapping[str, str]) -> 
 
 
 def _record(ep: ExportedProgram, names: GraphNames) -> dict[str, str]:
-    """What a rotated program says about itself, its cache inputs and outputs under their names in the graph."""
+    """Return what a rotated program says about itself, its cache inputs and outputs under their names in the graph."""
     found = record.read(ep)
     if found is None:
         return {}

@@ -33,7 +33,8 @@ Scales = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class CacheReport:
-    """What :func:`quantize_cache` did. Bytes are those of the cache for one token."""
+    """This is what :func:`quantize_cache` did: ``attention`` counts the nodes whose cache holds integers of so many
+    ``bits``; bytes are those of the cache for one token."""
 
     path: Path
     files: tuple[Path, ...]
@@ -43,7 +44,7 @@ class CacheReport:
     bytes_after: int
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able."""
+        """Return what JSON can hold."""
         return self.__dict__ | {"path": str(self.path), "files": [str(file) for file in self.files]}
 
 
@@ -63,13 +64,13 @@ def quantize_cache(
             source was exported with ``fuse=True`` and computes in float32; its weights may be packed.
         bits: 8 (int8 of the shape of the float cache) or 4 (uint8, half as wide).
         calibration: token ids of texts, each run from an empty cache.
-        external_data: as in :func:`spinpass.exporters.onnx.export`.
-        progress: called with (texts done, all texts).
+        external_data: where the weights go, as :func:`spinpass.exporters.onnx.export` has it.
+        progress: it is called with (texts done, all texts).
 
     Raises:
-        ConfigError: other bits, no calibration tokens.
-        ExportError: no readable model at ``source``, attention in it that is not fused or not in float32, ONNX Runtime
-            cannot load the result, ``destination`` cannot be written. Nothing is left behind.
+        ConfigError: ``bits`` is another number, or there are no calibration tokens.
+        ExportError: there is no readable model at ``source``, attention in it is not fused or not in float32, ONNX
+            Runtime cannot load the result, or ``destination`` cannot be written. Nothing is left behind.
     """
     if bits not in _STORED:
         raise ConfigError(f"a KV cache of {bits} bits: choose 4 or 8")
@@ -89,7 +90,7 @@ def quantize_cache(
 
 
 def _attention(graph: ir.Graph, path: Path) -> list[ir.Node]:
-    """The fused attention of a graph that has no other cache."""
+    """List the fused attention of a graph. Raises ExportError where there is none, or another cache."""
     nodes = [node for node in graph if node.op_type == GQA]
     held = {node.inputs[i] for node in nodes for i in (3, 4)}
     left = [v.name for v in graph.inputs if len(sizes(v)) >= 3 and v not in held]
@@ -108,7 +109,7 @@ def _attention(graph: ir.Graph, path: Path) -> list[ir.Node]:
 def _scales(
     graph: DecoderGraph, top: int, texts: Sequence[Sequence[int]], progress: Callable[[int, int], None] | None
 ) -> Scales:
-    """Of every cache input: (heads · size,), float32; a channel that stays 0 has scale 1."""
+    """Return a scale per channel of every cache input, (heads · size,) float32; a channel that stays 0 has scale 1."""
     peaks: Scales = {}
     for done, text in enumerate(texts):
         if len(text):
@@ -123,7 +124,7 @@ def _scales(
 
 
 def _requantize(graph: ir.Graph, builder: Builder, node: ir.Node, bits: int, scales: Scales) -> None:
-    """The node with integers in its cache."""
+    """Make the node anew with integers in its cache."""
     inputs = [*node.inputs, *[None] * (_SCALES - len(node.inputs))]
     past = [node.inputs[3], node.inputs[4]]
     constants = [builder.constant(np.asarray(scales[str(v.name)].numpy())) for v in past if v is not None]
@@ -149,5 +150,5 @@ def _requantize(graph: ir.Graph, builder: Builder, node: ir.Node, bits: int, sca
 
 
 def _row_bytes(cache: ir.Value | None) -> int:
-    """Of a float32 cache (batch, heads, length, size), for one token."""
+    """Return the bytes of a float32 cache (batch, heads, length, size) for one token."""
     return 4 * (static(cache, 1) or 0) * (static(cache, -1) or 0)

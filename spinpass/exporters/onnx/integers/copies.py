@@ -21,9 +21,9 @@ from .rewrite import Work
 
 @dataclass(frozen=True)
 class QuantizeReport:
-    """What :func:`quantize_4bit` did.
+    """This is what :func:`quantize_4bit` or :func:`pack_weights` did.
 
-    ``matmuls`` counts the 4-bit ones without the heads; ``heads`` and ``tables`` those quantized, ``shared`` the tables
+    ``matmuls`` counts the products on integers without the heads, ``heads`` and ``tables`` those, ``shared`` the tables
     that are read from a head's constant; ``kept`` says of every other float matrix product and table with a constant
     why it stayed.
     """
@@ -39,7 +39,7 @@ class QuantizeReport:
     kept: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able."""
+        """Return what JSON can hold."""
         return self.__dict__ | {"path": str(self.path), "files": [str(f) for f in self.files], "kept": list(self.kept)}
 
 
@@ -48,7 +48,7 @@ def write_quantized(
 ) -> QuantizeReport:
     """Store a model whose nodes ``work`` has replaced.
 
-    Raises ExportError where nothing was replaced, and as :func:`write_copy`.
+    Raises ExportError where nothing was replaced, or where :func:`write_copy` does.
     """
     origin = model_path(source)
     if not (work.matmuls or work.heads or work.tables):
@@ -89,6 +89,7 @@ def write_copy(
 
 
 def load(path: Path) -> ir.Model:
+    """Load a model whose weights stay on disk. Raises ExportError where there is none, or it cannot be read."""
     if not path.is_file():
         raise ExportError(f"there is no ONNX model at {path}")
     try:
@@ -98,7 +99,7 @@ def load(path: Path) -> ir.Model:
 
 
 def _size(path: Path, model: ir.Model) -> int:
-    """Bytes of the model file and of the data files it names."""
+    """Add up the bytes of the model file and of the data files it names."""
     values = (value.const_value for value in model.graph.initializers.values())
     data = {Path(path.parent, t.location) for t in values if isinstance(t, ir.ExternalTensor)} | {
         path.with_name(data_name(path))
@@ -107,6 +108,6 @@ def _size(path: Path, model: ir.Model) -> int:
 
 
 def _companions(source: str | Path, origin: Path) -> Iterator[Path]:
-    """The files beside the model that belong to it, if ``source`` is a folder."""
+    """Yield the files beside the model that belong to it, if ``source`` is a folder."""
     if Path(source).is_dir():
         yield from (f for f in origin.parent.iterdir() if f.is_file() and not f.name.endswith((".onnx", ".onnx.data")))

@@ -43,19 +43,19 @@ def quantize_4bit(
         source, destination: an ``.onnx`` file, or a folder with ``model.onnx``, whose other files (tokenizer,
             configuration) are copied.
         block_size: weights per scale, 16 to 256.
-        symmetric: no zero points; else one per block.
+        symmetric: use no zero points; else there is one per block.
         accuracy_level: how ``MatMulNBits`` computes, 0 to 4; 4 rounds activations to int8 per block and is fastest on a
             CPU.
         head_bits: 4 or 8 for the constant products that yield a graph output, through elementwise ops at most; None
             keeps them.
         table_bits: 4 or 8 for tables that are looked up by row; None keeps them.
         keep: names of constants to leave as they are.
-        external_data: as in :func:`spinpass.exporters.onnx.export`.
+        external_data: where the weights go, as :func:`spinpass.exporters.onnx.export` has it.
 
     Raises:
-        ConfigError: an option out of its range.
-        ExportError: no readable model at ``source``, nothing in it to quantize, ONNX Runtime cannot load the result,
-            ``destination`` cannot be written; nothing is left behind.
+        ConfigError: an option is out of its range.
+        ExportError: there is no readable model at ``source`` or nothing in it to quantize, ONNX Runtime cannot load the
+            result, or ``destination`` cannot be written. Nothing is left behind.
     """
     _check_options(block_size, accuracy_level, head_bits, table_bits)
     model = load(model_path(source))

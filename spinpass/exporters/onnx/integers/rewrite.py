@@ -23,7 +23,7 @@ _ELEMENTWISE = {"Identity", "Cast", "Add", "Sub", "Mul", "Div", "Tanh", "Clip"}
 
 @dataclass(frozen=True)
 class PackedMatrix:
-    """A quantized matrix of N columns and K rows, as the inputs of ``MatMulNBits``."""
+    """This is a quantized matrix of N columns and K rows, as the inputs of ``MatMulNBits``."""
 
     rows: int
     columns: int
@@ -34,7 +34,7 @@ class PackedMatrix:
 
 @dataclass
 class Work:
-    """One pass over the nodes of a graph, and what it counted."""
+    """This is one pass over the nodes of a graph, and what it counted."""
 
     graph: ir.Graph
     block_size: int
@@ -51,6 +51,7 @@ class Work:
     packed: dict[tuple[str, bool, int], PackedMatrix] = field(default_factory=dict)
 
     def run(self) -> None:
+        """Replace what can be replaced, in place."""
         nodes = [node for node in self.graph if node.domain in ("", "ai.onnx")]
         for node in nodes:
             if node.op_type == "MatMul":
@@ -81,11 +82,11 @@ class Work:
             self.matmuls += 1
 
     def bits_of(self, constant: ir.Value, by_column: bool, head: bool) -> int | None:
-        """How many bits a matrix gets; None keeps it."""
+        """Say how many bits a matrix gets; None keeps it."""
         return self.head_bits if head else 4
 
     def table_bits_of(self, constant: ir.Value) -> int | None:
-        """How many bits a table gets; None keeps it."""
+        """Say how many bits a table gets; None keeps it."""
         return self.table_bits
 
     def _gather(self, node: ir.Node) -> None:
@@ -122,15 +123,14 @@ class Work:
         return f"its shape {list(shape)} is smaller than a block" if max(shape) < self.block_size else ""
 
     def _pack(self, constant: ir.Value, by_column: bool, bits: int) -> PackedMatrix:
-        """Quantize along the contracted axis: rows, or the columns of a constant that is used transposed. Once per
-        constant."""
+        """Quantize a constant once, along the contracted axis: rows, or columns where it is used transposed."""
         key = (str(constant.name), by_column, bits)
         if key not in self.packed:
             self.packed[key] = self.quantized(constant, by_column, bits)
         return self.packed[key]
 
     def quantized(self, constant: ir.Value, by_column: bool, bits: int) -> PackedMatrix:
-        """The integers of a constant, as constants of the graph."""
+        """Return the integers of a constant, as constants of the graph."""
         assert constant.const_value is not None
         array = constant.const_value.numpy()
         matrix = np.ascontiguousarray((array.T if by_column else array).astype(np.float32))
@@ -143,6 +143,7 @@ class Work:
         return PackedMatrix(matrix.shape[0], matrix.shape[1], bits, self.block_size, tuple(inputs))
 
     def constant(self, name: str, array: np.ndarray[Any, Any]) -> ir.Value:
+        """Add a constant to the graph under this name, or one like it that is free."""
         unique = name
         while unique in self.graph.initializers:
             unique += "_"
@@ -160,7 +161,7 @@ class Work:
 def _round_to_nearest(
     matrix: np.ndarray[Any, Any], block_size: int, symmetric: bool, bits: int
 ) -> tuple[Any, Any, Any]:
-    """ONNX Runtime's packing of a (K, N) matrix: data (N, blocks, bytes), scales (N, blocks), zero points."""
+    """Pack a (K, N) matrix as ONNX Runtime does: data (N, blocks, bytes), scales (N, blocks), zero points."""
     with _root_logger_kept():  # importing the module below sets up the process's logging
         from onnxruntime.quantization import (
             matmul_nbits_quantizer as quantizer,
@@ -182,7 +183,7 @@ def _root_logger_kept() -> Iterator[None]:
 
 
 def constant_matrix(value: ir.Value | None) -> tuple[ir.Value, bool] | None:
-    """The constant behind the right operand of a MatMul, and whether it is used transposed; None if there is none."""
+    """Return the constant behind the right operand of a MatMul, and whether it is used transposed; None without one."""
     if value is None:
         return None
     if value.is_initializer():
@@ -202,7 +203,7 @@ def _static(value: ir.Value) -> tuple[int, ...]:
 
 
 def _is_head(node: ir.Node) -> bool:
-    """Whether the result, or something elementwise of it, is an output of the graph."""
+    """Say whether the result, or something elementwise of it, is an output of the graph."""
     value = node.outputs[0]
     if value.is_graph_output():
         return True
@@ -210,7 +211,7 @@ def _is_head(node: ir.Node) -> bool:
 
 
 def _is_elementwise_end(node: ir.Node) -> bool:
-    """A chain of single elementwise uses that ends in an output of the graph."""
+    """Say whether a chain of single elementwise uses ends in an output of the graph."""
     while not node.outputs[0].is_graph_output():
         users = node.outputs[0].consumers()
         if len(users) != 1 or users[0].op_type not in _ELEMENTWISE:

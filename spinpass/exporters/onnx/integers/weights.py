@@ -44,15 +44,15 @@ def pack_weights(
     Args:
         source, destination: an ``.onnx`` file, or a folder with ``model.onnx``, whose other files are copied. The model
             is that of the quantized program: its constants must be what the integers stand for.
-        weights: by parameter name, as in the report of :func:`spinpass.quantization.quantize`.
+        weights: what the report of :func:`spinpass.quantization.quantize` holds, by parameter name.
         accuracy_level: how ``MatMulNBits`` computes: 0 in the model's dtype (weight-only), 4 with activations rounded
             to int8 per block as they come, in place of a rounding to int8 per token that the program has there.
-        external_data: as in :func:`spinpass.exporters.onnx.export`.
+        external_data: where the weights go, as :func:`spinpass.exporters.onnx.export` has it.
 
     Raises:
-        ConfigError: an accuracy level out of range, groups that the kernels' blocks do not fit.
-        ExportError: no readable model at ``source``; it has no product or lookup of what the integers of a weight
-            stand for; ``destination`` cannot be written. Nothing is left behind.
+        ConfigError: the accuracy level is out of range, or the kernels' blocks do not fit the groups.
+        ExportError: there is no readable model at ``source``, it has no product or lookup of what the integers of a
+            weight stand for, or ``destination`` cannot be written. Nothing is left behind.
     """
     if accuracy_level not in range(5):
         raise ConfigError(f"accuracy_level {accuracy_level} is not one of 0, 1, 2, 3, 4")
@@ -72,8 +72,10 @@ def pack_weights(
 
 @dataclass
 class _Packing(Work):
-    """Replaces the products and lookups of constants whose integers are given. Exporters rename and transpose
-    constants, so they are known by their values: ``named`` has the weights by a digest of those.
+    """This pass replaces the products and lookups of constants whose integers are given.
+
+    Exporters rename and transpose constants, so they are known by their values: ``named`` has the weights by a digest
+    of those.
     """
 
     weights: Mapping[str, QuantizedWeight] = field(default_factory=dict)
@@ -94,7 +96,7 @@ class _Packing(Work):
         return super()._matmul(node)
 
     def _before_rounding(self, x: ir.Value) -> ir.Value:
-        """What was rounded to int8 per token, also where channels are picked of the rounded value; else ``x``."""
+        """Return what was rounded to int8 per token, also where channels of the rounded are picked; else ``x``."""
         node = x.producer()
         source = None if node is None else node.inputs[0]
         if node is None or source is None:
@@ -156,5 +158,5 @@ class _Packing(Work):
 
 
 def _digest(matrix: Tensor) -> bytes:
-    """Of the values of a matrix (out, in), in float32."""
+    """Hash the values of a matrix (out, in), in float32."""
     return hashlib.sha256(str(tuple(matrix.shape)).encode() + matrix.float().contiguous().numpy().tobytes()).digest()
