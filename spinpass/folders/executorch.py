@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class ExecutorchTools(Protocol):
-    """What a folder needs of :mod:`spinpass.exporters.executorch`, which :func:`executorch_tools` imports."""
+    """This is what a folder needs of :mod:`spinpass.exporters.executorch`, which :func:`executorch_tools` imports."""
 
     def export(
         self,
@@ -44,7 +44,7 @@ def write_pte_folder(
 ) -> Written:
     """Export for ExecuTorch, and put beside the file what belongs to the model.
 
-    Raises ExportError, ConfigError, VerificationError: as :func:`spinpass.exporters.executorch.export`.
+    Raises ExportError, ConfigError and VerificationError where :func:`spinpass.exporters.executorch.export` does.
     """
     report = executorch.export(
         result.exportable, out, verify=certify, progress=lambda step: steps.begin(f"executorch: {step}")
@@ -54,7 +54,7 @@ def write_pte_folder(
 
 
 def executorch_tools() -> ExecutorchTools:
-    """What writes for ExecuTorch, imported when it is needed. Raises ExportError where a package is missing."""
+    """Import what writes for ExecuTorch, when it is needed. Raises ExportError where a package is missing."""
     try:
         from spinpass.exporters import executorch
     except ModuleNotFoundError as error:

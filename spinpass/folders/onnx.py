@@ -29,7 +29,7 @@ _REPORTS = {"packed": "pack", "cache": "cache"}  # in spinpass.json: of which st
 
 
 class OnnxTools(Protocol):
-    """What a folder needs of :mod:`spinpass.exporters.onnx`, which :func:`onnx_tools` imports."""
+    """This is what a folder needs of :mod:`spinpass.exporters.onnx`, which :func:`onnx_tools` imports."""
 
     GENAI_CONFIG: str
 
@@ -61,7 +61,7 @@ class OnnxTools(Protocol):
 
 @dataclass(frozen=True)
 class CacheBits:
-    """How the KV cache is stored: integers of so many ``bits``, with scales from the UTF-8 file ``text``."""
+    """It says how the KV cache is stored: as integers of so many ``bits``, with scales from the UTF-8 file ``text``."""
 
     bits: int
     text: Path
@@ -79,10 +79,23 @@ def write_folder(
     cache: CacheBits | None = None,
     certify: bool = True,
 ) -> Written:
-    """Export, pack, quantize the cache, and put beside it what belongs to the model. What is written on the way does
-    not appear in ``out``.
+    """Export, pack, quantize the cache, and put beside it what belongs to the model.
 
-    Raises ExportError, ConfigError: as :func:`spinpass.exporters.onnx.export` and what packs.
+    What is written on the way does not appear in ``out``.
+
+    Args:
+        onnx: what :func:`onnx_tools` returns.
+        loaded: the model, with what lies beside it.
+        result: its program, rotated and quantized as it is to be written.
+        out: the folder.
+        steps: they are told as they begin.
+        int4: round the weights to four bits.
+        fuse: use ONNX Runtime's own operators.
+        cache: how the KV cache is stored; None leaves it in floats.
+        certify: compare the file with the program, unless that is quantized.
+
+    Raises:
+        ConfigError, ExportError, VerificationError: :func:`spinpass.exporters.onnx.export` raises them, or what packs.
     """
     pack = _packing(onnx, result.quantization, int4)
 
@@ -132,7 +145,7 @@ def _written(
 
 
 def _cache_writer(onnx: OnnxTools, loaded: LoadedModel, cache: CacheBits) -> _Step:
-    """What quantizes the cache of an exported file. ConfigError where no tokenizer can read the text."""
+    """Return what quantizes the cache of an exported file. Raises ConfigError where no tokenizer can read the text."""
     if loaded.companions is None or loaded.companions.tokenizer is None:
         raise ConfigError(f"{loaded.source.location} has no tokenizer to read {cache.text} with")
     texts = calibration_windows(token_ids(loaded.companions.tokenizer), cache.text)
@@ -140,7 +153,7 @@ def _cache_writer(onnx: OnnxTools, loaded: LoadedModel, cache: CacheBits) -> _St
 
 
 def _packing(onnx: OnnxTools, made: QuantizationReport | None, int4: bool) -> _Step | None:
-    """What makes integers of the exported file, if there are any."""
+    """Return what makes integers of the exported file; None where nothing is to be."""
     if int4:
         return lambda source, target: onnx.quantize_4bit(source, target)
     if made is None or not made.weights:
@@ -150,7 +163,7 @@ def _packing(onnx: OnnxTools, made: QuantizationReport | None, int4: bool) -> _S
 
 
 def _write_genai_config(onnx: OnnxTools, companions: Companions, out: Path) -> dict[str, str | None]:
-    """Where ONNX Runtime GenAI can run the graph; else the reason why not, and no file of an earlier export."""
+    """Write the file where ONNX Runtime GenAI can run the graph; else say why not, and remove an earlier export's."""
     try:
         file = onnx.save_genai_config(out, companions.config, companions.generation_config)
     except ExportError as error:
@@ -160,7 +173,7 @@ def _write_genai_config(onnx: OnnxTools, companions: Companions, out: Path) -> d
 
 
 def onnx_tools() -> OnnxTools:
-    """What writes ONNX, imported when it is needed. Raises ExportError where a package is missing."""
+    """Import what writes ONNX, when it is needed. Raises ExportError where a package is missing."""
     try:
         from spinpass.exporters import onnx
     except ModuleNotFoundError as error:

@@ -39,9 +39,8 @@ _PARTS = ("qweight", "qzeros", "scales", "g_idx")
 
 @dataclass(frozen=True)
 class GptqReport:
-    """What :func:`write_gptq` wrote. ``changed``: the weights whose values the scales' dtype has changed, with the
-    largest relative change of a scale.
-    """
+    """This is what :func:`write_gptq` wrote. ``changed`` names the weights whose values the scales' dtype has changed,
+    with the largest relative change of a scale."""
 
     path: Path
     files: tuple[Path, ...]
@@ -50,7 +49,7 @@ class GptqReport:
 
     @property
     def summary(self) -> str:
-        """One line."""
+        """Say it in one line."""
         worst = max(self.changed.values(), default=0.0)
         note = f"; scales in a half type: {len(self.changed)} weights changed by up to {worst:.1e}" if worst else ""
         return f"GPTQ checkpoint of {self.bytes / 1e6:.1f} MB{note}"
@@ -58,9 +57,8 @@ class GptqReport:
 
 @dataclass(frozen=True)
 class GptqCheckpoint:
-    """What :func:`read_gptq` found: ``codes`` by parameter name, scales in the dtype of the file; ``tensors``: all that
-    is not quantized; ``config``: the quantization's.
-    """
+    """This is what :func:`read_gptq` found: ``codes`` by parameter name, scales in the dtype of the file, and
+    ``tensors``, all that is not quantized. ``config`` is the quantization's."""
 
     codes: Mapping[str, Codes]
     tensors: Mapping[str, Tensor]
@@ -82,15 +80,17 @@ def write_gptq(
     """Write ``model.safetensors``, ``config.json`` and ``quantize_config.json``; files of these names are replaced.
 
     Args:
-        weights: of linear layers by parameter name, as in the report of :func:`spinpass.quantization.quantize`.
+        folder: where they are written; it is made if it is missing.
+        weights: those of linear layers by parameter name, as the report of :func:`spinpass.quantization.quantize` has
+            them.
         tensors: everything else by name (tables, norms, biases).
         checkpoint_format: ``gptq`` or ``gptq_v2``.
         scales_dtype: float16, which kernels take, or float32, in which nothing changes; the report says what did.
-        config: of the model, which ``config.json`` holds beside the quantization's.
+        config: the model's configuration, which ``config.json`` holds beside the quantization's.
 
     Raises:
-        ConfigError: a format or dtype that is not one of these; a weight that is no matrix of a module; sizes that
-            leave words unfilled; a zero point of 0 in the format ``gptq``; a scale that the dtype cannot hold.
+        ConfigError: the format or dtype is not one of these, a weight is no matrix of a module, its sizes leave words
+            unfilled, a zero point is 0 in the format ``gptq``, or the dtype cannot hold a scale.
         ExportError: safetensors is missing, or the folder is not writable. Nothing is left behind.
     """
     if checkpoint_format not in FORMATS:
@@ -144,7 +144,7 @@ def _tensors_of(
 
 
 def _quantization_config(weights: Mapping[str, Codes], checkpoint_format: str) -> dict[str, Any]:
-    """The settings of most modules, and in ``dynamic`` those of the others by a pattern of their name."""
+    """Return the settings of most modules, and in ``dynamic`` those of the others by a pattern of their name."""
     settings = {name.removesuffix(".weight"): _settings(codes) for name, codes in weights.items()}
     counted = Counter(tuple(s.items()) for s in settings.values())
     common = dict(counted.most_common(1)[0][0]) if counted else {"bits": 4, "group_size": -1, "sym": True}
@@ -168,10 +168,10 @@ def _settings(codes: Codes) -> dict[str, Any]:
 
 
 def read_gptq(folder: str | Path) -> GptqCheckpoint:
-    """The integers and other tensors of a checkpoint folder, of one file or of several with an index.
+    """Read the integers and other tensors of a checkpoint folder, of one file or of several with an index.
 
     Raises:
-        ConfigError: no checkpoint there, or one of another method or format.
+        ConfigError: there is no checkpoint, or one of another method or format.
         ExportError: safetensors is missing or cannot read a file; tensors of a module are missing or do not fit.
     """
     folder = Path(folder)

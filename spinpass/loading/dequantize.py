@@ -29,17 +29,18 @@ from spinpass.quantization import (
 def dequantize_checkpoint(
     program: ExportedProgram, checkpoint: GptqCheckpoint, *, strict: bool = True
 ) -> ExportedProgram:
-    """A floating-point program with the checkpoint's values, which can be rotated and quantized again.
+    """Make a floating-point program with the checkpoint's values, which can be rotated and quantized again.
 
     Products (q − z)·s are computed in float32 and cast once to the dtype of the program's constant.
 
     Args:
-        program: of the same model, with any values; parameters are matched by name. It is not changed.
+        program: a program of the same model, with any values; parameters are matched by name. It is not changed.
+        checkpoint: what :func:`spinpass.formats.read_gptq` found.
         strict: every parameter must be in the checkpoint; otherwise the others keep the program's values.
 
     Raises:
-        ConfigError: a name that the program lacks, a shape that differs, two values for one shared constant, or
-            (``strict``) a parameter that the checkpoint lacks.
+        ConfigError: the program lacks a name, a shape differs, there are two values for one shared constant, or
+            (``strict``) the checkpoint lacks a parameter.
     """
     analysed = open_program(program)
     dims = {analysed.fqn(site.weight): site.dim for site in weight_sites(analysed)[0]}
@@ -67,10 +68,10 @@ def dequantize_checkpoint(
 
 
 def quantized_checkpoint(program: ExportedProgram, checkpoint: GptqCheckpoint, *, strict: bool = True) -> Quantized:
-    """The checkpoint as if :func:`spinpass.quantization.quantize` had returned it: its integers stay, and can be packed
-    (:func:`spinpass.quantization.pack`) and written again. Scales become float32; errors are not known (NaN).
+    """Return the checkpoint as if :func:`spinpass.quantization.quantize` had returned it.
 
-    Arguments and errors as of :func:`dequantize_checkpoint`.
+    Its integers stay, and can be packed (:func:`spinpass.quantization.pack`) and written again. Scales become float32;
+    errors are not known (NaN). Arguments and errors are those of :func:`dequantize_checkpoint`.
     """
     loaded = dequantize_checkpoint(program, checkpoint, strict=strict)
     analysed = open_program(loaded)
@@ -85,7 +86,7 @@ def quantized_checkpoint(program: ExportedProgram, checkpoint: GptqCheckpoint, *
 
 
 def _scheme(codes: Codes) -> Weights:
-    """How a weight was quantized, as far as its layout says: a group size that is none of ours is left out."""
+    """Say how a weight was quantized, as far as its layout tells: a group size that is none of ours is left out."""
     columns, groups = codes.q.shape[1], codes.scales.shape[1]
     size = -(-columns // groups)
     listed = size if groups > 1 and size in GROUP_SIZES else None
@@ -93,7 +94,7 @@ def _scheme(codes: Codes) -> Weights:
 
 
 def _widened(codes: Codes) -> Codes:
-    """With scales in float32, in which every product (q − z)·s of a half type is exact."""
+    """Return the codes with scales in float32, in which every product (q − z)·s of a half type is exact."""
     return replace(codes, scales=codes.scales.float())
 
 
@@ -105,7 +106,7 @@ def _dequantized(checkpoint: GptqCheckpoint, dims: Mapping[str, int]) -> Iterabl
 
 
 def _by_name(editor: ProgramEditor) -> dict[str, Node]:
-    """The constants of a program by every name they are stored under."""
+    """Return the constants of a program by every name they are stored under."""
     stored = [node for node in editor.nodes if editor.is_stored(node)]
     found: dict[str, Node] = {}
     for node in sorted(stored, key=lambda n: -len(editor.fqns(n))):  # the one that stands for its aliases first

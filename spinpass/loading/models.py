@@ -32,7 +32,7 @@ _SAMPLE = (2, 16)  # a batch of one would be specialised to one
 
 @dataclass(frozen=True)
 class Companions:
-    """What belongs beside an exported model: configuration and, where the source has one, the tokenizer."""
+    """This belongs beside an exported model: the configuration and, where the source has one, the tokenizer."""
 
     config: Any
     generation_config: Any
@@ -55,7 +55,7 @@ class Companions:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """An exported program and where it came from; ``companions`` is None for a ``.pt2`` file."""
+    """This is an exported program and where it came from; ``companions`` is None for a ``.pt2`` file."""
 
     source: Source
     program: ExportedProgram
@@ -75,15 +75,16 @@ def load_model(
 
     Args:
         model: a folder of transformers or a name on the hub, a ``.gguf`` file or a folder with one, a ``.pt2`` file.
-        dtype: of the weights: ``float32``, ``float16``, ``bfloat16``, or ``auto`` for what is stored.
-        cache: one graph with the KV cache as inputs and outputs; False exports the prompt's pass alone, without cache.
-        context: with a cache of that many tokens inside instead (:mod:`.static_cache`), which ExecuTorch takes.
-        dequantize: where the folder holds a GPTQ checkpoint, take the values of its integers; refused otherwise.
-        progress: called with the name of each step before it starts.
+        dtype: that of the weights: ``float32``, ``float16``, ``bfloat16``, or ``auto`` for what is stored.
+        cache: make one graph with the KV cache as inputs and outputs; False exports the prompt's pass alone, without
+            cache.
+        context: put a cache of that many tokens inside instead (:mod:`.static_cache`), which ExecuTorch takes.
+        dequantize: where the folder holds a GPTQ checkpoint, take the values of its integers; it is refused otherwise.
+        progress: it is called with the name of each step before it starts.
 
     Raises:
-        ConfigError: no such file or folder, no model in it, an unknown dtype, a context that does not fit, packed
-            weights that may not be dequantized.
+        ConfigError: there is no such file or folder, or no model in it; the dtype is unknown; the context does not fit;
+            weights are packed and may not be dequantized.
         ExportError: transformers is missing, cannot load the model, or cannot export it.
     """
     source = locate(model)
@@ -105,7 +106,7 @@ def load_model(
 
 
 def _is_packed(source: Source, dequantize: bool) -> bool:
-    """The folder holds a GPTQ checkpoint. ConfigError where that is not to be dequantized."""
+    """Say whether the folder holds a GPTQ checkpoint. Raises ConfigError where that is not to be dequantized."""
     if source.kind != "transformers" or not Path(source.location).is_dir():
         return False
     if quantization_method(Path(source.location)) != "gptq":
@@ -119,7 +120,7 @@ def _is_packed(source: Source, dequantize: bool) -> bool:
 
 
 def _load(source: Source, dtype: Any, packed: bool) -> tuple[Any, Any]:
-    """(model, tokenizer or None)."""
+    """Return the model and its tokenizer, None where it has none."""
     transformers = _module("transformers", f"loading {source.location}")
     where: dict[str, Any] = {"gguf_file": source.gguf} if source.gguf else {}
     try:
@@ -163,7 +164,7 @@ def _exported(model: Any, cache: bool, name: str, context: int | None) -> Export
 
 
 def _module(name: str, purpose: str) -> Any:
-    """A module of transformers, imported now. Raises ExportError that says what to install."""
+    """Import a module of transformers. Raises ExportError that says what to install."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -180,7 +181,7 @@ def _summary(error: Exception) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the progress bars and warnings of the packages behind; loggers and settings are put back."""
+    """Silence the progress bars and warnings of the packages behind; loggers and settings are put back."""
     from_below = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

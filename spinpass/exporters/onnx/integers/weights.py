@@ -126,13 +126,16 @@ class _Packing(Work):
         self.matmuls += 1
 
     def bits_of(self, constant: ir.Value, by_column: bool, head: bool) -> int | None:
+        """Say in how many bits the integers of a matrix are stored; None where none are given."""
         name = self._name(constant, by_column)
         return None if name is None else STORED_BITS[self.weights[name].codes.bits]
 
     def table_bits_of(self, constant: ir.Value) -> int | None:
+        """Say in how many bits the integers of a table are stored; None where none are given."""
         return self.bits_of(constant, True, False)
 
     def quantized(self, constant: ir.Value, by_column: bool, bits: int) -> PackedMatrix:
+        """Return the integers that are given for a constant, as constants of the graph."""
         name = self._name(constant, by_column)
         assert name is not None and constant.const_value is not None  # by its bits
         self.found.add(name)
