@@ -16,7 +16,7 @@ _WEIGHTS = ("*.safetensors", "*.bin")
 
 @dataclass(frozen=True)
 class Source:
-    """It says where a model is: in a ``program`` or ``gguf`` file, or in a folder or name that ``transformers`` loads."""
+    """It says where a model is: a ``program`` or ``gguf`` file, or a folder or name that ``transformers`` loads."""
 
     kind: SourceKind
     location: str
