@@ -96,7 +96,7 @@ def test_programs_share_a_cache_in_the_rotated_basis(dynamo: tuple[Any, Any]) ->
         (c.space, c.rotation.fingerprint()) for c in taken
     ]
     assert len(taken) == 2 * models.LAYERS
-    assert library.NAME in map(op_name, prefill.graph.nodes)
+    assert library.HADAMARD in map(op_name, prefill.graph.nodes)
     for prompt in PROMPTS:
         assert generate_exported(exported, prompt, NEW) == greedy(prompt)
     plain = exporters.DynamoExporter().export_for_generation(
