@@ -161,21 +161,21 @@ def _genai(runtime: str, case: Case) -> Row:
 def _transformers_onnx(runtime: str, case: Case) -> Row:
     from transformers.exporters import OnnxConfig
 
-    from spinpass.exporters.transformers import RotatedOnnxExporter, generate
+    from spinpass.exporters.transformers import RotatedOnnxExporter, generate_exported
 
     exporter = RotatedOnnxExporter(rotation=case.config)
     inputs = {"input_ids": torch.tensor([case.expected[0]["ids"]])}
     exported = exporter.export_for_generation(case.model, inputs, OnnxConfig(dynamic=True, ort_fusions="cpu"))
-    return _compared(runtime, case, lambda ids, new: generate(exported, ids, new, end=_ends(case)))
+    return _compared(runtime, case, lambda ids, new: generate_exported(exported, ids, new, end=_ends(case)))
 
 
 def _openvino(runtime: str, case: Case) -> Row:
     from spinpass.exporters import openvino
-    from spinpass.runtime import CompiledModel, generate
+    from spinpass.runtime import CompiledModel, generate_openvino
 
     program = spinpass.transform(case.loaded.program, case.config)
     model = CompiledModel(openvino.export(program, case.folder / "openvino").path, threads=1)
-    return _compared(runtime, case, lambda ids, new: generate(model, ids, new, end=_ends(case)))
+    return _compared(runtime, case, lambda ids, new: generate_openvino(model, ids, new, end=_ends(case)))
 
 
 def _executorch(runtime: str, case: Case) -> Row:

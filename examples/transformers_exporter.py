@@ -10,8 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.exporters import ExportedModel, OnnxConfig
 
 import spinpass
-from spinpass.exporters.transformers import RotatedOnnxExporter
-from spinpass.exporters.transformers.generation import generate
+from spinpass.exporters.transformers import RotatedOnnxExporter, generate_exported
 
 PROMPT, NEW_TOKENS = list(range(3, 11)), 12
 
@@ -29,7 +28,7 @@ for name, component in zip(exported.components, exporter.records):
 with tempfile.TemporaryDirectory() as folder:
     exported.save_pretrained(folder)  # an ordinary folder: who loads it needs no spinpass
     loaded = ExportedModel.from_pretrained(folder)
-    tokens = generate(loaded, PROMPT, NEW_TOKENS)
+    tokens = generate_exported(loaded, PROMPT, NEW_TOKENS)
 
 expected = model.generate(torch.tensor([PROMPT]), max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None)
 same = sum(a == b for a, b in zip(tokens, expected[0, len(PROMPT) :].tolist()))

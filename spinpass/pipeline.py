@@ -20,7 +20,7 @@ from spinpass.progress import Progress
 VERIFY_LIMIT = 50_000_000
 """The number of parameters up to which a result is certified unless the configuration says otherwise."""
 
-log = logging.getLogger("spinpass")
+_log = logging.getLogger("spinpass")
 
 PASSES: list[SitePass] = [
     MATERIALIZE,  # first, with the values that the expressions have before anything is queued
@@ -142,7 +142,7 @@ def _is_certified(program: ExportedProgram, config: RotationConfig) -> bool:
         return config.verify
     small: bool = sum(t.numel() for t in program.state_dict.values()) <= VERIFY_LIMIT
     if not small:
-        log.info("not certified: more than %s parameters; call spinpass.verify(before, after)", f"{VERIFY_LIMIT:,}")
+        _log.info("not certified: more than %s parameters; call spinpass.verify(before, after)", f"{VERIFY_LIMIT:,}")
     return small
 
 

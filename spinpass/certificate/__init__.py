@@ -2,8 +2,8 @@
 
 from .certificate import BOUNDS, Certificate, difference_of
 from .files import (
-    Comparison,
     FileCertificate,
+    FileComparison,
     FileOutput,
     as_tensor,
     badness,
@@ -16,8 +16,8 @@ from .programs import verify
 __all__ = [
     "BOUNDS",
     "Certificate",
-    "Comparison",
     "FileCertificate",
+    "FileComparison",
     "FileOutput",
     "as_tensor",
     "badness",

@@ -1,6 +1,6 @@
 """Ways out of torch: a package or a module for each runtime.
 
-Importing this package imports none of them, so none of their dependencies.
+This package imports none of them, and so none of their dependencies, before it is asked for one.
 """
 
 from .names import cache_names

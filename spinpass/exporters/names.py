@@ -19,9 +19,11 @@ _CACHE = "past_key_values"
 
 @dataclass(frozen=True)
 class GraphNames:
-    """One name per tensor that goes in or comes out; values that export specialised to a constant have none.
-    ``input_index`` and ``output_index`` say where a placeholder, and where which of the program's user outputs, is
-    found in the lists."""
+    """Every tensor that goes in or comes out has one name; a value that export specialised to a constant has none.
+
+    ``input_index`` maps the name of a placeholder, and ``output_index`` the number of a user output of the program, to
+    its place in the lists.
+    """
 
     inputs: list[str]
     outputs: list[str]
@@ -30,8 +32,12 @@ class GraphNames:
 
 
 def signature_names(ep: ExportedProgram) -> GraphNames:
-    """Inputs by their placeholders. Outputs by their keys in the returned structure, like ``past_key_values_0``; by the
-    program's own name where they have no key; with ``output.`` in front where an input has that name."""
+    """Name the inputs and outputs of a program.
+
+    Inputs have the names of their placeholders. Outputs have those of their keys in the returned structure, for example
+    ``past_key_values_0``, or the program's own where they have no key; ``output.`` stands in front where an input has
+    that name.
+    """
     signature = ep.graph_signature
     taken = [spec.arg for spec in signature.input_specs if spec.kind is InputKind.USER_INPUT]
     inputs = [arg.name for arg in taken if not isinstance(arg, ConstantArgument)]
@@ -50,10 +56,10 @@ def signature_names(ep: ExportedProgram) -> GraphNames:
 
 
 def cache_names(ep: ExportedProgram) -> dict[str, dict[str, str]]:
-    """``input_names`` and ``output_names`` under which today's runtimes look for a KV cache:
-    ``past_key_values.<layer>.key`` and ``.value`` go in, ``present.<layer>.key`` and ``.value`` come out.
+    """Return the ``input_names`` and ``output_names`` under which today's runtimes look for a KV cache.
 
-    A cache is what the program calls ``past_key_values``, its tensors being key and value of each layer in turn. Empty
+    ``past_key_values.<layer>.key`` and ``.value`` go in, ``present.<layer>.key`` and ``.value`` come out. A cache is
+    what the program calls ``past_key_values``, its tensors being key and value of each layer in turn. Both are empty
     for a program without one or with another layout.
     """
     names = signature_names(ep)
@@ -64,7 +70,7 @@ def cache_names(ep: ExportedProgram) -> dict[str, dict[str, str]]:
 
 
 def renamed(names: GraphNames, inputs: Names, outputs: Names) -> GraphNames:
-    """``names`` with the user's overrides. Raises ConfigError for unknown, missing and repeated names."""
+    """Return ``names`` with the user's overrides. Raises ConfigError for unknown, missing and repeated names."""
     result = replace(
         names, inputs=_override(names.inputs, inputs, "input"), outputs=_override(names.outputs, outputs, "output")
     )
@@ -97,8 +103,8 @@ def _layered(names: list[str], prefix: str, new: str) -> dict[str, str]:
 
 
 def _keys(spec: Any, prefix: str) -> Iterator[str]:
-    """The path of every leaf of an output structure, its keys and indices joined by ``_``; '' where no key is on the
-    path."""
+    """Yield the path of every leaf of an output structure, its keys and indices joined by ``_``; the path is empty
+    where no key is on it."""
     if spec.is_leaf():
         yield prefix
         return

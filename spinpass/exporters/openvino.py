@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,51 +14,21 @@ import torch
 from torch.export import ExportedProgram
 
 from spinpass import record
-from spinpass.certificate import Comparison, FileCertificate
+from spinpass.certificate import FileCertificate, FileComparison
 from spinpass.errors import ConfigError, ExportError, ProgramError
-from spinpass.exporters.clock import Clock
-from spinpass.exporters.names import GraphNames, Names, renamed, signature_names
-from spinpass.exporters.refusals import refuse_fake_weights, refuse_mutation
-from spinpass.formats import staged
 from spinpass.graph import shape, value
 from spinpass.passes import lower_hadamards
-from spinpass.runtime import CompiledModel, import_openvino, reason
+from spinpass.runtime import CompiledModel, import_openvino, openvino_reason
 
-VERIFY_LIMIT = 2**31
-"""Above this many bytes of weights ``verify=None`` does not certify: both the program and OpenVINO would be run."""
+from .certified_file import Clock, FileReport, write_certified
+from .names import GraphNames, Names, renamed, signature_names
+from .refusals import refuse_fake_weights, refuse_mutation
 
 _TYPES = (torch.float16, torch.float32, torch.float64, torch.int8, torch.uint8, torch.int32, torch.int64, torch.bool)
 
 
-@dataclass(frozen=True)
-class OpenVINOReport:
-    """What :func:`export` wrote.
-
-    ``bytes`` is the size of all ``files``. Without a ``certificate``, ``uncertified`` says why. ``seconds`` maps the
-    steps to wall-clock time.
-    """
-
-    path: Path
-    files: tuple[Path, ...]
-    bytes: int
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-    certificate: FileCertificate | None
-    uncertified: str
-    seconds: Mapping[str, float]
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able."""
-        return {
-            "path": str(self.path),
-            "files": [str(file) for file in self.files],
-            "bytes": self.bytes,
-            "inputs": list(self.inputs),
-            "outputs": list(self.outputs),
-            "certificate": None if self.certificate is None else self.certificate.to_dict(),
-            "uncertified": self.uncertified,
-            "seconds": dict(self.seconds),
-        }
+class OpenVINOReport(FileReport):
+    """This is what :func:`export` wrote."""
 
 
 def export(
@@ -72,22 +41,24 @@ def export(
     inputs: object = None,
     progress: Callable[[str], None] | None = None,
 ) -> OpenVINOReport:
-    """Write ``ep`` as an OpenVINO model. The program is not changed; dynamic axes stay dynamic, a KV cache stays inputs
-    and outputs, weights keep their precision. What a rotated program says about itself is the model's runtime info
-    ``spinpass/record``.
+    """Write ``ep`` as an OpenVINO model.
+
+    The program is not changed; dynamic axes stay dynamic, a KV cache stays inputs and outputs, weights keep their
+    precision. What a rotated program says about itself is the model's runtime info ``spinpass/record``.
 
     Args:
         ep: an inference program.
         path: ``.../name.xml``, or a folder, which then gets ``openvino_model.xml``. Existing files are replaced.
-        input_names, output_names: as for :func:`spinpass.exporters.onnx.export`.
+        input_names, output_names: what to rename, as :func:`spinpass.exporters.onnx.export` takes it.
         verify: compare OpenVINO's outputs, computed in float32, with the program's. None does so up to 2 GiB of
             weights; True insists.
         inputs: what to compare on; None makes small inputs from the program's own specs.
-        progress: called with the name of each step before it starts.
+        progress: it is called with the name of each step before it starts.
 
     Raises:
-        ProgramError: not an ExportedProgram; QuantizedWeightError: one with quantized weights and online Hadamards.
-        ConfigError: names that do not fit.
+        ProgramError: ``ep`` is not an ExportedProgram.
+        QuantizedWeightError: it has quantized weights and online Hadamards.
+        ConfigError: a name does not fit.
         ExportError: OpenVINO is missing or cannot convert or run the program, or nothing can be written there.
         VerificationError: the files would not compute what the program computes. In every case nothing is left behind.
     """
@@ -106,24 +77,16 @@ def export(
     if (found := record.read(ep)) is not None:
         model.set_rt_info(json.dumps(found.to_dict()), ["spinpass", "record"])
     weights = sum(t.nbytes for t in {id(t): t for t in (*ep.state_dict.values(), *_tensors(ep.constants))}.values())
-    with staged(target.parent, weights) as staging:
+
+    def save(file: Path) -> None:
         clock.start("write")
-        openvino.save_model(model, str(staging / target.name), compress_to_fp16=False)
-        written = sorted(staging.iterdir())
-        size = sum(file.stat().st_size for file in written)
-        clock.start("certify")
-        certificate, uncertified = _certify(ep, staging / target.name, inputs, verify, weights)
-    clock.stop()
-    return OpenVINOReport(
-        path=target,
-        files=tuple(target.parent / file.name for file in written),
-        bytes=size,
-        inputs=tuple(names.inputs),
-        outputs=tuple(names.outputs),
-        certificate=certificate,
-        uncertified=uncertified,
-        seconds=clock.seconds,
-    )
+        openvino.save_model(model, str(file), compress_to_fp16=False)
+
+    def compare(file: Path) -> FileCertificate | str:
+        return _compared(ep, file, inputs, insist=bool(verify))
+
+    report = write_certified(target, names, clock, save, compare, weights=weights, verify=verify)
+    return OpenVINOReport(**vars(report))
 
 
 def _xml_path(path: str | Path) -> Path:
@@ -138,13 +101,13 @@ def _convert(openvino: Any, program: ExportedProgram) -> Any:
         return openvino.convert_model(program)
     except Exception as error:  # the frontend's errors have no common base below Exception
         raise ExportError(
-            f"OpenVINO {openvino.__version__} cannot convert the program: {reason(error)}; "
+            f"OpenVINO {openvino.__version__} cannot convert the program: {openvino_reason(error)}; "
             "replace that operator or decompose it before the export"
         ) from error
 
 
 def _name_ports(model: Any, names: GraphNames) -> None:
-    """The signature's names on the model's ports, which come in the same order."""
+    """Put the signature's names on the model's ports, which come in the same order."""
     for ports, wanted, what in ((model.inputs, names.inputs, "inputs"), (model.outputs, names.outputs, "outputs")):
         if len(ports) != len(wanted):
             raise ExportError(
@@ -156,32 +119,24 @@ def _name_ports(model: Any, names: GraphNames) -> None:
 
 
 def _fix_shapes(openvino: Any, model: Any, ep: ExportedProgram) -> None:
-    """The program's own shapes on the inputs: the frontend leaves out sizes that it does not need."""
+    """Put the program's own shapes on the inputs: the frontend leaves out sizes that it does not need."""
     taken = [node for node in ep.graph.nodes if node.name in ep.graph_signature.user_inputs]
     tensors = [node for node in taken if isinstance(value(node), torch.Tensor)]
     shapes = [[size if isinstance(size, int) else -1 for size in shape(node)] for node in tensors]
     model.reshape({port: openvino.PartialShape(sizes) for port, sizes in zip(model.inputs, shapes, strict=True)})
 
 
-def _certify(
-    ep: ExportedProgram, path: Path, inputs: object, verify: bool | None, weights: int
-) -> tuple[FileCertificate | None, str]:
-    """The certificate, or None and why there is none. Raises VerificationError where it fails."""
-    if verify is False:
-        return None, "switched off"
-    if verify is None and weights > VERIFY_LIMIT:
-        return None, f"{weights:,} bytes of weights are above the limit of {VERIFY_LIMIT:,}: pass verify=True"
-    comparison = Comparison.of(ep, inputs)
+def _compared(ep: ExportedProgram, path: Path, inputs: object, *, insist: bool) -> FileCertificate | str:
+    """Return the certificate, or why there can be none; with ``insist`` that is an ExportError."""
+    comparison = FileComparison.of(ep, inputs)
     without = {t.dtype for t in (*comparison.fed, *comparison.expected)} - set(_TYPES)
     if without:
         why = f"OpenVINO's Python interface has no {', '.join(map(str, without))}"
-        if verify:
+        if insist:
             raise ExportError(f"the model cannot be certified: {why}; pass verify=False to write it all the same")
-        return None, why
+        return why
     model = CompiledModel(path)
-    certificate = comparison.certificate(model.inputs, model.outputs, model.run(comparison.fed), "OpenVINO model")
-    certificate.raise_if_failed()
-    return certificate, ""
+    return comparison.certificate(model.inputs, model.outputs, model.run(comparison.fed), "OpenVINO model")
 
 
 def _tensors(constants: Mapping[str, Any]) -> list[torch.Tensor]:

@@ -19,12 +19,12 @@ def refuse_fake_weights(ep: ExportedProgram) -> None:
 
 
 def refuse_mutation(ep: ExportedProgram, artefact: str) -> None:
-    """Raise ExportError where the program writes to its inputs or buffers; ``artefact`` is what cannot."""
+    """Raise ExportError where the program writes to its inputs or buffers, which ``artefact`` cannot hold."""
     signature = ep.graph_signature
     written = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
     if written:
         more = f" and {len(written) - 1} more" if len(written) > 1 else ""
         raise ExportError(
             f"the program writes to {written[0]}{more} in place, and {artefact} keeps no state between calls:"
-            " export the program with that state (a static cache, say) as inputs and outputs"
+            " export the program with that state, for example a static cache, as inputs and outputs"
         )

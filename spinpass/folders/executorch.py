@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
+from typing import TYPE_CHECKING, Protocol
 
 from spinpass.errors import ExportError
 from spinpass.loading import LoadedModel
@@ -12,9 +13,29 @@ from spinpass.progress import Steps
 from .companions import Written, write_companions
 from .result import Result
 
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
+    from spinpass.exporters.executorch import PteReport
+    from spinpass.quantization import Quantized
+
+
+class ExecutorchTools(Protocol):
+    """This is what a folder needs of :mod:`spinpass.exporters.executorch`, which :func:`executorch_tools` imports."""
+
+    def export(
+        self,
+        program: ExportedProgram | Quantized,
+        path: Path,
+        /,
+        *,
+        verify: bool,
+        progress: Callable[[str], None],
+    ) -> PteReport: ...
+
 
 def write_pte_folder(
-    executorch: SimpleNamespace,
+    executorch: ExecutorchTools,
     loaded: LoadedModel,
     result: Result,
     out: Path,
@@ -24,7 +45,7 @@ def write_pte_folder(
 ) -> Written:
     """Export for ExecuTorch, and put beside the file what belongs to the model.
 
-    Raises ExportError, ConfigError, VerificationError: as :func:`spinpass.exporters.executorch.export`.
+    Raises ExportError, ConfigError and VerificationError where :func:`spinpass.exporters.executorch.export` does.
     """
     report = executorch.export(
         result.exportable, out, verify=certify, progress=lambda step: steps.begin(f"executorch: {step}")
@@ -33,10 +54,10 @@ def write_pte_folder(
     return Written(report, *write_companions(loaded, result, {"executorch": report.to_dict()}, files, out))
 
 
-def executorch_tools() -> SimpleNamespace:
-    """What writes for ExecuTorch, imported when it is needed."""
+def executorch_tools() -> ExecutorchTools:
+    """Import what writes for ExecuTorch, when it is needed. Raises ExportError where a package is missing."""
     try:
         from spinpass.exporters import executorch
     except ModuleNotFoundError as error:
         raise ExportError(f"writing for ExecuTorch needs {error.name}: pip install 'spinpass[executorch]'") from error
-    return SimpleNamespace(export=executorch.export)
+    return executorch

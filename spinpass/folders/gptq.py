@@ -22,11 +22,11 @@ from spinpass.progress import Steps
 from .companions import Written, write_companions
 from .result import Result
 
-WEIGHTS_ONLY = "--to gptq writes quantized weights: add --quantize, say w4g128-gptq"
+WEIGHTS_ONLY = "--to gptq writes quantized weights: add --quantize, for example w4g128-gptq"
 
 
 def check_rotation(loaded: LoadedModel, result: Result) -> None:
-    """ConfigError, saying what to ask for instead, where a rotation is online or adds parameters."""
+    """Raise ConfigError, which says what to ask for instead, where a rotation is online or adds parameters."""
     online = [space for space in result.plan.spaces if space.online] if result.plan is not None else []
     if online:
         raise ConfigError(
@@ -81,7 +81,8 @@ def _unties(result: Result) -> bool:
 
 
 def _described(loaded: LoadedModel, result: Result, out: Path) -> LoadedModel:
-    """With a configuration that says how the weights are stored, and that the head has its own where it has now."""
+    """Return the model with a configuration that says how the weights are stored, and that the head has its own where
+    it has now."""
     if loaded.companions is None:
         return loaded
     config = copy.deepcopy(loaded.companions.config)

@@ -2,35 +2,74 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from spinpass.errors import ConfigError, ExportError
 from spinpass.evaluation import calibration_windows, token_ids
+from spinpass.exporters import cache_names
 from spinpass.loading import Companions, LoadedModel
 from spinpass.progress import Steps
-from spinpass.quantization import QuantizationReport
+from spinpass.quantization import QuantizationReport, QuantizedWeight
 
 from .companions import Written, write_companions
 from .result import Result
 
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
+    from spinpass.exporters.onnx import CacheReport, OnnxReport, QuantizeReport
+
+    _Made = QuantizeReport | CacheReport
+    _Step = Callable[[Path, Path], _Made]  # (source, destination)
+
 _REPORTS = {"packed": "pack", "cache": "cache"}  # in spinpass.json: of which step
+
+
+class OnnxTools(Protocol):
+    """This is what a folder needs of :mod:`spinpass.exporters.onnx`, which :func:`onnx_tools` imports."""
+
+    GENAI_CONFIG: str
+
+    def export(
+        self,
+        ep: ExportedProgram,
+        path: Path,
+        /,
+        *,
+        input_names: Mapping[str, str],
+        output_names: Mapping[str, str],
+        fuse: bool,
+        verify: bool | None,
+        progress: Callable[[str], None],
+    ) -> OnnxReport: ...
+
+    def pack_weights(
+        self, source: Path, destination: Path, weights: Mapping[str, QuantizedWeight], /, *, accuracy_level: int
+    ) -> QuantizeReport: ...
+
+    def quantize_4bit(self, source: Path, destination: Path, /) -> QuantizeReport: ...
+
+    def quantize_cache(
+        self, source: Path, destination: Path, bits: int, calibration: Sequence[Sequence[int]], /
+    ) -> CacheReport: ...
+
+    def save_genai_config(self, folder: Path, config: Any, generation_config: Any, /) -> Path: ...
 
 
 @dataclass(frozen=True)
 class CacheBits:
-    """How the KV cache is stored: integers of so many ``bits``, with scales from the UTF-8 file ``text``."""
+    """It says how the KV cache is stored: as integers of so many ``bits``, with scales from the UTF-8 file ``text``."""
 
     bits: int
     text: Path
 
 
 def write_folder(
-    onnx: SimpleNamespace,
+    onnx: OnnxTools,
     loaded: LoadedModel,
     result: Result,
     out: Path,
@@ -41,35 +80,48 @@ def write_folder(
     cache: CacheBits | None = None,
     certify: bool = True,
 ) -> Written:
-    """Export, pack, quantize the cache, and put beside it what belongs to the model. What is written on the way does
-    not appear in ``out``.
+    """Export, pack, quantize the cache, and put beside it what belongs to the model.
 
-    Raises ExportError, ConfigError: as :func:`spinpass.exporters.onnx.export` and what packs.
+    What is written on the way does not appear in ``out``.
+
+    Args:
+        onnx: what :func:`onnx_tools` returns.
+        loaded: the model, with what lies beside it.
+        result: its program, rotated and quantized as it is to be written.
+        out: the folder.
+        steps: they are told as they begin.
+        int4: round the weights to four bits.
+        fuse: use ONNX Runtime's own operators.
+        cache: how the KV cache is stored; None leaves it in floats.
+        certify: compare the file with the program, unless that is quantized.
+
+    Raises:
+        ConfigError, ExportError, VerificationError: :func:`spinpass.exporters.onnx.export` raises them, or what packs.
     """
     pack = _packing(onnx, result.quantization, int4)
 
-    def export(folder: Path) -> Any:
+    def export(folder: Path) -> OnnxReport:
         return onnx.export(
             result.program,
             folder,
-            **onnx.cache_names(result.program),
+            **cache_names(result.program),
             fuse=fuse,
             # a value that lies at a tie may be rounded either way: there is no bound to hold a quantized file to
             verify=None if certify and result.quantization is None else False,
             progress=lambda step: steps.begin(f"onnx: {step}"),
         )
 
-    later: dict[str, Callable[[Path, Path], Any]] = {} if pack is None else {"pack": pack}
+    later: dict[str, _Step] = {} if pack is None else {"pack": pack}
     if cache is not None:
         later["cache"] = _cache_writer(onnx, loaded, cache)
     if not later:
         report = export(out)
         return _written(onnx, loaded, result, out, report, {})
     out.parent.mkdir(parents=True, exist_ok=True)
-    made: dict[str, Any] = {}
+    made: dict[str, _Made] = {}
     with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as staging:
         report = export(Path(staging, "0"))
-        if cache is not None and report.fused.kept:
+        if cache is not None and report.fused is not None and report.fused.kept:
             why = report.fused.kept[0]
             raise ExportError(f"only ONNX Runtime's own attention reads a cache of integers, and this is not it: {why}")
         source = report.path
@@ -82,9 +134,9 @@ def write_folder(
 
 
 def _written(
-    onnx: SimpleNamespace, loaded: LoadedModel, result: Result, out: Path, report: Any, made: dict[str, Any]
+    onnx: OnnxTools, loaded: LoadedModel, result: Result, out: Path, report: OnnxReport, made: Mapping[str, _Made]
 ) -> Written:
-    reports = {"onnx": report.to_dict()}
+    reports: dict[str, Any] = {"onnx": report.to_dict()}
     reports |= {name: made[step].to_dict() if step in made else None for name, step in _REPORTS.items()}
     files = {path.name for path in report.files}
     if loaded.companions is not None:
@@ -93,16 +145,16 @@ def _written(
     return Written(report, *write_companions(loaded, result, reports, files, out))
 
 
-def _cache_writer(onnx: SimpleNamespace, loaded: LoadedModel, cache: CacheBits) -> Callable[[Path, Path], Any]:
-    """What quantizes the cache of an exported file. ConfigError where no tokenizer can read the text."""
+def _cache_writer(onnx: OnnxTools, loaded: LoadedModel, cache: CacheBits) -> _Step:
+    """Return what quantizes the cache of an exported file. Raises ConfigError where no tokenizer can read the text."""
     if loaded.companions is None or loaded.companions.tokenizer is None:
         raise ConfigError(f"{loaded.source.location} has no tokenizer to read {cache.text} with")
     texts = calibration_windows(token_ids(loaded.companions.tokenizer), cache.text)
     return lambda source, target: onnx.quantize_cache(source, target, cache.bits, texts)
 
 
-def _packing(onnx: SimpleNamespace, made: QuantizationReport | None, int4: bool) -> Callable[[Path, Path], Any] | None:
-    """What makes integers of the exported file, if there are any."""
+def _packing(onnx: OnnxTools, made: QuantizationReport | None, int4: bool) -> _Step | None:
+    """Return what makes integers of the exported file; None where nothing is to be."""
     if int4:
         return lambda source, target: onnx.quantize_4bit(source, target)
     if made is None or not made.weights:
@@ -111,8 +163,8 @@ def _packing(onnx: SimpleNamespace, made: QuantizationReport | None, int4: bool)
     return lambda source, target: onnx.pack_weights(source, target, made.weights, accuracy_level=level)
 
 
-def _write_genai_config(onnx: SimpleNamespace, companions: Companions, out: Path) -> dict[str, str | None]:
-    """Where ONNX Runtime GenAI can run the graph; else the reason why not, and no file of an earlier export."""
+def _write_genai_config(onnx: OnnxTools, companions: Companions, out: Path) -> dict[str, str | None]:
+    """Write the file where ONNX Runtime GenAI can run the graph; else say why not, and remove an earlier export's."""
     try:
         file = onnx.save_genai_config(out, companions.config, companions.generation_config)
     except ExportError as error:
@@ -121,18 +173,10 @@ def _write_genai_config(onnx: SimpleNamespace, companions: Companions, out: Path
     return {"file": file.name, "reason": None}
 
 
-def onnx_tools() -> SimpleNamespace:
-    """What writes ONNX, imported when it is needed."""
+def onnx_tools() -> OnnxTools:
+    """Import what writes ONNX, when it is needed. Raises ExportError where a package is missing."""
     try:
-        from spinpass.exporters import cache_names, onnx
+        from spinpass.exporters import onnx
     except ModuleNotFoundError as error:
         raise ExportError(f"writing ONNX needs {error.name}: pip install 'spinpass[onnx]'") from error
-    return SimpleNamespace(
-        export=onnx.export,
-        cache_names=cache_names,
-        pack_weights=onnx.pack_weights,
-        quantize_4bit=onnx.quantize_4bit,
-        quantize_cache=onnx.quantize_cache,
-        save_genai_config=onnx.save_genai_config,
-        GENAI_CONFIG=onnx.GENAI_CONFIG,
-    )
+    return onnx

@@ -1,6 +1,6 @@
 """How programs, checkpoints and folders lie on disk, and how files appear there whole."""
 
-from .gptq import QUANTIZE_CONFIG, GptqReport, dequantize_checkpoint, read_gptq, write_gptq
+from .gptq import QUANTIZE_CONFIG, GptqCheckpoint, GptqReport, read_gptq, write_gptq
 from .manifest import MANIFEST, Artefact, check_loaded, hashes, read_artefact
 from .paths import PROTOBUF_LIMIT, data_name, model_path, pte_path, remove_stale_data
 from .pt2 import load_program, save_program
@@ -11,10 +11,10 @@ __all__ = [
     "PROTOBUF_LIMIT",
     "QUANTIZE_CONFIG",
     "Artefact",
+    "GptqCheckpoint",
     "GptqReport",
     "check_loaded",
     "data_name",
-    "dequantize_checkpoint",
     "hashes",
     "load_program",
     "model_path",

@@ -18,31 +18,17 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.export import ExportedProgram
-from torch.export.graph_signature import InputKind
-from torch.fx import Node
 
 from spinpass.errors import ConfigError, ExportError
-from spinpass.graph import ProgramEditor
 from spinpass.operators import pack_words, unpack_words, words
-from spinpass.passes import open_program
-from spinpass.quantization import (
-    GROUP_SIZES,
-    WEIGHT_BITS,
-    Codes,
-    QuantizationReport,
-    Quantized,
-    QuantizedWeight,
-    Weights,
-    weight_sites,
-)
+from spinpass.quantization import WEIGHT_BITS, Codes, QuantizedWeight
 
 from .staging import staged
 
@@ -53,9 +39,8 @@ _PARTS = ("qweight", "qzeros", "scales", "g_idx")
 
 @dataclass(frozen=True)
 class GptqReport:
-    """What :func:`write_gptq` wrote. ``changed``: the weights whose values the scales' dtype has changed, with the
-    largest relative change of a scale.
-    """
+    """This is what :func:`write_gptq` wrote. ``changed`` names the weights whose values the scales' dtype has changed,
+    with the largest relative change of a scale."""
 
     path: Path
     files: tuple[Path, ...]
@@ -64,7 +49,7 @@ class GptqReport:
 
     @property
     def summary(self) -> str:
-        """One line."""
+        """Say it in one line."""
         worst = max(self.changed.values(), default=0.0)
         note = f"; scales in a half type: {len(self.changed)} weights changed by up to {worst:.1e}" if worst else ""
         return f"GPTQ checkpoint of {self.bytes / 1e6:.1f} MB{note}"
@@ -72,9 +57,8 @@ class GptqReport:
 
 @dataclass(frozen=True)
 class GptqCheckpoint:
-    """What :func:`read_gptq` found: ``codes`` by parameter name, scales in the dtype of the file; ``tensors``: all that
-    is not quantized; ``config``: the quantization's.
-    """
+    """This is what :func:`read_gptq` found: ``codes`` by parameter name, scales in the dtype of the file, and
+    ``tensors``, all that is not quantized. ``config`` is the quantization's."""
 
     codes: Mapping[str, Codes]
     tensors: Mapping[str, Tensor]
@@ -96,15 +80,17 @@ def write_gptq(
     """Write ``model.safetensors``, ``config.json`` and ``quantize_config.json``; files of these names are replaced.
 
     Args:
-        weights: of linear layers by parameter name, as in the report of :func:`spinpass.quantization.quantize`.
+        folder: where they are written; it is made if it is missing.
+        weights: those of linear layers by parameter name, as the report of :func:`spinpass.quantization.quantize` has
+            them.
         tensors: everything else by name (tables, norms, biases).
         checkpoint_format: ``gptq`` or ``gptq_v2``.
         scales_dtype: float16, which kernels take, or float32, in which nothing changes; the report says what did.
-        config: of the model, which ``config.json`` holds beside the quantization's.
+        config: the model's configuration, which ``config.json`` holds beside the quantization's.
 
     Raises:
-        ConfigError: a format or dtype that is not one of these; a weight that is no matrix of a module; sizes that
-            leave words unfilled; a zero point of 0 in the format ``gptq``; a scale that the dtype cannot hold.
+        ConfigError: the format or dtype is not one of these, a weight is no matrix of a module, its sizes leave words
+            unfilled, a zero point is 0 in the format ``gptq``, or the dtype cannot hold a scale.
         ExportError: safetensors is missing, or the folder is not writable. Nothing is left behind.
     """
     if checkpoint_format not in FORMATS:
@@ -158,7 +144,7 @@ def _tensors_of(
 
 
 def _quantization_config(weights: Mapping[str, Codes], checkpoint_format: str) -> dict[str, Any]:
-    """The settings of most modules, and in ``dynamic`` those of the others by a pattern of their name."""
+    """Return the settings of most modules, and in ``dynamic`` those of the others by a pattern of their name."""
     settings = {name.removesuffix(".weight"): _settings(codes) for name, codes in weights.items()}
     counted = Counter(tuple(s.items()) for s in settings.values())
     common = dict(counted.most_common(1)[0][0]) if counted else {"bits": 4, "group_size": -1, "sym": True}
@@ -182,10 +168,10 @@ def _settings(codes: Codes) -> dict[str, Any]:
 
 
 def read_gptq(folder: str | Path) -> GptqCheckpoint:
-    """The integers and other tensors of a checkpoint folder, of one file or of several with an index.
+    """Read the integers and other tensors of a checkpoint folder, of one file or of several with an index.
 
     Raises:
-        ConfigError: no checkpoint there, or one of another method or format.
+        ConfigError: there is no checkpoint, or one of another method or format.
         ExportError: safetensors is missing or cannot read a file; tensors of a module are missing or do not fit.
     """
     folder = Path(folder)
@@ -261,105 +247,6 @@ def _codes(module: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]
     if g_idx is None or torch.equal(g_idx.long(), made.group_of):
         return made
     return Codes(made.q, made.scales, made.zeros, bits, made.symmetric, g_idx.long())
-
-
-# -- into a program ---------------------------------------------------------------------------------------------------
-
-
-def dequantize_checkpoint(
-    program: ExportedProgram, checkpoint: GptqCheckpoint, *, strict: bool = True
-) -> ExportedProgram:
-    """A floating-point program with the checkpoint's values, which can be rotated and quantized again.
-
-    Products (q − z)·s are computed in float32 and cast once to the dtype of the program's constant.
-
-    Args:
-        program: of the same model, with any values; parameters are matched by name. It is not changed.
-        strict: every parameter must be in the checkpoint; otherwise the others keep the program's values.
-
-    Raises:
-        ConfigError: a name that the program lacks, a shape that differs, two values for one shared constant, or
-            (``strict``) a parameter that the checkpoint lacks.
-    """
-    analysed = open_program(program)
-    dims = {analysed.fqn(site.weight): site.dim for site in weight_sites(analysed)[0]}
-    editor = ProgramEditor(program)
-    named = _by_name(editor)
-    given: dict[Node, Tensor] = {}
-    for name, tensor in _dequantized(checkpoint, dims):
-        node = named.get(name)
-        if node is None:
-            if name.endswith(".bias") and not tensor.any():  # some writers give every module one
-                continue
-            raise ConfigError(f"the checkpoint has {name}, which the program has not; export the same model")
-        if tensor.shape != node.meta["val"].shape:
-            raise ConfigError(
-                f"{name} is {list(tensor.shape)} in the checkpoint and {list(node.meta['val'].shape)} in the program"
-            )
-        if node in given and not torch.equal(given[node], tensor):
-            raise ConfigError(f"{name} shares its constant in the program, but not in the checkpoint; untie it first")
-        given[node] = tensor
-    if strict:
-        _check_complete(editor, named, given)
-    for node, tensor in given.items():
-        editor.queue(node, lambda _, new=tensor: new.double())  # type: ignore[misc]
-    return editor.finish()
-
-
-def quantized_checkpoint(program: ExportedProgram, checkpoint: GptqCheckpoint, *, strict: bool = True) -> Quantized:
-    """The checkpoint as if :func:`spinpass.quantization.quantize` had returned it: its integers stay, and can be packed
-    (:func:`spinpass.quantization.pack`) and written again. Scales become float32; errors are not known (NaN).
-
-    Arguments and errors as of :func:`dequantize_checkpoint`.
-    """
-    loaded = dequantize_checkpoint(program, checkpoint, strict=strict)
-    analysed = open_program(loaded)
-    dims = {analysed.fqn(site.weight): site.dim for site in weight_sites(analysed)[0]}
-    weights = {
-        name: QuantizedWeight(_widened(codes), dims.get(name, 1), _scheme(codes), float("nan"))
-        for name, codes in checkpoint.codes.items()
-    }
-    before = sum(t.nbytes for t in loaded.state_dict.values())
-    saved = sum(loaded.state_dict[name].nbytes - weight.codes.nbytes for name, weight in weights.items())
-    return Quantized(loaded, QuantizationReport(weights, (), (), {}, before, before - saved))
-
-
-def _scheme(codes: Codes) -> Weights:
-    """How a weight was quantized, as far as its layout says: a group size that is none of ours is left out."""
-    columns, groups = codes.q.shape[1], codes.scales.shape[1]
-    size = -(-columns // groups)
-    listed = size if groups > 1 and size in GROUP_SIZES else None
-    return Weights(codes.bits, listed, codes.symmetric, act_order=codes.index is not None)
-
-
-def _widened(codes: Codes) -> Codes:
-    """With scales in float32, in which every product (q − z)·s of a half type is exact."""
-    return replace(codes, scales=codes.scales.float())
-
-
-def _dequantized(checkpoint: GptqCheckpoint, dims: Mapping[str, int]) -> Iterable[tuple[str, Tensor]]:
-    yield from checkpoint.tensors.items()
-    for name, codes in checkpoint.codes.items():
-        matrix = _widened(codes).dequantized()
-        yield name, matrix if dims.get(name, 1) == 1 else matrix.T
-
-
-def _by_name(editor: ProgramEditor) -> dict[str, Node]:
-    """The constants of a program by every name they are stored under."""
-    stored = [node for node in editor.nodes if editor.is_stored(node)]
-    found: dict[str, Node] = {}
-    for node in sorted(stored, key=lambda n: -len(editor.fqns(n))):  # the one that stands for its aliases first
-        for fqn in editor.fqns(node):
-            found.setdefault(fqn, node)
-    return found
-
-
-def _check_complete(editor: ProgramEditor, named: Mapping[str, Node], given: Mapping[Node, Tensor]) -> None:
-    for spec in editor.inputs:
-        if spec.kind == InputKind.PARAMETER and spec.target is not None and named[spec.target] not in given:
-            raise ConfigError(
-                f"the checkpoint has no {spec.target}; give strict=False to keep what the program has there"
-            )
 
 
 def _safetensors() -> Any:

@@ -29,10 +29,11 @@ _CHUNK = 2**20
 
 @dataclass(frozen=True)
 class Artefact:
-    """A model file with what lies beside it.
+    """This is a model file with what lies beside it.
 
-    ``rotations``: space -> fingerprint, none where nothing is rotated. ``bases``: of every cache input and output that
-    is not in the original basis, by its name in the file. ``manifest``: empty where the file stands alone.
+    ``rotations`` maps spaces to fingerprints; there are none where nothing is rotated. ``bases`` has an entry for every
+    cache input and output that is not in the original basis, by its name in the file. ``manifest`` is empty where the
+    file stands alone.
     """
 
     path: Path
@@ -41,7 +42,7 @@ class Artefact:
     manifest: Mapping[str, Any]
 
     def check(self, *, files: bool = False) -> None:
-        """The model is the one that the manifest describes, and every rotation is the one that its hash says.
+        """Check that the model is the one that the manifest describes, and every rotation the one that its hash says.
 
         ``files`` also reads every file whole and compares its hash. Raises VerificationError, naming what differs.
         """
@@ -49,7 +50,7 @@ class Artefact:
         self._check_files(read=files)
 
     def check_rotations(self) -> None:
-        """As :meth:`check`, whatever became of the other files."""
+        """Check the rotations as :meth:`check` does, whatever became of the other files."""
         if self.manifest:
             stated = (self.manifest.get("record") or {}).get("rotations", {})
             for space in sorted(self.rotations.keys() | stated.keys()):
@@ -74,7 +75,7 @@ class Artefact:
                 raise VerificationError(f"{file} is not the file that {MANIFEST} lists: it was changed or is another's")
 
     def require_same_basis(self, other: Artefact) -> None:
-        """Both may work on one KV cache. Raises ConfigError, naming a cache that they keep in different bases."""
+        """Check that both may work on one KV cache. Raises ConfigError, which names one that they keep differently."""
         mine, theirs = self.bases, other.bases
         for name in sorted(mine.keys() | theirs.keys()):
             one, two = mine.get(name), theirs.get(name)
@@ -85,13 +86,13 @@ class Artefact:
                 )
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able."""
+        """Return what JSON can hold."""
         carried = {name: each.to_dict() for name, each in self.bases.items()}
         return {"path": str(self.path), "rotations": dict(self.rotations), "bases": carried, **self.manifest}
 
 
 def read_artefact(path: str | Path) -> Artefact:
-    """A folder that was exported, an ``.onnx`` file, or a ``.pt2`` program; no weights of ONNX files are read.
+    """Read a folder that was exported, an ``.onnx`` file, or a ``.pt2`` program; no weights of ONNX files are read.
 
     What neither an ExecuTorch file nor a checkpoint says of itself is taken from ``spinpass.json``.
 
@@ -116,14 +117,17 @@ def read_artefact(path: str | Path) -> Artefact:
 
 
 def check_loaded(file: Path, metadata: Mapping[str, str]) -> None:
-    """An ONNX file with this metadata, which a runtime has just loaded, carries the rotations that it and the manifest
-    beside it name. VerificationError where not, ExportError where either cannot be read.
+    """Check an ONNX file with this metadata, which a runtime has just loaded.
+
+    Raises:
+        VerificationError: it does not carry the rotations that it and the manifest beside it name.
+        ExportError: either cannot be read.
     """
     Artefact(file, *_onnx_record(file, metadata), _manifest(file)).check_rotations()
 
 
 def hashes(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Size in bytes and SHA-256 of files, as the manifest lists them."""
+    """Return the size in bytes and the SHA-256 of files, as the manifest lists them."""
     return {name: {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)} for name in sorted(names)}
 
 
@@ -140,7 +144,7 @@ def _metadata(file: Path) -> dict[str, str]:
 
 
 def _onnx_record(file: Path, metadata: Mapping[str, str]) -> tuple[dict[str, str], dict[str, Carried]]:
-    """The rotations and bases that the file's metadata hold; outputs have names there in place of numbers."""
+    """Return the rotations and bases that the file's metadata hold; outputs have names there in place of numbers."""
     stored = metadata.get(METADATA)
     if stored is None:
         return {}, {}
@@ -153,7 +157,7 @@ def _onnx_record(file: Path, metadata: Mapping[str, str]) -> tuple[dict[str, str
 
 
 def _manifest(model: Path) -> Mapping[str, Any]:
-    """Of the folder of ``model``; empty where there is none, or one that does not list it."""
+    """Read the manifest of the folder of ``model``; it is empty where there is none, or one that does not list it."""
     file = model.parent / MANIFEST
     if not file.is_file():
         return {}

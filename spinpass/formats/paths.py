@@ -1,4 +1,4 @@
-"""Where the files of an ONNX model are."""
+"""Where the files of an ONNX model are, and where an ExecuTorch file is."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ PROTOBUF_LIMIT = 2**31 - 2**26
 
 
 def model_path(path: str | Path) -> Path:
-    """``path`` if it names an ``.onnx`` file, else ``model.onnx`` in that folder."""
+    """Return ``path`` if it names an ``.onnx`` file, else ``model.onnx`` in that folder."""
     path = Path(path)
     return path if path.suffix == ".onnx" else path / "model.onnx"
 
 
 def data_name(model: Path) -> str:
-    """The file for external data, in the same folder."""
+    """Return the name of the file for external data, in the same folder."""
     return f"{model.name}.data"
 
 
@@ -28,6 +28,6 @@ def remove_stale_data(model: Path, written: Collection[Path]) -> None:
 
 
 def pte_path(path: str | Path) -> Path:
-    """The file that a path means: itself, or ``model.pte`` in a folder."""
+    """Return ``path`` if it names a ``.pte`` file, else ``model.pte`` in that folder."""
     path = Path(path)
     return path if path.suffix == ".pte" else path / "model.pte"

@@ -26,7 +26,7 @@ _TORCH_LOGGERS = ("torch.export", "torch.export.pt2_archive._package", "torch._e
 
 
 def load_program(path: str | Path) -> ExportedProgram:
-    """The program in a ``.pt2`` file, with the sharing of tied weights it was saved with.
+    """Load the program in a ``.pt2`` file, with the sharing of tied weights it was saved with.
 
     Programs that take a KV cache of transformers name its class; it is registered first, which needs transformers. The
     example inputs in the file are unpickled by torch: load only files that you trust.
@@ -57,7 +57,7 @@ def save_program(program: ExportedProgram, path: str | Path) -> None:
 
     Raises:
         ConfigError: the name does not end in ``.pt2``, which torch asks for.
-        ProgramError: not an ExportedProgram.
+        ProgramError: ``program`` is not an ExportedProgram.
         ExportError: the folder is not writable, the disk is full, or torch cannot serialize the program. Nothing is
             left behind.
     """
@@ -83,23 +83,26 @@ def _write(program: ExportedProgram, sink: _Sink, path: Path) -> None:
 
 
 class _Sink(io.RawIOBase):
-    """A file that keeps the first error for later: torch's writer aborts the whole process where a write fails."""
+    """The sink keeps the first error for later: torch's writer aborts the whole process where a write fails."""
 
     def __init__(self, file: io.BufferedWriter) -> None:
         self._file = file
         self.error: OSError | None = None
 
     def writable(self) -> bool:
+        """Say that it can be written."""
         return True
 
     def seekable(self) -> bool:
+        """Say that it can be rewound."""
         return True
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """torch rewinds what it wrote; nothing is read back."""
+        """Do nothing: torch rewinds what it wrote, and nothing is read back."""
         return 0
 
     def write(self, data: Any) -> int:
+        """Write ``data``, or drop it after an error; return how many bytes it has."""
         if self.error is None:
             try:
                 self._file.write(data)
@@ -125,7 +128,7 @@ def _register_classes(path: Path) -> None:
 
 
 def _named_classes(path: Path) -> set[tuple[str, str]]:
-    """(module, class) of transformers in the tree specs of a program file."""
+    """Return the (module, class) pairs of transformers in the tree specs of a program file."""
     with zipfile.ZipFile(path) as archive:
         models = [name for name in archive.namelist() if "/models/" in name and name.endswith(".json")]
         found = {match for name in models for match in _CLASS.findall(archive.read(name))}

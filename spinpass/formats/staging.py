@@ -28,7 +28,7 @@ _ADVICE = {
 
 @contextmanager
 def staged(folder: Path, size: int = 0) -> Iterator[Path]:
-    """A new empty folder next to the destination; on leaving, its files move into ``folder`` by rename.
+    """Yield a new empty folder inside the destination; on leaving, its files move into ``folder`` by rename.
 
     ``folder`` is created if it is missing (and removed again if nothing gets there). If the body or a rename fails,
     files that were replaced are put back and the staging folder is deleted: ``folder`` is as it was before. ``size`` is

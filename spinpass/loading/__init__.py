@@ -1,12 +1,16 @@
 """Whatever a user names, a folder, a name on the hub, a GGUF file or a program, becomes a program."""
 
-from .models import Companions, LoadedModel, load_model, locate
+from .dequantize import dequantize_checkpoint, quantized_checkpoint
+from .models import Companions, LoadedModel, load_model
+from .sources import locate
 from .static_cache import export_static_cache
 
 __all__ = [
     "Companions",
     "LoadedModel",
+    "dequantize_checkpoint",
     "export_static_cache",
     "load_model",
     "locate",
+    "quantized_checkpoint",
 ]

@@ -12,11 +12,16 @@ from typing import Any
 from torch.export import ExportedProgram
 
 from spinpass.errors import ExportError
-from spinpass.formats import dequantize_checkpoint, read_gptq
+from spinpass.formats import read_gptq
+
+from .dequantize import dequantize_checkpoint
 
 
 def quantization_method(folder: Path) -> str | None:
-    """What config.json says of the weights in ``folder``; None where they are as they were trained."""
+    """Return what config.json says of the weights in ``folder``; None where they are as they were trained.
+
+    Raises ExportError where it cannot be read.
+    """
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -27,7 +32,7 @@ def quantization_method(folder: Path) -> str | None:
 
 
 def skeleton(transformers: Any, folder: str, dtype: Any) -> Any:
-    """The model that config.json describes, its values still to come. Raises whatever transformers raises."""
+    """Build the model that config.json describes, its values still to come. Raises whatever transformers raises."""
     config = transformers.AutoConfig.from_pretrained(folder)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -38,8 +43,8 @@ def skeleton(transformers: Any, folder: str, dtype: Any) -> Any:
 
 
 def with_values(program: ExportedProgram, folder: str) -> ExportedProgram:
-    """``program`` of the skeleton with the checkpoint's values.
+    """Return ``program``, which is the skeleton's, with the checkpoint's values.
 
-    Raises ConfigError, ExportError: as :func:`spinpass.formats.read_gptq` and :func:`.dequantize_checkpoint`.
+    Raises ConfigError and ExportError where :func:`spinpass.formats.read_gptq` or :func:`.dequantize_checkpoint` does.
     """
     return dequantize_checkpoint(program, read_gptq(folder))

@@ -8,45 +8,31 @@ from __future__ import annotations
 
 import importlib
 import logging
-import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch.export import ExportedProgram
 
 from spinpass.errors import ConfigError, ExportError
-from spinpass.formats import load_program, save_program, staged
+from spinpass.formats import load_program, staged
 
-from . import gptq as gptq_model
+from .gptq import quantization_method, skeleton, with_values
 from .older_transformers import add_older_words
+from .sources import Source, locate
 from .static_cache import export_static_cache
 
-__all__ = ["Companions", "LoadedModel", "Source", "load_model", "load_program", "locate", "save_program"]
-
-Kind = Literal["program", "gguf", "transformers"]
-_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
-_WEIGHTS = ("*.safetensors", "*.bin")
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "auto": "auto"}
 _SAMPLE = (2, 16)  # a batch of one would be specialised to one
 
 
 @dataclass(frozen=True)
-class Source:
-    """Where a model is: a ``program`` file, a ``gguf`` file, or a folder or name that ``transformers`` loads."""
-
-    kind: Kind
-    location: str
-    gguf: str | None = None
-
-
-@dataclass(frozen=True)
 class Companions:
-    """What belongs beside an exported model: configuration and, where the source has one, the tokenizer."""
+    """This belongs beside an exported model: the configuration and, where the source has one, the tokenizer."""
 
     config: Any
     generation_config: Any
@@ -69,26 +55,11 @@ class Companions:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """An exported program and where it came from; ``companions`` is None for a ``.pt2`` file."""
+    """This is an exported program and where it came from; ``companions`` is None for a ``.pt2`` file."""
 
     source: Source
     program: ExportedProgram
     companions: Companions | None
-
-
-def locate(model: str | Path) -> Source:
-    """Decide what ``model`` names, without loading anything.
-
-    Raises ConfigError: there is no such file or folder, or it holds no model.
-    """
-    path = Path(model).expanduser()
-    if path.is_file():
-        return _file(path)
-    if path.is_dir():
-        return _folder(path)
-    if not _HUB_NAME.fullmatch(str(model)) or path.suffix in (".pt2", ".gguf", ".onnx", ".safetensors"):
-        raise ConfigError(f"there is no file or folder {model}")
-    return Source("transformers", str(model))
 
 
 def load_model(
@@ -104,15 +75,16 @@ def load_model(
 
     Args:
         model: a folder of transformers or a name on the hub, a ``.gguf`` file or a folder with one, a ``.pt2`` file.
-        dtype: of the weights: ``float32``, ``float16``, ``bfloat16``, or ``auto`` for what is stored.
-        cache: one graph with the KV cache as inputs and outputs; False exports the prompt's pass alone, without cache.
-        context: with a cache of that many tokens inside instead (:mod:`.static_cache`), which ExecuTorch takes.
-        dequantize: where the folder holds a GPTQ checkpoint, take the values of its integers; refused otherwise.
-        progress: called with the name of each step before it starts.
+        dtype: that of the weights: ``float32``, ``float16``, ``bfloat16``, or ``auto`` for what is stored.
+        cache: make one graph with the KV cache as inputs and outputs; False exports the prompt's pass alone, without
+            cache.
+        context: put a cache of that many tokens inside instead (:mod:`.static_cache`), which ExecuTorch takes.
+        dequantize: where the folder holds a GPTQ checkpoint, take the values of its integers; it is refused otherwise.
+        progress: it is called with the name of each step before it starts.
 
     Raises:
-        ConfigError: no such file or folder, no model in it, an unknown dtype, a context that does not fit, packed
-            weights that may not be dequantized.
+        ConfigError: there is no such file or folder, or no model in it; the dtype is unknown; the context does not fit;
+            weights are packed and may not be dequantized.
         ExportError: transformers is missing, cannot load the model, or cannot export it.
     """
     source = locate(model)
@@ -129,34 +101,15 @@ def load_model(
         program = _exported(loaded, cache, source.location, context)
     if packed:
         report("dequantize")
-        program = gptq_model.with_values(program, source.location)
+        program = with_values(program, source.location)
     return LoadedModel(source, program, Companions(loaded.config, loaded.generation_config, tokenizer))
 
 
-def _file(path: Path) -> Source:
-    if path.suffix == ".pt2":
-        return Source("program", str(path))
-    if path.suffix == ".gguf":
-        return Source("gguf", str(path.parent), path.name)
-    raise ConfigError(f"{path} is neither a .pt2 nor a .gguf file")
-
-
-def _folder(path: Path) -> Source:
-    if (path / "config.json").is_file() and any(next(path.glob(pattern), None) for pattern in _WEIGHTS):
-        return Source("transformers", str(path))
-    found = sorted(file.name for file in path.glob("*.gguf"))
-    if len(found) == 1:
-        return Source("gguf", str(path), found[0])
-    if found:
-        raise ConfigError(f"{path} holds several GGUF files; name one of {', '.join(found)}")
-    raise ConfigError(f"{path} holds no model: neither config.json with weights nor a GGUF file")
-
-
 def _is_packed(source: Source, dequantize: bool) -> bool:
-    """The folder holds a GPTQ checkpoint. ConfigError where that is not to be dequantized."""
+    """Say whether the folder holds a GPTQ checkpoint. Raises ConfigError where that is not to be dequantized."""
     if source.kind != "transformers" or not Path(source.location).is_dir():
         return False
-    if gptq_model.quantization_method(Path(source.location)) != "gptq":
+    if quantization_method(Path(source.location)) != "gptq":
         return False
     if not dequantize:
         raise ConfigError(
@@ -167,12 +120,12 @@ def _is_packed(source: Source, dequantize: bool) -> bool:
 
 
 def _load(source: Source, dtype: Any, packed: bool) -> tuple[Any, Any]:
-    """(model, tokenizer or None)."""
+    """Return the model and its tokenizer, None where it has none."""
     transformers = _module("transformers", f"loading {source.location}")
     where: dict[str, Any] = {"gguf_file": source.gguf} if source.gguf else {}
     try:
         if packed:
-            model = gptq_model.skeleton(transformers, source.location, dtype)
+            model = skeleton(transformers, source.location, dtype)
         else:
             model = transformers.AutoModelForCausalLM.from_pretrained(source.location, dtype=dtype, **where).eval()
     except Exception as error:  # hub, file, configuration and import errors: no common base below Exception
@@ -211,7 +164,7 @@ def _exported(model: Any, cache: bool, name: str, context: int | None) -> Export
 
 
 def _module(name: str, purpose: str) -> Any:
-    """A module of transformers, imported now. Raises ExportError that says what to install."""
+    """Import a module of transformers. Raises ExportError that says what to install."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -228,7 +181,7 @@ def _summary(error: Exception) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the progress bars and warnings of the packages behind; loggers and settings are put back."""
+    """Silence the progress bars and warnings of the packages behind; loggers and settings are put back."""
     from_below = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

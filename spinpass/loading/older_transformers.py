@@ -24,8 +24,10 @@ def add_older_words(folder: Path) -> None:
 
 
 def model_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """``config`` with the older words, in the configurations inside it too. What has no older words, like rotary
-    embeddings that differ from layer to layer, stays as it is."""
+    """Return ``config`` with the older words, in the configurations inside it too.
+
+    What has no older words stays as it is, for example rotary embeddings that differ from layer to layer.
+    """
     result = {key: model_config(value) if _is_config(value) else value for key, value in config.items()}
     if result.get("dtype") is not None:
         result.setdefault("torch_dtype", result["dtype"])
@@ -41,7 +43,7 @@ def model_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def tokenizer_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """``config`` with a class of tokenizers that transformers 4 has, where that is the same class."""
+    """Return ``config`` with a class of tokenizers that transformers 4 has, where that is the same class."""
     named = config.get("tokenizer_class")
     return {**config, "tokenizer_class": _TOKENIZERS[named]} if named in _TOKENIZERS else dict(config)
 

@@ -67,8 +67,8 @@ def _slides(config: Any) -> bool:
 
 
 def _with_cache_in_buffers() -> Any:
-    """transformers' recipe, with the cache read from the module's buffers at every call: traced without dynamo, it
-    would otherwise stay outside as constants."""
+    """Return transformers' recipe, with the cache read from the module's buffers at every call: traced without dynamo,
+    it would otherwise stay outside as constants."""
     recipe: Any = importlib.import_module("transformers.integrations.executorch").TorchExportableModuleWithStaticCache
 
     class StaticCacheModule(recipe):  # type: ignore[misc]  # a base known at run time

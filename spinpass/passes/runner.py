@@ -30,8 +30,8 @@ from .untie import still_tied, untie
 
 DUMP = "SPINPASS_DUMP"
 _WHOLE = "the whole program"
-T = TypeVar("T")
-log = logging.getLogger("spinpass")
+_Result = TypeVar("_Result")
+_log = logging.getLogger("spinpass")
 
 
 class PassRunner:
@@ -79,14 +79,14 @@ class PassRunner:
             lambda changes: site_pass.broken(self.editor, space, rotation, changes),
         )
 
-    def _run(self, name: str, on: str, edit: Callable[[], T], broken: Callable[[Changes], str | None]) -> T:
+    def _run(self, name: str, on: str, edit: Callable[[], _Result], broken: Callable[[Changes], str | None]) -> _Result:
         started = time.perf_counter()
         self._dump.before(lambda: self.editor, name, on)
         with _named(name, on):
             result = edit()
             self._check(broken)
         self._dump.after(self.editor)
-        log.debug("%-16s %-48s %7.1f ms", name, on, 1e3 * (time.perf_counter() - started))
+        _log.debug("%-16s %-48s %7.1f ms", name, on, 1e3 * (time.perf_counter() - started))
         return result
 
     def _check(self, broken: Callable[[Changes], str | None]) -> None:

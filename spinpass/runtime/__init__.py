@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from .decoder import OrtDecoder
 from .onnx_graph import DecoderGraph, State
-from .onnx_session import DTYPES, NoKernelError, from_ort, open_session, run, to_ort
-from .openvino_session import CompiledModel, generate, import_openvino, reason
+from .openvino_session import CompiledModel, generate_openvino, import_openvino, openvino_reason
 from .ort_model import OrtModel
 from .sampling import Sampling
 from .text_pieces import Pieces
 
 if TYPE_CHECKING:
     from .executorch_session import PteMethod
+    from .onnx_session import DTYPES, NoKernelError, from_ort, open_session, run_session, to_ort
     from .pte_decoder import PteDecoder
 
 __all__ = [
@@ -31,15 +31,16 @@ __all__ = [
     "Sampling",
     "State",
     "from_ort",
-    "generate",
+    "generate_openvino",
     "import_openvino",
     "open_session",
-    "reason",
-    "run",
+    "openvino_reason",
+    "run_session",
     "to_ort",
 ]
 
-_LAZY = {"PteMethod": "executorch_session", "PteDecoder": "pte_decoder"}
+_SESSION = ("DTYPES", "NoKernelError", "from_ort", "open_session", "run_session", "to_ort")
+_LAZY = dict.fromkeys(_SESSION, "onnx_session") | {"PteMethod": "executorch_session", "PteDecoder": "pte_decoder"}
 
 
 def __getattr__(name: str) -> Any:

@@ -125,7 +125,7 @@ class DecoderGraph:
         Raises:
             ExportError: ONNX Runtime fails.
         """
-        from .onnx_session import from_ort, run, to_ort
+        from .onnx_session import from_ort, run_session, to_ort
 
         batch, length = ids.shape
         start, stop = state.length, state.length + length
@@ -137,7 +137,7 @@ class DecoderGraph:
             "attention_mask": torch.ones(batch, stop, dtype=torch.int64),
         }
         feed = {name: to_ort(given[name].to(dtype)) for name, dtype in self.plain.items()}
-        results = run(self.session, feed | state.cache)
+        results = run_session(self.session, feed | state.cache)
         state.length = stop
         state.cache = {slot.name: results[slot.output] for slot in self.cache}
         return from_ort(results[self.logits])

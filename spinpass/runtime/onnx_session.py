@@ -68,7 +68,7 @@ def open_session(
         raise ExportError(f"ONNX Runtime {ort.__version__} cannot load {path.name}: {error}") from error
 
 
-def run(session: ort.InferenceSession, inputs: Mapping[str, ort.OrtValue]) -> list[ort.OrtValue]:
+def run_session(session: ort.InferenceSession, inputs: Mapping[str, ort.OrtValue]) -> list[ort.OrtValue]:
     """All outputs of the graph. Raises ExportError where ONNX Runtime fails."""
     try:
         return list(session.run_with_ort_values(None, dict(inputs)))

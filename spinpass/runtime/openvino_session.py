@@ -50,7 +50,7 @@ class CompiledModel:
             self._model = openvino.Core().compile_model(str(path), "CPU", options)
         except Exception as error:  # OpenVINO raises RuntimeError and its subclasses, and TypeError for options
             raise ExportError(
-                f"OpenVINO {openvino.__version__} cannot load {Path(path).name}: {reason(error)}"
+                f"OpenVINO {openvino.__version__} cannot load {Path(path).name}: {openvino_reason(error)}"
             ) from error
         self._request = self._model.create_infer_request()
         self.inputs = tuple(port.get_any_name() for port in self._model.inputs)
@@ -67,7 +67,7 @@ class CompiledModel:
         try:
             results = self._request.infer(feed, share_inputs=False, share_outputs=False)
         except Exception as error:  # see __init__
-            raise ExportError(f"OpenVINO cannot run the model: {reason(error)}") from error
+            raise ExportError(f"OpenVINO cannot run the model: {openvino_reason(error)}") from error
         return [torch.from_numpy(results[port]) for port in self._model.outputs]
 
 
@@ -76,7 +76,9 @@ def _shape(partial: Any) -> tuple[int | None, ...]:
     return tuple(None if size.is_dynamic else size.get_length() for size in partial)
 
 
-def generate(model: CompiledModel, ids: Sequence[int], max_new_tokens: int, *, end: Collection[int] = ()) -> list[int]:
+def generate_openvino(
+    model: CompiledModel, ids: Sequence[int], max_new_tokens: int, *, end: Collection[int] = ()
+) -> list[int]:
     """Continue ``ids`` greedily with a model that takes tokens and a cache and returns logits and the cache; the new
     tokens, an end token included.
 
@@ -117,7 +119,7 @@ def _empty(shape: Sequence[int | None]) -> list[int]:
     return [(1 if axis == 0 else 0) if size is None else size for axis, size in enumerate(shape)]
 
 
-def reason(error: BaseException) -> str:
+def openvino_reason(error: BaseException) -> str:
     """What OpenVINO says at the end of its long messages: the cause."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines[-1] if lines else type(error).__name__)[:300]

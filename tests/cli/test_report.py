@@ -16,7 +16,7 @@ pytest.importorskip("matplotlib")
 from spinpass.cli import app as commands
 from spinpass.evaluation.scoring import Opened, ProgramScorer
 from spinpass.formats import staging as files
-from spinpass.loading.models import load_program, save_program
+from spinpass.formats.pt2 import load_program, save_program
 from tests.support import folders, programs
 
 

@@ -18,8 +18,9 @@ from tests.support.programs import program
 
 openvino = pytest.importorskip("openvino")
 
+from spinpass.exporters import certified_file  # noqa: E402
 from spinpass.exporters import openvino as exporter  # noqa: E402
-from spinpass.runtime.openvino_session import CompiledModel, generate  # noqa: E402
+from spinpass.runtime.openvino_session import CompiledModel, generate_openvino  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -65,10 +66,10 @@ def test_greedy_tokens_are_those_of_the_model(written: exporter.OpenVINOReport) 
     for prompt in prompts:
         ids = torch.tensor([prompt])
         expected = models.build("llama").generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=None)  # type: ignore[operator]
-        assert generate(model, prompt, 12) == expected[0, len(prompt) :].tolist()
+        assert generate_openvino(model, prompt, 12) == expected[0, len(prompt) :].tolist()
     assert (
-        generate(model, prompts[0], 12, end=[generate(model, prompts[0], 3)[2]])[-1]
-        == generate(model, prompts[0], 3)[2]
+        generate_openvino(model, prompts[0], 12, end=[generate_openvino(model, prompts[0], 3)[2]])[-1]
+        == generate_openvino(model, prompts[0], 3)[2]
     )
 
 
@@ -98,7 +99,7 @@ def test_bfloat16_is_written_uncertified(tmp_path: Path) -> None:
 
 
 def test_the_limit_of_the_certificate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exporter, "VERIFY_LIMIT", 10)
+    monkeypatch.setattr(certified_file, "CERTIFY_BYTES", 10)
     report = exporter.export(small(), tmp_path / "m.xml")
     assert report.uncertified == "64 bytes of weights are above the limit of 10: pass verify=True"
     assert exporter.export(small(), tmp_path / "m.xml", verify=True).certificate is not None
@@ -149,6 +150,6 @@ def test_a_damaged_file_and_wrong_inputs(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="OpenVINO cannot run the model: "):
         model.run([torch.zeros(2, 5)])
     with pytest.raises(ConfigError, match="takes x and returns .* cannot generate"):
-        generate(model, [1], 1)
+        generate_openvino(model, [1], 1)
     with pytest.raises(ConfigError, match="there are 0 tokens to start from and 1 to make"):
-        generate(model, [], 1)
+        generate_openvino(model, [], 1)

@@ -24,8 +24,8 @@ exporters = pytest.importorskip("transformers.exporters")
 pytest.importorskip("onnxruntime")
 
 from spinpass.exporters import transformers as rotated  # noqa: E402
-from spinpass.exporters.transformers.caches import Rotated, check_caches  # noqa: E402
-from spinpass.exporters.transformers.generation import generate  # noqa: E402
+from spinpass.exporters.transformers.caches import RotatedComponent, check_caches  # noqa: E402
+from spinpass.exporters.transformers.generation import generate_exported  # noqa: E402
 from spinpass.exporters.transformers.quantizers import RotatedSamples  # noqa: E402
 
 CONFIG = spinpass.RotationConfig(kind="random-hadamard", form="online", verify=False)
@@ -78,7 +78,7 @@ def test_what_is_saved_loads_without_spinpass_and_generates_the_same(onnx: Any, 
     loaded = exporters.ExportedModel.from_pretrained(tmp_path)
     assert loaded.components["decode"].metadata.packages["spinpass"]
     for prompt in PROMPTS:
-        assert generate(loaded, prompt, NEW) == greedy(prompt)
+        assert generate_exported(loaded, prompt, NEW) == greedy(prompt)
     script = (
         "import sys; from transformers.exporters import ExportedModel; "
         f"ExportedModel.from_pretrained({str(tmp_path)!r}); print([m for m in sys.modules if m.split('.')[0] == 'spinpass'])"
@@ -98,13 +98,13 @@ def test_programs_share_a_cache_in_the_rotated_basis(dynamo: tuple[Any, Any]) ->
     assert len(taken) == 2 * models.LAYERS
     assert library.HADAMARD in map(op_name, prefill.graph.nodes)
     for prompt in PROMPTS:
-        assert generate(exported, prompt, NEW) == greedy(prompt)
+        assert generate_exported(exported, prompt, NEW) == greedy(prompt)
     plain = exporters.DynamoExporter().export_for_generation(
         models.build("llama"), inputs(), exporters.DynamoConfig(dynamic=True)
     )
     mixed = copy.copy(exported)
     mixed.components, mixed._runners = exported.components | {"prefill": plain.components["prefill"]}, None
-    assert generate(mixed, PROMPTS[2], NEW) != greedy(PROMPTS[2]), "a plain cache in a rotated decode must show"
+    assert generate_exported(mixed, PROMPTS[2], NEW) != greedy(PROMPTS[2]), "a plain cache in a rotated decode must show"
 
 
 def test_openvino(tmp_path: Path) -> None:
@@ -115,7 +115,7 @@ def test_openvino(tmp_path: Path) -> None:
     exported.save_pretrained(tmp_path)
     loaded = exporters.ExportedModel.from_pretrained(tmp_path, config={"INFERENCE_PRECISION_HINT": "f32"})
     for prompt in PROMPTS:
-        assert generate(loaded, prompt, NEW) == greedy(prompt)
+        assert generate_exported(loaded, prompt, NEW) == greedy(prompt)
 
 
 def test_executorch(tmp_path: Path) -> None:
@@ -205,10 +205,10 @@ def test_a_quantizer_of_the_graph_is_refused() -> None:
 
 
 def test_components_that_disagree_about_the_cache() -> None:
-    def component(space: str | None, **which: bool) -> Rotated:
+    def component(space: str | None, **which: bool) -> RotatedComponent:
         carried = record.Carried(Rotation.create("hadamard", 16, identity="k"), -1, space) if space else None
         found = record.Record("0", {"k": carried} if carried else {}, {1: carried} if carried else {})
-        return Rotated(found, **which)  # type: ignore[arg-type]
+        return RotatedComponent(found, **which)  # type: ignore[arg-type]
 
     prefill = component("R3:a", takes_cache=False, returns_cache=True)
     both = {"takes_cache": True, "returns_cache": True}
@@ -252,8 +252,8 @@ def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_generation_checks_what_it_is_given(onnx: Any) -> None:
     with pytest.raises(ConfigError, match="nothing to generate from 0 tokens up to 4 new ones"):
-        generate(onnx, [], 4)
+        generate_exported(onnx, [], 4)
     part = exporters.ExportedModel({"model": onnx.components["prefill"]}, "onnx")
     with pytest.raises(ConfigError, match="the exported model has the components model and not"):
-        generate(part, [1], 4)
-    assert generate(onnx, [5, 17], 3, end=generate(onnx, [5, 17], 1)) == generate(onnx, [5, 17], 1)
+        generate_exported(part, [1], 4)
+    assert generate_exported(onnx, [5, 17], 3, end=generate_exported(onnx, [5, 17], 1)) == generate_exported(onnx, [5, 17], 1)

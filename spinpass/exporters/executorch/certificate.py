@@ -27,21 +27,27 @@ _FURTHER_STEPS = 2
 
 @dataclass(frozen=True)
 class PteCertificate(FileCertificate):
-    """How far a .pte file is from the program; ``steps``: how often both were run, on the state that each kept."""
+    """The certificate says how far a .pte file is from the program; ``steps`` is how often both were run, on the state
+    that each kept."""
 
     kind: str = ".pte file"
     steps: int = 1
 
     def to_dict(self) -> dict[str, Any]:
+        """Return what JSON can hold, as :meth:`FileCertificate.to_dict` does."""
         return super().to_dict() | {"steps": self.steps}
 
 
-def certify(ep: ExportedProgram, path: Path, inputs: object = None, bound: float | None = None) -> PteCertificate:
-    """Run the file at ``path`` and ``ep`` on ``inputs`` and compare; a program that keeps a cache in its buffers is run
-    on, each on the cache that it wrote itself.
+def certify_pte(ep: ExportedProgram, path: Path, inputs: object = None, bound: float | None = None) -> PteCertificate:
+    """Run the file at ``path`` and ``ep`` on ``inputs`` and compare.
 
-    ``inputs`` as in :func:`spinpass.execution.flat_inputs`; None makes them from the program's own specs. ``bound``:
-    on the relative error of an output; None is that of the program's dtype.
+    Where the program keeps a cache in its buffers both are run on, each on the cache that it wrote itself.
+
+    Args:
+        ep: the program that the file was written from.
+        path: a .pte file.
+        inputs: as :func:`spinpass.execution.flat_inputs` takes them; None makes them from the program's own specs.
+        bound: the largest relative error of an output; None is that of the program's dtype.
 
     Raises:
         ExportError: ExecuTorch cannot load or run the file.
@@ -70,7 +76,7 @@ def certify(ep: ExportedProgram, path: Path, inputs: object = None, bound: float
 def _following(
     ep: ExportedProgram, values: Mapping[str, Any], state: Mapping[str, Any], step: int
 ) -> dict[str, Any] | None:
-    """Inputs of the next step; None where there is none."""
+    """Return the inputs of the next step; None where there is none."""
     if not state or state.keys() & values.keys():  # without state, or with state that the caller keeps
         return None
     following = execution.next_inputs(ep, values, state, seed=step + 1)

@@ -37,8 +37,10 @@ _ADVICE = (
 
 @dataclass(frozen=True)
 class IntegerLayers:
-    """A program whose quantized linear layers are integers. ``layers``: how many; ``scale_error``: the largest relative
-    change of a scale by bfloat16; ``kept``: by parameter name, why a quantized weight stayed a float constant.
+    """This is a program whose quantized linear layers are integers.
+
+    ``layers`` is how many there are, ``scale_error`` the largest relative change of a scale by bfloat16. ``kept`` says
+    by parameter name why a quantized weight stayed a float constant.
     """
 
     program: ExportedProgram
@@ -48,7 +50,7 @@ class IntegerLayers:
 
 
 def with_integer_layers(quantized: Quantized) -> IntegerLayers:
-    """Put the integers of a quantized program into its graph. Nothing given is changed.
+    """Put the integers of a quantized program into its graph. What is given stays as it is.
 
     Raises:
         ConfigError: the program has no quantized linear layer, or one whose integers or inputs XNNPACK has no kernel
@@ -73,7 +75,7 @@ def _check(weights: Mapping[str, Any], kept: Mapping[str, str]) -> None:
 
 
 def _why_not(codes: Codes) -> str:
-    """Why XNNPACK cannot multiply by these integers; empty where it can."""
+    """Return why XNNPACK cannot multiply by these integers; the reason is empty where it can."""
     length, columns = codes.group_length, codes.q.shape[1]
     if not codes.symmetric:
         return "its zero points differ"
@@ -87,7 +89,7 @@ def _why_not(codes: Codes) -> str:
 
 
 class _Work:
-    """Makes the new layers, one after the other."""
+    """This makes the new layers, one after the other."""
 
     def __init__(self, codes: Mapping[str, Codes]) -> None:
         self._codes = codes
@@ -95,7 +97,7 @@ class _Work:
         self.scale_error = 0.0
 
     def product(self, editor: ProgramEditor, node: Node) -> tuple[Any, ...]:
-        """What stands for a packed layer, see :func:`spinpass.quantization.packed.program.rewritten`."""
+        """Return what stands for a packed layer, as :func:`spinpass.quantization.rewritten` asks for it."""
         given = arguments(node)
         name = weight_name(editor, given["qweight"])
         chain = _Chain(editor, node)
@@ -105,7 +107,7 @@ class _Work:
         return torch.ops.aten.linear.default, operand, weight, given["bias"]
 
     def _tokens(self, chain: _Chain, rounding: Node, name: str) -> Node:
-        """Every layer has nodes of its own: XNNPACK takes them into the delegate with it."""
+        """Round the tokens anew for every layer: XNNPACK takes the nodes into the delegate with it."""
         rounds = op_name(rounding) == _ROUNDING and arguments(rounding)
         if not rounds or rounds["bits"] != 8 or rounds["clip"] != 1.0:
             found = f"{op_name(rounding)}{[rounds['bits'], rounds['clip']] if rounds else ''}"
@@ -146,7 +148,7 @@ class _Work:
 
 
 class _Chain:
-    """Nodes in a row before a layer."""
+    """A chain adds nodes in a row before a layer."""
 
     def __init__(self, editor: ProgramEditor, layer: Node) -> None:
         self.editor = editor

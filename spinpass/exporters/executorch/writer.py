@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
@@ -25,13 +25,14 @@ from torch.export.graph_signature import InputKind, OutputKind
 from spinpass import execution
 from spinpass.errors import ConfigError, ExportError, ProgramError
 from spinpass.execution import origin
-from spinpass.exporters.clock import Clock
-from spinpass.formats import pte_path, staged
+from spinpass.formats import pte_path
 from spinpass.graph import mutates, op_name
 from spinpass.passes import give_own_constants, lower_hadamards
 from spinpass.quantization import Quantized
 
-from .certificate import PteCertificate, certify
+from ..certified_file import Clock, FileReport, write_certified
+from ..names import signature_names
+from .certificate import PteCertificate, certify_pte
 from .integers import IntegerLayers, with_integer_layers
 
 Backend = Literal["xnnpack", "portable"]
@@ -40,48 +41,27 @@ INTEGER_BOUND = 0.05
 """On the relative error of a file with integer layers: a value that lies at a tie may be rounded either way."""
 
 
-@dataclass(frozen=True)
-class PteReport:
-    """What :func:`export` wrote.
+@dataclass(frozen=True, kw_only=True)
+class PteReport(FileReport):
+    """This is what :func:`export` wrote.
 
-    ``delegates``: calls of the backend; ``operators``: what is left to ExecuTorch's own kernels, by name;
-    ``integer_layers``: linear layers on integers, with ``scale_error``, the largest relative change of their scales by
-    bfloat16, and ``kept``, why quantized weights stayed float. Without a ``certificate``, ``uncertified`` says why.
-    ``seconds`` maps the steps to wall-clock time.
+    ``delegates`` counts the calls of the backend, ``operators`` what is left to ExecuTorch's own kernels, by name.
+    ``integer_layers`` counts the linear layers on integers; ``scale_error`` is the largest relative change of their
+    scales by bfloat16, and ``kept`` says why quantized weights stayed float.
     """
 
-    path: Path
-    bytes: int
+    certificate: PteCertificate | None
     backend: Backend
     delegates: int
     operators: Mapping[str, int]
     integer_layers: int
     scale_error: float
     kept: Mapping[str, str]
-    certificate: PteCertificate | None
-    uncertified: str
-    seconds: Mapping[str, float]
 
-    @property
-    def files(self) -> tuple[Path, ...]:
-        """What was written: the one file."""
-        return (self.path,)
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able."""
-        return {
-            "path": str(self.path),
-            "bytes": self.bytes,
-            "backend": self.backend,
-            "delegates": self.delegates,
-            "operators": dict(self.operators),
-            "integer_layers": self.integer_layers,
-            "scale_error": self.scale_error,
-            "kept": dict(self.kept),
-            "certificate": None if self.certificate is None else self.certificate.to_dict(),
-            "uncertified": self.uncertified,
-            "seconds": dict(self.seconds),
-        }
+    KEYS: ClassVar[tuple[str, ...]] = (
+        "path", "bytes", "backend", "delegates", "operators", "integer_layers", "scale_error", "kept", "certificate",
+        "uncertified", "seconds",
+    )  # fmt: skip
 
 
 def export(
@@ -97,18 +77,18 @@ def export(
 
     Args:
         program: an inference program whose dynamic axes have upper bounds, with the caches that it updates in its
-            buffers if it has any (:func:`spinpass.loading.export_static_cache`); or what
+            buffers if it has any (:func:`spinpass.loading.export_static_cache`). Or what
             :func:`spinpass.quantization.quantize` returned, with 8-bit activations: its layers become integers.
         path: ``.../name.pte``, or a folder, which then gets ``model.pte``. An existing file is replaced.
         backend: ``xnnpack`` delegates what XNNPACK has kernels for, ``portable`` nothing (floats only; slow).
         verify: compare what ExecuTorch returns with the program.
         inputs: what to compare on; None makes small inputs from the program's own specs.
-        progress: called with the name of each step before it starts.
+        progress: it is called with the name of each step before it starts.
 
     Raises:
-        ProgramError: neither a program nor a quantized one.
-        ConfigError: an axis without upper bound, options that do not fit, layers that have no kernel.
-        ExportError: an operator that ExecuTorch does not have, or nothing can be written there.
+        ProgramError: ``program`` is neither a program nor a quantized one.
+        ConfigError: an axis has no upper bound, an option does not fit, or a layer has no kernel.
+        ExportError: ExecuTorch does not have an operator, or nothing can be written there.
         VerificationError: the file would not compute what the program computes. In every case nothing is left behind.
     """
     _check(program, backend)
@@ -117,26 +97,32 @@ def export(
     clock.start("lower")
     lowered = _lowered(program)
     _check_operators(lowered.program)
-    with staged(target.parent) as staging, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's and ExecuTorch's own; what matters is an error or in the report
+    operators: Counter[str] = Counter()
+
+    def save(file: Path) -> None:
         clock.start("delegate")
-        edge, manager = _translated(lowered.program, backend)
+        found, manager = _translated(lowered.program, backend)
+        operators.update(found)
         clock.start("write")
-        with open(staging / target.name, "wb") as file:
-            manager.write_to_file(file)
-        size = (staging / target.name).stat().st_size
-        certificate, uncertified = None, "switched off"
-        if verify:
-            clock.start("certify")
-            bound = INTEGER_BOUND if lowered.layers else None
-            certificate, uncertified = certify(lowered.program, staging / target.name, inputs, bound), ""
-            certificate.raise_if_failed()
-    clock.stop()
-    delegates = edge.pop("executorch_call_delegate", 0)
+        with open(file, "wb") as stream:
+            manager.write_to_file(stream)
+
+    def compare(file: Path) -> PteCertificate:
+        return certify_pte(lowered.program, file, inputs, INTEGER_BOUND if lowered.layers else None)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's and ExecuTorch's own; what matters is an error or in the report
+        names = signature_names(lowered.program)
+        report = write_certified(target, names, clock, save, compare if verify else None, verify=verify)
     return PteReport(
-        target, size, backend, delegates, edge, lowered.layers, lowered.scale_error, lowered.kept,
-        certificate, uncertified, clock.seconds,
-    )  # fmt: skip
+        **vars(report),
+        backend=backend,
+        delegates=operators.pop("executorch_call_delegate", 0),
+        operators=operators,
+        integer_layers=lowered.layers,
+        scale_error=lowered.scale_error,
+        kept=lowered.kept,
+    )
 
 
 def _check(program: object, backend: str) -> None:
@@ -170,7 +156,7 @@ def _is_bounded(program: ExportedProgram, size: Any) -> bool:
 
 
 def _lowered(program: ExportedProgram | Quantized) -> IntegerLayers:
-    """The program as ExecuTorch takes it; without integers unless it is quantized."""
+    """Return the program as ExecuTorch takes it; there are no integers in it unless it is quantized."""
     if isinstance(program, ExportedProgram):
         return IntegerLayers(give_own_constants(lower_hadamards(program)), 0, 0.0, {})
     plain = lower_hadamards(program.program)
@@ -182,12 +168,12 @@ def _check_operators(program: ExportedProgram) -> None:
     if own:
         raise ExportError(
             f"ExecuTorch has no {', '.join(own)}: caches, 4-bit and static activations are simulated only; quantize "
-            "weights and 8-bit activations, w4g32-gptq-a8 say, and export what quantize returned"
+            "weights and 8-bit activations, for example w4g32-gptq-a8, and export what quantize returned"
         )
 
 
 def _translated(program: ExportedProgram, backend: Backend) -> tuple[Counter[str], Any]:
-    """(operators of the delegated graph by name, the file's content)."""
+    """Return the operators of the delegated graph, counted by name, and the file's content."""
     partitioners = [XnnpackPartitioner()] if backend == "xnnpack" else []
     initialised = _initialised_buffers(program)
     passes = [InitializedMutableBufferPass(initialised)] if initialised else []
@@ -208,7 +194,7 @@ def _operator(node: torch.fx.Node) -> str:
 
 
 def _initialised_buffers(program: ExportedProgram) -> list[str]:
-    """Placeholders of buffers that the program updates and that do not start as zeros."""
+    """List the placeholders of buffers that the program updates and that do not start as zeros."""
     signature = program.graph_signature
     written = {origin(source).name for node in program.graph.nodes if mutates(node) for source in node.all_input_nodes}
     updated = {spec.target for spec in signature.output_specs if spec.kind is OutputKind.BUFFER_MUTATION}

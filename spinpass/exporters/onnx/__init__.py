@@ -1,16 +1,18 @@
 """An exported program becomes an ONNX file that stock ONNX Runtime runs; needs the extra ``onnx``."""
 
 from .compare import compare_file
-from .genai import CONFIG as GENAI_CONFIG
-from .genai import save_genai_config
-from .integers.cache import quantize_cache
+from .genai import GENAI_CONFIG, save_genai_config
+from .integers.cache import CacheReport, quantize_cache
+from .integers.copies import QuantizeReport
 from .integers.four_bits import quantize_4bit
 from .integers.weights import pack_weights
 from .writer import OnnxReport, export
 
 __all__ = [
     "GENAI_CONFIG",
+    "CacheReport",
     "OnnxReport",
+    "QuantizeReport",
     "compare_file",
     "export",
     "pack_weights",

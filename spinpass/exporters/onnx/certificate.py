@@ -1,27 +1,34 @@
-"""The certificate continued onto the ONNX file: ONNX Runtime's outputs against the program's, for the same inputs."""
+"""The certificate continued onto the ONNX file: ONNX Runtime's outputs against the program's, for the same inputs.
+
+A fused decoder is compared on three kinds of call, because GroupQueryAttention takes another path for each: a prompt on
+an empty cache, a single token, and several tokens on a cache, which the kernel takes for one sequence only. All three
+are cut out of one set of inputs.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from torch.export import ExportedProgram
 
 from spinpass import execution
-from spinpass.certificate import Comparison, FileCertificate, badness
-from spinpass.runtime import from_ort, open_session, run, to_ort
-
-from .cases import fused_cases
+from spinpass.certificate import FileCertificate, FileComparison, badness
+from spinpass.execution import Sizes, UserInput
+from spinpass.runtime import from_ort, open_session, run_session, to_ort
 
 KIND = "ONNX file"
+_CACHE_RANK = 4
 
 
-def certify(ep: ExportedProgram, path: Path, inputs: object = None, *, fused: bool = False) -> FileCertificate:
+def certify_onnx(ep: ExportedProgram, path: Path, inputs: object = None, *, fused: bool = False) -> FileCertificate:
     """Run the file at ``path`` (CPU, default optimisations) and ``ep`` on ``inputs`` and compare.
 
-    ``inputs`` as in :func:`spinpass.execution.flat_inputs`; None makes them from the program's own specs. Inputs and
-    outputs of the file are matched to the program's by position. A ``fused`` file is compared on several parts of them,
-    see :mod:`.cases`, and each output is where it is worst.
+    ``inputs`` are what :func:`spinpass.execution.flat_inputs` takes; None makes them from the program's own specs.
+    Inputs and outputs of the file are matched to the program's by position. A ``fused`` file is compared on several
+    parts of them, which :func:`fused_cases` cuts, and of each output the worst is kept.
 
     Raises:
         ExportError: ONNX Runtime cannot load or run the file.
@@ -35,8 +42,41 @@ def certify(ep: ExportedProgram, path: Path, inputs: object = None, *, fused: bo
 
 
 def _certify(ep: ExportedProgram, session: Any, values: object) -> FileCertificate:
-    comparison = Comparison.of(ep, values)
+    comparison = FileComparison.of(ep, values)
     names = [i.name for i in session.get_inputs()]
     feed = {name: to_ort(value) for name, value in zip(names, comparison.fed, strict=True)}
-    results = map(from_ort, run(session, feed))
+    results = map(from_ort, run_session(session, feed))
     return comparison.certificate(names, [o.name for o in session.get_outputs()], results, KIND)
+
+
+def fused_cases(ep: ExportedProgram, values: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Cut ``values`` to a prompt without cache, to one token per sequence, and to one sequence.
+
+    They stay whole, one case, where the program has no cache whose length is a size of its own.
+    """
+    specs = execution.user_inputs(ep)
+    sizes = execution.bound_sizes(specs, values)
+    caches = [s for s in specs if len(s.shape) == _CACHE_RANK and _is_symbol(s.shape[2])]
+    ids = next((s for s in specs if len(s.shape) == 2 and _is_symbol(s.shape[1])), None)
+    if not caches or ids is None:
+        return [dict(values)]
+    empty = {spec.shape[2]: 0 for spec in caches}
+    one_token = {ids.shape[1]: 1}
+    one_row = {ids.shape[0]: 1} if _is_symbol(ids.shape[0]) else {}
+    return [_cut(specs, values, sizes | change) for change in (empty, one_token, one_row)]
+
+
+def _cut(specs: list[UserInput], values: Mapping[str, Any], sizes: Sizes) -> dict[str, Any]:
+    """Keep the first entries along every axis; numbers stay."""
+    cut = dict(values)
+    for spec in specs:
+        value = values[spec.name]
+        if isinstance(value, Tensor):
+            for axis, size in enumerate(spec.shape):
+                value = value.narrow(axis, 0, execution.concrete(size, sizes))
+            cut[spec.name] = value
+    return cut
+
+
+def _is_symbol(size: Any) -> bool:
+    return bool(getattr(size, "is_symbol", False))

@@ -1,6 +1,6 @@
-"""An ONNX file against any program of the same model: the original of a rotated file, say.
+"""An ONNX file against any program of the same model, for example the original of a rotated file.
 
-Where :func:`.certificate.certify` compares a file with the program it was written from, the two here may carry a
+Where :func:`.certificate.certify_onnx` compares a file with the program it was written from, the two here may carry a
 KV cache in different bases. What each says about itself (:mod:`spinpass.record`; ``spinpass.record`` in the file's
 metadata) is undone: both are given the same cache in their own basis, and both results are read in the plain one.
 """
@@ -19,10 +19,10 @@ from torch.export import ExportedProgram
 from spinpass import execution, record
 from spinpass.certificate import BOUNDS, FileCertificate, FileOutput, difference_of
 from spinpass.errors import VerificationError
-from spinpass.exporters.names import signature_names
 from spinpass.record import Carried
-from spinpass.runtime import DTYPES, from_ort, open_session, run, to_ort
+from spinpass.runtime import DTYPES, from_ort, open_session, run_session, to_ort
 
+from ..names import signature_names
 from .certificate import KIND
 
 
@@ -48,7 +48,7 @@ def compare_file(program: ExportedProgram, path: Path) -> FileCertificate:
         file: to_ort(_rotated(value, there.get(file)))
         for file, value in zip(files, given.values(), strict=True)
     }  # fmt: skip
-    results = map(from_ort, run(session, feed))
+    results = map(from_ort, run_session(session, feed))
     expected = {index: torch.as_tensor(returned[i]) for i, index in names.output_index.items()}
     dtype = max({t.dtype for t in expected.values()} & BOUNDS.keys(), key=_roundoff, default=torch.float32)
     outputs = [
@@ -60,7 +60,7 @@ def compare_file(program: ExportedProgram, path: Path) -> FileCertificate:
 
 
 def _carried_by(session: Any) -> dict[str, Carried]:
-    """The rotated inputs and outputs of a file, by name; none in a file that says nothing."""
+    """Return the rotated inputs and outputs of a file by name; a file that says nothing has none."""
     text = session.get_modelmeta().custom_metadata_map.get("spinpass.record")
     data = json.loads(text) if text else {"inputs": {}, "outputs": {}}
     return {name: Carried.from_dict(entry) for name, entry in (data["inputs"] | data["outputs"]).items()}
@@ -77,7 +77,7 @@ def _check(session: Any, given: Mapping[str, Tensor], outputs: int, path: Path) 
 
 
 def _rotated(value: Any, carried: Carried | None, *, back: bool = False) -> Any:
-    """x R, or with ``back`` x Rᵀ, on the blocks of the carried axis; the dtype is kept."""
+    """Return x R, or with ``back`` x Rᵀ, on the blocks of the carried axis; the dtype is kept."""
     if carried is None:
         return value
     last = value.to(torch.float64).movedim(carried.dim, -1)

@@ -17,7 +17,7 @@ import onnx
 from spinpass.errors import ExportError
 from spinpass.formats import model_path, staged
 
-CONFIG = "genai_config.json"
+GENAI_CONFIG = "genai_config.json"
 _TYPE = "decoder"  # GenAI's own name for a language model of no particular family
 _PAST = re.compile(r"past_key_values\.(\d+)\.(key|value)")
 _PRESENT = re.compile(r"present\.(\d+)\.(key|value)")
@@ -30,7 +30,7 @@ _SEARCH = (
 
 @dataclass(frozen=True)
 class _Graph:
-    """The roles of a decoder's inputs and outputs, and the one shape that all its caches have."""
+    """It holds the roles of a decoder's inputs and outputs, and the one shape that all its caches have."""
 
     plain: tuple[str, ...]
     layers: int
@@ -43,21 +43,21 @@ class _Graph:
 def save_genai_config(folder: str | Path, config: Any, generation_config: Any = None) -> Path:
     """Write ``genai_config.json`` beside ``folder/model.onnx`` and return its path.
 
-    Raises ExportError: as :func:`genai_config`, or the file cannot be written.
+    Raises ExportError where :func:`genai_config` does, or where the file cannot be written.
     """
     path = model_path(folder)
     found = genai_config(path, config, generation_config)
     with staged(path.parent) as staging:
-        (staging / CONFIG).write_text(json.dumps(found, indent=2), encoding="utf-8")
-    return path.parent / CONFIG
+        (staging / GENAI_CONFIG).write_text(json.dumps(found, indent=2), encoding="utf-8")
+    return path.parent / GENAI_CONFIG
 
 
 def genai_config(path: Path, config: Any, generation_config: Any = None) -> dict[str, Any]:
-    """The contents of ``genai_config.json`` for a graph that :func:`~spinpass.exporters.names.cache_names` names.
+    """Return what ``genai_config.json`` holds for a graph that :func:`~spinpass.exporters.names.cache_names` names.
 
     Args:
         path: the ONNX file.
-        config: of the model, as transformers loads it.
+        config: the model's configuration, as transformers loads it.
         generation_config: end tokens and defaults for the search, if any; without end tokens those of ``config`` count.
 
     Raises:
@@ -135,7 +135,7 @@ def _check_plain(plain: tuple[str, ...], inputs: dict[str, tuple[int | str, ...]
 
 
 def _layers(caches: dict[str, tuple[int | str, ...]], outputs: dict[str, Any]) -> int:
-    """How many; ExportError unless keys and values of all layers from 0 go in and come out, and nothing else does."""
+    """Count the layers. Raises ExportError unless keys and values of all go in and come out, and nothing else does."""
     taken = {match.groups() for name in caches if (match := _PAST.fullmatch(name))}
     returned = {match.groups() for name in outputs if (match := _PRESENT.fullmatch(name))}
     layers = len(caches) // 2
@@ -152,8 +152,8 @@ def _layers(caches: dict[str, tuple[int | str, ...]], outputs: dict[str, Any]) -
 
 
 def _shares_buffers(graph: onnx.GraphProto, caches: dict[str, tuple[int | str, ...]]) -> bool:
-    """Whether caches can be longer than what is in them: only where attention kernels alone read them, which the mask
-    tells the length."""
+    """Say whether caches can be longer than what is in them: only where attention kernels alone read them, which the
+    mask tells the length."""
     readers = [(node, name) for node in graph.node for name in node.input if name in caches]
     return "attention_mask" in {value.name for value in graph.input} and all(
         node.op_type == "GroupQueryAttention" and name in node.input[3:5] for node, name in readers

@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
 import onnx_ir as ir
 from onnx_ir.passes import common
@@ -19,63 +19,39 @@ from torch.export import ExportedProgram
 from spinpass import record
 from spinpass.certificate import FileCertificate
 from spinpass.errors import ConfigError, ProgramError
-from spinpass.exporters.clock import Clock
-from spinpass.exporters.names import GraphNames, Names, renamed, signature_names
-from spinpass.formats import PROTOBUF_LIMIT, data_name, model_path, remove_stale_data, staged
+from spinpass.formats import PROTOBUF_LIMIT, data_name, model_path, remove_stale_data
 from spinpass.runtime import NoKernelError
 
-from . import translate as onnx_translate
-from .certificate import certify
-from .fusion import fuse as onnx_fuse
-from .fusion.fuse import Fused
-from .operators import hadamard as onnx_functions
-from .operators import packed_linear as onnx_packed
-from .operators import rounding as onnx_rounding
-
-VERIFY_LIMIT = 2**31
-"""Above this many bytes of weights ``verify=None`` does not certify: both the program and ONNX Runtime would be run."""
+from ..certified_file import Clock, FileReport, write_certified
+from ..names import GraphNames, Names, renamed, signature_names
+from .certificate import certify_onnx
+from .fusion.fuse import Fused, fuse_model
+from .operators.hadamard import attach_hadamards
+from .operators.packed_linear import lower_packed_linears
+from .operators.rounding import attach_roundings
+from .translate import translate
 
 
-@dataclass(frozen=True)
-class OnnxReport:
-    """What :func:`export` wrote.
+@dataclass(frozen=True, kw_only=True)
+class OnnxReport(FileReport):
+    """This is what :func:`export` wrote.
 
-    ``bytes`` is the size of all ``files`` together, ``hadamards`` the number of online Hadamards in the graph. Without
-    a ``certificate``, ``uncertified`` says why. ``seconds`` maps the steps to wall-clock time. ``fused`` is what became
-    of attention and norms, None where it was not asked for.
+    ``opset`` is the model's, ``hadamards`` the number of online Hadamards in the graph. ``fused`` is what became of
+    attention and norms, None where it was not asked for.
     """
 
-    path: Path
-    files: tuple[Path, ...]
-    bytes: int
     opset: int
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
     hadamards: int
-    certificate: FileCertificate | None
-    uncertified: str
-    seconds: Mapping[str, float]
     fused: Fused | None = None
 
-    def fused_lines(self) -> list[str]:
-        """What was fused, and a line for every attention that was not; nothing where it was not asked for."""
-        return [] if self.fused is None else [self.fused.summary, *(f"not fused: {why}" for why in self.fused.kept)]
+    KEYS: ClassVar[tuple[str, ...]] = (
+        "path", "files", "bytes", "opset", "inputs", "outputs", "hadamards", "certificate", "uncertified", "seconds",
+        "fused",
+    )  # fmt: skip
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able."""
-        return {
-            "path": str(self.path),
-            "files": [str(file) for file in self.files],
-            "bytes": self.bytes,
-            "opset": self.opset,
-            "inputs": list(self.inputs),
-            "outputs": list(self.outputs),
-            "hadamards": self.hadamards,
-            "certificate": None if self.certificate is None else self.certificate.to_dict(),
-            "uncertified": self.uncertified,
-            "seconds": dict(self.seconds),
-            "fused": None if self.fused is None else self.fused.to_dict(),
-        }
+    def fused_lines(self) -> list[str]:
+        """Say what was fused, and of every attention that was not, why; no lines where it was not asked for."""
+        return [] if self.fused is None else [self.fused.summary, *(f"not fused: {why}" for why in self.fused.kept)]
 
 
 def export(
@@ -100,24 +76,25 @@ def export(
         path: ``.../name.onnx``, or a folder, which then gets ``model.onnx``. Existing files are replaced.
         input_names, output_names: a sequence for all of them or {name in the program: new name}. By default inputs have
             the names of the program's placeholders and outputs the keys of the returned structure (``logits``,
-            ``past_key_values_0``), or the program's own names where it has no keys; ``output.`` in front where an input
-            has that name.
-        opset: ONNX opset; None takes the one torch translates to.
+            ``past_key_values_0``), or the program's own names where it has no keys; ``output.`` stands in front where
+            an input has that name.
+        opset: the model's ONNX opset; None takes the one torch translates to.
         fuse: use ONNX Runtime's own operators for attention, rotary embeddings and norms where they compute the same
             (:mod:`.fusion`). The file then needs ONNX Runtime, and takes several tokens on top of a cache for one
             sequence at a time; prompts and single tokens in batches.
-        external_data: weights in ``name.onnx.data`` beside the file; None does that above ``external_threshold`` bytes.
+        external_data: put the weights into ``name.onnx.data`` beside the file; None does that above
+            ``external_threshold`` bytes.
         verify: compare ONNX Runtime's outputs with the program's. None does so up to 2 GiB of weights and where ONNX
             Runtime has the kernels on a CPU; True insists.
         inputs: what to compare on; None makes small inputs from the program's own specs.
         metadata: further ``metadata_props`` of the model.
-        progress: called with the name of each step before it starts.
+        progress: it is called with the name of each step before it starts.
 
     Raises:
-        ProgramError: not an ExportedProgram.
-        ConfigError: names or options that do not fit.
-        ExportError: an op without translation, state written in place, ONNX Runtime cannot run the result, nothing can
-            be written there.
+        ProgramError: ``ep`` is not an ExportedProgram.
+        ConfigError: a name or an option does not fit.
+        ExportError: an op has no translation, state is written in place, ONNX Runtime cannot run the result, or nothing
+            can be written there.
         VerificationError: the file would not compute what the program computes. In every case nothing is left behind.
     """
     if not isinstance(ep, ExportedProgram):
@@ -126,8 +103,8 @@ def export(
     clock = Clock(progress)
     clock.start("translate")
     names = renamed(signature_names(ep), input_names, output_names)
-    model = onnx_translate.translate(ep, opset)
-    fused = onnx_fuse.fuse(model) if fuse else None
+    model = translate(ep, opset)
+    fused = fuse_model(model) if fuse else None
     about = {} if fused is None else {"spinpass.fused": json.dumps(fused.to_dict())}
     hadamards = _finish(model, names, _record(ep, names) | about | dict(metadata or {}))
     weights = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
@@ -136,39 +113,31 @@ def export(
         raise ConfigError(
             f"one ONNX file cannot hold {weights:,} bytes of weights: leave external_data at None or set it to True"
         )
-    with staged(target.parent, weights) as staging:
+
+    def save(path: Path) -> None:
         clock.start("write")
-        ir.save(model, staging / target.name, external_data=data_name(target) if external else None)
-        written = sorted(staging.iterdir())
-        size = sum(file.stat().st_size for file in written)
-        clock.start("certify")
-        certificate, uncertified = _certify(ep, staging / target.name, inputs, verify, weights, fused)
-    files = tuple(target.parent / file.name for file in written)
-    remove_stale_data(target, files)
-    clock.stop()
-    return OnnxReport(
-        path=target,
-        files=files,
-        bytes=size,
-        opset=model.opset_imports[""],
-        inputs=tuple(names.inputs),
-        outputs=tuple(names.outputs),
-        hadamards=hadamards,
-        certificate=certificate,
-        uncertified=uncertified,
-        seconds=clock.seconds,
-        fused=fused,
-    )
+        ir.save(model, path, external_data=data_name(target) if external else None)
+
+    def compare(path: Path) -> FileCertificate | str:
+        try:
+            return certify_onnx(ep, path, inputs, fused=fused is not None and fused.attention > 0)
+        except NoKernelError as error:
+            if verify:
+                raise
+            return str(error)
+
+    report = write_certified(target, names, clock, save, compare, weights=weights, verify=verify)
+    remove_stale_data(target, report.files)
+    return OnnxReport(**vars(report), opset=model.opset_imports[""], hadamards=hadamards, fused=fused)
 
 
 def _finish(model: ir.Model, names: GraphNames, metadata: Mapping[str, str]) -> int:
-    """Names, metadata, kernels of packed layers and the functions of the Hadamards, in place; returns how many of these
-    there are.
-    """
+    """Give the model its names, metadata, kernels of packed layers and functions, in place; return how many Hadamards
+    there are."""
     common.ClearMetadataAndDocStringPass()(model)
-    onnx_packed.lower(model)
-    hadamards = onnx_functions.attach(model)
-    onnx_rounding.attach(model)
+    lower_packed_linears(model)
+    hadamards = attach_hadamards(model)
+    attach_roundings(model)
     for value, name in zip((*model.graph.inputs, *model.graph.outputs), (*names.inputs, *names.outputs), strict=True):
         value.name = name
     common.NameFixPass()(model)
@@ -177,7 +146,7 @@ def _finish(model: ir.Model, names: GraphNames, metadata: Mapping[str, str]) -> 
 
 
 def _record(ep: ExportedProgram, names: GraphNames) -> dict[str, str]:
-    """What a rotated program says about itself, its cache inputs and outputs under their names in the graph."""
+    """Return what a rotated program says about itself, its cache inputs and outputs under their names in the graph."""
     found = record.read(ep)
     if found is None:
         return {}
@@ -185,21 +154,3 @@ def _record(ep: ExportedProgram, names: GraphNames) -> dict[str, str]:
     data["inputs"] = {names.inputs[names.input_index[name]]: carried for name, carried in data["inputs"].items()}
     data["outputs"] = {names.outputs[names.output_index[int(i)]]: carried for i, carried in data["outputs"].items()}
     return {"spinpass.record": json.dumps(data)}
-
-
-def _certify(
-    ep: ExportedProgram, path: Path, inputs: object, verify: bool | None, weights: int, fused: Fused | None
-) -> tuple[FileCertificate | None, str]:
-    """The certificate, or None and why there is none. Raises VerificationError where it fails."""
-    if verify is False:
-        return None, "switched off"
-    if verify is None and weights > VERIFY_LIMIT:
-        return None, f"{weights:,} bytes of weights are above the limit of {VERIFY_LIMIT:,}: pass verify=True"
-    try:
-        certificate = certify(ep, path, inputs, fused=fused is not None and fused.attention > 0)
-    except NoKernelError as error:
-        if verify:
-            raise
-        return None, str(error)
-    certificate.raise_if_failed()
-    return certificate, ""

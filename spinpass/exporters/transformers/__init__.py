@@ -17,6 +17,7 @@ from spinpass.errors import ExportError
 if TYPE_CHECKING:
     from .dynamo import RotatedDynamoExporter
     from .executorch import RotatedExecutorchExporter
+    from .generation import generate_exported
     from .mixin import RotationMixin
     from .onnx import RotatedOnnxExporter
     from .openvino import RotatedOpenVINOExporter
@@ -27,6 +28,7 @@ __all__ = [
     "RotatedOnnxExporter",
     "RotatedOpenVINOExporter",
     "RotationMixin",
+    "generate_exported",
     "register",
 ]
 
@@ -36,6 +38,7 @@ _HOMES = {
     "RotatedOnnxExporter": "onnx",
     "RotatedExecutorchExporter": "executorch",
     "RotatedOpenVINOExporter": "openvino",
+    "generate_exported": "generation",
 }
 _FORMATS = {
     "dynamo": "RotatedDynamoExporter",
@@ -59,12 +62,14 @@ def __getattr__(name: str) -> Any:
 def register(*formats: str) -> None:
     """Let ``AutoHfExporter.from_config(config, rotation=...)`` make rotated exporters.
 
-    ``formats``: of ``dynamo``, ``onnx``, ``executorch``, ``openvino``; all of them by default. They take the place of
-    transformers' own, under the same names: quantizers check the format's name, and what is written is an ordinary file
-    of that format, which loads where there is no spinpass. Runners stay what they are.
+    They take the place of transformers' own, under the same names: quantizers check the format's name, and what is
+    written is an ordinary file of that format, which loads where there is no spinpass. Runners stay what they are.
+
+    Args:
+        formats: some of ``dynamo``, ``onnx``, ``executorch``, ``openvino``; none names all of them.
 
     Raises:
-        ExportError: an unknown format, or transformers is missing.
+        ExportError: a format is unknown, or transformers is missing.
     """
     unknown = [name for name in formats if name not in _FORMATS]
     if unknown:

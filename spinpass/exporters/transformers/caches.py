@@ -16,24 +16,27 @@ _CACHE = "past_key_values"
 
 
 @dataclass(frozen=True)
-class Rotated:
-    """A rotated component: its record, and whether it takes and returns a cache, in whatever basis."""
+class RotatedComponent:
+    """This is a rotated component: its record, and whether it takes and returns a cache, in whatever basis."""
 
     record: Record
     takes_cache: bool
     returns_cache: bool
 
     @staticmethod
-    def of(program: ExportedProgram, out_spec: str) -> Rotated:
-        """Raises ExportError where the program has no record. ``out_spec`` as in transformers' metadata."""
+    def of(program: ExportedProgram, out_spec: str) -> RotatedComponent:
+        """Read the component off a rotated program; ``out_spec`` is that of transformers' metadata.
+
+        Raises ExportError where the program has no record.
+        """
         found = record.read(program)
         if found is None:
             raise ExportError("no output of the rotated program is computed: there is nothing to export")
         takes = any(name.startswith(_CACHE) for name in execution.user_input_names(program))
-        return Rotated(found, takes, _CACHE in out_spec)
+        return RotatedComponent(found, takes, _CACHE in out_spec)
 
 
-def check_caches(components: Mapping[str, Rotated]) -> None:
+def check_caches(components: Mapping[str, RotatedComponent]) -> None:
     """Raise ExportError unless every component that takes or returns a cache keeps it in the basis of the others.
 
     Bases agree where names of spaces, fingerprints of rotations and axes do: one component may have refused what

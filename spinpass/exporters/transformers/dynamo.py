@@ -6,7 +6,7 @@ from .mixin import RotationMixin
 
 
 class RotatedDynamoExporter(RotationMixin):
-    """Exports to a rotated ``ExportedProgram``, online Hadamards as ``torch.ops.spinpass.hadamard``.
+    """This exporter makes a rotated ``ExportedProgram``, online Hadamards as ``torch.ops.spinpass.hadamard``.
 
     What it saves loads where ``spinpass`` has been imported, which registers that operator.
     """

@@ -11,10 +11,11 @@ from .mixin import RotationMixin
 
 
 class RotatedExecutorchExporter(ExecutorchExporter, RotationMixin):
-    """Exports to a rotated ExecuTorch program, online Hadamards as linear layers that backends take like any other."""
+    """This exporter makes a rotated ExecuTorch program, online Hadamards as linear layers, which backends take like any
+    other."""
 
     extra = "executorch"
 
     def lowered(self, program: ExportedProgram) -> ExportedProgram:
-        """As :meth:`RotationMixin.lowered`: matrices are not shared, which partitions cannot be."""
+        """Return the program with Hadamards as linear layers, each with a matrix of its own: partitions share none."""
         return give_own_constants(lower_hadamards(program))

@@ -10,14 +10,16 @@ import torch
 from spinpass.errors import ConfigError
 
 
-def generate(exported: Any, ids: Sequence[int], max_new_tokens: int, *, end: Collection[int] = ()) -> list[int]:
+def generate_exported(
+    exported: Any, ids: Sequence[int], max_new_tokens: int, *, end: Collection[int] = ()
+) -> list[int]:
     """Continue ``ids`` greedily with the components ``prefill`` and ``decode`` of an ``ExportedModel``.
 
     The cache that prefill returns is what decode is given, as it is: a rotated pair keeps it in the same basis. Returns
     the new tokens, an end token included.
 
     Raises:
-        ConfigError: an empty prompt, a limit below 1, or a component is missing.
+        ConfigError: the prompt is empty, the limit is below 1, or a component is missing.
     """
     if not ids or max_new_tokens < 1:
         raise ConfigError(
@@ -42,7 +44,8 @@ def generate(exported: Any, ids: Sequence[int], max_new_tokens: int, *, end: Col
 
 
 def _inputs(metadata: Any, ids: Sequence[int], length: int, cache: Any) -> dict[str, Any]:
-    """What the component was traced with, of: ids, their positions, a mask over all ``length`` tokens, the cache."""
+    """Return what the component was traced with, out of ids, their positions, a mask over all ``length`` tokens and the
+    cache."""
     positions = torch.arange(length - len(ids), length)
     known = {
         "input_ids": torch.tensor([list(ids)]),
@@ -55,7 +58,7 @@ def _inputs(metadata: Any, ids: Sequence[int], length: int, cache: Any) -> dict[
 
 
 def _empty_cache(config: Any) -> Any:
-    """As the components were traced with: its layers are there, without tokens."""
+    """Make the cache that the components were traced with: its layers are there, without tokens."""
     from transformers import DynamicCache
 
     return DynamicCache(config=config)

@@ -12,14 +12,14 @@ import torch
 from transformers.exporters.exporter_onnx import OnnxExporter
 
 from spinpass import operators  # noqa: F401  # registers the operator that is translated
-from spinpass.exporters.onnx.operators import hadamard as onnx_functions
 
+from ..onnx.operators.hadamard import attach_hadamards, hadamard_translation
 from .mixin import RotationMixin
 from .quantizers import calibrated, refuse_graph_quantizer
 
 
 class RotatedOnnxExporter(OnnxExporter, RotationMixin):
-    """Exports to a rotated ``onnx_ir.Model`` that stock ONNX Runtime runs, ``ort_fusions`` included.
+    """This exporter makes a rotated ``onnx_ir.Model`` that stock ONNX Runtime runs, ``ort_fusions`` included.
 
     Online Hadamards are opaque nodes while transformers optimizes and fuses the graph; then they become calls of named
     functions with bodies of standard operators (:mod:`spinpass.exporters.onnx.operators.hadamard`), and the quantizer
@@ -29,14 +29,14 @@ class RotatedOnnxExporter(OnnxExporter, RotationMixin):
     extra = "onnx,transformers"
 
     def export_program(self, model: Any, sample_inputs: Any, config: Any) -> tuple[Any, Any]:
-        """As of transformers; the quantizer's samples hold the cache in the rotated basis."""
+        """Export as transformers does; the quantizer's samples hold the cache in the rotated basis."""
         refuse_graph_quantizer(config)
         if config.quantizer is not None:
             config.quantizer.validate_environment(config.export_format)
         with _hadamards_translated():
             plain = dataclasses.replace(config, quantizer=None)
             converted, metadata = super().export_program(model, sample_inputs, plain)
-        onnx_functions.attach(converted)
+        attach_hadamards(converted)
         quantizer = calibrated(config, sample_inputs, self.rotated_program).quantizer
         if quantizer is not None:
             functions = dict(converted.functions)
@@ -53,7 +53,7 @@ def _hadamards_translated() -> Iterator[None]:
     table: dict[Any, Any] = exporter._ONNX_TRANSLATION_TABLE  # noqa: SLF001  # OnnxExporter has no argument for translations
     operator = torch.ops.spinpass.hadamard.default
     before = table.get(operator)
-    table[operator] = onnx_functions.translation()
+    table[operator] = hadamard_translation()
     try:
         yield
     finally:

@@ -14,14 +14,14 @@ from .quantizers import calibrated
 
 
 class RotatedOpenVINOExporter(OpenVINOExporter, RotationMixin):
-    """Exports to a rotated ``openvino.Model``, online Hadamards as matrix products."""
+    """This exporter makes a rotated ``openvino.Model``, online Hadamards as matrix products."""
 
     extra = "openvino"
 
     def lowered(self, program: ExportedProgram) -> ExportedProgram:
-        """As :meth:`RotationMixin.lowered`."""
+        """Return the program with Hadamards as matrix products."""
         return lower_hadamards(program)
 
     def export_program(self, model: Any, sample_inputs: Any, config: Any) -> tuple[Any, Any]:
-        """As of transformers; the quantizer's samples hold the cache in the rotated basis."""
+        """Export as transformers does; the quantizer's samples hold the cache in the rotated basis."""
         return super().export_program(model, sample_inputs, calibrated(config, sample_inputs, self.rotated_program))

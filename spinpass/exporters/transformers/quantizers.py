@@ -29,7 +29,7 @@ def refuse_graph_quantizer(config: Any) -> None:
 
 
 def calibrated(config: Any, sample_inputs: Sample, rotated: Callable[[], ExportedProgram]) -> Any:
-    """The config with a quantizer whose calibration samples hold caches in the rotated program's basis.
+    """Return the config with a quantizer whose calibration samples hold caches in the rotated program's basis.
 
     ``rotated`` is called when the first sample is read, after the trace. Without a calibration set of its own the
     quantizer reads ``sample_inputs``, as transformers has it.
@@ -42,8 +42,8 @@ def calibrated(config: Any, sample_inputs: Sample, rotated: Callable[[], Exporte
 
 
 class RotatedSamples:
-    """Forward kwargs whose cache tensors are those that the rotated program takes. Copies: the samples stay as they
-    are."""
+    """These are forward kwargs whose cache tensors are those that the rotated program takes. They are copies: the
+    samples stay as they are."""
 
     def __init__(self, samples: Iterable[Sample], rotated: Callable[[], ExportedProgram]) -> None:
         self._samples, self._rotated = samples, rotated
@@ -62,7 +62,7 @@ class RotatedSamples:
 
 
 def _traced(program: ExportedProgram, sample: Sample) -> Sample:
-    """The kwargs that the program was traced with, in its order."""
+    """Return the kwargs that the program was traced with, in its order."""
     names = program.call_spec.in_spec.child(1).context
     missing = [name for name in names if name not in sample]
     if missing:

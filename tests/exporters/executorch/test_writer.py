@@ -218,7 +218,7 @@ def test_a_file_of_another_program_fails(tmp_path: Path) -> None:
     program = perceptron()
     report = executorch.export(program, tmp_path)
     program.state_dict["down.weight"].data[0] += 0.1
-    certificate = executorch_certificate.certify(program, report.path, (torch.randn(1, 3, 64),))
+    certificate = executorch_certificate.certify_pte(program, report.path, (torch.randn(1, 3, 64),))
     assert not certificate.ok and certificate.verdict.startswith("NOT equivalent")
     with pytest.raises(VerificationError, match="the .pte file does not compute what the program computes"):
         certificate.raise_if_failed()

@@ -12,7 +12,7 @@ import spinpass
 from spinpass.errors import ExportError, VerificationError
 from spinpass.exporters.names import cache_names
 from spinpass.exporters.onnx import writer as onnx
-from spinpass.exporters.onnx.certificate import certify
+from spinpass.exporters.onnx.certificate import certify_onnx
 from spinpass.exporters.onnx.compare import compare_file
 from tests.support import programs
 
@@ -40,7 +40,7 @@ def plain_file(original: ExportedProgram, tmp_path_factory: pytest.TempPathFacto
 def test_caches_are_translated(
     original: ExportedProgram, rotated: ExportedProgram, file: Path, plain_file: Path
 ) -> None:
-    assert not certify(original, file).ok  # the caches differ, and a cache taken for another spoils the logits
+    assert not certify_onnx(original, file).ok  # the caches differ, and a cache taken for another spoils the logits
     other = spinpass.transform(original, spinpass.RotationConfig(kind="random-hadamard", seed=2))
     for program, path in (
         (original, file),

@@ -93,7 +93,7 @@ def test_facts_of_graph_and_configuration(folder: Path, model: Any) -> None:
     assert {"temperature", "top_k", "max_length", "past_present_share_buffer"} == set(found["search"])
     assert found["search"]["past_present_share_buffer"] is False  # Concat makes every cache anew
     assert "attention_mask" not in decoder["inputs"]  # the graph has none
-    assert json.loads((folder / genai.CONFIG).read_text())["model"]["eos_token_id"] == 2
+    assert json.loads((folder / genai.GENAI_CONFIG).read_text())["model"]["eos_token_id"] == 2
 
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -155,7 +155,7 @@ def test_graphs_that_genai_cannot_run(tmp_path: Path, inputs: Any, outputs: Any,
     path = graph(tmp_path / "model.onnx", inputs, outputs)
     with pytest.raises(ExportError, match=reason):
         genai.save_genai_config(path, CONFIG)
-    assert not (tmp_path / genai.CONFIG).exists()
+    assert not (tmp_path / genai.GENAI_CONFIG).exists()
 
 
 def test_configurations_that_say_too_little(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from torch.export import Dim, ExportedProgram
 from spinpass import record
 from spinpass.certificate import files as file_certificate
 from spinpass.errors import ConfigError, ExportError, ProgramError, VerificationError
+from spinpass.exporters import certified_file
 from spinpass.exporters import names as onnx_names
 from spinpass.exporters.onnx import certificate as onnx_certificate
 from spinpass.exporters.onnx import writer as exporter
@@ -545,7 +546,7 @@ def test_factors_in_the_wrong_order_are_caught(tmp_path: Path, monkeypatch: pyte
 def test_switched_off_and_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     report = exporter.export(program(), tmp_path / "m.onnx", verify=False)
     assert report.certificate is None and report.uncertified == "switched off"
-    monkeypatch.setattr(exporter, "VERIFY_LIMIT", 10)
+    monkeypatch.setattr(certified_file, "CERTIFY_BYTES", 10)
     report = exporter.export(program(), tmp_path / "m.onnx")
     assert report.certificate is None and "above the limit of 10: pass verify=True" in report.uncertified
     assert exporter.export(program(), tmp_path / "m.onnx", verify=True).certificate is not None
@@ -565,13 +566,13 @@ def test_own_inputs(tmp_path: Path) -> None:
     assert report.certificate is not None and report.certificate.inputs == ("x float32[4, 6, 8]",)
     static = exporter.export(program(), tmp_path / "static.onnx")
     with pytest.raises(ExportError, match=r"cannot run the model: .*Got invalid dimensions"):
-        onnx_certificate.certify(program(dynamic=True), static.path, (torch.randn(4, 6, 8),))
+        onnx_certificate.certify_onnx(program(dynamic=True), static.path, (torch.randn(4, 6, 8),))
 
 
 def test_a_damaged_file(tmp_path: Path) -> None:
     (tmp_path / "m.onnx").write_bytes(b"not a model")
     with pytest.raises(ExportError, match=r"cannot load m.onnx"):
-        onnx_certificate.certify(program(), tmp_path / "m.onnx")
+        onnx_certificate.certify_onnx(program(), tmp_path / "m.onnx")
 
 
 def test_errors_that_are_not_finite_become_text() -> None:

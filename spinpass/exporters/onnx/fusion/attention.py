@@ -16,7 +16,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from ..operators import hadamard as onnx_functions
+from ..operators.hadamard import DOMAIN, is_hadamard
 from .attention_pattern import CachedAttention, NoMatchError, match_attention
 from .builder import CONTRIB, Builder
 from .mask import Mask, read_mask
@@ -31,7 +31,7 @@ _TOKENS_FIRST = [0, 2, 1, 3]
 
 
 def fuse_attention(model: ir.Model, builder: Builder) -> tuple[int, tuple[str, ...]]:
-    """Replace the attention of ``model`` in place: how many there were, and of every other Softmax why it stays."""
+    """Replace the attention of ``model`` in place; return how many there were, and why every other Softmax stays."""
     fusing = _Fusing(model, builder)
     kept = []
     for node in [n for n in model.graph if n.op_type == "Softmax" and n.domain == ""]:
@@ -45,7 +45,7 @@ def fuse_attention(model: ir.Model, builder: Builder) -> tuple[int, tuple[str, .
 
 @dataclass
 class _Fusing:
-    """One pass over a graph, and what its layers share."""
+    """This is one pass over a graph, and what its layers share."""
 
     model: ir.Model
     builder: Builder
@@ -54,7 +54,7 @@ class _Fusing:
     lengths: dict[str, tuple[ir.Value, ir.Value]] = field(default_factory=dict)
 
     def fuse(self, softmax: ir.Node) -> None:
-        """Raises NoMatchError; the graph is then as it was."""
+        """Replace the attention around a Softmax. Raises NoMatchError; the graph is then as it was."""
         found = match_attention(softmax)
         mask = self._check(found)
         q, k, v = (flat(self.builder.at(softmax), x) for x in (found.query, found.key.new, found.value.new))
@@ -79,7 +79,7 @@ class _Fusing:
         self.count += 1
 
     def _check(self, found: CachedAttention) -> Mask:
-        """What the kernel needs to know of the mask. Raises NoMatchError for what it does not compute."""
+        """Return what the kernel needs to know of the mask. Raises NoMatchError for what it does not compute."""
         q = found.query
         if q.dtype not in _KERNELS:
             raise NoMatchError(f"GroupQueryAttention has no kernel for {q.dtype}")
@@ -105,7 +105,10 @@ class _Fusing:
         return mask
 
     def _lengths(self, past: ir.Value, q: ir.Value) -> tuple[ir.Value, ir.Value]:
-        """(keys of each row of the batch less one (batch,), keys ()), both int32; ``q`` is (batch, tokens, ...)."""
+        """Return the keys of each row of the batch less one, (batch,), and the keys, (), both int32.
+
+        ``q`` is (batch, tokens, ...).
+        """
         key = str(names(sizes(past))[2])
         if key not in self.lengths:
             b, whole = self.builder, ir.DataType.INT64
@@ -124,7 +127,7 @@ class _Fusing:
         return self.lengths[key]
 
     def _replace_result(self, weighted: ir.Value, y: ir.Value) -> None:
-        """``y`` (batch, tokens, heads·size) in place of (batch, heads, tokens, size) and of what flattens that."""
+        """Put ``y`` (batch, tokens, heads·size) in place of (batch, heads, tokens, size) and of what flattens that."""
         turned = only_user(weighted, "Transpose")
         flattened = None if turned is None else only_user(turned.outputs[0], "Reshape")
         if turned is not None and flattened is not None and integers(turned, "perm") == _TOKENS_FIRST:
@@ -142,7 +145,7 @@ class _Fusing:
 
 
 def flat(builder: Builder, x: ir.Value) -> ir.Value:
-    """``x`` (batch, heads, tokens, size) as (batch, tokens, heads·size): made anew from what it was made of."""
+    """Return ``x`` (batch, heads, tokens, size) as (batch, tokens, heads·size), made anew from what it was made of."""
     for rebuild in (_untransposed, _hadamard, _rotary, _per_head):
         made = rebuild(builder, x)
         if made is not None:
@@ -165,9 +168,9 @@ def _untransposed(builder: Builder, x: ir.Value) -> ir.Value | None:
 
 
 def _hadamard(builder: Builder, x: ir.Value) -> ir.Value | None:
-    """Blocks along the last axis: heads side by side are more of them."""
+    """Move a Hadamard, which runs over blocks of the last axis: heads side by side are more of them."""
     node = x.producer()
-    if node is None or not onnx_functions.is_call(node) or node.inputs[0] is None:
+    if node is None or not is_hadamard(node) or node.inputs[0] is None:
         return None
     inner = flat(builder, node.inputs[0])
     return builder.add(node.op_type, [inner], inner, domain=node.domain, **_attributes(node))
@@ -182,9 +185,9 @@ def _rotary(builder: Builder, x: ir.Value) -> ir.Value | None:
 
 
 def _per_head(builder: Builder, x: ir.Value) -> ir.Value | None:
-    """Roundings and norms of each head's vector: between two Reshapes."""
+    """Move roundings and norms of each head's vector, between two Reshapes."""
     node = x.producer()
-    if node is None or not (node.domain == onnx_functions.DOMAIN or node.op_type == NORM) or len(sizes(x)) != 4:
+    if node is None or not (node.domain == DOMAIN or node.op_type == NORM) or len(sizes(x)) != 4:
         return None
     assert node.inputs[0] is not None
     batch, heads, tokens, size = sizes(x)

@@ -16,13 +16,13 @@ from .match import constant, integer, integers, made_by, names, number, only_use
 
 
 class NoMatchError(Exception):
-    """Why a Softmax is not the attention that is looked for."""
+    """It says why a Softmax is not the attention that is looked for."""
 
 
 @dataclass(frozen=True)
 class Cached:
-    """What the cache becomes: ``past`` (batch, heads, past, size), an input of the graph, and ``new`` (batch, heads,
-    tokens, size), joined in ``present``, an output."""
+    """This is what a cache becomes: ``past`` (batch, heads, past, size), an input of the graph, and ``new`` (batch,
+    heads, tokens, size), are joined in ``present``, an output."""
 
     past: ir.Value
     new: ir.Value
@@ -31,8 +31,8 @@ class Cached:
 
 @dataclass(frozen=True)
 class CachedAttention:
-    """``query`` (batch, heads, tokens, size); ``weighted`` is what comes out, in the same layout. ``bias`` is what is
-    added to the scores, None where nothing is; ``cap`` 0 where the scores are not capped."""
+    """This is a match: ``query`` is (batch, heads, tokens, size), and ``weighted`` what comes out, in the same layout.
+    ``bias`` is added to the scores, None where nothing is; ``cap`` is 0 where the scores are not capped."""
 
     query: ir.Value
     key: Cached
@@ -44,7 +44,7 @@ class CachedAttention:
 
 
 def match_attention(softmax: ir.Node) -> CachedAttention:
-    """The attention around a Softmax. Raises NoMatchError."""
+    """Return the attention around a Softmax. Raises NoMatchError where it is something else."""
     scores = _scores(softmax.inputs[0])
     weighted, values = _weighted(softmax.outputs[0])
     query, before = _scaled(scores.product.inputs[0])
@@ -62,7 +62,7 @@ def match_attention(softmax: ir.Node) -> CachedAttention:
 
 @dataclass(frozen=True)
 class _Scores:
-    """The product of queries and keys, and what happens to it before the Softmax."""
+    """This is the product of queries and keys, and what happens to it before the Softmax."""
 
     product: ir.Node
     scale: float = 1.0
@@ -96,7 +96,7 @@ def _scores(value: ir.Value | None) -> _Scores:
 
 
 def _masked(node: ir.Node) -> _Scores:
-    """Scores plus a mask: the operand that leads to no product of queries and keys is the mask."""
+    """Match scores plus a mask: the operand that leads to no product of queries and keys is the mask."""
     reasons = []
     for scores, bias in (tuple(node.inputs), tuple(reversed(node.inputs))):
         try:
@@ -116,7 +116,7 @@ def _require_bare(inner: _Scores) -> None:
 
 
 def _cap(node: ir.Node) -> tuple[ir.Value, float] | None:
-    """(x, c) of c · Tanh(x / c)."""
+    """Return (x, c) of c · Tanh(x / c)."""
     outer = with_number(node) if node.op_type == "Mul" else None
     tanh = made_by(None if outer is None else outer[0], "Tanh")
     divided = made_by(None if tanh is None else tanh.inputs[0], "Div", "Mul")
@@ -128,7 +128,7 @@ def _cap(node: ir.Node) -> tuple[ir.Value, float] | None:
 
 
 def _scaled(value: ir.Value | None) -> tuple[ir.Value, float]:
-    """(x, c) where ``value`` is c·x with a number c; (value, 1) where it is not."""
+    """Return (x, c) where ``value`` is c·x with a number c; (value, 1) where it is not."""
     assert value is not None
     node = made_by(value, "Mul", "Div")
     found = None if node is None else with_number(node)
@@ -139,7 +139,7 @@ def _scaled(value: ir.Value | None) -> tuple[ir.Value, float]:
 
 
 def _transposed(value: ir.Value) -> ir.Value:
-    """K of Kᵀ: a Transpose, or one between two Reshapes that merge batch and heads and part them again."""
+    """Return K of Kᵀ: of a Transpose, or of one between two Reshapes that merge batch and heads and part them again."""
     node = made_by(value, "Transpose")
     if node is not None and integers(node, "perm") == [0, 1, 3, 2] and node.inputs[0] is not None:
         return node.inputs[0]
@@ -152,7 +152,7 @@ def _transposed(value: ir.Value) -> ir.Value:
 
 
 def _weighted(weights: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """(the weighted sum, the values), a guard against rows of nothing looked through."""
+    """Return the weighted sum and the values; a guard against rows of nothing is looked through."""
     users = list(weights.consumers())
     guards = [node for node in users if node.op_type == "IsNaN"]
     if guards:
@@ -167,7 +167,7 @@ def _weighted(weights: ir.Value) -> tuple[ir.Value, ir.Value]:
 
 
 def _ungrouped(value: ir.Value, heads: int) -> ir.Value:
-    """x (batch, kv heads, length, size) where ``value`` repeats each of its heads for a group of queries."""
+    """Return x (batch, kv heads, length, size) where ``value`` repeats each of its heads for a group of queries."""
     merged = made_by(value, "Reshape")
     repeated = made_by(None if merged is None else merged.inputs[0], "Expand")
     split = made_by(None if repeated is None else repeated.inputs[0], "Unsqueeze")
@@ -180,7 +180,7 @@ def _ungrouped(value: ir.Value, heads: int) -> ir.Value:
 
 
 def _cached(value: ir.Value, what: str) -> Cached:
-    """The parts of Concat(past, new) along the tokens."""
+    """Return the parts of Concat(past, new) along the tokens."""
     node = made_by(value, "Concat")
     if node is None or len(node.inputs) != 2 or integer(node, "axis", 0) not in (-2, 2):
         raise NoMatchError(f"its {what} come out of {_op(value)}, not of a cache that new tokens are appended to")

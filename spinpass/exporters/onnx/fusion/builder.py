@@ -12,7 +12,7 @@ CONTRIB = "com.microsoft"
 
 
 class Builder:
-    """Inserts nodes before ``anchor`` and constants into its graph, one constant for equal arrays."""
+    """A builder inserts nodes before ``anchor`` and constants into its graph, one constant for equal arrays."""
 
     def __init__(self, graph: ir.Graph) -> None:
         self.graph = graph
@@ -20,7 +20,7 @@ class Builder:
         self._constants: dict[tuple[Any, ...], ir.Value] = {}
 
     def at(self, anchor: ir.Node) -> Builder:
-        """Further nodes come before ``anchor``."""
+        """Put further nodes before ``anchor``."""
         self.anchor = anchor
         return self
 
@@ -35,7 +35,7 @@ class Builder:
         domain: str = "",
         **attributes: Any,
     ) -> ir.Value:
-        """The first result of a new node; its type and shape are those of ``like`` where they are not given."""
+        """Return the first result of a new node; its type and shape are those of ``like`` where they are not given."""
         return self.node(op, inputs, [(like, shape, dtype)], domain=domain, attributes=attributes)[0]
 
     def node(
@@ -47,7 +47,7 @@ class Builder:
         domain: str = "",
         attributes: Mapping[str, Any],
     ) -> Sequence[ir.Value]:
-        """All results of a new node; each is described by (like, shape, dtype)."""
+        """Return all results of a new node; each is described by (like, shape, dtype)."""
         assert self.anchor is not None
         new = ir.node(op, list(inputs), dict(attributes), domain=domain, num_outputs=len(results))
         for value, (like, shape, dtype) in zip(new.outputs, results, strict=True):
@@ -59,6 +59,7 @@ class Builder:
         return new.outputs
 
     def constant(self, array: np.ndarray[Any, Any]) -> ir.Value:
+        """Return a constant of the graph that holds the array."""
         key = (str(array.dtype), array.shape, array.tobytes())
         if key not in self._constants:
             name = f"fused_{len(self._constants)}"
@@ -72,7 +73,7 @@ class Builder:
         return self._constants[key]
 
     def integers(self, *values: int) -> ir.Value:
-        """An int64 vector."""
+        """Return a constant int64 vector."""
         return self.constant(np.array(values, np.int64))
 
     def reshape(self, x: ir.Value, target: Sequence[int], shape: Sequence[Any]) -> ir.Value:

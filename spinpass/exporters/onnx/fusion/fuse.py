@@ -21,7 +21,7 @@ from .rotary import ROTARY, fuse_rotary
 
 @dataclass(frozen=True)
 class Fused:
-    """How many nodes of each kind the graph got, and why some attention stayed as it was."""
+    """It says how many nodes of each kind the graph got, and in ``kept`` why some attention stayed as it was."""
 
     attention: int
     rotary: int
@@ -31,18 +31,18 @@ class Fused:
 
     @property
     def summary(self) -> str:
-        """One line."""
+        """Say it in one line."""
         return (
             f"fused: {self.attention} GroupQueryAttention, {self.rotary} RotaryEmbedding, "
             f"{self.norms + self.skip_norms} norms ({self.skip_norms} with the sum in front)"
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able."""
+        """Return what JSON can hold."""
         return asdict(self) | {"kept": list(self.kept)}
 
 
-def fuse(model: ir.Model) -> Fused:
+def fuse_model(model: ir.Model) -> Fused:
     """Fuse what can be fused in ``model``, in place. It computes the same function."""
     builder = Builder(model.graph)
     fuse_rotary(model.graph, builder)

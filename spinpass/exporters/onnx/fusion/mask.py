@@ -27,8 +27,9 @@ _NUMPY = {"tensor(int64)": np.int64, "tensor(int32)": np.int32, "tensor(bool)": 
 
 @dataclass(frozen=True)
 class Mask:
-    """``window`` is how many keys a query sees, its own included; None for all up to its own. ``needed`` says that the
-    values themselves have to be added to the scores: they do more than that, or depend on inputs."""
+    """This is what a causal mask does: ``window`` is how many keys a query sees, its own included, and None for all up
+    to its own. ``needed`` says that the values themselves have to be added to the scores: they do more than that, or
+    depend on inputs."""
 
     window: int | None
     needed: bool
@@ -37,8 +38,10 @@ class Mask:
 def read_mask(
     bias: ir.Value, graph: ir.Graph, opsets: dict[str, int], tokens: str, past: str, batch: str | int
 ) -> Mask | str:
-    """What ``bias``, which is added to the scores, does; a reason where it lets a query see later keys, or cannot be
-    evaluated. ``tokens``, ``past`` and ``batch`` are the symbols of the sizes in the shapes of the graph's inputs.
+    """Return what ``bias``, which is added to the scores, does.
+
+    ``tokens``, ``past`` and ``batch`` are the symbols of the sizes in the shapes of the graph's inputs. The result is a
+    reason where the mask lets a query see later keys, or cannot be evaluated.
     """
     cone = _Cone.of(bias, graph)
     try:
@@ -62,12 +65,12 @@ def read_mask(
 
 
 def _future(s: int, p: int) -> np.ndarray[Any, Any]:
-    """(s, p + s), True where a key comes after its query."""
+    """Return a table (s, p + s) that is True where a key comes after its query."""
     return np.asarray(np.arange(p + s)[None] > np.arange(p, p + s)[:, None])
 
 
 def _equals(mask: np.ndarray[Any, Any], s: int, p: int, window: int | None) -> bool:
-    """``mask`` is 0 for the keys of the causal mask with this window, and closed for all others."""
+    """Say whether ``mask`` is 0 for the keys of the causal mask with this window, and closed for all others."""
     closed = _future(s, p)
     if window is not None:
         closed = closed | (np.arange(p + s)[None] <= np.arange(p, p + s)[:, None] - window)
@@ -75,14 +78,14 @@ def _equals(mask: np.ndarray[Any, Any], s: int, p: int, window: int | None) -> b
 
 
 def _window(mask: np.ndarray[Any, Any]) -> int | None:
-    """How many keys the last query of the longest probe sees."""
+    """Count the keys that the last query of the longest probe sees; None where it sees none or all."""
     seen = int((mask.reshape(-1, mask.shape[-1])[-1] == 0).sum())
     return seen if 0 < seen < mask.shape[-1] else None
 
 
 @dataclass(frozen=True)
 class _Cone:
-    """The nodes that make a value, in order, and the inputs of the graph that they start from."""
+    """The cone holds the nodes that make a value, in order, and the inputs of the graph that they start from."""
 
     value: ir.Value
     nodes: Sequence[ir.Node]
@@ -92,6 +95,7 @@ class _Cone:
 
     @staticmethod
     def of(value: ir.Value, graph: ir.Graph) -> _Cone:
+        """Collect what makes ``value``."""
         reached = _reached(value)
         nodes = [node for node in graph if any(v in reached for v in node.outputs)]
         inputs = [v for v in graph.inputs if v in reached]
@@ -101,14 +105,14 @@ class _Cone:
 
     @property
     def numbers(self) -> set[int]:
-        """Sizes of a cache that lie beyond the numbers that occur."""
+        """Return sizes of a cache that lie beyond the numbers that occur."""
         arrays = (constant(v) for node in self.nodes for v in node.inputs)
         small = (a for a in arrays if a is not None and a.size <= 4 and a.dtype.kind in "if")
         found = {abs(int(x)) for a in small for x in a.flatten() if np.isfinite(x)}
         return {n + 1 for n in found if max(map(sum, _SIZES)) <= n + 2 and n < _LONGEST}
 
     def session(self, opsets: dict[str, int]) -> ort.InferenceSession:
-        """The cone as a model of its own."""
+        """Load the cone as a model of its own."""
         graph = ir.Graph([], [], nodes=[], opset_imports=opsets, name="mask")
         copies: dict[ir.Value, ir.Value] = {}
         for v in self.inputs:
@@ -133,7 +137,7 @@ class _Cone:
         return ort.InferenceSession(text, options, providers=["CPUExecutionProvider"])
 
     def run(self, session: ort.InferenceSession, known: dict[str | int, int], fill: int) -> np.ndarray[Any, Any]:
-        """The mask in float64; integer inputs are filled with ones, or with the numbers 0, 1, ... if ``fill`` is 0."""
+        """Return the mask in float64; inputs are filled with ones, or with the numbers 0, 1, ... if ``fill`` is 0."""
         types = {i.name: _NUMPY[i.type] for i in session.get_inputs()}
         feed = {}
         for v in self.inputs:
@@ -145,7 +149,7 @@ class _Cone:
 
 
 def _size(size: int | str | None, known: dict[str | int, int]) -> int:
-    """A size as a number: known, or a sum of known ones; else all tokens, which is what a mask is long."""
+    """Return a size as a number, which is known or a sum of known ones. Raises ValueError where it is neither."""
     if isinstance(size, int):
         return size
     if size in known:
@@ -158,7 +162,7 @@ def _size(size: int | str | None, known: dict[str | int, int]) -> int:
 
 
 def _reached(value: ir.Value, *, through_shapes: bool = True) -> set[ir.Value]:
-    """Everything that ``value`` is made of; without what only its size matters of, if asked."""
+    """Collect everything that ``value`` is made of; without what only its size matters of, if asked."""
     found: set[ir.Value] = set()
     todo = [value]
     while todo:

@@ -19,7 +19,7 @@ NORM, SKIP = "SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization"
 
 
 def fuse_norms(graph: ir.Graph, builder: Builder) -> int:
-    """Replace the norms of ``graph`` in place; how many there were."""
+    """Replace the norms of ``graph`` in place; return how many there were."""
     count = 0
     for node in list(graph):
         matched = _normalized(node)
@@ -38,7 +38,7 @@ def fuse_norms(graph: ir.Graph, builder: Builder) -> int:
 
 
 def fuse_skips(graph: ir.Graph, builder: Builder) -> int:
-    """Take the sums in front of fused norms into them, in place; how many."""
+    """Take the sums in front of fused norms into them, in place; return how many there were."""
     count = 0
     for node in [n for n in graph if n.op_type == NORM]:
         x, scale = node.inputs
@@ -66,7 +66,7 @@ def fuse_skips(graph: ir.Graph, builder: Builder) -> int:
 
 
 def _normalized(node: ir.Node) -> tuple[ir.Value, float] | None:
-    """(x, ε) where ``node`` multiplies or divides x by its root mean square along the last axis, in float32."""
+    """Return (x, ε) where ``node`` multiplies or divides x by its root mean square along the last axis, in float32."""
     if node.domain != "" or node.op_type not in ("Mul", "Div"):
         return None
     pairs = [tuple(node.inputs)] if node.op_type == "Div" else [tuple(node.inputs), tuple(reversed(node.inputs))]
@@ -101,7 +101,7 @@ def _is_mean_square(mean: ir.Value, x: ir.Value) -> bool:
 
 
 def _scaled(value: ir.Value) -> tuple[ir.Value, ir.Value | None]:
-    """The product of the normalized value with a constant vector, if that is all that becomes of it."""
+    """Return the product of the normalized value with a constant vector, if that is all that becomes of it."""
     users = list(value.consumers())
     if len(users) != 1 or users[0].op_type != "Mul" or users[0].domain != "" or value.is_graph_output():
         return value, None
@@ -113,5 +113,5 @@ def _scaled(value: ir.Value) -> tuple[ir.Value, ir.Value | None]:
 
 
 def _same(a: ir.Value, b: ir.Value) -> bool:
-    """Of one type and shape, every size known or of the same name: nothing is broadcast."""
+    """Say whether both are of one type and shape, every size known or of the same name: nothing is broadcast."""
     return a.dtype == b.dtype and None not in (named := names(sizes(a))) and named == names(sizes(b))

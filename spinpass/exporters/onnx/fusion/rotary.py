@@ -23,8 +23,10 @@ _ELEMENTWISE = ("Cos", "Sin", "Cast", "Mul")
 
 
 def fuse_rotary(graph: ir.Graph, builder: Builder) -> int:
-    """Replace the rotary embeddings of ``graph`` in place; how many there were. Values of shape (batch, heads, tokens,
-    size) stay in this layout."""
+    """Replace the rotary embeddings of ``graph`` in place; return how many there were.
+
+    Values of shape (batch, heads, tokens, size) stay in this layout.
+    """
     tables = _Tables(builder)
     count = 0
     for node in list(graph):
@@ -42,7 +44,7 @@ def fuse_rotary(graph: ir.Graph, builder: Builder) -> int:
 
 @dataclass(frozen=True)
 class _Rotary:
-    """x (batch, heads, tokens, size) and the angles' cosines and sines (batch or 1, tokens, size)."""
+    """This is a match: x (batch, heads, tokens, size) and the angles' cosines and sines (batch or 1, tokens, size)."""
 
     x: ir.Value
     cos: ir.Value
@@ -62,7 +64,7 @@ def _match(node: ir.Node) -> _Rotary | None:
 
 
 def _products(value: ir.Value | None) -> list[tuple[ir.Value, ir.Value]]:
-    """Both readings of a product."""
+    """Return both readings of a product; nothing where it is none."""
     node = made_by(value, "Mul")
     if node is None or node.inputs[0] is None or node.inputs[1] is None:
         return []
@@ -71,7 +73,7 @@ def _products(value: ir.Value | None) -> list[tuple[ir.Value, ir.Value]]:
 
 
 def _angles(value: ir.Value) -> ir.Value | None:
-    """The value behind the axis for the heads, if both of its halves are the same."""
+    """Return the value behind the axis for the heads, if both of its halves are the same."""
     node = made_by(value, "Unsqueeze")
     axes = None if node is None else constant(node.inputs[1])
     if node is None or axes is None or axes.tolist() not in ([1], [-3]) or len(sizes(node.inputs[0])) != 3:
@@ -88,7 +90,7 @@ def _angles(value: ir.Value) -> ir.Value | None:
 
 
 def _is_rotated_half(value: ir.Value, x: ir.Value) -> bool:
-    """``value`` is Concat(−x[size/2:], x[:size/2]) along the last axis."""
+    """Say whether ``value`` is Concat(−x[size/2:], x[:size/2]) along the last axis."""
     size, joined = static(x, -1), made_by(value, "Concat")
     if size is None or joined is None or len(sizes(x)) != 4 or len(joined.inputs) != 2:
         return False
@@ -110,18 +112,18 @@ def _is_part(value: ir.Value | None, x: ir.Value, start: int, stop: int) -> bool
 
 @dataclass
 class _Tables:
-    """Positions and tables for the kernel, made once for all layers that share their angles."""
+    """These are positions and tables for the kernel, made once for all layers that share their angles."""
 
     builder: Builder
     made: dict[tuple[ir.Value, str], ir.Value] = field(default_factory=dict)
 
     def of(self, node: ir.Node, rotary: _Rotary) -> tuple[ir.Value, ir.Value, ir.Value]:
-        """(position ids, cosines, sines)."""
+        """Return position ids, cosines and sines."""
         self.builder.at(node)
         return self._ids(rotary), self._table(rotary.cos), self._table(rotary.sin)
 
     def _table(self, angles: ir.Value) -> ir.Value:
-        """The first half of (batch or 1, tokens, size), as (batch · tokens, size/2)."""
+        """Return the first half of (batch or 1, tokens, size), as (batch · tokens, size/2)."""
         key = angles, "table"
         if key not in self.made:
             half = (static(angles, -1) or 0) // 2
@@ -131,7 +133,7 @@ class _Tables:
         return self.made[key]
 
     def _ids(self, rotary: _Rotary) -> ir.Value:
-        """The number of every token (batch, tokens); a single 0 where all rows have the same positions."""
+        """Return the number of every token (batch, tokens); a single 0 where all rows have the same positions."""
         if static(rotary.cos, 0) == 1 and names(sizes(rotary.x))[0] != 1:
             return self.builder.integers(0)
         key = rotary.cos, "ids"

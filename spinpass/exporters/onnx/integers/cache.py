@@ -8,7 +8,6 @@ by the largest integer. A rotation of the heads (R2, R3) spreads outliers over t
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +18,13 @@ import onnx_ir as ir
 import torch
 
 from spinpass.errors import ConfigError, ExportError
-from spinpass.formats import PROTOBUF_LIMIT, data_name, model_path, remove_stale_data, staged
-from spinpass.runtime import DecoderGraph, from_ort, open_session
+from spinpass.formats import model_path
+from spinpass.runtime import DecoderGraph, from_ort
 
 from ..fusion.attention import GQA
 from ..fusion.builder import Builder
 from ..fusion.match import sizes, static
-from .four_bits import companions, load
+from .copies import load, write_copy
 
 _STORED = {8: ir.DataType.INT8, 4: ir.DataType.UINT8}  # two codes of four bits, plus 8 each, the first in the low half
 _SCALES = 12  # where the kernel takes the scales of keys and values
@@ -34,7 +33,8 @@ Scales = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class CacheReport:
-    """What :func:`quantize_cache` did. Bytes are those of the cache for one token."""
+    """This is what :func:`quantize_cache` did: ``attention`` counts the nodes whose cache holds integers of so many
+    ``bits``; bytes are those of the cache for one token."""
 
     path: Path
     files: tuple[Path, ...]
@@ -44,7 +44,7 @@ class CacheReport:
     bytes_after: int
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able."""
+        """Return what JSON can hold."""
         return self.__dict__ | {"path": str(self.path), "files": [str(file) for file in self.files]}
 
 
@@ -64,13 +64,13 @@ def quantize_cache(
             source was exported with ``fuse=True`` and computes in float32; its weights may be packed.
         bits: 8 (int8 of the shape of the float cache) or 4 (uint8, half as wide).
         calibration: token ids of texts, each run from an empty cache.
-        external_data: as in :func:`spinpass.exporters.onnx.export`.
-        progress: called with (texts done, all texts).
+        external_data: where the weights go, as :func:`spinpass.exporters.onnx.export` has it.
+        progress: it is called with (texts done, all texts).
 
     Raises:
-        ConfigError: other bits, no calibration tokens.
-        ExportError: no readable model at ``source``, attention in it that is not fused or not in float32, ONNX Runtime
-            cannot load the result, ``destination`` cannot be written. Nothing is left behind.
+        ConfigError: ``bits`` is another number, or there are no calibration tokens.
+        ExportError: there is no readable model at ``source``, attention in it is not fused or not in float32, ONNX
+            Runtime cannot load the result, or ``destination`` cannot be written. Nothing is left behind.
     """
     if bits not in _STORED:
         raise ConfigError(f"a KV cache of {bits} bits: choose 4 or 8")
@@ -85,22 +85,12 @@ def quantize_cache(
     for node in nodes:
         _requantize(model.graph, builder.at(node), node, bits, scales)
     model.metadata_props["spinpass.cache"] = json.dumps({"bits": bits, "scales": "per head and channel"})
-    weights = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
-    external = weights > PROTOBUF_LIMIT if external_data is None else external_data
-    if not external:
-        ir.external_data.load_to_model(model)
-    with staged(target.parent, weights) as staging:
-        ir.save(model, staging / target.name, external_data=data_name(target) if external else None)
-        open_session(staging / target.name)
-        for file in companions(source, origin) if origin.parent.resolve() != target.parent.resolve() else ():
-            shutil.copyfile(file, staging / file.name)
-        files = tuple(target.parent / file.name for file in sorted(staging.iterdir()))
-    remove_stale_data(target, files)
+    files, _ = write_copy(model, source, target, external_data)
     return CacheReport(target, files, bits, len(nodes), before, before * bits // 32)
 
 
 def _attention(graph: ir.Graph, path: Path) -> list[ir.Node]:
-    """The fused attention of a graph that has no other cache."""
+    """List the fused attention of a graph. Raises ExportError where there is none, or another cache."""
     nodes = [node for node in graph if node.op_type == GQA]
     held = {node.inputs[i] for node in nodes for i in (3, 4)}
     left = [v.name for v in graph.inputs if len(sizes(v)) >= 3 and v not in held]
@@ -119,7 +109,7 @@ def _attention(graph: ir.Graph, path: Path) -> list[ir.Node]:
 def _scales(
     graph: DecoderGraph, top: int, texts: Sequence[Sequence[int]], progress: Callable[[int, int], None] | None
 ) -> Scales:
-    """Of every cache input: (heads · size,), float32; a channel that stays 0 has scale 1."""
+    """Return a scale per channel of every cache input, (heads · size,) float32; a channel that stays 0 has scale 1."""
     peaks: Scales = {}
     for done, text in enumerate(texts):
         if len(text):
@@ -134,7 +124,7 @@ def _scales(
 
 
 def _requantize(graph: ir.Graph, builder: Builder, node: ir.Node, bits: int, scales: Scales) -> None:
-    """The node with integers in its cache."""
+    """Make the node anew with integers in its cache."""
     inputs = [*node.inputs, *[None] * (_SCALES - len(node.inputs))]
     past = [node.inputs[3], node.inputs[4]]
     constants = [builder.constant(np.asarray(scales[str(v.name)].numpy())) for v in past if v is not None]
@@ -160,5 +150,5 @@ def _requantize(graph: ir.Graph, builder: Builder, node: ir.Node, bits: int, sca
 
 
 def _row_bytes(cache: ir.Value | None) -> int:
-    """Of a float32 cache (batch, heads, length, size), for one token."""
+    """Return the bytes of a float32 cache (batch, heads, length, size) for one token."""
     return 4 * (static(cache, 1) or 0) * (static(cache, -1) or 0)

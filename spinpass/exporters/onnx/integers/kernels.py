@@ -18,7 +18,7 @@ import onnx_ir as ir
 from spinpass.quantization import QuantizedWeight
 
 from ..operators.hadamard import Body
-from ..operators.rounding import ROWS, TOKENS, arguments, codes_of, factor_of, is_call
+from ..operators.rounding import ROWS, TOKENS, codes_of, factor_of, is_rounding, rounding_arguments
 
 _MIDDLE = 128
 _UINT8, _FLOAT, _DOUBLE = ir.DataType.UINT8, ir.DataType.FLOAT, ir.DataType.DOUBLE
@@ -26,15 +26,17 @@ _Weight = tuple[ir.Value, ir.Value, ir.Value]
 
 
 def is_rounded_per_token(x: ir.Value) -> bool:
-    """The value is what symmetric int8 codes per token stand for."""
+    """Say whether the value is what symmetric int8 codes per token stand for."""
     node = x.producer()
-    return node is not None and is_call(node, TOKENS) and arguments(node) == (8, True)
+    return node is not None and is_rounding(node, TOKENS) and rounding_arguments(node) == (8, True)
 
 
 def is_static(x: ir.Value) -> bool:
-    """The value is what uint8 codes with one scale stand for, large tokens scaled perhaps."""
+    """Say whether the value is what uint8 codes with one scale stand for, large tokens scaled perhaps."""
     node = x.producer()
-    if node is None or not (node.op_type == "DequantizeLinear" or (is_call(node, ROWS) and arguments(node)[0] == 8)):
+    if node is None or not (
+        node.op_type == "DequantizeLinear" or (is_rounding(node, ROWS) and rounding_arguments(node)[0] == 8)
+    ):
         return False
     scale = node.inputs[1]
     # a range for every channel cannot be taken out of the sum over channels
@@ -42,26 +44,26 @@ def is_static(x: ir.Value) -> bool:
 
 
 def has_integer_kernel(x: ir.Value, weight: QuantizedWeight) -> bool:
-    """8 bits on both sides, one scale per output, float32."""
+    """Say whether both sides have 8 bits, the weight one scale per output, and the result is float32."""
     fits = weight.codes.bits == 8 and weight.codes.scales.shape[1] == 1 and x.dtype == _FLOAT
     return fits and (is_rounded_per_token(x) or is_static(x))
 
 
 def arrays(weight: QuantizedWeight) -> dict[str, np.ndarray[Any, Any]]:
-    """Codes (in, out) uint8, scales (out,) float32 and zero points (out,) uint8, by the suffix of their names."""
+    """Return codes (in, out) uint8, scales (out,) float32 and zero points (out,) uint8 by the suffix of their names."""
     codes = weight.codes
     found = {"q8": codes.q.T, "q8.scales": codes.scales[:, 0].float(), "q8.zero_points": codes.zeros[:, 0]}
     return {suffix: np.ascontiguousarray(tensor.numpy()) for suffix, tensor in found.items()}
 
 
 class IntegerProducts:
-    """Builds products; the codes of an activation are computed once for all that read it."""
+    """This builds products; the codes of an activation are computed once for all that read it."""
 
     def __init__(self) -> None:
         self._codes: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
 
     def build(self, body: Body, x: ir.Value, weight: _Weight) -> ir.Value:
-        """``weight``: codes, scales and zero points as constants of the graph, see :func:`arrays`."""
+        """Multiply ``x`` by ``weight``: codes, scales and zero points as constants of the graph, see :func:`arrays`."""
         if is_rounded_per_token(x):
             return self._per_token(body, x, weight)
         node = x.producer()
@@ -94,7 +96,7 @@ def _static(body: Body, x: ir.Value, weight: _Weight) -> ir.Value:
 
 
 def _codes_per_token(body: Body, rounding: ir.Node) -> tuple[ir.Value, ir.Value]:
-    """uint8 codes around 128, and their scales (..., 1)."""
+    """Return uint8 codes around 128, and their scales (..., 1)."""
     x, clip = _given(rounding)
     codes, scale, _ = codes_of(body, x, body.cast(clip, _DOUBLE, _FLOAT), 8, True, _FLOAT)
     shifted = body.add("Add", codes, body.constant(np.array(_MIDDLE, np.float32)))
@@ -102,7 +104,7 @@ def _codes_per_token(body: Body, rounding: ir.Node) -> tuple[ir.Value, ir.Value]
 
 
 def _scaled_rows(body: Body, rounding: ir.Node) -> tuple[ir.Value, ir.Value]:
-    """The rounded x/k, and k (..., 1)."""
+    """Return the rounded x/k, and k (..., 1)."""
     x, scale, zero, limit = _given(rounding)
     factor = factor_of(body, x, body.cast(limit, _DOUBLE, _FLOAT), _FLOAT)
     point = body.add("Cast", zero, to=_UINT8.value)

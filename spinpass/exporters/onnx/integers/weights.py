@@ -13,7 +13,6 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -23,14 +22,13 @@ from torch import Tensor
 
 from spinpass.errors import ConfigError, ExportError
 from spinpass.formats import model_path
-from spinpass.quantization import Codes, QuantizedWeight
+from spinpass.quantization import QuantizedWeight
 
+from ..blocks import STORED_BITS, block_size, blocks, packed_bits
 from ..operators.hadamard import Body
-from .four_bits import Packed, QuantizeReport, Work, constant_matrix, load, write
+from .copies import QuantizeReport, load, write_quantized
 from .kernels import IntegerProducts, arrays, has_integer_kernel, is_rounded_per_token
-
-_BLOCKS = (256, 128, 64, 32, 16)
-STORED_BITS = {2: 2, 3: 4, 4: 4, 8: 8}
+from .rewrite import PackedMatrix, Work, constant_matrix
 
 
 def pack_weights(
@@ -46,15 +44,15 @@ def pack_weights(
     Args:
         source, destination: an ``.onnx`` file, or a folder with ``model.onnx``, whose other files are copied. The model
             is that of the quantized program: its constants must be what the integers stand for.
-        weights: by parameter name, as in the report of :func:`spinpass.quantization.quantize`.
+        weights: what the report of :func:`spinpass.quantization.quantize` holds, by parameter name.
         accuracy_level: how ``MatMulNBits`` computes: 0 in the model's dtype (weight-only), 4 with activations rounded
             to int8 per block as they come, in place of a rounding to int8 per token that the program has there.
-        external_data: as in :func:`spinpass.exporters.onnx.export`.
+        external_data: where the weights go, as :func:`spinpass.exporters.onnx.export` has it.
 
     Raises:
-        ConfigError: an accuracy level out of range, groups that the kernels' blocks do not fit.
-        ExportError: no readable model at ``source``; it has no product or lookup of what the integers of a weight
-            stand for; ``destination`` cannot be written. Nothing is left behind.
+        ConfigError: the accuracy level is out of range, or the kernels' blocks do not fit the groups.
+        ExportError: there is no readable model at ``source``, it has no product or lookup of what the integers of a
+            weight stand for, or ``destination`` cannot be written. Nothing is left behind.
     """
     if accuracy_level not in range(5):
         raise ConfigError(f"accuracy_level {accuracy_level} is not one of 0, 1, 2, 3, 4")
@@ -69,13 +67,15 @@ def pack_weights(
             f"no matrix product or table lookup of {where} has the constant that the integers of {name} stand for; "
             "export the program that quantize returned"
         )
-    return write(model, work, source, model_path(destination), external_data)
+    return write_quantized(model, work, source, model_path(destination), external_data)
 
 
 @dataclass
 class _Packing(Work):
-    """Replaces the products and lookups of constants whose integers are given. Exporters rename and transpose
-    constants, so they are known by their values: ``named`` has the weights by a digest of those.
+    """This pass replaces the products and lookups of constants whose integers are given.
+
+    Exporters rename and transpose constants, so they are known by their values: ``named`` has the weights by a digest
+    of those.
     """
 
     weights: Mapping[str, QuantizedWeight] = field(default_factory=dict)
@@ -96,7 +96,7 @@ class _Packing(Work):
         return super()._matmul(node)
 
     def _before_rounding(self, x: ir.Value) -> ir.Value:
-        """What was rounded to int8 per token, also where channels are picked of the rounded value; else ``x``."""
+        """Return what was rounded to int8 per token, also where channels of the rounded are picked; else ``x``."""
         node = x.producer()
         source = None if node is None else node.inputs[0]
         if node is None or source is None:
@@ -126,13 +126,16 @@ class _Packing(Work):
         self.matmuls += 1
 
     def bits_of(self, constant: ir.Value, by_column: bool, head: bool) -> int | None:
+        """Say in how many bits the integers of a matrix are stored; None where none are given."""
         name = self._name(constant, by_column)
         return None if name is None else STORED_BITS[self.weights[name].codes.bits]
 
     def table_bits_of(self, constant: ir.Value) -> int | None:
+        """Say in how many bits the integers of a table are stored; None where none are given."""
         return self.bits_of(constant, True, False)
 
-    def quantized(self, constant: ir.Value, by_column: bool, bits: int) -> Packed:
+    def quantized(self, constant: ir.Value, by_column: bool, bits: int) -> PackedMatrix:
+        """Return the integers that are given for a constant, as constants of the graph."""
         name = self._name(constant, by_column)
         assert name is not None and constant.const_value is not None  # by its bits
         self.found.add(name)
@@ -148,7 +151,7 @@ class _Packing(Work):
         ]
         if bool((zeros != 2 ** (bits - 1)).any()):
             inputs.append(self.constant(f"{label}.zero_points", packed_bits(zeros, bits)))
-        return Packed(columns, rows, bits, block, tuple(inputs))
+        return PackedMatrix(columns, rows, bits, block, tuple(inputs))
 
     def _name(self, constant: ir.Value, by_column: bool) -> str | None:
         if constant.const_value is None or len(constant.const_value.shape) != 2:
@@ -157,42 +160,6 @@ class _Packing(Work):
         return self.named.get(_digest(stored if by_column else stored.T))
 
 
-def block_size(codes: Codes, name: str) -> int:
-    """The largest block that no group border cuts; for one group per row, the one that wastes fewest weights.
-
-    Raises ConfigError: groups of a size that no block divides, or of columns that do not lie side by side.
-    """
-    columns, groups = codes.q.shape[1], codes.scales.shape[1]
-    if groups == 1:
-        return min(_BLOCKS, key=lambda b: (-(-columns // b) * b, -b))
-    size = codes.group_length
-    if size is None:
-        raise ConfigError(f"the groups of {name} do not lie side by side, as MatMulNBits needs them")
-    fitting = [b for b in _BLOCKS if size % b == 0]
-    if not fitting:
-        raise ConfigError(f"the groups of {name} have {size} weights; MatMulNBits takes multiples of {_BLOCKS[-1]}")
-    return fitting[0]
-
-
-def blocks(codes: Codes, block: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(codes (out, in padded to blocks), scales (out, blocks), zero points (out, blocks)); padding stands for zero."""
-    columns = codes.q.shape[1]
-    count = -(-columns // block)
-    at = codes.group_of[torch.arange(count) * block]
-    scales, zeros = codes.scales[:, at], codes.zeros[:, at]
-    q = torch.cat([codes.q, zeros[:, -1:].expand(-1, count * block - columns)], 1)
-    return q, scales, zeros
-
-
-def packed_bits(q: Tensor, bits: int) -> np.ndarray[Any, Any]:
-    """uint8 values below 2^bits, packed along the last axis, the first in the lowest bits; rows padded with zeros."""
-    per = 8 // bits
-    short = -q.shape[-1] % per
-    padded = torch.nn.functional.pad(q, (0, short)).reshape(*q.shape[:-1], -1, per).to(torch.int32)
-    shifted = padded << (torch.arange(per, dtype=torch.int32) * bits)
-    return np.asarray(shifted.sum(-1).to(torch.uint8))
-
-
 def _digest(matrix: Tensor) -> bytes:
-    """Of the values of a matrix (out, in), in float32."""
+    """Hash the values of a matrix (out, in), in float32."""
     return hashlib.sha256(str(tuple(matrix.shape)).encode() + matrix.float().contiguous().numpy().tobytes()).digest()

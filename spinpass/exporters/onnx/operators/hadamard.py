@@ -22,15 +22,15 @@ from spinpass.rotations import hadamard
 
 DOMAIN = "spinpass"
 VERSION = 1
-OP = "Hadamard"
+HADAMARD_NODE = "Hadamard"
 
 _COMPUTE = {ir.DataType.DOUBLE: (ir.DataType.DOUBLE, np.float64)}
 _DEFAULT_COMPUTE = (ir.DataType.FLOAT, np.float32)
 
 
-def translation() -> Callable[..., Any]:
-    """What ``torch.onnx.export`` should emit for ``torch.ops.spinpass.hadamard``: the opaque node."""
-    call = onnxscript.values.Op(onnxscript.values.Opset(DOMAIN, VERSION), OP, _schema())
+def hadamard_translation() -> Callable[..., Any]:
+    """Return what emits an opaque node for ``torch.ops.spinpass.hadamard`` in ``torch.onnx.export``."""
+    call = onnxscript.values.Op(onnxscript.values.Opset(DOMAIN, VERSION), HADAMARD_NODE, _schema())
 
     def hadamard_node(x: Any, order: int, transpose: bool = False) -> Any:
         y = call(x, order=order, transpose=int(transpose))
@@ -40,14 +40,14 @@ def translation() -> Callable[..., Any]:
     return hadamard_node
 
 
-def attach(model: ir.Model) -> int:
-    """Give every opaque node of ``model`` its function, changing the model in place; the number of such nodes.
+def attach_hadamards(model: ir.Model) -> int:
+    """Give every opaque node of ``model`` its function, in place; return how many such nodes there are.
 
     The function is called ``Hadamard_<order>[x<blocks>][_transposed]_rank<rank>_<dtype>``, ``blocks`` being how many
     blocks of ``order`` lie side by side on the last axis. Raises ExportError where the size of that axis is dynamic.
     """
     opset = model.opset_imports[""]
-    nodes = list(calls(model))
+    nodes = list(hadamard_calls(model))
     for node in nodes:
         y = node.outputs[0]
         assert y.shape is not None and y.dtype is not None  # torch.onnx sets both from the program's own values
@@ -57,7 +57,7 @@ def attach(model: ir.Model) -> int:
             raise ExportError(
                 f"an online Hadamard of order {order} runs along an axis of the dynamic size {size}: make it static"
             )
-        name = function_name(order, size // order, rank, dtype, transpose=transpose)
+        name = hadamard_name(order, size // order, rank, dtype, transpose=transpose)
         node.op_type = name
         if (DOMAIN, name, "") not in model.functions:
             function = _function(name, order, size // order, rank, dtype, transpose, opset)
@@ -67,26 +67,27 @@ def attach(model: ir.Model) -> int:
     return len(nodes)
 
 
-def calls(model: ir.Model) -> Iterator[ir.Node]:
-    """The online Hadamards of a model, before or after :func:`attach`."""
-    return filter(is_call, model.graph.all_nodes())
+def hadamard_calls(model: ir.Model) -> Iterator[ir.Node]:
+    """Yield the online Hadamards of a model, before or after :func:`attach_hadamards`."""
+    return filter(is_hadamard, model.graph.all_nodes())
 
 
-def is_call(node: ir.Node) -> bool:
-    """The node is an online Hadamard."""
-    return node.domain == DOMAIN and node.op_type.startswith(OP)
+def is_hadamard(node: ir.Node) -> bool:
+    """Say whether the node is an online Hadamard."""
+    return node.domain == DOMAIN and node.op_type.startswith(HADAMARD_NODE)
 
 
-def function_name(order: int, blocks: int, rank: int, dtype: ir.DataType, *, transpose: bool) -> str:
+def hadamard_name(order: int, blocks: int, rank: int, dtype: ir.DataType, *, transpose: bool) -> str:
+    """Return the name of the function, see :func:`attach_hadamards`."""
     size = f"{order}x{blocks}" if blocks > 1 else f"{order}"
-    return f"{OP}_{size}{'_transposed' if transpose else ''}_rank{rank}_{dtype.name.lower()}"
+    return f"{HADAMARD_NODE}_{size}{'_transposed' if transpose else ''}_rank{rank}_{dtype.name.lower()}"
 
 
 def _schema() -> onnx.defs.OpSchema:
     floats = ["tensor(float16)", "tensor(bfloat16)", "tensor(float)", "tensor(double)"]
     integer = onnx.defs.OpSchema.AttrType.INT
     return onnx.defs.OpSchema(
-        OP,
+        HADAMARD_NODE,
         DOMAIN,
         VERSION,
         inputs=[onnx.defs.OpSchema.FormalParameter("x", "T")],
@@ -102,8 +103,10 @@ def _schema() -> onnx.defs.OpSchema:
 def _function(
     name: str, order: int, blocks: int, rank: int, dtype: ir.DataType, transpose: bool, opset: int
 ) -> ir.Function:
-    """``y = x (I ⊗ H) / √order`` with ``H = F1 ⊗ F2 ⊗ ...``: the last axis is viewed as (blocks, f1, f2, ...) and each
-    of the axes multiplied by its factor, the last one from the right, the others (transposed) from the left.
+    """y = x (I ⊗ H) / √order,  H = F1 ⊗ F2 ⊗ ...
+
+    The last axis is viewed as (blocks, f1, f2, ...) and each of the axes is multiplied by its factor, the last one from
+    the right, the others (transposed) from the left.
 
     Reshape copies the leading axes (size 0), so no Shape op is needed. Half types are computed in float32 as in
     :func:`spinpass.rotations.hadamard.hadamard_transform`.
@@ -134,31 +137,36 @@ def _above_one(size: int) -> list[int]:
 
 
 class Body:
-    """Collects the nodes of a function."""
+    """A body collects the nodes of a function."""
 
     def __init__(self) -> None:
         self.nodes: list[ir.Node] = []
 
     def add(self, op: str, *inputs: ir.Value, **attributes: int) -> ir.Value:
+        """Add a node; return its result."""
         node = ir.node(op, list(inputs), attributes)
         self.nodes.append(node)
         return node.outputs[0]
 
     def constant(self, array: np.ndarray[Any, Any]) -> ir.Value:
+        """Add a constant of the array's type and shape."""
         node = ir.node("Constant", [], {"value": ir.tensor(array)})
         self.nodes.append(node)
         return node.outputs[0]
 
     def reshape(self, value: ir.Value, shape: list[int]) -> ir.Value:
+        """Add a Reshape, for which a size 0 keeps the axis."""
         return self.add("Reshape", value, self.constant(np.array(shape, np.int64)))
 
     def cast(self, value: ir.Value, given: ir.DataType, wanted: ir.DataType) -> ir.Value:
+        """Add a Cast where the types differ."""
         return value if given == wanted else self.add("Cast", value, to=wanted.value)
 
     def function(
         self, name: str, inputs: Sequence[ir.Value], y: ir.Value, attributes: Sequence[str], opset: int, what: str
     ) -> ir.Function:
-        """The nodes as a function of spinpass's domain; ``attributes`` are integers that a call of it states."""
+        """Make the nodes a function of spinpass's domain; ``attributes`` are integers that a call of it states, and
+        ``what`` is its doc string."""
         y.name = "y"
         graph = ir.Graph(list(inputs), [y], nodes=self.nodes, opset_imports={"": opset}, name=name)
         listed = [ir.Attr(key, ir.AttributeType.INT, None) for key in attributes]

@@ -27,16 +27,16 @@ from spinpass.errors import ConfigError, ExportError
 from spinpass.operators import unpack_words
 from spinpass.quantization import Codes
 
-from ..integers.weights import STORED_BITS, block_size, blocks, packed_bits
+from ..blocks import STORED_BITS, block_size, blocks, packed_bits
+from ..fusion.builder import CONTRIB
 from .hadamard import DOMAIN, VERSION
 
-OP = "PackedLinear"
-_RUNTIME = "com.microsoft"
+PACKED_LINEAR_NODE = "PackedLinear"
 
 
-def translation() -> Callable[..., Any]:
-    """What ``torch.onnx.export`` should emit for ``torch.ops.spinpass.packed_linear``: the opaque node, and an Add."""
-    call = onnxscript.values.Op(onnxscript.values.Opset(DOMAIN, VERSION), OP, _schema())
+def packed_linear_translation() -> Callable[..., Any]:
+    """Return what emits an opaque node and an Add for ``torch.ops.spinpass.packed_linear`` in ``torch.onnx.export``."""
+    call = onnxscript.values.Op(onnxscript.values.Opset(DOMAIN, VERSION), PACKED_LINEAR_NODE, _schema())
 
     def packed_linear(x: Any, qweight: Any, scales: Any, qzeros: Any, g_idx: Any, bias: Any, bits: int) -> Any:
         order = () if g_idx is None else (g_idx,)
@@ -47,13 +47,13 @@ def translation() -> Callable[..., Any]:
     return packed_linear
 
 
-def lower(model: ir.Model) -> int:
-    """Replace the opaque nodes of ``model`` and their constants, in place; the number of such nodes.
+def lower_packed_linears(model: ir.Model) -> int:
+    """Replace the opaque nodes of ``model`` and their constants, in place; return how many such nodes there are.
 
-    Raises ExportError: groups that MatMulNBits cannot take.
+    Raises ExportError: MatMulNBits cannot take the groups of a layer.
     """
     made: dict[tuple[str, ...], _Operands] = {}
-    nodes = [node for node in model.graph if node.domain == DOMAIN and node.op_type == OP]
+    nodes = [node for node in model.graph if node.domain == DOMAIN and node.op_type == PACKED_LINEAR_NODE]
     replaced: set[ir.Value] = set()
     for node in nodes:
         x, *constants = node.inputs
@@ -67,12 +67,12 @@ def lower(model: ir.Model) -> int:
         if not value.uses():
             del model.graph.initializers[str(value.name)]
     if nodes:
-        model.opset_imports[_RUNTIME] = 1
+        model.opset_imports[CONTRIB] = 1
     return len(nodes)
 
 
 class _Operands:
-    """The constants of a layer, as the runtime takes them."""
+    """These are the constants of a layer, as the runtime takes them."""
 
     def __init__(self, graph: ir.Graph, codes: Codes, name: str, dtype: ir.DataType) -> None:
         self.graph = graph
@@ -97,7 +97,7 @@ class _Operands:
             self.inputs.append(self._constant(f"{name}.q{bits}.zero_points", packed_bits(zeros, bits)))
 
     def replace(self, node: ir.Node) -> None:
-        """MatMulNBits instead of the opaque node."""
+        """Put MatMulNBits in the place of the opaque node."""
         x = node.inputs[0]
         if self.order is not None:
             gather = ir.node("Gather", [x, self.order], {"axis": -1})
@@ -106,7 +106,7 @@ class _Operands:
         rows, columns = self.codes.q.shape
         sizes = {"K": columns, "N": rows, "bits": self.codes.bits, "block_size": self.block}
         listed = [ir.AttrInt64(key, value) for key, value in sizes.items()]
-        new = ir.Node(_RUNTIME, "MatMulNBits", [x, *self.inputs], listed, name=node.name)
+        new = ir.Node(CONTRIB, "MatMulNBits", [x, *self.inputs], listed, name=node.name)
         ir.convenience.replace_nodes_and_values(self.graph, node, [node], [new], node.outputs, new.outputs)
 
     def _constant(self, name: str, array: np.ndarray[Any, Any]) -> ir.Value:
@@ -117,7 +117,7 @@ class _Operands:
 
 
 def _codes(node: ir.Node) -> Codes:
-    """What the constants of an opaque node hold, scales in float32."""
+    """Return what the constants of an opaque node hold, scales in float32."""
     bits = node.attributes["bits"].as_int()
     qweight, scales, qzeros, *rest = (_array(value) for value in node.inputs[1:])
     assert node.inputs[0] is not None and node.inputs[0].shape is not None
@@ -136,7 +136,7 @@ def _array(value: ir.Value | None) -> Tensor:
 
 
 def _sorted(codes: Codes, name: str) -> tuple[Tensor, Codes]:
-    """The columns by group, int64 (in,), and the codes in that order."""
+    """Return the columns by group, int64 (in,), and the codes in that order."""
     index = codes.group_of
     order = index.argsort(stable=True)
     ordered = replace(codes, q=codes.q[:, order], index=None)
@@ -153,7 +153,7 @@ def _schema() -> onnx.defs.OpSchema:
     formal, option = onnx.defs.OpSchema.FormalParameter, onnx.defs.OpSchema.FormalParameterOption
     floats = ["tensor(float16)", "tensor(bfloat16)", "tensor(float)", "tensor(double)"]
     return onnx.defs.OpSchema(
-        OP,
+        PACKED_LINEAR_NODE,
         DOMAIN,
         VERSION,
         inputs=[

@@ -24,8 +24,8 @@ TOKENS, ROWS = "RoundTokens", "RoundRows"
 _UINT8, _FLOAT, _DOUBLE = ir.DataType.UINT8, ir.DataType.FLOAT, ir.DataType.DOUBLE
 
 
-def round_tokens() -> Callable[..., Any]:
-    """What ``torch.onnx.export`` should emit for ``torch.ops.spinpass.round_tokens``: an opaque node."""
+def round_tokens_translation() -> Callable[..., Any]:
+    """Return what emits an opaque node for ``torch.ops.spinpass.round_tokens`` in ``torch.onnx.export``."""
     call = onnxscript.values.Op(_OPSET, TOKENS, _schema(TOKENS, ("x", "clip"), ("bits", "symmetric")))
 
     def node(x: Any, bits: int, symmetric: bool, clip: float = 1.0) -> Any:
@@ -34,8 +34,8 @@ def round_tokens() -> Callable[..., Any]:
     return node
 
 
-def round_rows() -> Callable[..., Any]:
-    """For ``torch.ops.spinpass.round_rows``: an opaque node."""
+def round_rows_translation() -> Callable[..., Any]:
+    """Return what emits an opaque node for ``torch.ops.spinpass.round_rows`` in ``torch.onnx.export``."""
     call = onnxscript.values.Op(_OPSET, ROWS, _schema(ROWS, ("x", "scale", "zero", "limit"), ("bits",)))
 
     def node(x: Any, scale: Any, zero: Any, limit: float, bits: int) -> Any:
@@ -44,8 +44,8 @@ def round_rows() -> Callable[..., Any]:
     return node
 
 
-def round_tensor(x: Any, scale: Any, zero: Any, bits: int) -> Any:
-    """For ``torch.ops.spinpass.round_tensor``: standard ops."""
+def translate_round_tensor(x: Any, scale: Any, zero: Any, bits: int) -> Any:
+    """Emit standard ops for ``torch.ops.spinpass.round_tensor`` in ``torch.onnx.export``."""
     dtype = x.dtype
     if bits == 8 and dtype == _FLOAT:
         code = op.Cast(zero, to=_UINT8.value)
@@ -58,13 +58,13 @@ def round_tensor(x: Any, scale: Any, zero: Any, bits: int) -> Any:
     return op.Cast(op.Mul(op.Sub(codes, middle), step), to=dtype.value)
 
 
-def attach(model: ir.Model) -> int:
-    """Give every opaque node of ``model`` its function, changing the model in place; the number of such nodes."""
-    nodes = [n for n in model.graph.all_nodes() if is_call(n, TOKENS) or is_call(n, ROWS)]
+def attach_roundings(model: ir.Model) -> int:
+    """Give every opaque node of ``model`` its function, in place; return how many such nodes there are."""
+    nodes = [n for n in model.graph.all_nodes() if is_rounding(n, TOKENS) or is_rounding(n, ROWS)]
     for node in nodes:
         dtype = node.outputs[0].dtype
         assert dtype is not None  # torch.onnx sets it from the program's own value
-        build = _tokens if is_call(node, TOKENS) else _rows
+        build = _tokens if is_rounding(node, TOKENS) else _rows
         function = build(node, dtype, model.opset_imports[""])
         node.op_type = function.name
         model.functions.setdefault(function.identifier(), function)
@@ -73,13 +73,13 @@ def attach(model: ir.Model) -> int:
     return len(nodes)
 
 
-def is_call(node: ir.Node | None, name: str) -> bool:
-    """The node is a rounding of this kind, before or after :func:`attach`."""
+def is_rounding(node: ir.Node | None, name: str) -> bool:
+    """Say whether the node is a rounding of this kind, before or after :func:`attach_roundings`."""
     return node is not None and node.domain == DOMAIN and node.op_type.startswith(name)
 
 
-def arguments(node: ir.Node) -> tuple[int, bool]:
-    """(bits, symmetric) of a rounding."""
+def rounding_arguments(node: ir.Node) -> tuple[int, bool]:
+    """Return the bits of a rounding, and whether it is symmetric."""
     symmetric = node.attributes.get("symmetric")
     return node.attributes["bits"].as_int(), symmetric is not None and bool(symmetric.as_int())
 
@@ -112,7 +112,7 @@ def _schema(name: str, inputs: tuple[str, ...], attributes: tuple[str, ...]) -> 
 
 
 def _tokens(node: ir.Node, dtype: ir.DataType, opset: int) -> ir.Function:
-    bits, symmetric = arguments(node)
+    bits, symmetric = rounding_arguments(node)
     body, compute = Body(), _compute(dtype)
     x, clip = inputs = (ir.Value(name="x"), ir.Value(name="clip"))
     share = body.cast(clip, _DOUBLE, compute)
@@ -125,7 +125,7 @@ def _tokens(node: ir.Node, dtype: ir.DataType, opset: int) -> ir.Function:
 
 
 def _rows(node: ir.Node, dtype: ir.DataType, opset: int) -> ir.Function:
-    bits, _ = arguments(node)
+    bits, _ = rounding_arguments(node)
     body, compute = Body(), _compute(dtype)
     x, scale, zero, limit = inputs = [ir.Value(name=n) for n in ("x", "scale", "zero", "limit")]
     wide = body.cast(x, dtype, compute)
@@ -143,7 +143,10 @@ def _rows(node: ir.Node, dtype: ir.DataType, opset: int) -> ir.Function:
 def codes_of(
     body: Body, x: ir.Value, clip: ir.Value, bits: int, symmetric: bool, dtype: ir.DataType
 ) -> tuple[ir.Value, ir.Value, ir.Value | None]:
-    """(codes as floats, scale, zero point) of x per vector of the last axis; no zero point where ``symmetric``."""
+    """Return the codes of x as floats, with scale and zero point per vector of the last axis, (..., 1).
+
+    The zero point is None where they are ``symmetric``.
+    """
     axis = body.constant(np.array([-1], np.int64))
     top = 2 ** (bits - 1) - 1 if symmetric else 2**bits - 1
     nothing = _number(body, 0, dtype)
@@ -162,13 +165,13 @@ def codes_of(
 
 
 def factor_of(body: Body, x: ir.Value, limit: ir.Value, dtype: ir.DataType) -> ir.Value:
-    """max(1, max|x|/limit) per vector of the last axis, (..., 1)."""
+    """Return max(1, max|x|/limit) per vector of the last axis, (..., 1)."""
     peak = body.add("ReduceMax", body.add("Abs", x), body.constant(np.array([-1], np.int64)))
     return body.add("Max", body.add("Div", peak, limit), _number(body, 1, dtype))
 
 
 def _compute(dtype: ir.DataType) -> ir.DataType:
-    """In float32 at least, as the operators in :mod:`spinpass.operators.rounding` do."""
+    """Compute in float32 at least, as the operators in :mod:`spinpass.operators.rounding` do."""
     return _DOUBLE if dtype == _DOUBLE else _FLOAT
 
 

@@ -23,7 +23,7 @@ import spinpass
 from spinpass.errors import ExportError
 from spinpass.exporters.onnx import writer as exporter
 from spinpass.quantization import quantize
-from spinpass.runtime.onnx_session import open_session, run, to_ort
+from spinpass.runtime.onnx_session import open_session, run_session, to_ort
 from tests.support import models
 
 GQA, ROTARY = "GroupQueryAttention", "RotaryEmbedding"
@@ -90,7 +90,7 @@ def test_a_window_is_seen_beyond_its_length(tmp_path: Path) -> None:
     """More keys than the window holds, which the certificate's own inputs need not have."""
     program = models.export_hf_cache(models.build("gemma2", sliding_window=11))
     files = [exporter.export(program, tmp_path / f"{fuse}.onnx", fuse=fuse).path for fuse in (False, True)]
-    results = [run(session, feed(session, 1, 3, 40)) for session in map(open_session, files)]
+    results = [run_session(session, feed(session, 1, 3, 40)) for session in map(open_session, files)]
     assert all(size != "2" for given in open_session(files[0]).get_inputs() for size in given.shape)
     for plain, fused in zip(*results, strict=True):
         torch.testing.assert_close(torch.from_numpy(fused.numpy()), torch.from_numpy(plain.numpy()), atol=1e-4, rtol=0)
@@ -114,9 +114,9 @@ def feed(session: Any, batch: int, tokens: int, past: int) -> dict[str, Any]:
 def test_several_tokens_on_a_cache_are_for_one_sequence(program: ExportedProgram, tmp_path: Path) -> None:
     session = open_session(exporter.export(program, tmp_path, fuse=True).path)
     for batch, tokens, past in ((2, 3, 0), (2, 1, 5), (1, 3, 5)):
-        run(session, feed(session, batch, tokens, past))
+        run_session(session, feed(session, batch, tokens, past))
     with pytest.raises(ExportError, match="batch_size must be 1 when sequence_length > 1 and past context is given"):
-        run(session, feed(session, 2, 3, 5))
+        run_session(session, feed(session, 2, 3, 5))
 
 
 def test_a_quantized_cache_program_stays_what_it_is(program: ExportedProgram, tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ def test_a_quantized_cache_program_stays_what_it_is(program: ExportedProgram, tm
     for fuse in (False, True):
         report = exporter.export(made, tmp_path / f"{fuse}.onnx", fuse=fuse, verify=False)
         session = open_session(report.path)
-        results.append([torch.from_numpy(value.numpy()) for value in run(session, feed(session, 2, 6, 0))])
+        results.append([torch.from_numpy(value.numpy()) for value in run_session(session, feed(session, 2, 6, 0))])
         assert ops(report.path)[GQA] == (2 if fuse else 0)
         assert sum(n for op, n in ops(report.path).items() if op.startswith("RoundTokens")) > 4
     # what lies at a tie may be rounded either way, and one step of four bits is large
@@ -204,7 +204,7 @@ def test_padding_on_either_side(tmp_path: Path, side: str) -> None:
     real = padding.bool()
     ids, empty = torch.randint(0, 96, (2, 6)), torch.zeros(2, KV, 0, SIZE)
     values = dict(zip([i.name for i in session.get_inputs()], (ids, padding, empty, empty), strict=True))
-    found = torch.from_numpy(run(session, {name: to_ort(v) for name, v in values.items()})[0].numpy())
+    found = torch.from_numpy(run_session(session, {name: to_ort(v) for name, v in values.items()})[0].numpy())
     expected = Attention(padded)(ids, padding, empty, empty)["y"]
     torch.testing.assert_close(found[real], expected[real], atol=1e-5, rtol=1e-5)
 

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from spinpass.errors import ConfigError, ExportError
 from spinpass.exporters.onnx import writer as exporter
-from spinpass.exporters.onnx.integers.four_bits import QuantizeReport, quantize_4bit
+from spinpass.exporters.onnx.integers.copies import QuantizeReport
+from spinpass.exporters.onnx.integers.four_bits import quantize_4bit
 
 VOCABULARY, HIDDEN = 200, 64
 

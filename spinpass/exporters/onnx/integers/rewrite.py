@@ -1,0 +1,220 @@
+"""Integers in the place of constants:  MatMul  ->  MatMulNBits,   Gather  ->  GatherBlockQuantized.
+
+A transpose in front of a product is folded into the packing; a table that is read from the head's constant shares it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+
+from ..fusion.builder import CONTRIB
+
+_FLOATS = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
+_ELEMENTWISE = {"Identity", "Cast", "Add", "Sub", "Mul", "Div", "Tanh", "Clip"}
+
+
+@dataclass(frozen=True)
+class PackedMatrix:
+    """This is a quantized matrix of N columns and K rows, as the inputs of ``MatMulNBits``."""
+
+    rows: int
+    columns: int
+    bits: int
+    block_size: int
+    inputs: tuple[ir.Value, ...]  # packed (N, blocks, bytes), scales (N, blocks), zero points
+
+
+@dataclass
+class Work:
+    """This is one pass over the nodes of a graph, and what it counted."""
+
+    graph: ir.Graph
+    block_size: int
+    symmetric: bool
+    accuracy_level: int
+    head_bits: int | None
+    table_bits: int | None
+    keep: frozenset[str]
+    matmuls: int = 0
+    heads: int = 0
+    tables: int = 0
+    shared: int = 0
+    kept: list[str] = field(default_factory=list)
+    packed: dict[tuple[str, bool, int], PackedMatrix] = field(default_factory=dict)
+
+    def run(self) -> None:
+        """Replace what can be replaced, in place."""
+        nodes = [node for node in self.graph if node.domain in ("", "ai.onnx")]
+        for node in nodes:
+            if node.op_type == "MatMul":
+                self._matmul(node)
+        for node in nodes:  # after the heads, to share with them
+            if node.op_type == "Gather":
+                self._gather(node)
+
+    def _matmul(self, node: ir.Node) -> None:
+        x, matrix = node.inputs[0], constant_matrix(node.inputs[1])
+        if x is None or matrix is None:
+            return
+        constant, by_column = matrix
+        head = _is_head(node)
+        bits = self.bits_of(constant, by_column, head)
+        reason = self._why_keep(constant, bits, rank=2)
+        if reason or bits is None:
+            self.kept.append(f"{constant.name}: {reason}")
+            return
+        packed = self._pack(constant, by_column, bits)
+        attributes = {"K": packed.rows, "N": packed.columns, "bits": bits, "block_size": packed.block_size}
+        if self.accuracy_level:
+            attributes["accuracy_level"] = self.accuracy_level
+        self._replace(node, "MatMulNBits", (x, *packed.inputs), attributes)
+        if head:
+            self.heads += 1
+        else:
+            self.matmuls += 1
+
+    def bits_of(self, constant: ir.Value, by_column: bool, head: bool) -> int | None:
+        """Say how many bits a matrix gets; None keeps it."""
+        return self.head_bits if head else 4
+
+    def table_bits_of(self, constant: ir.Value) -> int | None:
+        """Say how many bits a table gets; None keeps it."""
+        return self.table_bits
+
+    def _gather(self, node: ir.Node) -> None:
+        table, indices = node.inputs
+        if table is None or not table.is_initializer() or table.dtype not in _FLOATS or len(table.shape or ()) != 2:
+            return
+        axis = node.attributes.get("axis")
+        if axis is not None and axis.as_int() != 0:
+            return
+        bits = self.table_bits_of(table)
+        reason = self._why_keep(table, bits, rank=2)
+        if not reason and self.block_size and _static(table)[1] % self.block_size:
+            reason = f"its rows of {_static(table)[1]} are no multiple of the block size {self.block_size}"
+        if reason or bits is None:
+            self.kept.append(f"{table.name}: {reason}")
+            return
+        self.shared += (str(table.name), True, bits) in self.packed
+        packed = self._pack(table, True, bits)
+        flat = ir.node("Reshape", [packed.inputs[0], self.constant("rows", np.array([packed.columns, -1], np.int64))])
+        self.graph.insert_before(node, flat)
+        attributes = {"bits": bits, "block_size": packed.block_size, "gather_axis": 0, "quantize_axis": 1}
+        inputs = (flat.outputs[0], indices, *packed.inputs[1:])
+        self._replace(node, "GatherBlockQuantized", inputs, attributes)
+        self.tables += 1
+
+    def _why_keep(self, constant: ir.Value, bits: int | None, rank: int) -> str:
+        if bits is None or constant.name in self.keep:
+            return "asked for"
+        if constant.dtype not in _FLOATS:
+            return f"its type is {constant.dtype}"
+        shape = _static(constant)
+        if len(shape) != rank:
+            return f"its shape {list(shape)} is not that of a matrix"
+        return f"its shape {list(shape)} is smaller than a block" if max(shape) < self.block_size else ""
+
+    def _pack(self, constant: ir.Value, by_column: bool, bits: int) -> PackedMatrix:
+        """Quantize a constant once, along the contracted axis: rows, or columns where it is used transposed."""
+        key = (str(constant.name), by_column, bits)
+        if key not in self.packed:
+            self.packed[key] = self.quantized(constant, by_column, bits)
+        return self.packed[key]
+
+    def quantized(self, constant: ir.Value, by_column: bool, bits: int) -> PackedMatrix:
+        """Return the integers of a constant, as constants of the graph."""
+        assert constant.const_value is not None
+        array = constant.const_value.numpy()
+        matrix = np.ascontiguousarray((array.T if by_column else array).astype(np.float32))
+        data, scales, zero_points = _round_to_nearest(matrix, self.block_size, self.symmetric, bits)
+        kind = ml_dtypes.bfloat16 if constant.dtype == ir.DataType.BFLOAT16 else array.dtype
+        name = f"{constant.name}{'.T' if by_column else ''}.q{bits}"
+        inputs = [self.constant(name, data), self.constant(f"{name}.scales", scales.astype(kind))]
+        if not self.symmetric:
+            inputs.append(self.constant(f"{name}.zero_points", zero_points))
+        return PackedMatrix(matrix.shape[0], matrix.shape[1], bits, self.block_size, tuple(inputs))
+
+    def constant(self, name: str, array: np.ndarray[Any, Any]) -> ir.Value:
+        """Add a constant to the graph under this name, or one like it that is free."""
+        unique = name
+        while unique in self.graph.initializers:
+            unique += "_"
+        tensor = ir.tensor(array, name=unique)
+        value = ir.Value(name=unique, const_value=tensor, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype))
+        self.graph.register_initializer(value)
+        return value
+
+    def _replace(self, node: ir.Node, op: str, inputs: tuple[ir.Value | None, ...], attributes: dict[str, int]) -> None:
+        listed = [ir.AttrInt64(key, value) for key, value in attributes.items()]
+        new = ir.Node(CONTRIB, op, inputs, listed, name=node.name)
+        ir.convenience.replace_nodes_and_values(self.graph, node, [node], [new], node.outputs, new.outputs)
+
+
+def _round_to_nearest(
+    matrix: np.ndarray[Any, Any], block_size: int, symmetric: bool, bits: int
+) -> tuple[Any, Any, Any]:
+    """Pack a (K, N) matrix as ONNX Runtime does: data (N, blocks, bytes), scales (N, blocks), zero points."""
+    with _root_logger_kept():  # importing the module below sets up the process's logging
+        from onnxruntime.quantization import (
+            matmul_nbits_quantizer as quantizer,
+        )
+    config = quantizer.DefaultWeightOnlyQuantConfig(block_size=block_size, is_symmetric=symmetric, bits=bits)
+    data, scales, zero_points = quantizer.DefaultWeightOnlyQuantizer(config).qbits_block_quant(matrix)
+    return data, scales, zero_points
+
+
+@contextmanager
+def _root_logger_kept() -> Iterator[None]:
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    try:
+        yield
+    finally:
+        root.handlers[:] = handlers
+        root.setLevel(level)
+
+
+def constant_matrix(value: ir.Value | None) -> tuple[ir.Value, bool] | None:
+    """Return the constant behind the right operand of a MatMul, and whether it is used transposed; None without one."""
+    if value is None:
+        return None
+    if value.is_initializer():
+        return value, False
+    node = value.producer()
+    if node is None or node.op_type != "Transpose" or node.domain not in ("", "ai.onnx"):
+        return None
+    constant, order = node.inputs[0], node.attributes.get("perm")
+    if constant is None or not constant.is_initializer() or (order is not None and list(order.as_ints()) != [1, 0]):
+        return None
+    return constant, True
+
+
+def _static(value: ir.Value) -> tuple[int, ...]:
+    assert value.shape is not None  # an initializer has one
+    return tuple(value.shape.numpy())
+
+
+def _is_head(node: ir.Node) -> bool:
+    """Say whether the result, or something elementwise of it, is an output of the graph."""
+    value = node.outputs[0]
+    if value.is_graph_output():
+        return True
+    return any(user.op_type in _ELEMENTWISE and _is_elementwise_end(user) for user in value.consumers())
+
+
+def _is_elementwise_end(node: ir.Node) -> bool:
+    """Say whether a chain of single elementwise uses ends in an output of the graph."""
+    while not node.outputs[0].is_graph_output():
+        users = node.outputs[0].consumers()
+        if len(users) != 1 or users[0].op_type not in _ELEMENTWISE:
+            return False
+        node = users[0]
+    return True
