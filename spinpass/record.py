@@ -14,7 +14,7 @@ from torch.fx import Graph, Node
 
 from spinpass.rotations import Rotation
 
-KEY = "spinpass"
+RECORD_KEY = "spinpass"
 """The key of the record in ``node.meta["custom"]``."""
 
 
@@ -90,8 +90,8 @@ def read(program: ExportedProgram) -> Record | None:
     """Return the record of a rotated program, and None for any other program."""
     for node in program.graph.nodes:
         custom = node.meta.get("custom")
-        if isinstance(custom, dict) and KEY in custom:
-            return Record.from_dict(custom[KEY])
+        if isinstance(custom, dict) and RECORD_KEY in custom:
+            return Record.from_dict(custom[RECORD_KEY])
     return None
 
 
@@ -101,4 +101,4 @@ def write(graph: Graph, record: Record) -> None:
     data = record.to_dict()
     for node in output.all_input_nodes:
         if isinstance(node, Node) and node.op == "call_function":
-            node.meta["custom"] = {**node.meta.get("custom", {}), KEY: data}
+            node.meta["custom"] = {**node.meta.get("custom", {}), RECORD_KEY: data}

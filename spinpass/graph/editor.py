@@ -28,7 +28,7 @@ from spinpass.progress import Progress
 from .checks import PACKED_TYPES, check_program
 from .constants import Constants, Step
 from .expressions import Expressions
-from .nodes import is_check, mutates, op_name, shape, value
+from .nodes import is_check, mutates, op_name, value
 
 
 class ProgramEditor:
@@ -162,17 +162,6 @@ class ProgramEditor:
     def user_output_index(self, index: int) -> int:
         """Return which of the user outputs the graph's output ``index`` is."""
         return sum(s.kind == OutputKind.USER_OUTPUT for s in self.outputs[:index])
-
-    def interface(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        """Return what the program takes and what it returns, to be compared.
-
-        The first is (name, dtype, shape) of every user input; the second is (kind, mutation target, dtype, shape) of
-        every output, and how many values are returned.
-        """
-        takes = tuple((n.name, *_kind_of(n)) for n in self.user_inputs())
-        returned: Any = self.output_node.args[0]
-        returns = ((spec.kind.name, spec.target, *_kind_of(node)) for spec, node in zip(self.outputs, returned))
-        return takes, (*returns, f"{len(returned)} values")
 
     def queued_steps(self) -> dict[Node, int]:
         """Return how many steps are queued on each constant, the constants in the order of their placeholders."""
@@ -355,12 +344,6 @@ class ProgramEditor:
         for node in self.graph.nodes:
             if node.op == "call_function" and "val" not in node.meta and node.users:
                 raise InvariantError(f"{node.name} has no recorded value")
-
-
-def _kind_of(argument: Any) -> tuple[Any, ...]:
-    """Return dtype and shape of a tensor that enters or leaves the program, and the type of anything else."""
-    val = value(argument) if isinstance(argument, Node) else argument
-    return (str(val.dtype), shape(argument)) if isinstance(val, Tensor) else (type(val).__name__,)
 
 
 def shares_memory(editor: ProgramEditor, node: Node, source: Node) -> bool:

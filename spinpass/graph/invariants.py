@@ -60,7 +60,7 @@ class Invariants:
         self._named: list[Node] = []  # the nodes that have named arguments
         self._specs: list[Any] = []  # of the signature
         self._steps: dict[Node, int] = {}
-        self._interface = editor.interface()
+        self._interface = _interface(editor)
         self.check()
 
     def check(self) -> Changes:
@@ -105,11 +105,29 @@ class Invariants:
         return Changes(tuple(made), tuple(altered), removed, queued)
 
     def _check_interface(self) -> None:
-        now = self._editor.interface()
+        now = _interface(self._editor)
         for kind, old, new in (("takes", self._interface[0], now[0]), ("returns", self._interface[1], now[1])):
             if old != new:
                 changed = next((pair for pair in zip(old, new) if pair[0] != pair[1]), (len(old), len(new)))
                 raise InvariantError(f"the program {kind} something else than before: {changed[1]}, not {changed[0]}")
+
+
+def _interface(editor: ProgramEditor) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """Return what the program takes and what it returns, to be compared.
+
+    The first is (name, dtype, shape) of every user input; the second is (kind, mutation target, dtype, shape) of
+    every output, and how many values are returned.
+    """
+    takes = tuple((n.name, *_form(n)) for n in editor.user_inputs())
+    returned: Any = editor.output_node.args[0]
+    returns = ((spec.kind.name, spec.target, *_form(node)) for spec, node in zip(editor.outputs, returned))
+    return takes, (*returns, f"{len(returned)} values")
+
+
+def _form(argument: Any) -> tuple[Any, ...]:
+    """Return dtype and shape of a tensor that enters or leaves the program, and the type of anything else."""
+    val = value(argument) if isinstance(argument, Node) else argument
+    return (str(val.dtype), shape(argument)) if isinstance(val, Tensor) else (type(val).__name__,)
 
 
 def _identical(these: list[Any], those: list[Any]) -> bool:
