@@ -130,6 +130,14 @@ def test_every_part_has_a_row() -> None:
     assert parts == ROW_OF.keys()
 
 
+def test_the_design_shows_these_rows() -> None:
+    lines = (ROOT / "DESIGN.md").read_text(encoding="utf-8").splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("    cli  "))
+    for row, line in zip(ROWS, lines[start:]):
+        drawn = [part.removesuffix(".py") for part in line.split() if part.removesuffix(".py") in ROW_OF]
+        assert set(row) <= set(drawn[: len(row)]), f"DESIGN.md draws {line.strip()!r} where the rows have {row}"
+
+
 def test_imports_run_down() -> None:
     outside = (PACKAGE / "__init__.py", PACKAGE / "__main__.py")
     found = [line for path in FILES if path not in outside for line in upward(path)]
