@@ -40,6 +40,6 @@ def test_failed_certificate(pt2: Path, tmp_path: Path, monkeypatch: pytest.Monke
     def fail(*_: object, **__: object) -> None:
         raise errors.VerificationError("the programs are not equivalent: logits")
 
-    monkeypatch.setattr(folder_module, "transform", fail)
+    monkeypatch.setattr(folder_module, "rotate", fail)
     result = run("rotate", pt2, tmp_path / "x.pt2")
     assert result.exit_code == 1 and "not equivalent: logits" in result.stderr
