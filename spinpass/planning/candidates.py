@@ -109,8 +109,8 @@ class Candidates:
         """Yield every residual stream; a table that its uses need in two bases is untied or kept, as configured."""
         for node in self._streams:
             node = self.editor.current(node)
-            if node in self._stream_values or node in self.claims:
-                continue
+            if node in self._stream_values or node in self.claims or node in self._heads:
+                continue  # the stream of a sum before, or inside attention
             space = self._stream(node)
             shared = [n for n in space.kept if len(leaf(self.editor, n).users) > 1]
             if self._wants_offline and shared and self._unties(shared):
@@ -120,7 +120,7 @@ class Candidates:
                 continue  # no stream: what one linear layer reads, a recurrence's states, for example
             self._stream_values |= set(space.members)
             if any(n in space.members for n in self._heads):
-                continue  # a sum inside attention
+                continue  # inside attention, where it takes more than the sum to be a head
             self._stream_widths.add(space.width)
             yield space
 
