@@ -72,6 +72,17 @@ def _imports(path: Path, root: Path) -> Iterator[Import]:
             yield from (Import(here, node.lineno, name, node not in early) for name in sorted(inner))
             if len(inner) < len(named):
                 yield Import(here, node.lineno, base, node not in early)
+        elif isinstance(node, ast.Call) and (name := _imported_by_call(node)):
+            yield Import(here, node.lineno, name, node not in early)
+
+
+def _imported_by_call(node: ast.Call) -> str | None:
+    """The module that ``import_module("…")`` or ``__import__("…")`` names, where it is written out and absolute."""
+    called = ast.unparse(node.func).rpartition(".")[2]
+    first = node.args[0] if node.args else None
+    if called not in ("import_module", "__import__") or not isinstance(first, ast.Constant):
+        return None
+    return str(first.value) if not str(first.value).startswith(".") else None
 
 
 @cache
@@ -88,7 +99,10 @@ def _executed(tree: ast.AST) -> Iterator[ast.AST]:
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
             continue
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+        if isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
+            for other in node.orelse:
+                yield other
+                yield from _executed(other)
             continue
         yield node
         yield from _executed(node)

@@ -71,7 +71,9 @@ def rotate(
         ProgramError, QuantizedWeightError: the input is not a floating-point inference program.
         ConfigError: a setting or the plan does not fit the program, or both a config and a plan are given.
         RefusedError: no requested rotation can be applied exactly; the reasons are listed.
-        InvariantError: a pass broke the program, or the certificate failed as a VerificationError: bugs in spinpass.
+        InvariantError: a pass broke the program, which is a bug in spinpass.
+        VerificationError: the result is not equivalent, which is one as well. ``certificate`` is None, and nothing is
+            compared, with ``verify=False`` and, unless it is asked for, above 50 million parameters.
 
     Source: R1–R4 of SpinQuant, arXiv 2405.16406, section 3; online Hadamards of QuaRot, arXiv 2404.00456.
     """

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import spinpass
-from benchmarks.imports import ROOT, exported, imports, module_of, modules, parsed, reached
+from benchmarks.imports import ROOT, TOPS, exported, imports, module_of, modules, parsed, reached
 from tests.support.circles import circles
 
 PACKAGE = Path(spinpass.__file__).parent
@@ -85,7 +85,8 @@ def test_the_core_needs_torch_alone(module: str) -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=name)
 def test_only_the_command_line_knows_a_terminal(path: Path) -> None:
-    homes = {"typer": "cli", "rich": "cli", "click": "cli", "matplotlib": "reporting/pictures.py"}
+    terminals = ("typer", "rich", "click", "tqdm", "curses", "colorama", "prompt_toolkit", "readline", "getpass")
+    homes = dict.fromkeys(terminals, "cli") | {"matplotlib": "reporting/pictures.py"}
     for made in imports(path):
         home = homes.get(made.module.split(".")[0])
         assert home is None or name(path).startswith(home), f"{made} imports {made.module}, which belongs in {home}"
@@ -111,6 +112,9 @@ FACES = {f"spinpass.exporters.{runtime}" for runtime in ("onnx", "executorch", "
 
 
 def part_of(module: str) -> str:
+    """The part of spinpass that the module is of; what ``spinpass`` itself exports is the pipeline's."""
+    if module == "spinpass":
+        return "pipeline"
     return module.split(".")[1] if module.startswith("spinpass.") else ""
 
 
@@ -126,7 +130,7 @@ def upward(path: Path, root: Path = ROOT) -> list[str]:
 
 
 def test_every_part_has_a_row() -> None:
-    parts = {part_of(module_of(f)) for f in FILES} - {"", "__main__"}
+    parts = {part_of(module_of(f)) for f in FILES} - {"__main__"}
     assert parts == ROW_OF.keys()
 
 
@@ -144,11 +148,34 @@ def test_imports_run_down() -> None:
     assert not found, "\n".join(found)
 
 
-def test_an_import_that_runs_up_is_seen(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("line", "up"),
+    [
+        ("from spinpass.planning import Planner", "row 6 (planning)"),
+        ("from ..planning import Planner", "row 6 (planning)"),
+        ("import spinpass.planning as p", "row 6 (planning)"),
+        ("from spinpass import rotate", "row 5 (pipeline)"),
+        ("from .. import rotate", "row 5 (pipeline)"),
+        ("importlib.import_module('spinpass.planning')", "row 6 (planning)"),
+        ("__import__('spinpass.cli')", "row 1 (cli)"),
+    ],
+)
+def test_an_import_that_runs_up_is_seen(tmp_path: Path, line: str, up: str) -> None:
     file = tmp_path / "spinpass" / "graph" / "wrong.py"
     file.parent.mkdir(parents=True)
-    file.write_text("def f() -> None:\n    from spinpass.planning import Planner\n")
-    assert upward(file, tmp_path) == ["row 10 (graph) imports row 6 (planning): spinpass/graph/wrong.py:2"]
+    file.write_text(f"def f() -> None:\n    {line}\n")
+    assert upward(file, tmp_path) == [f"row 10 (graph) imports {up}: spinpass/graph/wrong.py:2"]
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_the_product_knows_nothing_around_it(path: Path) -> None:
+    around = {*TOPS, "tests"} - {"spinpass"}
+    found = [f"{made}: {made.module}" for made in imports(path) if made.module.split(".")[0] in around]
+    assert not [f for f in found if not f.endswith(": optimum")], "\n".join(found)
+
+
+def test_every_folder_is_a_package() -> None:
+    assert not [f.parent for f in FILES if not (f.parent / "__init__.py").is_file()]
 
 
 @pytest.mark.parametrize("top", ["spinpass", "benchmarks"])
@@ -163,7 +190,8 @@ def past_a_face(path: Path, open_to_it: set[str]) -> list[str]:
     for made in imports(path):
         theirs = part_of(made.module)
         face = next((f for f in FACES if made.module == f or made.module.startswith(f"{f}.")), f"spinpass.{theirs}")
-        if theirs and theirs != mine and made.module != face and made.module not in open_to_it:
+        open_here = made.module in {face, "spinpass", *open_to_it}
+        if theirs and theirs != mine and not open_here:
             found.append(f"{made} looks past the face of {face}: {made.module}")
     return found
 
@@ -287,7 +315,7 @@ def test_modules_import_without_the_extras() -> None:
     import subprocess
 
     code = (
-        "import sys\nfor m in ('transformers','onnx','onnxscript','onnxruntime','typer','rich','numpy_'): sys.modules[m] = None\n"
+        "import sys\nfor m in ('transformers','onnx','onnxscript','onnxruntime','typer','rich','openvino','executorch','torchao','matplotlib','datasets','optimum'): sys.modules[m] = None\n"
         "import spinpass, spinpass.record, spinpass.operators.hadamard\nprint(len(spinpass.__all__))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent, check=False)

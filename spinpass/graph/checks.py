@@ -30,6 +30,8 @@ def check_program(program: object) -> None:
             "export the model first: torch.export.export(model, args)"
         )
     for node in program.graph.nodes:
+        if node.op == "call_function" and node.users and "val" not in node.meta:
+            raise ProgramError(f"{node.name} has no recorded value: take a program as torch.export made it")
         if not is_op(node):
             continue
         name = op_name(node)

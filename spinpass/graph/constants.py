@@ -27,6 +27,30 @@ _KINDS = {InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR}
 _SMALL = 4096  # elements up to which the values of an integer constant are shown to the analysis
 
 
+@dataclass(frozen=True)
+class QueuedStep:
+    """This is a step and the pass that has queued it, for the one who looks for what went wrong."""
+
+    step: Step
+    by: str
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        """Return what the step makes of the tensor.
+
+        Raises:
+            InvariantError: it fails, or changes the shape.
+        """
+        try:
+            result = self.step(tensor)
+        except Exception as error:  # whatever a step runs into is a bug in the pass
+            raise InvariantError(f"what {self.by} has queued fails: {type(error).__name__}: {error}") from error
+        if result.shape != tensor.shape:
+            raise InvariantError(
+                f"what {self.by} has queued changes a shape from {tuple(tensor.shape)} to {tuple(result.shape)}"
+            )
+        return result
+
+
 @dataclass
 class Constant:
     """A parameter, buffer or lifted tensor, with the arithmetic still to be done on it."""
@@ -57,7 +81,7 @@ class Constant:
         if not result.is_floating_point():
             return result
         with torch.no_grad():
-            result = result.to(torch.float64)
+            result = result.to(torch.float64, copy=bool(self.steps))  # a step may write into what it gets
             for step in self.steps:
                 result = step(result)
         return result

@@ -26,7 +26,7 @@ from spinpass.errors import InvariantError, ProgramError, QuantizedWeightError
 from spinpass.progress import Progress
 
 from .checks import PACKED_TYPES, check_program
-from .constants import Constants, Step
+from .constants import Constants, QueuedStep, Step
 from .expressions import Expressions
 from .nodes import is_check, mutates, op_name, value
 
@@ -56,6 +56,7 @@ class ProgramEditor:
         self._constants = Constants(self._source, placeholders, updated)
         self._expressions = Expressions(self._constants)
         self._successors: dict[Node, Node] = {}
+        self.under_way = ""  # the pass that edits, for errors in what it queues
 
     # -- reading ------------------------------------------------------------------------------------------------------
 
@@ -235,7 +236,7 @@ class ProgramEditor:
 
     def queue(self, node: Node, step: Step) -> None:
         """Apply ``step`` to the constant, in float64, when the program is finished. It must keep the shape."""
-        self._constants[node].steps.append(step)
+        self._constants[node].steps.append(QueuedStep(step, self.under_way) if self.under_way else step)
 
     def add_constant(self, name: str, tensor: Tensor, *, steps: Iterable[Step] = ()) -> Node:
         """Add a parameter behind all others, stored under ``name``, which is made unique; return its placeholder."""

@@ -7,7 +7,7 @@ are new or read something else than before are looked at closely.
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +18,10 @@ from torch.fx.node import map_arg
 from spinpass.errors import InvariantError
 
 from .editor import ProgramEditor
-from .nodes import shape, value
+from .nodes import is_check, mutates, shape, value
 
 _arguments = operator.attrgetter("_args")
+_target = operator.attrgetter("target")
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,8 @@ class Invariants:
         self._editor = editor
         self._nodes: list[Node] = []
         self._arguments: list[Any] = []  # of each node, in the same order
-        self._known: dict[Node, tuple[Any, Any]] = {}  # of each node the positional and the named arguments
+        self._targets: list[Any] = []
+        self._known: dict[Node, tuple[Any, Any, Any]] = {}  # of each node both kinds of arguments, and the target
         self._named: list[Node] = []  # the nodes that have named arguments
         self._specs: list[Any] = []  # of the signature
         self._steps: dict[Node, int] = {}
@@ -68,38 +70,47 @@ class Invariants:
 
         Raises:
             InvariantError: an operand is not computed before its reader, or not part of the graph; a value that is read
-                is not recorded; a node reads a value of another shape or dtype than it was recorded with; the program
-                takes or returns something else than before. The message names the node.
+                is not recorded; a node reads a value of another shape or dtype than it was recorded with, computes
+                something else than before, or writes into a value; a check is gone; the program takes or returns
+                something else than before. The message names the node.
         """
         steps = self._editor.queued_steps()
         queued = {n: count - self._steps.get(n, 0) for n, count in steps.items() if count != self._steps.get(n, 0)}
         self._steps = steps
         # arguments are read straight from the attributes: the properties of Node cost more than all the rest
         nodes = list(self._editor.nodes)
-        arguments = list(map(_arguments, nodes))
+        arguments, targets = list(map(_arguments, nodes)), list(map(_target, nodes))
         specs = [*self._editor.inputs, *self._editor.outputs]
         same = nodes == self._nodes and _identical(arguments, self._arguments) and _identical(specs, self._specs)
+        same = same and _identical(targets, self._targets)
         if same and all(self._known[n][1] is n._kwargs for n in self._named):
             return Changes((), (), 0, queued)
-        head = min(_common(nodes, self._nodes), _common(arguments, self._arguments))
-        tail = min(
-            _common(nodes[:head:-1], self._nodes[:head:-1]), _common(arguments[:head:-1], self._arguments[:head:-1])
-        )
+        pairs = ((nodes, self._nodes), (arguments, self._arguments), (targets, self._targets))
+        head = min(_common(*pair) for pair in pairs)
+        tail = min(_common(now[:head:-1], before[:head:-1]) for now, before in pairs)
         between = nodes[head : len(nodes) - tail]
         made = [n for n in between if n not in self._known]
-        altered = [n for n in between if n in self._known and self._known[n][0] is not n._args]
+        altered = [n for n in between if n in self._known and not _identical(self._known[n][::2], (n._args, n.target))]
         altered += [n for n in self._named if self._known[n][1] is not n._kwargs and n not in altered]
         gone = self._nodes[head : len(self._nodes) - tail]
         removed = len(gone) + len(made) - len(between)
-        for node in (*made, *altered):
+        for node in {*between, *altered}:  # what has moved is there as well
             _check_operands(node)
+        for node in made:
+            if mutates(node):
+                raise InvariantError(f"{node.name} writes into {node.all_input_nodes[0].name}: the graph is functional")
         for node in altered:
-            _check_values(node, self._known[node])
+            if self._known[node][2] is not node.target:
+                raise InvariantError(f"{node.name} computes {node.target}, not {self._known[node][2]} as before")
+            _check_values(node, self._known[node][:2])
+        for lost in set(gone) - set(between) if removed else ():
+            if is_check(lost):
+                raise InvariantError(f"{lost.name}, a check of what the program is given, is gone")
         if removed or not _identical(specs, self._specs) or any(n.op != "call_function" for n in (*made, *altered)):
             self._check_interface()
         for node in gone:
             del self._known[node]
-        self._known |= {n: (n._args, n._kwargs) for n in (*between, *altered)}
+        self._known |= {n: (n._args, n._kwargs, n.target) for n in (*between, *altered)}
         self._named = [n for n in self._named if n in self._known] + [n for n in made if n._kwargs]
         self._nodes, self._arguments, self._specs = nodes, arguments, specs
         return Changes(tuple(made), tuple(altered), removed, queued)
@@ -130,7 +141,7 @@ def _form(argument: Any) -> tuple[Any, ...]:
     return (str(val.dtype), shape(argument)) if isinstance(val, Tensor) else (type(val).__name__,)
 
 
-def _identical(these: list[Any], those: list[Any]) -> bool:
+def _identical(these: Sequence[Any], those: Sequence[Any]) -> bool:
     return len(these) == len(those) and all(map(operator.is_, these, those))
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx import Node
 
 from spinpass.analysis import Space
@@ -49,6 +50,7 @@ class PassRunner:
         with _named("Functionalize", _WHOLE):
             self.editor = open_program(program)
             self._invariants = Invariants(self.editor)
+            _check_signature(program, self.editor)
         self._dump.after(self.editor)
 
     def untie(self, constants: tuple[Node, ...]) -> None:
@@ -82,10 +84,12 @@ class PassRunner:
     def _run(self, name: str, on: str, edit: Callable[[], _Result], broken: Callable[[Changes], str | None]) -> _Result:
         started = time.perf_counter()
         self._dump.before(lambda: self.editor, name, on)
+        self.editor.under_way = f"{name} at {on}"
         with _named(name, on):
             result = edit()
+            self._dump.after(self.editor)
             self._check(broken)
-        self._dump.after(self.editor)
+        self.editor.under_way = ""
         _log.debug("%-16s %-48s %7.1f ms", name, on, 1e3 * (time.perf_counter() - started))
         return result
 
@@ -93,6 +97,19 @@ class PassRunner:
         why = broken(self._invariants.check())
         if why is not None:
             raise InvariantError(why)
+
+
+def _check_signature(program: ExportedProgram, editor: ProgramEditor) -> None:
+    """Raise InvariantError unless the copy takes and returns as many values as the program, inputs by their names."""
+    signature = program.graph_signature
+    named = [spec.arg.name for spec in signature.input_specs if spec.kind == InputKind.USER_INPUT]
+    taken = [node.name for node in editor.user_inputs()]
+    if named != taken:
+        raise InvariantError(f"it takes {', '.join(taken)} in place of {', '.join(named)}")
+    returned = sum(spec.kind == OutputKind.USER_OUTPUT for spec in editor.outputs)
+    before = sum(spec.kind == OutputKind.USER_OUTPUT for spec in signature.output_specs)
+    if returned != before or len(editor.outputs) < len(signature.output_specs):
+        raise InvariantError(f"it returns {len(editor.outputs)} values in place of {len(signature.output_specs)}")
 
 
 @contextmanager
@@ -130,7 +147,11 @@ class _Dump:
 
     def _write(self, editor: ProgramEditor, when: str) -> None:
         assert self._folder is not None
-        (self._folder / f"{self._name}.{when}.txt").write_text(listing(editor), encoding="utf-8")
+        path = self._folder / f"{self._name}.{when}.txt"
+        try:
+            path.write_text(listing(editor), encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"{path}, which {DUMP} asks for, cannot be written: {error.strerror}") from error
 
 
 def _new_folder(wanted: str) -> Path:
@@ -140,14 +161,14 @@ def _new_folder(wanted: str) -> Path:
         ConfigError: the folder cannot be made.
     """
     for k in count(1):
-        folder = Path(wanted, f"run-{k}")
+        folder = Path(wanted, f"run-{k}").expanduser()
         try:
             folder.mkdir(parents=True)
             return folder
         except FileExistsError:
-            if Path(wanted).is_dir():
+            if Path(wanted).expanduser().is_dir():
                 continue  # of an earlier run
             raise ConfigError(f"{DUMP}={wanted}: a file of that name is in the way: name another folder") from None
         except OSError as error:
-            raise ConfigError(f"{DUMP}={wanted}: {error.strerror}: name a folder that can be written") from error
+            raise ConfigError(f"{DUMP}={wanted} ({error.strerror}): name a folder that can be written") from error
     raise AssertionError("count() does not end")

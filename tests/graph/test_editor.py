@@ -130,6 +130,13 @@ def test_a_fold_may_not_change_the_shape() -> None:
         Constant("w", torch.ones(2), [lambda t: torch.cat([t, t])]).compute()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_step_that_writes_in_place_leaves_the_stored_tensor_as_it_is(dtype: torch.dtype) -> None:
+    stored = torch.ones(2, dtype=dtype)
+    assert Constant("w", stored, [lambda t: t.add_(1.0)]).compute().tolist() == [2.0, 2.0]
+    assert stored.tolist() == [1.0, 1.0]
+
+
 def test_an_alias_is_one_constant_and_stays_shared(program: ExportedProgram) -> None:
     editor = ProgramEditor(program)
     weight = constant(editor, "first.weight")

@@ -99,9 +99,26 @@ def another_kind(editor: ProgramEditor) -> None:
     editor.inputs.pop()
 
 
+def moved(editor: ProgramEditor) -> None:
+    """The product is computed after the relu that reads it; no node's arguments are touched."""
+    named(editor, "relu").append(named(editor, "linear"))
+
+
+def another_function(editor: ProgramEditor) -> None:
+    named(editor, "relu").target = aten.neg.default
+
+
+def in_place(editor: ProgramEditor) -> None:
+    relu = named(editor, "relu")
+    editor.replace(relu, editor.call(aten.mul_.Scalar, relu, 1.0, after=relu, origin="test"))
+
+
 @pytest.mark.parametrize(
     ("edit", "text"),
     [
+        (moved, "relu reads linear, which is computed after it"),
+        (another_function, "relu computes aten.neg.default, not aten.relu.default as before"),
+        (in_place, "mul__scalar writes into relu: the graph is functional"),
         (rewired, "add reads neg_default, which is computed after it"),
         (foreign, "add reads relu, which is not in the graph"),
         (wider, r"add reads cat_default, float32\[2, 8\], in place of relu, float32\[2, 4\], and its recorded value was not made"),
@@ -116,6 +133,21 @@ def test_what_an_edit_breaks_is_named(editor: ProgramEditor, edit: Callable[[Pro
     invariants = Invariants(editor)
     edit(editor)
     with pytest.raises(InvariantError, match=text):
+        invariants.check()
+
+
+class Checked(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        torch._check(x.shape[0] > 1)
+        return x.nonzero().float()
+
+
+def test_a_check_that_is_gone_is_named() -> None:
+    editor = ProgramEditor(torch.export.export(Checked(), (torch.ones(2, 4),)))
+    checks = [n for n in editor.nodes if "assert" in op_name(n)]
+    invariants = Invariants(editor)
+    editor.erase(checks[-1:])
+    with pytest.raises(InvariantError, match="a check of what the program is given, is gone"):
         invariants.check()
 
 

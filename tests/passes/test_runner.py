@@ -13,7 +13,7 @@ import torch
 import spinpass
 from spinpass import pipeline
 from spinpass.analysis import Space
-from spinpass.errors import ConfigError, InvariantError
+from spinpass.errors import ConfigError, InvariantError, ProgramError
 from spinpass.graph import ProgramEditor, op_name
 from spinpass.passes import PassRunner, SitePass, center, fold, functionalize, fuse_norm_scale, insert_rotations
 from tests.support.decoders import Decoder, exported, made
@@ -80,6 +80,64 @@ def test_the_pass_and_the_space_are_named(name: str, edit: Edit, text: str, monk
         with pytest.raises(InvariantError, match=text) as caught:
             run(source)
         assert caught.value.__cause__ is not None
+
+
+def fails(editor: ProgramEditor, space: Space) -> None:
+    def step(tensor: torch.Tensor) -> torch.Tensor:
+        raise ZeroDivisionError("division by zero")
+
+    editor.queue(editor.current(space.constants[0].node), step)
+
+
+def flattens(editor: ProgramEditor, space: Space) -> None:
+    editor.queue(editor.current(space.constants[0].node), lambda tensor: tensor.flatten())
+
+
+@pytest.mark.parametrize(
+    ("edit", "text"),
+    [
+        (fails, "what FoldRotations at R1:residual has queued fails: ZeroDivisionError: division by zero"),
+        (flattens, r"what FoldRotations at R1:residual has queued changes a shape from \(40, 24\) to \(960,\)"),
+    ],
+)
+def test_a_step_that_fails_later_names_its_pass(edit: Edit, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "PASSES", spoiled("FoldRotations", edit))
+    monkeypatch.setattr(PassRunner, "_check", lambda *_: None)
+    with pytest.raises(InvariantError, match=text):
+        spinpass.transform(program())
+
+
+def two_for_one(editor: ProgramEditor) -> None:
+    editor.output_node.args = ((*editor.output_node.args[0], *editor.output_node.args[0]),)  # type: ignore[misc]
+    editor.outputs.append(editor.outputs[0])
+
+
+def renamed(editor: ProgramEditor) -> None:
+    node = editor.user_inputs()[0]
+    next(spec for spec in editor.inputs if spec.arg.name == node.name).arg.name = node.name = "other"
+
+
+@pytest.mark.parametrize(
+    ("edit", "text"), [(two_for_one, "it returns 2 values in place of 1"), (renamed, "it takes other")]
+)
+def test_opening_a_program_keeps_its_interface(
+    edit: Callable[[ProgramEditor], None], text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def opened(source: torch.export.ExportedProgram) -> ProgramEditor:
+        editor = functionalize.open_program(source)
+        edit(editor)
+        return editor
+
+    monkeypatch.setattr("spinpass.passes.runner.open_program", opened)
+    with pytest.raises(InvariantError, match=f"Functionalize broke the program at the whole program: {text}"):
+        spinpass.plan(program())
+
+
+def test_a_program_without_recorded_values_is_the_users() -> None:
+    source = program()
+    next(n for n in source.graph.nodes if op_name(n) == "aten::linear").meta.pop("val")
+    with pytest.raises(ProgramError, match="has no recorded value: take a program as torch.export made it"):
+        spinpass.plan(source)
 
 
 def nothing(*args: Any, **options: Any) -> None:
@@ -192,6 +250,16 @@ def test_dumps_of_every_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     (before,) = (t for n, t in first.items() if n.endswith("R3_blocks.0.attn-InsertRotations.before.txt"))
     (after,) = (t for n, t in first.items() if n.endswith("R3_blocks.0.attn-InsertRotations.after.txt"))
     assert before.count("spinpass.hadamard") + 2 == after.count("spinpass.hadamard") and "# R3:blocks.0.attn" in after
+
+
+def test_a_disk_that_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setenv("SPINPASS_DUMP", str(tmp_path))
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(ConfigError, match="which SPINPASS_DUMP asks for, cannot be written: No space left on device"):
+        spinpass.plan(program())
 
 
 def test_dumps_where_nothing_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
