@@ -17,17 +17,7 @@ from tests.support.circles import circles
 PACKAGE = Path(spinpass.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 CORE = [f for f in FILES if "exporters" not in f.relative_to(PACKAGE).parts]
-CORE_PARTS = (
-    "pipeline",
-    "formats",
-    "quantization",
-    "planning",
-    "passes",
-    "certificate",
-    "execution",
-    "analysis",
-    "operators",
-)
+CORE_PARTS = ("pipeline", "formats", "quantization", "planning", "passes", "certificate", "execution", "analysis", "operators")
 ALLOWED = {"spinpass", "torch", "__future__", *sys.stdlib_module_names}
 NAMES = (
     "llama",
@@ -219,9 +209,7 @@ def public_names(path: Path) -> set[str]:
             todo += [n for n in ast.iter_child_nodes(node) if isinstance(n, ast.stmt)]
         elif isinstance(node, ast.Assign | ast.AnnAssign):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            found |= {
-                n.id for t in targets for n in ast.walk(t) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)
-            }
+            found |= {n.id for t in targets for n in ast.walk(t) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
     return {name for name in found if not name.startswith("_")}
 
 

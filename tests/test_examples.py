@@ -21,10 +21,7 @@ SHOWN = {
     "onnx_export": ["6 online Hadamards", "equivalent: at worst logits", "ONNX Runtime on the rotated file"],
     "own_rotation_matrix": ["learned(48)", "random-hadamard(5 blocks of 16, seed 7)", "is not orthogonal"],
     "prefill_and_decode": ["same bases: True", "after prefill and decode: "],
-    "transformers_exporter": [
-        "decode: 11 spaces rotated, 4 rotated cache outputs",
-        "12 of 12 tokens are those of the original model",
-    ],
+    "transformers_exporter": ["decode: 11 spaces rotated, 4 rotated cache outputs", "12 of 12 tokens are those of the original model"],
     "executorch_qwen": ["7 linear layers on 4-bit integers", "equivalent: at worst", "12 of 12 tokens are the same"],
 }
 

@@ -227,9 +227,7 @@ def test_integer_outputs_must_be_equal() -> None:
 def test_nonfinite_values_must_agree() -> None:
     a = torch.tensor([1.0, float("nan"), float("inf"), float("-inf")])
     assert difference_of(a, a.clone(), argmax=False).error == 0
-    assert difference_of(a, torch.tensor([1.0, 1.0, float("inf"), float("-inf")]), argmax=False).relative == float(
-        "inf"
-    )
+    assert difference_of(a, torch.tensor([1.0, 1.0, float("inf"), float("-inf")]), argmax=False).relative == float("inf")
     assert difference_of(a, -a, argmax=False).relative == float("inf")
 
 

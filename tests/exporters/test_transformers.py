@@ -104,9 +104,7 @@ def test_programs_share_a_cache_in_the_rotated_basis(dynamo: tuple[Any, Any]) ->
     )
     mixed = copy.copy(exported)
     mixed.components, mixed._runners = exported.components | {"prefill": plain.components["prefill"]}, None
-    assert generate_exported(mixed, PROMPTS[2], NEW) != greedy(PROMPTS[2]), (
-        "a plain cache in a rotated decode must show"
-    )
+    assert generate_exported(mixed, PROMPTS[2], NEW) != greedy(PROMPTS[2]), "a plain cache in a rotated decode must show"
 
 
 def test_openvino(tmp_path: Path) -> None:
@@ -258,6 +256,4 @@ def test_generation_checks_what_it_is_given(onnx: Any) -> None:
     part = exporters.ExportedModel({"model": onnx.components["prefill"]}, "onnx")
     with pytest.raises(ConfigError, match="the exported model has the components model and not"):
         generate_exported(part, [1], 4)
-    assert generate_exported(onnx, [5, 17], 3, end=generate_exported(onnx, [5, 17], 1)) == generate_exported(
-        onnx, [5, 17], 1
-    )
+    assert generate_exported(onnx, [5, 17], 3, end=generate_exported(onnx, [5, 17], 1)) == generate_exported(onnx, [5, 17], 1)

@@ -104,10 +104,7 @@ def another_kind(editor: ProgramEditor) -> None:
     [
         (rewired, "add reads neg_default, which is computed after it"),
         (foreign, "add reads relu, which is not in the graph"),
-        (
-            wider,
-            r"add reads cat_default, float32\[2, 8\], in place of relu, float32\[2, 4\], and its recorded value was not made",
-        ),
+        (wider, r"add reads cat_default, float32\[2, 8\], in place of relu, float32\[2, 4\], and its recorded value was not made"),
         (cast, r"add reads to_dtype, float64\[2, 4\], in place of relu, float32\[2, 4\]"),
         (unrecorded, "neg_default has no recorded value"),
         (another_output, "the program returns something else than before: .*8.*, not .*2, 4"),

@@ -35,9 +35,7 @@ def test_three_bits_cross_words() -> None:
     values[10], values[21] = 0b101, 0b110
     packed = pack_words(values, 3, 0)[:, 0].to(torch.int64) & 0xFFFFFFFF
     assert packed.tolist() == [0b01 << 30, 0b1, 0b11]
-    assert torch.equal(
-        unpack_words(pack_words(torch.full((32, 1), 7, dtype=torch.uint8), 3, 0), 3, 0, 32), torch.full((32, 1), 7)
-    )
+    assert torch.equal(unpack_words(pack_words(torch.full((32, 1), 7, dtype=torch.uint8), 3, 0), 3, 0, 32), torch.full((32, 1), 7))
 
 
 def test_four_bits_begin_at_the_lowest() -> None:

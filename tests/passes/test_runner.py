@@ -124,9 +124,7 @@ def test_online_rotations_are_counted(kind: Any, change: Any, text: str, monkeyp
 
 def test_an_exit_that_is_read_past(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(insert_rotations, "rotate_value", past(insert_rotations.rotate_value))
-    with pytest.raises(
-        InvariantError, match="InsertRotations broke the program at R1:residual: .* (in the|still reads)"
-    ):
+    with pytest.raises(InvariantError, match="InsertRotations broke the program at R1:residual: .* (in the|still reads)"):
         spinpass.plan(program(norm="rms", tied=True), spinpass.RotationConfig(form="offline", tied="keep"))
 
 
@@ -148,12 +146,8 @@ def test_what_a_pass_forgets_is_named(module: Any, name: str, text: str, monkeyp
 
 def test_a_writer_that_is_not_centred(monkeypatch: pytest.MonkeyPatch) -> None:
     real = ProgramEditor.queue
-    monkeypatch.setattr(
-        ProgramEditor, "queue", lambda self, node, step: None if "embed" in node.name else real(self, node, step)
-    )
-    with pytest.raises(
-        InvariantError, match="Center broke the program at R1:residual: embed.weight writes into the stream"
-    ):
+    monkeypatch.setattr(ProgramEditor, "queue", lambda self, node, step: None if "embed" in node.name else real(self, node, step))
+    with pytest.raises(InvariantError, match="Center broke the program at R1:residual: embed.weight writes into the stream"):
         spinpass.plan(program())
 
 
@@ -191,10 +185,7 @@ def test_dumps_of_every_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     spinpass.plan(source, spinpass.RotationConfig(rotations=("R2",)))
     assert sorted(p.name for p in (tmp_path / "dumps").iterdir()) == ["run-1", "run-2"]
     first = {p.name: p.read_text() for p in sorted((tmp_path / "dumps" / "run-1").iterdir())}
-    assert list(first)[:2] == [
-        "0001-the_whole_program-Functionalize.after.txt",
-        "0001-the_whole_program-Functionalize.before.txt",
-    ]
+    assert list(first)[:2] == ["0001-the_whole_program-Functionalize.after.txt", "0001-the_whole_program-Functionalize.before.txt"]
     passes = {name.rsplit("-", 1)[1].split(".")[0] for name in first}
     assert passes == {"Functionalize", "Untie", "FuseNormScale", "Center", "InsertRotations", "FoldRotations"}
     assert all(name.replace("after", "before") in first for name in first)

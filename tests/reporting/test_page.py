@@ -59,6 +59,8 @@ def rendered() -> str:
     return page.render(reports.report())
 
 
+
+
 def bare(**changes: Any) -> Any:
     """A report without pictures to draw."""
     return replace(reports.report(), **{"pairs": (), "schemes": {}} | changes)

@@ -233,9 +233,7 @@ def single(target: Any, *args: Any, **kwargs: Any) -> Node:
 def where_zeros(size: tuple[int, ...]) -> Node:
     """X where the mask is false, else zeros that the program makes."""
     node = single(aten.where.self, MASK, torch.zeros(size), X)
-    (given,) = (
-        n for n in node.all_input_nodes if value(n).shape == size and not value(n).any() and n is not node.args[0]
-    )
+    (given,) = (n for n in node.all_input_nodes if value(n).shape == size and not value(n).any() and n is not node.args[0])
     with node.graph.inserting_before(given):
         made = node.graph.call_function(aten.zeros.default, (list(size),))
     made.meta["val"] = torch.zeros(size)

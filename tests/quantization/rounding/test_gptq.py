@@ -42,9 +42,7 @@ def test_gptq_corrects_across_blocks() -> None:
     x = torch.cat([normal(400, 128), normal(400, 128)], 1)
     x[:, 128:] = x[:, :128] + 0.05 * normal(400, 128, seed=5)  # every column has a twin a block later
     matrix, scheme = normal(8, 256), Weights(3)
-    assert off(x, matrix, rounded_by_gptq(matrix, (x.T @ x).double(), scheme)) < 0.65 * off(
-        x, matrix, rounded(matrix, scheme)
-    )
+    assert off(x, matrix, rounded_by_gptq(matrix, (x.T @ x).double(), scheme)) < 0.65 * off(x, matrix, rounded(matrix, scheme))
 
 
 def test_gptq_survives_inputs_that_are_never_used_and_a_singular_hessian() -> None:

@@ -44,15 +44,10 @@ def test_a_massive_token_is_scaled_into_the_range_of_the_others() -> None:
 @pytest.mark.parametrize("calibration", ["mse", "percentile", "minmax"])
 def test_every_channel_may_have_its_own_static_range(calibration: Any) -> None:
     x = torch.randn(2, 200, 16, generator=torch.Generator().manual_seed(0)) * torch.logspace(-2, 2, 16)
-    whole, each = (
-        static_range(list(x), Activations(8, static=True, calibration=calibration, per_channel=p))
-        for p in (False, True)
-    )
+    whole, each = (static_range(list(x), Activations(8, static=True, calibration=calibration, per_channel=p)) for p in (False, True))
     assert each.scale.shape == each.zero.shape == (16,) and whole.scale.shape == () and math.isinf(each.limit)
     relative = [
-        (
-            (torch.ops.spinpass.round_tensor(x, r.scale, r.zero, 8) - x).square().sum((0, 1)) / x.square().sum((0, 1))
-        ).amax()
+        ((torch.ops.spinpass.round_tensor(x, r.scale, r.zero, 8) - x).square().sum((0, 1)) / x.square().sum((0, 1))).amax()
         for r in (whole, each)
     ]
     assert relative[0] > 0.9, "the small channels are lost in one range"

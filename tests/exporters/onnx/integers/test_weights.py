@@ -60,19 +60,8 @@ def outputs(path: Path) -> Any:
 
 @pytest.mark.parametrize(
     "scheme",
-    [
-        "w4g64-rtn-head8",
-        "w4g32-rtn-head8",
-        "w4-rtn-head4",
-        "w4g16-rtn-asym-head8-embed8",
-        "w8-rtn-asym-head8",
-        "w2g32-rtn",
-        "w3-rtn",
-        "w3g32-rtn-asym",
-        "w4g32-gptq",
-        "w3.5g32-rtn-rows",
-        "w2.6g16-gptq-asym-rows",
-    ],
+    ["w4g64-rtn-head8", "w4g32-rtn-head8", "w4-rtn-head4", "w4g16-rtn-asym-head8-embed8", "w8-rtn-asym-head8", "w2g32-rtn", "w3-rtn", "w3g32-rtn-asym",
+     "w4g32-gptq", "w3.5g32-rtn-rows", "w2.6g16-gptq-asym-rows"],
 )
 def test_the_kernels_compute_what_the_simulation_does(tmp_path: Path, source: ExportedProgram, scheme: str) -> None:
     made = quantize(source, scheme, [(IDS,)])
@@ -213,12 +202,8 @@ ROUNDINGS: dict[str, Callable[[Tensor], Tensor]] = {
     "tokens, clipped": lambda x: torch.ops.spinpass.round_tokens(x, 4, False, 0.8),
     "tensor of 8 bits": lambda x: torch.ops.spinpass.round_tensor(x, torch.tensor(0.03), torch.tensor(117.0), 8),
     "tensor of 4 bits": lambda x: torch.ops.spinpass.round_tensor(x, torch.tensor(0.4), torch.tensor(7.0), 4),
-    "channels of 8 bits": lambda x: torch.ops.spinpass.round_tensor(
-        x, torch.linspace(0.01, 0.05, x.shape[-1]), torch.linspace(100, 140, x.shape[-1]).round(), 8
-    ),
-    "channels of 4 bits": lambda x: torch.ops.spinpass.round_tensor(
-        x, torch.linspace(0.1, 0.5, x.shape[-1]), torch.full(x.shape[-1:], 7.0), 4
-    ),
+    "channels of 8 bits": lambda x: torch.ops.spinpass.round_tensor(x, torch.linspace(0.01, 0.05, x.shape[-1]), torch.linspace(100, 140, x.shape[-1]).round(), 8),
+    "channels of 4 bits": lambda x: torch.ops.spinpass.round_tensor(x, torch.linspace(0.1, 0.5, x.shape[-1]), torch.full(x.shape[-1:], 7.0), 4),
     "rows": lambda x: torch.ops.spinpass.round_rows(x, torch.tensor(0.02), torch.tensor(128.0), 2.0, 8),
 }
 
