@@ -9,7 +9,7 @@ import typer
 
 from spinpass.evaluation import CALIBRATION_WINDOWS, EvalRequest, RotateAs
 
-from .options import AsJson, CalibrationWindows, Model, Verbose
+from .options import AsJson, CalibrationWindows, Dequantize, Model, TrustRemoteCode, Verbose
 from .screen import screen_of
 from .tables import comparison_table
 
@@ -40,6 +40,8 @@ def evaluate_command(
     windows: Annotated[int, typer.Option(help="Number of windows to score.")] = 16,
     length: Annotated[int, typer.Option(help="Tokens of each window.")] = 512,
     tokenizer: Annotated[str, typer.Option(help="Folder of the tokenizer, where MODEL has none.")] = "",
+    dequantize: Dequantize = False,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
     verbose: Verbose = 0,
 ) -> None:
@@ -55,6 +57,7 @@ def evaluate_command(
     request = EvalRequest(
         model, text, dataset, against, quantize, calibration, calibration_windows, rotate=rotate_form,
         files=tuple(file or ()), windows=windows, length=length, tokenizer=tokenizer,
+        dequantize=dequantize, trust_remote_code=trust_remote_code,
     )  # fmt: skip
     with screen.steps() as steps:
         found = request.run(steps)

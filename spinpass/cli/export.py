@@ -26,11 +26,12 @@ from .options import (
     NoFuse,
     NoVerify,
     To,
+    TrustRemoteCode,
     Verbose,
     rotation_options,
 )
 from .screen import screen_of
-from .tables import files_table, show_result
+from .tables import files_table, show_loading, show_result
 
 
 @rotation_options
@@ -45,6 +46,7 @@ def export_command(
     to: To = "onnx",
     context: Context = 1024,
     dequantize: Dequantize = False,
+    trust_remote_code: TrustRemoteCode = False,
     quantize: Annotated[str, typer.Option(help="Scheme to quantize by, for example w4g128-gptq-a8-head8.")] = "",
     calibration: Annotated[
         Path | None, typer.Option(help="UTF-8 text that GPTQ, static ranges and --kv-cache calibrate on.")
@@ -71,11 +73,12 @@ def export_command(
     screen = screen_of(ctx, as_json, verbose)
     request = ExportRequest(
         model, out, config, to, quantize=quantize, calibration=calibration, int4=int4, kv_cache=kv_cache, dtype=dtype,
-        cache=not no_cache, context=context, dequantize=dequantize, last_logits=last_logits, fuse=not no_fuse,
-        certify=not no_verify, calibration_windows=calibration_windows,
+        cache=not no_cache, context=context, dequantize=dequantize, trust_remote_code=trust_remote_code,
+        last_logits=last_logits, fuse=not no_fuse, certify=not no_verify, calibration_windows=calibration_windows,
     )  # fmt: skip
     with screen.steps() as steps:
         result, written = request.run(steps)
+    show_loading(screen, written.loading)
     if as_json:
         about = {"ok": True, "out": str(out), "files": written.files, "notes": request.notes, "seconds": steps.seconds}
         screen.document(dict(written.manifest) | about)

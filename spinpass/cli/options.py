@@ -69,8 +69,12 @@ Dequantize = Annotated[
     bool,
     typer.Option(
         "--dequantize",
-        help="Where MODEL is a GPTQ checkpoint, take the values of its integers; it is refused otherwise.",
+        help="Where MODEL is quantized (GPTQ, FP8, MXFP4), take the values of its codes; it is refused otherwise.",
     ),
+]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option("--trust-remote-code", help="Run the modelling code that comes with MODEL; none is run otherwise."),
 ]
 Int4 = Annotated[bool, typer.Option("--int4", help="Pack the weights to 4 bits (MatMulNBits), without a scheme.")]
 KvCache = Annotated[

@@ -9,9 +9,9 @@ from spinpass.errors import ConfigError
 from spinpass.loading import load_model
 from spinpass.pipeline import plan
 
-from .options import ALL, AsJson, Dtype, Model, NoCache, Verbose, rotation_options
+from .options import ALL, AsJson, Dequantize, Dtype, Model, NoCache, TrustRemoteCode, Verbose, rotation_options
 from .screen import screen_of
-from .tables import show_plan
+from .tables import show_loading, show_plan
 
 
 @rotation_options
@@ -21,6 +21,8 @@ def plan_command(
     config: RotationConfig | None = None,
     dtype: Dtype = "float32",
     no_cache: NoCache = False,
+    dequantize: Dequantize = False,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
     verbose: Verbose = 0,
 ) -> None:
@@ -34,11 +36,24 @@ def plan_command(
     if config is None:
         raise ConfigError("a plan needs a rotation; choose from " + ALL)
     with screen.steps() as steps:
-        loaded = load_model(model, dtype=dtype, cache=not no_cache, progress=steps.begin)
+        loaded = load_model(
+            model,
+            dtype=dtype,
+            cache=not no_cache,
+            dequantize=dequantize,
+            trust_remote_code=trust_remote_code,
+            progress=steps.begin,
+        )
         steps.start("plan")
         decided = plan(loaded.program, config)
+    show_loading(screen, loaded.report)
     if as_json:
-        about = {"ok": bool(decided.spaces), "model": model, "seconds": steps.seconds}
+        about = {
+            "ok": bool(decided.spaces),
+            "model": model,
+            "loading": loaded.report.to_dict(),
+            "seconds": steps.seconds,
+        }
         screen.document(about | {"plan": decided.to_dict()})
     show_plan(screen, decided)
     if not decided.spaces:

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from spinpass.evaluation import Comparison, Perplexity
 from spinpass.folders import Result
+from spinpass.loading import LoadingReport
 from spinpass.planning import RotationPlan, grouped_refusals, grouped_spaces, online_parts
 from spinpass.tuning import Tuned
 
@@ -24,6 +25,12 @@ def show_result(screen: Screen, result: Result) -> None:
         show_plan(screen, result.plan)
     if result.certificate is not None:
         screen.show(certificate_table(result.certificate, every_output=screen.verbose))
+
+
+def show_loading(screen: Screen, report: LoadingReport) -> None:
+    """Say on stderr what loading did beyond taking every tensor as it was saved."""
+    for line in report.lines:
+        screen.note(line)
 
 
 def show_plan(screen: Screen, decided: RotationPlan) -> None:

@@ -15,9 +15,9 @@ from spinpass.loading import load_model
 from spinpass.quantization import QuantizationConfig
 from spinpass.tuning import candidates, tune
 
-from .options import AsJson, CalibrationWindows, Dtype, Model, Verbose
+from .options import AsJson, CalibrationWindows, Dequantize, Dtype, Model, TrustRemoteCode, Verbose
 from .screen import screen_of
-from .tables import files_table, tuning_table
+from .tables import files_table, show_loading, tuning_table
 
 
 def tune_command(
@@ -31,6 +31,8 @@ def tune_command(
     length: Annotated[int, typer.Option(help="Tokens of each window.")] = CALIBRATION_LENGTH,
     block_sizes: Annotated[str, typer.Option(help="Also try diagonal blocks of these sizes, for example 64,128.")] = "",
     dtype: Dtype = "float32",
+    dequantize: Dequantize = False,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
     verbose: Verbose = 0,
 ) -> None:
@@ -48,7 +50,14 @@ def tune_command(
     if out is not None:
         check_writable(out)
     with screen.steps() as steps:
-        loaded = load_model(model, dtype=dtype, cache=out is not None, progress=steps.begin)
+        loaded = load_model(
+            model,
+            dtype=dtype,
+            cache=out is not None,
+            dequantize=dequantize,
+            trust_remote_code=trust_remote_code,
+            progress=steps.begin,
+        )
         if loaded.companions is None or loaded.companions.tokenizer is None:
             raise ConfigError(f"{model} has no tokenizer to read {calibration} with")
         ids = token_ids(loaded.companions.tokenizer)(read_text(calibration))
@@ -61,6 +70,7 @@ def tune_command(
         if onnx is not None and out is not None:
             made = Result(found.quantized.program, found.chosen.plan, found.quantized.report)
             written = write_folder(onnx, loaded, made, out, steps)
+    show_loading(screen, loaded.report)
     if as_json:
         screen.document({"ok": True, "model": model, "scheme": quantize, "seconds": steps.seconds} | found.to_dict())
         return

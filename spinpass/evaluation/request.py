@@ -70,6 +70,8 @@ class EvalRequest:
     windows: int = 16
     length: int = 512
     tokenizer: str = ""
+    dequantize: bool = False
+    trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         check_windows(self.calibration_windows)
@@ -87,18 +89,27 @@ class EvalRequest:
 
         Raises ConfigError and ExportError: a model or a text that cannot be read, a text that is too short.
         """
-        opened = open_scorer(self.model, self.tokenizer or None, steps.begin)
+        opened = self._open(self.model, steps)
         text = read_dataset(self.dataset) if self.dataset else read_text(self.text)
         scored = windows(opened.tokens(text), self.length, self.windows)
         if self.against:
-            other = open_scorer(self.against, self.tokenizer or None, steps.begin)
+            other = self._open(self.against, steps)
             return Evaluated(compare(other.scorer, opened.scorer, scored, steps.start("compare")), {})
         changed = [self._changed(opened, steps)] if self.quantize or self.rotate != "no" else []
-        files = [open_scorer(file, self.tokenizer or None, steps.begin).scorer for file in self.files]
+        files = [self._open(file, steps).scorer for file in self.files]
         if not changed and not files:
             return Evaluated(perplexity(opened.scorer, scored, steps.start("score")), {})
         found = compare_each(opened.scorer, [*changed, *files], scored, steps.start("compare"))
         return Evaluated(found[0] if changed else found[0].before, dict(zip(self.files, found[len(changed) :])))
+
+    def _open(self, model: str, steps: Steps) -> Opened:
+        return open_scorer(
+            model,
+            self.tokenizer or None,
+            steps.begin,
+            dequantize=self.dequantize,
+            trust_remote_code=self.trust_remote_code,
+        )
 
     def _changed(self, opened: Opened, steps: Steps) -> ProgramScorer:
         if opened.program is None:

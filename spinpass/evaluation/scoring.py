@@ -111,10 +111,18 @@ class OnnxScorer:
         return self._ort.from_ort(results[0])[0].float()
 
 
-def open_scorer(model: str, tokenizer: str | None = None, progress: Callable[[str], None] | None = None) -> Opened:
+def open_scorer(
+    model: str,
+    tokenizer: str | None = None,
+    progress: Callable[[str], None] | None = None,
+    *,
+    dequantize: bool = False,
+    trust_remote_code: bool = False,
+) -> Opened:
     """Open a folder with ``model.onnx`` in ONNX Runtime, or anything that :func:`spinpass.loading.load_model` takes.
 
-    ``tokenizer`` is a folder, where the model has none of its own; ``progress`` is called with the name of each step.
+    ``tokenizer`` is a folder, where the model has none of its own; ``progress`` is called with the name of each step;
+    the others are those of ``load_model``.
 
     Raises:
         ConfigError: there is no model, or no tokenizer.
@@ -126,7 +134,9 @@ def open_scorer(model: str, tokenizer: str | None = None, progress: Callable[[st
 
         decoder = OrtDecoder(path)
         return Opened(decoder, None, _tokenizer(tokenizer) if tokenizer else decoder.tokenizer)
-    loaded = load_model(model, cache=False, progress=progress)
+    loaded = load_model(
+        model, cache=False, dequantize=dequantize, trust_remote_code=trust_remote_code, progress=progress
+    )
     own = loaded.companions.tokenizer if loaded.companions else None
     if own is None and tokenizer is None:
         raise ConfigError(f"{model} has no tokenizer; name a folder that has one with --tokenizer")

@@ -11,18 +11,20 @@ from pathlib import Path
 from typing import Any
 
 from spinpass.formats import MANIFEST, hashes, staged
-from spinpass.loading import LoadedModel
+from spinpass.loading import LoadedModel, LoadingReport
 
 from .result import Result
 
 
 @dataclass(frozen=True)
 class Written:
-    """A folder that was written: the exporter's report, what ``spinpass.json`` holds, and the names of all files."""
+    """A folder that was written: the exporter's report, what ``spinpass.json`` holds, the names of all files, and what
+    loading did to the model."""
 
     report: Any
     manifest: Mapping[str, Any]
     files: list[str]
+    loading: LoadingReport
 
 
 def write_companions(
@@ -36,7 +38,8 @@ def write_companions(
     written = set(files)
     if loaded.companions is not None:
         written |= {path.name for path in loaded.companions.save(out)}
-    about = {"model": loaded.source.location} | result.to_dict() | dict(made) | {"files": hashes(out, written)}
+    origin = {"model": loaded.source.location, "loading": loaded.report.to_dict()}
+    about = origin | result.to_dict() | dict(made) | {"files": hashes(out, written)}
     with staged(out) as staging:
         (staging / MANIFEST).write_text(json.dumps(about, indent=2), encoding="utf-8")
     return about, sorted(written | {MANIFEST})

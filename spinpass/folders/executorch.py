@@ -51,7 +51,9 @@ def write_pte_folder(
         result.exportable, out, verify=certify, progress=lambda step: steps.begin(f"executorch: {step}")
     )
     files = [path.name for path in report.files]
-    return Written(report, *write_companions(loaded, result, {"executorch": report.to_dict()}, files, out))
+    return Written(
+        report, *write_companions(loaded, result, {"executorch": report.to_dict()}, files, out), loading=loaded.report
+    )
 
 
 def executorch_tools() -> ExecutorchTools:

@@ -59,7 +59,9 @@ def write_gptq_folder(loaded: LoadedModel, result: Result, out: Path, steps: Ste
     tensors = {name: t for name, t in result.program.state_dict.items() if name not in made.weights}
     report = write_gptq(out, made.weights, tensors=tensors)
     files = [path.name for path in report.files]
-    return Written(report, *write_companions(_described(loaded, result, out), result, {}, files, out))
+    return Written(
+        report, *write_companions(_described(loaded, result, out), result, {}, files, out), loading=loaded.report
+    )
 
 
 def _check_architecture(loaded: LoadedModel, result: Result) -> None:

@@ -142,7 +142,7 @@ def _written(
     if loaded.companions is not None:
         reports["genai"] = _write_genai_config(onnx, loaded.companions, out)
         files |= {reports["genai"]["file"]} - {None}
-    return Written(report, *write_companions(loaded, result, reports, files, out))
+    return Written(report, *write_companions(loaded, result, reports, files, out), loading=loaded.report)
 
 
 def _cache_writer(onnx: OnnxTools, loaded: LoadedModel, cache: CacheBits) -> _Step:

@@ -44,6 +44,7 @@ def export(
     cache: bool = True,
     context: int = 1024,
     dequantize: bool = False,
+    trust_remote_code: bool = False,
     last_logits: bool = False,
     fuse: bool = True,
     certify: bool = True,
@@ -64,7 +65,8 @@ def export(
         dtype: that of the weights, float32, float16 or bfloat16; ``"auto"`` takes the dtype they are stored in.
         cache: export with a KV cache; without one the program takes whole prompts alone.
         context: how many tokens the KV cache inside an ExecuTorch program holds.
-        dequantize: where the model is a GPTQ checkpoint, take the values of its integers.
+        dequantize: where the model is quantized (GPTQ, FP8, MXFP4), take the values of its codes.
+        trust_remote_code: run the modelling code that comes with the model.
         last_logits: compute the logits of the last token alone.
         fuse: use ONNX Runtime's own operators for attention.
         certify: prove the rotated program, and the file, equivalent before anything stays on the disk.
@@ -82,8 +84,9 @@ def export(
     text = None if calibration is None else Path(calibration)
     request = ExportRequest(
         str(model), Path(out), config, to, quantize=quantize, calibration=text, int4=int4, kv_cache=kv_cache,
-        dtype=dtype, cache=cache, context=context, dequantize=dequantize, last_logits=last_logits, fuse=fuse,
-        certify=certify, calibration_windows=calibration_windows,
+        dtype=dtype, cache=cache, context=context, dequantize=dequantize,
+        trust_remote_code=trust_remote_code, last_logits=last_logits, fuse=fuse, certify=certify,
+        calibration_windows=calibration_windows,
     )  # fmt: skip
     steps = steps or Silent()
     try:
@@ -108,6 +111,7 @@ class ExportRequest:
     cache: bool = True
     context: int = 1024
     dequantize: bool = False
+    trust_remote_code: bool = False
     last_logits: bool = False
     fuse: bool = True
     certify: bool = True
@@ -195,6 +199,7 @@ class ExportRequest:
             cache=self.cache and self.to != "gptq",
             context=self.context if self.to == "executorch" else None,
             dequantize=self.dequantize,
+            trust_remote_code=self.trust_remote_code,
             progress=steps.begin,
         )
         result = rotated(loaded.program, self.config, steps, certify=self.certify)

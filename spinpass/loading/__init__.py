@@ -4,10 +4,12 @@ from .dequantize import dequantize_checkpoint, quantized_checkpoint
 from .models import Companions, LoadedModel, load_model
 from .sources import locate
 from .static_cache import export_static_cache
+from .tensors import LoadingReport
 
 __all__ = [
     "Companions",
     "LoadedModel",
+    "LoadingReport",
     "dequantize_checkpoint",
     "export_static_cache",
     "load_model",

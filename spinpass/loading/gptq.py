@@ -5,30 +5,14 @@ transformers builds the model from the configuration; the values come from the i
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from torch.export import ExportedProgram
 
-from spinpass.errors import ExportError
 from spinpass.formats import read_gptq
 
 from .dequantize import dequantize_checkpoint
-
-
-def quantization_method(folder: Path) -> str | None:
-    """Return what config.json says of the weights in ``folder``; None where they are as they were trained.
-
-    Raises ExportError where it cannot be read.
-    """
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ExportError(f"{path} cannot be read: {error}") from error
-    method = (config.get("quantization_config") or {}).get("quant_method")
-    return None if method is None else str(method)
 
 
 def skeleton(transformers: Any, folder: str, dtype: Any) -> Any:

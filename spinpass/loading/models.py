@@ -11,22 +11,26 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.export import ExportedProgram
 
-from spinpass.errors import ConfigError, ExportError
+from spinpass.errors import ConfigError, ExportError, SpinpassError
 from spinpass.formats import load_program, staged
 
-from .gptq import quantization_method, skeleton, with_values
+from .architecture import causal_classes, check_architecture
+from .gptq import skeleton, with_values
 from .older_transformers import add_older_words
+from .quantized import check_quantization, dequantized_config, gguf_types
 from .sources import Source, locate
 from .static_cache import export_static_cache
+from .tensors import LoadingReport, check_loaded_tensors, renamings, stored_tensors, wrappers
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "auto": "auto"}
+_IGNORED = "_keys_to_ignore_on_load_unexpected"  # of a class of transformers
 _SAMPLE = (2, 16)  # a batch of one would be specialised to one
 
 
@@ -55,11 +59,13 @@ class Companions:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """This is an exported program and where it came from; ``companions`` is None for a ``.pt2`` file."""
+    """This is an exported program and where it came from; ``companions`` is None for a ``.pt2`` file. ``report`` says
+    what loading did beyond taking every tensor as it was saved."""
 
     source: Source
     program: ExportedProgram
     companions: Companions | None
+    report: LoadingReport = field(default_factory=LoadingReport)
 
 
 def load_model(
@@ -69,6 +75,7 @@ def load_model(
     cache: bool = True,
     context: int | None = None,
     dequantize: bool = False,
+    trust_remote_code: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> LoadedModel:
     """Load and export ``model``. A ``.pt2`` file is taken as it is.
@@ -79,13 +86,17 @@ def load_model(
         cache: make one graph with the KV cache as inputs and outputs; False exports the prompt's pass alone, without
             cache.
         context: put a cache of that many tokens inside instead (:mod:`.static_cache`), which ExecuTorch takes.
-        dequantize: where the folder holds a GPTQ checkpoint, take the values of its integers; it is refused otherwise.
+        dequantize: where the checkpoint is quantized (GPTQ, FP8, MXFP4), take the values of its codes; it is refused
+            otherwise. The weights of a GGUF file always are.
+        trust_remote_code: run modelling code that comes with the model. Without it nothing of a folder is run.
         progress: it is called with the name of each step before it starts.
 
     Raises:
         ConfigError: there is no such file or folder, or no model in it; the dtype is unknown; the context does not fit;
-            weights are packed and may not be dequantized.
-        ExportError: transformers is missing, cannot load the model, or cannot export it.
+            weights are quantized and may not be dequantized.
+        ExportError: transformers is missing, cannot load the model, or cannot export it; or what would be loaded is not
+            what was saved: another class, tensors missing or of another shape, an adapter, codes without their scales,
+            a weight that is not finite.
     """
     source = locate(model)
     if dtype not in _DTYPES:
@@ -94,52 +105,99 @@ def load_model(
     report("load")
     if source.kind == "program":
         return LoadedModel(source, load_program(source.location), None)
-    packed = _is_packed(source, dequantize)
     with _quiet():
-        loaded, tokenizer = _load(source, _DTYPES[dtype], packed)
+        loaded, tokenizer, done = _load(source, _DTYPES[dtype], dequantize, trust_remote_code)
         report("export")
         program = _exported(loaded, cache, source.location, context)
-    if packed:
+    if done.dequantized == "gptq":
         report("dequantize")
         program = with_values(program, source.location)
-    return LoadedModel(source, program, Companions(loaded.config, loaded.generation_config, tokenizer))
+    return LoadedModel(source, program, Companions(loaded.config, loaded.generation_config, tokenizer), done)
 
 
-def _is_packed(source: Source, dequantize: bool) -> bool:
-    """Say whether the folder holds a GPTQ checkpoint. Raises ConfigError where that is not to be dequantized."""
-    if source.kind != "transformers" or not Path(source.location).is_dir():
-        return False
-    if quantization_method(Path(source.location)) != "gptq":
-        return False
-    if not dequantize:
-        raise ConfigError(
-            f"{source.location} holds packed weights (gptq), which are not rotated behind your back: "
-            "add --dequantize (dequantize=True) to take their values as floats"
-        )
-    return True
-
-
-def _load(source: Source, dtype: Any, packed: bool) -> tuple[Any, Any]:
-    """Return the model and its tokenizer, None where it has none."""
+def _load(source: Source, dtype: Any, dequantize: bool, trust: bool) -> tuple[Any, Any, LoadingReport]:
+    """Return the model, its tokenizer (None where it has none), and what loading did."""
     transformers = _module("transformers", f"loading {source.location}")
-    where: dict[str, Any] = {"gguf_file": source.gguf} if source.gguf else {}
     try:
-        if packed:
-            model = skeleton(transformers, source.location, dtype)
+        if source.gguf:
+            model, done = _of_gguf(transformers, source, dtype)
         else:
-            model = transformers.AutoModelForCausalLM.from_pretrained(source.location, dtype=dtype, **where).eval()
+            model, done = _of_folder(transformers, source.location, dtype, dequantize, trust)
+    except SpinpassError:
+        raise
     except Exception as error:  # hub, file, configuration and import errors: no common base below Exception
         raise ExportError(f"transformers cannot load {source.location}: {_summary(error)}") from error
-    if source.gguf:  # the weights are dequantized, yet the model says otherwise and refuses to be saved
-        model.hf_quantizer = None
-        if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config
+    where: dict[str, Any] = {"gguf_file": source.gguf} if source.gguf else {"trust_remote_code": trust}
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source.location, **where)
     except (OSError, ValueError, KeyError, TypeError, ImportError):  # only text generation misses it
         logging.getLogger("spinpass").info("%s has no tokenizer that transformers can load", source.location)
         tokenizer = None
-    return model, tokenizer
+    return model, tokenizer, replace(done, notes=_table_notes(model, tokenizer))
+
+
+def _of_gguf(transformers: Any, source: Source, dtype: Any) -> tuple[Any, LoadingReport]:
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        source.location, gguf_file=source.gguf, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+    )
+    unused = check_loaded_tensors(source.location, model, info, {})
+    # the weights are dequantized, yet the model says otherwise and refuses to be saved
+    model.hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    types = gguf_types(Path(source.location, str(source.gguf)))
+    return model.eval(), LoadingReport(unused, dequantized=f"GGUF {'/'.join(types)}" if types else None)
+
+
+def _of_folder(
+    transformers: Any, location: str, dtype: Any, dequantize: bool, trust: bool
+) -> tuple[Any, LoadingReport]:
+    """Load a folder or a name on the hub as the class that it was saved as, every tensor of it."""
+    config, _ = transformers.PreTrainedConfig.get_config_dict(location)
+    check_architecture(transformers, location, config, trust_remote_code=trust)
+    method = check_quantization(transformers, location, config, dequantize=dequantize)
+    if method == "gptq":
+        return skeleton(transformers, location, dtype), LoadingReport(dequantized=method)
+    stored = stored_tensors(transformers, location)
+    options: dict[str, Any] = {"quantization_config": dequantized_config(transformers, config)} if method else {}
+    names = renamings(stored)
+    if names:
+        options["key_mapping"] = names
+    with _nothing_ignored(transformers, config):
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            location,
+            dtype=dtype,
+            trust_remote_code=trust,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **options,
+        )
+    unused = check_loaded_tensors(location, model, info, {} if method else stored)
+    return model.eval(), LoadingReport(unused, wrappers(stored), method)
+
+
+@contextmanager
+def _nothing_ignored(transformers: Any, config: dict[str, Any]) -> Iterator[None]:
+    """Let transformers report the tensors as well that a class is known to drop, such as heads of further tokens."""
+    classes = causal_classes(transformers, config)
+    before = [getattr(one, _IGNORED) for one in classes]
+    for one in classes:
+        setattr(one, _IGNORED, None)
+    try:
+        yield
+    finally:
+        for one, patterns in zip(classes, before, strict=True):
+            setattr(one, _IGNORED, patterns)
+
+
+def _table_notes(model: Any, tokenizer: Any) -> tuple[str, ...]:
+    """Say where the tokenizer makes tokens that the model has no row for."""
+    if tokenizer is None:
+        return ()
+    tokens, rows = len(tokenizer), model.get_input_embeddings().num_embeddings
+    if tokens <= rows:
+        return ()
+    return (f"the tokenizer has {tokens} tokens, the model's table {rows} rows: text with the others cannot be read",)
 
 
 def _exported(model: Any, cache: bool, name: str, context: int | None) -> ExportedProgram:

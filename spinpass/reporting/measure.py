@@ -44,6 +44,8 @@ class ReportRequest:
     windows: int = 8
     length: int = 256
     tokenizer: str = ""
+    dequantize: bool = False
+    trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         for scheme in self.schemes:
@@ -55,7 +57,13 @@ class ReportRequest:
 
     def open(self, steps: Steps) -> tuple[ExportedProgram, Opened]:
         """Load and export the model. Raises ConfigError where it cannot be loaded, or is an ONNX model."""
-        opened = open_scorer(self.model, self.tokenizer or None, steps.begin)
+        opened = open_scorer(
+            self.model,
+            self.tokenizer or None,
+            steps.begin,
+            dequantize=self.dequantize,
+            trust_remote_code=self.trust_remote_code,
+        )
         if opened.program is None:
             raise ConfigError(f"{self.model} is an ONNX model; a report needs the program it was made of")
         return opened.program, opened

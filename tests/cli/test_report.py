@@ -111,6 +111,6 @@ def test_an_onnx_model_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch,
     from spinpass.reporting import measure as request
 
     opened = Opened(ProgramScorer(load_program(folder / "model.pt2")), None, None)
-    monkeypatch.setattr(request, "open_scorer", lambda *_: opened)
+    monkeypatch.setattr(request, "open_scorer", lambda *_, **__: opened)
     result = run(folder, "-o", tmp_path / "page.html")
     assert result.exit_code == 2 and "is an ONNX model; a report needs the program it was made of" in result.stderr

@@ -97,7 +97,7 @@ def test_unknown_dtype(folder: Path) -> None:
 def test_model_that_is_no_decoder(tmp_path: Path) -> None:
     model: Any = models.build("t5")
     model.save_pretrained(tmp_path)
-    with pytest.raises(ExportError, match="transformers cannot load .*T5Config") as caught:
+    with pytest.raises(ExportError, match=r"T5\w+ \(model type t5\) is no causal language model") as caught:
         load_model(tmp_path)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
 
@@ -105,7 +105,7 @@ def test_model_that_is_no_decoder(tmp_path: Path) -> None:
 def test_weights_that_are_no_weights(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
     (tmp_path / "model.safetensors").write_bytes(b"not weights at all")
-    with pytest.raises(ExportError, match=f"transformers cannot load {tmp_path}"):
+    with pytest.raises(ExportError, match=f"{tmp_path}/model.safetensors holds no weights that can be read"):
         load_model(tmp_path)
 
 

@@ -36,7 +36,8 @@ _SWITCHES = {
     "no-verify": "do not certify the result",
     "last-logits": "compute the logits of the last token alone, so that prompts are read faster",
     "no-fuse": "write standard ONNX operators only, instead of ONNX Runtime's own for attention",
-    "dequantize": "where MODEL is a GPTQ checkpoint, take the values of its integers",
+    "dequantize": "where MODEL is quantized (GPTQ, FP8, MXFP4), take the values of its codes",
+    "trust-remote-code": "run the modelling code that comes with MODEL",
     "json": "print one JSON document instead of tables",
 }
 

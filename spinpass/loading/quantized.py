@@ -1,0 +1,86 @@
+"""Which checkpoints are quantized, and how the values of their codes are taken: one rule for all, ``dequantize``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from spinpass.errors import ConfigError, ExportError
+
+from .architecture import find_file
+
+_BY_TRANSFORMERS = ("fp8", "mxfp4")  # it computes their values without a GPU and without another package
+_METHODS = ("gptq", *_BY_TRANSFORMERS)
+_FLOATS = ("F32", "F16", "BF16", "F64")
+
+
+def check_quantization(transformers: Any, location: str, config: Mapping[str, Any], *, dequantize: bool) -> str | None:
+    """Return how a folder's weights are quantized, None where they are as they were trained.
+
+    Args:
+        transformers: the module.
+        location: the folder, or its name on the hub.
+        config: what its config.json holds.
+        dequantize: the values of the codes may be taken.
+
+    Raises:
+        ConfigError: they are quantized, and may not be dequantized.
+        ExportError: they are quantized in a way that cannot be dequantized here.
+    """
+    method = _method(transformers, location, config)
+    if method is None:
+        return None
+    if method not in _METHODS or (method == "gptq" and not Path(location).is_dir()):
+        raise ExportError(
+            f"{location} holds packed weights ({method}), whose values cannot be taken here (those of "
+            f"{', '.join(_METHODS)} can): export the model as it was before it was quantized"
+        )
+    if not dequantize:
+        raise ConfigError(
+            f"{location} holds packed weights ({method}), which are not rotated behind your back: "
+            "add --dequantize (dequantize=True) to take their values as floats"
+        )
+    return method
+
+
+def _method(transformers: Any, location: str, config: Mapping[str, Any]) -> str | None:
+    """Return what config.json, or a file beside it, says of the weights."""
+    found = _declared(config)
+    if found is None:
+        path = find_file(transformers, location, "hf_quant_config.json")
+        if path is None:
+            return None
+        found = json.loads(path.read_text(encoding="utf-8")).get("quantization") or {}
+        return f"modelopt {found.get('quant_algo') or ''}".strip()
+    named = found.get("quant_method") or found.get("quant_algo")
+    if named is None and any(key.startswith("load_in_") for key in found):
+        named = "bitsandbytes"
+    return str(named or "of a method that config.json does not name")
+
+
+def _declared(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Return the entry of config.json on the weights' quantization, that of the text model in a composite one."""
+    for part in (config, config.get("text_config") or {}):
+        found: Mapping[str, Any] | None = part.get("quantization_config") or part.get("compression_config")
+        if found:
+            return found
+    return None
+
+
+def dequantized_config(transformers: Any, config: Mapping[str, Any]) -> Any:
+    """Return the configuration that lets transformers take the values of the codes."""
+    entry = dict(_declared(config) or {}) | {"dequantize": True}
+    return transformers.quantizers.AutoQuantizationConfig.from_dict(entry)
+
+
+def gguf_types(path: Path) -> list[str]:
+    """Return the types of a GGUF file's tensors that are no floats, the most frequent first."""
+    from gguf import GGUFReader
+
+    counted: dict[str, int] = {}
+    for tensor in GGUFReader(path).tensors:
+        name = tensor.tensor_type.name
+        counted[name] = counted.get(name, 0) + 1
+    return sorted((n for n in counted if n not in _FLOATS), key=lambda n: -counted[n])
