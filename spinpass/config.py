@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
@@ -37,6 +38,8 @@ class Override:
     def __post_init__(self) -> None:
         _check_kind(self.kind)
         _check_block_size(self.block_size)
+        if self.seed is not None and not _is_integer(self.seed):
+            raise ConfigError(f"seed={self.seed!r} is not an integer")
 
 
 @dataclass(frozen=True)
@@ -96,18 +99,18 @@ class RotationConfig:
     verify: bool | None = None
 
     def __post_init__(self) -> None:
-        chosen = (
-            tuple(r.strip() for r in self.rotations.split(","))
-            if isinstance(self.rotations, str)
-            else tuple(self.rotations)
-        )
+        given: Any = self.rotations.split(",") if isinstance(self.rotations, str) else self.rotations
+        chosen = tuple(name.strip() for name in _names("rotations", given))
         unknown = [r for r in chosen if r not in ROLES]
         if unknown:
             raise ConfigError(f"unknown rotation {unknown[0]!r}; choose from {', '.join(ROLES)}")
         if not chosen:
             raise ConfigError(f"no rotation is chosen; choose from {', '.join(ROLES)}")
         object.__setattr__(self, "rotations", tuple(r for r in ROLES if r in chosen))
-        object.__setattr__(self, "exclude", (self.exclude,) if isinstance(self.exclude, str) else tuple(self.exclude))
+        patterns = (self.exclude,) if isinstance(self.exclude, str) else self.exclude
+        object.__setattr__(self, "exclude", _names("exclude", patterns))
+        if self.kind is None:
+            raise ConfigError(f"kind=None is not one of {', '.join(get_args(Kind))}")
         _check_kind(self.kind)
         _check_block_size(self.block_size)
         for name, value, allowed in (
@@ -117,8 +120,16 @@ class RotationConfig:
         ):
             if value not in allowed:
                 raise ConfigError(f"{name}={value!r} is not one of {', '.join(allowed)}")
-        if not isinstance(self.seed, int):
+        if not _is_integer(self.seed):
             raise ConfigError(f"seed={self.seed!r} is not an integer")
+        if self.verify not in (None, True, False) or _is_integer(self.verify):
+            raise ConfigError(f"verify={self.verify!r} is not True, False or None")
+        for name, keyed in (("overrides", self.overrides), ("matrices", self.matrices)):
+            if not isinstance(keyed, Mapping) or not all(isinstance(key, str) for key in keyed):
+                raise ConfigError(f"{name}={keyed!r} is no mapping by the names of rotations or spaces")
+        for key, override in self.overrides.items():
+            if not isinstance(override, Override):
+                raise ConfigError(f"the override for {key!r} is a {type(override).__name__}, not a spinpass.Override")
         for key in (*self.overrides, *self.matrices):
             if key.split(":")[0] not in ROLES:
                 raise ConfigError(
@@ -128,6 +139,30 @@ class RotationConfig:
         for key, matrix in self.matrices.items():
             if not isinstance(matrix, Tensor):
                 raise ConfigError(f"the matrix for {key!r} is a {type(matrix).__name__}, not a torch.Tensor")
+
+    def check_used(self, spaces: Collection[str], parameters: Collection[str]) -> None:
+        """Make sure that every key and every pattern speaks of something in a program.
+
+        Args:
+            spaces: the names of all spaces that were considered.
+            parameters: the names of all parameters.
+
+        Raises:
+            ConfigError: one of ``overrides``, ``matrices`` or ``exclude`` speaks of nothing; the nearest name is told.
+        """
+        for name, keyed in (("overrides", self.overrides), ("matrices", self.matrices)):
+            for key in keyed:
+                if key.split(":")[0] not in self.rotations:
+                    raise ConfigError(f"{name} has {key!r}, and {key.split(':')[0]} is not among the rotations")
+                if ":" in key and not fnmatch.filter(spaces, key):
+                    raise ConfigError(f"{name} has {key!r}, which is no space of this program{_nearest(key, spaces)}")
+        names = {*spaces, *(name.split(":", 1)[-1] for name in spaces), *parameters}
+        for pattern in self.exclude:
+            if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+                raise ConfigError(
+                    f"exclude has {pattern!r}, which is no space and no parameter of this program"
+                    f"{_nearest(pattern, names)}"
+                )
 
     def settings(self, name: str) -> Override:
         """The kind, block size and seed for the space ``name``. Field by field the longest key wins."""
@@ -161,6 +196,22 @@ class RotationConfig:
         }
 
 
+def _nearest(key: str, names: Collection[str]) -> str:
+    found = difflib.get_close_matches(key, sorted(names), 1, 0.0)
+    return f"; the nearest is {found[0]!r}" if found else ""
+
+
+def _names(field_name: str, given: Any) -> tuple[str, ...]:
+    """Return the names as a tuple. Raises ConfigError where they are none."""
+    if not isinstance(given, Collection) or not all(isinstance(name, str) for name in given):
+        raise ConfigError(f"{field_name}={given!r} is no sequence of names")
+    return tuple(given)
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def _covers(key: str, name: str) -> bool:
     return key == name.split(":")[0] or fnmatch.fnmatchcase(name, key)
 
@@ -172,6 +223,6 @@ def _check_kind(kind: object) -> None:
         )
 
 
-def _check_block_size(block_size: object) -> None:
-    if block_size is not None and (not isinstance(block_size, int) or block_size < 1):
+def _check_block_size(block_size: Any) -> None:
+    if block_size is not None and (not _is_integer(block_size) or block_size < 1):
         raise ConfigError(f"block_size={block_size!r} is not a positive integer")

@@ -42,6 +42,20 @@ def test_rotations_are_put_in_order(given: Any, taken: tuple[str, ...]) -> None:
             "'model.layers' names neither a rotation nor a space.*see spinpass.plan",
         ),
         (dict(matrices={"q_proj": torch.eye(2)}), "'q_proj' names neither"),
+        (dict(kind=None), "kind=None is not one of hadamard"),
+        (dict(block_size=True), "block_size=True is not a positive integer"),
+        (dict(seed=True), "seed=True is not an integer"),
+        (dict(verify="yes"), "verify='yes' is not True, False or None"),
+        (dict(verify=1), "verify=1 is not True, False or None"),
+        (dict(rotations=3), "rotations=3 is no sequence of names"),
+        (dict(rotations=None), "rotations=None is no sequence of names"),
+        (dict(rotations=(1,)), r"rotations=\(1,\) is no sequence of names"),
+        (dict(exclude=None), "exclude=None is no sequence of names"),
+        (dict(exclude=(3,)), r"exclude=\(3,\) is no sequence of names"),
+        (dict(overrides=None), "overrides=None is no mapping by the names"),
+        (dict(overrides=[1]), r"overrides=\[1\] is no mapping by the names"),
+        (dict(matrices=3), "matrices=3 is no mapping by the names"),
+        (dict(overrides={"R2": "hadamard"}), "the override for 'R2' is a str, not a spinpass.Override"),
         (dict(matrices={"R1": [[1.0]]}), "the matrix for 'R1' is a list, not a torch.Tensor"),
     ],
 )
@@ -51,7 +65,7 @@ def test_values_that_cannot_be_used(settings: dict[str, Any], text: str) -> None
 
 
 @pytest.mark.parametrize(
-    ("settings", "text"), [(dict(kind="dft"), "kind='dft'"), (dict(block_size=-1), "block_size=-1")]
+    ("settings", "text"), [(dict(kind="dft"), "kind='dft'"), (dict(block_size=-1), "block_size=-1"), (dict(seed="q"), "seed='q'"), (dict(seed=1.5), "seed=1.5")]
 )
 def test_overrides_are_checked_alike(settings: dict[str, Any], text: str) -> None:
     with pytest.raises(ConfigError, match=text):

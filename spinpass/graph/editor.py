@@ -117,6 +117,10 @@ class ProgramEditor:
         """Return all names under which the constant is stored, the node's own first."""
         return self._constants.fqns(node)
 
+    def parameter_names(self) -> set[str]:
+        """Return all names under which constants are stored."""
+        return {name for node in self._constants for name in self._constants.fqns(node)}
+
     def has_alias(self, node: Node) -> bool:
         """Return whether the constant is stored under a further name, which nothing reads."""
         return self._constants.has_alias(node)

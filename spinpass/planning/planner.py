@@ -60,7 +60,7 @@ class Planner:
         """Yield what is to be done to the program, in order; what is refused is noted in ``refusals``.
 
         Raises:
-            ConfigError: a setting, or a matrix of the user's, does not fit a space.
+            ConfigError: a setting, or a matrix of the user's, does not fit a space, or fits none.
         """
         for found in Candidates(self.editor, self.config, self._claims):
             match found:
@@ -76,6 +76,8 @@ class Planner:
         for role in self.config.rotations:
             if role in _NOTHING and role not in accepted and not any(r.what.startswith(role) for r in self.refusals):
                 self.refusals.append(Refusal(role, _NOTHING[role]))
+        if self.only is None:
+            self.config.check_used(self._names_seen, self.editor.parameter_names())
 
     def applied(self, site: Site) -> None:
         """Note the bytes that the site's passes, which have run, and untying for them have added."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
 
@@ -266,6 +267,18 @@ class QuantizationConfig:
             return None
         chosen = next((w for pattern, w in self.overrides.items() if fnmatchcase(fqn, pattern)), None)
         return chosen or (self.head if head else self.weights)
+
+    def check_used(self, parameters: Collection[str]) -> None:
+        """Make sure that every pattern matches a parameter of the program that is quantized.
+
+        Raises ConfigError where one matches none; the nearest name is told.
+        """
+        for name, patterns in (("overrides", tuple(self.overrides)), ("exclude", self.exclude)):
+            for pattern in patterns:
+                if not any(fnmatchcase(fqn, pattern) for fqn in parameters):
+                    near = get_close_matches(pattern, sorted(parameters), 1, 0.0)
+                    told = f"; the nearest is {near[0]!r}" if near else ""
+                    raise ConfigError(f"{name} has {pattern!r}, which is no parameter of this program{told}")
 
     def excludes(self, fqn: str) -> bool:
         """Whether the name of a parameter matches a pattern of ``exclude``."""

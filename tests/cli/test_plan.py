@@ -12,9 +12,9 @@ from tests.support.commands import document, run
 
 def test_options_reach_the_configuration(pt2: Path) -> None:
     options = ("--rotations", "R4,R1", "--block-size", "16", "--form", "online", "--tied", "keep", "--cache", "plain")
-    data = document(run("plan", pt2, *options, "--exclude", "*layers.0*", "--exclude", "R9*", "--json"))["plan"]
+    data = document(run("plan", pt2, *options, "--exclude", "*layers.0*", "--exclude", "R4:*layers.1*", "--json"))["plan"]
     config = data["config"]
-    assert config["rotations"] == ["R1", "R4"] and config["exclude"] == ["*layers.0*", "R9*"]
+    assert config["rotations"] == ["R1", "R4"] and config["exclude"] == ["*layers.0*", "R4:*layers.1*"]
     assert (config["block_size"], config["form"], config["tied"], config["cache"]) == (16, "online", "keep", "plain")
     assert {space["form"] for space in data["spaces"]} == {"online"}
     assert all("layers.0" not in space["name"] for space in data["spaces"])

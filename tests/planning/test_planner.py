@@ -166,6 +166,21 @@ def test_exclusions_say_so(pattern: str, gone: set[str]) -> None:
     assert {r.what.split(":")[0] for r in plan.refusals if r.why == f"excluded by {pattern!r}"} == gone
 
 
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        (dict(exclude="R4:*.up"), r"exclude has 'R4:\*.up', which is no space and no parameter .* the nearest is 'R4:.*down'"),
+        (dict(exclude=("R2:*", "model.blocks.0.*")), "exclude has 'model.blocks.0.*'.*; the nearest is '.*blocks.0"),
+        (dict(overrides={"R2:block.0.attn": Override(seed=1)}), "overrides has 'R2:block.0.attn', which is no space .*'R2:blocks.0.attn'"),
+        (dict(overrides={"R3": Override(seed=1)}, rotations="R1,R2"), "overrides has 'R3', and R3 is not among the rotations"),
+        (dict(matrices={"R1:nosuch": torch.eye(3)}), "matrices has 'R1:nosuch', which is no space"),
+    ],
+)
+def test_what_speaks_of_nothing_is_said(settings: dict[str, Any], text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        planned(**settings)
+
+
 def test_leaving_spaces_out() -> None:
     plan = planned()
     less = plan.without("R1:residual", "R4:blocks.0.mlp.down")

@@ -64,6 +64,7 @@ class ChosenSites:
                 rounded_already[site.operand] = self._round_activation(site.operand)
             site.linear.replace_input_with(site.operand, rounded_already[site.operand])
         self.inputs = {s.linear.name: rounded_already.get(s.operand, s.operand).name for s in sites}
+        config.check_used(editor.parameter_names())
         self.tables = [] if config.embedding is None else [(t, config.embedding) for t in table_sites(editor)]
         self.fqns |= {table.name: editor.fqn(table) for table, _ in self.tables}
 
