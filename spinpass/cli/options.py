@@ -92,6 +92,9 @@ LastLogits = Annotated[
 CalibrationWindows = Annotated[
     int, typer.Option("--samples", help="Number of calibration windows, of 512 tokens or of --length.")
 ]
+Force = Annotated[
+    bool, typer.Option("--force", help="Write into OUT though it holds files that no export has put there.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
 Verbose = Annotated[
     int,

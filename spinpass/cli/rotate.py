@@ -36,6 +36,8 @@ def rotate_command(
         raise ConfigError("rotate needs a rotation; choose from " + ALL)
     if target.suffix != ".pt2":
         raise ConfigError(f"{target} does not end in .pt2, the name of an exported program")
+    if target.resolve() == source.resolve():
+        raise ConfigError(f"{target} is the program that is rotated: name another file")
     check_writable(target.parent)
     with screen.steps() as steps:
         steps.start("load")

@@ -10,12 +10,12 @@ import typer
 from spinpass.errors import ConfigError
 from spinpass.evaluation import CALIBRATION_LENGTH, CALIBRATION_WINDOWS, read_text, token_ids
 from spinpass.evaluation import windows as cut
-from spinpass.folders import Result, check_writable, onnx_tools, write_folder
+from spinpass.folders import Result, check_target, check_writable, onnx_tools, write_folder
 from spinpass.loading import load_model
 from spinpass.quantization import QuantizationConfig
 from spinpass.tuning import candidates, tune
 
-from .options import AsJson, CalibrationWindows, Dequantize, Dtype, Model, TrustRemoteCode, Verbose
+from .options import AsJson, CalibrationWindows, Dequantize, Dtype, Force, Model, TrustRemoteCode, Verbose
 from .screen import screen_of
 from .tables import files_table, show_loading, tuning_table
 
@@ -33,6 +33,7 @@ def tune_command(
     dtype: Dtype = "float32",
     dequantize: Dequantize = False,
     trust_remote_code: TrustRemoteCode = False,
+    force: Force = False,
     as_json: AsJson = False,
     verbose: Verbose = 0,
 ) -> None:
@@ -48,6 +49,7 @@ def tune_command(
     QuantizationConfig.parse(quantize)
     onnx = None if out is None else onnx_tools()
     if out is not None:
+        check_target(out, model, force=force)
         check_writable(out)
     with screen.steps() as steps:
         loaded = load_model(

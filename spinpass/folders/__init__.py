@@ -2,7 +2,7 @@
 all.
 """
 
-from .companions import Written, check_writable
+from .companions import Written, check_target, check_writable
 from .onnx import onnx_tools, write_folder
 from .request import ExportRequest, IntegerCache, Target, export
 from .result import Result, quantized, rotated, version_of
@@ -13,6 +13,7 @@ __all__ = [
     "Result",
     "Target",
     "Written",
+    "check_target",
     "check_writable",
     "export",
     "onnx_tools",

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from spinpass.errors import ConfigError
 from spinpass.formats import MANIFEST, hashes, staged
 from spinpass.loading import LoadedModel, LoadingReport
 
@@ -43,6 +44,41 @@ def write_companions(
     with staged(out) as staging:
         (staging / MANIFEST).write_text(json.dumps(about, indent=2), encoding="utf-8")
     return about, sorted(written | {MANIFEST})
+
+
+def check_target(out: Path, model: str, *, force: bool) -> None:
+    """Make sure that an export replaces nothing but an earlier export.
+
+    Args:
+        out: the folder that is to be written: absent, empty, or holding only what its own ``spinpass.json`` lists.
+        model: what is exported, perhaps a folder.
+        force: write into a folder that holds other files, too. MODEL itself is never written to.
+
+    Raises:
+        ConfigError: OUT is MODEL or lies in it; or it holds other files.
+    """
+    source, target = Path(model).expanduser(), out.expanduser()
+    if source.is_dir() and (target.resolve() == source.resolve() or source.resolve() in target.resolve().parents):
+        raise ConfigError(f"{out} is the model that is exported, or lies in it: name another folder")
+    if force or not target.is_dir():
+        return
+    here = {path.name for path in target.iterdir() if not path.name.startswith(".spinpass-")}  # of a run cut short
+    others = sorted(here - _own_files(target))
+    if others:
+        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+        raise ConfigError(
+            f"{out} holds {others[0]}{more}, which no export of spinpass has put there: name another folder, or add "
+            "--force (force=True) to write into it"
+        )
+
+
+def _own_files(folder: Path) -> set[str]:
+    """Return the names that the ``spinpass.json`` of a folder lists, and its own; none where there is none."""
+    try:
+        listed = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()
+    return {MANIFEST, *listed}
 
 
 def check_writable(folder: Path) -> None:

@@ -16,7 +16,7 @@ from spinpass.passes import last_token
 from spinpass.progress import Silent, Steps
 from spinpass.quantization import QuantizationConfig
 
-from .companions import Written, check_writable
+from .companions import Written, check_target, check_writable
 from .executorch import executorch_tools, write_pte_folder
 from .gptq import WEIGHTS_ONLY, check_rotation, write_gptq_folder
 from .onnx import CacheBits, onnx_tools, write_folder
@@ -48,6 +48,7 @@ def export(
     last_logits: bool = False,
     fuse: bool = True,
     certify: bool = True,
+    force: bool = False,
     steps: Steps | None = None,
 ) -> Written:
     """Load a model, rotate it, certify it, and write a folder that a runtime runs: ``spinpass export`` from Python.
@@ -70,6 +71,7 @@ def export(
         last_logits: compute the logits of the last token alone.
         fuse: use ONNX Runtime's own operators for attention.
         certify: prove the rotated program, and the file, equivalent before anything stays on the disk.
+        force: write into a folder that holds files of others, too.
         steps: told what begins.
 
     Returns:
@@ -86,7 +88,7 @@ def export(
         str(model), Path(out), config, to, quantize=quantize, calibration=text, int4=int4, kv_cache=kv_cache,
         dtype=dtype, cache=cache, context=context, dequantize=dequantize,
         trust_remote_code=trust_remote_code, last_logits=last_logits, fuse=fuse, certify=certify,
-        calibration_windows=calibration_windows,
+        calibration_windows=calibration_windows, force=force,
     )  # fmt: skip
     steps = steps or Silent()
     try:
@@ -116,6 +118,7 @@ class ExportRequest:
     fuse: bool = True
     certify: bool = True
     calibration_windows: int = CALIBRATION_WINDOWS
+    force: bool = False
 
     def __post_init__(self) -> None:
         check_windows(self.calibration_windows)
@@ -191,6 +194,7 @@ class ExportRequest:
 
         Raises ConfigError, ExportError, RefusedError and VerificationError, as :func:`export`.
         """
+        check_target(self.out, self.model, force=self.force)
         write = self._writer()
         check_writable(self.out)
         loaded = load_model(

@@ -126,7 +126,8 @@ def _load(source: Source, dtype: Any, dequantize: bool, trust: bool) -> tuple[An
     except SpinpassError:
         raise
     except Exception as error:  # hub, file, configuration and import errors: no common base below Exception
-        raise ExportError(f"transformers cannot load {source.location}: {_summary(error)}") from error
+        here = "" if Path(source.location).exists() else f"there is no file or folder {source.location} here, and "
+        raise ExportError(f"{here}transformers cannot load {source.location}: {_summary(error)}") from error
     where: dict[str, Any] = {"gguf_file": source.gguf} if source.gguf else {"trust_remote_code": trust}
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source.location, **where)

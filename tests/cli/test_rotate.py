@@ -43,3 +43,10 @@ def test_failed_certificate(pt2: Path, tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(folder_module, "rotate", fail)
     result = run("rotate", pt2, tmp_path / "x.pt2")
     assert result.exit_code == 1 and "not equivalent: logits" in result.stderr
+
+
+def test_rotate_does_not_replace_its_input(pt2: Path) -> None:
+    before = pt2.read_bytes()
+    result = run("rotate", pt2, pt2.parent / "." / pt2.name)
+    assert result.exit_code == 2 and "is the program that is rotated: name another file" in result.stderr
+    assert pt2.read_bytes() == before

@@ -38,6 +38,7 @@ _SWITCHES = {
     "no-fuse": "write standard ONNX operators only, instead of ONNX Runtime's own for attention",
     "dequantize": "where MODEL is quantized (GPTQ, FP8, MXFP4), take the values of its codes",
     "trust-remote-code": "run the modelling code that comes with MODEL",
+    "force": "write into OUT though it holds files that no export has put there",
     "json": "print one JSON document instead of tables",
 }
 
