@@ -16,7 +16,7 @@ from tests.support.commands import run
 def exported_into(folder: Path, *more: str) -> Path:
     folder.mkdir()
     names = ["config.json", "model.onnx"]
-    (folder / "spinpass.json").write_text(json.dumps({"files": dict.fromkeys(names, {})}))
+    (folder / "spinpass.json").write_text(json.dumps({"files": {name: {} for name in names}}))
     for name in (*names, *more):
         (folder / name).touch()
     return folder
