@@ -47,6 +47,9 @@ class ProgramEditor:
         copied: dict[Node, Node] = {}
         self.graph = Graph()
         result = self.graph.graph_copy(self._source.graph, copied)
+        for old, new in copied.items():  # a copy of `input` would be `input_1`, for fx keeps off Python's own names
+            if new.name != old.name:
+                new.name = old.name
         output = self.graph.output(result)
         output.meta = copy.copy(next(iter(reversed(self._source.graph.nodes))).meta)
         self.inputs: list[InputSpec] = copy.deepcopy(self._source.graph_signature.input_specs)
