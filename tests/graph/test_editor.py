@@ -79,6 +79,19 @@ def test_an_untouched_program_comes_back_equal_and_new(program: ExportedProgram)
     assert finished.state_dict is not program.state_dict
 
 
+class Names(nn.Module):
+    def forward(self, input: Tensor, input_1: Tensor, max: Tensor) -> Tensor:
+        return input + input_1 + max
+
+
+def test_names_that_python_has_a_meaning_for_are_kept() -> None:
+    source = torch.export.export(Names(), tuple(torch.ones(2) for _ in range(3)))
+    editor = ProgramEditor(source)
+    assert [n.name for n in editor.nodes] == [n.name for n in source.graph.nodes]
+    assert [n.name for n in editor.user_inputs()] == ["input", "input_1", "max"]
+    assert editor.finish().graph_signature.user_inputs == source.graph_signature.user_inputs
+
+
 def test_edits_never_reach_the_source(program: ExportedProgram) -> None:
     before = snapshot(program)
     editor = ProgramEditor(program)
