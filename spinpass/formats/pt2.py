@@ -20,6 +20,7 @@ from spinpass import operators  # noqa: F401  # registers what rotated, quantize
 from spinpass.errors import ConfigError, ExportError, ProgramError
 
 from .staging import staged
+from .untrusted import check_members
 
 _CLASS = re.compile(rb'\\*"type\\*": *\\*"(transformers[\w.]*)[:.](\w+)\\*"')
 _TORCH_LOGGERS = ("torch.export", "torch.export.pt2_archive._package", "torch._export.serde.serialize")
@@ -28,20 +29,25 @@ _TORCH_LOGGERS = ("torch.export", "torch.export.pt2_archive._package", "torch._e
 def load_program(path: str | Path) -> ExportedProgram:
     """Load the program in a ``.pt2`` file, with the sharing of tied weights it was saved with.
 
-    Programs that take a KV cache of transformers name its class; it is registered first, which needs transformers. The
-    example inputs in the file are unpickled by torch: load only files that you trust.
+    Programs that take a KV cache of transformers name its class; it is registered first, which needs transformers.
+    Nothing that is in the file is run: see :mod:`.untrusted`.
 
     Raises:
         ConfigError: there is no such file.
-        ExportError: it is no program, is damaged, comes from an incompatible torch, or needs a package that is missing.
+        ExportError: it is no program, is damaged, holds what could run code, comes from an incompatible torch, or needs
+            a package that is missing.
     """
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"there is no file {path}")
     if not zipfile.is_zipfile(path):
         raise ExportError(f"{path} is not a .pt2 archive, or it is cut short; save the program again")
-    _register_classes(path)
-    with _captured_logs() as messages:
+    try:
+        _register_classes(path)
+        classes = check_members(path)
+    except (zipfile.BadZipFile, ValueError, AttributeError) as error:  # no archive, no JSON, or other JSON than torch's
+        raise ExportError(f"{path} is damaged, or no exported program: {_first_line(error)}") from error
+    with _captured_logs() as messages, torch.serialization.safe_globals(classes):
         try:
             return torch.export.load(str(path))
         except Exception as error:  # zipfile's, json's, pickle's and torch's own have no common base below Exception

@@ -1,6 +1,6 @@
 """An exported program that can be edited, and how to read its nodes; the only place that touches private torch API."""
 
-from .checks import check_program
+from .checks import check_program, is_size_class
 from .editor import ProgramEditor, shares_memory
 from .invariants import Changes, Invariants
 from .layout import Layout, LayoutError, Size
@@ -34,6 +34,7 @@ __all__ = [
     "integers_as_parameters",
     "is_float",
     "is_op",
+    "is_size_class",
     "known_integers",
     "listing",
     "mutates",

@@ -83,3 +83,12 @@ _QUANTIZED_WORDS = (
     "fake_quantize",
     "qlinear",
 )
+
+
+def is_size_class(name: str) -> bool:
+    """Return whether expressions of sizes may apply the class of that name: sympy's own, or one that torch adds."""
+    import sympy
+    from torch.utils._sympy import functions
+
+    found = getattr(functions, name, None) or getattr(sympy, name, None)
+    return isinstance(found, type) and issubclass(found, sympy.Basic)
