@@ -44,14 +44,7 @@ class ProgramEditor:
     def __init__(self, program: ExportedProgram) -> None:
         check_program(program)
         self._source = program
-        copied: dict[Node, Node] = {}
-        self.graph = Graph()
-        result = self.graph.graph_copy(self._source.graph, copied)
-        for old, new in copied.items():  # a copy of `input` would be `input_1`, for fx keeps off Python's own names
-            if new.name != old.name:
-                new.name = old.name
-        output = self.graph.output(result)
-        output.meta = copy.copy(next(iter(reversed(self._source.graph.nodes))).meta)
+        self.graph = _copied(self._source.graph)
         self.inputs: list[InputSpec] = copy.deepcopy(self._source.graph_signature.input_specs)
         self.outputs = copy.deepcopy(self._source.graph_signature.output_specs)
         placeholders = {n.name: n for n in self.graph.nodes if n.op == "placeholder"}
@@ -369,3 +362,15 @@ def shares_memory(editor: ProgramEditor, node: Node, source: Node) -> bool:
 
 
 _MAY_RETURN_OPERAND = {"aten::dropout", "aten::feature_dropout", "aten::type_as", "aten::to"}
+
+
+def _copied(graph: Graph) -> Graph:
+    """Return a copy of the graph, every node under its name."""
+    copied: dict[Node, Node] = {}
+    made = Graph()
+    output = made.output(made.graph_copy(graph, copied))
+    output.meta = copy.copy(next(iter(reversed(graph.nodes))).meta)
+    for old, new in copied.items():  # a copy of `input` would be `input_1`, for fx keeps off Python's own names
+        if new.name != old.name:
+            new.name = old.name
+    return made

@@ -97,7 +97,7 @@ def test_what_torch_writes_is_read(plain: Path, tmp_path: Path) -> None:
     assert {each.__name__ for each in check_members(tmp_path / "cache.pt2")} == {"DynamicCache", "DynamicLayer"}
 
 
-@pytest.mark.parametrize("bomb", [Bomb(), Touch(), ((Bomb(),), {}), {"a": [Touch()]}], ids=repr)
+@pytest.mark.parametrize("bomb", [Bomb(), Touch(), ((Bomb(),), {}), {"a": [Touch()]}], ids=["one", "system", "nested", "keyed"])
 def test_a_bomb_among_the_example_inputs(plain: Path, tmp_path: Path, bomb: object) -> None:
     path = rewritten(plain, tmp_path / "x.pt2", {"sample_inputs/model.pt": saved(bomb)})
     assert "sample_inputs/model.pt" in (said := refused(path)) and "can run code when it is read" in said
