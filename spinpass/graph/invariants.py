@@ -20,7 +20,7 @@ from spinpass.errors import InvariantError
 from .editor import ProgramEditor
 from .nodes import is_check, mutates, shape, value
 
-_arguments = operator.attrgetter("_args")
+_arguments, _target = operator.attrgetter("_args"), operator.attrgetter("target")
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,7 @@ class Invariants:
         self._editor = editor
         self._nodes: list[Node] = []
         self._arguments: list[Any] = []  # of each node, in the same order
+        self._targets: list[Any] = []  # likewise
         self._known: dict[Node, tuple[Any, Any, Any]] = {}  # of each node both kinds of arguments, and the target
         self._named: list[Node] = []  # the nodes that have named arguments
         self._specs: list[Any] = []  # of the signature
@@ -77,27 +78,27 @@ class Invariants:
         self._steps = steps
         # arguments are read straight from the attributes: the properties of Node cost more than all the rest
         nodes = list(self._editor.nodes)
-        arguments = list(map(_arguments, nodes))
+        arguments, targets = list(map(_arguments, nodes)), list(map(_target, nodes))
         specs = [*self._editor.inputs, *self._editor.outputs]
-        same = nodes == self._nodes and _identical(arguments, self._arguments) and _identical(specs, self._specs)
+        pairs = ((nodes, self._nodes), (arguments, self._arguments), (targets, self._targets))
+        same = all(_identical(*pair) for pair in (*pairs, (specs, self._specs)))
         if same and all(self._known[n][1] is n._kwargs for n in self._named):
             return Changes((), (), 0, queued)
-        pairs = ((nodes, self._nodes), (arguments, self._arguments))
         head = min(_common(*pair) for pair in pairs)
         tail = min(_common(now[:head:-1], before[:head:-1]) for now, before in pairs)
         between = nodes[head : len(nodes) - tail]
         made = [n for n in between if n not in self._known]
-        altered = [n for n in between if n in self._known and self._known[n][0] is not n._args]
+        altered = [n for n in between if n in self._known and not _identical(self._known[n][::2], (n._args, n.target))]
         altered += [n for n in self._named if self._known[n][1] is not n._kwargs and n not in altered]
         gone = self._nodes[head : len(self._nodes) - tail]
         removed = len(gone) + len(made) - len(between)
-        for node in {*between, *altered}:  # what has moved is there as well
+        for node in dict.fromkeys((*between, *altered)):  # what has moved is between as well
             _check_operands(node)
         for node in made:
             if mutates(node):
                 raise InvariantError(f"{node.name} writes into {node.all_input_nodes[0].name}: the graph is functional")
         for node in altered:
-            if self._known[node][2] != node.target:
+            if self._known[node][2] is not node.target:
                 raise InvariantError(f"{node.name} computes {node.target}, not {self._known[node][2]} as before")
             _check_values(node, self._known[node][:2])
         for lost in set(gone) - set(between) if removed else ():
@@ -109,7 +110,7 @@ class Invariants:
             del self._known[node]
         self._known |= {n: (n._args, n._kwargs, n.target) for n in (*between, *altered)}
         self._named = [n for n in self._named if n in self._known] + [n for n in made if n._kwargs]
-        self._nodes, self._arguments, self._specs = nodes, arguments, specs
+        self._nodes, self._arguments, self._targets, self._specs = nodes, arguments, targets, specs
         return Changes(tuple(made), tuple(altered), removed, queued)
 
     def _check_interface(self) -> None:

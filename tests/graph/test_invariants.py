@@ -104,6 +104,10 @@ def moved(editor: ProgramEditor) -> None:
     named(editor, "relu").append(named(editor, "linear"))
 
 
+def another_function(editor: ProgramEditor) -> None:
+    named(editor, "relu").target = aten.neg.default
+
+
 def in_place(editor: ProgramEditor) -> None:
     relu = named(editor, "relu")
     editor.replace(relu, editor.call(aten.mul_.Scalar, relu, 1.0, after=relu, origin="test"))
@@ -113,6 +117,7 @@ def in_place(editor: ProgramEditor) -> None:
     ("edit", "text"),
     [
         (moved, "relu reads linear, which is computed after it"),
+        (another_function, "relu computes aten.neg.default, not aten.relu.default as before"),
         (in_place, "mul__scalar writes into relu: the graph is functional"),
         (rewired, "add reads neg_default, which is computed after it"),
         (foreign, "add reads relu, which is not in the graph"),
