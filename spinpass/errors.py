@@ -35,3 +35,9 @@ class VerificationError(SpinpassError):
 
 class ExportError(SpinpassError):
     """Writing or reading an exported artefact failed; nothing was left half written."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of what another library says, at most 300 characters; its type where it says nothing."""
+    lines = (line.strip() for line in str(error).splitlines())
+    return next(filter(None, lines), type(error).__name__)[:300]

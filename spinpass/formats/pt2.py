@@ -17,7 +17,7 @@ import torch
 from torch.export import ExportedProgram
 
 from spinpass import operators  # noqa: F401  # registers what rotated, quantized and packed programs call
-from spinpass.errors import ConfigError, ExportError, ProgramError
+from spinpass.errors import ConfigError, ExportError, ProgramError, first_line
 
 from .staging import staged
 from .untrusted import check_members
@@ -46,12 +46,12 @@ def load_program(path: str | Path) -> ExportedProgram:
         _register_classes(path)
         classes = check_members(path)
     except (zipfile.BadZipFile, ValueError, AttributeError) as error:  # no archive, no JSON, or other JSON than torch's
-        raise ExportError(f"{path} is damaged, or no exported program: {_first_line(error)}") from error
+        raise ExportError(f"{path} is damaged, or no exported program: {first_line(error)}") from error
     with _captured_logs() as messages, torch.serialization.safe_globals(classes):
         try:
             return torch.export.load(str(path))
         except Exception as error:  # zipfile's, json's, pickle's and torch's own have no common base below Exception
-            reason = messages[-1] if messages else _first_line(error)
+            reason = messages[-1] if messages else first_line(error)
             raise ExportError(
                 f"torch {torch.__version__} cannot read {path} as an exported program: {reason}; "
                 "export it again with this torch, or check that the file is whole"
@@ -85,7 +85,7 @@ def _write(program: ExportedProgram, sink: _Sink, path: Path) -> None:
     try:
         torch.export.save(program, cast(IO[bytes], sink))
     except Exception as error:  # the serializer's own errors have no common base below Exception
-        raise ExportError(f"torch cannot serialize the program for {path}: {_first_line(error)}") from error
+        raise ExportError(f"torch cannot serialize the program for {path}: {first_line(error)}") from error
 
 
 class _Sink(io.RawIOBase):
@@ -148,7 +148,7 @@ def _captured_logs() -> Iterator[list[str]]:
 
     def keep(record: logging.LogRecord) -> bool:
         if record.exc_info is not None and record.exc_info[1] is not None:
-            messages.append(_first_line(record.exc_info[1]))
+            messages.append(first_line(record.exc_info[1]))
         return False
 
     loggers = [logging.getLogger(name) for name in _TORCH_LOGGERS]
@@ -159,8 +159,3 @@ def _captured_logs() -> Iterator[list[str]]:
     finally:
         for logger in loggers:
             logger.removeFilter(keep)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:300]

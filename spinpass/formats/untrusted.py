@@ -19,16 +19,17 @@ import io
 import json
 import zipfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from spinpass.errors import ExportError
+from spinpass.errors import ExportError, first_line
 from spinpass.graph import is_size_class
 
 _CHUNK = 1 << 22
+_CONTROL = ast.Lambda | ast.comprehension | ast.NamedExpr | ast.JoinedStr | ast.Await | ast.Yield
 _GUARD_NAMES = {"L", "torch", "math", "max", "min", "abs", "len", "int", "float", "bool", "round", "isinstance"}
 _GUARD_ATTRIBUTES = {
     "size", "stride", "storage_offset", "dim", "ndim", "shape", "dtype", "device", "item", "numel", "is_contiguous",
@@ -100,7 +101,7 @@ def _check_pickle(path: Path, name: str, data: bytes) -> set[type]:
     try:
         wanted = torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(data))
     except Exception as error:  # of torch's reader: no common base below Exception
-        raise ExportError(f"{path}: {name} is no checkpoint of torch ({_line(error)})") from error
+        raise ExportError(f"{path}: {name} is no checkpoint of torch ({first_line(error)})") from error
     allowed = {_cache_class(path, name, each) for each in wanted}
     try:
         with torch.serialization.safe_globals(list(allowed)):
@@ -147,50 +148,40 @@ def _check_document(path: Path, name: str, document: Any) -> None:
                     )
 
 
-def _tree(text: object) -> ast.AST | None:
+def _consists(text: object, fine: Callable[[ast.AST], bool]) -> bool:
+    """Say whether the text is an expression whose every part is fine."""
     try:
-        return ast.parse(str(text).strip(), mode="eval")
+        tree = ast.parse(str(text).strip(), mode="eval")
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return None
-
-
-def _is_expression(text: str) -> bool:
-    """Say whether the text is numbers, symbols, arithmetic, and classes of sympy or torch applied to them."""
-    tree = _tree(text)
-    if tree is None:
         return False
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and not (isinstance(node.func, ast.Name) and is_size_class(node.func.id)):
-            return False
-        if isinstance(
-            node, ast.Attribute | ast.Subscript | ast.Lambda | ast.comprehension | ast.NamedExpr | ast.JoinedStr
-        ):
-            return False
-        if (
-            isinstance(node, ast.Constant)
-            and isinstance(node.value, str | bytes)
-            and not str(node.value).isidentifier()
-        ):
-            return False
-        if isinstance(node, ast.Name) and node.id.startswith("__"):
-            return False
-    return True
+    return all(map(fine, ast.walk(tree)))
+
+
+def _is_expression(text: object) -> bool:
+    """Say whether the text is numbers, symbols, arithmetic, and classes of sympy or torch applied to them."""
+    return _consists(text, _of_a_size)
+
+
+def _of_a_size(node: ast.AST) -> bool:
+    match node:
+        case ast.Call():
+            return isinstance(node.func, ast.Name) and is_size_class(node.func.id)
+        case ast.Constant(value=str() | bytes()):
+            return str(node.value).isidentifier()
+        case ast.Name():
+            return not node.id.startswith("__")
+    return not isinstance(node, ast.Attribute | ast.Subscript | _CONTROL)
 
 
 def _is_guard(text: object) -> bool:
     """Say whether the text compares sizes and other properties of the inputs, ``L[...]``."""
-    tree = _tree(text)
-    if tree is None:
-        return False
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Name) and node.id not in _GUARD_NAMES:
-            return False
-        if isinstance(node, ast.Attribute) and node.attr not in _GUARD_ATTRIBUTES:
-            return False
-        if isinstance(node, ast.Lambda | ast.comprehension | ast.NamedExpr | ast.JoinedStr | ast.Await | ast.Yield):
-            return False
-    return True
+    return _consists(text, _of_a_guard)
 
 
-def _line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]
+def _of_a_guard(node: ast.AST) -> bool:
+    match node:
+        case ast.Name():
+            return node.id in _GUARD_NAMES
+        case ast.Attribute():
+            return node.attr in _GUARD_ATTRIBUTES
+    return not isinstance(node, _CONTROL)

@@ -23,7 +23,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 
 from spinpass import execution
-from spinpass.errors import ConfigError, ExportError, ProgramError
+from spinpass.errors import ConfigError, ExportError, ProgramError, first_line
 from spinpass.execution import origin
 from spinpass.formats import pte_path
 from spinpass.graph import mutates, op_name
@@ -182,10 +182,7 @@ def _translated(program: ExportedProgram, backend: Backend) -> tuple[Counter[str
         counted = Counter(_operator(node) for node in edge.exported_program().graph.nodes if node.op == "call_function")
         return counted, edge.to_executorch(ExecutorchBackendConfig(passes=passes))
     except Exception as error:  # ExecuTorch's own have no common base below Exception
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise ExportError(
-            f"ExecuTorch cannot take the program: {(lines or [type(error).__name__])[0][:300]}"
-        ) from error
+        raise ExportError(f"ExecuTorch cannot take the program: {first_line(error)}") from error
 
 
 def _operator(node: torch.fx.Node) -> str:
