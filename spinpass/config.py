@@ -155,13 +155,15 @@ class RotationConfig:
                 if key.split(":")[0] not in self.rotations:
                     raise ConfigError(f"{name} has {key!r}, and {key.split(':')[0]} is not among the rotations")
                 if ":" in key and not fnmatch.filter(spaces, key):
-                    raise ConfigError(f"{name} has {key!r}, which is no space of this program{_nearest(key, spaces)}")
+                    raise ConfigError(
+                        f"{name} has {key!r}, which is no space of this program{nearest_name(key, spaces)}"
+                    )
         names = {*spaces, *(name.split(":", 1)[-1] for name in spaces), *parameters}
         for pattern in self.exclude:
             if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
                 raise ConfigError(
                     f"exclude has {pattern!r}, which is no space and no parameter of this program"
-                    f"{_nearest(pattern, names)}"
+                    f"{nearest_name(pattern, names)}"
                 )
 
     def settings(self, name: str) -> Override:
@@ -196,7 +198,8 @@ class RotationConfig:
         }
 
 
-def _nearest(key: str, names: Collection[str]) -> str:
+def nearest_name(key: str, names: Collection[str]) -> str:
+    """Return the end of a message on a key that is none of the names: the one most like it, nothing without names."""
     found = difflib.get_close_matches(key, sorted(names), 1, 0.0)
     return f"; the nearest is {found[0]!r}" if found else ""
 

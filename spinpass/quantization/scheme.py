@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
 
+from spinpass.config import nearest_name
 from spinpass.errors import ConfigError
 
 Method = Literal["rtn", "gptq"]
@@ -276,9 +276,8 @@ class QuantizationConfig:
         for name, patterns in (("overrides", tuple(self.overrides)), ("exclude", self.exclude)):
             for pattern in patterns:
                 if not any(fnmatchcase(fqn, pattern) for fqn in parameters):
-                    near = get_close_matches(pattern, sorted(parameters), 1, 0.0)
-                    told = f"; the nearest is {near[0]!r}" if near else ""
-                    raise ConfigError(f"{name} has {pattern!r}, which is no parameter of this program{told}")
+                    near = nearest_name(pattern, parameters)
+                    raise ConfigError(f"{name} has {pattern!r}, which is no parameter of this program{near}")
 
     def excludes(self, fqn: str) -> bool:
         """Whether the name of a parameter matches a pattern of ``exclude``."""
