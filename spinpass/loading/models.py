@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -138,16 +138,13 @@ def _load(source: Source, dtype: Any, dequantize: bool, trust: bool) -> tuple[An
 
 
 def _of_gguf(transformers: Any, source: Source, dtype: Any) -> tuple[Any, LoadingReport]:
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(
-        source.location, gguf_file=source.gguf, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
-    )
-    unused = check_loaded_tensors(source.location, model, info, {})
+    model, unused = _checked(transformers, source.location, {}, gguf_file=source.gguf, dtype=dtype)
     # the weights are dequantized, yet the model says otherwise and refuses to be saved
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     types = gguf_types(Path(source.location, str(source.gguf)))
-    return model.eval(), LoadingReport(unused, dequantized=f"GGUF {'/'.join(types)}" if types else None)
+    return model, LoadingReport(unused, dequantized=f"GGUF {'/'.join(types)}" if types else None)
 
 
 def _of_folder(
@@ -165,16 +162,22 @@ def _of_folder(
     if names:
         options["key_mapping"] = names
     with _nothing_ignored(transformers, config):
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(
-            location,
-            dtype=dtype,
-            trust_remote_code=trust,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-            **options,
-        )
-    unused = check_loaded_tensors(location, model, info, {} if method else stored)
-    return model.eval(), LoadingReport(unused, wrappers(stored), method)
+        values = {} if method else stored
+        model, unused = _checked(transformers, location, values, dtype=dtype, trust_remote_code=trust, **options)
+    return model, LoadingReport(unused, wrappers(stored), method)
+
+
+def _checked(
+    transformers: Any, location: str, stored: Mapping[str, torch.dtype | str], **options: Any
+) -> tuple[Any, tuple[str, ...]]:
+    """Load a causal language model; return it and what it has not used of the file.
+
+    ``stored`` are the dtypes of what the file holds as values. Raises ExportError as :func:`.check_loaded_tensors`.
+    """
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        location, output_loading_info=True, ignore_mismatched_sizes=True, **options
+    )
+    return model.eval(), check_loaded_tensors(location, model, info, stored)
 
 
 @contextmanager
