@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from typer.testing import CliRunner
 
 pytest.importorskip("matplotlib")
@@ -16,19 +15,13 @@ pytest.importorskip("matplotlib")
 from spinpass.cli import app as commands
 from spinpass.evaluation.scoring import Opened, ProgramScorer
 from spinpass.formats import staging as files
-from spinpass.formats.pt2 import load_program, save_program
-from tests.support import folders, programs
+from spinpass.formats.pt2 import load_program
+from tests.support import folders
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A program without a cache, which loads in a moment, beside its tokenizer and a text."""
-    path = tmp_path_factory.mktemp("model")
-    save_program(programs.program("llama_tied", "hf", torch.float32), path / "model.pt2")
-    folders.tokenizer().save_pretrained(path)
-    words = (folders.WORDS[i * i % len(folders.WORDS)] for i in range(400))
-    (path / "text.txt").write_text(" ".join(words))
-    return path
+    return folders.program_folder(tmp_path_factory.mktemp("model"))
 
 
 def run(folder: Path, *arguments: object) -> Any:

@@ -5,24 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 
 from spinpass.errors import ConfigError
 from spinpass.evaluation.scoring import Opened, ProgramScorer
-from spinpass.formats.pt2 import load_program, save_program
+from spinpass.formats.pt2 import load_program
 from spinpass.reporting.measure import ReportRequest
-from tests.support import folders, programs
+from tests.support import folders
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A program without a cache, which loads in a moment, beside its tokenizer and a text."""
-    path = tmp_path_factory.mktemp("model")
-    save_program(programs.program("llama_tied", "hf", torch.float32), path / "model.pt2")
-    folders.tokenizer().save_pretrained(path)
-    words = (folders.WORDS[i * i % len(folders.WORDS)] for i in range(400))
-    (path / "text.txt").write_text(" ".join(words))
-    return path
+    return folders.program_folder(tmp_path_factory.mktemp("model"))
 
 
 def test_what_is_calibrated_on_is_not_scored(folder: Path) -> None:

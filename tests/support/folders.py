@@ -68,6 +68,20 @@ def model_folder(folder: Path, name: str = "llama_tied", **config: Any) -> Path:
     return folder
 
 
+def program_folder(folder: Path) -> Path:
+    """``model.pt2``, a program without a cache, which loads in a moment, beside its tokenizer and ``text.txt``."""
+    import torch
+
+    from spinpass.formats import save_program
+    from tests.support import programs
+
+    save_program(programs.program("llama_tied", "hf", torch.float32), folder / "model.pt2")
+    tokenizer().save_pretrained(folder)
+    words = (WORDS[i * i % len(WORDS)] for i in range(400))
+    (folder / "text.txt").write_text(" ".join(words))
+    return folder
+
+
 def gguf_file(path: Path) -> Path:
     """A tiny llama with 32-bit weights and no tokenizer."""
     import gguf
