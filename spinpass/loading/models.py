@@ -22,6 +22,7 @@ from spinpass.errors import ConfigError, ExportError, SpinpassError
 from spinpass.formats import load_program, staged
 
 from .architecture import causal_classes, check_architecture
+from .decoder import export_decoder, sample_ids, traced_program
 from .gptq import skeleton, with_values
 from .older_transformers import add_older_words
 from .quantized import check_quantization, dequantized_config, gguf_types
@@ -31,7 +32,6 @@ from .tensors import LoadingReport, check_loaded_tensors, renamings, stored_tens
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "auto": "auto"}
 _IGNORED = "_keys_to_ignore_on_load_unexpected"  # of a class of transformers
-_SAMPLE = (2, 16)  # a batch of one would be specialised to one
 
 
 @dataclass(frozen=True)
@@ -205,24 +205,18 @@ def _table_notes(model: Any, tokenizer: Any) -> tuple[str, ...]:
 
 
 def _exported(model: Any, cache: bool, name: str, context: int | None) -> ExportedProgram:
-    ids = torch.arange(_SAMPLE[0] * _SAMPLE[1]).reshape(_SAMPLE) % model.get_input_embeddings().num_embeddings
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    exporters = _module("transformers.exporters", f"exporting {name}")
-    stages = _module("transformers.exporters.utils", f"exporting {name}")
+    _module("transformers.exporters", f"exporting {name}")
     try:
         if context is not None:
             return export_static_cache(model, context)
         if cache:
-            model, inputs = stages.decompose_for_generation(model, inputs, multi_token_decode=True)["decode"]
-        else:
-            inputs = inputs | {"use_cache": False}
-        exported = exporters.DynamoExporter().export(model, inputs, exporters.DynamoConfig(dynamic=True))
+            return export_decoder(model)
+        ids = sample_ids(model)
+        return traced_program(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False})
     except ConfigError:
         raise
     except Exception as error:  # whatever tracing a model's own code raises
         raise ExportError(f"{name} cannot be exported: {_summary(error)}") from error
-    program: ExportedProgram = exported.program
-    return program
 
 
 def _module(name: str, purpose: str) -> Any:
