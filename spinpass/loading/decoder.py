@@ -42,6 +42,7 @@ def export_decoder(model: Any) -> ExportedProgram:
         model, {"input_ids": ids, "attention_mask": mask}, multi_token_decode=True
     )
     traced, inputs = captured["decode"]
+    traced.forward = _with_known_mask(traced.forward)
     return traced_program(traced, {name: _whole(value) for name, value in inputs.items()})
 
 
@@ -82,6 +83,25 @@ def _whole_layer(caches: Any, layer: Any) -> Any:
     whole = caches.DynamicLayer()
     whole.update(*(torch.nn.functional.pad(kept, (0, 0, missing, 0)) for kept in (layer.keys, layer.values)))
     return whole
+
+
+def _with_known_mask(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Return ``forward`` with what is known of the mask: it has the rows of the ids, and a place for every key.
+
+    Of itself a trace gives it sizes of its own.
+    """
+
+    @functools.wraps(forward)
+    def checked(*args: Any, **inputs: Any) -> Any:
+        ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
+        if isinstance(ids, Tensor) and isinstance(mask, Tensor) and mask.ndim == 2:
+            caches = [v for v in inputs.values() if hasattr(v, "get_seq_length")]
+            past = caches[0].get_seq_length() if caches else 0
+            torch._check(mask.shape[0] == ids.shape[0])
+            torch._check(mask.shape[1] == past + ids.shape[1])
+        return forward(*args, **inputs)
+
+    return checked
 
 
 # -- rotary embeddings whose frequencies depend on the length ----------------------------------------------------------

@@ -11,16 +11,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
 from spinpass import execution
 from spinpass.certificate import FileCertificate, FileComparison, badness
-from spinpass.execution import Sizes, UserInput
+from spinpass.execution import InputRole, Sizes, UserInput
 from spinpass.runtime import from_ort, open_session, run_session, to_ort
 
 KIND = "ONNX file"
 _CACHE_RANK = 4
+_MASK_RANK = 2
 
 
 def certify_onnx(ep: ExportedProgram, path: Path, inputs: object = None, *, fused: bool = False) -> FileCertificate:
@@ -52,7 +54,8 @@ def _certify(ep: ExportedProgram, session: Any, values: object) -> FileCertifica
 def fused_cases(ep: ExportedProgram, values: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Cut ``values`` to a prompt without cache, to one token per sequence, and to one sequence.
 
-    They stay whole, one case, where the program has no cache whose length is a size of its own.
+    They stay whole, one case, where the program has no cache whose length is a size of its own. In masks the second
+    key of a row is closed: what a token that sees nothing becomes differs between kernels, and each sees the first one.
     """
     specs = execution.user_inputs(ep)
     sizes = execution.bound_sizes(specs, values)
@@ -66,6 +69,13 @@ def fused_cases(ep: ExportedProgram, values: Mapping[str, Any]) -> list[dict[str
     return [_cut(specs, values, sizes | change) for change in (empty, one_token, one_row)]
 
 
+def _holed(size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Return a mask of rows of keys that are all open, but for the second one of the first row."""
+    mask = torch.ones(size, dtype=dtype)
+    mask[:1, 1:2] = 0
+    return mask
+
+
 def _cut(specs: list[UserInput], values: Mapping[str, Any], sizes: Sizes) -> dict[str, Any]:
     """Keep the first entries along every axis; numbers stay."""
     cut = dict(values)
@@ -74,7 +84,8 @@ def _cut(specs: list[UserInput], values: Mapping[str, Any], sizes: Sizes) -> dic
         if isinstance(value, Tensor):
             for axis, size in enumerate(spec.shape):
                 value = value.narrow(axis, 0, execution.concrete(size, sizes))
-            cut[spec.name] = value
+            is_mask = spec.role is InputRole.MASK and value.ndim == _MASK_RANK
+            cut[spec.name] = _holed(tuple(value.shape), value.dtype) if is_mask else value
     return cut
 
 

@@ -5,7 +5,8 @@
 The kernel takes tokens first, (batch, tokens, heads·size), which is how the linear layers make them: the transposes in
 front and behind go. Hadamards, roundings and norms of single heads stay where they are, in that layout. The kernel is
 causal by itself; a mask that says more is added as it is (``attention_bias``), so that padding on either side counts as
-in the program.
+in the program. There −∞ becomes a large number: a token of padding that sees nothing would otherwise be no number, and
+that in the cache makes everything none.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
 from ..operators.hadamard import DOMAIN, is_hadamard
@@ -28,6 +30,7 @@ GQA = "GroupQueryAttention"
 _KERNELS = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
 _SIZE_STEP = 8  # the kernel's heads are multiples of this
 _TOKENS_FIRST = [0, 2, 1, 3]
+_CLOSED = {ir.DataType.FLOAT: np.float32(-1e30), ir.DataType.FLOAT16: np.float16(-3e4)}  # far below every score
 
 
 def fuse_attention(model: ir.Model, builder: Builder) -> tuple[int, tuple[str, ...]]:
@@ -51,6 +54,7 @@ class _Fusing:
     builder: Builder
     count: int = 0
     masks: dict[ir.Value, Mask | str] = field(default_factory=dict)
+    biases: dict[ir.Value, ir.Value] = field(default_factory=dict)
     lengths: dict[str, tuple[ir.Value, ir.Value]] = field(default_factory=dict)
 
     def fuse(self, softmax: ir.Node) -> None:
@@ -60,7 +64,7 @@ class _Fusing:
         q, k, v = (flat(self.builder.at(softmax), x) for x in (found.query, found.key.new, found.value.new))
         last, total = self._lengths(found.key.past, q)
         heads, kv_heads = static(found.query, 1), static(found.key.new, 1)
-        extra = [None, None, None, found.bias] if mask.needed else []
+        extra = [None, None, None, self._finite(found.bias)] if mask.needed and found.bias is not None else []
         attributes = {"num_heads": heads, "kv_num_heads": kv_heads, "scale": found.scale}
         if found.cap:
             attributes["softcap"] = found.cap
@@ -103,6 +107,13 @@ class _Fusing:
         if isinstance(mask, str):
             raise NoMatchError(mask)
         return mask
+
+    def _finite(self, bias: ir.Value) -> ir.Value:
+        """Return ``bias`` without −∞, made once for all layers that share it."""
+        if bias not in self.biases:
+            assert bias.dtype is not None  # that of the scores
+            self.biases[bias] = self.builder.add("Max", [bias, self.builder.constant(np.array(_CLOSED[bias.dtype]))], bias)
+        return self.biases[bias]
 
     def _lengths(self, past: ir.Value, q: ir.Value) -> tuple[ir.Value, ir.Value]:
         """Return the keys of each row of the batch less one, (batch,), and the keys, (), both int32.

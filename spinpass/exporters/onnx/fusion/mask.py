@@ -2,7 +2,8 @@
 
 A mask that is made of sizes alone is the same for all values of the inputs: it is evaluated for a few sizes, among them
 some beyond every number that occurs in its making (a window of 4096 shows itself at 4099 keys), and compared with the
-causal one. A mask that depends on values (a padding mask) is only asked whether anything of the future can pass.
+causal one. A mask that depends on values (of an attention mask, for rows of different length) is asked whether anything
+of the future can pass for several values; it is then added to the scores as it is.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ _SIZES = ((5, 0), (1, 7), (4, 3))  # new tokens, tokens in the cache
 _LONGEST = 2**20  # a number above this is no window: nothing is evaluated beyond it
 _CLOSED = -1e4  # what is added to a score that must not count; -65504 in float16
 _BATCH = 1
+_FILLS = ("ones", "counted", "ended", "drawn", "drawn again")
 _NUMPY = {"tensor(int64)": np.int64, "tensor(int32)": np.int32, "tensor(bool)": np.bool_, "tensor(float)": np.float32,
           "tensor(float16)": np.float16}  # fmt: skip
 
@@ -47,9 +49,9 @@ def read_mask(
     try:
         session = cone.session(opsets)
         probes = [
-            (s, p, cone.run(session, {tokens: s, past: p, batch: _BATCH}, fill))
+            (s, p, cone.run(session, _Sizes(s, p, {tokens: s, past: p, batch: _BATCH}), fill))
             for s, p in (*_SIZES, *((2, n) for n in sorted(cone.numbers)))
-            for fill in ((1, 0) if cone.takes_values else (1,))
+            for fill in (_FILLS if cone.takes_values else _FILLS[:1])
         ]
     except Exception as error:  # ONNX Runtime's exceptions have no common base below Exception
         return f"its mask cannot be evaluated: {str(error).splitlines()[0]}"
@@ -136,29 +138,54 @@ class _Cone:
         text = ir.to_proto(ir.Model(graph, ir_version=10)).SerializeToString()
         return ort.InferenceSession(text, options, providers=["CPUExecutionProvider"])
 
-    def run(self, session: ort.InferenceSession, known: dict[str | int, int], fill: int) -> np.ndarray[Any, Any]:
-        """Return the mask in float64; inputs are filled with ones, or with the numbers 0, 1, ... if ``fill`` is 0."""
+    def run(self, session: ort.InferenceSession, at: _Sizes, fill: str) -> np.ndarray[Any, Any]:
+        """Return the mask in float64, of inputs that are filled as :func:`_filled` says."""
         types = {i.name: _NUMPY[i.type] for i in session.get_inputs()}
-        feed = {}
-        for v in self.inputs:
-            shape = [_size(size, known) for size in names(sizes(v))]
-            ones: np.ndarray[Any, Any] = np.ones(shape, types[str(v.name)])
-            feed[str(v.name)] = ones if fill else np.cumsum(ones, -1).astype(ones.dtype) - ones
+        feed = {str(v.name): _filled(at.shape(v), types[str(v.name)], fill) for v in self.inputs}
         (mask,) = session.run(None, feed)
         return np.asarray(mask, np.float64)
 
 
-def _size(size: int | str | None, known: dict[str | int, int]) -> int:
-    """Return a size as a number, which is known or a sum of known ones. Raises ValueError where it is neither."""
-    if isinstance(size, int):
-        return size
-    if size in known:
-        return known[size]
-    parts = str(size).split(" + ")
-    total = [known.get(part, int(part) if part.isdigit() else None) for part in parts]
-    if None in total:
-        raise ValueError(f"the size {size} of an input is not known")
-    return sum(n for n in total if n is not None)
+@dataclass(frozen=True)
+class _Sizes:
+    """These are the sizes of one run: new ``tokens`` on top of a ``past``, and what symbols stand for."""
+
+    tokens: int
+    past: int
+    known: dict[str | int, int]
+
+    def shape(self, value: ir.Value) -> list[int]:
+        """Return the shape of an input as numbers. Raises ValueError where a size is neither known nor a sum.
+
+        The last size of a matrix of unknown sizes is taken for all keys, as that of an attention mask, and its first
+        for the rows of the batch: exported programs need not say that these are the same as elsewhere.
+        """
+        unknown = [_BATCH, self.past + self.tokens] if len(sizes(value)) == 2 else [None] * len(sizes(value))
+        return [self._size(size, other) for size, other in zip(names(sizes(value)), unknown)]
+
+    def _size(self, size: int | str | None, otherwise: int | None) -> int:
+        if isinstance(size, int):
+            return size
+        parts = str(size).split(" + ")
+        total = [self.known.get(part, int(part) if part.isdigit() else None) for part in parts]
+        if None not in total:
+            return sum(n for n in total if n is not None)
+        if otherwise is None:
+            raise ValueError(f"the size {size} of an input is not known")
+        return otherwise
+
+
+def _filled(shape: list[int], kind: Any, fill: str) -> np.ndarray[Any, Any]:
+    """Return values of an input: ones, the numbers 0, 1, ... along the last axis, ones that end with a 0, or zeros and
+    ones that are drawn."""
+    ones: np.ndarray[Any, Any] = np.ones(shape, kind)
+    if fill == "counted":
+        return np.asarray((np.cumsum(ones, -1) - 1).astype(kind))
+    if fill == "ended":
+        ones[..., -1:] = 0
+    elif fill != "ones":
+        return np.random.default_rng(_FILLS.index(fill)).integers(0, 2, shape).astype(kind)
+    return ones
 
 
 def _reached(value: ir.Value, *, through_shapes: bool = True) -> set[ir.Value]:
