@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,9 +11,9 @@ from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 
 from spinpass.errors import ConfigError
 
-Names = Mapping[str, str] | Sequence[str] | None
+from .caches import find_caches
 
-_CACHE = "past_key_values"
+Names = Mapping[str, str] | Sequence[str] | None
 
 
 @dataclass(frozen=True)
@@ -58,14 +57,15 @@ def signature_names(ep: ExportedProgram) -> GraphNames:
 def cache_names(ep: ExportedProgram) -> dict[str, dict[str, str]]:
     """Return the ``input_names`` and ``output_names`` under which today's runtimes look for a KV cache.
 
-    ``past_key_values.<layer>.key`` and ``.value`` go in, ``present.<layer>.key`` and ``.value`` come out. A cache is
-    what the program calls ``past_key_values``, its tensors being key and value of each layer in turn. Both are empty
-    for a program without one or with another layout.
+    ``past_key_values.<layer>.key`` and ``.value`` go in, ``present.<layer>.key`` and ``.value`` come out; other state
+    of a layer is ``.state``. What is a cache, and of what, is found at the attention (:mod:`.caches`), whatever the
+    program calls it. Both are empty for a program without one.
     """
     names = signature_names(ep)
+    found = [tensor for tensor in find_caches(ep) if tensor.output in names.output_index]
     return {
-        "input_names": _layered(names.inputs, _CACHE, _CACHE),
-        "output_names": _layered(names.outputs, rf"(?:output\.)?{_CACHE}", "present"),
+        "input_names": {tensor.input: f"past_key_values.{tensor.label}" for tensor in found},
+        "output_names": {names.outputs[names.output_index[t.output]]: f"present.{t.label}" for t in found},
     }
 
 
@@ -93,13 +93,6 @@ def _override(names: list[str], override: Names, what: str) -> list[str]:
         given = repr(override) if isinstance(override, str) else f"{len(override)} names"
         raise ConfigError(f"{what}_names: {given} for the {len(names)} {what}s {', '.join(names)}")
     return list(override)
-
-
-def _layered(names: list[str], prefix: str, new: str) -> dict[str, str]:
-    found = {name: int(match[1]) for name in names if (match := re.fullmatch(rf"{prefix}_(\d+)", name))}
-    if sorted(found.values()) != list(range(len(found))) or len(found) % 2:
-        return {}
-    return {name: f"{new}.{i // 2}.{'value' if i % 2 else 'key'}" for name, i in found.items()}
 
 
 def _keys(spec: Any, prefix: str) -> Iterator[str]:

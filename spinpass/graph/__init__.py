@@ -1,6 +1,6 @@
 """An exported program that can be edited, and how to read its nodes; the only place that touches private torch API."""
 
-from .checks import check_program, is_size_class
+from .checks import assume, check_program, is_size_class
 from .editor import ProgramEditor, shares_memory
 from .invariants import Changes, Invariants
 from .layout import Layout, LayoutError, Size
@@ -27,6 +27,7 @@ __all__ = [
     "ProgramEditor",
     "Size",
     "arguments",
+    "assume",
     "check_program",
     "elements",
     "functional_target",

@@ -92,3 +92,8 @@ def is_size_class(name: str) -> bool:
 
     found = getattr(functions, name, None) or getattr(sympy, name, None)
     return isinstance(found, type) and issubclass(found, sympy.Basic)
+
+
+def assume(condition: bool) -> None:
+    """Tell a trace under way that a condition on sizes holds, so that it writes one size in terms of the others."""
+    torch._check(condition)  # type: ignore[no-untyped-call]

@@ -25,6 +25,8 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
+from spinpass.graph import assume
+
 _SAMPLE = (2, 16)  # a batch of one would be specialised to one
 _CHOSEN = {"longrope", "dynamic"}  # kinds of rotary embeddings whose frequencies depend on the length
 
@@ -60,7 +62,8 @@ def traced_program(model: Any, inputs: dict[str, Any]) -> ExportedProgram:
 
 def sample_ids(model: Any) -> Tensor:
     """Return token ids to trace with, int64 (2, 16)."""
-    return torch.arange(_SAMPLE[0] * _SAMPLE[1]).reshape(_SAMPLE) % model.get_input_embeddings().num_embeddings
+    tokens: int = model.get_input_embeddings().num_embeddings
+    return torch.arange(_SAMPLE[0] * _SAMPLE[1]).reshape(_SAMPLE) % tokens
 
 
 def _whole(value: Any) -> Any:
@@ -97,8 +100,8 @@ def _with_known_mask(forward: Callable[..., Any]) -> Callable[..., Any]:
         if isinstance(ids, Tensor) and isinstance(mask, Tensor) and mask.ndim == 2:
             caches = [v for v in inputs.values() if hasattr(v, "get_seq_length")]
             past = caches[0].get_seq_length() if caches else 0
-            torch._check(mask.shape[0] == ids.shape[0])
-            torch._check(mask.shape[1] == past + ids.shape[1])
+            assume(mask.shape[0] == ids.shape[0])
+            assume(mask.shape[1] == past + ids.shape[1])
         return forward(*args, **inputs)
 
     return checked

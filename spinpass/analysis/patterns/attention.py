@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 
+from torch import Tensor
 from torch.fx import Node
 
-from spinpass.graph import Layout, ProgramEditor, arguments, is_op, op_name, shape
+from spinpass.graph import Layout, ProgramEditor, arguments, is_op, op_name, shape, value
 
 from ..ops.rules import Label, Movement, Multilinear, Operand
 from ..ops.table import rule_of
@@ -179,13 +180,13 @@ def _activations_product(editor: ProgramEditor, node: Node) -> _Product | None:
 def cache_values(editor: ProgramEditor, operand: Node) -> set[Node]:
     """Return what a KV cache may hold of an attention's key or value operand.
 
-    That is everything between the linear layer and the attention.
+    That is everything between the linear layer and the attention; of what only gives a size, nothing.
     """
     found: set[Node] = set()
     todo = [operand]
     while todo:
         node = todo.pop()
-        if node in found or editor.is_constant(node):
+        if node in found or editor.is_constant(node) or not isinstance(value(node), Tensor):
             continue
         found.add(node)
         if node.op == "call_function" and as_linear(editor, node) is None and not _mixes_tokens(editor, node):

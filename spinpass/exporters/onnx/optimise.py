@@ -15,6 +15,8 @@ from onnx_ir.passes import common
 from onnxscript import optimizer, rewriter
 from onnxscript.rewriter.rules import common as rules
 
+from .naming import name_transposed, transposed_weights
+
 _RULES = (
     rules.add_0_rule,
     rules.sub_0_rule,
@@ -51,6 +53,7 @@ def optimise(model: ir.Model) -> None:
     common.InlinePass()(model)
     _settle_sizes(model.graph)
     _share_initializers(model.graph)
+    transposed = transposed_weights(model.graph)
     for _ in range(_ROUNDS):
         optimizer.fold_constants(model, onnx_shape_inference=True)
         rewriter.rewrite(model, _RULES)
@@ -64,6 +67,7 @@ def optimise(model: ir.Model) -> None:
     )
     for simplify in finish:
         simplify(model)
+    name_transposed(model.graph, transposed)
 
 
 def _settle_sizes(graph: ir.Graph) -> None:

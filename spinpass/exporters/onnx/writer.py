@@ -26,6 +26,7 @@ from ..certified_file import Clock, FileReport, write_certified
 from ..names import GraphNames, Names, renamed, signature_names
 from .certificate import certify_onnx
 from .fusion.fuse import Fused, fuse_model
+from .naming import name_axes, name_by_module
 from .operators.hadamard import attach_hadamards
 from .operators.packed_linear import lower_packed_linears
 from .operators.rounding import attach_roundings
@@ -106,7 +107,9 @@ def export(
     model = translate(ep, opset)
     fused = fuse_model(model) if fuse else None
     about = {} if fused is None else {"spinpass.fused": json.dumps(fused.to_dict())}
-    hadamards = _finish(model, names, _record(ep, names) | about | dict(metadata or {}))
+    name_axes(model, ep, {name: names.inputs[index] for name, index in names.input_index.items()})
+    parameters = frozenset((*ep.state_dict, *ep.constants))
+    hadamards = _finish(model, names, parameters, _record(ep, names) | about | dict(metadata or {}))
     weights = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
     external = weights > external_threshold if external_data is None else external_data
     if not external and weights > PROTOBUF_LIMIT:
@@ -131,15 +134,16 @@ def export(
     return OnnxReport(**vars(report), opset=model.opset_imports[""], hadamards=hadamards, fused=fused)
 
 
-def _finish(model: ir.Model, names: GraphNames, metadata: Mapping[str, str]) -> int:
+def _finish(model: ir.Model, names: GraphNames, parameters: frozenset[str], metadata: Mapping[str, str]) -> int:
     """Give the model its names, metadata, kernels of packed layers and functions, in place; return how many Hadamards
     there are."""
-    common.ClearMetadataAndDocStringPass()(model)
     lower_packed_linears(model)
     hadamards = attach_hadamards(model)
     attach_roundings(model)
     for value, name in zip((*model.graph.inputs, *model.graph.outputs), (*names.inputs, *names.outputs), strict=True):
         value.name = name
+    name_by_module(model, parameters)
+    common.ClearMetadataAndDocStringPass()(model)
     common.NameFixPass()(model)
     model.metadata_props.update({"spinpass.hadamards": str(hadamards), **metadata})
     return hadamards

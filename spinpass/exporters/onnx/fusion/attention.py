@@ -112,7 +112,8 @@ class _Fusing:
         """Return ``bias`` without −∞, made once for all layers that share it."""
         if bias not in self.biases:
             assert bias.dtype is not None  # that of the scores
-            self.biases[bias] = self.builder.add("Max", [bias, self.builder.constant(np.array(_CLOSED[bias.dtype]))], bias)
+            closed = self.builder.constant(np.array(_CLOSED[bias.dtype]))
+            self.biases[bias] = self.builder.add("Max", [bias, closed], bias)
         return self.biases[bias]
 
     def _lengths(self, past: ir.Value, q: ir.Value) -> tuple[ir.Value, ir.Value]:

@@ -50,6 +50,7 @@ class Builder:
         """Return all results of a new node; each is described by (like, shape, dtype)."""
         assert self.anchor is not None
         new = ir.node(op, list(inputs), dict(attributes), domain=domain, num_outputs=len(results))
+        new.metadata_props.update(self.anchor.metadata_props)  # where in the model it is
         for value, (like, shape, dtype) in zip(new.outputs, results, strict=True):
             kind = dtype if dtype is not None else like.dtype if like is not None else None
             value.type = None if kind is None else ir.TensorType(kind)

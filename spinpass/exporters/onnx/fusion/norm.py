@@ -58,6 +58,8 @@ def fuse_skips(graph: ir.Graph, builder: Builder) -> int:
             domain=CONTRIB,
             attributes={"epsilon": epsilon},
         )
+        if (skip := y.producer()) is not None:
+            skip.metadata_props.update(node.metadata_props)  # the sum is only taken into the norm
         ir.convenience.replace_all_uses_with([node.outputs[0], x], [y, total], replace_graph_outputs=True)
         graph.remove(node, safe=True)
         graph.remove(add, safe=True)

@@ -1,0 +1,136 @@
+"""Which inputs and outputs of a program are its KV cache, found at the attention; and a name for each.
+
+An output that is an input with something written or joined to it is a cache. It holds keys where an attention's key
+operand is made of it, values where the value operand is, and is another state of the model where neither is. Which
+layer it belongs to only labels it: the number in the path of the module that reads it, or its place in order.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.export.graph_signature import ConstantArgument, OutputKind
+from torch.fx import Node
+
+from spinpass.analysis import cache_values, find_attention
+from spinpass.execution import returned_state, user_input_names
+from spinpass.graph import ProgramEditor, value
+from spinpass.passes import open_program
+
+_NUMBER = re.compile(r"\.(\d+)(?:\.|$)")
+
+
+@dataclass(frozen=True)
+class CacheTensor:
+    """This is one tensor that goes from call to call.
+
+    ``input`` is the name of its placeholder, ``output`` its index among the user outputs. ``role`` is ``key``,
+    ``value``, or ``state`` for anything else.
+    """
+
+    input: str
+    output: int
+    layer: int
+    role: str
+
+    @property
+    def label(self) -> str:
+        """Return layer and role as the names of files have them, for example ``3.key``."""
+        return f"{self.layer}.{self.role}"
+
+
+def find_caches(ep: ExportedProgram) -> list[CacheTensor]:
+    """Return the cache of a program in the order of its inputs; nothing where it has none. No two have one label."""
+    pairs = _pairs(ep)
+    if not pairs:
+        return []
+    editor = open_program(ep)
+    placeholders = {node.name: node for node in editor.graph.nodes if node.op == "placeholder"}
+    roles = _roles(editor)
+    found = [
+        CacheTensor(name, pairs[name], _layer(placeholders.get(name)), roles.get(name, "state"))
+        for name in user_input_names(ep)
+        if name in pairs
+    ]
+    if -1 in {tensor.layer for tensor in found} or _repeated([t.label for t in found if t.role != "state"]):
+        found = list(_in_order(found))
+    return list(_distinct(found))
+
+
+def _pairs(ep: ExportedProgram) -> dict[str, int]:
+    """Return {input: index of the user output that continues it}.
+
+    What is left when all writes are found goes in order, an input to an output of its shape: the states of recurrent
+    layers are computed anew. What is handed back as it came counts too.
+    """
+    pairs = {name: index for index, name in returned_state(ep).items()}
+    nodes = {node.name: node for node in ep.graph.nodes}
+    returned = [s.arg for s in ep.graph_signature.output_specs if s.kind is OutputKind.USER_OUTPUT]
+    free = [i for i, arg in enumerate(returned) if i not in pairs.values() and not isinstance(arg, ConstantArgument)]
+    for name in (name for name in user_input_names(ep) if name not in pairs):
+        if _is_token_wise(nodes.get(name)):
+            continue
+        same = next((i for i in free if i and _alike(nodes.get(name), nodes.get(returned[i].name))), None)
+        if same is not None:
+            pairs[name] = same
+            free.remove(same)
+    return pairs
+
+
+def _is_token_wise(node: Node | None) -> bool:
+    """Say whether an input is integers of several axes: token ids, positions, a mask."""
+    held = None if node is None else value(node)
+    return isinstance(held, Tensor) and not held.is_floating_point() and held.ndim > 0
+
+
+def _alike(a: Node | None, b: Node | None) -> bool:
+    x, y = (None if node is None else value(node) for node in (a, b))
+    return isinstance(x, Tensor) and isinstance(y, Tensor) and x.dtype == y.dtype and str(x.shape) == str(y.shape)
+
+
+def _roles(editor: ProgramEditor) -> dict[str, str]:
+    """Return {placeholder: "key" or "value"} by the operand of an attention that it is part of."""
+    roles: dict[str, str] = {}
+    for attention in find_attention(editor):
+        for role, operand in (("key", attention.key), ("value", attention.value)):
+            for node in cache_values(editor, operand):
+                if node.op == "placeholder":
+                    roles.setdefault(node.name, role)
+    return roles
+
+
+def _layer(node: Node | None) -> int:
+    """Return the number in the path of the module that reads a placeholder; −1 where there is none."""
+    for user in () if node is None else node.users:
+        stack = user.meta.get("nn_module_stack") or {}
+        paths = [entry[0] for entry in stack.values()]
+        numbers = _NUMBER.findall(paths[-1]) if paths else []
+        if numbers:
+            return int(numbers[0])
+    return -1
+
+
+def _in_order(found: list[CacheTensor]) -> Iterator[CacheTensor]:
+    """Yield the tensors with layers counted: the next one begins where a role comes again."""
+    layer, seen = 0, set[str]()
+    for tensor in found:
+        if tensor.role in seen and tensor.role != "state":
+            layer, seen = layer + 1, set()
+        seen.add(tensor.role)
+        yield replace(tensor, layer=layer)
+
+
+def _distinct(found: list[CacheTensor]) -> Iterator[CacheTensor]:
+    """Yield the tensors; states of one layer are numbered where there are several."""
+    labels = [tensor.label for tensor in found]
+    for i, tensor in enumerate(found):
+        number = labels[:i].count(tensor.label)
+        yield replace(tensor, role=f"{tensor.role}.{number}") if labels.count(tensor.label) > 1 else tensor
+
+
+def _repeated(labels: list[str]) -> bool:
+    return len(set(labels)) < len(labels)
