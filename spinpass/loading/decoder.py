@@ -8,8 +8,8 @@ Three things are made so that the graph is right for every batch and every lengt
   different length could then not share a batch.
 - **Every cache is kept whole.** A layer with a window would otherwise carry a counter of its own that a trace makes a
   constant; its mask closes the window all the same.
-- **Frequencies that depend on the length are chosen in the graph** (:func:`rotary_in_graph`), as values. The models
-  write them into a buffer, or decide in Python.
+- **What depends on the length is computed in the graph**: the frequencies of some rotary embeddings (:mod:`.rotary`),
+  and which keys lie in a window where a row has padding (:mod:`.windows`).
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ from __future__ import annotations
 import copy
 import functools
 import importlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,8 +26,10 @@ from torch.export import ExportedProgram
 
 from spinpass.graph import assume
 
+from .rotary import rotary_in_graph
+from .windows import windows_by_position
+
 _SAMPLE = (2, 16)  # a batch of one would be specialised to one
-_CHOSEN = {"longrope", "dynamic"}  # kinds of rotary embeddings whose frequencies depend on the length
 
 
 def export_decoder(model: Any) -> ExportedProgram:
@@ -102,74 +103,8 @@ def _with_known_mask(forward: Callable[..., Any]) -> Callable[..., Any]:
             past = caches[0].get_seq_length() if caches else 0
             assume(mask.shape[0] == ids.shape[0])
             assume(mask.shape[1] == past + ids.shape[1])
+            with windows_by_position(mask):
+                return forward(*args, **inputs)
         return forward(*args, **inputs)
 
     return checked
-
-
-# -- rotary embeddings whose frequencies depend on the length ----------------------------------------------------------
-
-
-@contextmanager
-def rotary_in_graph(model: Any) -> Iterator[None]:
-    """Let the rotary embeddings of ``model`` compute their frequencies from the largest position, without a state.
-
-    LongRoPE (arXiv 2402.13753) has two tables and takes the long one beyond the length that the model was first trained
-    on; dynamic NTK scaling stretches the base from there on. Both change by what is the largest position of a call, as
-    in transformers, which keeps the choice in a buffer.
-    """
-    changed = [module for module in model.modules() if _CHOSEN & set(_kinds(module))]
-    try:
-        for module in changed:
-            module.forward = functools.partial(_forward, module, type(module).forward.__wrapped__)
-        yield
-    finally:
-        for module in changed:
-            del module.forward
-
-
-def _kinds(module: Any) -> list[str]:
-    """Return the kinds of rotary embeddings that a module computes, one for each type of layer or one for all."""
-    kinds = getattr(module, "rope_type", None)
-    if not hasattr(type(module).forward, "__wrapped__"):
-        return []
-    return [kinds] if isinstance(kinds, str) else list(kinds.values()) if isinstance(kinds, dict) else []
-
-
-def _forward(
-    module: Any, plain: Callable[..., Any], x: Tensor, position_ids: Tensor, layer_type: str | None = None
-) -> Any:
-    """Run the forward pass that does not update frequencies with those that the positions ask for."""
-    kinds = module.rope_type
-    kind = kinds if layer_type is None else kinds[layer_type]
-    further = {} if layer_type is None else {"layer_type": layer_type}
-    if kind in _CHOSEN:
-        prefix = "" if layer_type is None else f"{layer_type}_"
-        name, frequencies = f"{prefix}inv_freq", _frequencies(module, kind, position_ids, layer_type)
-        return plain(_With(module, name, frequencies), x, position_ids, **further)
-    return plain(module, x, position_ids, **further)
-
-
-def _frequencies(module: Any, kind: str, position_ids: Tensor, layer_type: str | None) -> Tensor:
-    make = importlib.import_module("transformers.modeling_rope_utils").ROPE_INIT_FUNCTIONS[kind]
-    prefix = "" if layer_type is None else f"{layer_type}_"
-    short: Tensor = getattr(module, f"{prefix}original_inv_freq")
-    length = position_ids.max() + 1
-    if kind == "longrope":
-        stated = module.config.rope_parameters
-        limit = (stated if layer_type is None else stated[layer_type])["original_max_position_embeddings"]
-        further = {} if layer_type is None else {"layer_type": layer_type}
-        long, _ = make(module.config, short.device, seq_len=limit + 1, **further)
-        return torch.where(length > limit, long, short)
-    stretched: Tensor = make(module.config, short.device, seq_len=length, layer_type=layer_type)[0]
-    return torch.where(length > module.original_max_seq_len, stretched, short)
-
-
-class _With:
-    """It stands for a module with one attribute exchanged."""
-
-    def __init__(self, module: Any, name: str, value: Any) -> None:
-        self._module, self._name, self._value = module, name, value
-
-    def __getattr__(self, name: str) -> Any:
-        return self._value if name == self._name else getattr(self._module, name)

@@ -23,6 +23,7 @@ from spinpass.formats import load_program, staged
 
 from .architecture import causal_classes, check_architecture
 from .decoder import export_decoder, sample_ids, traced_program
+from .faithful import check_faithful
 from .gptq import skeleton, with_values
 from .older_transformers import add_older_words
 from .quantized import check_quantization, dequantized_config, gguf_types
@@ -109,6 +110,9 @@ def load_model(
         loaded, tokenizer, done = _load(source, _DTYPES[dtype], dequantize, trust_remote_code)
         report("export")
         program = _exported(loaded, cache, source.location, context)
+        if cache and context is None and done.dequantized != "gptq":  # whose values are filled in below
+            report("compare")
+            check_faithful(loaded, program, source.location)
     if done.dequantized == "gptq":
         report("dequantize")
         program = with_values(program, source.location)

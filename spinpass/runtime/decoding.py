@@ -24,30 +24,42 @@ class Graph(Protocol):
     def start(self, batch: int, /) -> Any:
         """The state before the first token of so many sequences, with an empty cache."""
 
-    def step(self, ids: Tensor, state: Any, /) -> Tensor:
-        """Read new tokens, int64 (batch, length), and advance ``state``. Returns logits (batch, length, vocabulary)."""
+    def step(self, ids: Tensor, state: Any, mask: Tensor | None = None, /) -> Tensor:
+        """Read new tokens, int64 (batch, length), and advance ``state``. Returns logits (batch, length, vocabulary).
+
+        ``mask``: (batch, length), 0 for padding. None has no padding.
+        """
 
 
 def new_tokens(
-    graph: Graph, ids: Tensor, limit: int, sampling: Sampling, stop: Collection[int], pad: int = 0
+    graph: Graph,
+    ids: Tensor,
+    limit: int,
+    sampling: Sampling,
+    stop: Collection[int],
+    pad: int = 0,
+    mask: Tensor | None = None,
 ) -> Iterator[Tensor]:
     """The tokens, int64 (batch,), that follow ``ids``, step by step until every sequence has met a token of ``stop``.
 
     Args:
         graph: the model.
-        ids: int64 (batch, length), without padding.
+        ids: int64 (batch, length); padding stands in front.
         limit: how many steps at most.
         sampling: how each token is chosen.
         stop: the tokens that end a sequence. They are returned themselves.
         pad: what is returned for a sequence that has ended while others go on.
+        mask: int64 (batch, length), 0 for padding, for a graph that takes one. None has no padding.
     """
     generator = torch.Generator().manual_seed(sampling.seed)
     state = graph.start(len(ids))
     done = torch.zeros(len(ids), dtype=torch.bool)
     ends = torch.tensor(sorted(stop), dtype=torch.int64)
     # GroupQueryAttention takes several tokens on top of a cache for one sequence only
-    for part in torch.split(ids, PROMPT_CHUNK if len(ids) == 1 else ids.shape[1], 1):
-        logits = graph.step(part, state)[:, -1].float()
+    size = PROMPT_CHUNK if len(ids) == 1 else ids.shape[1]
+    for start in range(0, ids.shape[1], size):
+        part = None if mask is None else mask[:, start : start + size]
+        logits = graph.step(ids[:, start : start + size], state, part)[:, -1].float()
     for count in range(1, limit + 1):
         chosen = torch.tensor([sampling.choose(row, generator) for row in logits])
         chosen[done] = pad

@@ -22,9 +22,10 @@ _PREFIX = re.compile(r"^(input\.|output\.)?(past_key_values|present_key_values|p
 
 @dataclass
 class State:
-    """What lies between two calls: the number of tokens seen, and the cache as ONNX Runtime returned it."""
+    """What lies between two calls: which tokens were read, int64 (batch, length) with 0 for padding, and the cache as
+    ONNX Runtime returned it."""
 
-    length: int
+    mask: Tensor
     cache: dict[str, Any]
 
 
@@ -89,8 +90,8 @@ class DecoderGraph:
         from .onnx_session import DTYPES
 
         inputs, outputs = session.get_inputs(), session.get_outputs()
-        stored = [i for i in inputs if len(i.shape) >= 3]
-        plain = {i.name: DTYPES[i.type] for i in inputs if len(i.shape) < 3}
+        stored = [i for i in inputs if len(i.shape) >= 3 or not i.shape]  # a counter has no axes
+        plain = {i.name: DTYPES[i.type] for i in inputs if i not in stored}
         known = {"position_ids", "cache_position", "attention_mask"}
         ids = [name for name in plain if name not in known]
         if len(ids) != 1:
@@ -115,30 +116,40 @@ class DecoderGraph:
         from .onnx_session import to_ort
 
         empty = {slot.name: tuple(batch if size == -1 else size for size in slot.empty) for slot in self.cache}
-        return State(0, {s.name: to_ort(torch.zeros(empty[s.name], dtype=s.dtype)) for s in self.cache})
+        nothing = torch.ones(batch, 0, dtype=torch.int64)
+        return State(nothing, {s.name: to_ort(torch.zeros(empty[s.name], dtype=s.dtype)) for s in self.cache})
 
-    def step(self, ids: Tensor, state: State) -> Tensor:
+    @property
+    def takes_padding(self) -> bool:
+        """Whether rows of different length can be run together: the graph is told which tokens are padding."""
+        return "attention_mask" in self.plain
+
+    def step(self, ids: Tensor, state: State, mask: Tensor | None = None) -> Tensor:
         """Read new tokens (batch, length) and advance ``state``. Returns logits (batch, length, vocabulary).
 
         The cache goes from call to call as ONNX Runtime made it, without a copy.
+
+        Args:
+            ids: int64 (batch, length).
+            state: what :meth:`start` or an earlier step left.
+            mask: int64 (batch, length), 0 for padding; it is for graphs that take an attention mask. None has no
+                padding.
 
         Raises:
             ExportError: ONNX Runtime fails.
         """
         from .onnx_session import from_ort, run_session, to_ort
 
-        batch, length = ids.shape
-        start, stop = state.length, state.length + length
-        positions = torch.arange(start, stop)
+        start = state.mask.shape[1]
+        state.mask = torch.cat([state.mask, torch.ones_like(ids) if mask is None else mask], 1)
         given = {
             self.ids: ids,
-            "position_ids": positions.expand(batch, -1),
-            "cache_position": positions,
-            "attention_mask": torch.ones(batch, stop, dtype=torch.int64),
+            "position_ids": (state.mask.cumsum(1) - 1).clamp(min=0)[:, start:],
+            "cache_position": torch.arange(start, state.mask.shape[1]),
+            "attention_mask": state.mask,
         }
         feed = {name: to_ort(given[name].to(dtype)) for name, dtype in self.plain.items()}
         results = run_session(self.session, feed | state.cache)
-        state.length = stop
         state.cache = {slot.name: results[slot.output] for slot in self.cache}
         return from_ort(results[self.logits])
 
@@ -157,7 +168,7 @@ def _continuations(stored: list[str], outputs: list[str], logits: int, path: Pat
 def _empty_shape(value: Any, batch: int | str, path: Path) -> tuple[int, ...]:
     """The shape of a cache input without tokens, -1 for the batch. Its other dynamic axes are the length."""
     shape = tuple(-1 if size == batch else 0 if isinstance(size, str) else size for size in map(_size, value.shape))
-    if 0 not in shape:
+    if 0 not in shape and value.shape:
         raise ExportError(
             f"{path}: the cache {value.name} of shape {value.shape} has a fixed length: export it with a dynamic one"
         )

@@ -78,8 +78,8 @@ class OrtModel:
 
         Args:
             input_ids: of an integer dtype, (batch, length).
-            attention_mask: (batch, length), 0 for padding on either side. Sequences of different length are run one
-                after the other, those of the same length together: none sees another's padding.
+            attention_mask: (batch, length), 0 for padding on either side. A graph that takes a mask runs all rows
+                together; otherwise those of the same length are: none sees another's padding.
             max_new_tokens: how many at most.
             do_sample: draw each token. Otherwise the likeliest is taken.
             temperature: what logits are divided by before a token is drawn.
@@ -112,9 +112,8 @@ class OrtModel:
         if streamer is not None:
             streamer.put(input_ids)
         longest = 0
-        for start, stop in sorted(set(spans)):
-            rows = [i for i, span in enumerate(spans) if span == (start, stop)]
-            found = new_tokens(self.graph, input_ids[rows, start:stop], max_new_tokens, sampling, stop_at, pad)
+        for rows, prompt, mask in self._batches(input_ids, spans, pad):
+            found = new_tokens(self.graph, prompt, max_new_tokens, sampling, stop_at, pad, mask)
             for count, tokens in enumerate(found):
                 new[rows, count] = tokens.to(new.dtype)
                 longest = max(longest, count + 1)
@@ -141,6 +140,23 @@ class OrtModel:
             if int(token) not in ends:
                 yield from pieces.add(int(token))
         yield from pieces.rest()
+
+    def _batches(
+        self, ids: Tensor, spans: list[tuple[int, int]], pad: int
+    ) -> Iterator[tuple[list[int], Tensor, Tensor | None]]:
+        """Yield rows that are run together, their tokens with padding in front, and the mask that says where."""
+        lengths = {stop - start for start, stop in spans}
+        together = self.graph.takes_padding and len(lengths) > 1
+        for group in [sorted(lengths)] if together else [[length] for length in sorted(lengths)]:
+            rows = [i for i, (start, stop) in enumerate(spans) if stop - start in group]
+            longest = group[-1]
+            prompt = torch.full((len(rows), longest), pad, dtype=torch.int64)
+            mask = torch.zeros_like(prompt)
+            for at, row in enumerate(rows):
+                start, stop = spans[row]
+                prompt[at, longest - (stop - start) :] = ids[row, start:stop]
+                mask[at, longest - (stop - start) :] = 1
+            yield rows, prompt, mask if together else None
 
     def _ends(self, given: int | Collection[int] | None) -> frozenset[int]:
         if given is None:

@@ -68,7 +68,9 @@ class _PteGraph:
             raise ConfigError(f"the cache inside holds one sequence, not {batch}: run them one after the other")
         return _State()
 
-    def step(self, ids: Tensor, state: _State) -> Tensor:
+    def step(self, ids: Tensor, state: _State, mask: Tensor | None = None) -> Tensor:
+        if mask is not None and not bool(mask.all()):
+            raise ConfigError("the program takes no attention mask: run a text without padding")
         stop = state.length + ids.shape[1]
         if stop > self.context:
             raise ConfigError(

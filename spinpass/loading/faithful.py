@@ -1,0 +1,106 @@
+"""Whether an exported program is the model: the same logits, in one piece and in two.
+
+A trace follows one call. What a model decides in Python, by the length of the text, by whether there is a cache, or by
+a counter, is fixed by it, and the program may then be wrong for every other call without a word. So the program reads a
+text from an empty cache in two pieces, the second on what the first left, and the model reads it at once. Where the
+model has a window, the text is longer, if that is not too long to be run here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+
+from spinpass.errors import ExportError
+from spinpass.execution import InputRole, UserInput, bound_sizes, concrete, returned_state, run, user_inputs
+
+_LENGTH, _LAST = 20, 3  # tokens of the text, and of its second piece
+_LONGEST = 300  # a window beyond that is not tried
+_BOUNDS = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
+_LIMITS = ("sliding_window", "attention_chunk_size", "original_max_position_embeddings")
+
+
+def check_faithful(model: Any, program: ExportedProgram, name: str) -> None:
+    """Compare a program that has a cache of dynamic length with the model it was exported from.
+
+    Raises ExportError where they differ. Nothing is compared where the inputs of the program are others than token
+    ids, positions, a mask and a cache.
+    """
+    specs = user_inputs(program)
+    ids = next((s for s in specs if s.role is InputRole.LOOKUP and len(s.shape) == 2), None)
+    state = {given: index for index, given in returned_state(program).items()}
+    if ids is None or not state or any(_is_unknown(spec, state) for spec in specs):
+        return
+    text = _text(model)
+    with torch.no_grad():
+        expected = model(input_ids=text, attention_mask=torch.ones_like(text), use_cache=False).logits.float()
+    found: list[Tensor] = []
+    caches: dict[str, Tensor] = {}
+    for piece in (text[:, :-_LAST], text[:, -_LAST:]):
+        values = _values(specs, ids, piece, sum(part.shape[1] for part in found), caches)
+        outputs = run(program, values)
+        found.append(outputs[0].float())
+        caches = {given: outputs[index] for given, index in state.items()}
+    error = (torch.cat(found, 1) - expected).abs().max() / expected.abs().max().clamp(min=1e-30)
+    bound = _BOUNDS.get(outputs[0].dtype, 1e-3)
+    if not float(error) <= bound:
+        raise ExportError(
+            f"the program that transformers exports of {name} is not the model: reading {text.shape[1]} tokens in two "
+            f"pieces gives other logits (relative error {float(error):.1e}, allowed {bound:.0e}); a trace has fixed "
+            "what the model decides by length or cache, so it cannot be exported as one decoder"
+        )
+
+
+def text_limits(config: Any) -> list[int]:
+    """Return the numbers of tokens at which a model's attention or positions change, smallest first."""
+    text = config.get_text_config()
+    named = [getattr(text, limit, None) for limit in _LIMITS]
+    rope = getattr(text, "rope_parameters", None) or {}
+    named += [part.get(limit) for part in (rope, *rope.values()) if isinstance(part, dict) for limit in _LIMITS]
+    return sorted({limit for limit in named if isinstance(limit, int) and limit > 0})
+
+
+def _text(model: Any) -> Tensor:
+    """Return token ids, int64 (1, length), that go past the model's window where that is not too far."""
+    config = model.config.get_text_config()
+    most = getattr(config, "max_position_embeddings", None) or _LONGEST
+    wanted = max([_LENGTH, *(limit + 2 * _LAST for limit in text_limits(config) if limit + 2 * _LAST <= _LONGEST)])
+    rows = model.get_input_embeddings().num_embeddings
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, rows, (1, max(_LAST + 1, min(wanted, most))), generator=generator)
+
+
+def _is_unknown(spec: UserInput, state: dict[str, int]) -> bool:
+    floating = spec.dtype is not None and spec.dtype.is_floating_point
+    return spec.name not in state and (spec.dtype is None or floating or len(spec.shape) > 2)
+
+
+def _values(
+    specs: list[UserInput], ids: UserInput, piece: Tensor, past: int, caches: dict[str, Tensor]
+) -> dict[str, Any]:
+    """Return the inputs for one piece of the text, on a cache of ``past`` tokens."""
+    sizes = bound_sizes([ids], {ids.name: piece})
+    for spec in specs:
+        if spec.dtype is not None and spec.dtype.is_floating_point:
+            sizes |= {size: past for size in spec.shape if _is_free(size, sizes)}
+    values: dict[str, Any] = {}
+    for spec in specs:
+        size = [concrete(s, sizes) for s in spec.shape]
+        if spec is ids:
+            values[spec.name] = piece
+        elif spec.name in caches:
+            values[spec.name] = caches[spec.name]
+        elif spec.dtype is not None and spec.dtype.is_floating_point:
+            values[spec.name] = torch.zeros(size, dtype=spec.dtype)
+        elif spec.role is InputRole.POSITION:
+            values[spec.name] = torch.arange(past, past + piece.shape[1], dtype=spec.dtype).expand(size)
+        else:
+            values[spec.name] = torch.ones(size, dtype=spec.dtype or torch.int64)
+    return values
+
+
+def _is_free(size: Any, sizes: dict[Any, int]) -> bool:
+    return bool(getattr(size, "is_symbol", False)) and size not in sizes
