@@ -139,6 +139,22 @@ class RotationConfig:
         for key, matrix in self.matrices.items():
             if not isinstance(matrix, Tensor):
                 raise ConfigError(f"the matrix for {key!r} is a {type(matrix).__name__}, not a torch.Tensor")
+        self._check_effect()
+
+    def _check_effect(self) -> None:
+        """Raise ConfigError where a setting would change nothing, whatever the program is."""
+        kinds = {self.kind, *(each.kind for each in self.overrides.values())}
+        if self.seed != 0 and kinds <= {"hadamard", None}:
+            raise ConfigError(
+                f"seed={self.seed} changes nothing: kind='hadamard' draws nothing; choose random-hadamard or "
+                "random-matrix, or leave the seed out"
+            )
+        for name, value in (("form", self.form), ("tied", self.tied)):
+            if value != "auto" and "R1" not in self.rotations:
+                raise ConfigError(
+                    f"{name}={value!r} is of R1, and R1 is not among the rotations ({', '.join(self.rotations)}): add "
+                    f"R1, or leave {name} out"
+                )
 
     def check_used(self, spaces: Collection[str], parameters: Collection[str]) -> None:
         """Make sure that every key and every pattern speaks of something in a program.
