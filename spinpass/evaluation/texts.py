@@ -7,7 +7,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
-from spinpass.errors import ConfigError
+from spinpass.errors import ConfigError, first_line
 
 Windows = Sequence[Sequence[int]]
 """Windows of a text, each as its token ids."""
@@ -16,13 +16,23 @@ _ENOUGH = 4_000_000  # characters of a dataset
 
 
 def read_text(path: Path | None) -> str:
-    """The text of a UTF-8 file; Python's help texts for None. Raises ConfigError where the file cannot be read."""
+    """The text of a UTF-8 file; Python's help texts for None. Raises ConfigError where it is unreadable or empty."""
     if path is None:
         return "\n\n".join(topics.values())
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not a readable UTF-8 text: {error}") from error
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        why = (error.strerror or str(error)).lower()
+        raise ConfigError(f"{path} is not a readable UTF-8 text ({why}): name another file") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{path} is not a readable UTF-8 text ({error.reason} at byte {error.start:,}): save it as UTF-8"
+        ) from error
+    except ValueError as error:  # a path that no file can have
+        raise ConfigError(f"{str(path)!r} is no path ({error}): name another file") from error
+    if not text.strip():
+        raise ConfigError(f"{path} holds no text: name another file")
+    return text
 
 
 def read_dataset(name: str) -> str:
@@ -48,7 +58,9 @@ def read_dataset(name: str) -> str:
     except ConfigError:
         raise
     except Exception as error:  # files, hub, builders: no common base below Exception
-        raise ConfigError(f"the dataset {name} cannot be read: {error}") from error
+        raise ConfigError(
+            f"the dataset {name} cannot be read: {first_line(error)}; name another, or use --text"
+        ) from error
 
 
 def _string_columns(rows: Any) -> list[str]:
@@ -78,7 +90,8 @@ def windows(ids: Sequence[int], length: int, count: int) -> list[list[int]]:
         raise ConfigError(f"{count} windows of {length} tokens: at least one window of two tokens is needed")
     if len(ids) < count * length:
         raise ConfigError(
-            f"{count} windows of {length} tokens need {count * length:,} tokens; the text has {len(ids):,}"
+            f"{count} windows of {length} tokens need {count * length:,} tokens; the text has {len(ids):,}: take a "
+            "longer text, or fewer or shorter windows"
         )
     step = len(ids) // count
     return [list(ids[start : start + length]) for start in range(0, count * step, step)]

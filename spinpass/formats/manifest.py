@@ -75,12 +75,12 @@ class Artefact:
                 raise VerificationError(f"{file} is not the file that {MANIFEST} lists: it was changed or is another's")
 
     def require_same_basis(self, other: Artefact) -> None:
-        """Check that both may work on one KV cache. Raises ConfigError, which names one that they keep differently."""
+        """Check that both may work on one KV cache. Raises VerificationError, naming one that they keep otherwise."""
         mine, theirs = self.bases, other.bases
         for name in sorted(mine.keys() | theirs.keys()):
             one, two = mine.get(name), theirs.get(name)
             if one != two:
-                raise ConfigError(
+                raise VerificationError(
                     f"{self.path} and {other.path} cannot share a cache: {name} is {_basis(one)} in the first and "
                     f"{_basis(two)} in the second; export both with the same rotations and seed"
                 )

@@ -38,6 +38,17 @@ def locate(model: str | Path) -> Source:
     return Source("transformers", str(model))
 
 
+def check_program_options(source: Source, **asked: bool) -> None:
+    """Make sure that nothing is asked of a ``.pt2`` program that is decided when a model is exported.
+
+    ``asked`` has the options by name, as the command line spells them but for the dashes, and whether each was given.
+    Raises ConfigError.
+    """
+    given = [f"--{name.replace('_', '-')}" for name, was in asked.items() if was]
+    if source.kind == "program" and given:
+        raise ConfigError(f"{source.location} is a program, which is taken as it is: leave out {', '.join(given)}")
+
+
 def _file(path: Path) -> Source:
     if path.suffix == ".pt2":
         return Source("program", str(path))

@@ -194,7 +194,9 @@ class QuantizationConfig:
     def __post_init__(self) -> None:
         least, most = min(WEIGHT_BITS), max(WEIGHT_BITS)
         if self.average_bits is not None and self.weights is None:
-            raise ConfigError(f"{self.average_bits} bits on average are those of weights: say how to round them, weights=…")
+            raise ConfigError(
+                f"{self.average_bits} bits on average are those of weights: say how to round them, weights=…"
+            )
         if self.mixed_rows and (self.average_bits is None or self.weights is None or self.weights.group_size is None):
             raise ConfigError(
                 "mixed rows are groups of several widths: name average_bits and a group_size, for example w3.5g64"
