@@ -177,10 +177,9 @@ class RotationConfig:
         names = {*spaces, *(name.split(":", 1)[-1] for name in spaces), *parameters}
         for pattern in self.exclude:
             if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
-                raise ConfigError(
-                    f"exclude has {pattern!r}, which is no space and no parameter of this program"
-                    f"{nearest_name(pattern, names)}"
-                )
+                role = pattern.split(":")[0]
+                near = nearest_name(pattern, [name for name in spaces if name.split(":")[0] == role] or names)
+                raise ConfigError(f"exclude has {pattern!r}, which is no space and no parameter of this program{near}")
 
     def settings(self, name: str) -> Override:
         """The kind, block size and seed for the space ``name``. Field by field the longest key wins."""
@@ -244,4 +243,4 @@ def _check_kind(kind: object) -> None:
 
 def _check_block_size(block_size: Any) -> None:
     if block_size is not None and (not _is_integer(block_size) or block_size < 1):
-        raise ConfigError(f"block_size={block_size!r} is not a positive integer")
+        raise ConfigError(f"block_size={block_size!r} is not a positive integer: choose 1 or more")

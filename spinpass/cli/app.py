@@ -48,8 +48,9 @@ class _Commands(TyperGroup):
     """The group of all commands, which turns errors into one line and an exit code."""
 
     def invoke(self, ctx: Any) -> Any:
-        ctx.obj = state = CommandState()
-        as_json = "--json" in (*getattr(ctx, "_protected_args", ()), *ctx.args)  # a command line that cannot be parsed
+        # what is wrong before the command begins is said in its way as well
+        as_json = "--json" in (*getattr(ctx, "_protected_args", ()), *ctx.args)
+        ctx.obj = state = CommandState(Screen(as_json=as_json))
         try:
             return super().invoke(ctx)
         except BrokenPipeError as error:  # whoever read the output has left; nothing more can be said
@@ -57,7 +58,6 @@ class _Commands(TyperGroup):
             raise typer.Exit(1) from error
         except Exception as error:  # the last place that can say it in one line
             if hasattr(error, "format_message"):  # an option that typer does not take
-                state.screen = Screen(as_json=as_json)
                 command = error.ctx.command_path.split()[1:] if getattr(error, "ctx", None) else []
                 help_ = " ".join(["spinpass", *command, "--help"])
                 state.screen.error(f"{_one_line(error.format_message()).rstrip('.')}; see {help_}", "UsageError")

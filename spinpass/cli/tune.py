@@ -94,4 +94,4 @@ def _sizes(text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",") if part.strip()]
     except ValueError as error:
-        raise ConfigError(f"--block-sizes {text!r} is not a list of numbers such as 64,128") from error
+        raise ConfigError(f"--block-sizes {text!r} is not a list of numbers: write them as 64,128") from error

@@ -33,7 +33,9 @@ def check_windows(count: int | None, path: Path | None = None, length: int | Non
     if count is not None and path is None:
         raise ConfigError(f"--samples {count} are windows of a text to calibrate on: add --calibration FILE")
     if length is not None and length < 2:
-        raise ConfigError(f"windows of {length} tokens: at least two are needed, one to predict the other by")
+        raise ConfigError(
+            f"windows of {length} tokens: at least two are needed, one to predict the other by: choose more"
+        )
 
 
 def calibration_inputs(

@@ -119,7 +119,9 @@ class EvalRequest:
             elif not model_path(model).is_file():
                 raise ConfigError(f"there is no file {model}: name a folder that spinpass export wrote")
         if is_onnx(self.model) and (self.quantize or self.rotate != "no"):
-            raise ConfigError(f"{self.model} is an ONNX model; --quantize and --rotate need the program it was made of")
+            raise ConfigError(
+                f"{self.model} is an ONNX model; --quantize and --rotate need the program it was made of: name that"
+            )
         unloaded = [m for m in (self.model, self.against) if m and not is_onnx(m) and locate(m).kind != "program"]
         for option, given in (("--dequantize", self.dequantize), ("--trust-remote-code", self.trust_remote_code)):
             if given and not unloaded:

@@ -87,7 +87,9 @@ def windows(ids: Sequence[int], length: int, count: int) -> list[list[int]]:
     Raises ConfigError: the text is too short for that, or a window could not predict anything.
     """
     if length < 2 or count < 1:
-        raise ConfigError(f"{count} windows of {length} tokens: at least one window of two tokens is needed")
+        raise ConfigError(
+            f"{count} windows of {length} tokens: at least one window of two tokens is needed: choose more"
+        )
     if len(ids) < count * length:
         raise ConfigError(
             f"{count} windows of {length} tokens need {count * length:,} tokens; the text has {len(ids):,}: take a "

@@ -18,7 +18,7 @@ from spinpass.quantization import QuantizationConfig
 
 from .companions import Written, check_target, check_writable
 from .executorch import executorch_tools, write_pte_folder
-from .gptq import WEIGHTS_ONLY, check_rotation, write_gptq_folder
+from .gptq import WEIGHTS_ONLY, check_offline, check_rotation, write_gptq_folder
 from .onnx import CacheBits, onnx_tools, write_folder
 from .preflight import Known
 from .result import Result, quantized, rotated
@@ -148,7 +148,7 @@ class ExportRequest:
                 raise ConfigError(f"{name}={value!r} is not one of {', '.join(map(str, allowed))}")
         check_dtype(self.dtype)
         if self.config is not None and not isinstance(self.config, RotationConfig):
-            raise ConfigError(f"config is a {type(self.config).__name__}, not a spinpass.RotationConfig or None")
+            raise ConfigError(f"config is a {type(self.config).__name__}: give a spinpass.RotationConfig or None")
         if self.config is not None and self.config.verify not in (None, self.certify):
             raise ConfigError(
                 f"verify={self.config.verify} in config and certify={self.certify} disagree: leave one out"
@@ -182,6 +182,8 @@ class ExportRequest:
             raise ConfigError("a GPTQ checkpoint holds weights alone: leave the parts a… and kv… out of --quantize")
         if scheme.mixed_rows:
             raise ConfigError("weights of a GPTQ checkpoint have one width each: leave the part rows out of --quantize")
+        if self.config is not None:
+            check_offline(self.config)
 
     def _check_executorch(self) -> None:
         if self.int4:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from spinpass import record
-from spinpass.errors import ConfigError, ExportError, VerificationError
+from spinpass.errors import ConfigError, ExportError, VerificationError, first_line
 from spinpass.record import Carried
 
 from .pt2 import load_program
@@ -139,7 +139,7 @@ def _metadata(file: Path) -> dict[str, str]:
     except ModuleNotFoundError as error:
         raise ExportError(f"reading ONNX needs {error.name}: pip install 'spinpass[onnx]'") from error
     except Exception as error:  # protobuf's errors have no common base
-        raise ExportError(f"{file} is no ONNX model: {error}") from error
+        raise ExportError(f"{file} is no ONNX model ({first_line(error)}): export it again") from error
     return {entry.key: entry.value for entry in model.metadata_props}
 
 

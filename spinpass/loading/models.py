@@ -157,10 +157,11 @@ def load_tokenizer(source: Source, *, trust_remote_code: bool = False) -> Any:
 
 def _loading_error(source: Source, error: Exception) -> SpinpassError:
     """Return what to raise where transformers cannot load a model: first of all whether there is one."""
-    why = f"transformers cannot load {source.location}: {_summary(error)}"
+    name = str(Path(source.location, source.gguf)) if source.gguf else source.location
+    why = f"transformers cannot load {name}: {_summary(error).rstrip('.')}"
     if isinstance(error, OSError) and not Path(source.location).exists():
-        return ConfigError(f"there is no file or folder {source.location} here, and {why.rstrip('.')}: check the name")
-    return ExportError(why)
+        return ConfigError(f"there is no file or folder {source.location} here, and {why}: check the name")
+    return ExportError(f"{why}; check that it is whole, as save_pretrained writes it")
 
 
 def _load(source: Source, dtype: Any, dequantize: bool, trust: bool) -> tuple[Any, Any, LoadingReport]:

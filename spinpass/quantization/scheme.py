@@ -255,7 +255,9 @@ class QuantizationConfig:
             elif match := re.fullmatch(r"(head|embed)(\d+)", part):
                 found["head" if match[1] == "head" else "embedding"] = Weights(int(match[2]), method="rtn")
             else:
-                raise ConfigError(f"{part!r} in {text!r} is not a part of a scheme such as w4g128-gptq-a8-kv4")
+                raise ConfigError(
+                    f"{part!r} in {text!r} is not a part of a scheme such as w4g128-gptq-a8-kv4: name another"
+                )
         if (weights or "distill" in found) and "bits" not in weights:
             raise ConfigError(f"{text!r} says how to round weights but not to how many bits: add a width such as w4")
         if found.get("distill") == 0:

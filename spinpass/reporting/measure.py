@@ -55,7 +55,7 @@ class ReportRequest:
         for scheme in self.schemes:
             QuantizationConfig.parse(scheme)
             if self.schemes.count(scheme) > 1:
-                raise ConfigError(f"the scheme {scheme} is named twice")
+                raise ConfigError(f"the scheme {scheme} is named twice: leave one out")
         for path in (self.text, self.calibration):
             read_text(path)
         if self.calibration is not None and not self.schemes:
@@ -70,7 +70,7 @@ class ReportRequest:
             ExportError: its configuration says that it cannot be loaded.
         """
         if is_onnx(self.model):
-            raise ConfigError(f"{self.model} is an ONNX model; a report needs the program it was made of")
+            raise ConfigError(f"{self.model} is an ONNX model; a report needs the program it was made of: name that")
         asked = {"dequantize": self.dequantize, "trust_remote_code": self.trust_remote_code}
         check_program_options(locate(self.model), **asked)
         return self.cut_windows(token_ids(open_tokenizer(self.model, self.tokenizer or None, **asked)))

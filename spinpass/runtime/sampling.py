@@ -32,11 +32,11 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not self.temperature >= 0:
-            raise ConfigError(f"temperature {self.temperature} is negative")
+            raise ConfigError(f"temperature {self.temperature} is negative: choose 0 or more")
         if self.top_k < 0:
             raise ConfigError(f"top_k {self.top_k} is negative; 0 keeps all tokens")
         if not 0 < self.top_p <= 1:
-            raise ConfigError(f"top_p {self.top_p} is not in (0, 1]")
+            raise ConfigError(f"top_p {self.top_p} is not in (0, 1]: choose a share of the probability")
         given = [name for name, neutral in (("top_k", 0), ("top_p", 1), ("seed", 0)) if getattr(self, name) != neutral]
         if self.temperature == 0 and given:
             raise ConfigError(
