@@ -7,7 +7,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
-from spinpass.errors import ConfigError, first_line
+from spinpass.errors import ConfigError, ExportError, first_line
 
 Windows = Sequence[Sequence[int]]
 """Windows of a text, each as its token ids."""
@@ -41,12 +41,16 @@ def read_dataset(name: str) -> str:
     Read are the first few million characters of its column ``text``, or of the only one that holds strings. The split
     is ``test`` where none is named.
 
-    Raises ConfigError: the package is missing, there is no such dataset or split, or no column of text.
+    Raises:
+        ConfigError: there is no such dataset or split, or no column of text.
+        ExportError: the package is missing.
     """
     try:
         import datasets
     except ModuleNotFoundError as error:
-        raise ConfigError(f"--dataset needs the package {error.name}: pip install datasets, or use --text") from error
+        raise ExportError(
+            f"--dataset needs the package {error.name}: pip install 'spinpass[datasets]', or use --text"
+        ) from error
     where, config, split = (*name.split(":"), "", "")[:3]
     try:
         rows = datasets.load_dataset(where, config or None, split=split or "test", streaming=True)

@@ -39,7 +39,7 @@ def check_architecture(transformers: Any, location: str, config: Mapping[str, An
     if not known and owned:
         if trust_remote_code:
             raise ExportError(
-                f"{location}: {_named(saved_as, kind)} is no causal language model, which is what is exported: choose one"
+                f"{location}: {_named(saved_as, kind)} is no causal language model, as exports are: choose one"
             )
         raise ExportError(
             f"{location} runs modelling code of its own ({', '.join(sorted(set(owned.values())))}): {_TRUST}"
@@ -52,7 +52,7 @@ def check_architecture(transformers: Any, location: str, config: Mapping[str, An
     classes = causal_classes(transformers, config)
     if not classes:
         raise ExportError(
-            f"{location}: {_named(saved_as, kind)} is no causal language model, which is what is exported: choose one"
+            f"{location}: {_named(saved_as, kind)} is no causal language model, as exports are: choose one"
         )
     made = classes[0]
     if not saved_as or made.__name__.casefold() in {name.casefold() for name in saved_as}:

@@ -85,7 +85,7 @@ MODELS = [
     ("plan {list_json}", 1, "transformers cannot load"),
     ("plan {unknown_type}", 1, "knows no model type 'quux'"),
     ("plan {encoder}", 1, "was saved as BertModel, which is not exported"),
-    ("plan {seq2seq}", 1, "is no causal language model, which is what is exported: choose one"),
+    ("plan {seq2seq}", 1, "is no causal language model, as exports are: choose one"),
     ("plan {adapter}", 1, "holds an adapter (adapter_config.json)"),
     ("plan {own_code}", 1, "runs modelling code of its own"),
     ("plan {packed}", 2, "holds packed weights (gptq), which are not rotated behind your back: add --dequantize"),

@@ -150,7 +150,7 @@ def test_folders_that_cannot_generate_say_why(folder: Path, tmp_path: Path) -> N
         ((tmp_path / "nothing", TEXT), 2, "there is no model at"),
         ((bare, TEXT), 1, "holds no tokenizer"),
         ((folder, TEXT, "--max-new-tokens", 9999), 2, "more than the 64 positions"),
-        ((folder, TEXT, "--provider", "NoSuchProvider"), 2, "NoSuchProvider"),
+        ((folder, TEXT, "--provider", "NoSuchProvider", "--max-new-tokens", NEW), 2, "NoSuchProvider"),
         ((folder, TEXT, "--temperature", -1), 2, "is negative"),
     ]
     for arguments, code, why in cases:
