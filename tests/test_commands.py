@@ -274,6 +274,5 @@ def test_a_chain_of_them_for_real(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         "spinpass rotate IN.pt2 OUT.pt2",
         "spinpass verify IN.pt2 OUT.pt2",
     ):
-        assert command in WHOLE or command.startswith("spinpass verify"), command
         result = run(*shlex.split(command)[1:])
         assert result.exit_code == 0, (command, result.stderr)

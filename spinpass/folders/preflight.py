@@ -80,10 +80,21 @@ class Known:
                 f"size {width}, and GroupQueryAttention takes multiples of {_HEAD_STEP}; leave out --kv-cache {kind}"
             )
 
+    def check_integer_kernels(self, dtype: str) -> None:
+        """Raise ConfigError where weights are to be integers beside a dtype that ONNX Runtime's kernels do not take."""
+        if self._named(dtype).endswith("bfloat16"):
+            raise ConfigError(
+                "ONNX Runtime has no kernel for integer weights beside bfloat16 (MatMulNBits on a CPU): choose --dtype "
+                "float32 or float16"
+            )
+
+    def _named(self, dtype: str) -> str:
+        """The dtype that the weights will have, of a configuration where it is ``auto``."""
+        return str(getattr(self.config, "dtype", None)) if dtype == "auto" else dtype
+
     def dtype_bytes(self, dtype: str) -> int:
         """Bytes of a weight in the program."""
-        named = str(getattr(self.config, "dtype", None)) if dtype == "auto" else dtype
-        return _BYTES.get(named, 2)
+        return _BYTES.get(self._named(dtype), 2)
 
     def check_disk(self, out: Path, dtype: str, bits: float | None, *, steps: bool) -> None:
         """Make sure that the disk holds what is written, which is estimated from below.

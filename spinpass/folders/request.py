@@ -216,6 +216,10 @@ class ExportRequest:
     def notes(self) -> list[str]:
         """What the user should know about the combination, a sentence each."""
         found = []
+        if self.to == "onnx" and self.dtype == "bfloat16":
+            found.append(
+                "ONNX Runtime has no bfloat16 kernels on a CPU: the file is for other providers, and is not certified here"
+            )
         if self.int4 and self.config is not None:
             found.append(
                 "4-bit weights alone seldom gain from a rotation and may lose: compare with --rotations none, or round "
@@ -287,6 +291,8 @@ class ExportRequest:
             known.check_context(self._context)
         if self.kv_cache is not None:
             known.check_integer_cache(self.kv_cache, self.dtype)
+        if self.to == "onnx" and self._stored_bits is not None:
+            known.check_integer_kernels(self.dtype)
         known.check_disk(self.out, self.dtype, self._stored_bits, steps=self._copies)
 
     @property
