@@ -58,7 +58,8 @@ class _Commands(TyperGroup):
             raise typer.Exit(1) from error
         except Exception as error:  # the last place that can say it in one line
             if hasattr(error, "format_message"):  # an option that typer does not take
-                command = error.ctx.command_path.split()[1:] if getattr(error, "ctx", None) else []
+                context: Any = getattr(error, "ctx", None)
+                command = context.command_path.split()[1:] if context is not None else []
                 help_ = " ".join(["spinpass", *command, "--help"])
                 state.screen.error(f"{_one_line(error.format_message()).rstrip('.')}; see {help_}", "UsageError")
                 raise typer.Exit(2) from error

@@ -218,7 +218,7 @@ class ExportRequest:
         found = []
         if self.to == "onnx" and self.dtype == "bfloat16":
             found.append(
-                "ONNX Runtime has no bfloat16 kernels on a CPU: the file is for other providers, and is not certified here"
+                "ONNX Runtime has no bfloat16 kernels on a CPU: the file is for other providers, and not certified here"
             )
         if self.int4 and self.config is not None:
             found.append(

@@ -154,7 +154,7 @@ VALUES = [
     ("plan {pt2} --block-size 0", 2, "block_size=0 is not a positive integer"),
     ("plan {pt2} --block-size x", 2, "Invalid value for '--block-size'"),
     ("plan {pt2} --seed 1.5", 2, "Invalid value for '--seed'"),
-    ("plan {pt2} --exclude R4:nothing", 2, "exclude has 'R4:nothing', which is no space and no parameter of this program; the nearest is 'R4:model.layers.0.mlp.down_proj'"),
+    ("plan {pt2} --exclude R4:nothing", 2, "exclude has 'R4:nothing', which is no space and no parameter of this program; the nearest is 'R4:model.layers."),
     ("plan {pt2} --rotatons R1", 2, "No such option: --rotatons"),
     ("exprot {model} {out}", 2, "No such command 'exprot'"),
     ("export {model} {out} --to tflite", 2, "'tflite' is not one of"),
