@@ -139,6 +139,22 @@ class RotationConfig:
         for key, matrix in self.matrices.items():
             if not isinstance(matrix, Tensor):
                 raise ConfigError(f"the matrix for {key!r} is a {type(matrix).__name__}, not a torch.Tensor")
+        self._check_effect()
+
+    def _check_effect(self) -> None:
+        """Raise ConfigError where a setting would change nothing, whatever the program is."""
+        kinds = {self.kind, *(each.kind for each in self.overrides.values())}
+        if self.seed != 0 and kinds <= {"hadamard", None}:
+            raise ConfigError(
+                f"seed={self.seed} changes nothing: kind='hadamard' draws nothing; choose random-hadamard or "
+                "random-matrix, or leave the seed out"
+            )
+        for name, value in (("form", self.form), ("tied", self.tied)):
+            if value != "auto" and "R1" not in self.rotations:
+                raise ConfigError(
+                    f"{name}={value!r} is of R1, and R1 is not among the rotations ({', '.join(self.rotations)}): add "
+                    f"R1, or leave {name} out"
+                )
 
     def check_used(self, spaces: Collection[str], parameters: Collection[str]) -> None:
         """Make sure that every key and every pattern speaks of something in a program.
@@ -161,10 +177,9 @@ class RotationConfig:
         names = {*spaces, *(name.split(":", 1)[-1] for name in spaces), *parameters}
         for pattern in self.exclude:
             if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
-                raise ConfigError(
-                    f"exclude has {pattern!r}, which is no space and no parameter of this program"
-                    f"{nearest_name(pattern, names)}"
-                )
+                role = pattern.split(":")[0]
+                near = nearest_name(pattern, [name for name in spaces if name.split(":")[0] == role] or names)
+                raise ConfigError(f"exclude has {pattern!r}, which is no space and no parameter of this program{near}")
 
     def settings(self, name: str) -> Override:
         """The kind, block size and seed for the space ``name``. Field by field the longest key wins."""
@@ -228,4 +243,4 @@ def _check_kind(kind: object) -> None:
 
 def _check_block_size(block_size: Any) -> None:
     if block_size is not None and (not _is_integer(block_size) or block_size < 1):
-        raise ConfigError(f"block_size={block_size!r} is not a positive integer")
+        raise ConfigError(f"block_size={block_size!r} is not a positive integer: choose 1 or more")

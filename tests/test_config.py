@@ -57,6 +57,9 @@ def test_rotations_are_put_in_order(given: Any, taken: tuple[str, ...]) -> None:
         (dict(matrices=3), "matrices=3 is no mapping by the names"),
         (dict(overrides={"R2": "hadamard"}), "the override for 'R2' is a str, not a spinpass.Override"),
         (dict(matrices={"R1": [[1.0]]}), "the matrix for 'R1' is a list, not a torch.Tensor"),
+        (dict(seed=3), "seed=3 changes nothing: kind='hadamard' draws nothing"),
+        (dict(form="online", rotations="R2,R4"), r"form='online' is of R1, and R1 is not among the rotations \(R2, R4\)"),
+        (dict(tied="untie", rotations="R2"), "tied='untie' is of R1"),
     ],
 )
 def test_values_that_cannot_be_used(settings: dict[str, Any], text: str) -> None:
@@ -70,6 +73,11 @@ def test_values_that_cannot_be_used(settings: dict[str, Any], text: str) -> None
 def test_overrides_are_checked_alike(settings: dict[str, Any], text: str) -> None:
     with pytest.raises(ConfigError, match=text):
         Override(**settings)
+
+
+def test_a_seed_has_an_effect_where_anything_is_drawn() -> None:
+    assert RotationConfig(kind="random-matrix", seed=3).seed == 3
+    assert RotationConfig(seed=3, overrides={"R2": Override(kind="random-hadamard")}).settings("R2:x").seed == 3
 
 
 def test_the_most_specific_override_wins() -> None:

@@ -75,7 +75,7 @@ def test_options_become_those_of_the_export() -> None:
 def test_it_fails_in_one_line(folder: Path, tmp_path: Path) -> None:
     done = optimum_cli("-m", tmp_path / "nothing", tmp_path / "out")
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.strip() == f"spinpass: there is no file or folder {tmp_path / 'nothing'}"
+    assert done.stderr.strip() == f"spinpass: there is no file or folder {tmp_path / 'nothing'}: check the path"
     done = optimum_cli("-m", folder, tmp_path / "out", "--rotations", "R9")
     assert done.returncode == 2 and "Traceback" not in done.stderr and "R9" in done.stderr
     assert not (tmp_path / "out").exists()

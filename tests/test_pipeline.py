@@ -124,7 +124,7 @@ def test_dynamic_and_decomposed_programs_are_exact(name: str, how: str) -> None:
 @pytest.mark.parametrize("form", ["offline", "online"])
 def test_every_kind_of_rotation(name: str, kind: str, form: str) -> None:
     before = program(name)
-    after = transformed(before, kind=kind, form=form, seed=5)
+    after = transformed(before, kind=kind, form=form, seed=0 if kind == "hadamard" else 5)
     new = [v.dtype for k, v in after.state_dict.items() if k not in before.state_dict]
     assert error(before, after) <= (
         1e-7 if torch.float32 in new else EXACT
@@ -458,7 +458,7 @@ def test_one_rotation_after_the_other_equals_all_at_once() -> None:
     step = before
     roles = [r for r in ROLES if r != "latent"]  # there is none in this model
     for role in roles:
-        step = transformed(step, rotations=role, form="offline")
+        step = transformed(step, rotations=role, form="offline" if role == "R1" else "auto")
     assert error(before, step) <= EXACT
     found = record.read(step)
     assert found is not None
@@ -523,7 +523,7 @@ def test_static_caches(name: str, how: str) -> None:
 def test_prefill_and_decode_rotated_apart_share_a_cache(name: str, kind: str) -> None:
     prefill, decode = (program(name, how) for how in ("prefill", "decode"))
     expected = models.prefill_then_decode(prefill, decode)
-    rotated = [transformed(p, kind=kind, seed=3) for p in (prefill, decode)]
+    rotated = [transformed(p, kind=kind, seed=0 if kind == "hadamard" else 3) for p in (prefill, decode)]
     actual = models.prefill_then_decode(*rotated)
     assert relative_error(expected, actual) <= EXACT
 

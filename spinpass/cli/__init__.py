@@ -9,15 +9,15 @@ __all__ = ["main"]
 
 
 def main(arguments: Sequence[str] | None = None, name: str = "spinpass") -> None:
-    """Run the command line on ``arguments``, those of the process by default, and exit: 0 done, 1 refused or not
-    equivalent, 2 bad usage. ``name`` is what its help calls the program."""
+    """Run the command line on ``arguments``, those of the process by default, and exit: 0 done, 1 refused, not
+    equivalent or otherwise failed, 2 bad usage. ``name`` is what its help calls the program."""
     try:
         from .app import app
     except ModuleNotFoundError as error:
         if error.name not in ("typer", "rich"):
             raise
         print(f"spinpass: the command line needs {error.name}: pip install 'spinpass[cli]'", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(1)
     app(arguments, prog_name=name)
 
 

@@ -1,5 +1,6 @@
-"""The application: its commands, and what becomes of errors. Exit codes: 0 done, 1 refused or not equivalent, 2 bad
-usage.
+"""The application: its commands, and what becomes of errors. Exit codes: 0 done, 2 what was asked for cannot be meant
+(a wrong option, a combination, a file that is not there: :class:`~spinpass.errors.ConfigError`), 1 everything else that
+ends a command: refused, not equivalent, a broken file, a missing package, a full disk.
 
 A command prints a table, or with ``--json`` one JSON document, on stdout; progress and messages go to stderr.
 """
@@ -14,7 +15,7 @@ import torch
 import typer
 from typer.core import TyperGroup
 
-from spinpass.errors import ConfigError, ExportError, SpinpassError
+from spinpass.errors import ConfigError, SpinpassError
 from spinpass.folders import version_of
 
 from .evaluate import evaluate_command
@@ -24,11 +25,9 @@ from .inspect import inspect_command
 from .plan import plan_command
 from .report import report_command
 from .rotate import rotate_command
-from .screen import CommandState
+from .screen import CommandState, Screen
 from .tune import tune_command
 from .verify import verify_command
-
-_USAGE_ERRORS = (ConfigError, ExportError)
 
 
 def _print_version(wanted: bool) -> None:
@@ -49,13 +48,21 @@ class _Commands(TyperGroup):
     """The group of all commands, which turns errors into one line and an exit code."""
 
     def invoke(self, ctx: Any) -> Any:
-        ctx.obj = state = CommandState()
+        # what is wrong before the command begins is said in its way as well
+        as_json = "--json" in (*getattr(ctx, "_protected_args", ()), *ctx.args)
+        ctx.obj = state = CommandState(Screen(as_json=as_json))
         try:
             return super().invoke(ctx)
         except BrokenPipeError as error:  # whoever read the output has left; nothing more can be said
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(1) from error
         except Exception as error:  # the last place that can say it in one line
+            if hasattr(error, "format_message"):  # an option that typer does not take
+                context: Any = getattr(error, "ctx", None)
+                command = context.command_path.split()[1:] if context is not None else []
+                help_ = " ".join(["spinpass", *command, "--help"])
+                state.screen.error(f"{_one_line(error.format_message()).rstrip('.')}; see {help_}", "UsageError")
+                raise typer.Exit(2) from error
             if state.tracebacks or hasattr(error, "exit_code"):  # typer's own way out
                 raise
             if not isinstance(error, SpinpassError):
@@ -63,7 +70,7 @@ class _Commands(TyperGroup):
                 state.screen.error(unexpected, type(error).__name__)
                 raise typer.Exit(1) from error
             state.screen.error(_one_line(error), type(error).__name__)
-            raise typer.Exit(2 if isinstance(error, _USAGE_ERRORS) else 1) from error
+            raise typer.Exit(2 if isinstance(error, ConfigError) else 1) from error
         finally:
             state.screen.close()
 
@@ -93,6 +100,6 @@ app.command("report")(report_command)
 app.command("inspect")(inspect_command)
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: object) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return "; ".join(lines).replace(":; ", ": ") or type(error).__name__

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from spinpass.evaluation import CALIBRATION_WINDOWS, EvalRequest, RotateAs
+from spinpass.evaluation import EvalRequest, RotateAs
 
 from .options import AsJson, CalibrationWindows, Dequantize, Model, TrustRemoteCode, Verbose
 from .screen import screen_of
@@ -29,7 +29,7 @@ def evaluate_command(
     calibration: Annotated[
         Path | None, typer.Option(help="UTF-8 text that GPTQ and static ranges calibrate on.")
     ] = None,
-    calibration_windows: CalibrationWindows = CALIBRATION_WINDOWS,
+    calibration_windows: CalibrationWindows = None,
     rotate_form: Annotated[
         RotateAs,
         typer.Option("--rotate", help="Rotate MODEL first, R1 in this form, and compare it with the original."),

@@ -8,7 +8,6 @@ from typing import Annotated, Any
 import typer
 
 from spinpass.config import RotationConfig
-from spinpass.evaluation import CALIBRATION_WINDOWS
 from spinpass.folders import ExportRequest
 from spinpass.formats import GptqReport
 
@@ -45,14 +44,14 @@ def export_command(
     no_cache: NoCache = False,
     int4: Int4 = False,
     to: To = "onnx",
-    context: Context = 1024,
+    context: Context = None,
     dequantize: Dequantize = False,
     trust_remote_code: TrustRemoteCode = False,
     quantize: Annotated[str, typer.Option(help="Scheme to quantize by, for example w4g128-gptq-a8-head8.")] = "",
     calibration: Annotated[
         Path | None, typer.Option(help="UTF-8 text that GPTQ, static ranges and --kv-cache calibrate on.")
     ] = None,
-    calibration_windows: CalibrationWindows = CALIBRATION_WINDOWS,
+    calibration_windows: CalibrationWindows = None,
     kv_cache: KvCache = None,
     last_logits: LastLogits = False,
     no_fuse: NoFuse = False,

@@ -10,7 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from spinpass.errors import ConfigError, ExportError
-from spinpass.runtime import Sampling
+from spinpass.formats import model_path
+from spinpass.runtime import ModelFolder, Sampling
 
 from .options import AsJson, Verbose
 from .screen import screen_of
@@ -29,7 +30,7 @@ def generate_command(
     top_p: Annotated[
         float, typer.Option(help="Draw from the likeliest tokens that have this share of the probability.")
     ] = 1.0,
-    seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
+    seed: Annotated[int | None, typer.Option(help="Seed of the draws, which --temperature asks for.")] = None,
     threads: Annotated[
         int | None, typer.Option(help="Threads of ONNX Runtime, which chooses by itself by default.")
     ] = None,
@@ -44,7 +45,11 @@ def generate_command(
     Example: spinpass generate out "Why is the sky blue?" --chat
     """
     screen = screen_of(ctx, as_json, verbose)
-    sampling = Sampling(temperature, top_k, top_p, seed)
+    if seed is not None and temperature == 0:
+        raise ConfigError(
+            f"--seed {seed} is of draws, and temperature 0 draws nothing: add --temperature, or leave it out"
+        )
+    sampling = Sampling(temperature, top_k, top_p, seed or 0)
     request = GenerateRequest(folder, prompt, max_new_tokens, chat, sampling, threads, provider)
     found = request.run(lambda piece: None if as_json else typer.echo(piece, nl=False))
     if as_json:
@@ -74,14 +79,13 @@ class GenerateRequest:
             ConfigError: options out of range, an unknown provider, more tokens than the model has positions.
             ExportError: no model or tokenizer in the folder, ONNX Runtime missing or unable to run the model.
         """
+        ids = self._preflight()
         try:
             from spinpass.runtime import OrtDecoder, Pieces
 
             decoder = OrtDecoder(self.folder, provider=self.provider, threads=self.threads)
         except ModuleNotFoundError as error:
             raise ExportError(f"running ONNX needs {error.name}: pip install 'spinpass[onnx]'") from error
-        ids = self._ids(decoder.tokenizer)
-        decoder.check_length(len(ids), self.max_new_tokens)
         pieces = Pieces(decoder.tokenizer)
         text: list[str] = []
 
@@ -105,6 +109,21 @@ class GenerateRequest:
             "prefill_tokens_per_second": made.prefill_rate,
             "decode_tokens_per_second": made.decode_rate,
         }
+
+    def _preflight(self) -> list[int]:
+        """Return the tokens of the prompt. What can be said before the model is loaded is said here."""
+        if not model_path(self.folder).is_file():
+            raise ConfigError(f"there is no model at {self.folder}: name a folder that spinpass export wrote")
+        if self.threads is not None and self.threads < 1:
+            raise ConfigError(f"--threads {self.threads}: choose 1 or more, or leave it out")
+        if self.max_new_tokens < 1:
+            raise ConfigError(f"--max-new-tokens {self.max_new_tokens}: choose 1 or more")
+        beside = ModelFolder(model_path(self.folder).parent)
+        ids = self._ids(beside.tokenizer)
+        if not ids:
+            raise ConfigError("the prompt has no tokens to start from: write at least a word")
+        beside.check_length(len(ids), self.max_new_tokens)
+        return ids
 
     def _ids(self, tokenizer: Any) -> list[int]:
         if not self.chat:

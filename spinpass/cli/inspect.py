@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from spinpass.errors import ConfigError
 from spinpass.formats import Artefact, read_artefact
 from spinpass.planning import layer_pattern
 
@@ -27,23 +28,30 @@ def inspect_command(
 ) -> None:
     """Show what an exported model says of itself: rotations, the basis of its cache, certificates, files, versions.
 
-    Nothing is written. The exit code is 1 if its parts do not belong together, and
-    2 if the two cannot share a cache.
+    Nothing is written. The exit code is 1 if its parts do not belong together, or
+    the two cannot share a cache.
 
     Example: spinpass inspect out --check
     """
     screen = screen_of(ctx, as_json, verbose)
-    found = read_artefact(path)
-    found.check(files=check)
+    found = _checked(path, files=check)
     if beside is not None:
-        other = read_artefact(beside)
-        other.check(files=check)
+        other = _checked(beside, files=check)
         found.require_same_basis(other)
     if as_json:
         screen.document({"ok": True} | found.to_dict())
     screen.show(*artefact_tables(found))
     if beside is not None:
         screen.show(f"shares a KV cache with {beside}")
+
+
+def _checked(path: Path, *, files: bool) -> Artefact:
+    """Read and check. Raises ConfigError where there are no hashes of ``files`` to compare with."""
+    found = read_artefact(path)
+    if files and not found.manifest:
+        raise ConfigError(f"{path} stands alone, with no spinpass.json to compare hashes with: leave out --check")
+    found.check(files=files)
+    return found
 
 
 def artefact_tables(artefact: Artefact) -> list[Table]:

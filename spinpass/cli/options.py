@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from spinpass.config import DEFAULT_ROLES, ROLES, CacheBasis, Form, Kind, RotationConfig, Tied
+from spinpass.errors import ConfigError
 from spinpass.folders import IntegerCache, Target
 
 ALL = ",".join(ROLES)
@@ -63,7 +64,10 @@ NoCache = Annotated[bool, typer.Option("--no-cache", help="Export without a KV c
 NoVerify = Annotated[bool, typer.Option("--no-verify", help="Do not certify the result.")]
 To = Annotated[Target, typer.Option(help="Runtime that the folder is for, or gptq for a GPTQ checkpoint.")]
 Context = Annotated[
-    int, typer.Option(help="Tokens, prompt and answer, that the KV cache inside an ExecuTorch program holds.")
+    int | None,
+    typer.Option(
+        help="Tokens, prompt and answer, that the KV cache inside an ExecuTorch program holds.", show_default="1024"
+    ),
 ]
 Dequantize = Annotated[
     bool,
@@ -90,7 +94,12 @@ LastLogits = Annotated[
     typer.Option("--last-logits", help="Compute the logits of the last token alone, so that prompts are read faster."),
 ]
 CalibrationWindows = Annotated[
-    int, typer.Option("--samples", help="Number of calibration windows, of 512 tokens or of --length.")
+    int | None,
+    typer.Option(
+        "--samples",
+        help="Number of calibration windows, of 512 tokens or of --length.",
+        show_default="what the text holds, at most 16",
+    ),
 ]
 Force = Annotated[
     bool, typer.Option("--force", help="Write into OUT though it holds files that no export has put there.")
@@ -135,6 +144,13 @@ def configuration(
 ) -> RotationConfig | None:
     """What the options ask for; None for ``--rotations none``. Raises ConfigError where that means nothing."""
     if rotations.strip().lower() == "none":
+        given = {
+            "kind": kind != "hadamard", "block-size": block_size is not None, "seed": seed != 0, "tied": tied != "auto",
+            "form": form != "auto", "cache": cache != "rotated", "exclude": bool(exclude),
+        }  # fmt: skip
+        unused = [f"--{name}" for name, was in given.items() if was]
+        if unused:
+            raise ConfigError(f"--rotations none rotates nothing: leave out {', '.join(unused)}")
         return None
     chosen: Any = tuple(name.strip() for name in rotations.split(","))
     return RotationConfig(

@@ -6,7 +6,7 @@ import typer
 
 from spinpass.config import RotationConfig
 from spinpass.errors import ConfigError
-from spinpass.loading import load_model
+from spinpass.loading import check_program_options, load_model, locate
 from spinpass.pipeline import plan
 
 from .options import ALL, AsJson, Dequantize, Dtype, Model, NoCache, TrustRemoteCode, Verbose, rotation_options
@@ -35,6 +35,8 @@ def plan_command(
     screen = screen_of(ctx, as_json, verbose)
     if config is None:
         raise ConfigError("a plan needs a rotation; choose from " + ALL)
+    given = {"dtype": dtype in ("float16", "bfloat16"), "no_cache": no_cache}
+    check_program_options(locate(model), **given, dequantize=dequantize, trust_remote_code=trust_remote_code)
     with screen.steps() as steps:
         loaded = load_model(
             model,

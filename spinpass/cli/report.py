@@ -57,8 +57,8 @@ def report_command(
     )
     check_writable(out.parent)
     with screen.steps() as steps:
-        program, opened = asked.open(steps)
-        cut = asked.cut_windows(opened)
+        cut = asked.preflight()
+        program = asked.open(steps)
         result = rotated(program, config, steps, certify=not no_verify)
         assert result.plan is not None
         versions = result.to_dict()["versions"]

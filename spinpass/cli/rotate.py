@@ -9,7 +9,7 @@ import typer
 
 from spinpass.config import RotationConfig
 from spinpass.errors import ConfigError
-from spinpass.folders import check_writable, rotated
+from spinpass.folders import check_space, check_writable, rotated
 from spinpass.formats import load_program, save_program
 
 from .options import ALL, AsJson, NoVerify, Verbose, rotation_options
@@ -38,7 +38,10 @@ def rotate_command(
         raise ConfigError(f"{target} does not end in .pt2, the name of an exported program")
     if target.resolve() == source.resolve():
         raise ConfigError(f"{target} is the program that is rotated: name another file")
+    if not source.is_file():
+        raise ConfigError(f"there is no file {source}: name a program that torch.export.save has written")
     check_writable(target.parent)
+    check_space(target.parent, source.stat().st_size)
     with screen.steps() as steps:
         steps.start("load")
         program = load_program(source)

@@ -8,14 +8,14 @@ from typing import Annotated
 import typer
 
 from spinpass.errors import ConfigError
-from spinpass.evaluation import CALIBRATION_LENGTH, CALIBRATION_WINDOWS, read_text, token_ids
+from spinpass.evaluation import CALIBRATION_LENGTH, CALIBRATION_WINDOWS, check_windows
 from spinpass.evaluation import windows as cut
-from spinpass.folders import Result, check_target, check_writable, onnx_tools, write_folder
+from spinpass.folders import Known, Result, check_target, check_writable, onnx_tools, write_folder
 from spinpass.loading import load_model
 from spinpass.quantization import QuantizationConfig
 from spinpass.tuning import candidates, tune
 
-from .options import AsJson, CalibrationWindows, Dequantize, Dtype, Force, Model, TrustRemoteCode, Verbose
+from .options import AsJson, Dequantize, Dtype, Force, Model, TrustRemoteCode, Verbose
 from .screen import screen_of
 from .tables import files_table, show_loading, tuning_table
 
@@ -26,7 +26,9 @@ def tune_command(
     quantize: Annotated[str, typer.Option(help="Scheme to tune for, for example w4g128-gptq-a8.")],
     calibration: Annotated[Path, typer.Option(help="UTF-8 text whose first half calibrates and whose second decides.")],
     out: Annotated[Path | None, typer.Option(help="Folder to write the best model to, for ONNX Runtime.")] = None,
-    calibration_windows: CalibrationWindows = CALIBRATION_WINDOWS,
+    calibration_windows: Annotated[
+        int, typer.Option("--samples", help="Number of calibration windows, of --length tokens.")
+    ] = CALIBRATION_WINDOWS,
     windows: Annotated[int, typer.Option(help="Number of windows to decide on.")] = 16,
     length: Annotated[int, typer.Option(help="Tokens of each window.")] = CALIBRATION_LENGTH,
     block_sizes: Annotated[str, typer.Option(help="Also try diagonal blocks of these sizes, for example 64,128.")] = "",
@@ -45,12 +47,25 @@ def tune_command(
     Example: spinpass tune ./model --quantize w4g128-gptq-a8 --calibration text.txt
     """
     screen = screen_of(ctx, as_json, verbose)
-    sizes = _sizes(block_sizes)
-    QuantizationConfig.parse(quantize)
+    configs = candidates(_sizes(block_sizes))
+    scheme = QuantizationConfig.parse(quantize)
+    check_windows(calibration_windows, calibration, length)
+    if windows < 2:
+        raise ConfigError(f"{windows} windows to decide on: choose 2 or more")
+    if force and out is None:
+        raise ConfigError("--force is about the folder that is written: add --out FOLDER, or leave it out")
     onnx = None if out is None else onnx_tools()
     if out is not None:
         check_target(out, model, force=force)
         check_writable(out)
+    known = Known.of(model, dequantize=dequantize, trust_remote_code=trust_remote_code)
+    ids = known.token_ids(calibration)
+    half = len(ids) // 2
+    shown = cut(ids[:half], length, calibration_windows)
+    decisive = cut(ids[half:], length, windows)
+    if out is not None:
+        bits = None if scheme.weights is None else float(scheme.average_bits or scheme.weights.bits)
+        known.check_disk(out, dtype, bits, steps=bits is not None)
     with screen.steps() as steps:
         loaded = load_model(
             model,
@@ -60,14 +75,7 @@ def tune_command(
             trust_remote_code=trust_remote_code,
             progress=steps.begin,
         )
-        if loaded.companions is None or loaded.companions.tokenizer is None:
-            raise ConfigError(f"{model} has no tokenizer to read {calibration} with")
-        ids = token_ids(loaded.companions.tokenizer)(read_text(calibration))
-        half = len(ids) // 2
-        shown, decisive = (
-            cut(part, length, n) for part, n in ((ids[:half], calibration_windows), (ids[half:], windows))
-        )
-        found = tune(loaded.program, quantize, shown, decisive, configs=candidates(sizes), steps=steps)
+        found = tune(loaded.program, quantize, shown, decisive, configs=configs, steps=steps)
         written = None
         if onnx is not None and out is not None:
             made = Result(found.quantized.program, found.chosen.plan, found.quantized.report)
@@ -86,4 +94,4 @@ def _sizes(text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",") if part.strip()]
     except ValueError as error:
-        raise ConfigError(f"--block-sizes {text!r} is not a list of numbers such as 64,128") from error
+        raise ConfigError(f"--block-sizes {text!r} is not a list of numbers: write them as 64,128") from error

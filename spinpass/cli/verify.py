@@ -34,9 +34,11 @@ def verify_command(
     file = after / "model.onnx" if after.is_dir() else after
     for path in (before, file):
         if not path.is_file():
-            raise ConfigError(f"there is no file {path}")
+            raise ConfigError(f"there is no file {path}: name a .pt2 or .onnx file, or a folder with model.onnx")
+    if before.suffix != ".pt2":
+        raise ConfigError(f"{before} is no .pt2 file: name the program that B is compared with")
     if file.suffix not in (".pt2", ".onnx"):
-        raise ConfigError(f"{file} is neither a .pt2 nor an .onnx file")
+        raise ConfigError(f"{file} is neither a .pt2 nor an .onnx file: name one")
     certificate: Any
     with screen.steps() as steps:
         steps.start("load")

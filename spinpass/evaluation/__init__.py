@@ -3,6 +3,7 @@
 from .calibration import (
     CALIBRATION_LENGTH,
     CALIBRATION_WINDOWS,
+    Tokenize,
     calibration_inputs,
     calibration_windows,
     check_calibration,
@@ -10,7 +11,7 @@ from .calibration import (
 )
 from .comparison import Change, Comparison, Perplexity, Scorer, change, compare, compare_each, paired, perplexity
 from .request import EvalRequest, Evaluated, RotateAs
-from .scoring import OnnxScorer, Opened, ProgramScorer, open_scorer, token_ids
+from .scoring import OnnxScorer, Opened, ProgramScorer, is_onnx, open_scorer, open_tokenizer, token_ids
 from .texts import Windows, read_dataset, read_text, windows
 from .timing import Speed, speed
 
@@ -28,6 +29,7 @@ __all__ = [
     "RotateAs",
     "Scorer",
     "Speed",
+    "Tokenize",
     "Windows",
     "calibration_inputs",
     "calibration_windows",
@@ -36,7 +38,9 @@ __all__ = [
     "check_windows",
     "compare",
     "compare_each",
+    "is_onnx",
     "open_scorer",
+    "open_tokenizer",
     "paired",
     "perplexity",
     "read_dataset",

@@ -25,10 +25,17 @@ def check_calibration(scheme: str, path: Path | None) -> None:
         raise ConfigError(f"{scheme} needs a text to calibrate on: add --calibration FILE, or -rtn")
 
 
-def check_windows(count: int) -> None:
-    """Raise ConfigError where the count is no number of calibration windows."""
-    if count < 1:
+def check_windows(count: int | None, path: Path | None = None, length: int | None = None) -> None:
+    """Raise ConfigError where a count was given that is no number of calibration windows, or is given without a text to
+    cut them from, or where ``length`` is none of a window."""
+    if count is not None and count < 1:
         raise ConfigError(f"{count} windows to calibrate on: choose 1 or more")
+    if count is not None and path is None:
+        raise ConfigError(f"--samples {count} are windows of a text to calibrate on: add --calibration FILE")
+    if length is not None and length < 2:
+        raise ConfigError(
+            f"windows of {length} tokens: at least two are needed, one to predict the other by: choose more"
+        )
 
 
 def calibration_inputs(
@@ -36,12 +43,12 @@ def calibration_inputs(
     tokenize: Tokenize,
     path: Path | None,
     length: int = CALIBRATION_LENGTH,
-    count: int = CALIBRATION_WINDOWS,
+    count: int | None = None,
 ) -> list[dict[str, Any]]:
-    """At most ``count`` windows of ``length`` tokens, spread over the text, as inputs of the program by name; none
-    without a text. Windows are shorter where the program takes fewer tokens at once.
+    """``count`` windows of ``length`` tokens, spread over the text, as inputs of the program by name; none without a
+    text. Windows are shorter where the program takes fewer tokens at once.
 
-    Raises ConfigError: the text cannot be read, or is shorter than one window.
+    Raises ConfigError: the text cannot be read, or is too short.
     """
     if path is None:
         return []
@@ -51,8 +58,11 @@ def calibration_inputs(
 
 
 def calibration_windows(
-    tokenize: Tokenize, path: Path, length: int = CALIBRATION_LENGTH, count: int = CALIBRATION_WINDOWS
+    tokenize: Tokenize, path: Path, length: int = CALIBRATION_LENGTH, count: int | None = None
 ) -> list[list[int]]:
-    """The token ids of at most ``count`` windows of a text. Raises ConfigError as :func:`calibration_inputs`."""
+    """The token ids of ``count`` windows of a text; without a count as many as it holds, at most
+    :data:`CALIBRATION_WINDOWS`. Raises ConfigError as :func:`calibration_inputs`."""
     ids = tokenize(read_text(path))
-    return [list(window) for window in windows(ids, length, max(1, min(count, len(ids) // length)))]
+    if count is None:
+        count = max(1, min(CALIBRATION_WINDOWS, len(ids) // length))
+    return [list(window) for window in windows(ids, length, count)]

@@ -9,13 +9,16 @@ from typing import Any, Literal
 
 from spinpass.config import RotationConfig
 from spinpass.errors import ConfigError
+from spinpass.formats import model_path
+from spinpass.loading import load_config, locate
 from spinpass.pipeline import transform
 from spinpass.progress import Steps
+from spinpass.quantization import QuantizationConfig
 from spinpass.quantization import quantize as quantized
 
-from .calibration import CALIBRATION_WINDOWS, calibration_inputs, check_calibration, check_windows
+from .calibration import calibration_inputs, calibration_windows, check_calibration, check_windows
 from .comparison import Comparison, Perplexity, compare, compare_each, perplexity
-from .scoring import Opened, ProgramScorer, open_scorer
+from .scoring import Opened, ProgramScorer, is_onnx, open_scorer, open_tokenizer, token_ids
 from .texts import read_dataset, read_text, windows
 
 RotateAs = Literal["no", "auto", "offline", "online"]
@@ -47,7 +50,7 @@ class EvalRequest:
         against: another model, which the model is compared with.
         quantize: a scheme that the model is quantized by first, to be compared with the original.
         calibration: UTF-8 text to calibrate on.
-        calibration_windows: how many windows of it, of ``length`` tokens.
+        calibration_windows: how many windows of it, of ``length`` tokens; as many as it holds by default, at most 16.
         rotate: the form of R1 in which the model is rotated first, to be compared with the original.
         files: ONNX folders made of the model, each compared with it.
         windows: how many windows are scored.
@@ -64,7 +67,7 @@ class EvalRequest:
     against: str = ""
     quantize: str = ""
     calibration: Path | None = None
-    calibration_windows: int = CALIBRATION_WINDOWS
+    calibration_windows: int | None = None
     rotate: RotateAs = "no"
     files: tuple[str, ...] = ()
     windows: int = 16
@@ -74,7 +77,9 @@ class EvalRequest:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
-        check_windows(self.calibration_windows)
+        check_windows(self.calibration_windows, self.calibration, self.length)
+        if self.windows < 1:
+            raise ConfigError(f"{self.windows} windows to score on: choose 1 or more")
         if self.against and (self.quantize or self.rotate != "no"):
             raise ConfigError("--against compares two models as they are: leave out --quantize and --rotate")
         if self.against and self.files:
@@ -83,15 +88,19 @@ class EvalRequest:
             raise ConfigError("--text and --dataset both name what to score on: leave out one of them")
         if self.quantize:
             check_calibration(self.quantize, self.calibration)
+        if self.calibration is not None and not (
+            self.quantize and QuantizationConfig.parse(self.quantize).uses_calibration
+        ):
+            scheme = f"{self.quantize} calibrates nothing" if self.quantize else "nothing is quantized"
+            raise ConfigError(f"{scheme}: leave out --calibration, or name a scheme such as --quantize w4-gptq-a8")
 
     def run(self, steps: Steps) -> Evaluated:
         """Score the model, or compare it with the other one or with the original, and compare files made of it.
 
         Raises ConfigError and ExportError: a model or a text that cannot be read, a text that is too short.
         """
+        scored = self._preflight()
         opened = self._open(self.model, steps)
-        text = read_dataset(self.dataset) if self.dataset else read_text(self.text)
-        scored = windows(opened.tokens(text), self.length, self.windows)
         if self.against:
             other = self._open(self.against, steps)
             return Evaluated(compare(other.scorer, opened.scorer, scored, steps.start("compare")), {})
@@ -101,6 +110,38 @@ class EvalRequest:
             return Evaluated(perplexity(opened.scorer, scored, steps.start("score")), {})
         found = compare_each(opened.scorer, [*changed, *files], scored, steps.start("compare"))
         return Evaluated(found[0] if changed else found[0].before, dict(zip(self.files, found[len(changed) :])))
+
+    def _preflight(self) -> list[list[int]]:
+        """Return the windows to score on. What can be said before a model is loaded is said here."""
+        for model in filter(None, (self.model, self.against, *self.files)):
+            if not is_onnx(model):
+                locate(model)
+            elif not model_path(model).is_file():
+                raise ConfigError(f"there is no file {model}: name a folder that spinpass export wrote")
+        if is_onnx(self.model) and (self.quantize or self.rotate != "no"):
+            raise ConfigError(
+                f"{self.model} is an ONNX model; --quantize and --rotate need the program it was made of: name that"
+            )
+        unloaded = [m for m in (self.model, self.against) if m and not is_onnx(m) and locate(m).kind != "program"]
+        for option, given in (("--dequantize", self.dequantize), ("--trust-remote-code", self.trust_remote_code)):
+            if given and not unloaded:
+                raise ConfigError(f"{self.model} is taken as it is: leave out {option}")
+        if self.against and not is_onnx(self.against):
+            load_config(locate(self.against), dequantize=self.dequantize, trust_remote_code=self.trust_remote_code)
+        text = read_dataset(self.dataset) if self.dataset else read_text(self.text)
+        read_text(self.calibration)
+        tokens = token_ids(
+            open_tokenizer(
+                self.model,
+                self.tokenizer or None,
+                dequantize=self.dequantize,
+                trust_remote_code=self.trust_remote_code,
+            )
+        )
+        scored = windows(tokens(text), self.length, self.windows)
+        if self.calibration is not None:
+            calibration_windows(tokens, self.calibration, self.length, self.calibration_windows)
+        return scored
 
     def _open(self, model: str, steps: Steps) -> Opened:
         return open_scorer(
@@ -112,8 +153,7 @@ class EvalRequest:
         )
 
     def _changed(self, opened: Opened, steps: Steps) -> ProgramScorer:
-        if opened.program is None:
-            raise ConfigError(f"{self.model} is an ONNX model; --quantize and --rotate need the program it was made of")
+        assert opened.program is not None, "an ONNX model is refused before"
         program = opened.program
         if self.rotate != "no":
             steps.start("rotate")

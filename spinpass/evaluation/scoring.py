@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from spinpass.errors import ConfigError
+from spinpass.errors import ConfigError, first_line
 from spinpass.execution import InputRole, UserInput, bound_sizes, concrete, fresh, run, user_inputs
-from spinpass.loading import load_model
+from spinpass.formats import model_path
+from spinpass.loading import load_config, load_model, load_tokenizer, locate
+from spinpass.runtime import ModelFolder
 
 from .comparison import Scorer
 
@@ -128,11 +130,10 @@ def open_scorer(
         ConfigError: there is no model, or no tokenizer.
         ExportError: the model cannot be loaded.
     """
-    path = Path(model)
-    if path.suffix == ".onnx" or (path / "model.onnx").is_file():
+    if is_onnx(model):
         from spinpass.runtime import OrtDecoder
 
-        decoder = OrtDecoder(path)
+        decoder = OrtDecoder(Path(model))
         return Opened(decoder, None, _tokenizer(tokenizer) if tokenizer else decoder.tokenizer)
     loaded = load_model(
         model, cache=False, dequantize=dequantize, trust_remote_code=trust_remote_code, progress=progress
@@ -143,13 +144,45 @@ def open_scorer(
     return Opened(ProgramScorer(loaded.program), loaded.program, _tokenizer(tokenizer) if tokenizer else own)
 
 
+def is_onnx(model: str) -> bool:
+    """Whether a model is one that ONNX Runtime runs: an ``.onnx`` file, or a folder with ``model.onnx``."""
+    path = Path(model)
+    return path.suffix == ".onnx" or (path / "model.onnx").is_file()
+
+
+def open_tokenizer(
+    model: str, tokenizer: str | None = None, *, dequantize: bool = False, trust_remote_code: bool = False
+) -> Any:
+    """Open the tokenizer that :func:`open_scorer` would read texts with, without the model.
+
+    Raises:
+        ConfigError: there is no model, or no tokenizer.
+        ExportError: transformers is missing, or the model's configuration says that it cannot be loaded.
+    """
+    if is_onnx(model):
+        if not model_path(model).is_file():
+            raise ConfigError(f"there is no file {model}: name a folder that spinpass export wrote")
+        return _tokenizer(tokenizer) if tokenizer else ModelFolder(model_path(model).parent).tokenizer
+    source = locate(model)
+    load_config(source, dequantize=dequantize, trust_remote_code=trust_remote_code)
+    if tokenizer:
+        return _tokenizer(tokenizer)
+    found = load_tokenizer(source, trust_remote_code=trust_remote_code)
+    if found is None:
+        raise ConfigError(f"{model} has no tokenizer; name a folder that has one with --tokenizer")
+    return found
+
+
 def _tokenizer(name: str) -> Any:
+    here = "" if Path(name).exists() else f"there is no folder {name} here, and "
     try:
         from transformers import AutoTokenizer
 
         return AutoTokenizer.from_pretrained(name)
     except Exception as error:  # files, hub and imports: no common base below Exception
-        raise ConfigError(f"there is no tokenizer at {name}: {error}") from error
+        raise ConfigError(
+            f"{here}transformers finds no tokenizer at {name}: {first_line(error)}; name another with --tokenizer"
+        ) from error
 
 
 def _size(spec: UserInput, axis: int, length: int) -> int:

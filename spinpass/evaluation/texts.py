@@ -7,7 +7,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
-from spinpass.errors import ConfigError
+from spinpass.errors import ConfigError, ExportError, first_line
 
 Windows = Sequence[Sequence[int]]
 """Windows of a text, each as its token ids."""
@@ -16,13 +16,23 @@ _ENOUGH = 4_000_000  # characters of a dataset
 
 
 def read_text(path: Path | None) -> str:
-    """The text of a UTF-8 file; Python's help texts for None. Raises ConfigError where the file cannot be read."""
+    """The text of a UTF-8 file; Python's help texts for None. Raises ConfigError where it is unreadable or empty."""
     if path is None:
         return "\n\n".join(topics.values())
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not a readable UTF-8 text: {error}") from error
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        why = (error.strerror or str(error)).lower()
+        raise ConfigError(f"{path} is not a readable UTF-8 text ({why}): name another file") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{path} is not a readable UTF-8 text ({error.reason} at byte {error.start:,}): save it as UTF-8"
+        ) from error
+    except ValueError as error:  # a path that no file can have
+        raise ConfigError(f"{str(path)!r} is no path ({error}): name another file") from error
+    if not text.strip():
+        raise ConfigError(f"{path} holds no text: name another file")
+    return text
 
 
 def read_dataset(name: str) -> str:
@@ -31,12 +41,16 @@ def read_dataset(name: str) -> str:
     Read are the first few million characters of its column ``text``, or of the only one that holds strings. The split
     is ``test`` where none is named.
 
-    Raises ConfigError: the package is missing, there is no such dataset or split, or no column of text.
+    Raises:
+        ConfigError: there is no such dataset or split, or no column of text.
+        ExportError: the package is missing.
     """
     try:
         import datasets
     except ModuleNotFoundError as error:
-        raise ConfigError(f"--dataset needs the package {error.name}: pip install datasets, or use --text") from error
+        raise ExportError(
+            f"--dataset needs the package {error.name}: pip install 'spinpass[datasets]', or use --text"
+        ) from error
     where, config, split = (*name.split(":"), "", "")[:3]
     try:
         rows = datasets.load_dataset(where, config or None, split=split or "test", streaming=True)
@@ -48,7 +62,9 @@ def read_dataset(name: str) -> str:
     except ConfigError:
         raise
     except Exception as error:  # files, hub, builders: no common base below Exception
-        raise ConfigError(f"the dataset {name} cannot be read: {error}") from error
+        raise ConfigError(
+            f"the dataset {name} cannot be read: {first_line(error)}; name another, or use --text"
+        ) from error
 
 
 def _string_columns(rows: Any) -> list[str]:
@@ -75,10 +91,13 @@ def windows(ids: Sequence[int], length: int, count: int) -> list[list[int]]:
     Raises ConfigError: the text is too short for that, or a window could not predict anything.
     """
     if length < 2 or count < 1:
-        raise ConfigError(f"{count} windows of {length} tokens: at least one window of two tokens is needed")
+        raise ConfigError(
+            f"{count} windows of {length} tokens: at least one window of two tokens is needed: choose more"
+        )
     if len(ids) < count * length:
         raise ConfigError(
-            f"{count} windows of {length} tokens need {count * length:,} tokens; the text has {len(ids):,}"
+            f"{count} windows of {length} tokens need {count * length:,} tokens; the text has {len(ids):,}: take a "
+            "longer text, or fewer or shorter windows"
         )
     step = len(ids) // count
     return [list(ids[start : start + length]) for start in range(0, count * step, step)]

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from spinpass.certificate import verify
+from spinpass.config import RotationConfig
 from spinpass.errors import ConfigError, VerificationError
 from spinpass.formats import QUANTIZE_CONFIG, write_gptq
 from spinpass.graph import ProgramEditor
@@ -22,17 +23,24 @@ from spinpass.progress import Steps
 from .companions import Written, write_companions
 from .result import Result
 
+_ONLINE = ("R4", "heads")
+_NO_ONLINE = "loaders of GPTQ checkpoints know no online rotation"
+_FOLDED = "use --rotations R1,R2 --form offline --tied untie"
 WEIGHTS_ONLY = "--to gptq writes quantized weights: add --quantize, for example w4g128-gptq"
+
+
+def check_offline(config: RotationConfig) -> None:
+    """Raise ConfigError, before anything is loaded, where a rotation is asked for that is online in every model."""
+    online = [role for role in config.rotations if role in _ONLINE or (role == "R1" and config.form == "online")]
+    if online:
+        raise ConfigError(f"{_NO_ONLINE}, such as that of {online[0]}: {_FOLDED}")
 
 
 def check_rotation(loaded: LoadedModel, result: Result) -> None:
     """Raise ConfigError, which says what to ask for instead, where a rotation is online or adds parameters."""
     online = [space for space in result.plan.spaces if space.online] if result.plan is not None else []
     if online:
-        raise ConfigError(
-            f"loaders of GPTQ checkpoints know no online rotation, such as that of {online[0].name}: "
-            "use --rotations R1,R2 --form offline --tied untie"
-        )
+        raise ConfigError(f"{_NO_ONLINE}, such as that of {online[0].name}: {_FOLDED}")
     added = sorted(result.program.state_dict.keys() - loaded.program.state_dict.keys())
     if added:
         raise ConfigError(

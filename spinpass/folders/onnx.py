@@ -62,10 +62,12 @@ class OnnxTools(Protocol):
 
 @dataclass(frozen=True)
 class CacheBits:
-    """It says how the KV cache is stored: as integers of so many ``bits``, with scales from the UTF-8 file ``text``."""
+    """It says how the KV cache is stored: as integers of so many ``bits``, with scales from so many ``windows`` of the
+    UTF-8 file ``text``; None takes what it holds."""
 
     bits: int
     text: Path
+    windows: int | None = None
 
 
 def write_folder(
@@ -149,7 +151,7 @@ def _cache_writer(onnx: OnnxTools, loaded: LoadedModel, cache: CacheBits) -> _St
     """Return what quantizes the cache of an exported file. Raises ConfigError where no tokenizer can read the text."""
     if loaded.companions is None or loaded.companions.tokenizer is None:
         raise ConfigError(f"{loaded.source.location} has no tokenizer to read {cache.text} with")
-    texts = calibration_windows(token_ids(loaded.companions.tokenizer), cache.text)
+    texts = calibration_windows(token_ids(loaded.companions.tokenizer), cache.text, count=cache.windows)
     return lambda source, target: onnx.quantize_cache(source, target, cache.bits, texts)
 
 

@@ -6,25 +6,29 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from spinpass.config import RotationConfig
 from spinpass.errors import ConfigError
-from spinpass.evaluation import CALIBRATION_WINDOWS, check_calibration, check_windows
-from spinpass.loading import load_model
+from spinpass.evaluation import CALIBRATION_LENGTH, check_calibration, check_windows
+from spinpass.loading import check_dtype, check_program_options, load_model
 from spinpass.passes import last_token
 from spinpass.progress import Silent, Steps
 from spinpass.quantization import QuantizationConfig
 
 from .companions import Written, check_target, check_writable
 from .executorch import executorch_tools, write_pte_folder
-from .gptq import WEIGHTS_ONLY, check_rotation, write_gptq_folder
+from .gptq import WEIGHTS_ONLY, check_offline, check_rotation, write_gptq_folder
 from .onnx import CacheBits, onnx_tools, write_folder
+from .preflight import Known
 from .result import Result, quantized, rotated
 
 Target = Literal["onnx", "executorch", "gptq"]
 IntegerCache = Literal["int8", "int4"]
 
+
+CONTEXT = 1024
+"""Tokens of the cache inside an ExecuTorch program where none are asked for."""
 
 _DEFAULT = RotationConfig()
 
@@ -37,12 +41,12 @@ def export(
     to: Target = "onnx",
     quantize: str = "",
     calibration: str | Path | None = None,
-    calibration_windows: int = CALIBRATION_WINDOWS,
+    calibration_windows: int | None = None,
     int4: bool = False,
     kv_cache: IntegerCache | None = None,
     dtype: str = "float32",
     cache: bool = True,
-    context: int = 1024,
+    context: int | None = None,
     dequantize: bool = False,
     trust_remote_code: bool = False,
     last_logits: bool = False,
@@ -60,12 +64,12 @@ def export(
         to: the runtime that the folder is for, or ``"gptq"`` for a checkpoint.
         quantize: a scheme, for example ``"w4g128-gptq-a8"``; with none, nothing is rounded.
         calibration: a UTF-8 text for GPTQ, static ranges and ``kv_cache``.
-        calibration_windows: how many windows of 512 tokens of the text are read.
+        calibration_windows: how many windows of 512 tokens of the text are read; by default what it holds, at most 16.
         int4: pack the weights to 4 bits (MatMulNBits), without a scheme.
         kv_cache: keep keys and values as integers of this width (ONNX Runtime).
         dtype: that of the weights, float32, float16 or bfloat16; ``"auto"`` takes the dtype they are stored in.
         cache: export with a KV cache; without one the program takes whole prompts alone.
-        context: how many tokens the KV cache inside an ExecuTorch program holds.
+        context: how many tokens the KV cache inside an ExecuTorch program holds, 1024 by default.
         dequantize: where the model is quantized (GPTQ, FP8, MXFP4), take the values of its codes.
         trust_remote_code: run the modelling code that comes with the model.
         last_logits: compute the logits of the last token alone.
@@ -111,27 +115,56 @@ class ExportRequest:
     kv_cache: IntegerCache | None = None
     dtype: str = "float32"
     cache: bool = True
-    context: int = 1024
+    context: int | None = None
     dequantize: bool = False
     trust_remote_code: bool = False
     last_logits: bool = False
     fuse: bool = True
     certify: bool = True
-    calibration_windows: int = CALIBRATION_WINDOWS
+    calibration_windows: int | None = None
     force: bool = False
 
     def __post_init__(self) -> None:
-        check_windows(self.calibration_windows)
+        self._check_values()
+        check_windows(self.calibration_windows, self.calibration)
         if self.quantize:
             check_calibration(self.quantize, self.calibration)
             if self.int4:
                 raise ConfigError("--int4 rounds the weights by itself: leave it out with --quantize")
+        self._check_used()
         if self.to == "gptq":
             self._check_checkpoint()
         if self.to == "executorch":
             self._check_executorch()
         elif self.kv_cache is not None:
             self._check_integer_cache()
+
+    def _check_values(self) -> None:
+        for name, value, allowed in (
+            ("to", self.to, get_args(Target)),
+            ("kv_cache", self.kv_cache, (None, *get_args(IntegerCache))),
+        ):
+            if value not in allowed:
+                raise ConfigError(f"{name}={value!r} is not one of {', '.join(map(str, allowed))}")
+        check_dtype(self.dtype)
+        if self.config is not None and not isinstance(self.config, RotationConfig):
+            raise ConfigError(f"config is a {type(self.config).__name__}: give a spinpass.RotationConfig or None")
+        if self.config is not None and self.config.verify not in (None, self.certify):
+            raise ConfigError(
+                f"verify={self.config.verify} in config and certify={self.certify} disagree: leave one out"
+            )
+
+    def _check_used(self) -> None:
+        """Raise ConfigError where an option is given that nothing would read."""
+        if self.calibration is not None and not self.quantize and self.kv_cache is None:
+            what = "--int4 rounds to nearest, without a text" if self.int4 else "nothing is quantized"
+            raise ConfigError(f"{what}: leave out --calibration, or use it, for example with --quantize w4g128-gptq-a8")
+        if self.context is not None and self.to != "executorch":
+            raise ConfigError(
+                f"--context is the size of a cache inside an ExecuTorch program: leave it out with --to {self.to}"
+            )
+        if not self.fuse and self.to != "onnx":
+            raise ConfigError(f"--no-fuse is for ONNX: leave it out with --to {self.to}")
 
     def _check_checkpoint(self) -> None:
         if self.int4 or self.kv_cache is not None:
@@ -140,6 +173,8 @@ class ExportRequest:
             )
         if self.last_logits:
             raise ConfigError("a checkpoint has no logits: leave out --last-logits with --to gptq")
+        if not self.cache:
+            raise ConfigError("a checkpoint is no program and has no cache: leave out --no-cache with --to gptq")
         scheme = self._scheme
         if scheme is None or scheme.weights is None:
             raise ConfigError(WEIGHTS_ONLY)
@@ -147,6 +182,8 @@ class ExportRequest:
             raise ConfigError("a GPTQ checkpoint holds weights alone: leave the parts a… and kv… out of --quantize")
         if scheme.mixed_rows:
             raise ConfigError("weights of a GPTQ checkpoint have one width each: leave the part rows out of --quantize")
+        if self.config is not None:
+            check_offline(self.config)
 
     def _check_executorch(self) -> None:
         if self.int4:
@@ -157,6 +194,15 @@ class ExportRequest:
             raise ConfigError("--kv-cache is ONNX Runtime's: leave it out with --to executorch")
 
     def _check_integer_cache(self) -> None:
+        if self._scheme is not None and self._scheme.cache is not None:
+            raise ConfigError(
+                f"--kv-cache {self.kv_cache} and the part kv… of {self.quantize} both say how keys and values are "
+                "kept: leave one of them out"
+            )
+        if self.dtype in ("float16", "bfloat16"):
+            raise ConfigError(
+                f"--kv-cache {self.kv_cache} needs keys and values in float32: leave out --dtype {self.dtype}"
+            )
         if self.calibration is None:
             raise ConfigError(f"--kv-cache {self.kv_cache} needs a text for its scales: add --calibration FILE")
         if not (self.fuse and self.cache):
@@ -170,6 +216,10 @@ class ExportRequest:
     def notes(self) -> list[str]:
         """What the user should know about the combination, a sentence each."""
         found = []
+        if self.to == "onnx" and self.dtype == "bfloat16":
+            found.append(
+                "ONNX Runtime has no bfloat16 kernels on a CPU: the file is for other providers, and not certified here"
+            )
         if self.int4 and self.config is not None:
             found.append(
                 "4-bit weights alone seldom gain from a rotation and may lose: compare with --rotations none, or round "
@@ -197,11 +247,12 @@ class ExportRequest:
         check_target(self.out, self.model, force=self.force)
         write = self._writer()
         check_writable(self.out)
+        self.preflight()
         loaded = load_model(
             self.model,
             dtype=self.dtype,
             cache=self.cache and self.to != "gptq",
-            context=self.context if self.to == "executorch" else None,
+            context=self._context,
             dequantize=self.dequantize,
             trust_remote_code=self.trust_remote_code,
             progress=steps.begin,
@@ -215,6 +266,50 @@ class ExportRequest:
             result = replace(result, program=last_token(result.program))
         return result, write(loaded, result, self.out, steps, certify=self.certify)
 
+    @property
+    def _context(self) -> int | None:
+        return (self.context or CONTEXT) if self.to == "executorch" else None
+
+    def preflight(self) -> None:
+        """Say what can be said before the weights are read: model, text, tokenizer, tokens, kernels, disk.
+
+        Raises ConfigError and ExportError, as :func:`export`.
+        """
+        known = Known.of(self.model, dequantize=self.dequantize, trust_remote_code=self.trust_remote_code)
+        check_program_options(
+            known.source,
+            dtype=self.dtype in ("float16", "bfloat16"),
+            no_cache=not self.cache,
+            context=self.context is not None,
+            dequantize=self.dequantize,
+            trust_remote_code=self.trust_remote_code,
+        )
+        if self.calibration is not None:
+            longest = min(CALIBRATION_LENGTH, self._context or CALIBRATION_LENGTH)
+            known.check_text(self.calibration, longest, self.calibration_windows)
+        if self._context is not None:
+            known.check_context(self._context)
+        if self.kv_cache is not None:
+            known.check_integer_cache(self.kv_cache, self.dtype)
+        if self.to == "onnx" and self._stored_bits is not None:
+            known.check_integer_kernels(self.dtype)
+        known.check_disk(self.out, self.dtype, self._stored_bits, steps=self._copies)
+
+    @property
+    def _stored_bits(self) -> float | None:
+        """How many bits a weight has in the result, at least; None for those of the dtype."""
+        scheme = self._scheme
+        if self.int4:
+            return 4.0
+        if scheme is None or scheme.weights is None:
+            return None
+        return float(scheme.average_bits or scheme.weights.bits)
+
+    @property
+    def _copies(self) -> bool:
+        """Whether a file in the program's dtype is written first, beside what is made of it."""
+        return self.to == "onnx" and (self._stored_bits is not None or self.kv_cache is not None)
+
     def _writer(self) -> Callable[..., Written]:
         """The function that writes the folder, with its packages imported. Raises ExportError where one is missing."""
         if self.to == "gptq":
@@ -223,5 +318,5 @@ class ExportRequest:
             return partial(write_pte_folder, executorch_tools())
         bits = None
         if self.kv_cache is not None and self.calibration is not None:
-            bits = CacheBits(int(self.kv_cache.removeprefix("int")), self.calibration)
+            bits = CacheBits(int(self.kv_cache.removeprefix("int")), self.calibration, self.calibration_windows)
         return partial(write_folder, onnx_tools(), int4=self.int4, fuse=self.fuse, cache=bits)

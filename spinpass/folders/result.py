@@ -13,7 +13,7 @@ from torch.export import ExportedProgram
 from spinpass import record
 from spinpass.config import RotationConfig
 from spinpass.errors import ConfigError
-from spinpass.evaluation import CALIBRATION_WINDOWS, calibration_inputs, token_ids
+from spinpass.evaluation import calibration_inputs, token_ids
 from spinpass.loading import LoadedModel
 from spinpass.pipeline import rotate
 from spinpass.planning import RotationPlan
@@ -80,7 +80,7 @@ def quantized(
     scheme: str,
     text: Path | None,
     steps: Steps,
-    windows: int = CALIBRATION_WINDOWS,
+    windows: int | None = None,
 ) -> Result:
     """Calibrate on windows of the text where there is one, and quantize. Raises ConfigError if it cannot be read."""
     inputs: list[Any] = []

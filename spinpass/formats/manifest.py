@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from spinpass import record
-from spinpass.errors import ConfigError, ExportError, VerificationError
+from spinpass.errors import ConfigError, ExportError, VerificationError, first_line
 from spinpass.record import Carried
 
 from .pt2 import load_program
@@ -75,12 +75,12 @@ class Artefact:
                 raise VerificationError(f"{file} is not the file that {MANIFEST} lists: it was changed or is another's")
 
     def require_same_basis(self, other: Artefact) -> None:
-        """Check that both may work on one KV cache. Raises ConfigError, which names one that they keep differently."""
+        """Check that both may work on one KV cache. Raises VerificationError, naming one that they keep otherwise."""
         mine, theirs = self.bases, other.bases
         for name in sorted(mine.keys() | theirs.keys()):
             one, two = mine.get(name), theirs.get(name)
             if one != two:
-                raise ConfigError(
+                raise VerificationError(
                     f"{self.path} and {other.path} cannot share a cache: {name} is {_basis(one)} in the first and "
                     f"{_basis(two)} in the second; export both with the same rotations and seed"
                 )
@@ -139,7 +139,7 @@ def _metadata(file: Path) -> dict[str, str]:
     except ModuleNotFoundError as error:
         raise ExportError(f"reading ONNX needs {error.name}: pip install 'spinpass[onnx]'") from error
     except Exception as error:  # protobuf's errors have no common base
-        raise ExportError(f"{file} is no ONNX model: {error}") from error
+        raise ExportError(f"{file} is no ONNX model ({first_line(error)}): export it again") from error
     return {entry.key: entry.value for entry in model.metadata_props}
 
 

@@ -1,18 +1,26 @@
 """Whatever a user names, a folder, a name on the hub, a GGUF file or a program, becomes a program."""
 
 from .dequantize import dequantize_checkpoint, quantized_checkpoint
-from .models import Companions, LoadedModel, load_model
-from .sources import locate
-from .static_cache import export_static_cache
+from .models import Companions, LoadedModel, check_dtype, load_config, load_model, load_tokenizer
+from .sources import Source, check_program_options, locate
+from .static_cache import check_context, export_static_cache
+from .stored_size import count_values
 from .tensors import LoadingReport
 
 __all__ = [
     "Companions",
     "LoadedModel",
     "LoadingReport",
+    "Source",
+    "check_context",
+    "check_dtype",
+    "check_program_options",
+    "count_values",
     "dequantize_checkpoint",
     "export_static_cache",
+    "load_config",
     "load_model",
+    "load_tokenizer",
     "locate",
     "quantized_checkpoint",
 ]

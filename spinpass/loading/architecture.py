@@ -38,18 +38,22 @@ def check_architecture(transformers: Any, location: str, config: Mapping[str, An
         return
     if not known and owned:
         if trust_remote_code:
-            raise ExportError(f"{location}: {_named(saved_as, kind)} is no causal language model, and is not exported")
+            raise ExportError(
+                f"{location}: {_named(saved_as, kind)} is no causal language model, as exports are: choose one"
+            )
         raise ExportError(
             f"{location} runs modelling code of its own ({', '.join(sorted(set(owned.values())))}): {_TRUST}"
         )
     if not known:
         raise ExportError(
             f"{location}: transformers {transformers.__version__} knows no model type {kind!r}"
-            f"{f' ({saved_as[0]})' if saved_as else ''}: a newer version may"
+            f"{f' ({saved_as[0]})' if saved_as else ''}: try a newer version"
         )
     classes = causal_classes(transformers, config)
     if not classes:
-        raise ExportError(f"{location}: {_named(saved_as, kind)} is no causal language model, and is not exported")
+        raise ExportError(
+            f"{location}: {_named(saved_as, kind)} is no causal language model, as exports are: choose one"
+        )
     made = classes[0]
     if not saved_as or made.__name__.casefold() in {name.casefold() for name in saved_as}:
         return

@@ -100,8 +100,7 @@ def load_model(
             a weight that is not finite.
     """
     source = locate(model)
-    if dtype not in _DTYPES:
-        raise ConfigError(f"dtype={dtype!r} is not one of {', '.join(_DTYPES)}")
+    check_dtype(dtype)
     report = progress or (lambda step: None)
     report("load")
     if source.kind == "program":
@@ -119,6 +118,56 @@ def load_model(
     return LoadedModel(source, program, Companions(loaded.config, loaded.generation_config, tokenizer), done)
 
 
+def check_dtype(dtype: str) -> None:
+    """Raise ConfigError where ``dtype`` is none that :func:`load_model` takes."""
+    if dtype not in _DTYPES:
+        raise ConfigError(f"dtype={dtype!r} is not one of {', '.join(_DTYPES)}")
+
+
+def load_config(source: Source, *, dequantize: bool = False, trust_remote_code: bool = False) -> Any:
+    """Return the configuration of a folder or a name on the hub, before its weights are read; None for a file.
+
+    Raises ConfigError and ExportError as :func:`load_model`, where the configuration alone says that it would.
+    """
+    if source.kind != "transformers":
+        return None
+    transformers = _module("transformers", f"loading {source.location}")
+    try:
+        with _quiet():
+            _checked_config(transformers, source.location, dequantize, trust_remote_code)
+            return transformers.AutoConfig.from_pretrained(source.location, trust_remote_code=trust_remote_code)
+    except SpinpassError:
+        raise
+    except Exception as error:  # see _load
+        raise _loading_error(source, error) from error
+
+
+def load_tokenizer(source: Source, *, trust_remote_code: bool = False) -> Any:
+    """Return the tokenizer beside a model, without the model; None where there is none, as for a ``.pt2`` file.
+
+    Raises ExportError: transformers is missing.
+    """
+    if source.kind == "program":
+        return None
+    transformers = _module("transformers", f"loading {source.location}")
+    where: dict[str, Any] = {"gguf_file": source.gguf} if source.gguf else {"trust_remote_code": trust_remote_code}
+    try:
+        with _quiet():
+            return transformers.AutoTokenizer.from_pretrained(source.location, **where)
+    except (OSError, ValueError, KeyError, TypeError, ImportError):  # only text generation misses it
+        logging.getLogger("spinpass").info("%s has no tokenizer that transformers can load", source.location)
+        return None
+
+
+def _loading_error(source: Source, error: Exception) -> SpinpassError:
+    """Return what to raise where transformers cannot load a model: first of all whether there is one."""
+    name = str(Path(source.location, source.gguf)) if source.gguf else source.location
+    why = f"transformers cannot load {name}: {_summary(error).rstrip('.')}"
+    if isinstance(error, OSError) and not Path(source.location).exists():
+        return ConfigError(f"there is no file or folder {source.location} here, and {why}: check the name")
+    return ExportError(f"{why}; check that it is whole, as save_pretrained writes it")
+
+
 def _load(source: Source, dtype: Any, dequantize: bool, trust: bool) -> tuple[Any, Any, LoadingReport]:
     """Return the model, its tokenizer (None where it has none), and what loading did."""
     transformers = _module("transformers", f"loading {source.location}")
@@ -130,14 +179,8 @@ def _load(source: Source, dtype: Any, dequantize: bool, trust: bool) -> tuple[An
     except SpinpassError:
         raise
     except Exception as error:  # hub, file, configuration and import errors: no common base below Exception
-        here = "" if Path(source.location).exists() else f"there is no file or folder {source.location} here, and "
-        raise ExportError(f"{here}transformers cannot load {source.location}: {_summary(error)}") from error
-    where: dict[str, Any] = {"gguf_file": source.gguf} if source.gguf else {"trust_remote_code": trust}
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source.location, **where)
-    except (OSError, ValueError, KeyError, TypeError, ImportError):  # only text generation misses it
-        logging.getLogger("spinpass").info("%s has no tokenizer that transformers can load", source.location)
-        tokenizer = None
+        raise _loading_error(source, error) from error
+    tokenizer = load_tokenizer(source, trust_remote_code=trust)
     return model, tokenizer, replace(done, notes=_table_notes(model, tokenizer))
 
 
@@ -155,9 +198,7 @@ def _of_folder(
     transformers: Any, location: str, dtype: Any, dequantize: bool, trust: bool
 ) -> tuple[Any, LoadingReport]:
     """Load a folder or a name on the hub as the class that it was saved as, every tensor of it."""
-    config, _ = transformers.PreTrainedConfig.get_config_dict(location)
-    check_architecture(transformers, location, config, trust_remote_code=trust)
-    method = check_quantization(transformers, location, config, dequantize=dequantize)
+    config, method = _checked_config(transformers, location, dequantize, trust)
     if method == "gptq":
         return skeleton(transformers, location, dtype), LoadingReport(dequantized=method)
     stored = stored_tensors(transformers, location)
@@ -169,6 +210,15 @@ def _of_folder(
         values = {} if method else stored
         model, unused = _checked(transformers, location, values, dtype=dtype, trust_remote_code=trust, **options)
     return model, LoadingReport(unused, wrappers(stored), method)
+
+
+def _checked_config(
+    transformers: Any, location: str, dequantize: bool, trust: bool
+) -> tuple[dict[str, Any], str | None]:
+    """Return what config.json holds and how the weights are quantized. Raises as the two checks do."""
+    config, _ = transformers.PreTrainedConfig.get_config_dict(location)
+    check_architecture(transformers, location, config, trust_remote_code=trust)
+    return config, check_quantization(transformers, location, config, dequantize=dequantize)
 
 
 def _checked(

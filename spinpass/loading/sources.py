@@ -34,8 +34,20 @@ def locate(model: str | Path) -> Source:
     if path.is_dir():
         return _folder(path)
     if not _HUB_NAME.fullmatch(str(model)) or path.suffix in (".pt2", ".gguf", ".onnx", ".safetensors"):
-        raise ConfigError(f"there is no file or folder {model}")
+        shown = str(model) if str(model).isprintable() else repr(str(model))
+        raise ConfigError(f"there is no file or folder {shown}: check the path")
     return Source("transformers", str(model))
+
+
+def check_program_options(source: Source, **asked: bool) -> None:
+    """Make sure that nothing is asked of a ``.pt2`` program that is decided when a model is exported.
+
+    ``asked`` has the options by name, as the command line spells them but for the dashes, and whether each was given.
+    Raises ConfigError.
+    """
+    given = [f"--{name.replace('_', '-')}" for name, was in asked.items() if was]
+    if source.kind == "program" and given:
+        raise ConfigError(f"{source.location} is a program, which is taken as it is: leave out {', '.join(given)}")
 
 
 def _file(path: Path) -> Source:
@@ -43,7 +55,7 @@ def _file(path: Path) -> Source:
         return Source("program", str(path))
     if path.suffix == ".gguf":
         return Source("gguf", str(path.parent), path.name)
-    raise ConfigError(f"{path} is neither a .pt2 nor a .gguf file")
+    raise ConfigError(f"{path} is neither a .pt2 nor a .gguf file: name one, or a model folder")
 
 
 def _folder(path: Path) -> Source:
@@ -54,4 +66,4 @@ def _folder(path: Path) -> Source:
         return Source("gguf", str(path), found[0])
     if found:
         raise ConfigError(f"{path} holds several GGUF files; name one of {', '.join(found)}")
-    raise ConfigError(f"{path} holds no model: neither config.json with weights nor a GGUF file")
+    raise ConfigError(f"{path} holds no model: neither config.json with weights nor a GGUF file; name another folder")

@@ -30,7 +30,7 @@ def export_static_cache(model: Any, context: int) -> ExportedProgram:
         Exception: whatever tracing the model's own code raises.
     """
     config = model.config.get_text_config()
-    _check(context, config)
+    check_context(context, config)
     settings = importlib.import_module("transformers").GenerationConfig(
         use_cache=True, cache_implementation="static", cache_config={"batch_size": 1, "max_cache_len": context}
     )
@@ -47,7 +47,8 @@ def export_static_cache(model: Any, context: int) -> ExportedProgram:
         )
 
 
-def _check(context: int, config: Any) -> None:
+def check_context(context: int, config: Any) -> None:
+    """Raise ConfigError where a model of this configuration (of its text) takes no cache of so many tokens."""
     most = getattr(config, "max_position_embeddings", None)
     window = getattr(config, "sliding_window", None)
     if context <= _SAMPLE:

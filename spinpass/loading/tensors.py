@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from spinpass.errors import ExportError
+from spinpass.errors import ExportError, first_line
 
 from .architecture import find_file
 
@@ -77,7 +77,9 @@ def stored_tensors(transformers: Any, location: str) -> dict[str, torch.dtype | 
         try:
             found |= _of_safetensors(path) if path.suffix == ".safetensors" else _of_pickle(path)
         except Exception as error:  # of safetensors, pickle and zip: no common base below Exception
-            raise ExportError(f"{path} holds no weights that can be read: {error}") from error
+            raise ExportError(
+                f"{path} holds no weights that can be read ({first_line(error)}): copy it again"
+            ) from error
     return found
 
 

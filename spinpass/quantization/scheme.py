@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
@@ -37,7 +37,7 @@ class Weights:
             beyond its end have ``bits``.
 
     Raises:
-        ConfigError: a value out of range, or ``group_bits`` without a ``group_size``.
+        ConfigError: a value out of range, one that would change nothing, or ``group_bits`` without a ``group_size``.
     """
 
     bits: int = 4
@@ -61,6 +61,9 @@ class Weights:
             raise ConfigError(f"group_size {self.group_size} is not one of {', '.join(map(str, GROUP_SIZES))} or None")
         if self.method not in get_args(Method):
             raise ConfigError(f"method {self.method!r} is not one of {', '.join(get_args(Method))}")
+        unused = [name for name in ("act_order", "follow") if getattr(self, name)] if self.method == "rtn" else []
+        if unused:
+            raise ConfigError(f"{unused[0]}=True is GPTQ's, and method='rtn' rounds without it: leave one of them out")
         if not self.damping > 0:
             raise ConfigError(f"damping {self.damping} is not above 0")
         if self.sweeps < 0:
@@ -100,7 +103,7 @@ class Activations:
         per_channel: fix a range for each channel of a tensor. The activations have to be static.
 
     Raises:
-        ConfigError: a value out of range, or ``per_channel`` ranges that are not static.
+        ConfigError: a value out of range, one that would change nothing, or ``per_channel`` ranges not static.
     """
 
     bits: int = 8
@@ -122,6 +125,10 @@ class Activations:
         _check_clip(self.clip)
         if not 50 < self.percentile <= 100:
             raise ConfigError(f"percentile {self.percentile} is not above 50 and at most 100")
+        if self.calibration != "mse" and not self.static:
+            raise ConfigError(f"calibration={self.calibration!r} is of ranges that are fixed before: add static=True")
+        if self.percentile != 99.99 and self.calibration != "percentile":
+            raise ConfigError(f"percentile={self.percentile} changes nothing: add calibration='percentile'")
 
     @property
     def is_symmetric(self) -> bool:
@@ -186,6 +193,10 @@ class QuantizationConfig:
 
     def __post_init__(self) -> None:
         least, most = min(WEIGHT_BITS), max(WEIGHT_BITS)
+        if self.average_bits is not None and self.weights is None:
+            raise ConfigError(
+                f"{self.average_bits} bits on average are those of weights: say how to round them, weights=…"
+            )
         if self.mixed_rows and (self.average_bits is None or self.weights is None or self.weights.group_size is None):
             raise ConfigError(
                 "mixed rows are groups of several widths: name average_bits and a group_size, for example w3.5g64"
@@ -216,11 +227,14 @@ class QuantizationConfig:
         =============================== ==============================================================================
 
         Raises:
-            ConfigError: a part it does not know, or a value out of range.
+            ConfigError: a part it does not know, one that would change nothing or contradicts another, or a value out
+                of range.
         """
         weights: dict[str, Any] = {}
         found: dict[str, Any] = {"weights": None}
-        for part in text.lower().split("-"):
+        parts = text.lower().split("-")
+        _check_parts(text, parts)
+        for part in parts:
             if match := re.fullmatch(r"w(\d+)(\.\d+)?(?:g(\d+))?", part):
                 if match[2]:
                     found["average_bits"] = float(match[1] + match[2])
@@ -241,9 +255,13 @@ class QuantizationConfig:
             elif match := re.fullmatch(r"(head|embed)(\d+)", part):
                 found["head" if match[1] == "head" else "embedding"] = Weights(int(match[2]), method="rtn")
             else:
-                raise ConfigError(f"{part!r} in {text!r} is not a part of a scheme such as w4g128-gptq-a8-kv4")
-        if weights and "bits" not in weights:
+                raise ConfigError(
+                    f"{part!r} in {text!r} is not a part of a scheme such as w4g128-gptq-a8-kv4: name another"
+                )
+        if (weights or "distill" in found) and "bits" not in weights:
             raise ConfigError(f"{text!r} says how to round weights but not to how many bits: add a width such as w4")
+        if found.get("distill") == 0:
+            raise ConfigError(f"distill0 in {text!r} is no round of distillation: leave it out, or name 1 or more")
         return replace(cls(), **found | ({"weights": Weights(**weights)} if weights else {}))
 
     @property
@@ -252,6 +270,13 @@ class QuantizationConfig:
         static = self.activations is not None and self.activations.static
         asked = static or self.average_bits is not None or self.distill > 0
         return asked or any(w.method == "gptq" for w in self._layers())
+
+    @property
+    def uses_calibration(self) -> bool:
+        """Whether calibration inputs change what :func:`~spinpass.quantization.quantize` does: where it needs them, and
+        for clipped ranges of 4 bits."""
+        clipped = [each for each in (self.activations, self.cache) if each is not None and each.bits < 8]
+        return self.needs_calibration or any(each.clip is None for each in clipped)
 
     @property
     def follows(self) -> bool:
@@ -282,6 +307,31 @@ class QuantizationConfig:
     def excludes(self, fqn: str) -> bool:
         """Whether the name of a parameter matches a pattern of ``exclude``."""
         return any(fnmatchcase(fqn, pattern) for pattern in self.exclude)
+
+
+_KINDS = {
+    r"w\d.*": "the width of the weights",
+    "rtn|gptq": "how weights are rounded",
+    r"a\d.*": "the width of activations",
+    r"kv\d+": "the width of keys and values",
+    r"head\d+": "the width of the head",
+    r"embed\d+": "the width of the token tables",
+    r"distill\d*": "the rounds of distillation",
+}
+"""Of parts of a scheme, of which there may be one each, what they say."""
+
+
+def _check_parts(text: str, parts: Sequence[str]) -> None:
+    """Raise ConfigError where two parts of a scheme say one thing, or one has no effect beside another."""
+    said: dict[str, str] = {}
+    for part in parts:
+        kind = next((what for pattern, what in _KINDS.items() if re.fullmatch(pattern, part)), part)
+        if kind in said:
+            what = "the same" if kind == part else kind
+            raise ConfigError(f"{said[kind]!r} and {part!r} in {text!r} both say {what}: leave one of them out")
+        said[kind] = part
+    if {"rtn", "order"} <= set(parts):
+        raise ConfigError(f"'order' in {text!r} is GPTQ's, and 'rtn' rounds without it: leave one of them out")
 
 
 def _check_clip(clip: float | None) -> None:

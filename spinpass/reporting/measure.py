@@ -14,13 +14,17 @@ from spinpass import evaluation
 from spinpass.errors import ConfigError
 from spinpass.evaluation import (
     CALIBRATION_WINDOWS,
-    Opened,
     ProgramScorer,
+    Tokenize,
     Windows,
     calibration_windows,
+    is_onnx,
     open_scorer,
+    open_tokenizer,
     read_text,
+    token_ids,
 )
+from spinpass.loading import check_program_options, locate
 from spinpass.planning import RotationPlan
 from spinpass.progress import Steps
 from spinpass.quantization import QuantizationConfig, quantize
@@ -51,12 +55,28 @@ class ReportRequest:
         for scheme in self.schemes:
             QuantizationConfig.parse(scheme)
             if self.schemes.count(scheme) > 1:
-                raise ConfigError(f"the scheme {scheme} is named twice")
+                raise ConfigError(f"the scheme {scheme} is named twice: leave one out")
         for path in (self.text, self.calibration):
             read_text(path)
+        if self.calibration is not None and not self.schemes:
+            raise ConfigError("nothing is quantized: leave out --calibration, or name a --scheme such as w4-gptq-a8")
 
-    def open(self, steps: Steps) -> tuple[ExportedProgram, Opened]:
-        """Load and export the model. Raises ConfigError where it cannot be loaded, or is an ONNX model."""
+    def preflight(self) -> tuple[Windows, Windows]:
+        """Cut the windows as :meth:`cut_windows`, and say what can be said before the model is loaded.
+
+        Raises:
+            ConfigError: the model is an ONNX model or is not there, an option is not for it, there is no tokenizer, or
+                a text is too short.
+            ExportError: its configuration says that it cannot be loaded.
+        """
+        if is_onnx(self.model):
+            raise ConfigError(f"{self.model} is an ONNX model; a report needs the program it was made of: name that")
+        asked = {"dequantize": self.dequantize, "trust_remote_code": self.trust_remote_code}
+        check_program_options(locate(self.model), **asked)
+        return self.cut_windows(token_ids(open_tokenizer(self.model, self.tokenizer or None, **asked)))
+
+    def open(self, steps: Steps) -> ExportedProgram:
+        """Load and export the model. Raises ConfigError and ExportError where it cannot be loaded."""
         opened = open_scorer(
             self.model,
             self.tokenizer or None,
@@ -64,19 +84,18 @@ class ReportRequest:
             dequantize=self.dequantize,
             trust_remote_code=self.trust_remote_code,
         )
-        if opened.program is None:
-            raise ConfigError(f"{self.model} is an ONNX model; a report needs the program it was made of")
-        return opened.program, opened
+        assert opened.program is not None, "an ONNX model is refused before"
+        return opened.program
 
-    def cut_windows(self, opened: Opened) -> tuple[Windows, Windows]:
+    def cut_windows(self, tokenize: Tokenize) -> tuple[Windows, Windows]:
         """Cut the windows that are scored and the calibration windows. Raises ConfigError for too short a text."""
-        ids = opened.tokens(read_text(self.text))
+        ids = tokenize(read_text(self.text))
         if not self.schemes:
             return evaluation.windows(ids, self.length, self.windows), []
         if self.calibration is None:
             both = evaluation.windows(ids, self.length, 2 * self.windows)
             return both[::2], both[1::2][:CALIBRATION_WINDOWS]
-        others = calibration_windows(opened.tokens, self.calibration, self.length)
+        others = calibration_windows(tokenize, self.calibration, self.length)
         return evaluation.windows(ids, self.length, self.windows), others
 
     def measure(

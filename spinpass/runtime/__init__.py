@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .decoder import OrtDecoder
+from .model_folder import ModelFolder
 from .onnx_graph import DecoderGraph, State
 from .openvino_session import CompiledModel, generate_openvino, import_openvino, openvino_reason
 from .ort_model import OrtModel
@@ -22,6 +23,7 @@ __all__ = [
     "DTYPES",
     "CompiledModel",
     "DecoderGraph",
+    "ModelFolder",
     "NoKernelError",
     "OrtDecoder",
     "OrtModel",

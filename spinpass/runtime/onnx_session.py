@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from spinpass.errors import ConfigError, ExportError
+from spinpass.errors import ConfigError, ExportError, first_line
 
 if TYPE_CHECKING:  # what needs no ONNX Runtime can be imported without it
     import onnxruntime as ort
@@ -55,7 +55,7 @@ def open_session(
 
     available = ort.get_available_providers()
     if provider not in available:
-        raise ConfigError(f"ONNX Runtime has no provider {provider!r} here; there are {', '.join(available)}")
+        raise ConfigError(f"ONNX Runtime has no provider {provider!r} here; choose one of {', '.join(available)}")
     options = ort.SessionOptions()
     options.log_severity_level = 3
     if threads is not None:
@@ -65,7 +65,9 @@ def open_session(
     except MissingKernel as error:
         raise NoKernelError(f"ONNX Runtime {ort.__version__} lacks a kernel on {provider}: {error}") from error
     except Exception as error:  # ONNX Runtime's exceptions have no common base below Exception
-        raise ExportError(f"ONNX Runtime {ort.__version__} cannot load {path.name}: {error}") from error
+        raise ExportError(
+            f"ONNX Runtime {ort.__version__} cannot load {path.name} ({first_line(error)}): export it again"
+        ) from error
 
 
 def run_session(session: ort.InferenceSession, inputs: Mapping[str, ort.OrtValue]) -> list[ort.OrtValue]:

@@ -32,11 +32,17 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not self.temperature >= 0:
-            raise ConfigError(f"temperature {self.temperature} is negative")
+            raise ConfigError(f"temperature {self.temperature} is negative: choose 0 or more")
         if self.top_k < 0:
             raise ConfigError(f"top_k {self.top_k} is negative; 0 keeps all tokens")
         if not 0 < self.top_p <= 1:
-            raise ConfigError(f"top_p {self.top_p} is not in (0, 1]")
+            raise ConfigError(f"top_p {self.top_p} is not in (0, 1]: choose a share of the probability")
+        given = [name for name, neutral in (("top_k", 0), ("top_p", 1), ("seed", 0)) if getattr(self, name) != neutral]
+        if self.temperature == 0 and given:
+            raise ConfigError(
+                f"{given[0]} {getattr(self, given[0])} is of draws, and temperature 0 draws nothing: give a "
+                f"temperature, or leave {given[0]} out"
+            )
 
     def choose(self, logits: Tensor, generator: torch.Generator) -> int:
         """A token for float logits (vocabulary,)."""

@@ -62,8 +62,6 @@ def test_refused_in_json(classifier: Path, tmp_path: Path) -> None:
         (("plan", "{pt2}", "--kind", "fourier"), "fourier"),
         (("plan", "{pt2}", "--dtype", "int3"), "int3"),
         (("plan",), "MODEL"),
-        (("rotate", "{pt2}", "{notes}/x.pt2"), "a part of the path is a file"),
-        (("export", "{pt2}", "{notes}"), "a part of the path is a file"),
         (("plan", "no-such-model-anywhere"), "transformers cannot load no-such-model-anywhere"),
     ],
 )
@@ -77,6 +75,15 @@ def test_bad_usage(arguments: tuple[str, ...], reason: str, pt2: Path, tmp_path:
     assert {path.name for path in tmp_path.iterdir()} == {"notes.txt"}
 
 
+def test_a_file_in_the_way_is_no_usage(pt2: Path, tmp_path: Path) -> None:
+    notes = tmp_path / "notes.txt"
+    notes.write_text("hello")
+    for arguments in (("rotate", pt2, notes / "x.pt2"), ("export", pt2, notes)):
+        result = run(*arguments)
+        assert result.exit_code == 1 and "a part of the path is a file" in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
 def test_folder_that_cannot_be_written_is_found_before_the_work(pt2: Path, tmp_path: Path, monkeypatch: Any) -> None:
     def refuse(*_: object, **__: object) -> str:
         raise PermissionError(13, "Permission denied")
@@ -84,7 +91,7 @@ def test_folder_that_cannot_be_written_is_found_before_the_work(pt2: Path, tmp_p
     monkeypatch.setattr(files.tempfile, "mkdtemp", refuse)
     for arguments in (("export", pt2, tmp_path / "out"), ("rotate", pt2, tmp_path / "new" / "x.pt2")):
         result = run(*arguments)
-        assert result.exit_code == 2 and "the folder is not writable" in result.stderr
+        assert result.exit_code == 1 and "the folder is not writable" in result.stderr
         assert "load" not in result.stderr
     assert not list(tmp_path.iterdir())
 
@@ -93,7 +100,7 @@ def test_full_disk(pt2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(files.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10_000})())
     for arguments in (("export", pt2, tmp_path / "out"), ("rotate", pt2, tmp_path / "x.pt2")):
         result = run(*arguments, "--no-verify")
-        assert result.exit_code == 2 and "the disk is full" in result.stderr
+        assert result.exit_code == 1 and "the disk is full" in result.stderr
     assert not list(tmp_path.iterdir())
 
 
@@ -115,7 +122,7 @@ def test_without_the_onnx_packages(pt2: Path, tmp_path: Path, monkeypatch: pytes
     (tmp_path / "x.onnx").touch()
     for arguments in (("export", pt2, tmp_path / "out"), ("verify", pt2, tmp_path / "x.onnx")):
         result = run(*arguments)
-        assert result.exit_code == 2 and "pip install 'spinpass[onnx]'" in result.stderr
+        assert result.exit_code == 1 and "pip install 'spinpass[onnx]'" in result.stderr
 
 
 def test_version_and_help() -> None:
@@ -140,7 +147,7 @@ def test_without_the_packages_of_the_command_line(
     monkeypatch.setattr(builtins, "__import__", missing)
     with pytest.raises(SystemExit) as exit_:
         cli.main()
-    assert exit_.value.code == 2
+    assert exit_.value.code == 1
     assert capsys.readouterr().err == f"spinpass: the command line needs {package}: pip install 'spinpass[cli]'\n"
 
 

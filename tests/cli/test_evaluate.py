@@ -67,7 +67,7 @@ def test_eval_reads_datasets_by_name(folder: Path, text: Path, tmp_path: Path) -
 def test_eval_without_the_package_for_datasets(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     result = run("eval", folder, "--dataset", "wikitext")
-    assert result.exit_code == 2 and "pip install datasets" in result.stderr
+    assert result.exit_code == 1 and "pip install 'spinpass[datasets]'" in result.stderr
 
 
 def test_eval_says_what_is_missing(folder: Path, pt2: Path, text: Path, tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ def test_tune_says_what_is_wrong(folder: Path, pt2: Path, tmp_path: Path) -> Non
     text.write_text("The cat sat on the mat. " * 300)
     given = ["--quantize", "a4", "--calibration", text]
     result = run("tune", folder, *given, "--block-sizes", "4,x")
-    assert result.exit_code == 2 and "--block-sizes '4,x' is not a list of numbers" in result.stderr
+    assert result.exit_code == 2 and "--block-sizes '4,x' is not a list of numbers: write them" in result.stderr
     result = run("tune", pt2, *given)
     assert result.exit_code == 2 and "has no tokenizer to read" in result.stderr
     result = run("tune", folder, "--quantize", "a5", "--calibration", text)

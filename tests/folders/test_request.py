@@ -64,4 +64,5 @@ def test_export_says_what_to_know_of_a_combination() -> None:
     assert "seldom gain from a rotation" in notes(config=rotated, int4=True) and not notes(config=None, int4=True)
     assert "slower than with -a8" in notes(config=online, quantize="w4g128-rtn")
     assert "--form online" in notes(config=rotated, quantize="w4-rtn-a8")
+    assert "no bfloat16 kernels" in notes(config=None, dtype="bfloat16")
     assert not notes(config=online, quantize="w4-rtn-a8") and not notes(config=rotated)

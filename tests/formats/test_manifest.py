@@ -89,8 +89,8 @@ def test_artefacts_share_a_cache_only_in_the_same_basis(out: Path, seeded: Path,
     assert RUN.invoke(app, ["inspect", str(out), "--with", str(out)]).exit_code == 0
     for other in (seeded, plain):
         result = RUN.invoke(app, ["inspect", str(out), "--with", str(other)])
-        assert result.exit_code == 2 and "cannot share a cache" in result.stderr
-    with pytest.raises(ConfigError, match="in the original basis in the first and rotated by hadamard"):
+        assert result.exit_code == 1 and "cannot share a cache" in result.stderr
+    with pytest.raises(VerificationError, match="in the original basis in the first and rotated by hadamard"):
         read_artefact(plain).require_same_basis(read_artefact(out))
 
 

@@ -319,8 +319,15 @@ def test_all_heads_of_an_output_projection_are_rotated_together_where_asked() ->
     assert across.flops == across.rotation.flops > 0
 
 
-@pytest.mark.parametrize("rotations", [("heads",), ("R2", "heads"), ("R1", "R2", "R3", "R4", "latent", "heads")])
-@pytest.mark.parametrize("form", ["offline", "online"])
+@pytest.mark.parametrize(
+    ("rotations", "form"),
+    [
+        (("heads",), "auto"),
+        (("R2", "heads"), "auto"),
+        (("R1", "R2", "R3", "R4", "latent", "heads"), "offline"),
+        (("R1", "R2", "R3", "R4", "latent", "heads"), "online"),
+    ],
+)
 def test_a_rotation_across_heads_changes_nothing(rotations: tuple[str, ...], form: str) -> None:
     source = program(layers=2, bias=True)
     rotated = spinpass.transform(source, RotationConfig(rotations=rotations, form=form))  # type: ignore[arg-type]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 from spinpass.errors import ConfigError
@@ -27,6 +29,21 @@ def test_a_scheme_is_spelled_in_parts() -> None:
         ("kv2", "KV cache of 2 bits"),
         ("gptq", "add a width such as w4"),
         ("w4-nf4", "'nf4'"),
+        ("w4-w8-rtn", "'w4' and 'w8' in 'w4-w8-rtn' both say the width of the weights: leave one of them out"),
+        ("w4-w4g32", "both say the width of the weights"),
+        ("w4-rtn-gptq", "'rtn' and 'gptq' in .* both say how weights are rounded"),
+        ("a8-w4-a8static", "'a8' and 'a8static' in .* both say the width of activations"),
+        ("kv4-kv8", "both say the width of keys and values"),
+        ("w4-head8-head4", "both say the width of the head"),
+        ("embed8-embed4", "both say the width of the token tables"),
+        ("w4-distill-distill2", "both say the rounds of distillation"),
+        ("w4-asym-asym", "both say the same"),
+        ("w4-rtn-order", "'order' in 'w4-rtn-order' is GPTQ's"),
+        ("a8-distill", "add a width such as w4"),
+        ("w4-distill0", "no round of distillation"),
+        ("w4-rows", "name average_bits and a group_size"),
+        ("w4-", "'' in 'w4-'"),
+        ("", "'' in ''"),
     ],
 )
 def test_a_bad_scheme_says_what_is_wrong(text: str, why: str) -> None:
@@ -39,3 +56,26 @@ def test_what_needs_calibration() -> None:
     assert QuantizationConfig.parse("a8static").needs_calibration
     assert not QuantizationConfig.parse("w4-rtn-a8-kv4").needs_calibration
     assert QuantizationConfig(weights=None, overrides={"*": Weights()}).needs_calibration
+
+
+def test_what_calibration_changes() -> None:
+    assert not any(QuantizationConfig.parse(scheme).uses_calibration for scheme in ("w4-rtn", "w8-rtn-a8-kv8-head8"))
+    for scheme in ("w4", "a8static", "w8-rtn-a4", "kv4", "w4-rtn-distill"):
+        assert QuantizationConfig.parse(scheme).uses_calibration, scheme
+    assert not QuantizationConfig(None, Activations(4, clip=0.9)).uses_calibration
+
+
+@pytest.mark.parametrize(
+    ("made", "why"),
+    [
+        (lambda: Weights(method="rtn", act_order=True), "act_order=True is GPTQ's"),
+        (lambda: Weights(method="rtn", follow=True), "follow=True is GPTQ's"),
+        (lambda: Activations(8, calibration="minmax"), "calibration='minmax' is of ranges that are fixed before"),
+        (lambda: Activations(8, static=True, percentile=99.0), "percentile=99.0 changes nothing"),
+        (lambda: QuantizationConfig(None, average_bits=3.0), "3.0 bits on average are those of weights"),
+    ],
+    ids=["act_order", "follow", "calibration", "percentile", "average_bits"],
+)
+def test_settings_that_would_change_nothing(made: Callable[[], object], why: str) -> None:
+    with pytest.raises(ConfigError, match=why):
+        made()

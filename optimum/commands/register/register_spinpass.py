@@ -56,7 +56,7 @@ class SpinpassExportCommand(BaseOptimumCLICommand):  # type: ignore[misc]  # opt
             "-m", "--model", required=True, help="a model folder, a name on the hub, a GGUF file or a .pt2 file"
         )
         parser.add_argument("output", metavar="OUT", help="folder to write the model and its companions to")
-        parser.add_argument("--weights", choices=list(_WEIGHTS), default="fp32", help="what the weights become")
+        parser.add_argument("--weights", choices=list(_WEIGHTS), help="what the weights become, fp32 by default")
         for name, (metavar, text) in _VALUES.items():
             parser.add_argument(f"--{name}", metavar=metavar, default=SUPPRESS, help=text)
         parser.add_argument(
@@ -71,9 +71,9 @@ class SpinpassExportCommand(BaseOptimumCLICommand):  # type: ignore[misc]  # opt
         parser.add_argument("-v", "--verbose", action="count", default=0, help="log every pass; -vv: tracebacks too")
 
     def run(self) -> None:
-        """Exits as the command line does: 0 done, 1 refused or not equivalent, 2 bad usage; one line says why."""
+        """Exits as the command line does: 0 done, 1 refused or failed, 2 bad usage; one line says why."""
         given = vars(self.args)
-        if given["weights"] != "fp32" and "quantize" in given:
+        if given["weights"] is not None and "quantize" in given:
             self.parser.error("--weights and --quantize both say what the weights become: give one of them")
         from spinpass.cli import main
 
@@ -83,7 +83,7 @@ class SpinpassExportCommand(BaseOptimumCLICommand):  # type: ignore[misc]  # opt
 
 def arguments(given: Mapping[str, Any]) -> list[str]:
     """The parsed options as ``spinpass export`` takes them."""
-    line = ["export", *_WEIGHTS[given["weights"]]]
+    line = ["export", *_WEIGHTS[given["weights"] or "fp32"]]
     line += [f"--{name}={given[_key(name)]}" for name in _VALUES if _key(name) in given]
     line += [f"--exclude={pattern}" for pattern in given["exclude"]]
     line += [f"--{name}" for name in _SWITCHES if given[_key(name)]]

@@ -1,0 +1,131 @@
+"""What can be said of a model before its weights are read: seconds, where loading and exporting take minutes.
+
+source -> configuration -> text -> tokenizer -> tokens -> kernels -> disk
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from spinpass.errors import ConfigError, ExportError
+from spinpass.evaluation import calibration_windows, read_text, token_ids
+from spinpass.loading import Source, check_context, count_values, load_config, load_tokenizer, locate
+
+_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "torch.float32": 4, "torch.float16": 2, "torch.bfloat16": 2}
+_HEAD_STEP = 8  # GroupQueryAttention's heads are multiples of this
+_LATENT = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim")  # heads of another size than the configuration's
+
+
+@dataclass(frozen=True)
+class Known:
+    """A model that is not loaded: where it is, and its configuration (None for a file)."""
+
+    source: Source
+    config: Any
+    trust_remote_code: bool
+
+    @classmethod
+    def of(cls, model: str, *, dequantize: bool, trust_remote_code: bool) -> Known:
+        """Find the model. Raises ConfigError and ExportError as :func:`spinpass.loading.load_config`."""
+        source = locate(model)
+        config = load_config(source, dequantize=dequantize, trust_remote_code=trust_remote_code)
+        return cls(source, config, trust_remote_code)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer, None where there is none."""
+        return load_tokenizer(self.source, trust_remote_code=self.trust_remote_code)
+
+    def token_ids(self, text: Path) -> list[int]:
+        """The tokens of a text. Raises ConfigError where it cannot be read, or there is no tokenizer for it."""
+        found = read_text(text)
+        if self.tokenizer is None:
+            raise ConfigError(
+                f"{self.source.location} has no tokenizer to read {text} with: save one there with "
+                "tokenizer.save_pretrained, or quantize with -rtn, without a text"
+            )
+        return token_ids(self.tokenizer)(found)
+
+    def check_text(self, text: Path, length: int, count: int | None) -> None:
+        """Raise ConfigError where calibration windows cannot be cut from a text."""
+        ids = self.token_ids(text)
+        calibration_windows(lambda _: ids, text, length, count)
+
+    def check_context(self, context: int) -> None:
+        """Raise ConfigError where the model takes no cache of so many tokens."""
+        if self.config is not None:
+            check_context(context, self.config.get_text_config())
+
+    def check_integer_cache(self, kind: str, dtype: str) -> None:
+        """Raise where a cache of integers is known not to be possible: ONNX Runtime's attention has no kernel for it.
+
+        Raises:
+            ConfigError: ``dtype`` is auto, and the weights, and so keys and values, are stored in another than float32.
+            ExportError: the heads have a size that the kernel does not take.
+        """
+        if self.config is None:
+            return
+        config = self.config.get_text_config()
+        if dtype == "auto" and self.dtype_bytes(dtype) != _BYTES["float32"]:
+            raise ConfigError(f"--kv-cache {kind} needs keys and values in float32: leave out --dtype auto")
+        heads = getattr(config, "num_attention_heads", None)
+        width = getattr(config, "head_dim", None) or (heads and getattr(config, "hidden_size", 0) // heads)
+        if isinstance(width, int) and width % _HEAD_STEP and not any(hasattr(config, name) for name in _LATENT):
+            raise ExportError(
+                f"only ONNX Runtime's own attention reads a cache of integers, and this is not it: its heads are of "
+                f"size {width}, and GroupQueryAttention takes multiples of {_HEAD_STEP}; leave out --kv-cache {kind}"
+            )
+
+    def check_integer_kernels(self, dtype: str) -> None:
+        """Raise ConfigError where weights are to be integers beside a dtype that ONNX Runtime's kernels do not take."""
+        if self._named(dtype).endswith("bfloat16"):
+            raise ConfigError(
+                "ONNX Runtime has no kernel for integer weights beside bfloat16 (MatMulNBits on a CPU): choose --dtype "
+                "float32 or float16"
+            )
+
+    def _named(self, dtype: str) -> str:
+        """The dtype that the weights will have, of a configuration where it is ``auto``."""
+        return str(getattr(self.config, "dtype", None)) if dtype == "auto" else dtype
+
+    def dtype_bytes(self, dtype: str) -> int:
+        """Bytes of a weight in the program."""
+        return _BYTES.get(self._named(dtype), 2)
+
+    def check_disk(self, out: Path, dtype: str, bits: float | None, *, steps: bool) -> None:
+        """Make sure that the disk holds what is written, which is estimated from below.
+
+        Args:
+            out: the folder that is to be written, and beside which intermediate files lie.
+            dtype: of the weights.
+            bits: of a weight in the result; None for those of the dtype.
+            steps: a file in the dtype is written first.
+
+        Raises ExportError: there is too little space.
+        """
+        if self.source.kind == "program":
+            floats = Path(self.source.location).stat().st_size
+            values = floats // 4
+        else:
+            values = count_values(self.source) or 0
+            floats = values * self.dtype_bytes(dtype)
+        result = floats if bits is None else int(values * bits / 8)
+        check_space(out, result, floats if steps else 0)
+
+
+def check_space(out: Path, result: int, intermediate: int = 0) -> None:
+    """Raise ExportError where the disk of a folder, which need not be there yet, does not hold so many bytes."""
+    place = out.absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < result + intermediate:
+        also = f" and {intermediate:,} for the file that it is made of" if intermediate else ""
+        raise ExportError(
+            f"cannot write to {out}: the result needs about {result:,} bytes{also}, and {free:,} are free (the disk is "
+            "full: free some space or choose a folder on another disk); nothing was written"
+        )

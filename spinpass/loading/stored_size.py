@@ -1,0 +1,62 @@
+"""How many values a model holds, by the headers of its files: what a file that is made of it needs on the disk."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .sources import Source
+
+_CODES = {"I32": 32, "U8": 8, "I8": 8}  # bits of the integers that hold codes
+_INDEX = "model.safetensors.index.json"
+
+
+def count_values(source: Source) -> int | None:
+    """Return how many weights there are, without reading one; None where no header on this machine says so.
+
+    What lies packed in integers is counted by the bits that config.json names, so that the number may be a little off.
+    A file that is no safetensors, or is damaged, gives None: loading says what is wrong with it.
+    """
+    try:
+        if source.kind == "gguf":
+            return _of_gguf(Path(source.location, str(source.gguf)))
+        folder = Path(source.location)
+        if source.kind == "program" or not folder.is_dir():
+            return None
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        packed = config.get("quantization_config") or {}
+        bits = int(packed.get("bits") or (4 if packed.get("quant_method") == "mxfp4" else 8))
+        return sum(_of_header(_header(file), bits) for file in _files(folder)) or None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError):
+        return None
+
+
+def _files(folder: Path) -> list[Path]:
+    """List the safetensors of a folder that transformers reads."""
+    single, index = folder / "model.safetensors", folder / _INDEX
+    if single.is_file() or not index.is_file():
+        return [single] if single.is_file() else []
+    return [folder / name for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))]
+
+
+def _header(file: Path) -> Mapping[str, Any]:
+    with file.open("rb") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        if size > file.stat().st_size:
+            raise ValueError(f"a header of {size} bytes")
+        found: dict[str, Any] = json.loads(stream.read(size))
+    return {name: entry for name, entry in found.items() if name != "__metadata__"}
+
+
+def _of_header(header: Mapping[str, Any], bits: int) -> int:
+    """Σ over tensors of their values, k for an integer that holds k codes"""
+    return sum(math.prod(entry["shape"]) * max(1, _CODES.get(entry["dtype"], 0) // bits) for entry in header.values())
+
+
+def _of_gguf(file: Path) -> int:
+    from gguf import GGUFReader
+
+    return sum(int(tensor.n_elements) for tensor in GGUFReader(file).tensors)

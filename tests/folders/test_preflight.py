@@ -1,0 +1,116 @@
+"""What is said before a model is loaded: the text, the tokenizer, the tokens, the kernels, the disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from spinpass.errors import ConfigError, ExportError
+from spinpass.folders import ExportRequest, Known, check_space
+from spinpass.folders import preflight as module
+from spinpass.loading import Source, count_values, locate
+from spinpass.progress import Silent
+from tests.support import folders
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return folders.model_folder(tmp_path_factory.mktemp("model"), "llama")
+
+
+def free(bytes_: int) -> Callable[[Path], Any]:
+    return lambda _: type("Usage", (), {"free": bytes_})()
+
+
+def values(folder: Path) -> int:
+    return sum(tensor.numel() for tensor in load_file(folder / "model.safetensors").values())
+
+
+def test_values_are_counted_by_the_headers(model: Path, tmp_path: Path) -> None:
+    assert count_values(locate(model)) == values(model)
+    gguf = folders.gguf_file(tmp_path / "tiny.gguf")
+    assert count_values(locate(gguf)) == 96 * 32 + 32 + 2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 64 * 32 + 2 * 32)
+
+
+def test_codes_are_counted_by_their_bits(model: Path, tmp_path: Path) -> None:
+    import json
+
+    import torch
+    from safetensors.torch import save_file
+
+    config = json.loads((model / "config.json").read_text())
+    for bits, packed in ((4, 8), (8, 4)):
+        config["quantization_config"] = {"quant_method": "gptq", "bits": bits}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        save_file({"w.qweight": torch.zeros(4, 16, dtype=torch.int32), "n.weight": torch.zeros(3)}, tmp_path / "model.safetensors")
+        assert count_values(locate(tmp_path)) == 4 * 16 * packed + 3
+
+
+@pytest.mark.parametrize("content", [b"", b"\x00" * 4, b"\xff" * 64, b"\x02\x00\x00\x00\x00\x00\x00\x00{]"])
+def test_a_file_without_a_header_is_not_counted(content: bytes, model: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes((model / "config.json").read_bytes())
+    (tmp_path / "model.safetensors").write_bytes(content)
+    assert count_values(locate(tmp_path)) is None
+    assert count_values(Source("transformers", "no-such/model")) is None
+
+
+def test_the_disk_is_asked_for_what_will_be_written(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """float32: 4 bytes a value. Where 4 bits are made of it, both lie on the disk for a while."""
+    known, count = Known.of(str(model), dequantize=False, trust_remote_code=False), values(model)
+    for dtype, bits, steps, needed in (
+        ("float32", None, False, 4 * count),
+        ("bfloat16", None, False, 2 * count),
+        ("auto", None, False, 4 * count),
+        ("float32", 4.0, True, 4 * count + count // 2),
+        ("float32", 4.0, False, count // 2),
+    ):
+        monkeypatch.setattr(module.shutil, "disk_usage", free(needed))
+        known.check_disk(tmp_path / "new" / "out", dtype, bits, steps=steps)
+        monkeypatch.setattr(module.shutil, "disk_usage", free(needed - 1))
+        with pytest.raises(ExportError, match=rf"and {needed - 1:,} are free \(the disk is full"):
+            known.check_disk(tmp_path / "new" / "out", dtype, bits, steps=steps)
+    monkeypatch.setattr(module.shutil, "disk_usage", free(1000))
+    with pytest.raises(ExportError, match="about 900 bytes and 400 for the file that it is made of"):
+        check_space(tmp_path, 900, 400)
+
+
+def asked(model: Path, out: Path, **options: Any) -> Any:
+    return lambda: ExportRequest(str(model), out, None, **options).run(Silent())
+
+
+def test_it_is_all_said_before_the_model_is_loaded(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def loaded(*_: object, **__: object) -> None:
+        raise AssertionError("the model is loaded")
+
+    monkeypatch.setattr("spinpass.folders.request.load_model", loaded)
+    text, short = tmp_path / "text.txt", tmp_path / "short.txt"
+    text.write_text("what is the weather like " * 400)
+    short.write_text("what is it")
+    out = tmp_path / "out"
+    calibrated = dict(quantize="w4", calibration=text)
+    with pytest.raises(AssertionError, match="the model is loaded"):
+        asked(model, out, **calibrated)()
+    wrong: list[tuple[dict[str, Any], type[Exception], str]] = [
+        (calibrated | {"calibration": tmp_path / "none.txt"}, ConfigError, "no such file"),
+        (calibrated | {"calibration": short}, ConfigError, "the text has 3"),
+        (calibrated | {"calibration_windows": 5}, ConfigError, "5 windows of 512 tokens need 2,560 tokens"),
+        (dict(kv_cache="int8", calibration=text, dtype="float16"), ConfigError, "float32"),
+    ]
+    for options, kind, why in wrong:
+        with pytest.raises(kind, match=why):
+            asked(model, out, **options)()
+    monkeypatch.setattr(module.shutil, "disk_usage", free(20_000))
+    with pytest.raises(ExportError, match="the disk is full"):
+        asked(model, out)()
+    assert not out.exists()
+
+
+def test_windows_that_are_asked_for_are_all_taken_for_the_cache_too(model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from spinpass.folders.onnx import CacheBits
+
+    request = ExportRequest(str(model), tmp_path, None, kv_cache="int8", calibration=tmp_path / "t", calibration_windows=3)
+    assert request._writer().keywords["cache"] == CacheBits(8, tmp_path / "t", 3)  # type: ignore[attr-defined]
