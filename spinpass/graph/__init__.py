@@ -14,6 +14,7 @@ from .nodes import (
     known_integers,
     mutates,
     op_name,
+    reachable,
     shape,
     value,
 )
@@ -39,6 +40,7 @@ __all__ = [
     "listing",
     "mutates",
     "op_name",
+    "reachable",
     "shape",
     "shares_memory",
     "value",
