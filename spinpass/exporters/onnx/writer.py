@@ -26,6 +26,7 @@ from ..certified_file import Clock, FileReport, write_certified
 from ..names import GraphNames, Names, renamed, signature_names
 from .certificate import certify_onnx
 from .fusion.fuse import Fused, fuse_model
+from .operators.experts import lower_grouped_products
 from .operators.hadamard import attach_hadamards
 from .operators.packed_linear import lower_packed_linears
 from .operators.rounding import attach_roundings
@@ -136,6 +137,7 @@ def _finish(model: ir.Model, names: GraphNames, metadata: Mapping[str, str]) -> 
     there are."""
     common.ClearMetadataAndDocStringPass()(model)
     lower_packed_linears(model)
+    lower_grouped_products(model)
     hadamards = attach_hadamards(model)
     attach_roundings(model)
     for value, name in zip((*model.graph.inputs, *model.graph.outputs), (*names.inputs, *names.outputs), strict=True):
