@@ -36,6 +36,8 @@ class OnnxTools(Protocol):
 
     def check_operators(self, ep: ExportedProgram, /) -> None: ...
 
+    def check_kernels(self, ep: ExportedProgram, /) -> None: ...
+
     def export(
         self,
         ep: ExportedProgram,

@@ -215,6 +215,8 @@ class ExportRequest:
         )
         if self.to == "onnx":
             onnx_tools().check_operators(loaded.program)
+            if self.certify:
+                onnx_tools().check_kernels(loaded.program)
         result = rotated(loaded.program, self.config, steps, certify=self.certify)
         if self.to == "gptq":
             check_rotation(loaded, result)

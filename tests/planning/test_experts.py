@@ -72,7 +72,8 @@ def test_expressions_that_meet_again_cost_their_nodes() -> None:
     (stored,) = editor._expressions.behind(weight)
     assert editor.fqn(stored) == "weight" and editor.is_computable(weight)
     assert editor.canonical(weight) is weight
-    symmetric = (program.state_dict["weight"] + program.state_dict["weight"].T).double() / 2
+    stored_weight = program.state_dict["weight"].double()
+    symmetric = (stored_weight + stored_weight.T) / 2
     torch.testing.assert_close(editor.deferred(weight)(), symmetric, rtol=0, atol=1e-12)
 
 
