@@ -30,8 +30,8 @@ _DEFAULT = RotationConfig()
 _EXPERTS = {"onnx": "grouped_mm", "executorch": "batched_mm"}
 """The implementation of a mixture's experts, as transformers calls it, whose operators the target has.
 
-``batched_mm`` gathers the weights of every token's experts: 151 MB for each token in each layer of a model of width 2048
-with eight experts of width 768 at a time. The grouped product reads a weight once, however many tokens go to it.
+``batched_mm`` gathers the weights of every token's experts: 151 MB for each token in each layer of a model of width
+2048 with eight experts of width 768 at a time. The grouped product reads a weight once, however many tokens go to it.
 """
 
 

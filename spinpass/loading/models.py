@@ -111,7 +111,7 @@ def load_model(
         return LoadedModel(source, load_program(source.location), None)
     with _quiet():
         loaded, tokenizer, done = _load(source, _DTYPES[dtype], dequantize, trust_remote_code)
-        if experts is not None and loaded._can_set_experts_implementation():
+        if experts is not None and loaded._can_set_experts_implementation():  # noqa: SLF001  as their exporters ask
             loaded.set_experts_implementation(experts)
         report("export")
         program = _exported(loaded, cache, source.location, context)

@@ -29,7 +29,7 @@ _FLOAT, _INT64 = ir.DataType.FLOAT, ir.DataType.INT64
 def expert_translations() -> dict[Any, Callable[..., Any]]:
     """Return by operator what emits ONNX for the ones that transformers computes experts with."""
     made: dict[Any, Callable[..., Any]] = {
-        torch.ops.aten._grouped_mm.default: _grouped_product(),
+        torch.ops.aten._grouped_mm.default: _grouped_product(),  # noqa: SLF001  an operator's name
         torch.ops.aten.histc.default: _histogram,
     }
     fallback = getattr(torch.ops.transformers, "grouped_mm_fallback", None)  # there once transformers is imported
@@ -41,7 +41,9 @@ def _grouped_product() -> Callable[..., Any]:
 
     def product(rows: Any, matrices: Any, ends: Any, bias: Any = None, out_dtype: Any = None) -> Any:
         if bias is not None or out_dtype is not None or len(rows.shape) != 2 or len(matrices.shape) != 3:
-            raise NotImplementedError("a grouped product of other ranks than rows by matrices, or with a bias or a dtype")
+            raise NotImplementedError(
+                "a grouped product of other ranks than rows by matrices, or with a bias or a dtype"
+            )
         y = call(rows, matrices, ends)
         y.dtype, y.shape = rows.dtype, ir.Shape([rows.shape[0], matrices.shape[2]])
         return y
@@ -49,7 +51,7 @@ def _grouped_product() -> Callable[..., Any]:
     return product
 
 
-def _histogram(x: Any, bins: int = 100, min: Any = 0, max: Any = 0) -> Any:  # noqa: A002  (the operator's own names)
+def _histogram(x: Any, bins: int = 100, min: Any = 0, max: Any = 0) -> Any:
     """⌊(x − min)·bins / (max − min)⌋ of what lies between, max itself in the last bin, counted by comparison."""
     if min == max:
         raise NotImplementedError("histc without a range")
