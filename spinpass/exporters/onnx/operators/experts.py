@@ -21,7 +21,7 @@ from onnxscript import opset18
 
 from .hadamard import DOMAIN, VERSION
 
-op: Any = opset18  # its stubs want to know the type of every value
+_op: Any = opset18  # its stubs want to know the type of every value
 _NODE = "GroupedMatMul"
 _FLOAT, _INT64 = ir.DataType.FLOAT, ir.DataType.INT64
 
@@ -57,16 +57,16 @@ def _histogram(x: Any, bins: int = 100, min: Any = 0, max: Any = 0) -> Any:
         raise NotImplementedError("histc without a range")
 
     def number(value: float) -> Any:
-        return op.CastLike(op.Constant(value_float=float(value)), x)
+        return _op.CastLike(_op.Constant(value_float=float(value)), x)
 
-    inside = op.And(op.GreaterOrEqual(x, number(min)), op.LessOrEqual(x, number(max)))
-    place = op.Floor(op.Div(op.Mul(op.Sub(x, number(min)), number(bins)), number(max - min)))
-    place = op.Where(inside, op.Min(place, number(bins - 1)), number(-1))
-    bins_of = op.Constant(value=onnx.numpy_helper.from_array(_range(bins)))
-    hits = op.Equal(op.Unsqueeze(op.Cast(place, to=_INT64.value), op.Constant(value_ints=[-1])), bins_of)
+    inside = _op.And(_op.GreaterOrEqual(x, number(min)), _op.LessOrEqual(x, number(max)))
+    place = _op.Floor(_op.Div(_op.Mul(_op.Sub(x, number(min)), number(bins)), number(max - min)))
+    place = _op.Where(inside, _op.Min(place, number(bins - 1)), number(-1))
+    bins_of = _op.Constant(value=onnx.numpy_helper.from_array(_range(bins)))
+    hits = _op.Equal(_op.Unsqueeze(_op.Cast(place, to=_INT64.value), _op.Constant(value_ints=[-1])), bins_of)
     # counted as float32, which is exact below 2**24
-    counts = op.ReduceSum(op.Cast(hits, to=_FLOAT.value), op.Constant(value_ints=[0]), keepdims=0)
-    return op.CastLike(counts, x)
+    counts = _op.ReduceSum(_op.Cast(hits, to=_FLOAT.value), _op.Constant(value_ints=[0]), keepdims=0)
+    return _op.CastLike(counts, x)
 
 
 def _range(bins: int) -> Any:
@@ -122,7 +122,9 @@ class _Nodes:
         """Add a node; return its result, or all of several."""
         node = ir.node(name, list(inputs), attributes, num_outputs=outputs)
         for value in node.outputs:
-            value.dtype = _INT64 if name in ("Cast", "Slice", "Sub") else inputs[0].dtype
+            dtype = _INT64 if name in ("Cast", "Slice", "Sub") else inputs[0].dtype
+            assert dtype is not None  # torch.onnx sets it from the program's own value
+            value.dtype = dtype
         self._graph.insert_before(self._at, node)
         return node.outputs[0] if outputs == 1 else list(node.outputs)
 
@@ -136,7 +138,8 @@ class _Nodes:
     def split(self, matrices: ir.Value) -> list[ir.Value]:
         """Take a computed stack of matrices apart."""
         assert matrices.shape is not None
-        count = int(matrices.shape[0])
+        count = matrices.shape[0]
+        assert isinstance(count, int)  # as many as the program has parameters for
         parts = self.add("Split", matrices, self.constant([1] * count), axis=0, outputs=count)
         return [self.add("Squeeze", part, self.constant([0])) for part in (parts if count > 1 else [parts])]
 

@@ -10,7 +10,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
-import transformers  # noqa: F401  (registers torch.ops.transformers)
+import transformers.integrations.moe  # noqa: F401  (registers torch.ops.transformers)
 from torch import Tensor, nn
 from torch.export import Dim
 
