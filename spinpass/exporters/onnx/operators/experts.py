@@ -4,8 +4,7 @@
 
 Every token is multiplied by the experts it was sent to and by no other, and no weight is gathered: the matrices are
 constants of their own, slices of the stack that the program stores. While the graph is optimised the product is an
-opaque node, so that what it reads is folded into one constant. ``histc``, which counts the rows of each expert, has no
-translation in torch.
+opaque node, so that what it reads is folded into one constant. ``histc`` counts the rows of each expert.
 """
 
 from __future__ import annotations
