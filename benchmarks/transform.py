@@ -1,9 +1,10 @@
 """What planning and transforming cost: ``python benchmarks/transform.py [PROGRAM.pt2]``.
 
-Two tables. The first takes a real program (without an argument: SmolLM2-135M from its package, exported with its KV
+Three tables. The first takes a real program (without an argument: SmolLM2-135M from its package, exported with its KV
 cache) and shows CPU seconds and the peak of memory above what was loaded, as a multiple of the weights' bytes. The
-second takes decoders of 8 to 64 layers and shows how the time grows, with a straight line fitted to it. Every figure
-comes from a process of its own, in which the program is loaded or exported first.
+second takes decoders of 8 to 64 layers and shows how the time grows, with a straight line fitted to it. The third
+does so for the plan of a mixture of experts whose weights are gathered for each token, which needs transformers. Every
+figure comes from a process of its own, in which the program is loaded or exported first.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from spinpass.loading import load_model
 from spinpass.progress import Steps
 
 LAYERS = (8, 16, 32, 64)
+EXPERT_LAYERS = (2, 4, 8)
+EXPERTS = "experts:"  # before a number of layers
 STAGES = ("plan", "transform")
 MEGABYTE = 2**20
 app = typer.Typer(add_completion=False)
@@ -39,6 +42,9 @@ def main(
     program: Annotated[Path | None, typer.Argument(help="An exported program; SmolLM2-135M if none is given.")] = None,
     threads: Annotated[str, typer.Option(help="Numbers of threads for the real program.")] = "1,2",
     layers: Annotated[str, typer.Option(help="Depths of the synthetic decoders.")] = ",".join(map(str, LAYERS)),
+    expert_layers: Annotated[str, typer.Option(help="Depths of the mixtures of experts.")] = ",".join(
+        map(str, EXPERT_LAYERS)
+    ),
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Measure plan and transform."""
@@ -48,11 +54,16 @@ def main(
         real = [measured(steps, stage, str(path), int(n)) for n in threads.split(",") for stage in STAGES]
         depths = [int(n) for n in layers.split(",")]
         growth = {stage: [measured(steps, stage, str(depth), 1) for depth in depths] for stage in STAGES}
+        mixtures = [int(n) for n in expert_layers.split(",")]
+        experts = {"plan": [measured(steps, "plan", f"{EXPERTS}{depth}", 1) for depth in mixtures]}
     fits = {stage: line(depths, [row["cpu_seconds"] for row in rows]) for stage, rows in growth.items()}
     if as_json:
-        screen.document({"program": str(path), "real": real, "growth": growth, "fits": fits})
+        found = {"real": real, "growth": growth, "fits": fits, "experts": experts}
+        screen.document({"program": str(path), **found})
         return
     screen.show(real_table(path.name, real), growth_table(depths, growth, fits))
+    fitted = {stage: line(mixtures, [row["cpu_seconds"] for row in rows]) for stage, rows in experts.items()}
+    screen.show(growth_table(mixtures, experts, fitted, "CPU seconds over depth, a mixture of 8 gathered experts"))
 
 
 def packaged_program(steps: Steps) -> Path:
@@ -82,13 +93,15 @@ def measured(steps: Steps, stage: str, what: str, threads: int) -> dict[str, Any
 def measure(stage: str, what: str, threads: int) -> dict[str, Any]:
     """Measure ``plan`` or ``transform`` in this process; ``what`` is a file or a number of layers."""
     torch.set_num_threads(threads)
-    program = synthetic(int(what)) if what.isdigit() else load_program(what)
+    depth = what.removeprefix(EXPERTS)
+    make = mixture if what.startswith(EXPERTS) else synthetic
+    program = make(int(depth)) if depth.isdigit() else load_program(what)
     distinct = {t.data_ptr(): t for t in program.state_dict.values()}  # tied weights are loaded as views
     weights = sum(t.numel() * t.element_size() for t in distinct.values())
     config = spinpass.RotationConfig(verify=False)
     run = spinpass.plan if stage == "plan" else spinpass.transform
-    if what.isdigit():  # what the first call alone pays for must not pass for growth
-        run(synthetic(2), config)
+    if depth.isdigit():  # what the first call alone pays for must not pass for growth
+        run(make(2), config)
     loaded = reset_peak()
     wall, cpu = time.perf_counter(), time.process_time()
     run(program, config)
@@ -104,6 +117,25 @@ def synthetic(layers: int) -> torch.export.ExportedProgram:
     from decoder import VOCABULARY, Decoder
 
     return torch.export.export(Decoder(layers).eval(), (torch.randint(VOCABULARY, (2, 7)),))
+
+
+def mixture(layers: int) -> torch.export.ExportedProgram:
+    """Export a mixture of eight experts with so many layers, every token's weights gathered."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+    from transformers.exporters import DynamoConfig, DynamoExporter
+    from transformers.exporters.utils import decompose_for_generation
+
+    config = Qwen3MoeConfig(
+        hidden_size=64, num_hidden_layers=layers, intermediate_size=128, moe_intermediate_size=32, num_experts=8,
+        num_experts_per_tok=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16, vocab_size=256,
+    )  # fmt: skip
+    model: Any = Qwen3MoeForCausalLM(config).eval()
+    model.set_experts_implementation("batched_mm")
+    ids = torch.arange(32).reshape(2, 16)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    decode, given = decompose_for_generation(model, inputs, multi_token_decode=True)["decode"]
+    made: torch.export.ExportedProgram = DynamoExporter().export(decode, given, DynamoConfig(dynamic=True)).program
+    return made
 
 
 def reset_peak() -> int:
@@ -143,11 +175,14 @@ def real_table(name: str, rows: list[dict[str, Any]]) -> Table:
 
 
 def growth_table(
-    depths: list[int], growth: dict[str, list[dict[str, Any]]], fits: dict[str, dict[str, float]]
+    depths: list[int],
+    growth: dict[str, list[dict[str, Any]]],
+    fits: dict[str, dict[str, float]],
+    title: str = "CPU seconds over depth, one thread",
 ) -> Table:
     """A table of CPU seconds over depth, and the fitted line."""
     headings = ("stage", *(f"{depth} layers" for depth in depths), "ms / layer", "R²")
-    table = Table(*headings, title="CPU seconds over depth, one thread", title_justify="left")
+    table = Table(*headings, title=title, title_justify="left")
     for column in table.columns[1:]:
         column.justify = "right"
     for stage, rows in growth.items():

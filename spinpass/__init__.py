@@ -12,6 +12,7 @@ from spinpass.errors import (
     SpinpassError,
     VerificationError,
 )
+from spinpass.passes import lower
 from spinpass.pipeline import Rotated, plan, rotate, transform
 from spinpass.planning import RotationPlan
 from spinpass.rotations import Rotation
@@ -31,6 +32,7 @@ __all__ = [
     "RotationPlan",
     "SpinpassError",
     "VerificationError",
+    "lower",
     "plan",
     "rotate",
     "transform",

@@ -338,6 +338,7 @@ def test_the_public_api() -> None:
         "RotationPlan",
         "SpinpassError",
         "VerificationError",
+        "lower",
         "plan",
         "rotate",
         "transform",

@@ -17,6 +17,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 BENCHMARKS = EXAMPLES.with_name("benchmarks")
 SHOWN = {
     "transform_a_module": ["R1:residual", "equivalent: relative error", "max |difference of the logits| in float32:"],
+    "lower_for_others": ["operators of aten, spinpass have become operators of aten\n", "max |difference of the logits| in float32:"],
     "refuse_with_reason": ["aten::clamp does not commute with a rotation", "R1 is ", "'online'", "nothing was rotated"],
     "onnx_export": ["6 online Hadamards", "equivalent: at worst logits", "ONNX Runtime on the rotated file"],
     "own_rotation_matrix": ["learned(48)", "random-hadamard(5 blocks of 16, seed 7)", "is not orthogonal"],

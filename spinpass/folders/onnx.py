@@ -34,6 +34,10 @@ class OnnxTools(Protocol):
 
     GENAI_CONFIG: str
 
+    def check_operators(self, ep: ExportedProgram, /) -> None: ...
+
+    def check_kernels(self, ep: ExportedProgram, /) -> None: ...
+
     def export(
         self,
         ep: ExportedProgram,

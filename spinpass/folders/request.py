@@ -31,6 +31,12 @@ CONTEXT = 1024
 """Tokens of the cache inside an ExecuTorch program where none are asked for."""
 
 _DEFAULT = RotationConfig()
+_EXPERTS = {"onnx": "grouped_mm", "executorch": "batched_mm"}
+"""The implementation of a mixture's experts, as transformers calls it, whose operators the target has.
+
+``batched_mm`` gathers the weights of every token's experts: 151 MB for each token in each layer of a model of width
+2048 with eight experts of width 768 at a time. The grouped product reads a weight once, however many tokens go to it.
+"""
 
 
 def export(
@@ -255,8 +261,13 @@ class ExportRequest:
             context=self._context,
             dequantize=self.dequantize,
             trust_remote_code=self.trust_remote_code,
+            experts=_EXPERTS.get(self.to),
             progress=steps.begin,
         )
+        if self.to == "onnx":
+            onnx_tools().check_operators(loaded.program)
+            if self.certify:
+                onnx_tools().check_kernels(loaded.program)
         result = rotated(loaded.program, self.config, steps, certify=self.certify)
         if self.to == "gptq":
             check_rotation(loaded, result)

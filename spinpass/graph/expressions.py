@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch.fx.node import map_arg
 from spinpass.errors import InvariantError
 
 from .constants import Constant, Constants
-from .nodes import is_float, is_op, lifted, op_name, shape, value
+from .nodes import is_float, is_op, lifted, op_name, reachable, shape, value
 
 _GATHERS = {"aten::index", "aten::index_select"}
 _REARRANGEMENTS = {
@@ -44,6 +44,7 @@ class Expressions:
         self._is_constant: dict[Node, bool] = {}
         self._is_weight: dict[Node, bool] = {}
         self._first: dict[Hashable, Node] = {}
+        self._canonical: dict[Node, Node] = {}
 
     def is_constant(self, node: Node) -> bool:
         """Return whether the value depends on parameters, buffers and lifted tensors only.
@@ -83,15 +84,17 @@ class Expressions:
 
     def is_computable(self, node: Node) -> bool:
         """Return whether the node is a constant whose value no dynamic size goes into: it is known without a run."""
-        if not self.is_constant(node):
-            return False
-        return node in self._constants or all(self.is_computable(s) for s in node.all_input_nodes)
+        return all(map(self.is_constant, reachable(node, self._operands)))
 
     def canonical(self, node: Node) -> Node:
         """Return the first node that computes the same constant expression: ``1 + g`` twice is one scale."""
         if not self.is_constant(node) or node in self._constants:
             return node
-        return self._first.setdefault((node.target, self._frozen(node.args), self._frozen(node.kwargs)), node)
+        known = self._canonical.get(node)
+        if known is None:
+            key = (node.target, self._frozen(node.args), self._frozen(node.kwargs))
+            known = self._canonical[node] = self._first.setdefault(key, node)
+        return known
 
     def _frozen(self, argument: Any) -> Hashable:
         """Return an argument as part of a key, which is the same for equal expressions."""
@@ -104,10 +107,17 @@ class Expressions:
         return repr(argument)
 
     def behind(self, node: Node) -> set[Node]:
-        """Return the stored constants that a constant expression is computed from."""
-        if node in self._constants:
-            return {node}
-        return {stored for source in node.all_input_nodes for stored in self.behind(source)}
+        """Return the stored constants that a weight (:meth:`is_weight`) is made of.
+
+        What only says which of a stack's matrices a token takes is no part of it: a router has the whole model before
+        it.
+        """
+        weights = reachable(node, lambda n: filter(self.is_weight, self._operands(n)))
+        return {n for n in weights if n in self._constants}
+
+    def _operands(self, node: Node) -> Iterable[Node]:
+        """Return what a node of an expression is computed from; nothing for a stored constant."""
+        return () if node in self._constants else node.all_input_nodes
 
     def deferred(self, node: Node, given: Mapping[Node, Tensor] = MappingProxyType({})) -> Callable[[], Tensor]:
         """Return what computes the float64 value that a constant node has now, whatever is queued later.
@@ -121,25 +131,43 @@ class Expressions:
         Raises:
             InvariantError: the node is no constant.
         """
+
+        def operands(node: Node) -> Iterable[Node]:
+            return () if node in given else self._operands(node)
+
+        order = sorted(reachable(node, operands))
+        steps = [self._step(n, given) for n in order]
+        last = {operand: n for n in order for operand in operands(n)}
+
+        def compute() -> Tensor:
+            values: dict[Node, Tensor] = {}
+            for here, step in steps:
+                values[here] = step(values)
+                for done in [n for n in operands(here) if last[n] is here]:
+                    del values[done]
+            return values[node]
+
+        return compute
+
+    def _step(self, node: Node, given: Mapping[Node, Tensor]) -> tuple[Node, Callable[[dict[Node, Tensor]], Tensor]]:
+        """Return a node with what computes its value by those of its operands, as it is now."""
         if node in given:
-            return lambda: given[node]
+            return node, lambda values: given[node]
         if node in self._constants:
             constant = self._constants[node]
             now = Constant(constant.fqn, constant.tensor, list(constant.steps))
-            return now.compute_float64
+            return node, lambda values: now.compute_float64()
         if not self.is_constant(node):
             raise InvariantError(f"{node.name} is not a constant")
-        sources = {n: self.deferred(n, given) for n in node.all_input_nodes}
         args, kwargs = lifted(node)
         target = node.target
 
-        def compute() -> Tensor:
-            values = {n: source() for n, source in sources.items()}
+        def call(values: dict[Node, Tensor]) -> Tensor:
             actual_args, actual_kwargs = map_arg(args, values.__getitem__), map_arg(kwargs, values.__getitem__)
             with torch.no_grad():
                 return target(*actual_args, **actual_kwargs)  # type: ignore[operator,no-any-return]
 
-        return compute
+        return node, call
 
     def filling(self, node: Node, value: float) -> tuple[Node, float] | None:
         """Return the stored constant, and the number that makes the whole expression ``value`` where it fills it.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -61,6 +62,23 @@ def functional_target(node: Node) -> Any:
     if found is None or [a.name for a in found._schema.arguments] != [a.name for a in schema.arguments]:
         return None
     return found
+
+
+def reachable(start: Node, following: Callable[[Node], Iterable[Node]], steps: int | None = None) -> Iterator[Node]:
+    """Yield a node and what ``following`` leads to, each node once and the nearest first.
+
+    There are exponentially many paths through a graph in which values meet again, but no more nodes than it has.
+    ``steps`` is how far to go at most.
+    """
+    seen, layer, left = {start}, [start], steps
+    while layer:
+        yield from layer
+        if left == 0:
+            return
+        left = None if left is None else left - 1
+        found = dict.fromkeys(n for here in layer for n in following(here) if n not in seen)
+        seen.update(found)
+        layer = list(found)
 
 
 def value(node: Node) -> Any:

@@ -77,6 +77,7 @@ def load_model(
     context: int | None = None,
     dequantize: bool = False,
     trust_remote_code: bool = False,
+    experts: str | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> LoadedModel:
     """Load and export ``model``. A ``.pt2`` file is taken as it is.
@@ -90,6 +91,9 @@ def load_model(
         dequantize: where the checkpoint is quantized (GPTQ, FP8, MXFP4), take the values of its codes; it is refused
             otherwise. The weights of a GGUF file always are.
         trust_remote_code: run modelling code that comes with the model. Without it nothing of a folder is run.
+        experts: which of transformers' implementations of a mixture's experts goes into the graph, for a target that
+            has not all of their operators (``grouped_mm``, ``batched_mm``). None leaves the model's own, and so do
+            models that have but one.
         progress: it is called with the name of each step before it starts.
 
     Raises:
@@ -107,6 +111,8 @@ def load_model(
         return LoadedModel(source, load_program(source.location), None)
     with _quiet():
         loaded, tokenizer, done = _load(source, _DTYPES[dtype], dequantize, trust_remote_code)
+        if experts is not None and loaded._can_set_experts_implementation():  # noqa: SLF001  as their exporters ask
+            loaded.set_experts_implementation(experts)
         report("export")
         program = _exported(loaded, cache, source.location, context)
         if cache and context is None and done.dequantized != "gptq":  # whose values are filled in below

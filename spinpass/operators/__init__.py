@@ -1,11 +1,13 @@
 """``torch.ops.spinpass.*``: operators that rotated and quantized programs call, registered by importing the package."""
 
+from .formulas import FORMULAS
 from .hadamard import HADAMARD
 from .packed_linear import dequantized, nearest, packed_linear, round_weight
 from .rounding import round_rows, round_tensor, round_tokens
 from .words import pack_words, unpack_words, words
 
 __all__ = [
+    "FORMULAS",
     "HADAMARD",
     "dequantized",
     "nearest",

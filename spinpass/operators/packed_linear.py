@@ -40,6 +40,13 @@ def packed_linear(
     (out, in). Gradients for x, the bias and the scales are those of the dequantized form, ∂L/∂s = Σ ∂L/∂Ŵ·(q − z) over
     the group.
     """
+    return linear_formula(x, qweight, scales, qzeros, g_idx, bias, bits)
+
+
+def linear_formula(
+    x: Tensor, qweight: Tensor, scales: Tensor, qzeros: Tensor, g_idx: Tensor | None, bias: Tensor | None, bits: int
+) -> Tensor:
+    """Return what :func:`packed_linear` does, in operators of torch alone: shifts, masks and ``aten::linear``."""
     weight = dequantized(qweight, scales, qzeros, g_idx, bits, x.shape[-1])
     return F.linear(x, weight.to(x.dtype), bias)
 
@@ -55,6 +62,11 @@ def round_weight(weight: Tensor, scales: Tensor, qzeros: Tensor, g_idx: Tensor |
     Gradients pass straight through the rounding: ∂L/∂w = ∂L/∂Ŵ where w lies within the grid and 0 outside, and
     ∂L/∂s = Σ ∂L/∂Ŵ·((q − z) − w/s), without w/s outside. Source: LSQ, Esser et al., arXiv 1902.08153, equation 3.
     """
+    return weight_formula(weight, scales, qzeros, g_idx, bits)
+
+
+def weight_formula(weight: Tensor, scales: Tensor, qzeros: Tensor, g_idx: Tensor | None, bits: int) -> Tensor:
+    """Return what :func:`round_weight` does, in operators of torch alone."""
     step, zero = _spread(scales, qzeros, g_idx, bits, weight.shape[1])
     return (codes(weight, step, zero, bits) - zero) * step
 

@@ -26,7 +26,12 @@ def round_tokens(x: Tensor, bits: int, symmetric: bool, clip: float = 1.0) -> Te
     If symmetric, the codes are −2^(bits−1)+1 … 2^(bits−1)−1 and the scale is clip·max|x| / (2^(bits−1)−1). Otherwise
     the codes are 0 … 2^bits−1 over clip·min(x, 0) … clip·max(x, 0).
     """
-    wide = x if x.dtype == torch.float64 else x.float()
+    return torch.empty_like(x).copy_(tokens_formula(x, bits, symmetric, clip))
+
+
+def tokens_formula(x: Tensor, bits: int, symmetric: bool, clip: float = 1.0) -> Tensor:
+    """Return what :func:`round_tokens` does, in operators of torch alone, with strides of its own."""
+    wide = _wide(x)
     if symmetric:
         top = 2 ** (bits - 1) - 1
         scale = wide.abs().amax(-1, keepdim=True) * clip / top
@@ -39,7 +44,7 @@ def round_tokens(x: Tensor, bits: int, symmetric: bool, clip: float = 1.0) -> Te
         scale = torch.where(scale > 0, scale, 1.0)
         zero = (-low * clip / scale).round_()
         result = (wide / scale).round_().add_(zero).clamp_(0, top).sub_(zero).mul_(scale)
-    return torch.empty_like(x).copy_(result)
+    return result.to(x.dtype)
 
 
 @torch.library.custom_op(
@@ -50,9 +55,12 @@ def round_tensor(x: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
 
     ``scale`` and ``zero`` are scalars or (channels,).
     """
-    wide = x if x.dtype == torch.float64 else x.float()
-    result = (wide / scale).round_().add_(zero).clamp_(0, 2**bits - 1).sub_(zero).mul_(scale)
-    return torch.empty_like(x).copy_(result)
+    return torch.empty_like(x).copy_(tensor_formula(x, scale, zero, bits))
+
+
+def tensor_formula(x: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
+    """Return what :func:`round_tensor` does, in operators of torch alone, with strides of its own."""
+    return (_wide(x) / scale).round_().add_(zero).clamp_(0, 2**bits - 1).sub_(zero).mul_(scale).to(x.dtype)
 
 
 @torch.library.custom_op(
@@ -62,10 +70,19 @@ def round_tensor(x: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
 )
 def round_rows(x: Tensor, scale: Tensor, zero: Tensor, limit: float, bits: int) -> Tensor:
     """Round as :func:`round_tensor` does, with tokens above ``limit``, which may be infinite, scaled into the range."""
-    wide = x if x.dtype == torch.float64 else x.float()
+    return torch.empty_like(x).copy_(rows_formula(x, scale, zero, limit, bits))
+
+
+def rows_formula(x: Tensor, scale: Tensor, zero: Tensor, limit: float, bits: int) -> Tensor:
+    """Return what :func:`round_rows` does, in operators of torch alone, with strides of its own."""
+    wide = _wide(x)
     factor = (wide.abs().amax(-1, keepdim=True) / limit).clamp_min(1)
     result = (wide / factor / scale).round_().add_(zero).clamp_(0, 2**bits - 1).sub_(zero).mul_(scale).mul_(factor)
-    return torch.empty_like(x).copy_(result)
+    return result.to(x.dtype)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
 
 
 @round_tokens.register_fake

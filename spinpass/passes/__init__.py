@@ -7,6 +7,7 @@ from .fuse_norm_scale import FUSE_NORM_SCALE
 from .insert_rotations import INSERT_ROTATIONS
 from .last_token import last_token
 from .lower_hadamards import lower_hadamards
+from .lower_operators import lower
 from .materialize import MATERIALIZE
 from .own_constants import give_own_constants
 from .runner import PassRunner
@@ -23,6 +24,7 @@ __all__ = [
     "SitePass",
     "give_own_constants",
     "last_token",
+    "lower",
     "lower_hadamards",
     "open_program",
     "untie",

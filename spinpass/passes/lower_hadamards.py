@@ -41,16 +41,25 @@ def lower_hadamards(program: ExportedProgram) -> ExportedProgram:
     if not any(map(_is_hadamard, program.graph.nodes)):
         return program
     editor = ProgramEditor(program)
-    factors: dict[tuple[int, bool, torch.dtype], Node] = {}
-    for node in [n for n in editor.nodes if _is_hadamard(n)]:
-        lowered = _lowered(editor, node, factors)
-        if not _same_strides(lowered, node):
-            _allow_copies(node.users)
-        editor.replace(node, lowered)
+    replace_hadamards(editor)
     found = record.read(program)
     if found is not None:
         record.write(editor.graph, found)
     return editor.finish()
+
+
+def replace_hadamards(editor: ProgramEditor) -> None:
+    """Put linear layers in place of every Hadamard, as :func:`lower_hadamards`, which says what is raised."""
+    factors: dict[tuple[int, bool, torch.dtype], Node] = {}
+    for node in [n for n in editor.nodes if _is_hadamard(n)]:
+        put_in_place(editor, node, _lowered(editor, node, factors))
+
+
+def put_in_place(editor: ProgramEditor, node: Node, by: Node) -> None:
+    """Let what reads ``node`` read ``by``, an equal value whose strides may be others."""
+    if not _same_strides(by, node):
+        _allow_copies(node.users)
+    editor.replace(node, by)
 
 
 def _is_hadamard(node: Node) -> bool:

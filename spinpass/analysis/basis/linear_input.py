@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from torch.fx import Node
 
-from spinpass.graph import is_float, op_name
+from spinpass.graph import is_float, op_name, reachable
 
 from ..ops.rules import Ignored, Movement, Multilinear, Rule, Zeros
 from ..patterns.linear import as_linear
@@ -57,7 +57,8 @@ class LinearInputWalk(Walk):
         return linear is not None and linear.operand is node and not self._is_kept(linear.weight)
 
     def _is_kept(self, weight: Node) -> bool:
-        return weight in self.kept or any(self._is_kept(s) for s in weight.all_input_nodes)
+        weights = reachable(weight, lambda n: filter(self.editor.is_weight, n.all_input_nodes))
+        return any(n in self.kept for n in weights)
 
     def _is_linear_weight(self, node: Node, axis: AxisType, user: Node) -> bool:
         """Return whether ``user`` contracts the axis of the weight and does not pass it on."""

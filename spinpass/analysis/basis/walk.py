@@ -16,7 +16,7 @@ Two operators are crossed although no rotation passes them, because they can be 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -26,7 +26,7 @@ from torch.export.graph_signature import OutputKind
 from torch.fx import Node
 
 from spinpass.errors import InvariantError
-from spinpass.graph import Layout, LayoutError, ProgramEditor, arguments, elements, is_op, op_name, shape
+from spinpass.graph import Layout, LayoutError, ProgramEditor, arguments, elements, is_op, op_name, reachable, shape
 
 from ..ops.rules import (
     Centring,
@@ -403,13 +403,12 @@ class Walk:
 
     def _is_cache(self, node: Node) -> bool:
         """Return whether the node is one of the values that a cache may hold, or a part or arrangement of them."""
-        if node in self.cache:
-            return True
-        rule = self._rule_or_none(node)
-        sources = (
-            (rule.source,) if isinstance(rule, Movement) else rule.sources if isinstance(rule, Concatenate) else ()
-        )
-        return bool(sources) and all(self._is_cache(s) for s in sources)
+        return all(n in self.cache or self._parts(n) for n in reachable(node, self._parts))
+
+    def _parts(self, node: Node) -> Sequence[Node]:
+        """Return the values that the node puts together or moves, where a cache may not hold it as it is."""
+        rule = None if node in self.cache else self._rule_or_none(node)
+        return (rule.source,) if isinstance(rule, Movement) else rule.sources if isinstance(rule, Concatenate) else ()
 
     def _need_plain(self, axis: AxisType, why: str) -> None:
         if axis.pending is not None:

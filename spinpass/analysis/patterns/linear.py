@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch.fx import Node
 
-from spinpass.graph import Layout, ProgramEditor, is_float, op_name, shape
+from spinpass.graph import Layout, ProgramEditor, is_float, op_name, reachable, shape
 
 from ..ops.rules import Movement, Multilinear, Normalization, Square, VectorNorm
 from ..ops.table import may_contract, rule_of
@@ -84,14 +84,10 @@ def normed_value(editor: ProgramEditor, node: Node) -> Node | None:
     return next((o for o in computed if shape(o)[-1:] != (1,)), None)
 
 
-def _is_norm_statistic(node: Node, depth: int = 8) -> bool:
+def _is_norm_statistic(node: Node) -> bool:
     """Return whether the value comes from squares or a 2-norm, within a few operators."""
-    if node.op != "call_function" or depth == 0:
-        return False
-    rule = rule_of(node)
-    if isinstance(rule, (Square, VectorNorm)):
-        return True
-    return any(_is_norm_statistic(s, depth - 1) for s in node.all_input_nodes)
+    made_by = (n for n in reachable(node, lambda n: n.all_input_nodes, _STEPS) if n.op == "call_function")
+    return any(isinstance(rule_of(n), (Square, VectorNorm)) for n in made_by)
 
 
 def whole_axis(node: Node, dim: int) -> Layout:
@@ -101,4 +97,5 @@ def whole_axis(node: Node, dim: int) -> Layout:
     return Layout.full(dim, size)
 
 
+_STEPS = 7  # from a norm's factor to the squares that it is made of
 _AFFINE = ("aten::mul", "aten::add", "aten::mul_", "aten::add_")

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from torch.fx import Node
 
-from spinpass.graph import ProgramEditor, is_float, is_op, op_name, shape
+from spinpass.graph import ProgramEditor, is_float, is_op, op_name, reachable, shape
 
 from ..ops.rules import Centring, Concatenate, Multilinear, Normalization
 from ..ops.table import rule_of
@@ -33,28 +33,28 @@ def find_residual_sums(editor: ProgramEditor) -> Iterator[Node]:
             yield node
 
 
-def _is_written(editor: ProgramEditor, node: Node, depth: int = 12) -> bool:
+def _is_written(editor: ProgramEditor, node: Node) -> bool:
     """Return whether the value is a linear layer's result, or results of several (experts) put together.
 
     Scales, norms and biases on the way are looked through.
     """
-    root = root_of(node)
-    if root.op != "call_function" or depth == 0:
-        return False
-    if as_linear(editor, root) is not None:
-        return True
-    rule = rule_of(root)
-    if isinstance(rule, (Normalization, Centring)):
-        return _is_written(editor, rule.source, depth - 1)
-    if isinstance(rule, Concatenate):
-        return _is_written(editor, rule.sources[0], depth - 1)
-    if not isinstance(rule, Multilinear) or op_name(root) not in _PUT_TOGETHER:
-        return False
-    return any(
-        _is_written(editor, o.node, depth - 1) for term in rule.terms for o in term if not editor.is_constant(o.node)
-    )
+
+    def parts(root: Node) -> list[Node]:
+        rule = rule_of(root) if root.op == "call_function" else None
+        if isinstance(rule, (Normalization, Centring)):
+            return [root_of(rule.source)]
+        if isinstance(rule, Concatenate):
+            return [root_of(rule.sources[0])]
+        if not isinstance(rule, Multilinear) or op_name(root) not in _PUT_TOGETHER:
+            return []
+        operands = [o.node for term in rule.terms for o in term]
+        return [root_of(o) for o in operands if not editor.is_constant(o)]
+
+    reached = reachable(root_of(node), parts, _STEPS)
+    return any(n.op == "call_function" and as_linear(editor, n) is not None for n in reached)
 
 
+_STEPS = 11  # from a sum to the linear layers that it is made of
 _PUT_TOGETHER = {
     f"aten::{n}"
     for n in (

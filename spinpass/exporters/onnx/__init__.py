@@ -6,6 +6,8 @@ from .integers.cache import CacheReport, quantize_cache
 from .integers.copies import QuantizeReport
 from .integers.four_bits import quantize_4bit
 from .integers.weights import pack_weights
+from .precision import check_kernels
+from .translate import check_operators
 from .writer import OnnxReport, export
 
 __all__ = [
@@ -13,6 +15,8 @@ __all__ = [
     "CacheReport",
     "OnnxReport",
     "QuantizeReport",
+    "check_kernels",
+    "check_operators",
     "compare_file",
     "export",
     "pack_weights",

@@ -18,14 +18,18 @@ from typing import Any
 import onnx_ir as ir
 import torch
 from onnxscript import opset18 as op
+from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
+from torch.onnx._internal.exporter._dispatching import dispatch
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from spinpass.errors import ExportError
-from spinpass.graph import is_op, mutates
+from spinpass.graph import functional_target, is_check, is_op, mutates, op_name, value
 from spinpass.quantization import decode_scales
 
 from ..refusals import refuse_fake_weights, refuse_mutation
+from .operators.experts import expert_translations
 from .operators.hadamard import hadamard_translation
 from .operators.packed_linear import packed_linear_translation
 from .operators.rounding import round_rows_translation, round_tokens_translation, translate_round_tensor
@@ -43,19 +47,52 @@ def translate(ep: ExportedProgram, opset: int | None) -> ir.Model:
     refuse_fake_weights(ep)
 
     ep = decode_scales(ep)
-    table: dict[Any, Callable[..., Any]] = {
-        torch.ops.spinpass.hadamard.default: hadamard_translation(),
-        torch.ops.spinpass.round_tokens.default: round_tokens_translation(),
-        torch.ops.spinpass.round_rows.default: round_rows_translation(),
-        torch.ops.spinpass.round_tensor.default: translate_round_tensor,
-        torch.ops.spinpass.packed_linear.default: packed_linear_translation(),
-        **_CASTS,
-    }
+    table = _translations()
     with _quiet():
         program = _convert(_Program(ep), opset, table) or _convert(_Program(ep, decompose=True), opset, table)
     model: ir.Model = program.model
     optimise(model)
     return model
+
+
+def check_operators(ep: ExportedProgram) -> None:
+    """Look for operators that :func:`translate` would stop at, in a moment and without a weight being read.
+
+    An operator that torch decomposes passes, whatever it becomes.
+
+    Raises:
+        ExportError: an operator has no translation; the message names it and a node.
+    """
+    with _quiet():
+        registry, table = ONNXRegistry.from_torchlib(), _translations()
+    decomposed = torch.export.default_decompositions()
+    graphs = [m.graph for m in ep.graph_module.modules() if isinstance(m, GraphModule)]
+    for node in (n for graph in graphs for n in graph.nodes if is_op(n)):
+        target = functional_target(node) if mutates(node) else node.target
+        if target in table or target in decomposed or is_check(node) or mutates(node):
+            continue
+        if target._can_decompose():  # noqa: SLF001  nothing public says it
+            continue
+        if dispatch(node, registry)[0] is None:
+            values = [value(n) for n in node.all_input_nodes]
+            kind = " on complex values" if any(isinstance(v, Tensor) and v.is_complex() for v in values) else ""
+            raise ExportError(
+                f"torch.onnx has no translation of {op_name(node)}{kind} ({node.name}): export the model to another "
+                "runtime (--to), or change its code so that it computes this with other operators"
+            )
+
+
+def _translations() -> dict[Any, Callable[..., Any]]:
+    """Return by operator what emits ONNX, for those that torch does not translate, or not as is wanted here."""
+    return {
+        torch.ops.spinpass.hadamard.default: hadamard_translation(),
+        torch.ops.spinpass.round_tokens.default: round_tokens_translation(),
+        torch.ops.spinpass.round_rows.default: round_rows_translation(),
+        torch.ops.spinpass.round_tensor.default: translate_round_tensor,
+        torch.ops.spinpass.packed_linear.default: packed_linear_translation(),
+        **expert_translations(),
+        **_CASTS,
+    }
 
 
 def _convert(ep: _Program, opset: int | None, table: dict[Any, Any]) -> Any:
@@ -159,13 +196,15 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence what torch.onnx says about packages that are not needed here."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    """Silence what torch.onnx says about packages that are not needed here, and about what it emits itself."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -27,6 +27,7 @@ from ..names import GraphNames, Names, renamed, signature_names
 from .certificate import certify_onnx
 from .fusion.fuse import Fused, fuse_model
 from .naming import name_axes, name_by_module
+from .operators.experts import lower_grouped_products
 from .operators.hadamard import attach_hadamards
 from .operators.packed_linear import lower_packed_linears
 from .operators.rounding import attach_roundings
@@ -138,6 +139,7 @@ def _finish(model: ir.Model, names: GraphNames, parameters: frozenset[str], meta
     """Give the model its names, metadata, kernels of packed layers and functions, in place; return how many Hadamards
     there are."""
     lower_packed_linears(model)
+    lower_grouped_products(model)
     hadamards = attach_hadamards(model)
     attach_roundings(model)
     for value, name in zip((*model.graph.inputs, *model.graph.outputs), (*names.inputs, *names.outputs), strict=True):

@@ -26,6 +26,7 @@ from spinpass.graph import (
     integers_as_buffers,
     integers_as_parameters,
     op_name,
+    reachable,
     shape,
     value,
     without_constants,
@@ -126,9 +127,8 @@ def rewritten(program: ExportedProgram, product: Callable[[ProgramEditor, Node],
 
 def _constants_behind(editor: ProgramEditor, node: Node) -> set[Node]:
     """The stored constants that a node reads, itself or through an expression of constants."""
-    constants = [source for source in node.all_input_nodes if editor.is_constant(source)]
-    stored = {source for source in constants if editor.is_stored(source)}
-    return stored.union(*(_constants_behind(editor, source) for source in constants))
+    constants = reachable(node, lambda n: filter(editor.is_constant, n.all_input_nodes))
+    return {source for source in constants if editor.is_stored(source)}
 
 
 def packed_layers(editor: ProgramEditor) -> list[Node]:

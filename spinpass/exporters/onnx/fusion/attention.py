@@ -34,16 +34,25 @@ _CLOSED = {ir.DataType.FLOAT: np.float32(-1e30), ir.DataType.FLOAT16: np.float16
 
 
 def fuse_attention(model: ir.Model, builder: Builder) -> tuple[int, tuple[str, ...]]:
-    """Replace the attention of ``model`` in place; return how many there were, and why every other Softmax stays."""
+    """Replace the attention of ``model`` in place; return how many there were, and why every other Softmax stays.
+
+    That of a router is no attention and is not spoken of.
+    """
     fusing = _Fusing(model, builder)
     kept = []
-    for node in [n for n in model.graph if n.op_type == "Softmax" and n.domain == ""]:
+    for node in [n for n in model.graph if n.op_type == "Softmax" and n.domain == "" and not _is_routing(n)]:
         try:
             fusing.fuse(node)
         except NoMatchError as error:
             kept.append(f"{node.outputs[0].name}: {error}")
     model.graph.sort()
     return fusing.count, tuple(kept)
+
+
+def _is_routing(softmax: ir.Node) -> bool:
+    """Say whether a Softmax is of (tokens, experts), which no attention is."""
+    shape = softmax.outputs[0].shape
+    return shape is not None and len(shape) == 2
 
 
 @dataclass
