@@ -14,7 +14,7 @@ import torch
 import typer
 from typer.core import TyperGroup
 
-from spinpass.errors import ConfigError, ExportError, SpinpassError
+from spinpass.errors import ConfigError, DamageError, ExportError, SpinpassError
 from spinpass.folders import version_of
 
 from .evaluate import evaluate_command
@@ -63,7 +63,8 @@ class _Commands(TyperGroup):
                 state.screen.error(unexpected, type(error).__name__)
                 raise typer.Exit(1) from error
             state.screen.error(_one_line(error), type(error).__name__)
-            raise typer.Exit(2 if isinstance(error, _USAGE_ERRORS) else 1) from error
+            usage = isinstance(error, _USAGE_ERRORS) and not isinstance(error, DamageError)
+            raise typer.Exit(2 if usage else 1) from error
         finally:
             state.screen.close()
 
