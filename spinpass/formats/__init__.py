@@ -1,7 +1,18 @@
 """How programs, checkpoints and folders lie on disk, and how files appear there whole."""
 
+from .documents import read_object
 from .gptq import QUANTIZE_CONFIG, GptqCheckpoint, GptqReport, read_gptq, write_gptq
-from .manifest import MANIFEST, Artefact, check_loaded, hashes, read_artefact
+from .manifest import (
+    MANIFEST,
+    Artefact,
+    check_checkpoint,
+    check_companions,
+    check_loaded,
+    check_opened,
+    hashes,
+    read_artefact,
+    sealed,
+)
 from .paths import PROTOBUF_LIMIT, data_name, model_path, pte_path, remove_stale_data
 from .pt2 import load_program, save_program
 from .staging import staged
@@ -13,7 +24,10 @@ __all__ = [
     "Artefact",
     "GptqCheckpoint",
     "GptqReport",
+    "check_checkpoint",
+    "check_companions",
     "check_loaded",
+    "check_opened",
     "data_name",
     "hashes",
     "load_program",
@@ -21,8 +35,10 @@ __all__ = [
     "pte_path",
     "read_artefact",
     "read_gptq",
+    "read_object",
     "remove_stale_data",
     "save_program",
+    "sealed",
     "staged",
     "write_gptq",
 ]

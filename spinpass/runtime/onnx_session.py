@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from spinpass.errors import ConfigError, ExportError
+from spinpass.formats import check_opened
 
 if TYPE_CHECKING:  # what needs no ONNX Runtime can be imported without it
     import onnxruntime as ort
@@ -49,6 +50,7 @@ def open_session(
         ConfigError: this build of ONNX Runtime does not have ``provider``.
         NoKernelError: an op of the graph cannot run there in its type, which is mostly bfloat16 on a CPU.
         ExportError: it cannot load the file.
+        VerificationError: the file, or its weights, are not those that ``spinpass.json`` beside it lists.
     """
     import onnxruntime as ort
     from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as MissingKernel
@@ -56,6 +58,7 @@ def open_session(
     available = ort.get_available_providers()
     if provider not in available:
         raise ConfigError(f"ONNX Runtime has no provider {provider!r} here; there are {', '.join(available)}")
+    check_opened(path)
     options = ort.SessionOptions()
     options.log_severity_level = 3
     if threads is not None:
