@@ -147,7 +147,7 @@ def _tokenizer(name: str) -> Any:
     try:
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # files, hub and imports: no common base below Exception
         raise ConfigError(f"there is no tokenizer at {name}: {error}") from error
 

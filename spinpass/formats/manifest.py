@@ -1,6 +1,6 @@
 """What an exported folder says about itself, and whether its parts belong together.
 
-``spinpass.json`` holds the plan, the certificate, the hash of every rotation, of every file and of itself, and versions;
+``spinpass.json`` holds the plan, the certificate, the hashes of every rotation, every file and itself, and versions;
 whoever opens a file of the folder compares it first (:func:`check_opened`, :func:`check_companions`). The model file
 itself holds the record of its rotations (:mod:`spinpass.record`) with the basis of every cache input and output.
 Two artefacts may share a KV cache only if both keep it in the same basis.

@@ -21,8 +21,17 @@ from torch.export import ExportedProgram
 from spinpass.errors import ConfigError, ExportError, SpinpassError
 from spinpass.formats import load_program, staged
 
-from .architecture import causal_classes, check_architecture
+from .architecture import TRUST, causal_classes, check_adapters, check_architecture
 from .decoder import export_decoder, sample_ids, traced_program
+from .files import (
+    SourceFiles,
+    check_config_keys,
+    check_extent,
+    check_folder,
+    check_gguf_file,
+    check_layers,
+    check_program,
+)
 from .gptq import skeleton, with_values
 from .older_transformers import add_older_words
 from .quantized import check_quantization, dequantized_config, gguf_types
@@ -60,12 +69,13 @@ class Companions:
 @dataclass(frozen=True)
 class LoadedModel:
     """This is an exported program and where it came from; ``companions`` is None for a ``.pt2`` file. ``report`` says
-    what loading did beyond taking every tensor as it was saved."""
+    what loading did beyond taking every tensor as it was saved, ``files`` what it was loaded from."""
 
     source: Source
     program: ExportedProgram
     companions: Companions | None
     report: LoadingReport = field(default_factory=LoadingReport)
+    files: SourceFiles = field(default_factory=SourceFiles)
 
 
 def load_model(
@@ -104,41 +114,59 @@ def load_model(
     report = progress or (lambda step: None)
     report("load")
     if source.kind == "program":
-        return LoadedModel(source, load_program(source.location), None)
+        program, files = load_program(source.location), check_program(Path(source.location))
+        return LoadedModel(source, program, None, LoadingReport(notes=files.notes), files)
     with _quiet():
-        loaded, tokenizer, done = _load(source, _DTYPES[dtype], dequantize, trust_remote_code)
+        loaded, tokenizer, done, files = _load(source, _DTYPES[dtype], dequantize, trust_remote_code)
         report("export")
         program = _exported(loaded, cache, source.location, context)
     if done.dequantized == "gptq":
         report("dequantize")
         program = with_values(program, source.location)
-    return LoadedModel(source, program, Companions(loaded.config, loaded.generation_config, tokenizer), done)
+    return LoadedModel(source, program, Companions(loaded.config, loaded.generation_config, tokenizer), done, files)
 
 
-def _load(source: Source, dtype: Any, dequantize: bool, trust: bool) -> tuple[Any, Any, LoadingReport]:
-    """Return the model, its tokenizer (None where it has none), and what loading did."""
+def _load(source: Source, dtype: Any, dequantize: bool, trust: bool) -> tuple[Any, Any, LoadingReport, SourceFiles]:
+    """Return the model, its tokenizer (None where it has none), what loading did, and the files it read."""
     transformers = _module("transformers", f"loading {source.location}")
     try:
         if source.gguf:
+            check_adapters(transformers, source.location)
+            files = check_gguf_file(source)
             model, done = _of_gguf(transformers, source, dtype)
         else:
-            model, done = _of_folder(transformers, source.location, dtype, dequantize, trust)
+            files = check_folder(transformers, source.location)
+            model, done = _of_folder(transformers, source.location, files, dtype, dequantize, trust)
     except SpinpassError:
         raise
     except Exception as error:  # hub, file, configuration and import errors: no common base below Exception
         here = "" if Path(source.location).exists() else f"there is no file or folder {source.location} here, and "
         raise ExportError(f"{here}transformers cannot load {source.location}: {_summary(error)}") from error
-    where: dict[str, Any] = {"gguf_file": source.gguf} if source.gguf else {"trust_remote_code": trust}
+    tokenizer, missed = _tokenizer(transformers, source, files, trust)
+    notes = (*files.notes, *missed, *_table_notes(model, tokenizer))
+    return model, tokenizer, replace(done, notes=notes), files
+
+
+def _tokenizer(transformers: Any, source: Source, files: SourceFiles, trust: bool) -> tuple[Any, tuple[str, ...]]:
+    """Return the tokenizer, and a note where it needs what is not here. Raises ExportError where its files are damaged
+    or need code that may not run."""
+    options: dict[str, Any] = {"gguf_file": source.gguf} if source.gguf else {}
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source.location, **where)
-    except (OSError, ValueError, KeyError, TypeError, ImportError):  # only text generation misses it
-        logging.getLogger("spinpass").info("%s has no tokenizer that transformers can load", source.location)
-        tokenizer = None
-    return model, tokenizer, replace(done, notes=_table_notes(model, tokenizer))
+        return transformers.AutoTokenizer.from_pretrained(source.location, trust_remote_code=trust, **options), ()
+    except Exception as error:  # files, packages, and readers in other languages: no common base below Exception
+        if not files.tokenizer:  # only text generation misses it
+            logging.getLogger("spinpass").info("%s has no tokenizer", source.location)
+            return None, ()
+        if source.gguf or isinstance(error, ImportError):
+            return None, (f"its tokenizer cannot be loaded, and is not exported: {_summary(error)}",)
+        code = f"; if it needs code of its own, {TRUST}" if "remote_code" in str(error) else ""
+        raise ExportError(f"{source.location}: its tokenizer cannot be loaded: {_summary(error)}{code}") from error
 
 
 def _of_gguf(transformers: Any, source: Source, dtype: Any) -> tuple[Any, LoadingReport]:
-    model, unused = _checked(transformers, source.location, {}, gguf_file=source.gguf, dtype=dtype)
+    model, unused = _checked(
+        transformers, source.location, {}, gguf_file=source.gguf, dtype=dtype, trust_remote_code=False
+    )
     # the weights are dequantized, yet the model says otherwise and refuses to be saved
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
@@ -148,15 +176,19 @@ def _of_gguf(transformers: Any, source: Source, dtype: Any) -> tuple[Any, Loadin
 
 
 def _of_folder(
-    transformers: Any, location: str, dtype: Any, dequantize: bool, trust: bool
+    transformers: Any, location: str, files: SourceFiles, dtype: Any, dequantize: bool, trust: bool
 ) -> tuple[Any, LoadingReport]:
     """Load a folder or a name on the hub as the class that it was saved as, every tensor of it."""
     config, _ = transformers.PreTrainedConfig.get_config_dict(location)
     check_architecture(transformers, location, config, trust_remote_code=trust)
     method = check_quantization(transformers, location, config, dequantize=dequantize)
+    stored = stored_tensors(files.weights)
+    if not (trust and config.get("auto_map")):
+        check_layers(location, config, len(stored))
+        check_config_keys(transformers, location, config)
+        check_extent(transformers, location, files.weight_bytes)
     if method == "gptq":
         return skeleton(transformers, location, dtype), LoadingReport(dequantized=method)
-    stored = stored_tensors(transformers, location)
     options: dict[str, Any] = {"quantization_config": dequantized_config(transformers, config)} if method else {}
     names = renamings(stored)
     if names:
