@@ -105,7 +105,7 @@ def check_gguf_file(source: Source) -> SourceFiles:
     header = check_gguf(path, {int(kind): sizes for kind, sizes in GGML_QUANT_SIZES.items()})
     kind = header.values.get("general.architecture")
     known = {
-        text.format(arch=kind)
+        text.replace("{arch}", str(kind))
         for part in vars(Keys).values() if isinstance(part, type)
         for text in vars(part).values() if isinstance(text, str)
     }  # fmt: skip
