@@ -12,6 +12,7 @@ from .manifest import (
     check_loaded,
     check_opened,
     hashes,
+    onnx_record,
     read_artefact,
     sealed,
 )
@@ -42,6 +43,7 @@ __all__ = [
     "hashes",
     "load_program",
     "model_path",
+    "onnx_record",
     "pte_path",
     "read_artefact",
     "read_gptq",

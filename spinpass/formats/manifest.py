@@ -109,7 +109,7 @@ def read_artefact(path: str | Path) -> Artefact:
         return Artefact(file, found.rotations, {**found.inputs, **outputs}, {})
     manifest = _manifest(file)
     if file.suffix == ".onnx":
-        return Artefact(file, *_onnx_record(file, _metadata(file)), manifest)
+        return Artefact(file, *onnx_record(file, _metadata(file)), manifest)
     return Artefact(file, (manifest.get("record") or {}).get("rotations", {}), {}, manifest)
 
 
@@ -120,7 +120,7 @@ def check_loaded(file: Path, metadata: Mapping[str, str]) -> None:
         VerificationError: it does not carry the rotations that it and the manifest beside it name.
         ExportError: either cannot be read.
     """
-    Artefact(file, *_onnx_record(file, metadata), _manifest(file)).check_rotations()
+    Artefact(file, *onnx_record(file, metadata), _manifest(file)).check_rotations()
 
 
 def check_opened(model: Path) -> None:
@@ -199,8 +199,11 @@ def _metadata(file: Path) -> dict[str, str]:
     return {entry.key: entry.value for entry in model.metadata_props}
 
 
-def _onnx_record(file: Path, metadata: Mapping[str, str]) -> tuple[dict[str, str], dict[str, Carried]]:
-    """Return the rotations and bases that the file's metadata hold; outputs have names there in place of numbers."""
+def onnx_record(file: Path, metadata: Mapping[str, str]) -> tuple[dict[str, str], dict[str, Carried]]:
+    """Return the rotations and bases that the file's metadata hold; outputs have names there in place of numbers.
+
+    Raises ExportError where they are not as spinpass writes them.
+    """
     stored = metadata.get(METADATA)
     if stored is None:
         return {}, {}
@@ -208,7 +211,7 @@ def _onnx_record(file: Path, metadata: Mapping[str, str]) -> tuple[dict[str, str
         data = json.loads(stored)
         bases = {name: Carried.from_dict(each) for side in ("inputs", "outputs") for name, each in data[side].items()}
         return dict(data["rotations"]), bases
-    except (KeyError, TypeError, ValueError, ConfigError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise ExportError(f"{file} has a record of rotations that cannot be read ({error}): export it again") from error
 
 

@@ -67,7 +67,7 @@ class SourceFiles:
         return {name: found.to_dict() for name, found in self.hashes.items()}
 
 
-def check_program(path: Path) -> SourceFiles:
+def check_program_file(path: Path) -> SourceFiles:
     """Return the hash of a ``.pt2`` file. Raises DamageError where it is not what was recorded."""
     return SourceFiles({path.name: check_recorded(path)}, (path,))
 

@@ -30,7 +30,7 @@ from .files import (
     check_folder,
     check_gguf_file,
     check_layers,
-    check_program,
+    check_program_file,
 )
 from .gptq import skeleton, with_values
 from .older_transformers import add_older_words
@@ -114,7 +114,7 @@ def load_model(
     report = progress or (lambda step: None)
     report("load")
     if source.kind == "program":
-        program, files = load_program(source.location), check_program(Path(source.location))
+        program, files = load_program(source.location), check_program_file(Path(source.location))
         return LoadedModel(source, program, None, LoadingReport(notes=files.notes), files)
     with _quiet():
         loaded, tokenizer, done, files = _load(source, _DTYPES[dtype], dequantize, trust_remote_code)

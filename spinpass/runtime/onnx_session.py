@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from spinpass.errors import ConfigError, ExportError
+from spinpass.errors import ConfigError, DamageError, ExportError
 from spinpass.formats import check_opened
 
 if TYPE_CHECKING:  # what needs no ONNX Runtime can be imported without it
@@ -49,10 +49,11 @@ def open_session(
     Raises:
         ConfigError: this build of ONNX Runtime does not have ``provider``.
         NoKernelError: an op of the graph cannot run there in its type, which is mostly bfloat16 on a CPU.
-        ExportError: it cannot load the file.
+        ExportError: it cannot load the file; DamageError where that is damaged, or its weights lie elsewhere.
         VerificationError: the file, or its weights, are not those that ``spinpass.json`` beside it lists.
     """
     import onnxruntime as ort
+    from onnxruntime.capi.onnxruntime_pybind11_state import InvalidProtobuf
     from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as MissingKernel
 
     available = ort.get_available_providers()
@@ -68,7 +69,9 @@ def open_session(
     except MissingKernel as error:
         raise NoKernelError(f"ONNX Runtime {ort.__version__} lacks a kernel on {provider}: {error}") from error
     except Exception as error:  # ONNX Runtime's exceptions have no common base below Exception
-        raise ExportError(f"ONNX Runtime {ort.__version__} cannot load {path.name}: {error}") from error
+        damaged = isinstance(error, InvalidProtobuf) or "xternal data" in str(error) or "file_length" in str(error)
+        kind = DamageError if damaged else ExportError
+        raise kind(f"ONNX Runtime {ort.__version__} cannot load {path.name}: {error}") from error
 
 
 def run_session(session: ort.InferenceSession, inputs: Mapping[str, ort.OrtValue]) -> list[ort.OrtValue]:

@@ -111,3 +111,26 @@ def test_a_bomb_in_a_chat_template(template: str, out: Path, tmp_path: Path) -> 
     result = run("generate", target, "what is", "--chat", "--json")
     said = document(result)
     assert result.exit_code == 2 and "the chat template of" in said["message"] and "\n" not in said["message"]
+
+
+@pytest.mark.parametrize("where", ["../secret.bin", "ABSOLUTE", "link.bin", "short.bin"])
+def test_an_onnx_file_whose_weights_lie_elsewhere(where: str, out: Path, tmp_path: Path) -> None:
+    import onnx
+    from onnx import TensorProto, helper
+
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (tmp_path / "secret.bin").write_bytes(bytes(16))
+    (folder / "link.bin").symlink_to(tmp_path / "secret.bin")
+    (folder / "short.bin").write_bytes(bytes(8))
+    weight = TensorProto(name="w", data_type=1, dims=[4], data_location=TensorProto.EXTERNAL)
+    for key, value in (("location", where.replace("ABSOLUTE", str(tmp_path / "secret.bin"))), ("length", "16")):
+        weight.external_data.add(key=key, value=value)
+    ends = [helper.make_tensor_value_info(name, 1, [4]) for name in "xy"]
+    graph = helper.make_graph([helper.make_node("Add", ["x", "w"], ["y"])], "g", ends[:1], ends[1:], [weight])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    (folder / "model.onnx").write_bytes(model.SerializeToString())
+    assert onnx.load(folder / "model.onnx", load_external_data=False)
+    assert "cannot load model.onnx" in refused("generate", folder, "what is")
+    (folder / "model.onnx").write_bytes(b"\x08\xff" * 40)
+    assert "cannot load model.onnx" in refused("generate", folder, "what is")
