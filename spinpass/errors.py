@@ -37,6 +37,10 @@ class ExportError(SpinpassError):
     """Writing or reading an exported artefact failed; nothing was left half written."""
 
 
+class DamageError(ExportError):
+    """A file is damaged, claims more than it holds, or holds what could run code. It was not used."""
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of what another library says, at most 300 characters; its type where it says nothing."""
     lines = (line.strip() for line in str(error).splitlines())

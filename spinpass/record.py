@@ -12,6 +12,7 @@ from typing import Any
 from torch.export import ExportedProgram
 from torch.fx import Graph, Node
 
+from spinpass.errors import ProgramError
 from spinpass.rotations import Rotation
 
 RECORD_KEY = "spinpass"
@@ -87,11 +88,19 @@ class Record:
 
 
 def read(program: ExportedProgram) -> Record | None:
-    """Return the record of a rotated program, and None for any other program."""
+    """Return the record of a rotated program, and None for any other program.
+
+    Raises ProgramError where it is no record as spinpass writes it.
+    """
     for node in program.graph.nodes:
         custom = node.meta.get("custom")
         if isinstance(custom, dict) and RECORD_KEY in custom:
-            return Record.from_dict(custom[RECORD_KEY])
+            try:
+                return Record.from_dict(custom[RECORD_KEY])
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
+                raise ProgramError(
+                    f"the program's record of its rotations cannot be read ({error!r}): rotate the original again"
+                ) from error
     return None
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from spinpass.errors import ConfigError, ExportError
+from spinpass.errors import ConfigError, ExportError, first_line
 from spinpass.formats import model_path
 from spinpass.runtime import ModelFolder, Sampling
 
@@ -131,4 +131,7 @@ class GenerateRequest:
         if not tokenizer.chat_template:
             raise ConfigError(f"the tokenizer of {self.folder} has no chat template: leave out --chat")
         turns = [{"role": "user", "content": self.prompt}]
-        return list(tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False))
+        try:
+            return list(tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False))
+        except Exception as error:  # the template is run in Jinja's sandbox, and raises whatever it raises there
+            raise ExportError(f"the chat template of {self.folder} cannot be used: {first_line(error)}") from error

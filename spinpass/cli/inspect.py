@@ -42,7 +42,16 @@ def inspect_command(
         screen.document({"ok": True} | found.to_dict())
     screen.show(*artefact_tables(found))
     if beside is not None:
-        screen.show(f"shares a KV cache with {beside}")
+        screen.show(f"shares a KV cache with {beside}", same_source(found, other))
+
+
+def same_source(one: Artefact, two: Artefact) -> str:
+    """Say whether two exports were made of the same files, by the hashes that each has of them."""
+    mine, theirs = (each.manifest.get("source", {}).get("files", {}) for each in (one, two))
+    if not mine or not theirs:
+        return "what they were made of is not recorded"
+    differing = sorted(name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name))
+    return f"made of other files: {', '.join(differing)}" if differing else "made of the same files"
 
 
 def _checked(path: Path, *, files: bool) -> Artefact:
@@ -89,6 +98,8 @@ def _facts(manifest: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
                          for w in made["weights"].values())  # fmt: skip
         yield "weights", "; ".join(f"{count} of {what}" for what, count in layers.most_common()) or "float"
         yield "rounded", f"{len(made['activations'])} inputs of layers, {len(made['caches'])} keys and values"
+    for name, file in manifest.get("source", {}).get("files", {}).items():
+        yield f"made of {name}", f"{file['bytes']:,} bytes, sha256 {file['sha256'][:16]}…"
     for name, file in manifest.get("files", {}).items():
         yield name, f"{file['bytes']:,} bytes, sha256 {file['sha256'][:16]}…"
 

@@ -178,7 +178,7 @@ def _tokenizer(name: str) -> Any:
     try:
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # files, hub and imports: no common base below Exception
         raise ConfigError(
             f"{here}transformers finds no tokenizer at {name}: {first_line(error)}; name another with --tokenizer"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from spinpass.errors import ConfigError
-from spinpass.formats import MANIFEST, hashes, staged
+from spinpass.formats import MANIFEST, hashes, sealed, staged
 from spinpass.loading import LoadedModel, LoadingReport
 
 from .result import Result
@@ -39,8 +39,9 @@ def write_companions(
     written = set(files)
     if loaded.companions is not None:
         written |= {path.name for path in loaded.companions.save(out)}
-    origin = {"model": loaded.source.location, "loading": loaded.report.to_dict()}
-    about = origin | result.to_dict() | dict(made) | {"files": hashes(out, written)}
+    source = {"files": loaded.files.to_dict()}
+    origin = {"model": loaded.source.location, "source": source, "loading": loaded.report.to_dict()}
+    about = sealed(origin | result.to_dict() | dict(made) | {"files": hashes(out, written)})
     with staged(out) as staging:
         (staging / MANIFEST).write_text(json.dumps(about, indent=2), encoding="utf-8")
     return about, sorted(written | {MANIFEST})

@@ -1,9 +1,25 @@
 """How programs, checkpoints and folders lie on disk, and how files appear there whole."""
 
+from .archives import check_archive
+from .documents import read_object
+from .gguf_header import GgufHeader, check_gguf
 from .gptq import QUANTIZE_CONFIG, GptqCheckpoint, GptqReport, read_gptq, write_gptq
-from .manifest import MANIFEST, Artefact, check_loaded, hashes, read_artefact
+from .manifest import (
+    MANIFEST,
+    Artefact,
+    check_checkpoint,
+    check_companions,
+    check_loaded,
+    check_opened,
+    hashes,
+    onnx_record,
+    read_artefact,
+    sealed,
+)
 from .paths import PROTOBUF_LIMIT, data_name, model_path, pte_path, remove_stale_data
 from .pt2 import load_program, save_program
+from .recorded import FileHash, check_recorded
+from .safetensors_header import check_safetensors
 from .staging import staged
 
 __all__ = [
@@ -11,18 +27,30 @@ __all__ = [
     "PROTOBUF_LIMIT",
     "QUANTIZE_CONFIG",
     "Artefact",
+    "FileHash",
+    "GgufHeader",
     "GptqCheckpoint",
     "GptqReport",
+    "check_archive",
+    "check_checkpoint",
+    "check_companions",
+    "check_gguf",
     "check_loaded",
+    "check_opened",
+    "check_recorded",
+    "check_safetensors",
     "data_name",
     "hashes",
     "load_program",
     "model_path",
+    "onnx_record",
     "pte_path",
     "read_artefact",
     "read_gptq",
+    "read_object",
     "remove_stale_data",
     "save_program",
+    "sealed",
     "staged",
     "write_gptq",
 ]

@@ -26,10 +26,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spinpass.errors import ConfigError, ExportError
+from spinpass.errors import ConfigError, DamageError, ExportError
 from spinpass.operators import pack_words, unpack_words, words
 from spinpass.quantization import WEIGHT_BITS, Codes, QuantizedWeight
 
+from .documents import read_object
+from .safetensors_header import check_safetensors
 from .staging import staged
 
 FORMATS = ("gptq", "gptq_v2")
@@ -187,10 +189,7 @@ def _read_config(folder: Path) -> Mapping[str, Any]:
     for name in (_CONFIG, QUANTIZE_CONFIG):
         if not (folder / name).is_file():
             continue
-        try:
-            found = json.loads((folder / name).read_text())
-        except ValueError as error:
-            raise ExportError(f"{folder / name} is no JSON: {error}; download it again") from error
+        found = read_object(folder / name)
         config: Mapping[str, Any] = found.get("quantization_config", {}) if name == _CONFIG else found
         if config:
             break
@@ -210,13 +209,20 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
     load = _safetensors().load_file
     index = folder / f"{_MODEL}.index.json"
     if index.is_file():
-        files = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
+        named = read_object(index).get("weight_map")
+        if not isinstance(named, dict):
+            raise DamageError(f"{index} has no weight_map of names of files: get it again")
+        outside = [name for name in named.values() if Path(str(name)).name != name]
+        if outside:
+            raise DamageError(f"{index} names {outside[0]!r}, which is no file of its folder: it is not read")
+        files = sorted({folder / name for name in named.values()})
     else:
         files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise ConfigError(f"{folder} has no .safetensors file")
     found: dict[str, Tensor] = {}
     for file in files:
+        check_safetensors(file)
         try:
             found |= load(file)
         except Exception as error:  # safetensors' own error derives from Exception alone

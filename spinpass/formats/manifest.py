@@ -1,7 +1,8 @@
 """What an exported folder says about itself, and whether its parts belong together.
 
-``spinpass.json`` holds the plan, the certificate, the hash of every rotation and of every file, and versions; the model
-file itself holds the record of its rotations (:mod:`spinpass.record`) with the basis of every cache input and output.
+``spinpass.json`` holds the plan, the certificate, the hashes of every rotation, every file and itself, and versions;
+whoever opens a file of the folder compares it first (:func:`check_opened`, :func:`check_companions`). The model file
+itself holds the record of its rotations (:mod:`spinpass.record`) with the basis of every cache input and output.
 Two artefacts may share a KV cache only if both keep it in the same basis.
 """
 
@@ -9,22 +10,25 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from spinpass import record
-from spinpass.errors import ConfigError, ExportError, VerificationError, first_line
+from spinpass.errors import ConfigError, DamageError, ExportError, VerificationError, first_line
 from spinpass.record import Carried
 
+from .documents import digest, parsed
 from .pt2 import load_program
 
 MANIFEST = "spinpass.json"
 METADATA = "spinpass.record"  # the key of the record among an ONNX file's metadata
 _MODELS = ("model.onnx", "model.pte", "model.safetensors")
 _SUFFIXES = {".onnx", ".pte", ".safetensors", ".pt2"}
+_WEIGHTS = _SUFFIXES | {".data", ".bin", ".xml"}
 _CHUNK = 2**20
+_SELF = "sha256"  # the manifest's entry for itself
 
 
 @dataclass(frozen=True)
@@ -44,10 +48,11 @@ class Artefact:
     def check(self, *, files: bool = False) -> None:
         """Check that the model is the one that the manifest describes, and every rotation the one that its hash says.
 
-        ``files`` also reads every file whole and compares its hash. Raises VerificationError, naming what differs.
+        The model file is read whole and its hash compared, of other files the size; ``files`` reads those as well.
+        Raises VerificationError, naming what differs.
         """
         self.check_rotations()
-        self._check_files(read=files)
+        _compare(self.path.parent, _listed(self.manifest), lambda name: files or name == self.path.name)
 
     def check_rotations(self) -> None:
         """Check the rotations as :meth:`check` does, whatever became of the other files."""
@@ -65,14 +70,6 @@ class Artefact:
                     f"{self.path} keeps {name} in another basis ({carried.rotation}) than its rotation of "
                     f"{carried.space} has: the file was changed; export again"
                 )
-
-    def _check_files(self, *, read: bool) -> None:
-        for name, stated in self.manifest.get("files", {}).items():
-            file = self.path.parent / name
-            if not file.is_file():
-                raise VerificationError(f"{self.path.parent} lacks {name}, which {MANIFEST} lists: copy all of it")
-            if file.stat().st_size != stated["bytes"] or (read and _sha256(file) != stated["sha256"]):
-                raise VerificationError(f"{file} is not the file that {MANIFEST} lists: it was changed or is another's")
 
     def require_same_basis(self, other: Artefact) -> None:
         """Check that both may work on one KV cache. Raises VerificationError, naming one that they keep otherwise."""
@@ -112,7 +109,7 @@ def read_artefact(path: str | Path) -> Artefact:
         return Artefact(file, found.rotations, {**found.inputs, **outputs}, {})
     manifest = _manifest(file)
     if file.suffix == ".onnx":
-        return Artefact(file, *_onnx_record(file, _metadata(file)), manifest)
+        return Artefact(file, *onnx_record(file, _metadata(file)), manifest)
     return Artefact(file, (manifest.get("record") or {}).get("rotations", {}), {}, manifest)
 
 
@@ -123,12 +120,71 @@ def check_loaded(file: Path, metadata: Mapping[str, str]) -> None:
         VerificationError: it does not carry the rotations that it and the manifest beside it name.
         ExportError: either cannot be read.
     """
-    Artefact(file, *_onnx_record(file, metadata), _manifest(file)).check_rotations()
+    Artefact(file, *onnx_record(file, metadata), _manifest(file)).check_rotations()
+
+
+def check_opened(model: Path) -> None:
+    """Compare a model file that is about to be opened, and its weights, with what the manifest beside it lists.
+
+    Nothing is compared where there is no manifest, or one that does not list the file.
+
+    Raises:
+        VerificationError: a file is missing or not the one that is listed.
+        DamageError: the manifest is not as it was written.
+    """
+    mine = f"{model.stem}."
+    listed = {name: stated for name, stated in _listed(_manifest(model)).items() if name.startswith(mine)}
+    _compare(model.parent, listed, lambda name: True)
+
+
+def check_companions(folder: Path, *names: str) -> None:
+    """Compare files beside a model that are about to be read, all of them or those named, as :func:`check_opened`."""
+    listed = {
+        name: stated
+        for name, stated in _listed(read_manifest(folder)).items()
+        if (name in names if names else Path(name).suffix not in _WEIGHTS)
+    }
+    _compare(folder, listed, lambda name: True)
+
+
+def check_checkpoint(folder: Path) -> None:
+    """Compare every file of an exported folder, as :func:`check_opened`; nothing where there is no manifest."""
+    _compare(folder, _listed(read_manifest(folder)), lambda name: True)
+
+
+def _compare(folder: Path, listed: Mapping[str, Any], read: Callable[[str], bool]) -> None:
+    for name, stated in listed.items():
+        file = folder / name
+        if not file.is_file():
+            raise VerificationError(f"{folder} lacks {name}, which {MANIFEST} lists: copy all of it")
+        if file.stat().st_size != stated["bytes"] or (read(name) and sha256(file) != stated["sha256"]):
+            raise VerificationError(
+                f"{file} is not the file that {MANIFEST} lists: it is damaged or was changed, or they come from "
+                "different exports; copy the whole folder again, or export again"
+            )
+
+
+def _listed(manifest: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the files that a manifest lists. Raises DamageError where their entries are none."""
+    listed = manifest.get("files", {})
+    wanted = {"bytes": int, "sha256": str}
+    for name, entry in listed.items() if isinstance(listed, dict) else [("files", None)]:
+        if not isinstance(entry, dict) or any(not isinstance(entry.get(k), v) for k, v in wanted.items()):
+            raise DamageError(f"{MANIFEST} has no size and SHA-256 for {name}: export the folder again")
+    found: Mapping[str, Any] = listed
+    return found
+
+
+def sealed(about: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a manifest says as JSON has it, with the SHA-256 of all of it; a number that is none becomes null."""
+    plain = json.loads(json.dumps(about), parse_constant=lambda text: None if text == "NaN" else float(text))
+    plain.pop(_SELF, None)
+    return {**plain, _SELF: digest(plain)}
 
 
 def hashes(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
     """Return the size in bytes and the SHA-256 of files, as the manifest lists them."""
-    return {name: {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)} for name in sorted(names)}
+    return {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)} for name in sorted(names)}
 
 
 def _metadata(file: Path) -> dict[str, str]:
@@ -143,8 +199,11 @@ def _metadata(file: Path) -> dict[str, str]:
     return {entry.key: entry.value for entry in model.metadata_props}
 
 
-def _onnx_record(file: Path, metadata: Mapping[str, str]) -> tuple[dict[str, str], dict[str, Carried]]:
-    """Return the rotations and bases that the file's metadata hold; outputs have names there in place of numbers."""
+def onnx_record(file: Path, metadata: Mapping[str, str]) -> tuple[dict[str, str], dict[str, Carried]]:
+    """Return the rotations and bases that the file's metadata hold; outputs have names there in place of numbers.
+
+    Raises ExportError where they are not as spinpass writes them.
+    """
     stored = metadata.get(METADATA)
     if stored is None:
         return {}, {}
@@ -152,31 +211,47 @@ def _onnx_record(file: Path, metadata: Mapping[str, str]) -> tuple[dict[str, str
         data = json.loads(stored)
         bases = {name: Carried.from_dict(each) for side in ("inputs", "outputs") for name, each in data[side].items()}
         return dict(data["rotations"]), bases
-    except (KeyError, TypeError, ValueError, ConfigError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise ExportError(f"{file} has a record of rotations that cannot be read ({error}): export it again") from error
 
 
 def _manifest(model: Path) -> Mapping[str, Any]:
     """Read the manifest of the folder of ``model``; it is empty where there is none, or one that does not list it."""
-    file = model.parent / MANIFEST
+    found = read_manifest(model.parent)
+    return found if model.name in _listed(found) else {}
+
+
+def read_manifest(folder: Path) -> Mapping[str, Any]:
+    """Read ``spinpass.json`` of a folder; it is empty where there is none. Raises DamageError where it was changed."""
+    file = folder / MANIFEST
     if not file.is_file():
         return {}
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ExportError(f"{file} cannot be read ({error}): export the folder again") from error
+        found = parsed(file.read_bytes(), str(file))
+    except OSError as error:
+        raise DamageError(f"{file} cannot be read ({error}): export the folder again") from error
     if not isinstance(found, dict):
-        raise ExportError(f"{file} is not what spinpass writes: export the folder again")
-    return found if model.name in found.get("files", {}) else {}
+        raise DamageError(f"{file} is not what spinpass writes: export the folder again")
+    stated = found.pop(_SELF, None)
+    if stated != digest(found):
+        raise DamageError(
+            f"{file} is not as it was written ({'its SHA-256 differs' if stated else 'it has no SHA-256 of itself'}): "
+            "copy it again, or export the folder again"
+        )
+    return {**found, _SELF: stated}
 
 
 def _basis(carried: Carried | None) -> str:
     return "in the original basis" if carried is None else f"rotated by {carried.rotation}"
 
 
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while chunk := stream.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+def sha256(file: Path) -> str:
+    """Return the SHA-256 of a file. Raises DamageError where it cannot be read."""
+    found = hashlib.sha256()
+    try:
+        with file.open("rb", buffering=0) as stream:
+            while chunk := stream.read(_CHUNK):
+                found.update(chunk)
+    except OSError as error:
+        raise DamageError(f"{file} cannot be read: {error.strerror or error}") from error
+    return found.hexdigest()

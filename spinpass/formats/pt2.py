@@ -17,12 +17,12 @@ import torch
 from torch.export import ExportedProgram
 
 from spinpass import operators  # noqa: F401  # registers what rotated, quantized and packed programs call
-from spinpass.errors import ConfigError, ExportError, ProgramError, first_line
+from spinpass.errors import ConfigError, DamageError, ExportError, ProgramError, SpinpassError, first_line
 
 from .staging import staged
-from .untrusted import check_members
+from .untrusted import cache_class, check_members
 
-_CLASS = re.compile(rb'\\*"type\\*": *\\*"(transformers[\w.]*)[:.](\w+)\\*"')
+_CLASS = re.compile(rb'\\*"type\\*": *\\*"(transformers\.[\w.]*)[:.](\w+)\\*"')
 _TORCH_LOGGERS = ("torch.export", "torch.export.pt2_archive._package", "torch._export.serde.serialize")
 
 
@@ -34,19 +34,21 @@ def load_program(path: str | Path) -> ExportedProgram:
 
     Raises:
         ConfigError: there is no such file.
-        ExportError: it is no program, is damaged, holds what could run code, comes from an incompatible torch, or needs
-            a package that is missing.
+        DamageError: it is damaged, or holds what could run code.
+        ExportError: it is no program, comes from an incompatible torch, or needs a package that is missing.
     """
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"there is no file {path}")
     if not zipfile.is_zipfile(path):
-        raise ExportError(f"{path} is not a .pt2 archive, or it is cut short; save the program again")
+        raise DamageError(f"{path} is not a .pt2 archive, or it is cut short; save the program again")
     try:
-        _register_classes(path)
         classes = check_members(path)
-    except (zipfile.BadZipFile, ValueError, AttributeError) as error:  # no archive, no JSON, or other JSON than torch's
-        raise ExportError(f"{path} is damaged, or no exported program: {first_line(error)}") from error
+        _register_classes(path)
+    except SpinpassError:
+        raise
+    except (zipfile.BadZipFile, ValueError, AttributeError, TypeError, KeyError) as error:  # other JSON than torch's
+        raise DamageError(f"{path} is damaged, or no exported program: {first_line(error)}") from error
     with _captured_logs() as messages, torch.serialization.safe_globals(classes):
         try:
             return torch.export.load(str(path))
@@ -121,15 +123,11 @@ class _Sink(io.RawIOBase):
 def _register_classes(path: Path) -> None:
     """Teach torch the classes of transformers that the program's inputs and outputs are made of."""
     for module, name in sorted(_named_classes(path)):
-        try:
-            found = getattr(importlib.import_module(module), name, None)
-            theirs: Any = importlib.import_module("transformers.exporters.exporter_dynamo")
-        except ImportError as error:
-            raise ExportError(
-                f"{path} takes or returns a {module}.{name}, which needs transformers 5 with its exporters ({error}): "
-                "pip install 'spinpass[transformers]'"
-            ) from error
-        if isinstance(found, type) and theirs.is_cache_class(found):
+        found = cache_class(path, module, name)
+        if found is None:
+            continue
+        theirs: Any = importlib.import_module("transformers.exporters.exporter_dynamo")
+        if theirs.is_cache_class(found):
             theirs.register_pytree_node(found)
 
 

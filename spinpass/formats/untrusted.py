@@ -16,19 +16,22 @@ from __future__ import annotations
 import ast
 import importlib
 import io
-import json
+import re
 import zipfile
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from spinpass.errors import ExportError, first_line
+from spinpass.errors import DamageError, ExportError, first_line
 from spinpass.graph import is_size_class
 
-_CHUNK = 1 << 22
+from .archives import check_archive
+from .documents import parsed
+
+_CACHES = re.compile(r"transformers\.(?:cache_utils|models\.\w+\.modeling_\w+)")  # modules that define them
+_MOST_INPUTS = 1 << 20
 _CONTROL = ast.Lambda | ast.comprehension | ast.NamedExpr | ast.JoinedStr | ast.Await | ast.Yield
 _GUARD_NAMES = {"L", "torch", "math", "max", "min", "abs", "len", "int", "float", "bool", "round", "isinstance"}
 _GUARD_ATTRIBUTES = {
@@ -44,40 +47,24 @@ def check_members(path: Path) -> list[Any]:
     Returns the classes beside torch's own that its pickles name, which are caches of transformers.
 
     Raises:
-        ExportError: a member is damaged or stands there twice, or holds what can run code. The message names it.
+        DamageError: a member is damaged or stands there twice, or holds what can run code. The message names it.
     """
+    check_archive(path)
     with zipfile.ZipFile(path) as archive:
-        _check_bytes(path, archive)
         for name in archive.namelist():
             if name.endswith(".json"):
-                _check_document(path, name, json.loads(archive.read(name)))
+                _check_document(path, name, parsed(archive.read(name), f"{path}: {name}"))
         found: set[type] = set()
         for name in _pickled(path, archive):
             found |= _check_pickle(path, name, archive.read(name))
     return sorted(found, key=lambda each: each.__qualname__)
 
 
-def _check_bytes(path: Path, archive: zipfile.ZipFile) -> None:
-    """Raise ExportError where a member is not what its checksum says, or two have one name."""
-    twice = [name for name, times in Counter(archive.namelist()).items() if times > 1]
-    if twice:
-        raise ExportError(f"{path} holds {twice[0]} twice: it was not written by torch.export.save")
-    for name in archive.namelist():
-        try:
-            with archive.open(name) as member:
-                while member.read(_CHUNK):
-                    pass
-        except (zipfile.BadZipFile, OSError, EOFError) as error:
-            raise ExportError(
-                f"{path} is damaged: {name} is not what its checksum says ({error}); get it again"
-            ) from error
-
-
 # -- pickles ----------------------------------------------------------------------------------------------------------
 
 
 def _pickled(path: Path, archive: zipfile.ZipFile) -> Iterator[str]:
-    """Yield the members that torch unpickles. Raises ExportError for objects that torch reads by other means."""
+    """Yield the members that torch unpickles. Raises DamageError for objects that torch reads by other means."""
     for name in archive.namelist():
         last = name.rpartition("/")[2]
         if (
@@ -85,11 +72,11 @@ def _pickled(path: Path, archive: zipfile.ZipFile) -> Iterator[str]:
             or "/data/aotinductor/" in name
             or last.endswith((".so", ".py"))
         ):
-            raise ExportError(f"{path} holds {name}, an object or a library whose loading runs code: export without it")
+            raise DamageError(f"{path} holds {name}, an object or a library whose loading runs code: export without it")
         if last.endswith(".pt"):
             yield name
         elif last.endswith("_config.json"):
-            payload = json.loads(archive.read(name)).get("config", {})
+            payload = parsed(archive.read(name), f"{path}: {name}").get("config", {})
             folder = name.rpartition("/")[0]
             yield from (f"{folder}/{entry['path_name']}" for entry in payload.values() if entry.get("use_pickle"))
 
@@ -101,35 +88,65 @@ def _check_pickle(path: Path, name: str, data: bytes) -> set[type]:
     try:
         wanted = torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(data))
     except Exception as error:  # of torch's reader: no common base below Exception
-        raise ExportError(f"{path}: {name} is no checkpoint of torch ({first_line(error)})") from error
+        raise DamageError(f"{path}: {name} is no checkpoint of torch ({first_line(error)})") from error
     allowed = {_cache_class(path, name, each) for each in wanted}
     try:
         with torch.serialization.safe_globals(list(allowed)):
-            torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
+            value = torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
     except Exception as error:  # of torch's reader: no common base below Exception
-        raise ExportError(f"{path}: {name} holds what can run code when it is read; it is not read") from error
+        raise DamageError(f"{path}: {name} holds what can run code when it is read; it is not read") from error
+    _check_extent(path, name, value)
     return allowed
 
 
+def _check_extent(path: Path, name: str, value: object) -> None:
+    """Raise DamageError where a value unfolds to more leaves than any inputs: a pickle may name one list many times."""
+    todo, seen = [value], 0
+    while todo:
+        each = todo.pop()
+        seen += 1
+        if seen > _MOST_INPUTS:
+            raise DamageError(f"{path}: {name} unfolds to more than {_MOST_INPUTS:,} values; it is not read")
+        if isinstance(each, list | tuple | set):
+            todo += each
+        elif isinstance(each, dict):
+            todo += each.values()
+
+
 def _cache_class(path: Path, name: str, spelled: str) -> type:
-    """Return the class of transformers of that name. Raises ExportError where it is none that holds a cache."""
-    module, _, last = spelled.rpartition(".")
-    found: Any = None
-    if module.split(".")[0] == "transformers" and last.isidentifier():
-        try:
-            found = getattr(importlib.import_module(module), last, None)
-        except ImportError:
-            found = None
-    if not (isinstance(found, type) and found.__module__ == module and last.endswith(("Cache", "Layer"))):
-        raise ExportError(f"{path}: {name} names {spelled}, which can run code when it is read; it is not read")
+    """Return the class of transformers of that name. Raises DamageError where it is none that holds a cache."""
+    found = cache_class(path, *spelled.rpartition(".")[::2])
+    if found is None:
+        raise DamageError(f"{path}: {name} names {spelled}, which can run code when it is read; it is not read")
     return found
+
+
+def cache_class(path: Path, module: str, name: str) -> type | None:
+    """Return the class of transformers of that name if it holds a cache, importing no module that defines none.
+
+    Raises ExportError where transformers is missing or too old.
+    """
+    if not _CACHES.fullmatch(module) or not name.isidentifier() or not name.endswith(("Cache", "Layer")):
+        return None
+    try:
+        importlib.import_module("transformers.exporters.exporter_dynamo")
+    except ImportError as error:
+        raise ExportError(
+            f"{path} takes or returns a {module}.{name}, which needs transformers 5 with its exporters ({error}): "
+            "pip install 'spinpass[transformers]'"
+        ) from error
+    try:
+        found = getattr(importlib.import_module(module), name, None)
+    except ModuleNotFoundError:
+        return None
+    return found if isinstance(found, type) and found.__module__ == module else None
 
 
 # -- expressions ------------------------------------------------------------------------------------------------------
 
 
 def _check_document(path: Path, name: str, document: Any) -> None:
-    """Raise ExportError where an expression or a guard in the JSON is more than one."""
+    """Raise DamageError where an expression or a guard in the JSON is more than one."""
     todo = [document]
     while todo:
         value = todo.pop()
@@ -139,11 +156,11 @@ def _check_document(path: Path, name: str, document: Any) -> None:
             todo += value.values()
             text = value.get("expr_str")
             if isinstance(text, str) and not _is_expression(text):
-                raise ExportError(f"{path}: {name} has {text[:80]!r} for a size, which can run code; it is not read")
+                raise DamageError(f"{path}: {name} has {text[:80]!r} for a size, which can run code; it is not read")
             guards = value.get("guards_code")
             for guard in guards if isinstance(guards, list) else ():
                 if not _is_guard(guard):
-                    raise ExportError(
+                    raise DamageError(
                         f"{path}: {name} has {str(guard)[:80]!r} for a guard, which can run code; it is not read"
                     )
 

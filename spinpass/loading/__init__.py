@@ -1,6 +1,7 @@
 """Whatever a user names, a folder, a name on the hub, a GGUF file or a program, becomes a program."""
 
 from .dequantize import dequantize_checkpoint, quantized_checkpoint
+from .files import SourceFiles
 from .models import Companions, LoadedModel, check_dtype, load_config, load_model, load_tokenizer
 from .sources import Source, check_program_options, locate
 from .static_cache import check_context, export_static_cache
@@ -12,6 +13,7 @@ __all__ = [
     "LoadedModel",
     "LoadingReport",
     "Source",
+    "SourceFiles",
     "check_context",
     "check_dtype",
     "check_program_options",

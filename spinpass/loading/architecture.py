@@ -13,7 +13,7 @@ from typing import Any
 from spinpass.errors import ExportError
 
 _ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "adapters.safetensors")
-_TRUST = "add --trust-remote-code (trust_remote_code=True) if you trust it"
+TRUST = "add --trust-remote-code (trust_remote_code=True) if you trust it"
 
 
 def check_architecture(transformers: Any, location: str, config: Mapping[str, Any], *, trust_remote_code: bool) -> None:
@@ -29,7 +29,8 @@ def check_architecture(transformers: Any, location: str, config: Mapping[str, An
         ExportError: it holds an adapter; it needs code of its own and may not run it; it is no causal language model;
             or config.json names another class in ``architectures``.
     """
-    _check_adapters(transformers, location)
+    check_adapters(transformers, location)
+    _check_names(location, config, trust_remote_code=trust_remote_code)
     kind = config.get("model_type")
     saved_as = [str(name) for name in config.get("architectures") or ()]
     known = kind in transformers.CONFIG_MAPPING
@@ -42,7 +43,7 @@ def check_architecture(transformers: Any, location: str, config: Mapping[str, An
                 f"{location}: {_named(saved_as, kind)} is no causal language model, as exports are: choose one"
             )
         raise ExportError(
-            f"{location} runs modelling code of its own ({', '.join(sorted(set(owned.values())))}): {_TRUST}"
+            f"{location} runs modelling code of its own ({', '.join(sorted(set(owned.values())))}): {TRUST}"
         )
     if not known:
         raise ExportError(
@@ -79,7 +80,7 @@ def _named(saved_as: list[str], kind: Any) -> str:
     return f"{saved_as[0]} (model type {kind})" if saved_as else f"model type {kind}"
 
 
-def _check_adapters(transformers: Any, location: str) -> None:
+def check_adapters(transformers: Any, location: str) -> None:
     """Raise ExportError where an adapter lies in the folder: transformers may or may not apply it."""
     for name in _ADAPTERS:
         if find_file(transformers, location, name) is not None:
@@ -87,6 +88,23 @@ def _check_adapters(transformers: Any, location: str) -> None:
                 f"{location} holds an adapter ({name}), which is not applied behind your back: merge it into its base "
                 "model (merge_and_unload in peft), save that, and export the result"
             )
+
+
+def _check_names(location: str, config: Mapping[str, Any], *, trust_remote_code: bool) -> None:
+    """Raise ExportError where config.json names kernels on the hub, which are code, or other weights than the usual."""
+    if "transformers_weights" in config:
+        raise ExportError(
+            f"{location} names the weights {config['transformers_weights']!r} in its config.json: rename them to "
+            "model.safetensors, and take the entry out"
+        )
+    for part in (config, *(value for value in config.values() if isinstance(value, Mapping))):
+        for key, value in part.items():
+            if (
+                key.endswith(("_implementation", "_implementation_internal"))
+                and "/" in str(value)
+                and not trust_remote_code
+            ):
+                raise ExportError(f"{location} runs kernels from the hub ({key} {value!r} in config.json): {TRUST}")
 
 
 def find_file(transformers: Any, location: str, name: str) -> Path | None:

@@ -17,7 +17,7 @@ from .dequantize import dequantize_checkpoint
 
 def skeleton(transformers: Any, folder: str, dtype: Any) -> Any:
     """Build the model that config.json describes, its values still to come. Raises whatever transformers raises."""
-    config = transformers.AutoConfig.from_pretrained(folder)
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=None if dtype == "auto" else dtype).eval()

@@ -21,9 +21,20 @@ from torch.export import ExportedProgram
 from spinpass.errors import ConfigError, ExportError, SpinpassError
 from spinpass.formats import load_program, staged
 
-from .architecture import causal_classes, check_architecture
+from .architecture import TRUST, causal_classes, check_adapters, check_architecture
 from .decoder import export_decoder, sample_ids, traced_program
 from .faithful import check_faithful
+from .files import (
+    SourceFiles,
+    check_config_keys,
+    check_documents,
+    check_extent,
+    check_folder,
+    check_gguf_file,
+    check_layers,
+    check_program_file,
+    has_tokenizer,
+)
 from .gptq import skeleton, with_values
 from .older_transformers import add_older_words
 from .quantized import check_quantization, dequantized_config, gguf_types
@@ -61,12 +72,13 @@ class Companions:
 @dataclass(frozen=True)
 class LoadedModel:
     """This is an exported program and where it came from; ``companions`` is None for a ``.pt2`` file. ``report`` says
-    what loading did beyond taking every tensor as it was saved."""
+    what loading did beyond taking every tensor as it was saved, ``files`` what it was loaded from."""
 
     source: Source
     program: ExportedProgram
     companions: Companions | None
     report: LoadingReport = field(default_factory=LoadingReport)
+    files: SourceFiles = field(default_factory=SourceFiles)
 
 
 def load_model(
@@ -108,9 +120,10 @@ def load_model(
     report = progress or (lambda step: None)
     report("load")
     if source.kind == "program":
-        return LoadedModel(source, load_program(source.location), None)
+        program, files = load_program(source.location), check_program_file(Path(source.location))
+        return LoadedModel(source, program, None, LoadingReport(notes=files.notes), files)
     with _quiet():
-        loaded, tokenizer, done = _load(source, _DTYPES[dtype], dequantize, trust_remote_code)
+        loaded, tokenizer, done, files = _load(source, _DTYPES[dtype], dequantize, trust_remote_code)
         if experts is not None and loaded._can_set_experts_implementation():  # noqa: SLF001  as their exporters ask
             loaded.set_experts_implementation(experts)
         report("export")
@@ -121,7 +134,7 @@ def load_model(
     if done.dequantized == "gptq":
         report("dequantize")
         program = with_values(program, source.location)
-    return LoadedModel(source, program, Companions(loaded.config, loaded.generation_config, tokenizer), done)
+    return LoadedModel(source, program, Companions(loaded.config, loaded.generation_config, tokenizer), done, files)
 
 
 def check_dtype(dtype: str) -> None:
@@ -140,6 +153,7 @@ def load_config(source: Source, *, dequantize: bool = False, trust_remote_code: 
     transformers = _module("transformers", f"loading {source.location}")
     try:
         with _quiet():
+            check_documents(transformers, source.location)
             _checked_config(transformers, source.location, dequantize, trust_remote_code)
             return transformers.AutoConfig.from_pretrained(source.location, trust_remote_code=trust_remote_code)
     except SpinpassError:
@@ -151,18 +165,14 @@ def load_config(source: Source, *, dequantize: bool = False, trust_remote_code: 
 def load_tokenizer(source: Source, *, trust_remote_code: bool = False) -> Any:
     """Return the tokenizer beside a model, without the model; None where there is none, as for a ``.pt2`` file.
 
-    Raises ExportError: transformers is missing.
+    Raises ExportError: transformers is missing, the tokenizer's files are damaged, or they need code that may not run.
     """
     if source.kind == "program":
         return None
     transformers = _module("transformers", f"loading {source.location}")
-    where: dict[str, Any] = {"gguf_file": source.gguf} if source.gguf else {"trust_remote_code": trust_remote_code}
-    try:
-        with _quiet():
-            return transformers.AutoTokenizer.from_pretrained(source.location, **where)
-    except (OSError, ValueError, KeyError, TypeError, ImportError):  # only text generation misses it
-        logging.getLogger("spinpass").info("%s has no tokenizer that transformers can load", source.location)
-        return None
+    with _quiet():
+        here = has_tokenizer(transformers, source.location)
+        return _tokenizer(transformers, source, here, trust_remote_code)[0]
 
 
 def _loading_error(source: Source, error: Exception) -> SpinpassError:
@@ -174,24 +184,48 @@ def _loading_error(source: Source, error: Exception) -> SpinpassError:
     return ExportError(f"{why}; check that it is whole, as save_pretrained writes it")
 
 
-def _load(source: Source, dtype: Any, dequantize: bool, trust: bool) -> tuple[Any, Any, LoadingReport]:
-    """Return the model, its tokenizer (None where it has none), and what loading did."""
+def _load(source: Source, dtype: Any, dequantize: bool, trust: bool) -> tuple[Any, Any, LoadingReport, SourceFiles]:
+    """Return the model, its tokenizer (None where it has none), what loading did, and the files it read."""
     transformers = _module("transformers", f"loading {source.location}")
     try:
         if source.gguf:
+            check_adapters(transformers, source.location)
+            files = check_gguf_file(source)
             model, done = _of_gguf(transformers, source, dtype)
         else:
-            model, done = _of_folder(transformers, source.location, dtype, dequantize, trust)
+            files = check_folder(transformers, source.location)
+            model, done = _of_folder(transformers, source.location, files, dtype, dequantize, trust)
     except SpinpassError:
         raise
     except Exception as error:  # hub, file, configuration and import errors: no common base below Exception
         raise _loading_error(source, error) from error
-    tokenizer = load_tokenizer(source, trust_remote_code=trust)
-    return model, tokenizer, replace(done, notes=_table_notes(model, tokenizer))
+    tokenizer, missed = _tokenizer(transformers, source, files.tokenizer, trust)
+    notes = (*files.notes, *missed, *_table_notes(model, tokenizer))
+    return model, tokenizer, replace(done, notes=notes), files
+
+
+def _tokenizer(transformers: Any, source: Source, here: bool, trust: bool) -> tuple[Any, tuple[str, ...]]:
+    """Return the tokenizer, and a note where it needs what is not here; ``here`` says that there are files of one.
+
+    Raises ExportError where its files are damaged or need code that may not run.
+    """
+    options: dict[str, Any] = {"gguf_file": source.gguf} if source.gguf else {}
+    try:
+        return transformers.AutoTokenizer.from_pretrained(source.location, trust_remote_code=trust, **options), ()
+    except Exception as error:  # files, packages, and readers in other languages: no common base below Exception
+        if not here:  # only text generation misses it
+            logging.getLogger("spinpass").info("%s has no tokenizer", source.location)
+            return None, ()
+        if source.gguf or isinstance(error, ImportError):
+            return None, (f"its tokenizer cannot be loaded, and is not exported: {_summary(error)}",)
+        code = f"; if it needs code of its own, {TRUST}" if "remote_code" in str(error) else ""
+        raise ExportError(f"{source.location}: its tokenizer cannot be loaded: {_summary(error)}{code}") from error
 
 
 def _of_gguf(transformers: Any, source: Source, dtype: Any) -> tuple[Any, LoadingReport]:
-    model, unused = _checked(transformers, source.location, {}, gguf_file=source.gguf, dtype=dtype)
+    model, unused = _checked(
+        transformers, source.location, {}, gguf_file=source.gguf, dtype=dtype, trust_remote_code=False
+    )
     # the weights are dequantized, yet the model says otherwise and refuses to be saved
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
@@ -201,13 +235,17 @@ def _of_gguf(transformers: Any, source: Source, dtype: Any) -> tuple[Any, Loadin
 
 
 def _of_folder(
-    transformers: Any, location: str, dtype: Any, dequantize: bool, trust: bool
+    transformers: Any, location: str, files: SourceFiles, dtype: Any, dequantize: bool, trust: bool
 ) -> tuple[Any, LoadingReport]:
     """Load a folder or a name on the hub as the class that it was saved as, every tensor of it."""
     config, method = _checked_config(transformers, location, dequantize, trust)
+    stored = stored_tensors(files.weights)
+    if not (trust and config.get("auto_map")):
+        check_layers(location, config, len(stored))
+        check_config_keys(transformers, location, config)
+        check_extent(transformers, location, files.weight_bytes)
     if method == "gptq":
         return skeleton(transformers, location, dtype), LoadingReport(dequantized=method)
-    stored = stored_tensors(transformers, location)
     options: dict[str, Any] = {"quantization_config": dequantized_config(transformers, config)} if method else {}
     names = renamings(stored)
     if names:

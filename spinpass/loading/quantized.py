@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from spinpass.errors import ConfigError, ExportError
+from spinpass.formats import read_object
 
 from .architecture import find_file
 
@@ -52,7 +52,7 @@ def _method(transformers: Any, location: str, config: Mapping[str, Any]) -> str 
         path = find_file(transformers, location, "hf_quant_config.json")
         if path is None:
             return None
-        found = json.loads(path.read_text(encoding="utf-8")).get("quantization") or {}
+        found = read_object(path).get("quantization") or {}
         return f"modelopt {found.get('quant_algo') or ''}".strip()
     named = found.get("quant_method") or found.get("quant_algo")
     if named is None and any(key.startswith("load_in_") for key in found):

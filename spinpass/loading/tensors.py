@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -11,12 +10,9 @@ from typing import Any
 
 import torch
 
-from spinpass.errors import ExportError, first_line
+from spinpass.errors import DamageError, ExportError, first_line
+from spinpass.formats import check_safetensors
 
-from .architecture import find_file
-
-_INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-_SINGLE = ("model.safetensors", "pytorch_model.bin")
 _INSIDE = "_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module"
 _WRAPPERS = re.compile(rf"^(?:(?:module|base_model\.model|_forward_module|{_INSIDE})\.)+|(?<=\.)(?:(?:{_INSIDE})\.)+")
 """What torch.compile, data parallelism, FSDP, checkpointing and peft put in front of the names of a model's tensors."""
@@ -65,47 +61,44 @@ class LoadingReport:
         }  # fmt: skip
 
 
-def stored_tensors(transformers: Any, location: str) -> dict[str, torch.dtype | str]:
-    """Return the dtypes of the tensors in a folder's weights by name, without loading them; none where not known.
+def stored_tensors(weights: Iterable[Path]) -> dict[str, torch.dtype | str]:
+    """Return the dtypes of the tensors in files of weights by name, without loading them.
 
     Safetensors are read by their header; a dtype that torch has no name for stays the file's.
 
-    Raises ExportError: a file that the index names is not one.
+    Raises:
+        DamageError: a file is not what it says, or unpickling it could run code.
+        ExportError: two files hold a tensor of one name.
     """
     found: dict[str, torch.dtype | str] = {}
-    for path in _weight_files(transformers, location):
-        try:
-            found |= _of_safetensors(path) if path.suffix == ".safetensors" else _of_pickle(path)
-        except Exception as error:  # of safetensors, pickle and zip: no common base below Exception
+    for path in weights:
+        held = check_safetensors(path) if path.suffix == ".safetensors" else _of_pickle(path)
+        twice = sorted(found.keys() & held.keys())
+        if twice:
             raise ExportError(
-                f"{path} holds no weights that can be read ({first_line(error)}): copy it again"
-            ) from error
+                f"{path} holds {listed(twice)}, as does another file beside it: which counts is not clear"
+            )
+        found |= held
     return found
 
 
-def _weight_files(transformers: Any, location: str) -> list[Path]:
-    """Return the files that transformers loads, in its order of preference."""
-    for single, index in zip(_SINGLE, _INDICES, strict=True):
-        path = find_file(transformers, location, single)
-        if path is not None:
-            return [path]
-        path = find_file(transformers, location, index)
-        if path is not None:
-            names = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
-            return [p for p in (find_file(transformers, location, name) for name in names) if p is not None]
-    return []
-
-
-def _of_safetensors(path: Path) -> dict[str, torch.dtype | str]:
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as file:
-        return {name: str(file.get_slice(name).get_dtype()) for name in file.keys()}  # noqa: SIM118 - no mapping
-
-
 def _of_pickle(path: Path) -> dict[str, torch.dtype | str]:
-    tensors = torch.load(path, map_location="meta", weights_only=True)
-    return {name: tensor.dtype for name, tensor in tensors.items() if isinstance(tensor, torch.Tensor)}
+    try:
+        tensors = torch.load(path, map_location="meta", weights_only=True)
+    except Exception as error:  # of torch, pickle and zip: no common base below Exception
+        raise DamageError(
+            f"{path} holds no weights that can be read without running code ({first_line(error)}); it is not read"
+        ) from error
+    if not isinstance(tensors, dict):
+        raise DamageError(f"{path} holds a {type(tensors).__name__}, not tensors by name")
+    found: dict[str, torch.dtype | str] = {}
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, torch.Tensor):
+            continue
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise DamageError(f"{path}: {name} of shape {list(tensor.shape)} claims more values than are stored")
+        found[name] = tensor.dtype
+    return found
 
 
 def renamings(stored: Iterable[str]) -> dict[str, str]:

@@ -10,6 +10,7 @@ from executorch.runtime import Runtime
 from torch import Tensor
 
 from spinpass.errors import ExportError
+from spinpass.formats import check_opened
 
 _METHOD = "forward"
 
@@ -19,11 +20,13 @@ class PteMethod:
 
     Raises:
         ExportError: no file is there, or the runtime cannot load it.
+        VerificationError: it is not the file that ``spinpass.json`` beside it lists.
     """
 
     def __init__(self, path: Path) -> None:
         if not path.is_file():
             raise ExportError(f"there is no model at {path}")
+        check_opened(path)
         try:
             self._program: Any = Runtime.get().load_program(path)  # must outlive the method
             loaded: Any = self._program.load_method(_METHOD)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from spinpass.errors import ConfigError, ExportError
+from spinpass.errors import ConfigError, ExportError, first_line
+from spinpass.formats import check_companions, read_object
 
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 _POSITIONS = ("max_position_embeddings", "n_positions")
@@ -28,7 +28,8 @@ class ModelFolder:
         """The tokenizer, loaded with transformers.
 
         Raises:
-            ExportError: the folder has none, or transformers is missing.
+            ExportError: the folder has none, transformers is missing or cannot load it, or it would run code.
+            VerificationError: its files are not those that ``spinpass.json`` lists.
         """
         if not any((self.path / name).is_file() for name in _TOKENIZER):
             raise ExportError(f"{self.path} holds no tokenizer: save one there with tokenizer.save_pretrained")
@@ -38,7 +39,11 @@ class ModelFolder:
             raise ExportError(
                 f"text needs the package {error.name}: pip install transformers, or pass token ids"
             ) from error
-        return AutoTokenizer.from_pretrained(self.path, local_files_only=True)
+        check_companions(self.path)
+        try:
+            return AutoTokenizer.from_pretrained(self.path, local_files_only=True, trust_remote_code=False)
+        except Exception as error:  # files, packages and the readers behind: no common base below Exception
+            raise ExportError(f"the tokenizer of {self.path} cannot be loaded: {first_line(error)}") from error
 
     @cached_property
     def end_tokens(self) -> frozenset[int]:
@@ -46,14 +51,20 @@ class ModelFolder:
         for name in ("generation_config.json", "config.json"):
             value = self._read(name).get("eos_token_id")
             if value is not None:
-                return frozenset(value if isinstance(value, list) else [value])
+                tokens = value if isinstance(value, list) else [value]
+                if not all(isinstance(token, int) for token in tokens):
+                    raise ExportError(f"{self.path / name} has the eos_token_id {value!r}, which is no token")
+                return frozenset(tokens)
         return frozenset()
 
     @cached_property
     def positions(self) -> int | None:
         """The longest sequence in tokens that config.json allows, or None where it says nothing."""
         config = self._read("config.json")
-        return next((config[key] for key in _POSITIONS if config.get(key) is not None), None)
+        found = next((config[key] for key in _POSITIONS if config.get(key) is not None), None)
+        if found is not None and not isinstance(found, int):
+            raise ExportError(f"{self.path / 'config.json'} allows {found!r} positions, which is no number of tokens")
+        return found
 
     def check_length(self, prompt: int, new: int) -> None:
         """Check that a prompt of so many tokens and so many new ones fit into the model.
@@ -71,10 +82,5 @@ class ModelFolder:
         path = self.path / name
         if not path.is_file():
             return {}
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ExportError(f"{path} is not readable JSON: {error}") from error
-        if not isinstance(data, dict):
-            raise ExportError(f"{path} is not a configuration: it holds a {type(data).__name__}")
-        return data
+        check_companions(self.path, name)
+        return read_object(path)

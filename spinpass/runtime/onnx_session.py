@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from spinpass.errors import ConfigError, ExportError, first_line
+from spinpass.errors import ConfigError, DamageError, ExportError, first_line
+from spinpass.formats import check_opened
 
 if TYPE_CHECKING:  # what needs no ONNX Runtime can be imported without it
     import onnxruntime as ort
@@ -48,14 +49,17 @@ def open_session(
     Raises:
         ConfigError: this build of ONNX Runtime does not have ``provider``.
         NoKernelError: an op of the graph cannot run there in its type, which is mostly bfloat16 on a CPU.
-        ExportError: it cannot load the file.
+        ExportError: it cannot load the file; DamageError where that is damaged, or its weights lie elsewhere.
+        VerificationError: the file, or its weights, are not those that ``spinpass.json`` beside it lists.
     """
     import onnxruntime as ort
+    from onnxruntime.capi.onnxruntime_pybind11_state import InvalidProtobuf
     from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as MissingKernel
 
     available = ort.get_available_providers()
     if provider not in available:
         raise ConfigError(f"ONNX Runtime has no provider {provider!r} here; choose one of {', '.join(available)}")
+    check_opened(path)
     options = ort.SessionOptions()
     options.log_severity_level = 3
     if threads is not None:
@@ -65,7 +69,9 @@ def open_session(
     except MissingKernel as error:
         raise NoKernelError(f"ONNX Runtime {ort.__version__} lacks a kernel on {provider}: {error}") from error
     except Exception as error:  # ONNX Runtime's exceptions have no common base below Exception
-        raise ExportError(
+        damaged = isinstance(error, InvalidProtobuf) or "xternal data" in str(error) or "file_length" in str(error)
+        kind = DamageError if damaged else ExportError
+        raise kind(
             f"ONNX Runtime {ort.__version__} cannot load {path.name} ({first_line(error)}): export it again"
         ) from error
 

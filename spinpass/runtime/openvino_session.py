@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from spinpass.errors import ConfigError, ExportError
+from spinpass.formats import check_opened
 
 
 def import_openvino() -> Any:
@@ -39,6 +40,7 @@ class CompiledModel:
 
     Raises:
         ExportError: OpenVINO is missing or cannot load the file.
+        VerificationError: the file, or its weights, are not those that ``spinpass.json`` beside it lists.
     """
 
     def __init__(self, path: str | Path, *, threads: int | None = None) -> None:
@@ -46,6 +48,7 @@ class CompiledModel:
         if threads is not None:
             options["INFERENCE_NUM_THREADS"] = threads
         openvino = import_openvino()
+        check_opened(Path(path))
         try:
             self._model = openvino.Core().compile_model(str(path), "CPU", options)
         except Exception as error:  # OpenVINO raises RuntimeError and its subclasses, and TypeError for options

@@ -16,7 +16,7 @@ from spinpass import RotationConfig
 from spinpass.cli.app import app
 from spinpass.errors import ConfigError, ExportError, VerificationError
 from spinpass.exporters.onnx import writer as exporter
-from spinpass.formats.manifest import METADATA, hashes, read_artefact
+from spinpass.formats.manifest import METADATA, hashes, read_artefact, sealed
 from spinpass.formats.pt2 import save_program
 from spinpass.runtime.ort_model import OrtModel
 from tests.support import folders
@@ -53,7 +53,7 @@ def copied(source: Path, target: Path) -> Path:
 
 
 def changed_metadata(folder: Path, change: Any) -> None:
-    """The record inside model.onnx, edited; its size in the manifest follows, so that the record alone is wrong."""
+    """The record inside model.onnx, edited; its size and hash in the manifest follows, so that the record alone is wrong."""
     file = onnx.load(folder / "model.onnx", load_external_data=False)
     entry = next(e for e in file.metadata_props if e.key == METADATA)
     data = json.loads(entry.value)
@@ -62,7 +62,7 @@ def changed_metadata(folder: Path, change: Any) -> None:
     (folder / "model.onnx").write_bytes(file.SerializeToString())
     about = json.loads((folder / "spinpass.json").read_text())
     about["files"] |= hashes(folder, ["model.onnx"])
-    (folder / "spinpass.json").write_text(json.dumps(about))
+    (folder / "spinpass.json").write_text(json.dumps(sealed(about)))
 
 
 def test_a_folder_knows_its_rotations_the_basis_of_its_cache_and_its_files(out: Path) -> None:

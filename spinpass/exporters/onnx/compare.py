@@ -7,7 +7,6 @@ metadata) is undone: both are given the same cache in their own basis, and both 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from torch.export import ExportedProgram
 from spinpass import execution, record
 from spinpass.certificate import BOUNDS, FileCertificate, FileOutput, difference_of
 from spinpass.errors import VerificationError
+from spinpass.formats import onnx_record
 from spinpass.record import Carried
 from spinpass.runtime import DTYPES, from_ort, open_session, run_session, to_ort
 
@@ -34,7 +34,10 @@ def compare_file(program: ExportedProgram, path: Path) -> FileCertificate:
         VerificationError: the two do not even take and return the same things.
     """
     session = open_session(path)
-    names, there = signature_names(program), _carried_by(session)
+    names, there = (
+        signature_names(program),
+        onnx_record(path, session.get_modelmeta().custom_metadata_map)[1],
+    )
     found = record.read(program)
     here_in = found.inputs if found else {}
     here_out = {names.output_index[i]: carried for i, carried in found.outputs.items()} if found else {}
@@ -57,13 +60,6 @@ def compare_file(program: ExportedProgram, path: Path) -> FileCertificate:
         for i, (output, result) in enumerate(zip(session.get_outputs(), results, strict=True))
     ]  # fmt: skip
     return FileCertificate(tuple(outputs), dtype, tuple(f"{n} {list(v.shape)}" for n, v in given.items()), KIND)
-
-
-def _carried_by(session: Any) -> dict[str, Carried]:
-    """Return the rotated inputs and outputs of a file by name; a file that says nothing has none."""
-    text = session.get_modelmeta().custom_metadata_map.get("spinpass.record")
-    data = json.loads(text) if text else {"inputs": {}, "outputs": {}}
-    return {name: Carried.from_dict(entry) for name, entry in (data["inputs"] | data["outputs"]).items()}
 
 
 def _check(session: Any, given: Mapping[str, Tensor], outputs: int, path: Path) -> None:
