@@ -13,6 +13,7 @@ from torch.export import ExportedProgram
 
 from spinpass.errors import ConfigError
 from spinpass.execution import InputRole, UserInput, bound_sizes, concrete, fresh, run, user_inputs
+from spinpass.formats import finish
 from spinpass.loading import load_model
 
 from .comparison import Scorer
@@ -129,6 +130,7 @@ def open_scorer(
         ExportError: the model cannot be loaded.
     """
     path = Path(model)
+    finish(path)
     if path.suffix == ".onnx" or (path / "model.onnx").is_file():
         from spinpass.runtime import OrtDecoder
 

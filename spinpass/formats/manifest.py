@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from spinpass.errors import ConfigError, ExportError, VerificationError
 from spinpass.record import Carried
 
 from .pt2 import load_program
+from .staging import finish, is_plain_name
 
 MANIFEST = "spinpass.json"
 METADATA = "spinpass.record"  # the key of the record among an ONNX file's metadata
@@ -68,7 +70,7 @@ class Artefact:
 
     def _check_files(self, *, read: bool) -> None:
         for name, stated in self.manifest.get("files", {}).items():
-            file = self.path.parent / name
+            file = inside(self.path.parent, name)
             if not file.is_file():
                 raise VerificationError(f"{self.path.parent} lacks {name}, which {MANIFEST} lists: copy all of it")
             if file.stat().st_size != stated["bytes"] or (read and _sha256(file) != stated["sha256"]):
@@ -94,14 +96,17 @@ class Artefact:
 def read_artefact(path: str | Path) -> Artefact:
     """Read a folder that was exported, an ``.onnx`` file, or a ``.pt2`` program; no weights of ONNX files are read.
 
-    What neither an ExecuTorch file nor a checkpoint says of itself is taken from ``spinpass.json``.
+    What neither an ExecuTorch file nor a checkpoint says of itself is taken from ``spinpass.json``. Nothing outside the
+    folder is opened. An export that was killed while its files were moved there is finished first.
 
     Raises:
         ConfigError: nothing of that kind is there.
-        ExportError: it cannot be read.
+        ExportError: it cannot be read, or names a file outside the folder.
     """
     path = Path(path)
-    file = next((f for name in _MODELS if (f := path / name).is_file()), None) if path.is_dir() else path
+    finish(path)
+    there = (inside(path, name) for name in _MODELS if (path / name).is_file())
+    file = next(there, None) if path.is_dir() else path
     if file is None or not file.is_file() or file.suffix not in _SUFFIXES:
         raise ConfigError(f"there is no model at {path}: name a folder with {' or '.join(_MODELS)}, or a .pt2 file")
     if file.suffix == ".pt2":
@@ -112,7 +117,7 @@ def read_artefact(path: str | Path) -> Artefact:
         return Artefact(file, found.rotations, {**found.inputs, **outputs}, {})
     manifest = _manifest(file)
     if file.suffix == ".onnx":
-        return Artefact(file, *_onnx_record(file, _metadata(file)), manifest)
+        return Artefact(file, *_onnx_record(file, _onnx_metadata(file)), manifest)
     return Artefact(file, (manifest.get("record") or {}).get("rotations", {}), {}, manifest)
 
 
@@ -131,7 +136,25 @@ def hashes(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
     return {name: {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)} for name in sorted(names)}
 
 
-def _metadata(file: Path) -> dict[str, str]:
+def listed_files(folder: Path) -> set[str]:
+    """Return the names that the ``spinpass.json`` of a folder lists, and its own; none where there is none."""
+    try:
+        listed = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        return {MANIFEST, *filter(is_plain_name, listed)}
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()
+
+
+def inside(folder: Path, name: str) -> Path:
+    """Return the path of a file that something in the folder names. Raises ExportError where it leads out of it."""
+    file = folder / name
+    if not Path(os.path.realpath(file)).is_relative_to(os.path.realpath(folder)):
+        raise ExportError(f"{name!r} leads out of {folder}, so it is not opened: copy the file into the folder")
+    return file
+
+
+def _onnx_metadata(file: Path) -> dict[str, str]:
+    """Read the metadata of an ONNX file. Raises ExportError where it names data outside its folder."""
     try:
         import onnx
 
@@ -140,7 +163,24 @@ def _metadata(file: Path) -> dict[str, str]:
         raise ExportError(f"reading ONNX needs {error.name}: pip install 'spinpass[onnx]'") from error
     except Exception as error:  # protobuf's errors have no common base
         raise ExportError(f"{file} is no ONNX model: {error}") from error
+    for location in _data_files(model):
+        inside(file.parent, location)
     return {entry.key: entry.value for entry in model.metadata_props}
+
+
+def _data_files(model: Any) -> set[str]:
+    """Return the names of the files in which tensors of an ONNX model lie, those of inner graphs and functions too."""
+    found: set[str] = set()
+    todo = [model]
+    while todo:
+        message = todo.pop()
+        if message.DESCRIPTOR.name == "TensorProto":
+            found |= {entry.value for entry in message.external_data if entry.key == "location"}
+        else:
+            for field, value in message.ListFields():
+                if field.message_type is not None:
+                    todo += [value] if hasattr(value, "ListFields") else value
+    return found
 
 
 def _onnx_record(file: Path, metadata: Mapping[str, str]) -> tuple[dict[str, str], dict[str, Carried]]:
@@ -162,12 +202,29 @@ def _manifest(model: Path) -> Mapping[str, Any]:
     if not file.is_file():
         return {}
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        found = json.loads(inside(model.parent, MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise ExportError(f"{file} cannot be read ({error}): export the folder again") from error
-    if not isinstance(found, dict):
+    if not _is_manifest(found):
         raise ExportError(f"{file} is not what spinpass writes: export the folder again")
+    for name in found.get("files", {}):
+        if not is_plain_name(name):
+            raise ExportError(f"{file} lists {name!r}, which is no file of its folder: export the folder again")
     return found if model.name in found.get("files", {}) else {}
+
+
+def _is_manifest(found: Any) -> bool:
+    """Say whether what is read of a manifest here is of the kinds that spinpass writes."""
+    if not isinstance(found, dict) or not isinstance(found.get("record") or {}, dict):
+        return False
+    rotations, files = (found.get("record") or {}).get("rotations", {}), found.get("files", {})
+    return (
+        isinstance(rotations, dict)
+        and isinstance(files, dict)
+        and all(
+            isinstance(f, dict) and (type(f.get("bytes")), type(f.get("sha256"))) == (int, str) for f in files.values()
+        )
+    )
 
 
 def _basis(carried: Carried | None) -> str:
