@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from .plain import print_traceback
+
 __all__ = ["main"]
 
 
@@ -18,6 +20,7 @@ def main(arguments: Sequence[str] | None = None, name: str = "spinpass") -> None
             raise
         print(f"spinpass: the command line needs {error.name}: pip install 'spinpass[cli]'", file=sys.stderr)
         sys.exit(2)
+    sys.excepthook = print_traceback
     app(arguments, prog_name=name)
 
 
