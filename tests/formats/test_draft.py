@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from spinpass.errors import ExportError
-from spinpass.formats import draft as drafts
 from spinpass.formats import PREFIX, drafted, finish
+from spinpass.formats import draft as drafts
 from tests.support import kills
 
 ROOT = Path(__file__).parents[2]

@@ -16,6 +16,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +141,7 @@ def every_call(folder: Path, mode: str) -> tuple[int, list[str]]:
     while True:
         out = prepared(folder, mode)
         with _as(mode, out):
-            if not killed(lambda: export(out, "new"), number):
+            if not killed(partial(export, out, "new"), number):
                 return number, wrong
         wrong += checked(out, mode, number)
         number += 1
@@ -152,11 +153,11 @@ def random_moments(folder: Path, repeats: int) -> tuple[int, list[str]]:
     chance, count = random.Random(0), 0
     out = prepared(folder, "exchange")
     began = time.perf_counter()
-    killed(lambda: export(out, "new", pause=0.01), -1)
+    killed(partial(export, out, "new", pause=0.01), -1)
     length = time.perf_counter() - began
     while count < repeats:
         out = prepared(folder, "exchange")
-        count += killed(lambda: export(out, "new", pause=0.01), chance.uniform(0.0, length))
+        count += killed(partial(export, out, "new", pause=0.01), chance.uniform(0.0, length))
         wrong += checked(out, "exchange", count)
     return count, wrong
 
