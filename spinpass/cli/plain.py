@@ -9,7 +9,6 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from types import TracebackType
 from typing import IO, Any, cast
 
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")  # C0 without tab and newline, C1, half characters
@@ -41,9 +40,9 @@ def plain_streams() -> Iterator[None]:
         yield
 
 
-def print_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+def print_traceback(error: Exception) -> None:
     """Print what Python prints of an error that nobody has caught."""
-    sys.stderr.write(plain("".join(traceback.format_exception(kind, error, trace))))
+    sys.stderr.write(plain("".join(traceback.format_exception(error))))
 
 
 class _PlainStream:
