@@ -76,8 +76,5 @@ def check_target(out: Path, model: str, *, force: bool) -> None:
 
 def check_writable(folder: Path) -> None:
     """Raise ExportError, before minutes of work, where the folder cannot be written to. Leaves no new folder behind."""
-    created = not folder.exists()
     with staged(folder):
         pass
-    if created:
-        folder.rmdir()

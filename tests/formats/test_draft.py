@@ -20,19 +20,28 @@ from tests.support import kills
 ROOT = Path(__file__).parents[2]
 
 
-def killed_runs(folder: Path, mode: str, repeats: int = 0) -> Any:
-    command = [sys.executable, "-m", "tests.support.kills", str(folder), mode, str(repeats)]
+def killed_runs(folder: Path, mode: str, repeats: int = 0, calls: str = "all") -> Any:
+    command = [sys.executable, "-m", "tests.support.kills", str(folder), mode, str(repeats), calls]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
-def test_a_run_killed_at_any_moment_leaves_the_old_or_the_new_folder(tmp_path: Path) -> None:
-    found = killed_runs(tmp_path / "runs", ",".join((*kills.MODES, "random")), 3)
-    assert found.pop("random") == {"killed": 3, "wrong": []}
+def check_modes(found: dict[str, Any], least: int) -> None:
     assert found.keys() == set(kills.MODES)
     for mode, runs in found.items():
-        assert runs["killed"] > 60 and runs["wrong"] == [], mode
+        assert runs["killed"] >= least and runs["wrong"] == [], mode
+
+
+def test_a_run_killed_at_a_rename_or_at_any_moment_leaves_the_old_or_the_new_folder(tmp_path: Path) -> None:
+    found = killed_runs(tmp_path / "runs", ",".join((*kills.MODES, "random")), 3, calls="renames")
+    assert found.pop("random") == {"killed": 3, "wrong": []}
+    check_modes(found, 10)
+
+
+@pytest.mark.slow
+def test_runs_killed_at_every_call_that_changes_the_disk(tmp_path: Path) -> None:
+    check_modes(killed_runs(tmp_path / "runs", ",".join(kills.MODES)), 60)
 
 
 @pytest.mark.slow

@@ -1,6 +1,6 @@
 """Runs of an export that are killed: at every call that changes the disk, or at any moment. It forks for every run.
 
-    python -m tests.support.kills FOLDER MODE,... [REPEATS]
+    python -m tests.support.kills FOLDER MODE,... [REPEATS] [CALLS]
 
 prints one JSON document: for each mode how many runs were killed, and a line for whatever went wrong.
 """
@@ -25,7 +25,7 @@ from spinpass.formats import draft as drafts
 
 NAMES = {"model.pte", "weights.bin", "config.json", MANIFEST}
 MODES = ("absent", "exchange", "force", "inside", "renames")
-_CALLS = ("rename", "replace", "fsync", "mkdir", "unlink", "rmdir")
+CALLS = {"renames": ("rename", "replace"), "all": ("rename", "replace", "fsync", "mkdir", "unlink", "rmdir")}
 
 
 def export(out: Path, text: str, *, pause: float = 0.0) -> None:
@@ -52,12 +52,13 @@ def found(out: Path) -> str:
     return text
 
 
-def killed(action: Callable[[], None], moment: int | float) -> bool:
-    """Run it in a process that dies at its ``moment``: a number of a call, or seconds. False where it came to its end."""
+def killed(action: Callable[[], None], moment: int | float, calls: str = "all") -> bool:
+    """Run it in a process that dies at its ``moment``: a number among the calls, or seconds. False where it came to its
+    end."""
     child = os.fork()
     if child == 0:
         if isinstance(moment, int):
-            _die_at(moment)
+            _die_at(moment, CALLS[calls])
         try:
             action()
         except BaseException:
@@ -72,7 +73,7 @@ def killed(action: Callable[[], None], moment: int | float) -> bool:
     return status != 0
 
 
-def _die_at(number: int) -> None:
+def _die_at(number: int, calls: tuple[str, ...]) -> None:
     """Die at this number of moments: in front of each call and behind it is one."""
     moments = 0
 
@@ -91,7 +92,7 @@ def _die_at(number: int) -> None:
 
         return call
 
-    for name in _CALLS:
+    for name in calls:
         setattr(os, name, watched(getattr(os, name)))
     drafts.exchange = watched(drafts.exchange)
 
@@ -134,14 +135,14 @@ def checked(out: Path, mode: str, number: object) -> list[str]:
     return wrong
 
 
-def every_call(folder: Path, mode: str) -> tuple[int, list[str]]:
+def every_call(folder: Path, mode: str, calls: str) -> tuple[int, list[str]]:
     """Kill a run at each of its calls. Returns how many runs were killed, and what was wrong."""
     wrong: list[str] = []
     number = 0
     while True:
         out = prepared(folder, mode)
         with _as(mode, out):
-            if not killed(partial(export, out, "new"), number):
+            if not killed(partial(export, out, "new"), number, calls):
                 return number, wrong
         wrong += checked(out, mode, number)
         number += 1
@@ -219,11 +220,12 @@ def _refused(one: Path, other: Path) -> None:
     raise OSError(38, "Function not implemented")
 
 
-def main(folder: str, modes: str, repeats: str = "0") -> None:
+def main(folder: str, modes: str, repeats: str = "0", calls: str = "all") -> None:
     runs, document = {"random": random_moments, "real": real_exports}, {}
+    os.fsync = lambda _: None  # a moment like others; a kill loses nothing that was written
     for mode in modes.split(","):
         work = Path(folder, mode)
-        count, wrong = runs[mode](work, int(repeats)) if mode in runs else every_call(work, mode)
+        count, wrong = runs[mode](work, int(repeats)) if mode in runs else every_call(work, mode, calls)
         document[mode] = {"killed": count, "wrong": wrong}
     print(json.dumps(document))
 
