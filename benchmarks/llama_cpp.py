@@ -36,6 +36,7 @@ from spinpass.cli.screen import Screen
 from spinpass.config import RotationConfig
 from spinpass.evaluation import ProgramScorer, check_calibration, read_text, token_ids
 from spinpass.folders import Result, onnx_tools, quantized, rotated, write_folder
+from spinpass.formats import drafted
 from spinpass.loading import LoadedModel, load_model
 from spinpass.progress import Steps
 from spinpass.runtime import OrtDecoder
@@ -187,7 +188,8 @@ def _folders(loaded: LoadedModel, out: Path, scheme: str, calibration: Path | No
     found = {}
     for number, (name, (make, int4)) in enumerate(wanted.items()):
         folder = found[name] = out / f"folder{number}"
-        write_folder(onnx_tools(), loaded, make(), folder, steps, int4=int4, certify=False)
+        with drafted(folder) as draft:
+            write_folder(onnx_tools(), loaded, make(), draft, steps, int4=int4, certify=False)
     return found
 
 

@@ -15,7 +15,6 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.markup import escape
 from rich.table import Table
 
 import spinpass
@@ -155,7 +154,7 @@ def row(
 
 def text_of(row: dict[str, Any]) -> str:
     """What one model answered to the first prompt."""
-    return f"[bold]{row['model']}:[/] {escape(row['texts'][0].strip())}\n"
+    return f"{row['model']}: {row['texts'][0].strip()}\n"
 
 
 def same_answers(rows: list[dict[str, Any]]) -> int:

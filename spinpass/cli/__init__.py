@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from .plain import print_traceback
+
 __all__ = ["main"]
 
 
@@ -18,7 +20,11 @@ def main(arguments: Sequence[str] | None = None, name: str = "spinpass") -> None
             raise
         print(f"spinpass: the command line needs {error.name}: pip install 'spinpass[cli]'", file=sys.stderr)
         sys.exit(1)
-    app(arguments, prog_name=name)
+    try:
+        app(arguments, prog_name=name)
+    except Exception as error:  # with -vv, whatever it is
+        print_traceback(error)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from .evaluate import evaluate_command
 from .export import export_command
 from .generate import generate_command
 from .inspect import inspect_command
+from .plain import plain_streams
 from .plan import plan_command
 from .report import report_command
 from .rotate import rotate_command
@@ -50,9 +51,11 @@ class _Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         # what is wrong before the command begins is said in its way as well
         as_json = "--json" in (*getattr(ctx, "_protected_args", ()), *ctx.args)
-        ctx.obj = state = CommandState(Screen(as_json=as_json))
+        ctx.obj = state = CommandState()
+        state.screen = Screen(as_json=as_json, streams=state.streams)
         try:
-            return super().invoke(ctx)
+            with plain_streams():
+                return super().invoke(ctx)
         except BrokenPipeError as error:  # whoever read the output has left; nothing more can be said
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(1) from error

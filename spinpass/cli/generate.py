@@ -51,13 +51,13 @@ def generate_command(
         )
     sampling = Sampling(temperature, top_k, top_p, seed or 0)
     request = GenerateRequest(folder, prompt, max_new_tokens, chat, sampling, threads, provider)
-    found = request.run(lambda piece: None if as_json else typer.echo(piece, nl=False))
+    found = request.run(screen.piece)
     if as_json:
         screen.document({"ok": True, "folder": str(folder)} | found)
         return
-    typer.echo()
+    screen.piece("\n")
     rates = f"prefill {found['prefill_tokens_per_second']:.1f}, decode {found['decode_tokens_per_second']:.1f} tokens/s"
-    typer.echo(f"{found['prompt_tokens']} + {found['new_tokens']} tokens; {rates}", err=True)
+    screen.note(f"{found['prompt_tokens']} + {found['new_tokens']} tokens; {rates}")
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from spinpass.errors import ConfigError
-from spinpass.formats import Artefact, read_artefact
+from spinpass.errors import ConfigError, ExportError
+from spinpass.formats import MANIFEST, Artefact, read_artefact
 from spinpass.planning import layer_pattern
 
 from .options import AsJson, Verbose
@@ -28,8 +28,9 @@ def inspect_command(
 ) -> None:
     """Show what an exported model says of itself: rotations, the basis of its cache, certificates, files, versions.
 
-    Nothing is written. The exit code is 1 if its parts do not belong together, or
-    the two cannot share a cache.
+    Nothing is written, but an export that was killed while it moved its files into
+    DIR is finished; nothing outside DIR is opened. The exit code is 1 if its parts
+    do not belong together, or the two cannot share a cache.
 
     Example: spinpass inspect out --check
     """
@@ -66,8 +67,12 @@ def _checked(path: Path, *, files: bool) -> Artefact:
 def artefact_tables(artefact: Artefact) -> list[Table]:
     """Tables of what it is, how it was rotated, and the basis of its cache. Equal lines of different layers are one."""
     about = _titled(str(artefact.path), "", "")
-    for name, text in _facts(artefact.manifest):
-        about.add_row(name, text)
+    try:
+        for name, text in _facts(artefact.manifest):
+            about.add_row(name, text)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:  # others may have written the manifest
+        why = f"{artefact.path.parent / MANIFEST} is not what spinpass writes: export the folder again"
+        raise ExportError(why) from error
     if not artefact.rotations:
         about.add_row("rotations", "none that it knows of")
     tables = [about]
@@ -85,11 +90,11 @@ def _facts(manifest: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "model", str(manifest.get("model", "unknown"))
     yield "versions", ", ".join(f"{name} {number}" for name, number in manifest.get("versions", {}).items())
     certificate = (manifest.get("record") or {}).get("certificate")
-    yield "rotation certified", certificate["verdict"] if certificate else "no"
+    yield "rotation certified", str(certificate["verdict"]) if certificate else "no"
     exported = manifest.get("onnx") or manifest.get("executorch") or {}
     if exported:
         proof = exported.get("certificate")
-        yield "file certified", proof["verdict"] if proof else f"no: {exported.get('uncertified')}"
+        yield "file certified", str(proof["verdict"]) if proof else f"no: {exported.get('uncertified')}"
     if "hadamards" in exported:
         yield "online Hadamards", str(exported["hadamards"])
     made = manifest.get("quantization")

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import IO, Any
 
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.markup import escape
 from rich.progress import BarColumn, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Display
+from rich.text import Text
 
 from spinpass.progress import Progress, Silent
+
+from .plain import PlainFormatter, plain, plain_json
 
 _LOG = logging.getLogger("spinpass")
 _PIPE_WIDTH = 140  # where there is no terminal to ask
@@ -24,16 +27,20 @@ _PIPE_WIDTH = 140  # where there is no terminal to ask
 
 class Screen:
     """Where one command writes. With ``as_json`` the result is JSON; with ``verbose`` passes are logged, and nothing is
-    shortened.
+    shortened. Strings are shown as they are: markup in them is text, and a control character is its number.
     """
 
-    def __init__(self, *, as_json: bool = False, verbose: bool = False) -> None:
+    def __init__(
+        self, *, as_json: bool = False, verbose: bool = False, streams: tuple[IO[str], IO[str]] | None = None
+    ) -> None:
         self.as_json, self.verbose = as_json, verbose
         self.out, self.err = (
-            Console(file=file, width=None if file.isatty() else _PIPE_WIDTH) for file in (sys.stdout, sys.stderr)
+            _PlainConsole(file=file, width=None if file.isatty() else _PIPE_WIDTH, markup=False, emoji=False)
+            for file in streams or (sys.stdout, sys.stderr)
         )
         self._handler = RichHandler(console=self.err, show_path=False) if verbose else None
         if self._handler is not None:
+            self._handler.setFormatter(PlainFormatter("%(message)s"))
             _LOG.addHandler(self._handler)
             _LOG.setLevel(logging.DEBUG)
 
@@ -64,11 +71,11 @@ class Screen:
     def note(self, text: str) -> None:
         """Write one line to stderr, for people."""
         if text:
-            self.err.print(text, style="dim", highlight=False, markup=False)
+            self.err.print(text, style="dim", highlight=False)
 
     def error(self, text: str, kind: str) -> None:
         """Write one line to stderr, and in JSON mode the document that says so."""
-        self.err.print(f"spinpass: {text}", style="red", highlight=False, markup=False, soft_wrap=True)
+        self.err.print(f"spinpass: {text}", style="red", highlight=False, soft_wrap=True)
         if self.as_json:
             self.document({"ok": False, "error": kind, "message": text})
 
@@ -78,9 +85,23 @@ class Screen:
             for renderable in renderables:
                 self.out.print(renderable, highlight=False)
 
+    def piece(self, text: str) -> None:
+        """Write a part of a text that comes bit by bit; in JSON mode nothing."""
+        if not self.as_json:
+            self.out.file.write(plain(text))
+            self.out.file.flush()
+
     def document(self, data: Any) -> None:
         """Write the result as one JSON document."""
-        self.out.file.write(json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+        self.out.file.write(plain_json(data) + "\n")
+
+
+class _PlainConsole(Console):
+    """A console on which no string does more than to be seen. Its own styles are not in strings."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """See :meth:`rich.console.Console.render_str`."""
+        return super().render_str(plain(text), **options)
 
 
 class ShownSteps(Silent):
@@ -94,7 +115,7 @@ class ShownSteps(Silent):
     def start(self, name: str, /) -> Progress:
         """See :meth:`spinpass.progress.Steps.start`."""
         super().start(name)
-        self._display.reset(self._task, description=name, total=None)
+        self._display.reset(self._task, description=escape(plain(name)), total=None)
         return lambda done, total: self._display.update(self._task, completed=done, total=total)
 
 
@@ -102,12 +123,17 @@ class ShownSteps(Silent):
 class CommandState:
     """What the handling of errors has to know about the command under way."""
 
-    screen: Screen = field(default_factory=Screen)
+    streams: tuple[IO[str], IO[str]] = field(default_factory=lambda: (sys.stdout, sys.stderr))
     tracebacks: bool = False
+    screen: Screen = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.screen = Screen(streams=self.streams)
 
 
 def screen_of(ctx: typer.Context, as_json: bool, verbose: int) -> Screen:
     """Where the command of this context writes, as its options ``--json`` and ``-v`` ask."""
     state: CommandState = ctx.obj
-    state.screen, state.tracebacks = Screen(as_json=as_json, verbose=verbose > 0), verbose > 1
+    state.screen = Screen(as_json=as_json, verbose=verbose > 0, streams=state.streams)
+    state.tracebacks = verbose > 1
     return state.screen

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from spinpass.evaluation import Comparison, Perplexity
 from spinpass.folders import Result
@@ -76,7 +77,7 @@ def certificate_table(certificate: Mapping[str, Any], *, every_output: bool = Fa
     outputs = sorted(certificate["outputs"], key=lambda o: (o["ok"], o["float64"]["argmax"] is None))
     shown = outputs if every_output else outputs[:_OUTPUTS_SHOWN]
     for output in shown:
-        verdict = "[green]ok[/]" if output["ok"] else "[red]FAIL[/]"
+        verdict = Text("ok", "green") if output["ok"] else Text("FAIL", "red")
         table.add_row(
             output["name"], *_difference(output["float64"], scale=True), *_difference(output["native"]), verdict
         )

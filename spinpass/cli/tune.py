@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +11,8 @@ import typer
 from spinpass.errors import ConfigError
 from spinpass.evaluation import CALIBRATION_LENGTH, CALIBRATION_WINDOWS, check_windows
 from spinpass.evaluation import windows as cut
-from spinpass.folders import Known, Result, check_target, check_writable, onnx_tools, write_folder
+from spinpass.folders import Known, Result, check_target, onnx_tools, write_folder
+from spinpass.formats import drafted
 from spinpass.loading import load_model
 from spinpass.quantization import QuantizationConfig
 from spinpass.tuning import candidates, tune
@@ -57,7 +59,6 @@ def tune_command(
     onnx = None if out is None else onnx_tools()
     if out is not None:
         check_target(out, model, force=force)
-        check_writable(out)
     known = Known.of(model, dequantize=dequantize, trust_remote_code=trust_remote_code)
     ids = known.token_ids(calibration)
     half = len(ids) // 2
@@ -66,7 +67,9 @@ def tune_command(
     if out is not None:
         bits = None if scheme.weights is None else float(scheme.average_bits or scheme.weights.bits)
         known.check_disk(out, dtype, bits, steps=bits is not None)
-    with screen.steps() as steps:
+    with ExitStack() as stack:
+        draft = None if out is None else stack.enter_context(drafted(out))
+        steps = stack.enter_context(screen.steps())
         loaded = load_model(
             model,
             dtype=dtype,
@@ -77,9 +80,9 @@ def tune_command(
         )
         found = tune(loaded.program, quantize, shown, decisive, configs=configs, steps=steps)
         written = None
-        if onnx is not None and out is not None:
+        if onnx is not None and draft is not None:
             made = Result(found.quantized.program, found.chosen.plan, found.quantized.report)
-            written = write_folder(onnx, loaded, made, out, steps)
+            written = write_folder(onnx, loaded, made, draft, steps)
     show_loading(screen, loaded.report)
     if as_json:
         screen.document({"ok": True, "model": model, "scheme": quantize, "seconds": steps.seconds} | found.to_dict())

@@ -9,7 +9,7 @@ import typer
 
 from spinpass.certificate import Certificate, verify
 from spinpass.errors import ConfigError, ExportError
-from spinpass.formats import load_program
+from spinpass.formats import finish, load_program
 
 from .options import AsJson, Verbose
 from .screen import screen_of
@@ -31,6 +31,7 @@ def verify_command(
     Example: spinpass verify model.pt2 rotated.pt2
     """
     screen = screen_of(ctx, as_json, verbose)
+    finish(after)
     file = after / "model.onnx" if after.is_dir() else after
     for path in (before, file):
         if not path.is_file():

@@ -13,7 +13,7 @@ from torch.export import ExportedProgram
 
 from spinpass.errors import ConfigError, first_line
 from spinpass.execution import InputRole, UserInput, bound_sizes, concrete, fresh, run, user_inputs
-from spinpass.formats import model_path
+from spinpass.formats import finish, model_path
 from spinpass.loading import load_config, load_model, load_tokenizer, locate
 from spinpass.runtime import ModelFolder
 
@@ -130,6 +130,7 @@ def open_scorer(
         ConfigError: there is no model, or no tokenizer.
         ExportError: the model cannot be loaded.
     """
+    finish(Path(model))
     if is_onnx(model):
         from spinpass.runtime import OrtDecoder
 

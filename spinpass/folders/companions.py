@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from spinpass.errors import ConfigError
-from spinpass.formats import MANIFEST, hashes, sealed, staged
+from spinpass.formats import MANIFEST, PREFIX, Draft, finish, hashes, listed_files, sealed, staged
 from spinpass.loading import LoadedModel, LoadingReport
 
 from .result import Result
@@ -29,7 +29,7 @@ class Written:
 
 
 def write_companions(
-    loaded: LoadedModel, result: Result, made: Mapping[str, Any], files: Iterable[str], out: Path
+    loaded: LoadedModel, result: Result, made: Mapping[str, Any], files: Iterable[str], draft: Draft
 ) -> tuple[dict[str, Any], list[str]]:
     """Put the tokenizer, the configuration and ``spinpass.json`` beside the ``files`` of an export.
 
@@ -38,11 +38,11 @@ def write_companions(
     """
     written = set(files)
     if loaded.companions is not None:
-        written |= {path.name for path in loaded.companions.save(out)}
+        written |= {path.name for path in loaded.companions.save(draft.folder)}
     source = {"files": loaded.files.to_dict()}
     origin = {"model": loaded.source.location, "source": source, "loading": loaded.report.to_dict()}
-    about = sealed(origin | result.to_dict() | dict(made) | {"files": hashes(out, written)})
-    with staged(out) as staging:
+    about = sealed(origin | result.to_dict() | dict(made) | {"files": hashes(draft.folder, written)})
+    with staged(draft.folder) as staging:
         (staging / MANIFEST).write_text(json.dumps(about, indent=2), encoding="utf-8")
     return about, sorted(written | {MANIFEST})
 
@@ -57,14 +57,16 @@ def check_target(out: Path, model: str, *, force: bool) -> None:
 
     Raises:
         ConfigError: OUT is MODEL or lies in it; or it holds other files.
+        ExportError: a killed run has left OUT half moved, and it cannot be finished.
     """
     source, target = Path(model).expanduser(), out.expanduser()
     if source.is_dir() and (target.resolve() == source.resolve() or source.resolve() in target.resolve().parents):
         raise ConfigError(f"{out} is the model that is exported, or lies in it: name another folder")
     if force or not target.is_dir():
         return
-    here = {path.name for path in target.iterdir() if not path.name.startswith(".spinpass-")}  # of a run cut short
-    others = sorted(here - _own_files(target))
+    finish(target)
+    here = {path.name for path in target.iterdir() if not path.name.startswith(PREFIX)}  # of a run cut short
+    others = sorted(here - listed_files(target))
     if others:
         more = f" and {len(others) - 1} more" if len(others) > 1 else ""
         raise ConfigError(
@@ -73,19 +75,7 @@ def check_target(out: Path, model: str, *, force: bool) -> None:
         )
 
 
-def _own_files(folder: Path) -> set[str]:
-    """Return the names that the ``spinpass.json`` of a folder lists, and its own; none where there is none."""
-    try:
-        listed = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return set()
-    return {MANIFEST, *listed}
-
-
 def check_writable(folder: Path) -> None:
     """Raise ExportError, before minutes of work, where the folder cannot be written to. Leaves no new folder behind."""
-    created = not folder.exists()
     with staged(folder):
         pass
-    if created:
-        folder.rmdir()

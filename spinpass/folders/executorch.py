@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from spinpass.errors import ExportError
+from spinpass.formats import Draft
 from spinpass.loading import LoadedModel
 from spinpass.progress import Steps
 
@@ -38,7 +39,7 @@ def write_pte_folder(
     executorch: ExecutorchTools,
     loaded: LoadedModel,
     result: Result,
-    out: Path,
+    draft: Draft,
     steps: Steps,
     *,
     certify: bool = True,
@@ -47,12 +48,14 @@ def write_pte_folder(
 
     Raises ExportError, ConfigError and VerificationError where :func:`spinpass.exporters.executorch.export` does.
     """
-    report = executorch.export(
-        result.exportable, out, verify=certify, progress=lambda step: steps.begin(f"executorch: {step}")
+    report = draft.in_place(
+        executorch.export(
+            result.exportable, draft.folder, verify=certify, progress=lambda step: steps.begin(f"executorch: {step}")
+        )
     )
     files = [path.name for path in report.files]
     return Written(
-        report, *write_companions(loaded, result, {"executorch": report.to_dict()}, files, out), loading=loaded.report
+        report, *write_companions(loaded, result, {"executorch": report.to_dict()}, files, draft), loading=loaded.report
     )
 
 

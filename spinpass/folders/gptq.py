@@ -14,7 +14,7 @@ from pathlib import Path
 from spinpass.certificate import verify
 from spinpass.config import RotationConfig
 from spinpass.errors import ConfigError, VerificationError
-from spinpass.formats import QUANTIZE_CONFIG, write_gptq
+from spinpass.formats import QUANTIZE_CONFIG, Draft, write_gptq
 from spinpass.graph import ProgramEditor
 from spinpass.loading import LoadedModel
 from spinpass.passes import untie
@@ -48,7 +48,9 @@ def check_rotation(loaded: LoadedModel, result: Result) -> None:
         )
 
 
-def write_gptq_folder(loaded: LoadedModel, result: Result, out: Path, steps: Steps, *, certify: bool = True) -> Written:
+def write_gptq_folder(
+    loaded: LoadedModel, result: Result, draft: Draft, steps: Steps, *, certify: bool = True
+) -> Written:
     """Write the integers, everything else in the program's dtype, tokenizer and configuration.
 
     Raises:
@@ -65,11 +67,11 @@ def write_gptq_folder(loaded: LoadedModel, result: Result, out: Path, steps: Ste
         _check_architecture(loaded, result)
     steps.start("write")
     tensors = {name: t for name, t in result.program.state_dict.items() if name not in made.weights}
-    report = write_gptq(out, made.weights, tensors=tensors)
+    report = write_gptq(draft.folder, made.weights, tensors=tensors)
     files = [path.name for path in report.files]
-    return Written(
-        report, *write_companions(_described(loaded, result, out), result, {}, files, out), loading=loaded.report
-    )
+    described = _described(loaded, result, draft.folder)
+    about = write_companions(described, result, {}, files, draft)
+    return Written(draft.in_place(report), *about, loading=loaded.report)
 
 
 def _check_architecture(loaded: LoadedModel, result: Result) -> None:
@@ -90,13 +92,13 @@ def _unties(result: Result) -> bool:
     return result.plan is not None and result.plan.config.tied == "untie"
 
 
-def _described(loaded: LoadedModel, result: Result, out: Path) -> LoadedModel:
+def _described(loaded: LoadedModel, result: Result, folder: Path) -> LoadedModel:
     """Return the model with a configuration that says how the weights are stored, and that the head has its own where
     it has now."""
     if loaded.companions is None:
         return loaded
     config = copy.deepcopy(loaded.companions.config)
-    config.quantization_config = json.loads((out / QUANTIZE_CONFIG).read_text(encoding="utf-8"))
+    config.quantization_config = json.loads((folder / QUANTIZE_CONFIG).read_text(encoding="utf-8"))
     if _unties(result):
         config.tie_word_embeddings = False
     return replace(loaded, companions=replace(loaded.companions, config=config))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from spinpass.errors import ConfigError, ExportError
 from spinpass.evaluation import calibration_windows, token_ids
 from spinpass.exporters import cache_names
+from spinpass.formats import PREFIX, Draft
 from spinpass.loading import Companions, LoadedModel
 from spinpass.progress import Steps
 from spinpass.quantization import QuantizationReport, QuantizedWeight
@@ -31,8 +32,6 @@ _REPORTS = {"packed": "pack", "cache": "cache"}  # in spinpass.json: of which st
 
 class OnnxTools(Protocol):
     """This is what a folder needs of :mod:`spinpass.exporters.onnx`, which :func:`onnx_tools` imports."""
-
-    GENAI_CONFIG: str
 
     def check_operators(self, ep: ExportedProgram, /) -> None: ...
 
@@ -78,7 +77,7 @@ def write_folder(
     onnx: OnnxTools,
     loaded: LoadedModel,
     result: Result,
-    out: Path,
+    draft: Draft,
     steps: Steps,
     *,
     int4: bool = False,
@@ -88,13 +87,13 @@ def write_folder(
 ) -> Written:
     """Export, pack, quantize the cache, and put beside it what belongs to the model.
 
-    What is written on the way does not appear in ``out``.
+    What is written on the way does not stay in the draft.
 
     Args:
         onnx: what :func:`onnx_tools` returns.
         loaded: the model, with what lies beside it.
         result: its program, rotated and quantized as it is to be written.
-        out: the folder.
+        draft: of the folder, see :func:`spinpass.formats.drafted`.
         steps: they are told as they begin.
         int4: round the weights to four bits.
         fuse: use ONNX Runtime's own operators.
@@ -121,11 +120,10 @@ def write_folder(
     if cache is not None:
         later["cache"] = _cache_writer(onnx, loaded, cache)
     if not later:
-        report = export(out)
-        return _written(onnx, loaded, result, out, report, {})
-    out.parent.mkdir(parents=True, exist_ok=True)
+        report = export(draft.folder)
+        return _written(onnx, loaded, result, draft, report, {})
     made: dict[str, _Made] = {}
-    with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as staging:
+    with TemporaryDirectory(dir=draft.folder, prefix=PREFIX) as staging:
         report = export(Path(staging, "0"))
         if cache is not None and report.fused is not None and report.fused.kept:
             why = report.fused.kept[0]
@@ -133,22 +131,23 @@ def write_folder(
         source = report.path
         for step, write in later.items():
             steps.start(step)
-            made[step] = write(source, out if step == list(later)[-1] else Path(staging, step))
+            made[step] = write(source, draft.folder if step == list(later)[-1] else Path(staging, step))
             source = made[step].path
     report = replace(report, path=source, files=made[step].files)
-    return _written(onnx, loaded, result, out, report, made)
+    return _written(onnx, loaded, result, draft, report, made)
 
 
 def _written(
-    onnx: OnnxTools, loaded: LoadedModel, result: Result, out: Path, report: OnnxReport, made: Mapping[str, _Made]
+    onnx: OnnxTools, loaded: LoadedModel, result: Result, draft: Draft, report: OnnxReport, made: Mapping[str, _Made]
 ) -> Written:
+    report = draft.in_place(report)
     reports: dict[str, Any] = {"onnx": report.to_dict()}
-    reports |= {name: made[step].to_dict() if step in made else None for name, step in _REPORTS.items()}
+    reports |= {name: draft.in_place(made[step]).to_dict() if step in made else None for name, step in _REPORTS.items()}
     files = {path.name for path in report.files}
     if loaded.companions is not None:
-        reports["genai"] = _write_genai_config(onnx, loaded.companions, out)
+        reports["genai"] = _write_genai_config(onnx, loaded.companions, draft.folder)
         files |= {reports["genai"]["file"]} - {None}
-    return Written(report, *write_companions(loaded, result, reports, files, out), loading=loaded.report)
+    return Written(report, *write_companions(loaded, result, reports, files, draft), loading=loaded.report)
 
 
 def _cache_writer(onnx: OnnxTools, loaded: LoadedModel, cache: CacheBits) -> _Step:
@@ -169,12 +168,11 @@ def _packing(onnx: OnnxTools, made: QuantizationReport | None, int4: bool) -> _S
     return lambda source, target: onnx.pack_weights(source, target, made.weights, accuracy_level=level)
 
 
-def _write_genai_config(onnx: OnnxTools, companions: Companions, out: Path) -> dict[str, str | None]:
-    """Write the file where ONNX Runtime GenAI can run the graph; else say why not, and remove an earlier export's."""
+def _write_genai_config(onnx: OnnxTools, companions: Companions, folder: Path) -> dict[str, str | None]:
+    """Write the file where ONNX Runtime GenAI can run the graph; else say why not."""
     try:
-        file = onnx.save_genai_config(out, companions.config, companions.generation_config)
+        file = onnx.save_genai_config(folder, companions.config, companions.generation_config)
     except ExportError as error:
-        (out / onnx.GENAI_CONFIG).unlink(missing_ok=True)
         return {"file": None, "reason": str(error)}
     return {"file": file.name, "reason": None}
 

@@ -11,12 +11,13 @@ from typing import Literal, get_args
 from spinpass.config import RotationConfig
 from spinpass.errors import ConfigError
 from spinpass.evaluation import CALIBRATION_LENGTH, check_calibration, check_windows
+from spinpass.formats import Draft, drafted
 from spinpass.loading import check_dtype, check_program_options, load_model
 from spinpass.passes import last_token
 from spinpass.progress import Silent, Steps
 from spinpass.quantization import QuantizationConfig
 
-from .companions import Written, check_target, check_writable
+from .companions import Written, check_target
 from .executorch import executorch_tools, write_pte_folder
 from .gptq import WEIGHTS_ONLY, check_offline, check_rotation, write_gptq_folder
 from .onnx import CacheBits, onnx_tools, write_folder
@@ -252,8 +253,11 @@ class ExportRequest:
         """
         check_target(self.out, self.model, force=self.force)
         write = self._writer()
-        check_writable(self.out)
-        self.preflight()
+        with drafted(self.out) as draft:
+            self.preflight()
+            return self._run(write, draft, steps)
+
+    def _run(self, write: Callable[..., Written], draft: Draft, steps: Steps) -> tuple[Result, Written]:
         loaded = load_model(
             self.model,
             dtype=self.dtype,
@@ -275,7 +279,7 @@ class ExportRequest:
             result = quantized(result, loaded, self.quantize, self.calibration, steps, self.calibration_windows)
         if self.last_logits:
             result = replace(result, program=last_token(result.program))
-        return result, write(loaded, result, self.out, steps, certify=self.certify)
+        return result, write(loaded, result, draft, steps, certify=self.certify)
 
     @property
     def _context(self) -> int | None:

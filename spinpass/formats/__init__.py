@@ -2,6 +2,7 @@
 
 from .archives import check_archive
 from .documents import read_object
+from .draft import Draft, drafted
 from .gguf_header import GgufHeader, check_gguf
 from .gptq import QUANTIZE_CONFIG, GptqCheckpoint, GptqReport, read_gptq, write_gptq
 from .manifest import (
@@ -12,6 +13,7 @@ from .manifest import (
     check_loaded,
     check_opened,
     hashes,
+    listed_files,
     onnx_record,
     read_artefact,
     sealed,
@@ -20,13 +22,15 @@ from .paths import PROTOBUF_LIMIT, data_name, model_path, pte_path, remove_stale
 from .pt2 import load_program, save_program
 from .recorded import FileHash, check_recorded
 from .safetensors_header import check_safetensors
-from .staging import staged
+from .staging import PREFIX, finish, staged
 
 __all__ = [
     "MANIFEST",
+    "PREFIX",
     "PROTOBUF_LIMIT",
     "QUANTIZE_CONFIG",
     "Artefact",
+    "Draft",
     "FileHash",
     "GgufHeader",
     "GptqCheckpoint",
@@ -40,7 +44,10 @@ __all__ = [
     "check_recorded",
     "check_safetensors",
     "data_name",
+    "drafted",
+    "finish",
     "hashes",
+    "listed_files",
     "load_program",
     "model_path",
     "onnx_record",

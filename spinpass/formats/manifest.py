@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from spinpass.record import Carried
 
 from .documents import digest, parsed
 from .pt2 import load_program
+from .staging import finish, is_plain_name
 
 MANIFEST = "spinpass.json"
 METADATA = "spinpass.record"  # the key of the record among an ONNX file's metadata
@@ -91,14 +93,17 @@ class Artefact:
 def read_artefact(path: str | Path) -> Artefact:
     """Read a folder that was exported, an ``.onnx`` file, or a ``.pt2`` program; no weights of ONNX files are read.
 
-    What neither an ExecuTorch file nor a checkpoint says of itself is taken from ``spinpass.json``.
+    What neither an ExecuTorch file nor a checkpoint says of itself is taken from ``spinpass.json``. Nothing outside the
+    folder is opened. An export that was killed while its files were moved there is finished first.
 
     Raises:
         ConfigError: nothing of that kind is there.
-        ExportError: it cannot be read.
+        ExportError: it cannot be read, or names a file outside the folder.
     """
     path = Path(path)
-    file = next((f for name in _MODELS if (f := path / name).is_file()), None) if path.is_dir() else path
+    finish(path)
+    there = (inside(path, name) for name in _MODELS if (path / name).is_file())
+    file = next(there, None) if path.is_dir() else path
     if file is None or not file.is_file() or file.suffix not in _SUFFIXES:
         raise ConfigError(f"there is no model at {path}: name a folder with {' or '.join(_MODELS)}, or a .pt2 file")
     if file.suffix == ".pt2":
@@ -109,7 +114,7 @@ def read_artefact(path: str | Path) -> Artefact:
         return Artefact(file, found.rotations, {**found.inputs, **outputs}, {})
     manifest = _manifest(file)
     if file.suffix == ".onnx":
-        return Artefact(file, *onnx_record(file, _metadata(file)), manifest)
+        return Artefact(file, *onnx_record(file, _onnx_metadata(file)), manifest)
     return Artefact(file, (manifest.get("record") or {}).get("rotations", {}), {}, manifest)
 
 
@@ -154,7 +159,7 @@ def check_checkpoint(folder: Path) -> None:
 
 def _compare(folder: Path, listed: Mapping[str, Any], read: Callable[[str], bool]) -> None:
     for name, stated in listed.items():
-        file = folder / name
+        file = inside(folder, name)
         if not file.is_file():
             raise VerificationError(f"{folder} lacks {name}, which {MANIFEST} lists: copy all of it")
         if file.stat().st_size != stated["bytes"] or (read(name) and sha256(file) != stated["sha256"]):
@@ -187,7 +192,25 @@ def hashes(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
     return {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)} for name in sorted(names)}
 
 
-def _metadata(file: Path) -> dict[str, str]:
+def listed_files(folder: Path) -> set[str]:
+    """Return the names that the ``spinpass.json`` of a folder lists, and its own; none where there is none."""
+    try:
+        listed = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        return {MANIFEST, *filter(is_plain_name, listed)}
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()
+
+
+def inside(folder: Path, name: str) -> Path:
+    """Return the path of a file that something in the folder names. Raises ExportError where it leads out of it."""
+    file = folder / name
+    if not Path(os.path.realpath(file)).is_relative_to(os.path.realpath(folder)):
+        raise ExportError(f"{name!r} leads out of {folder}, so it is not opened: copy the file into the folder")
+    return file
+
+
+def _onnx_metadata(file: Path) -> dict[str, str]:
+    """Read the metadata of an ONNX file. Raises ExportError where it names data outside its folder."""
     try:
         import onnx
 
@@ -196,7 +219,24 @@ def _metadata(file: Path) -> dict[str, str]:
         raise ExportError(f"reading ONNX needs {error.name}: pip install 'spinpass[onnx]'") from error
     except Exception as error:  # protobuf's errors have no common base
         raise ExportError(f"{file} is no ONNX model ({first_line(error)}): export it again") from error
+    for location in _data_files(model):
+        inside(file.parent, location)
     return {entry.key: entry.value for entry in model.metadata_props}
+
+
+def _data_files(model: Any) -> set[str]:
+    """Return the names of the files in which tensors of an ONNX model lie, those of inner graphs and functions too."""
+    found: set[str] = set()
+    todo = [model]
+    while todo:
+        message = todo.pop()
+        if message.DESCRIPTOR.name == "TensorProto":
+            found |= {entry.value for entry in message.external_data if entry.key == "location"}
+        else:
+            for field, value in message.ListFields():
+                if field.message_type is not None:
+                    todo += [value] if hasattr(value, "ListFields") else value
+    return found
 
 
 def onnx_record(file: Path, metadata: Mapping[str, str]) -> tuple[dict[str, str], dict[str, Carried]]:
@@ -227,10 +267,10 @@ def read_manifest(folder: Path) -> Mapping[str, Any]:
     if not file.is_file():
         return {}
     try:
-        found = parsed(file.read_bytes(), str(file))
+        found = parsed(inside(folder, MANIFEST).read_bytes(), str(file))
     except OSError as error:
         raise DamageError(f"{file} cannot be read ({error}): export the folder again") from error
-    if not isinstance(found, dict):
+    if not _is_manifest(found):
         raise DamageError(f"{file} is not what spinpass writes: export the folder again")
     stated = found.pop(_SELF, None)
     if stated != digest(found):
@@ -238,7 +278,24 @@ def read_manifest(folder: Path) -> Mapping[str, Any]:
             f"{file} is not as it was written ({'its SHA-256 differs' if stated else 'it has no SHA-256 of itself'}): "
             "copy it again, or export the folder again"
         )
+    for name in found.get("files", {}):
+        if not is_plain_name(name):
+            raise DamageError(f"{file} lists {name!r}, which is no file of its folder: export the folder again")
     return {**found, _SELF: stated}
+
+
+def _is_manifest(found: Any) -> bool:
+    """Say whether what is read of a manifest here is of the kinds that spinpass writes."""
+    if not isinstance(found, dict) or not isinstance(found.get("record") or {}, dict):
+        return False
+    rotations, files = (found.get("record") or {}).get("rotations", {}), found.get("files", {})
+    return (
+        isinstance(rotations, dict)
+        and isinstance(files, dict)
+        and all(
+            isinstance(f, dict) and (type(f.get("bytes")), type(f.get("sha256"))) == (int, str) for f in files.values()
+        )
+    )
 
 
 def _basis(carried: Carried | None) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from spinpass.errors import ConfigError
+from spinpass.formats import finish
 
 SourceKind = Literal["program", "gguf", "transformers"]
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
@@ -26,9 +27,12 @@ class Source:
 def locate(model: str | Path) -> Source:
     """Decide what ``model`` names, without loading anything.
 
-    Raises ConfigError: there is no such file or folder, or it holds no model.
+    Raises:
+        ConfigError: there is no such file or folder, or it holds no model.
+        ExportError: an export was killed while it moved its files there, and cannot be finished.
     """
     path = Path(model).expanduser()
+    finish(path)
     if path.is_file():
         return _file(path)
     if path.is_dir():

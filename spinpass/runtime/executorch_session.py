@@ -10,7 +10,7 @@ from executorch.runtime import Runtime
 from torch import Tensor
 
 from spinpass.errors import ExportError
-from spinpass.formats import check_opened
+from spinpass.formats import check_opened, finish
 
 _METHOD = "forward"
 
@@ -24,6 +24,7 @@ class PteMethod:
     """
 
     def __init__(self, path: Path) -> None:
+        finish(path)
         if not path.is_file():
             raise ExportError(f"there is no model at {path}")
         check_opened(path)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from spinpass.errors import ExportError
-from spinpass.formats import check_loaded
+from spinpass.formats import check_loaded, finish
 
 _PREFIX = re.compile(r"^(input\.|output\.)?(past_key_values|present_key_values|past|present)?")
 
@@ -67,13 +67,14 @@ class DecoderGraph:
             threads: how many of the CPU. None leaves the number to ONNX Runtime.
 
         Raises:
-            ExportError: no file is there, ONNX Runtime cannot load it or lacks an operator, or the graph has no cache
-                of dynamic length.
+            ExportError: no file is there, ONNX Runtime cannot load it or lacks an operator, the graph has no cache of
+                dynamic length, or an export was killed while it moved its files there and cannot be finished.
             VerificationError: its rotations are not those that it or ``spinpass.json`` beside it names.
             ConfigError: ONNX Runtime does not have ``provider``.
         """
         from .onnx_session import open_session
 
+        finish(path)
         if not path.is_file():
             raise ExportError(f"there is no model at {path}")
         session = open_session(path, provider, threads)

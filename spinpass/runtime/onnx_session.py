@@ -39,7 +39,7 @@ class NoKernelError(ExportError):
 def open_session(
     path: Path, provider: str = "CPUExecutionProvider", threads: int | None = None
 ) -> ort.InferenceSession:
-    """A session with the default optimisations that prints errors only.
+    """A session with the default optimisations that prints nothing by itself.
 
     Args:
         path: of the file.
@@ -61,7 +61,7 @@ def open_session(
         raise ConfigError(f"ONNX Runtime has no provider {provider!r} here; choose one of {', '.join(available)}")
     check_opened(path)
     options = ort.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # its errors are raised too; printed, they hold names of the file as they are
     if threads is not None:
         options.intra_op_num_threads = threads
     try:
