@@ -181,7 +181,7 @@ def test_no_model_a_damaged_one_and_no_provider(folder: Path, tmp_path: Path) ->
     (tmp_path / "model.onnx").write_bytes(b"no model")
     with pytest.raises(ExportError, match="cannot load model.onnx"):
         OrtDecoder(tmp_path)
-    with pytest.raises(ConfigError, match="no provider 'WarpExecutionProvider' here; there are .*CPUExecutionProvider"):
+    with pytest.raises(ConfigError, match="no provider 'WarpExecutionProvider' here; choose one of .*CPUExecutionProvider"):
         OrtDecoder(folder, provider="WarpExecutionProvider")
 
 
