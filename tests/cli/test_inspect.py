@@ -11,7 +11,7 @@ from typing import Any
 import onnx
 import pytest
 
-from spinpass.formats import hashes
+from spinpass.formats import hashes, sealed
 from tests.support.commands import document, run
 
 EVIL = "\x1b[31mred\x07\x9b0m[link=http://x]y[/link]\ud800"
@@ -22,7 +22,7 @@ def folder_of(folder: Path, manifest: dict[str, Any] | None = None, **more: Any)
     folder.mkdir(exist_ok=True)
     (folder / "model.pte").write_bytes(b"model")
     about = {"files": hashes(folder, ["model.pte"])} if manifest is None else manifest
-    (folder / "spinpass.json").write_text(json.dumps(about | more))
+    (folder / "spinpass.json").write_text(json.dumps(sealed(about | more)))
     return folder
 
 
@@ -52,7 +52,7 @@ def test_names_that_lead_out_of_the_folder(tmp_path: Path, opened: list[str], na
     folder_of(folder, about)
     for options in ((), ("--check",), ("--json", "--check")):
         result = run("inspect", folder, *options)
-        assert result.exit_code == 2 and "which is no file of its folder" in result.stderr
+        assert result.exit_code == 1 and "which is no file of its folder" in result.stderr
     assert os.path.realpath(tmp_path / "secret") not in opened
 
 
@@ -67,7 +67,7 @@ def test_links_that_lead_out_of_the_folder(tmp_path: Path, opened: list[str], na
     (folder / name).symlink_to(secret)
     opened.clear()
     result = run("inspect", folder, "--check")
-    assert result.exit_code == 2 and f"'{name}' leads out of" in result.stderr
+    assert result.exit_code == 1 and f"'{name}' leads out of" in result.stderr
     assert os.path.realpath(secret) not in opened
 
 
@@ -86,7 +86,7 @@ def test_external_data_outside_the_folder(tmp_path: Path, where: str) -> None:
         model.functions.append(onnx.helper.make_function("d", "f", [], ["c"], [constant], []))
     (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
     result = run("inspect", tmp_path)
-    assert result.exit_code == 2 and "'../secret' leads out of" in result.stderr
+    assert result.exit_code == 1 and "'../secret' leads out of" in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -101,9 +101,9 @@ def test_external_data_outside_the_folder(tmp_path: Path, where: str) -> None:
 def test_manifests_of_other_kinds(tmp_path: Path, about: Any) -> None:
     folder = folder_of(tmp_path / "out")
     files = {"files": hashes(folder, ["model.pte"])}
-    (folder / "spinpass.json").write_text(json.dumps(files | about if isinstance(about, dict) else about))
+    (folder / "spinpass.json").write_text(json.dumps(sealed(files | about) if isinstance(about, dict) else about))
     result = run("inspect", folder)
-    assert result.exit_code == 2 and "spinpass.json is not what spinpass writes" in result.stderr
+    assert result.exit_code == 1 and "spinpass.json is not what spinpass writes" in result.stderr
 
 
 def controls(text: str) -> set[str]:
