@@ -54,7 +54,7 @@ def check_archive(path: Path) -> None:
         with path.open("rb") as file:
             _check(path, file)
     except (OSError, struct.error) as error:
-        raise DamageError(f"{path} is damaged: {error}; get it again") from error
+        raise DamageError(f"{path} is damaged: {error}; copy it again") from error
 
 
 def _check(path: Path, file: BinaryIO) -> None:
@@ -78,11 +78,11 @@ def _ends(path: Path, file: BinaryIO) -> tuple[int, int, int]:
     """Return where the directory begins and ends, and how many entries it has, by the records behind it."""
     size = file.seek(0, 2)
     if size < _END.size:
-        raise DamageError(f"{path} is no archive of torch, or it is cut short; get it again")
+        raise DamageError(f"{path} is no archive of torch, or it is cut short; copy it again")
     end = size - _END.size
     magic, disk, first, here, count, length, start, comment = _read(file, end, _END)
     if magic != b"PK\x05\x06" or disk or first or here != count or comment:
-        raise DamageError(f"{path} is damaged at its end, or cut short; get it again")
+        raise DamageError(f"{path} is damaged at its end, or cut short; copy it again")
     stop = end
     located = _read(file, end - _LOCATOR.size, _LOCATOR) if end >= _LOCATOR.size + _END64.size else None
     if located is not None and located[0] == b"PK\x06\x07":
@@ -92,10 +92,10 @@ def _ends(path: Path, file: BinaryIO) -> tuple[int, int, int]:
         fine &= version in _VERSIONS and not disk and not first and here64 == count64
         pairs = ((count, count64, _FULL16), (length, length64, _FULL32), (start, start64, _FULL32))
         if not fine or any(narrow not in (wide, full) for narrow, wide, full in pairs):
-            raise DamageError(f"{path} is damaged at its end: its two records of the directory differ; get it again")
+            raise DamageError(f"{path} is damaged at its end: its two records of the directory differ; copy it again")
         count, length, start = count64, length64, start64
     if start + length != stop:
-        raise DamageError(f"{path} is damaged: its directory is not where its end says; get it again")
+        raise DamageError(f"{path} is damaged: its directory is not where its end says; copy it again")
     return start, stop, count
 
 
@@ -170,4 +170,4 @@ def _shown(name: bytes) -> str:
 
 
 def _damaged(path: Path, name: bytes, why: str) -> DamageError:
-    return DamageError(f"{path} is damaged: {_shown(name)}: {why}; get it again")
+    return DamageError(f"{path} is damaged: {_shown(name)}: {why}; copy it again")

@@ -27,9 +27,11 @@ def read_object(path: Path) -> dict[str, Any]:
             raise DamageError(f"{path} is larger than any JSON file of a model: it is not read")
         found = parsed(path.read_bytes(), str(path))
     except OSError as error:
-        raise DamageError(f"{path} cannot be read ({error.strerror or error}): get it again") from error
+        raise DamageError(f"{path} cannot be read ({error.strerror or error}): copy it again") from error
     if not isinstance(found, dict):
-        raise DamageError(f"{path} is not what it should be: it holds a {type(found).__name__}, not an object of JSON")
+        raise DamageError(
+            f"{path} is not what it should be: it holds a {type(found).__name__}, not an object of JSON; copy it again"
+        )
     return found
 
 
@@ -41,12 +43,12 @@ def parsed(data: bytes, where: str) -> Any:
         if len(found) < len(pairs):
             names = [name for name, _ in pairs]
             twice = next(name for name in names if names.count(name) > 1)
-            raise DamageError(f"{where} has {twice[:80]!r} twice: which of them counts is not clear; get it again")
+            raise DamageError(f"{where} has {twice[:80]!r} twice: which of them counts is not clear; copy it again")
         return found
 
     def number(text: str) -> float:
         if text == "NaN":
-            raise DamageError(f"{where} holds NaN, which is no number; get it again")
+            raise DamageError(f"{where} holds NaN, which is no number; copy it again")
         return float(text)  # infinities, which some configurations hold
 
     try:
@@ -58,7 +60,7 @@ def parsed(data: bytes, where: str) -> Any:
 
 
 def _refuse(where: str, why: str, error: BaseException) -> NoReturn:
-    raise DamageError(f"{where} {why}: it is damaged, or not what its name says; get it again") from error
+    raise DamageError(f"{where} {why}: it is damaged, or not what its name says; copy it again") from error
 
 
 def digest(document: Mapping[str, Any]) -> str:

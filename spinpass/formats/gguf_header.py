@@ -53,7 +53,7 @@ class _Reader:
 
     def header(self, sizes: Mapping[int, tuple[int, int]]) -> GgufHeader:
         if self._take(4, "its first bytes") != b"GGUF":
-            raise DamageError(f"{self._path} is no GGUF file: it does not begin as one")
+            raise DamageError(f"{self._path} is no GGUF file: it does not begin as one; name another")
         version = self._number("I", "its version")
         if not version & 0xFFFF:
             self._order, version = ">", int.from_bytes(version.to_bytes(4, "little"), "big")
@@ -148,4 +148,4 @@ class _Reader:
         return found
 
     def _damaged(self, why: str) -> DamageError:
-        return DamageError(f"{self._path} is damaged: {why[:200]}; get it again")
+        return DamageError(f"{self._path} is damaged: {why[:200]}; copy it again")

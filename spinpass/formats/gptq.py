@@ -211,7 +211,7 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
     if index.is_file():
         named = read_object(index).get("weight_map")
         if not isinstance(named, dict):
-            raise DamageError(f"{index} has no weight_map of names of files: get it again")
+            raise DamageError(f"{index} has no weight_map of names of files: copy it again")
         outside = [name for name in named.values() if Path(str(name)).name != name]
         if outside:
             raise DamageError(f"{index} names {outside[0]!r}, which is no file of its folder: it is not read")

@@ -54,7 +54,7 @@ class Artefact:
         Raises VerificationError, naming what differs.
         """
         self.check_rotations()
-        _compare(self.path.parent, _listed(self.manifest), lambda name: files or name == self.path.name)
+        _compare(self.path.parent, self.manifest.get("files", {}), lambda name: files or name == self.path.name)
 
     def check_rotations(self) -> None:
         """Check the rotations as :meth:`check` does, whatever became of the other files."""
@@ -138,7 +138,7 @@ def check_opened(model: Path) -> None:
         DamageError: the manifest is not as it was written.
     """
     mine = f"{model.stem}."
-    listed = {name: stated for name, stated in _listed(_manifest(model)).items() if name.startswith(mine)}
+    listed = {name: stated for name, stated in _manifest(model).get("files", {}).items() if name.startswith(mine)}
     _compare(model.parent, listed, lambda name: True)
 
 
@@ -146,7 +146,7 @@ def check_companions(folder: Path, *names: str) -> None:
     """Compare files beside a model that are about to be read, all of them or those named, as :func:`check_opened`."""
     listed = {
         name: stated
-        for name, stated in _listed(read_manifest(folder)).items()
+        for name, stated in read_manifest(folder).get("files", {}).items()
         if (name in names if names else Path(name).suffix not in _WEIGHTS)
     }
     _compare(folder, listed, lambda name: True)
@@ -154,7 +154,7 @@ def check_companions(folder: Path, *names: str) -> None:
 
 def check_checkpoint(folder: Path) -> None:
     """Compare every file of an exported folder, as :func:`check_opened`; nothing where there is no manifest."""
-    _compare(folder, _listed(read_manifest(folder)), lambda name: True)
+    _compare(folder, read_manifest(folder).get("files", {}), lambda name: True)
 
 
 def _compare(folder: Path, listed: Mapping[str, Any], read: Callable[[str], bool]) -> None:
@@ -167,17 +167,6 @@ def _compare(folder: Path, listed: Mapping[str, Any], read: Callable[[str], bool
                 f"{file} is not the file that {MANIFEST} lists: it is damaged or was changed, or they come from "
                 "different exports; copy the whole folder again, or export again"
             )
-
-
-def _listed(manifest: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the files that a manifest lists. Raises DamageError where their entries are none."""
-    listed = manifest.get("files", {})
-    wanted = {"bytes": int, "sha256": str}
-    for name, entry in listed.items() if isinstance(listed, dict) else [("files", None)]:
-        if not isinstance(entry, dict) or any(not isinstance(entry.get(k), v) for k, v in wanted.items()):
-            raise DamageError(f"{MANIFEST} has no size and SHA-256 for {name}: export the folder again")
-    found: Mapping[str, Any] = listed
-    return found
 
 
 def sealed(about: Mapping[str, Any]) -> dict[str, Any]:
@@ -258,7 +247,7 @@ def onnx_record(file: Path, metadata: Mapping[str, str]) -> tuple[dict[str, str]
 def _manifest(model: Path) -> Mapping[str, Any]:
     """Read the manifest of the folder of ``model``; it is empty where there is none, or one that does not list it."""
     found = read_manifest(model.parent)
-    return found if model.name in _listed(found) else {}
+    return found if model.name in found.get("files", {}) else {}
 
 
 def read_manifest(folder: Path) -> Mapping[str, Any]:
@@ -278,9 +267,13 @@ def read_manifest(folder: Path) -> Mapping[str, Any]:
             f"{file} is not as it was written ({'its SHA-256 differs' if stated else 'it has no SHA-256 of itself'}): "
             "copy it again, or export the folder again"
         )
-    for name in found.get("files", {}):
+    for name, entry in found.get("files", {}).items():
         if not is_plain_name(name):
             raise DamageError(f"{file} lists {name!r}, which is no file of its folder: export the folder again")
+        if not _is_file_entry(entry):
+            raise DamageError(
+                f"{file} is not what spinpass writes: it has no size and SHA-256 for {name}; export the folder again"
+            )
     return {**found, _SELF: stated}
 
 
@@ -288,14 +281,12 @@ def _is_manifest(found: Any) -> bool:
     """Say whether what is read of a manifest here is of the kinds that spinpass writes."""
     if not isinstance(found, dict) or not isinstance(found.get("record") or {}, dict):
         return False
-    rotations, files = (found.get("record") or {}).get("rotations", {}), found.get("files", {})
-    return (
-        isinstance(rotations, dict)
-        and isinstance(files, dict)
-        and all(
-            isinstance(f, dict) and (type(f.get("bytes")), type(f.get("sha256"))) == (int, str) for f in files.values()
-        )
-    )
+    parts = (found.get("record") or {}).get("rotations", {}), found.get("files", {})
+    return all(isinstance(part, dict) for part in parts)
+
+
+def _is_file_entry(entry: Any) -> bool:
+    return isinstance(entry, dict) and (type(entry.get("bytes")), type(entry.get("sha256"))) == (int, str)
 
 
 def _basis(carried: Carried | None) -> str:

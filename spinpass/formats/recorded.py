@@ -50,7 +50,7 @@ def check_recorded(path: Path) -> FileHash:
             records[str(place)] = stated
     for where, stated in records.items():
         if not _agrees(path, found, stated):
-            raise DamageError(f"{path} is damaged: it is not the file of {where}; get it again")
+            raise DamageError(f"{path} is damaged: it is not the file of {where}; copy it again")
     return FileHash(path.stat().st_size, found, _downloaded(path, found))
 
 
@@ -66,7 +66,7 @@ def _downloaded(path: Path, found: str) -> str | None:
         return None
     if later:
         return f"{path.name} is not the file that was downloaded: it was written since"
-    raise DamageError(f"{path} is damaged: it is not the file that was downloaded ({place}); get it again")
+    raise DamageError(f"{path} is damaged: it is not the file that was downloaded ({place}); copy it again")
 
 
 def _agrees(path: Path, found: str, stated: str) -> bool:

@@ -35,27 +35,27 @@ def check_safetensors(path: Path) -> dict[str, str]:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(size - 8, _LONGEST):
                 raise DamageError(
-                    f"{path} is damaged: its header of {length:,} bytes does not fit into it; get it again"
+                    f"{path} is damaged: its header of {length:,} bytes does not fit into it; copy it again"
                 )
             header = parsed(file.read(length), f"the header of {path}")
     except OSError as error:
         raise DamageError(f"{path} cannot be read: {error.strerror or error}") from error
     if not isinstance(header, dict):
-        raise DamageError(f"{path} is damaged: its header is no table of tensors; get it again")
+        raise DamageError(f"{path} is damaged: its header is no table of tensors; copy it again")
     about = header.pop("__metadata__", {})
     if not isinstance(about, dict) or not all(isinstance(text, str) for text in about.values()):
-        raise DamageError(f"{path} is damaged: its metadata are no strings; get it again")
+        raise DamageError(f"{path} is damaged: its metadata are no strings; copy it again")
     spans = sorted(_span(path, name, entry) for name, entry in header.items())
     at = 0
     for first, last, name in spans:
         if first != at:
             raise DamageError(
-                f"{path} is damaged: {name} begins at byte {first} of the tensors, not at {at}; get it again"
+                f"{path} is damaged: {name} begins at byte {first} of the tensors, not at {at}; copy it again"
             )
         at = last
     if at != size - 8 - length:
         raise DamageError(
-            f"{path} is damaged: its tensors have {at:,} bytes, the file has {size - 8 - length:,}; get it again"
+            f"{path} is damaged: its tensors have {at:,} bytes, the file has {size - 8 - length:,}; copy it again"
         )
     return {name: entry["dtype"] for name, entry in header.items()}
 
@@ -66,4 +66,4 @@ def _span(path: Path, name: str, entry: Any) -> tuple[int, int, str]:
             fits = all(isinstance(n, int) and n >= 0 for n in shape) and first >= 0
             if fits and dtype in _BITS and (last - first) * 8 == math.prod(shape) * _BITS[dtype]:
                 return first, last, name
-    raise DamageError(f"{path} is damaged: its entry of {ascii(name)[1:81]} has no size that fits; get it again")
+    raise DamageError(f"{path} is damaged: its entry of {ascii(name)[1:81]} has no size that fits; copy it again")

@@ -145,14 +145,14 @@ def weight_files(transformers: Any, location: str) -> dict[str, Path]:
 def _parts(transformers: Any, location: str, index: Path) -> dict[str, Path]:
     named = read_object(index).get("weight_map")
     if not isinstance(named, dict) or not all(isinstance(name, str) for name in named.values()):
-        raise DamageError(f"{index} has no weight_map of names of files: get it again")
+        raise DamageError(f"{index} has no weight_map of names of files: copy it again")
     found = {}
     for name in sorted(set(named.values())):
         if Path(name).name != name or "\\" in name or name in ("", ".", ".."):
             raise DamageError(f"{index} names {name!r}, which is no file of its folder: it is not read")
         path = find_file(transformers, location, name)
         if path is None:
-            raise DamageError(f"{location} lacks {name}, which {index.name} names: get all of it")
+            raise DamageError(f"{location} lacks {name}, which {index.name} names: copy all of it")
         found[name] = path
     return found
 
@@ -231,7 +231,9 @@ def check_keys(where: str, found: Iterable[str], known: Iterable[str], what: str
     for key in sorted(keys - others):
         for meant in missing:
             if len(key) == len(meant) and sum(a != b for a, b in zip(key, meant)) == 1:
-                raise DamageError(f"{where} says {key!a}, which {what} does not know: {meant!r} is meant; get it again")
+                raise DamageError(
+                    f"{where} says {key!a}, which {what} does not know: {meant!r} is meant; copy it again"
+                )
 
 
 def _entries(config: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:

@@ -31,24 +31,33 @@ def refused(*arguments: object, mark: Path | None = None, kind: str = "DamageErr
 
 
 COMMANDS = {
-    "plan": (), "export": ("OUT",), "eval": (), "report": (), "rotate": ("OUT.pt2",), "verify": ("SELF",), "inspect": (),
+    "plan": (), "export": ("OUT",), "eval": ("--tokenizer", "FOLDER"), "report": ("--tokenizer", "FOLDER"),
+    "rotate": ("OUT.pt2",), "verify": ("SELF",), "inspect": (),
     "tune": ("--quantize", "w4-rtn", "--calibration", "TEXT"),
 }  # fmt: skip
 
 
-def call(command: str, model: Path, tmp_path: Path) -> list[object]:
-    (tmp_path / "text.txt").write_text(" ".join(folders.WORDS))
-    given = {"OUT": tmp_path / "o", "OUT.pt2": tmp_path / "o.pt2", "SELF": model, "TEXT": tmp_path / "text.txt"}
+def call(command: str, model: Path, folder: Path, tmp_path: Path) -> list[object]:
+    """The command with what it looks at before a model in order, so that it comes to the model."""
+    (tmp_path / "text.txt").write_text(" ".join(folders.WORDS * 4000))
+    given = {
+        "OUT": tmp_path / "o", "OUT.pt2": tmp_path / "o.pt2", "SELF": model, "FOLDER": folder,
+        "TEXT": tmp_path / "text.txt",
+    }  # fmt: skip
     return [command, model, *(given.get(part, part) for part in COMMANDS[command])]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_bomb_in_a_program(command: str, pt2: Path, tmp_path: Path) -> None:
+def test_a_bomb_in_a_program(command: str, pt2: Path, folder: Path, tmp_path: Path) -> None:
     mark, path = tmp_path / "ran", tmp_path / "x.pt2"
     found = members(pt2.read_bytes())
     name = next(name for name in found if name.endswith("sample_inputs/model.pt"))
     path.write_bytes(zipped(found | {name: saved(Bomb(mark))}))
-    assert "sample_inputs/model.pt" in refused(*call(command, path, tmp_path), mark=mark)
+    if command == "tune":  # it reads its text with the model's own tokenizer, and a program has none: it is not opened
+        result = run(*call(command, path, folder, tmp_path))
+        assert result.exit_code == 2 and "has no tokenizer" in result.stderr and not mark.exists()
+        return
+    assert "sample_inputs/model.pt" in refused(*call(command, path, folder, tmp_path), mark=mark)
 
 
 @pytest.mark.parametrize("command", ["plan", "export", "eval", "report", "tune"])
@@ -56,7 +65,7 @@ def test_a_bomb_in_a_model_folder(command: str, folder: Path, tmp_path: Path) ->
     mark, model = tmp_path / "ran", copied(folder, tmp_path / "m")
     (model / "model.safetensors").unlink()
     (model / "pytorch_model.bin").write_bytes(saved({"a": Bomb(mark)}))
-    assert "pytorch_model.bin" in refused(*call(command, model, tmp_path), mark=mark)
+    assert "pytorch_model.bin" in refused(*call(command, model, folder, tmp_path), mark=mark)
     assert not (tmp_path / "o").exists()
 
 
@@ -74,7 +83,7 @@ def test_a_flip_in_each_file_of_an_exported_folder(out: Path, tmp_path: Path) ->
             kind = "DamageError" if name == "spinpass.json" else "VerificationError"
             assert name in refused("inspect", target, "--check", kind=kind)
             if name != "genai_config.json":
-                assert name in refused("generate", target, "what is", kind=kind)
+                assert name in refused("generate", target, "what is", "--max-new-tokens", 1, kind=kind)
                 assert name in refused("eval", target, kind=kind)
         (target / name).write_bytes(whole)
     assert run("inspect", target, "--check").exit_code == 0
@@ -110,7 +119,7 @@ def test_a_bomb_in_a_chat_template(template: str, out: Path, tmp_path: Path) -> 
     (target / "spinpass.json").write_text(json.dumps(sealed(about)))
     result = run("generate", target, "what is", "--chat", "--json")
     said = document(result)
-    assert result.exit_code == 2 and "the chat template of" in said["message"] and "\n" not in said["message"]
+    assert result.exit_code == 1 and "the chat template of" in said["message"] and "\n" not in said["message"]
 
 
 @pytest.mark.parametrize("where", ["../secret.bin", "ABSOLUTE", "link.bin", "short.bin"])
@@ -118,8 +127,9 @@ def test_an_onnx_file_whose_weights_lie_elsewhere(where: str, out: Path, tmp_pat
     import onnx
     from onnx import TensorProto, helper
 
-    folder = tmp_path / "in"
-    folder.mkdir()
+    folder = copied(out, tmp_path / "in")  # with a tokenizer, which is looked for before the model
+    for name in ("spinpass.json", "genai_config.json"):
+        (folder / name).unlink()
     (tmp_path / "secret.bin").write_bytes(bytes(16))
     (folder / "link.bin").symlink_to(tmp_path / "secret.bin")
     (folder / "short.bin").write_bytes(bytes(8))
@@ -131,6 +141,6 @@ def test_an_onnx_file_whose_weights_lie_elsewhere(where: str, out: Path, tmp_pat
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
     (folder / "model.onnx").write_bytes(model.SerializeToString())
     assert onnx.load(folder / "model.onnx", load_external_data=False)
-    assert "cannot load model.onnx" in refused("generate", folder, "what is")
+    assert "cannot load model.onnx" in refused("generate", folder, "what is", "--max-new-tokens", 1)
     (folder / "model.onnx").write_bytes(b"\x08\xff" * 40)
-    assert "cannot load model.onnx" in refused("generate", folder, "what is")
+    assert "cannot load model.onnx" in refused("generate", folder, "what is", "--max-new-tokens", 1)
