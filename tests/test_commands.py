@@ -23,6 +23,7 @@ import typer.main
 from benchmarks.imports import ROOT
 from spinpass.cli import app as commands
 from spinpass.errors import ExportError, SpinpassError
+from spinpass.formats import hashes, sealed
 from tests.support import folders
 from tests.support.commands import document, run
 
@@ -214,7 +215,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "MODEL").symlink_to("model")
     (root / "OUT" / "model.onnx").write_text("no model")
     names = [path.name for path in (root / "OUT").iterdir()]
-    (root / "OUT" / "spinpass.json").write_text(json.dumps({"files": {name: {} for name in names}}))
+    (root / "OUT" / "spinpass.json").write_text(json.dumps(sealed({"files": hashes(root / "OUT", names)})))
     (root / "out").symlink_to("OUT")
     (root / "OTHER").symlink_to("OUT")
     for name in ("TEXT", "text.txt"):

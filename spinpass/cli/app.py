@@ -26,7 +26,7 @@ from .plain import plain_streams
 from .plan import plan_command
 from .report import report_command
 from .rotate import rotate_command
-from .screen import CommandState, Screen
+from .screen import CommandState
 from .tune import tune_command
 from .verify import verify_command
 
@@ -51,8 +51,7 @@ class _Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         # what is wrong before the command begins is said in its way as well
         as_json = "--json" in (*getattr(ctx, "_protected_args", ()), *ctx.args)
-        ctx.obj = state = CommandState()
-        state.screen = Screen(as_json=as_json, streams=state.streams)
+        ctx.obj = state = CommandState(as_json)
         try:
             with plain_streams():
                 return super().invoke(ctx)

@@ -123,12 +123,13 @@ class ShownSteps(Silent):
 class CommandState:
     """What the handling of errors has to know about the command under way."""
 
+    as_json: bool = False
     streams: tuple[IO[str], IO[str]] = field(default_factory=lambda: (sys.stdout, sys.stderr))
     tracebacks: bool = False
     screen: Screen = field(init=False)
 
     def __post_init__(self) -> None:
-        self.screen = Screen(streams=self.streams)
+        self.screen = Screen(as_json=self.as_json, streams=self.streams)
 
 
 def screen_of(ctx: typer.Context, as_json: bool, verbose: int) -> Screen:

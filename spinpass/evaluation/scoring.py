@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from spinpass.errors import ConfigError, first_line
-from spinpass.execution import InputRole, UserInput, bound_sizes, concrete, fresh, run, user_inputs
+from spinpass.execution import InputRole, reading_inputs, reading_sizes, run, user_inputs
 from spinpass.formats import finish, model_path
 from spinpass.loading import load_config, load_model, load_tokenizer, locate
 from spinpass.runtime import ModelFolder
@@ -65,31 +65,17 @@ class ProgramScorer:
     def inputs(self, ids: Sequence[int]) -> dict[str, Any]:
         """The program's inputs by name: one sequence, every token of it seen, positions from 0, no cache."""
         tokens = torch.tensor([list(ids)], dtype=self._ids.dtype)
-        sizes = bound_sizes([self._ids], {self._ids.name: tokens})
-        for spec in self._inputs:
-            for axis, size in enumerate(spec.shape):
-                if getattr(size, "is_symbol", False):
-                    sizes.setdefault(size, _size(spec, axis, len(ids)))
+        sizes = reading_sizes(self._inputs, self._ids, tokens)
         for symbol, allowed in self.program.range_constraints.items():  # a lower bound of 2 is an artefact of export
             size = symbol.subs(sizes)
             if size.is_number and size > allowed.upper:
                 raise ConfigError(f"the program does not take {len(ids)} tokens: {symbol} is at most {allowed.upper}")
-        return {spec.name: tokens if spec is self._ids else self._value(spec, sizes) for spec in self._inputs}
+        return reading_inputs(self._inputs, self._ids, tokens, sizes)
 
     def logits(self, ids: Sequence[int]) -> Tensor:
         """Logits (length, vocabulary), float32. Raises ConfigError where the program does not take that many tokens."""
         logits: Tensor = run(self.program, self.inputs(ids))[0]
         return logits[0].float()
-
-    def _value(self, spec: UserInput, sizes: dict[Any, int]) -> Any:
-        if spec.dtype is None:
-            return concrete(spec.node.meta["val"].node.expr, sizes)
-        size = tuple(concrete(s, sizes) for s in spec.shape)
-        return (
-            torch.zeros(size, dtype=spec.dtype)
-            if spec.dtype.is_floating_point
-            else fresh(spec, size, torch.Generator())
-        )
 
 
 class OnnxScorer:
@@ -184,10 +170,3 @@ def _tokenizer(name: str) -> Any:
         raise ConfigError(
             f"{here}transformers finds no tokenizer at {name}: {first_line(error)}; name another with --tokenizer"
         ) from error
-
-
-def _size(spec: UserInput, axis: int, length: int) -> int:
-    """The size of an axis that stands alone: one sequence, its length in masks and positions, nothing in caches."""
-    if axis == 0 and len(spec.shape) > 1:
-        return 1
-    return 0 if spec.dtype is not None and spec.dtype.is_floating_point else length

@@ -2,6 +2,7 @@
 
 from .interpreter import Deferred, Runner, constants, execute, flat_inputs, origin, run, user_input_names
 from .likelihoods import log_probabilities
+from .reading import reading_inputs, reading_sizes
 from .returned import output_names, returned_state
 from .roles import InputRole
 from .session import Session, into_basis
@@ -25,6 +26,8 @@ __all__ = [
     "next_inputs",
     "origin",
     "output_names",
+    "reading_inputs",
+    "reading_sizes",
     "returned_state",
     "run",
     "synthetic_inputs",

@@ -5,7 +5,6 @@ source -> configuration -> text -> tokenizer -> tokens -> kernels -> disk
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 from spinpass.errors import ConfigError, ExportError
 from spinpass.evaluation import calibration_windows, read_text, token_ids
+from spinpass.formats import check_free
 from spinpass.loading import Source, check_context, count_values, load_config, load_tokenizer, locate
 
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "torch.float32": 4, "torch.float16": 2, "torch.bfloat16": 2}
@@ -119,13 +119,5 @@ class Known:
 
 def check_space(out: Path, result: int, intermediate: int = 0) -> None:
     """Raise ExportError where the disk of a folder, which need not be there yet, does not hold so many bytes."""
-    place = out.absolute()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
-    if free < result + intermediate:
-        also = f" and {intermediate:,} for the file that it is made of" if intermediate else ""
-        raise ExportError(
-            f"cannot write to {out}: the result needs about {result:,} bytes{also}, and {free:,} are free (the disk is "
-            "full: free some space or choose a folder on another disk); nothing was written"
-        )
+    also = f" and {intermediate:,} for the file that it is made of" if intermediate else ""
+    check_free(out, result + intermediate, f"the result needs about {result:,} bytes{also},")

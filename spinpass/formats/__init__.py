@@ -21,8 +21,8 @@ from .manifest import (
 from .paths import PROTOBUF_LIMIT, data_name, model_path, pte_path, remove_stale_data
 from .pt2 import load_program, save_program
 from .recorded import FileHash, check_recorded
-from .safetensors_header import check_safetensors
-from .staging import PREFIX, finish, staged
+from .safetensors_header import check_safetensors, safetensors_header
+from .staging import PREFIX, check_free, finish, is_plain_name, staged
 
 __all__ = [
     "MANIFEST",
@@ -38,6 +38,7 @@ __all__ = [
     "check_archive",
     "check_checkpoint",
     "check_companions",
+    "check_free",
     "check_gguf",
     "check_loaded",
     "check_opened",
@@ -47,6 +48,7 @@ __all__ = [
     "drafted",
     "finish",
     "hashes",
+    "is_plain_name",
     "listed_files",
     "load_program",
     "model_path",
@@ -56,6 +58,7 @@ __all__ = [
     "read_gptq",
     "read_object",
     "remove_stale_data",
+    "safetensors_header",
     "save_program",
     "sealed",
     "staged",

@@ -25,7 +25,13 @@ _BITS = {
 
 
 def check_safetensors(path: Path) -> dict[str, str]:
-    """Return the dtype of every tensor of a file by name, as the file spells it.
+    """Return the dtype of every tensor of a file by name, as the file spells it. Raises DamageError as
+    :func:`safetensors_header`."""
+    return {name: entry["dtype"] for name, entry in safetensors_header(path).items()}
+
+
+def safetensors_header(path: Path) -> dict[str, Any]:
+    """Return the entry of every tensor of a file by name: ``dtype``, ``shape``, ``data_offsets``.
 
     Raises DamageError: the header is no JSON, has a name twice, or does not describe the rest of the file exactly.
     """
@@ -57,7 +63,7 @@ def check_safetensors(path: Path) -> dict[str, str]:
         raise DamageError(
             f"{path} is damaged: its tensors have {at:,} bytes, the file has {size - 8 - length:,}; copy it again"
         )
-    return {name: entry["dtype"] for name, entry in header.items()}
+    return header
 
 
 def _span(path: Path, name: str, entry: Any) -> tuple[int, int, str]:

@@ -63,9 +63,7 @@ def staged(folder: Path, size: int = 0, gone: Collection[str] = ()) -> Iterator[
     """
     with refusals(folder), parents_of(folder):
         folder.mkdir(exist_ok=True)
-        free = shutil.disk_usage(folder).free
-        if free < size:
-            raise OSError(errno.ENOSPC, f"{size:,} bytes are needed and {free:,} are free")
+        check_free(folder, size)
         _settle(folder)
         with _leaving(_new_workplace(folder)) as place:
             new = place / _NEW
@@ -84,6 +82,20 @@ def refusals(folder: Path) -> Iterator[None]:
         raise ExportError(
             f"cannot write to {folder}: {error.strerror or error} ({advice}); nothing was written"
         ) from error
+
+
+def check_free(folder: Path, size: int, need: str = "") -> None:
+    """Make sure that the disk of a folder, which need not be there yet, holds ``size`` bytes more.
+
+    Raises ExportError otherwise, which begins with ``need`` where that says more than the number.
+    """
+    place = folder.absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    with refusals(folder):
+        if free < size:
+            raise OSError(errno.ENOSPC, f"{need or f'{size:,} bytes are needed'} and {free:,} are free")
 
 
 @contextmanager

@@ -15,7 +15,15 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from spinpass.errors import ExportError
-from spinpass.execution import InputRole, UserInput, bound_sizes, concrete, returned_state, run, user_inputs
+from spinpass.execution import (
+    InputRole,
+    UserInput,
+    reading_inputs,
+    reading_sizes,
+    returned_state,
+    run,
+    user_inputs,
+)
 
 _LENGTH, _LAST = 20, 3  # tokens of the text, and of its second piece
 _LONGEST = 300  # a window beyond that is not tried
@@ -40,9 +48,9 @@ def check_faithful(model: Any, program: ExportedProgram, name: str) -> None:
         expected = model(input_ids=text, attention_mask=torch.ones_like(text), use_cache=False).logits.float()
     found: list[Tensor] = []
     caches: dict[str, Tensor] = {}
-    for piece in (text[:, :-_LAST], text[:, -_LAST:]):
-        values = _values(specs, ids, piece, sum(part.shape[1] for part in found), caches)
-        outputs = run(program, values)
+    for past, piece in ((0, text[:, :-_LAST]), (text.shape[1] - _LAST, text[:, -_LAST:])):
+        sizes = reading_sizes(specs, ids, piece, past)
+        outputs = run(program, reading_inputs(specs, ids, piece, sizes, past, caches))
         found.append(outputs[0].float())
         caches = {given: outputs[index] for given, index in state.items()}
     error = (torch.cat(found, 1) - expected).abs().max() / expected.abs().max().clamp(min=1e-30)
@@ -77,31 +85,3 @@ def _text(model: Any) -> Tensor:
 def _is_unknown(spec: UserInput, state: dict[str, int]) -> bool:
     floating = spec.dtype is not None and spec.dtype.is_floating_point
     return spec.name not in state and (spec.dtype is None or floating or len(spec.shape) > 2)
-
-
-def _values(
-    specs: list[UserInput], ids: UserInput, piece: Tensor, past: int, caches: dict[str, Tensor]
-) -> dict[str, Any]:
-    """Return the inputs for one piece of the text, on a cache of ``past`` tokens."""
-    sizes = bound_sizes([ids], {ids.name: piece})
-    for spec in specs:
-        if spec.dtype is not None and spec.dtype.is_floating_point:
-            sizes |= {size: past for size in spec.shape if _is_free(size, sizes)}
-    values: dict[str, Any] = {}
-    for spec in specs:
-        size = [concrete(s, sizes) for s in spec.shape]
-        if spec is ids:
-            values[spec.name] = piece
-        elif spec.name in caches:
-            values[spec.name] = caches[spec.name]
-        elif spec.dtype is not None and spec.dtype.is_floating_point:
-            values[spec.name] = torch.zeros(size, dtype=spec.dtype)
-        elif spec.role is InputRole.POSITION:
-            values[spec.name] = torch.arange(past, past + piece.shape[1], dtype=spec.dtype).expand(size)
-        else:
-            values[spec.name] = torch.ones(size, dtype=spec.dtype or torch.int64)
-    return values
-
-
-def _is_free(size: Any, sizes: dict[Any, int]) -> bool:
-    return bool(getattr(size, "is_symbol", False)) and size not in sizes

@@ -28,6 +28,7 @@ from spinpass.formats import (
     check_gguf,
     check_recorded,
     check_safetensors,
+    is_plain_name,
     read_object,
 )
 
@@ -37,10 +38,14 @@ from .sources import Source
 _INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _SINGLE = ("model.safetensors", "pytorch_model.bin")
 _TOKENIZER = (
-    "tokenizer_config.json", "tokenizer.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "chat_template.jinja",
+    "tokenizer_config.json", "tokenizer.json", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model",
+    "spiece.model",
 )  # fmt: skip
-_BESIDE = ("config.json", "generation_config.json", "hf_quant_config.json", "quantize_config.json", *_TOKENIZER)
+"""Where one of these is, there is a tokenizer."""
+_BESIDE = (
+    "config.json", "generation_config.json", "hf_quant_config.json", "quantize_config.json", *_TOKENIZER,
+    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+)  # fmt: skip
 _QUIET = ("vocab.json", "merges.txt", "vocab.txt", "spiece.model", "quantize_config.json")  # not asked of the hub
 
 
@@ -88,7 +93,7 @@ def check_folder(transformers: Any, location: str) -> SourceFiles:
         check_weights(path)
     hashes = {name: check_recorded(path) for name, path in (found | weights).items()}
     parts = [path for name, path in weights.items() if name not in _INDICES]
-    return SourceFiles(hashes, tuple(parts), any(name in found for name in _TOKENIZER[:2] + _TOKENIZER[4:9]))
+    return SourceFiles(hashes, tuple(parts), any(name in found for name in _TOKENIZER))
 
 
 def check_documents(transformers: Any, location: str) -> dict[str, Path]:
@@ -103,7 +108,7 @@ def check_documents(transformers: Any, location: str) -> dict[str, Path]:
 
 def has_tokenizer(transformers: Any, location: str) -> bool:
     """Say whether there are files of a tokenizer."""
-    return any(find_file(transformers, location, name) is not None for name in _TOKENIZER[:2] + _TOKENIZER[4:9])
+    return any(find_file(transformers, location, name) is not None for name in _TOKENIZER)
 
 
 def check_gguf_file(source: Source) -> SourceFiles:
@@ -148,7 +153,7 @@ def _parts(transformers: Any, location: str, index: Path) -> dict[str, Path]:
         raise DamageError(f"{index} has no weight_map of names of files: copy it again")
     found = {}
     for name in sorted(set(named.values())):
-        if Path(name).name != name or "\\" in name or name in ("", ".", ".."):
+        if not is_plain_name(name):
             raise DamageError(f"{index} names {name!r}, which is no file of its folder: it is not read")
         path = find_file(transformers, location, name)
         if path is None:

@@ -51,29 +51,25 @@ def _forward(
     module: Any, plain: Callable[..., Any], x: Tensor, position_ids: Tensor, layer_type: str | None = None
 ) -> Any:
     """Run the forward pass that does not update frequencies with those that the positions ask for."""
-    kinds = module.rope_type
-    kind = kinds if layer_type is None else kinds[layer_type]
-    further = {} if layer_type is None else {"layer_type": layer_type}
+    of_layer = {} if layer_type is None else {"layer_type": layer_type}
+    kind = module.rope_type if layer_type is None else module.rope_type[layer_type]
     if kind in _CHOSEN:
         prefix = "" if layer_type is None else f"{layer_type}_"
-        name, frequencies = f"{prefix}inv_freq", _frequencies(module, kind, position_ids, layer_type)
-        return plain(_With(module, name, frequencies), x, position_ids, **further)
-    return plain(module, x, position_ids, **further)
+        base: Tensor = getattr(module, f"{prefix}original_inv_freq")
+        module = _With(module, f"{prefix}inv_freq", _frequencies(module, kind, base, position_ids.max() + 1, of_layer))
+    return plain(module, x, position_ids, **of_layer)
 
 
-def _frequencies(module: Any, kind: str, position_ids: Tensor, layer_type: str | None) -> Tensor:
+def _frequencies(module: Any, kind: str, base: Tensor, length: Tensor, of_layer: dict[str, str]) -> Tensor:
+    """Return the frequencies for a text of ``length`` tokens, which is computed; ``base`` are those of a short one."""
     make = importlib.import_module("transformers.modeling_rope_utils").ROPE_INIT_FUNCTIONS[kind]
-    prefix = "" if layer_type is None else f"{layer_type}_"
-    short: Tensor = getattr(module, f"{prefix}original_inv_freq")
-    length = position_ids.max() + 1
+    stated = module.config.rope_parameters
     if kind == "longrope":
-        stated = module.config.rope_parameters
-        limit = (stated if layer_type is None else stated[layer_type])["original_max_position_embeddings"]
-        further = {} if layer_type is None else {"layer_type": layer_type}
-        long, _ = make(module.config, short.device, seq_len=limit + 1, **further)
-        return torch.where(length > limit, long, short)
-    stretched: Tensor = make(module.config, short.device, seq_len=length, layer_type=layer_type)[0]
-    return torch.where(length > module.original_max_seq_len, stretched, short)
+        limit = (stated[of_layer["layer_type"]] if of_layer else stated)["original_max_position_embeddings"]
+        long, _ = make(module.config, base.device, seq_len=limit + 1, **of_layer)
+        return torch.where(length > limit, long, base)
+    stretched, _ = make(module.config, base.device, seq_len=length, **of_layer)
+    return torch.where(length > module.original_max_seq_len, stretched, base)
 
 
 class _With:

@@ -8,10 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from spinpass.errors import SpinpassError
+from spinpass.formats import safetensors_header
+
+from .files import weight_files
 from .sources import Source
 
 _CODES = {"I32": 32, "U8": 8, "I8": 8}  # bits of the integers that hold codes
-_INDEX = "model.safetensors.index.json"
 
 
 def count_values(source: Source) -> int | None:
@@ -29,26 +32,11 @@ def count_values(source: Source) -> int | None:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         packed = config.get("quantization_config") or {}
         bits = int(packed.get("bits") or (4 if packed.get("quant_method") == "mxfp4" else 8))
-        return sum(_of_header(_header(file), bits) for file in _files(folder)) or None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError):
+        files = weight_files(None, source.location).values()  # of a folder, nothing is asked of transformers
+        headers = [safetensors_header(file) for file in files if file.suffix == ".safetensors"]
+        return sum(_of_header(header, bits) for header in headers) or None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, SpinpassError):
         return None
-
-
-def _files(folder: Path) -> list[Path]:
-    """List the safetensors of a folder that transformers reads."""
-    single, index = folder / "model.safetensors", folder / _INDEX
-    if single.is_file() or not index.is_file():
-        return [single] if single.is_file() else []
-    return [folder / name for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))]
-
-
-def _header(file: Path) -> Mapping[str, Any]:
-    with file.open("rb") as stream:
-        size = int.from_bytes(stream.read(8), "little")
-        if size > file.stat().st_size:
-            raise ValueError(f"a header of {size} bytes")
-        found: dict[str, Any] = json.loads(stream.read(size))
-    return {name: entry for name, entry in found.items() if name != "__metadata__"}
 
 
 def _of_header(header: Mapping[str, Any], bits: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,6 @@ from safetensors.torch import load_file
 
 from spinpass.errors import ConfigError, ExportError
 from spinpass.folders import ExportRequest, Known, check_space
-from spinpass.folders import preflight as module
 from spinpass.loading import Source, count_values, locate
 from spinpass.progress import Silent
 from tests.support import folders
@@ -68,12 +68,12 @@ def test_the_disk_is_asked_for_what_will_be_written(model: Path, tmp_path: Path,
         ("float32", 4.0, True, 4 * count + count // 2),
         ("float32", 4.0, False, count // 2),
     ):
-        monkeypatch.setattr(module.shutil, "disk_usage", free(needed))
+        monkeypatch.setattr(shutil, "disk_usage", free(needed))
         known.check_disk(tmp_path / "new" / "out", dtype, bits, steps=steps)
-        monkeypatch.setattr(module.shutil, "disk_usage", free(needed - 1))
+        monkeypatch.setattr(shutil, "disk_usage", free(needed - 1))
         with pytest.raises(ExportError, match=rf"and {needed - 1:,} are free \(the disk is full"):
             known.check_disk(tmp_path / "new" / "out", dtype, bits, steps=steps)
-    monkeypatch.setattr(module.shutil, "disk_usage", free(1000))
+    monkeypatch.setattr(shutil, "disk_usage", free(1000))
     with pytest.raises(ExportError, match="about 900 bytes and 400 for the file that it is made of"):
         check_space(tmp_path, 900, 400)
 
@@ -103,7 +103,7 @@ def test_it_is_all_said_before_the_model_is_loaded(model: Path, tmp_path: Path, 
     for options, kind, why in wrong:
         with pytest.raises(kind, match=why):
             asked(model, out, **options)()
-    monkeypatch.setattr(module.shutil, "disk_usage", free(20_000))
+    monkeypatch.setattr(shutil, "disk_usage", free(20_000))
     with pytest.raises(ExportError, match="the disk is full"):
         asked(model, out)()
     assert not out.exists()

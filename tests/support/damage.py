@@ -7,11 +7,13 @@ import os
 import random
 import shutil
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from spinpass.errors import DamageError, SpinpassError, VerificationError
 
 
 class Bomb:
@@ -33,6 +35,20 @@ def flips(data: bytes, count: int, *, start: int = 0, stop: int | None = None, s
         changed = bytearray(data)
         changed[place] ^= draw.choice([1 << draw.randrange(8), draw.randrange(1, 256)])
         yield place, bytes(changed)
+
+
+def unnoticed(
+    path: Path, data: bytes, read: Callable[[Path], Any], count: int, *, stop: int | None = None
+) -> Iterator[tuple[int, bytes, Any]]:
+    """Yield the flips of a file that ``read`` takes: places, the bytes, and what is read. The others name the file."""
+    for place, damaged in flips(data, count, stop=stop):
+        path.write_bytes(damaged)
+        try:
+            found = read(path)
+        except SpinpassError as error:
+            assert isinstance(error, DamageError | VerificationError) and path.name in str(error)
+            continue
+        yield place, damaged, found
 
 
 def members(data: bytes) -> dict[str, bytes]:

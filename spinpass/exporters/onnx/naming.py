@@ -18,9 +18,7 @@ from collections.abc import Collection, Iterable, Mapping
 import onnx_ir as ir
 from torch.export import ExportedProgram
 
-from spinpass.execution import InputRole, UserInput, user_inputs
-
-from ..caches import find_caches
+from spinpass.execution import InputRole, UserInput, returned_state, user_inputs
 
 SCOPES = "pkg.torch.onnx.name_scopes"
 """The key of a node's metadata under which torch leaves the modules around it, and last the node's own name."""
@@ -159,7 +157,7 @@ def name_axes(model: ir.Model, ep: ExportedProgram, names: Mapping[str, str]) ->
 def _axis_names(ep: ExportedProgram, names: Mapping[str, str]) -> dict[str, str]:
     """Return {symbol: name}. Token ids are looked up in a table, and a cache grows along one axis."""
     inputs = user_inputs(ep)
-    caches = {tensor.input for tensor in find_caches(ep)}
+    caches = set(returned_state(ep).values())
     ids = next((s for s in inputs if s.role is InputRole.LOOKUP and len(s.shape) == 2), None)
     found: dict[str, str] = {}
     if ids is not None:

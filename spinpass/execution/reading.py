@@ -1,0 +1,60 @@
+"""The inputs with which a program reads a text: one sequence, at once, or piece by piece on the cache it has left."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .roles import InputRole
+from .synthetic import Sizes, UserInput, bound_sizes, concrete, fresh
+
+_NOTHING: Mapping[str, Tensor] = {}
+
+
+def reading_sizes(inputs: Sequence[UserInput], ids: UserInput, tokens: Tensor, past: int = 0) -> Sizes:
+    """Return what the symbols in the shapes of the inputs are for ``tokens`` (1, length) behind ``past`` others."""
+    sizes = bound_sizes([ids], {ids.name: tokens})
+    for spec in inputs:
+        for axis, size in enumerate(spec.shape):
+            if getattr(size, "is_symbol", False):
+                sizes.setdefault(size, _size(spec, axis, tokens.shape[-1], past))
+    return sizes
+
+
+def reading_inputs(
+    inputs: Sequence[UserInput],
+    ids: UserInput,
+    tokens: Tensor,
+    sizes: Sizes,
+    past: int = 0,
+    state: Mapping[str, Tensor] = _NOTHING,
+) -> dict[str, Any]:
+    """Return the inputs by name: every token seen, positions from ``past`` on, and ``state`` where it holds one.
+
+    Other float inputs are zeros, which is what an empty cache is. Raises ConfigError where a size is not in ``sizes``.
+    """
+    given = {**state, ids.name: tokens}
+    return {spec.name: given[spec.name] if spec.name in given else _value(spec, sizes, past) for spec in inputs}
+
+
+def _value(spec: UserInput, sizes: Sizes, past: int) -> Any:
+    if spec.dtype is None:
+        return concrete(spec.node.meta["val"].node.expr, sizes)
+    size = tuple(concrete(s, sizes) for s in spec.shape)
+    if spec.dtype.is_floating_point:
+        return torch.zeros(size, dtype=spec.dtype)
+    value = fresh(spec, size, torch.Generator())
+    return value + past if spec.role is InputRole.POSITION else value
+
+
+def _size(spec: UserInput, axis: int, length: int, past: int) -> int:
+    """Return the size of an axis that stands alone: one sequence; its tokens, with those before in masks, and those
+    before alone in caches."""
+    if axis == 0 and len(spec.shape) > 1:
+        return 1
+    if spec.dtype is not None and spec.dtype.is_floating_point:
+        return past
+    return past + length if spec.role is InputRole.MASK else length
