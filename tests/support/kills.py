@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from spinpass.formats import MANIFEST, drafted, hashes, read_artefact, staged
+from spinpass.formats import MANIFEST, drafted, hashes, read_artefact, sealed, staged
 from spinpass.formats import draft as drafts
 
 NAMES = {"model.pte", "weights.bin", "config.json", MANIFEST}
@@ -38,7 +38,7 @@ def export(out: Path, text: str, *, pause: float = 0.0) -> None:
                     time.sleep(pause)
         about = {"model": text, "files": hashes(draft.folder, NAMES - {MANIFEST})}
         with staged(draft.folder) as staging:
-            (staging / MANIFEST).write_text(json.dumps(about))
+            (staging / MANIFEST).write_text(json.dumps(sealed(about)))
 
 
 def found(out: Path) -> str:
