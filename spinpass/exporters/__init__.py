@@ -3,6 +3,7 @@
 This package imports none of them, and so none of their dependencies, before it is asked for one.
 """
 
+from .certified_file import CERTIFY_BYTES
 from .names import cache_names
 
-__all__ = ["cache_names"]
+__all__ = ["CERTIFY_BYTES", "cache_names"]

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from spinpass.errors import ConfigError
 from spinpass.formats import MANIFEST, PREFIX, Draft, finish, hashes, listed_files, sealed, staged
 from spinpass.loading import LoadedModel, LoadingReport
 
+from .judge import Trial
 from .result import Result
 
 
@@ -29,19 +30,26 @@ class Written:
 
 
 def write_companions(
-    loaded: LoadedModel, result: Result, made: Mapping[str, Any], files: Iterable[str], draft: Draft
+    loaded: LoadedModel,
+    result: Result,
+    made: Mapping[str, Any],
+    files: Iterable[str],
+    draft: Draft,
+    tried: Callable[[], Sequence[Trial]],
 ) -> tuple[dict[str, Any], list[str]]:
     """Put the tokenizer, the configuration and ``spinpass.json`` beside the ``files`` of an export.
 
-    ``made``: the reports of the export and of what followed, by name. Returns what ``spinpass.json`` holds, and the
-    names of all files.
+    ``made``: the reports of the export and of what followed, by name. ``tried`` runs the folder when all but
+    ``spinpass.json`` is there, which lists what it returns. Returns what ``spinpass.json`` holds, and the names of all
+    files.
     """
     written = set(files)
     if loaded.companions is not None:
         written |= {path.name for path in loaded.companions.save(draft.folder)}
+    trials = {"trials": [trial.to_dict() for trial in tried()]}
     source = {"files": loaded.files.to_dict()}
     origin = {"model": loaded.source.location, "source": source, "loading": loaded.report.to_dict()}
-    about = sealed(origin | result.to_dict() | dict(made) | {"files": hashes(draft.folder, written)})
+    about = sealed(origin | result.to_dict() | dict(made) | trials | {"files": hashes(draft.folder, written)})
     with staged(draft.folder) as staging:
         (staging / MANIFEST).write_text(json.dumps(about, indent=2), encoding="utf-8")
     return about, sorted(written | {MANIFEST})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -13,6 +14,7 @@ from spinpass.progress import Steps
 
 from .companions import Written, write_companions
 from .result import Result
+from .trial import try_folder, unjudged
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -54,9 +56,11 @@ def write_pte_folder(
         )
     )
     files = [path.name for path in report.files]
-    return Written(
-        report, *write_companions(loaded, result, {"executorch": report.to_dict()}, files, draft), loading=loaded.report
-    )
+    program = result.scored or result.program
+    rounded, why = result.quantization is not None, unjudged(program, certify=certify)
+    tried = partial(try_folder, loaded, program, draft.folder, steps, rounded=rounded, why=why)
+    about = write_companions(loaded, result, {"executorch": report.to_dict()}, files, draft, tried)
+    return Written(report, *about, loading=loaded.report)
 
 
 def executorch_tools() -> ExecutorchTools:

@@ -21,11 +21,13 @@ from spinpass.passes import untie
 from spinpass.progress import Steps
 
 from .companions import Written, write_companions
+from .judge import Trial
 from .result import Result
 
 _ONLINE = ("R4", "heads")
 _NO_ONLINE = "loaders of GPTQ checkpoints know no online rotation"
 _FOLDED = "use --rotations R1,R2 --form offline --tied untie"
+_NOT_TRIED = Trial("transformers", "all", reason="what runs checkpoints of integers is no part of spinpass")
 WEIGHTS_ONLY = "--to gptq writes quantized weights: add --quantize, for example w4g128-gptq"
 
 
@@ -70,7 +72,7 @@ def write_gptq_folder(
     report = write_gptq(draft.folder, made.weights, tensors=tensors)
     files = [path.name for path in report.files]
     described = _described(loaded, result, draft.folder)
-    about = write_companions(described, result, {}, files, draft)
+    about = write_companions(described, result, {}, files, draft, lambda: [_NOT_TRIED])
     return Written(draft.in_place(report), *about, loading=loaded.report)
 
 

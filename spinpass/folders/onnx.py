@@ -12,14 +12,18 @@ from spinpass.errors import ConfigError, ExportError
 from spinpass.evaluation import calibration_windows, token_ids
 from spinpass.exporters import cache_names
 from spinpass.formats import PREFIX, Draft
+from spinpass.graph import with_constants
 from spinpass.loading import Companions, LoadedModel
 from spinpass.progress import Steps
 from spinpass.quantization import QuantizationReport, QuantizedWeight
 
 from .companions import Written, write_companions
+from .judge import Trial
 from .result import Result
+from .trial import try_folder, unjudged
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from torch.export import ExportedProgram
 
     from spinpass.exporters.onnx import CacheReport, OnnxReport, QuantizeReport
@@ -60,6 +64,10 @@ class OnnxTools(Protocol):
         self, source: Path, destination: Path, bits: int, calibration: Sequence[Sequence[int]], /
     ) -> CacheReport: ...
 
+    def check_packed(self, path: Path, weights: Mapping[str, QuantizedWeight], /) -> int: ...
+
+    def dequantized_constants(self, path: Path, constants: Mapping[str, Tensor], /) -> dict[str, Tensor] | None: ...
+
     def save_genai_config(self, folder: Path, config: Any, generation_config: Any, /) -> Path: ...
 
 
@@ -85,7 +93,7 @@ def write_folder(
     cache: CacheBits | None = None,
     certify: bool = True,
 ) -> Written:
-    """Export, pack, quantize the cache, and put beside it what belongs to the model.
+    """Export, pack, quantize the cache, put beside it what belongs to the model, and try the folder.
 
     What is written on the way does not stay in the draft.
 
@@ -98,10 +106,11 @@ def write_folder(
         int4: round the weights to four bits.
         fuse: use ONNX Runtime's own operators.
         cache: how the KV cache is stored; None leaves it in floats.
-        certify: compare the file with the program, unless that is quantized.
+        certify: compare the file and the folder with the program.
 
     Raises:
-        ConfigError, ExportError, VerificationError: :func:`spinpass.exporters.onnx.export` raises them, or what packs.
+        ConfigError, ExportError, VerificationError: :func:`spinpass.exporters.onnx.export` raises them, what packs, or
+            :func:`.trial.try_folder`.
     """
     pack = _packing(onnx, result.quantization, int4)
 
@@ -116,12 +125,17 @@ def write_folder(
             progress=lambda step: steps.begin(f"onnx: {step}"),
         )
 
+    def tried() -> list[Trial]:
+        program, why = _expected(onnx, result, draft.folder, int4=int4, certify=certify)
+        return try_folder(loaded, program, draft.folder, steps, rounded=rounded, why=why)
+
     later: dict[str, _Step] = {} if pack is None else {"pack": pack}
     if cache is not None:
         later["cache"] = _cache_writer(onnx, loaded, cache)
+    rounded = bool(later) or result.quantization is not None
     if not later:
         report = export(draft.folder)
-        return _written(onnx, loaded, result, draft, report, {})
+        return _written(onnx, loaded, result, draft, report, {}, tried)
     made: dict[str, _Made] = {}
     with TemporaryDirectory(dir=draft.folder, prefix=PREFIX) as staging:
         report = export(Path(staging, "0"))
@@ -134,11 +148,17 @@ def write_folder(
             made[step] = write(source, draft.folder if step == list(later)[-1] else Path(staging, step))
             source = made[step].path
     report = replace(report, path=source, files=made[step].files)
-    return _written(onnx, loaded, result, draft, report, made)
+    return _written(onnx, loaded, result, draft, report, made, tried)
 
 
 def _written(
-    onnx: OnnxTools, loaded: LoadedModel, result: Result, draft: Draft, report: OnnxReport, made: Mapping[str, _Made]
+    onnx: OnnxTools,
+    loaded: LoadedModel,
+    result: Result,
+    draft: Draft,
+    report: OnnxReport,
+    made: Mapping[str, _Made],
+    tried: Callable[[], Sequence[Trial]],
 ) -> Written:
     report = draft.in_place(report)
     reports: dict[str, Any] = {"onnx": report.to_dict()}
@@ -147,7 +167,30 @@ def _written(
     if loaded.companions is not None:
         reports["genai"] = _write_genai_config(onnx, loaded.companions, draft.folder)
         files |= {reports["genai"]["file"]} - {None}
-    return Written(report, *write_companions(loaded, result, reports, files, draft), loading=loaded.report)
+    about = write_companions(loaded, result, reports, files, draft, tried)
+    return Written(report, *about, loading=loaded.report)
+
+
+def _expected(
+    onnx: OnnxTools, result: Result, folder: Path, *, int4: bool, certify: bool
+) -> tuple[ExportedProgram, str]:
+    """Return the program that the folder should compute, integers in the file compared with it; and why it cannot be
+    judged by it, if so.
+
+    Raises VerificationError where a packed weight stands for other values than it should.
+    """
+    program = result.program if result.scored is None else result.scored
+    why = unjudged(program, certify=certify)
+    if result.quantization is not None and result.quantization.weights:
+        onnx.check_packed(folder, result.quantization.weights)
+    if not int4:
+        return program, why
+    constants = onnx.dequantized_constants(folder, program.state_dict)
+    if constants is None:
+        return program, why or "a packed matrix is computed from several parameters"
+    at = {program.state_dict[name].data_ptr(): tensor for name, tensor in constants.items()}  # tied ones share it
+    state = {name: at.get(tensor.data_ptr(), tensor) for name, tensor in program.state_dict.items()}
+    return with_constants(program, state), why
 
 
 def _cache_writer(onnx: OnnxTools, loaded: LoadedModel, cache: CacheBits) -> _Step:

@@ -278,7 +278,7 @@ class ExportRequest:
         if self.quantize:
             result = quantized(result, loaded, self.quantize, self.calibration, steps, self.calibration_windows)
         if self.last_logits:
-            result = replace(result, program=last_token(result.program))
+            result = replace(result, program=last_token(result.program), scored=result.program)
         return result, write(loaded, result, draft, steps, certify=self.certify)
 
     @property

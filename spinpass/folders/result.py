@@ -27,12 +27,14 @@ _PACKAGES = ("spinpass", "torch", "transformers", "onnx", "onnxscript", "onnxrun
 class Result:
     """A program and how it came about.
 
-    ``plan`` is None where no rotation was asked for, ``quantization`` where nothing was rounded.
+    ``plan`` is None where no rotation was asked for, ``quantization`` where nothing was rounded. ``scored`` computes
+    the logits of every token where the program has those of the last one alone; else it is None.
     """
 
     program: ExportedProgram
     plan: RotationPlan | None = None
     quantization: QuantizationReport | None = None
+    scored: ExportedProgram | None = None
 
     @property
     def exportable(self) -> ExportedProgram | Quantized:

@@ -1,6 +1,7 @@
 """Whatever a user names, a folder, a name on the hub, a GGUF file or a program, becomes a program."""
 
 from .dequantize import dequantize_checkpoint, quantized_checkpoint
+from .faithful import LOGIT_BOUNDS, text_limits
 from .files import SourceFiles
 from .models import Companions, LoadedModel, check_dtype, load_config, load_model, load_tokenizer
 from .sources import Source, check_program_options, locate
@@ -9,6 +10,7 @@ from .stored_size import count_values
 from .tensors import LoadingReport
 
 __all__ = [
+    "LOGIT_BOUNDS",
     "Companions",
     "LoadedModel",
     "LoadingReport",
@@ -25,4 +27,5 @@ __all__ = [
     "load_tokenizer",
     "locate",
     "quantized_checkpoint",
+    "text_limits",
 ]

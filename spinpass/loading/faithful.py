@@ -27,8 +27,10 @@ from spinpass.execution import (
 
 _LENGTH, _LAST = 20, 3  # tokens of the text, and of its second piece
 _LONGEST = 300  # a window beyond that is not tried
-_BOUNDS = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
 _LIMITS = ("sliding_window", "attention_chunk_size", "original_max_position_embeddings")
+
+LOGIT_BOUNDS = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
+"""How far logits may be from those of the same model run otherwise, relative to the largest, by the program's dtype."""
 
 
 def check_faithful(model: Any, program: ExportedProgram, name: str) -> None:
@@ -54,7 +56,7 @@ def check_faithful(model: Any, program: ExportedProgram, name: str) -> None:
         found.append(outputs[0].float())
         caches = {given: outputs[index] for given, index in state.items()}
     error = (torch.cat(found, 1) - expected).abs().max() / expected.abs().max().clamp(min=1e-30)
-    bound = _BOUNDS.get(outputs[0].dtype, 1e-3)
+    bound = LOGIT_BOUNDS.get(outputs[0].dtype, 1e-3)
     if not float(error) <= bound:
         raise ExportError(
             f"the program that transformers exports of {name} is not the model: reading {text.shape[1]} tokens in two "

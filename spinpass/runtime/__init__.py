@@ -7,12 +7,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .decoder import OrtDecoder
+from .genai_session import GENAI_CONFIG, GenaiModel, special_tokens
 from .model_folder import ModelFolder
 from .onnx_graph import DecoderGraph, State
 from .openvino_session import CompiledModel, generate_openvino, import_openvino, openvino_reason
 from .ort_model import OrtModel
 from .sampling import Sampling
 from .text_pieces import Pieces
+from .trial import Answer, Turns, continued, outputs
 
 if TYPE_CHECKING:
     from .executorch_session import PteMethod
@@ -21,8 +23,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DTYPES",
+    "GENAI_CONFIG",
+    "Answer",
     "CompiledModel",
     "DecoderGraph",
+    "GenaiModel",
     "ModelFolder",
     "NoKernelError",
     "OrtDecoder",
@@ -32,12 +37,16 @@ __all__ = [
     "PteMethod",
     "Sampling",
     "State",
+    "Turns",
+    "continued",
     "from_ort",
     "generate_openvino",
     "import_openvino",
     "open_session",
     "openvino_reason",
+    "outputs",
     "run_session",
+    "special_tokens",
     "to_ort",
 ]
 

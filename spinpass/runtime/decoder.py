@@ -62,7 +62,7 @@ class Decoder:
     """
 
     def __init__(self, path: Path, graph: decoding.Graph) -> None:
-        self.path, self._graph, self._files = path, graph, ModelFolder(path.parent)
+        self.path, self.graph, self._files = path, graph, ModelFolder(path.parent)
 
     @property
     def folder(self) -> Path:
@@ -76,9 +76,9 @@ class Decoder:
             ConfigError: the sequence is empty.
             ExportError: the file returns the logits of the last position alone.
         """
-        state = self._graph.start(1)
+        state = self.graph.start(1)
         parts = torch.split(_tensor(ids), decoding.PROMPT_CHUNK, 1)
-        found = torch.cat([self._graph.step(part, state)[0] for part in parts]).float()
+        found = torch.cat([self.graph.step(part, state)[0] for part in parts]).float()
         if len(found) != len(ids):
             raise ExportError(
                 f"{self.path} returns the logits of the last token alone: export it without --last-logits to score it"
@@ -112,7 +112,7 @@ class Decoder:
         prompt = _tensor(ids)
         tokens: list[int] = []
         began = started = time.perf_counter()
-        for token in decoding.new_tokens(self._graph, prompt, max_new_tokens, sampling or Sampling(), stop):
+        for token in decoding.new_tokens(self.graph, prompt, max_new_tokens, sampling or Sampling(), stop):
             if not tokens:
                 started = time.perf_counter()
             tokens.append(int(token))

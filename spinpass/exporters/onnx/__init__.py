@@ -1,23 +1,25 @@
 """An exported program becomes an ONNX file that stock ONNX Runtime runs; needs the extra ``onnx``."""
 
 from .compare import compare_file
-from .genai import GENAI_CONFIG, save_genai_config
+from .genai import save_genai_config
 from .integers.cache import CacheReport, quantize_cache
 from .integers.copies import QuantizeReport
 from .integers.four_bits import quantize_4bit
+from .integers.read_back import check_packed, dequantized_constants
 from .integers.weights import pack_weights
 from .precision import check_kernels
 from .translate import check_operators
 from .writer import OnnxReport, export
 
 __all__ = [
-    "GENAI_CONFIG",
     "CacheReport",
     "OnnxReport",
     "QuantizeReport",
     "check_kernels",
     "check_operators",
+    "check_packed",
     "compare_file",
+    "dequantized_constants",
     "export",
     "pack_weights",
     "quantize_4bit",

@@ -16,8 +16,8 @@ import onnx
 
 from spinpass.errors import ExportError
 from spinpass.formats import model_path, staged
+from spinpass.runtime import GENAI_CONFIG
 
-GENAI_CONFIG = "genai_config.json"
 _TYPE = "decoder"  # GenAI's own name for a language model of no particular family
 _PAST = re.compile(r"past_key_values\.(\d+)\.(key|value)")
 _PRESENT = re.compile(r"present\.(\d+)\.(key|value)")

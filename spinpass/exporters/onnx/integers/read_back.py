@@ -1,0 +1,230 @@
+"""What the integers in a written file stand for, read again from the file:  (q − z)·s  of every packed matrix.
+
+Nothing is shared with what packs: layouts are those that ONNX and ONNX Runtime document for their operators. So codes,
+scales, zero points or attributes that went wrong on the way to the disk give other values here than the program has.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from spinpass.errors import VerificationError
+from spinpass.formats import model_path
+from spinpass.quantization import QuantizedWeight
+
+from .copies import load
+
+_SUFFIX = re.compile(r"(\.T)?\.q\d_*$")
+_Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class StoredMatrix:
+    """This is a matrix (out, in) in a file: ``name`` is that of its constant without what says that it is packed.
+
+    ``codes`` are those of its elements, ``zeros`` and ``scales`` what is taken from each and what it is multiplied by,
+    all (out, in); ``bits`` is the width of a code.
+    """
+
+    name: str
+    codes: _Array
+    zeros: _Array
+    scales: _Array
+    bits: int
+
+    @property
+    def values(self) -> Tensor:
+        """Return what the integers stand for, float32 (out, in)."""
+        exact = (self.codes.astype(np.float32) - self.zeros.astype(np.float32)) * self.scales.astype(np.float32)
+        return torch.from_numpy(exact)
+
+    @property
+    def slack(self) -> Tensor:
+        """Return how far a value may be from what was rounded to it: half a step, and a step at the ends of the grid,
+        where a value outside is clipped; float32 (out, in)."""
+        ends = (self.codes == 0) | (self.codes == 2**self.bits - 1)
+        steps = np.abs(self.scales.astype(np.float32))
+        return torch.from_numpy(np.where(ends, steps, steps / 2))
+
+
+def stored_matrices(path: str | Path) -> Iterator[StoredMatrix]:
+    """Yield every packed matrix that an operator of the file reads, each once.
+
+    Raises:
+        ExportError: there is no readable ONNX model.
+        VerificationError: the parts of a matrix do not fit together.
+    """
+    file = model_path(path)
+    seen: set[str] = set()
+    for node in load(file).graph:
+        found = _READERS.get(node.op_type)
+        codes = None if found is None else _source(node.inputs[found[0]])
+        if found is None or codes is None or str(codes.name) in seen:
+            continue
+        seen.add(str(codes.name))
+        try:
+            yield found[1](node, codes)
+        except (AttributeError, IndexError, KeyError, ValueError) as error:
+            raise VerificationError(f"{file.name}: the parts of {codes.name} do not fit together: {error}") from error
+
+
+def check_packed(path: str | Path, weights: Mapping[str, QuantizedWeight]) -> int:
+    """Compare the integers of a file with those of the quantized program, and return how many matrices it has.
+
+    Args:
+        path: the file, or a folder with ``model.onnx``.
+        weights: what the report of :func:`spinpass.quantization.quantize` holds, by parameter name.
+
+    Raises:
+        VerificationError: a weight is not in the file, or stands for other values there, be it in one bit.
+        ExportError: there is no readable ONNX model.
+    """
+    left = set(weights)
+    for stored in stored_matrices(path):
+        if stored.name not in weights:
+            raise VerificationError(f"the file holds integers of {stored.name}, which the program does not have")
+        wanted, found = weights[stored.name].codes.dequantized().float(), stored.values
+        if not torch.equal(found[:, : wanted.shape[1]], wanted) or bool(found[:, wanted.shape[1] :].any()):
+            raise VerificationError(
+                f"the integers that the file holds for {stored.name} stand for other values than those of the program"
+            )
+        left.discard(stored.name)
+    if left:
+        raise VerificationError(f"the file has no integers of {min(left)}, which the program rounds")
+    return len(weights)
+
+
+def dequantized_constants(path: str | Path, constants: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+    """Return what a file has in the place of the constants of a program that were rounded to nearest.
+
+    Args:
+        path: the file, or a folder with ``model.onnx``.
+        constants: those of the program that the file was written from, by name.
+
+    Returns:
+        By name, in shape and dtype of the program's; None where a matrix of the file is computed from several.
+
+    Raises:
+        VerificationError: a value is further from the program's than half a step of its grid.
+        ExportError: there is no readable ONNX model.
+    """
+    found: dict[str, Tensor] = {}
+    whole = True
+    for stored in stored_matrices(path):
+        name = next((name for name in _parameters(stored.name) if name in constants), None)
+        original = None if name is None else constants[name]
+        values = stored.values
+        if name is None or original is None or original.ndim != 2 or original.shape[0] != len(values):
+            whole = False
+            continue
+        values, slack = values[:, : original.shape[1]], stored.slack[:, : original.shape[1]]
+        # scales are kept in the file's dtype: half a step of the exact scale is a little more than half of that
+        worst = ((original.float() - values).abs() - slack * 1.01).max()
+        if not float(worst) <= 1e-7 * float(original.abs().max()):
+            raise VerificationError(
+                f"the integers that the file holds for {name} are not those nearest to the program's values"
+            )
+        found[name] = values.to(original.dtype)
+    return found if whole else None
+
+
+def _parameters(constant: str) -> Iterator[str]:
+    """Yield the names that the parameter behind a constant may have: a folded Transpose has ``MatMul.`` in its name."""
+    yield constant
+    yield constant.replace(".MatMul.", ".").removeprefix("MatMul.")
+
+
+# -- layouts of operators ----------------------------------------------------------------------------------------------
+
+
+def _blocks(node: ir.Node, codes: ir.Value) -> StoredMatrix:
+    """``MatMulNBits``: rows of blocks, each block's codes packed into bytes, the first in the lowest bits."""
+    bits, block = node.attributes["bits"].as_int(), node.attributes["block_size"].as_int()
+    rows, columns = node.attributes["N"].as_int(), node.attributes["K"].as_int()
+    return _blockwise(codes, _at(node, 2), _at(node, 3), bits, block, rows, columns)
+
+
+def _rows(node: ir.Node, codes: ir.Value) -> StoredMatrix:
+    """``GatherBlockQuantized``: rows of a table, packed alike."""
+    bits, block = node.attributes["bits"].as_int(), node.attributes["block_size"].as_int()
+    scales = _array(_at(node, 2))
+    return _blockwise(codes, _at(node, 2), _at(node, 3), bits, block, len(scales), scales.shape[-1] * block)
+
+
+def _blockwise(
+    codes: ir.Value, scales: ir.Value | None, zeros: ir.Value | None, bits: int, block: int, rows: int, columns: int
+) -> StoredMatrix:
+    count = -(-columns // block)
+    q = _unpacked(_array(codes).reshape(rows, -1), bits)[:, : count * block]
+    s = np.repeat(_array(scales).reshape(rows, count), block, 1)
+    if zeros is None:
+        z = np.full_like(q, 2 ** (bits - 1))
+    else:
+        z = np.repeat(_unpacked(_array(zeros).reshape(rows, -1), bits)[:, :count], block, 1)
+    return StoredMatrix(_name(codes), q[:, :columns], z[:, :columns], s[:, :columns], bits)
+
+
+def _unpacked(array: _Array, bits: int) -> _Array:
+    shifts = np.arange(0, 8, bits, dtype=np.uint8)
+    codes: _Array = ((array[..., None] >> shifts) & (2**bits - 1)).reshape(len(array), -1)
+    return codes
+
+
+def _integer_product(node: ir.Node, codes: ir.Value) -> StoredMatrix:
+    """``MatMulInteger``: codes (in, out), zero points as an input, the scales in a product behind it."""
+    after = node.outputs[0].consumers()[0]  # the cast of the sum
+    by_column = after.outputs[0].consumers()[0]
+    scales = next(value for value in by_column.inputs if value is not None and value.is_initializer())
+    return _by_column(codes, scales, _at(node, 3))
+
+
+def _dequantized(node: ir.Node, codes: ir.Value) -> StoredMatrix:
+    """``DequantizeLinear`` of a constant (in, out), with scales and zero points by column."""
+    return _by_column(codes, _at(node, 1), _at(node, 2))
+
+
+def _by_column(codes: ir.Value, scales: ir.Value | None, zeros: ir.Value | None) -> StoredMatrix:
+    q = np.ascontiguousarray(_array(codes).T)
+    s, z = (np.broadcast_to(_array(value).reshape(-1, 1), q.shape) for value in (scales, zeros))
+    return StoredMatrix(_name(codes), q, z, s, 8)
+
+
+_READERS = {
+    "MatMulNBits": (1, _blocks),
+    "GatherBlockQuantized": (0, _rows),
+    "MatMulInteger": (1, _integer_product),
+    "DequantizeLinear": (0, _dequantized),
+}
+
+
+def _source(value: ir.Value | None) -> ir.Value | None:
+    """Return the constant matrix of integers behind an input, whatever shape it is given in; None where none is."""
+    while value is not None and not value.is_initializer():
+        node = value.producer()
+        value = node.inputs[0] if node is not None and node.op_type == "Reshape" else None
+    whole = value is not None and value.const_value is not None and len(value.const_value.shape) >= 2
+    return value if whole else None
+
+
+def _at(node: ir.Node, index: int) -> ir.Value | None:
+    return node.inputs[index] if index < len(node.inputs) else None
+
+
+def _array(value: ir.Value | None) -> _Array:
+    if value is None or value.const_value is None:
+        raise ValueError("a part is no constant")
+    found: _Array = value.const_value.numpy()
+    return found
+
+
+def _name(codes: ir.Value) -> str:
+    return _SUFFIX.sub("", str(codes.name))

@@ -1,0 +1,108 @@
+"""Whether a runtime's answers are those of the program: the tokens that it chose, and the logits if it shows them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+
+from spinpass.certificate import narrowest_dtype
+from spinpass.errors import VerificationError
+from spinpass.evaluation import ProgramScorer
+from spinpass.loading import LOGIT_BOUNDS
+from spinpass.runtime import Answer
+
+ROUNDED_BOUND = 0.35
+"""How far logits of a file with integers may be from those of the simulated program: the norm of the difference
+relative to the norm of the logits about their mean. Codes of activations that lie at a tie go either way."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What became of one case in one runtime.
+
+    ``tokens`` were chosen and judged; ``error`` is the distance of the logits from the program's, by the measure of
+    ``bound``, or that of the chosen tokens where the runtime shows no logits. ``reason`` says why nothing was run or
+    compared; it is empty where both were done.
+    """
+
+    runtime: str
+    case: str
+    tokens: int = 0
+    error: float | None = None
+    bound: float | None = None
+    reason: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what JSON can hold."""
+        return asdict(self)
+
+
+class Judge:
+    """A program that is asked about every text, once for each.
+
+    Args:
+        program: what the file should compute, with the logits of every token.
+        rounded: the file computes with integers.
+    """
+
+    def __init__(self, program: ExportedProgram, *, rounded: bool) -> None:
+        self._scorer, self._rounded = ProgramScorer(program), rounded
+        self._bound = ROUNDED_BOUND if rounded else LOGIT_BOUNDS[narrowest_dtype(program)]
+        self._known: dict[tuple[int, ...], Tensor] = {}
+
+    def __call__(self, runtime: str, case: str, answer: Answer, ends: Collection[int] = ()) -> Trial:
+        """Judge the tokens and the logits of one case; ``ends`` are tokens that the runtime was kept from choosing.
+
+        A token may be as far behind the program's likeliest as two logits within the bound can lie apart.
+
+        Raises:
+            VerificationError: the program would not have chosen a token, or the logits are too far away.
+        """
+        errors: list[float] = []
+        for row, tokens in enumerate(answer.tokens):
+            places = torch.tensor(answer.chosen[row])
+            expected, chosen = self._logits(tokens[:-1])[places - 1], torch.tensor(tokens)[places]
+            behind = self._behind(expected, chosen, ends)
+            error = behind if answer.logits is None else self._distance(expected, answer.logits[row])
+            what = f"{runtime}, {case}" + (f", row {row}" if len(answer.tokens) > 1 else "")
+            if not error <= self._bound and answer.logits is not None:
+                raise VerificationError(
+                    f"the written folder does not compute what the program does ({what}): its logits are {error:.1e} "
+                    f"away, allowed {self._bound:.0e}"
+                )
+            if not behind <= 2 * self._bound:
+                raise VerificationError(
+                    f"the written folder does not generate what the program does ({what}): it chooses "
+                    f"{chosen.tolist()}, which the program's logits put {behind:.1e} behind the likeliest, allowed "
+                    f"{2 * self._bound:.0e}"
+                )
+            errors.append(error)
+        return Trial(runtime, case, answer.count, max(errors), self._bound)
+
+    def _logits(self, tokens: list[int]) -> Tensor:
+        key = tuple(tokens)
+        if key not in self._known:
+            self._known[key] = self._scorer.logits(tokens)
+        return self._known[key]
+
+    def _distance(self, expected: Tensor, found: Tensor) -> float:
+        if self._rounded:
+            relative = (expected - found).norm(dim=-1) / _centred(expected).norm(dim=-1).clamp(min=1e-30)
+            return float(relative.max())
+        return float((expected - found).abs().max() / expected.abs().max().clamp(min=1e-30))
+
+    def _behind(self, expected: Tensor, chosen: Tensor, ends: Collection[int]) -> float:
+        allowed = expected.clone()
+        allowed[:, list(ends)] = -torch.inf
+        short = allowed.max(-1).values - expected.gather(1, chosen[:, None])[:, 0]
+        scale = (_centred(expected) if self._rounded else expected).abs().max()
+        return float(short.max() / scale.clamp(min=1e-30))
+
+
+def _centred(logits: Tensor) -> Tensor:
+    return logits - logits.mean(-1, keepdim=True)

@@ -1,0 +1,191 @@
+"""The last step of an export: the written folder is opened in every runtime it is for, generates, and is judged.
+
+    draft  ->  a process per runtime: a prompt, a padded batch, a next turn, a prompt past the window  ->  the program
+
+The program judges every token: it reads the same text from an empty cache, without padding, and its own logits say how
+far the chosen token is behind the likeliest. Where the runtime hands out logits, they are compared as well. A runtime
+that cannot run the folder ends the export, and nothing appears.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+
+from spinpass.certificate import FileComparison
+from spinpass.evaluation import ProgramScorer, token_ids
+from spinpass.execution import InputRole, returned_state, user_inputs
+from spinpass.exporters import CERTIFY_BYTES
+from spinpass.loading import Companions, LoadedModel, text_limits
+from spinpass.progress import Steps
+from spinpass.runtime import GENAI_CONFIG, Turns, continued, outputs, special_tokens
+
+from .judge import Judge, Trial
+
+NEW = 4
+"""How many tokens a runtime chooses after each turn."""
+
+_PROMPT, _ROWS, _TURN = 9, (3, 9, 6), 4  # tokens
+_LONGEST = 300  # a window beyond that is not tried
+_BEYOND = 6  # tokens past a window
+_TEXT = (
+    "The sun had gone down behind the hills, and the road to the village lay quiet. A boy with a lamp came from the "
+    "mill and asked: who goes there at this hour? Only a traveller, said the man, and he put his bag down on the wall. "
+)
+_RUNTIMES = {"onnxruntime": "onnxruntime", "OrtModel": "onnxruntime", "genai": "onnxruntime_genai",
+             "executorch": "executorch"}  # fmt: skip
+
+
+def try_folder(
+    loaded: LoadedModel,
+    program: ExportedProgram,
+    folder: Path,
+    steps: Steps,
+    *,
+    rounded: bool = False,
+    why: str = "",
+) -> list[Trial]:
+    """Open a folder in the runtimes it is for, generate, and compare with the program.
+
+    Args:
+        loaded: the model, whose tokenizer and configuration make the texts.
+        program: what the file should compute, logits of every token included.
+        folder: it holds ``model.onnx`` or ``model.pte``, and what lies beside it.
+        steps: told what begins.
+        rounded: the file computes with integers, and logits are held to :data:`.judge.ROUNDED_BOUND`.
+        why: the reason that nothing is compared, though all is run; empty where it is.
+
+    Raises:
+        ExportError: a runtime that is here cannot open or run the folder.
+        VerificationError: a runtime chooses other tokens, or computes other logits, than the program.
+    """
+    cases = _cases(loaded, program, folder)
+    if (folder / "model.onnx").is_file() and not (cases and returned_state(program)):
+        return [_try_outputs(program, folder, steps, rounded, why)]
+    absent = {runtime: reason for runtime, reason in _runtimes(folder) if reason}
+    asked = {
+        runtime: {case: turns for case, turns in cases.items() if _takes(runtime, turns, program)}
+        for runtime, _ in _runtimes(folder)
+        if runtime not in absent
+    }
+    steps.begin(f"try in {', '.join(asked)}")
+    answers = continued(folder, asked, NEW, torch.get_num_threads()) if asked else {}
+    judge = None if why else Judge(program, rounded=rounded)
+    found = [Trial(runtime, "all", reason=reason) for runtime, reason in absent.items()]
+    for runtime, each in answers.items():
+        ends = special_tokens(folder)[1] if runtime == "genai" else ()
+        for case in cases:
+            if case not in each:
+                found.append(Trial(runtime, case, reason=_why_not(runtime)))
+            elif judge is None:
+                found.append(Trial(runtime, case, each[case].count, reason=why))
+            else:
+                found.append(judge(runtime, case, each[case], ends))
+    return [*found, *(Trial("all", case, reason=reason) for case, reason in _untried(loaded, program).items())]
+
+
+def unjudged(program: ExportedProgram, *, certify: bool) -> str:
+    """Return why a folder is run but not compared with its program; it is empty where it is."""
+    if not certify:
+        return "switched off"
+    size = sum(tensor.nbytes for tensor in program.state_dict.values())
+    return f"{size:,} bytes of weights are above the limit of {CERTIFY_BYTES:,}" if size > CERTIFY_BYTES else ""
+
+
+# -- what is tried -----------------------------------------------------------------------------------------------------
+
+
+def _cases(loaded: LoadedModel, program: ExportedProgram, folder: Path) -> dict[str, Turns]:
+    """Return the texts by case; nothing where the program takes none."""
+    ids = _ids(program)
+    if ids is None:
+        return {}
+    limit = _longest(loaded, program)
+    wanted = {"prompt": [[_PROMPT]], "padded batch": [list(_ROWS)], "next turn": [[_PROMPT], [_TURN]]}
+    wanted |= {f"past {window} tokens": [[window + _BEYOND]] for window in _windows(loaded) if window <= _LONGEST}
+    pad = special_tokens(folder)[0] if (folder / GENAI_CONFIG).is_file() else None
+    text = _text(loaded.companions, ids.bound, max(max(map(max, turns)) for turns in wanted.values()) + _TURN, pad)
+    return {
+        case: [[text[row : row + length] for row, length in enumerate(turn)] for turn in turns]
+        for case, turns in wanted.items()
+        if sum(max(turn) + NEW for turn in turns) <= limit
+    }
+
+
+def _untried(loaded: LoadedModel, program: ExportedProgram) -> dict[str, str]:
+    """Return the cases that there are no texts for, and why."""
+    longest = _longest(loaded, program)
+    return {
+        f"past {window} tokens": "longer than what is tried here"
+        if window > _LONGEST
+        else f"the model ends at {longest}"
+        for window in _windows(loaded)
+        if window > _LONGEST or window + _BEYOND + NEW > longest
+    }
+
+
+def _windows(loaded: LoadedModel) -> list[int]:
+    return [] if loaded.companions is None else text_limits(loaded.companions.config)
+
+
+def _longest(loaded: LoadedModel, program: ExportedProgram) -> int:
+    """Return how many tokens a text may have."""
+    config = None if loaded.companions is None else loaded.companions.config.get_text_config()
+    allowed = [getattr(config, "max_position_embeddings", None), ProgramScorer(program).longest]
+    return min([limit for limit in allowed if isinstance(limit, int)], default=_LONGEST + 2 * _BEYOND)
+
+
+def _text(companions: Companions | None, rows: int | None, length: int, pad: int | None) -> list[int]:
+    """Return token ids of English where the model's tokenizer reads it, else any that the table has; no padding."""
+    tokenizer = None if companions is None else companions.tokenizer
+    if tokenizer is not None:
+        ids = [token for token in token_ids(tokenizer)(_TEXT) if token != pad]
+        if len(set(ids)) >= _PROMPT and (rows is None or max(ids) < rows):
+            return (ids * (length // len(ids) + 1))[: length + len(_ROWS)]
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randint(0, rows or 2, (2 * (length + len(_ROWS)),), generator=generator).tolist()
+    return [token for token in drawn if token != pad]
+
+
+def _ids(program: ExportedProgram) -> Any:
+    lookups = [spec for spec in user_inputs(program) if spec.role is InputRole.LOOKUP and len(spec.shape) == 2]
+    return lookups[0] if len(lookups) == 1 else None
+
+
+def _runtimes(folder: Path) -> Iterator[tuple[str, str]]:
+    """Yield the runtimes that the folder is for, and why one cannot be asked."""
+    names = ["executorch"] if (folder / "model.pte").is_file() else ["onnxruntime", "OrtModel"]
+    if (folder / GENAI_CONFIG).is_file():
+        names.append("genai")
+    for name in names:
+        yield name, "" if find_spec(_RUNTIMES[name]) else f"{_RUNTIMES[name]} is not installed"
+
+
+def _takes(runtime: str, turns: Turns, program: ExportedProgram) -> bool:
+    """Say whether a runtime is given these texts: one that keeps one cache takes no batch, and padding needs a mask."""
+    if runtime == "executorch":
+        return len(turns[0]) == 1
+    padded = len({len(row) for row in turns[0]}) > 1
+    return not padded or runtime == "OrtModel" or any(s.role is InputRole.MASK for s in user_inputs(program))
+
+
+def _why_not(runtime: str) -> str:
+    return "its cache holds one sequence" if runtime == "executorch" else "the program takes no attention mask"
+
+
+def _try_outputs(program: ExportedProgram, folder: Path, steps: Steps, rounded: bool, why: str) -> Trial:
+    """Run a file that is no decoder once, and compare all that it returns."""
+    steps.begin("try in onnxruntime")
+    compared = FileComparison.of(program)
+    results = outputs(folder, compared.fed, torch.get_num_threads())
+    if why or rounded:
+        return Trial("onnxruntime", "one call", reason=why or "rounded activations have no bound of their own")
+    certificate = compared.certificate([""] * len(compared.fed), list(results), results.values(), "written folder")
+    certificate.raise_if_failed()
+    worst = certificate.worst
+    return Trial("onnxruntime", "one call", 0, worst.difference.relative, worst.bound)
