@@ -57,7 +57,7 @@ def write_pte_folder(
     )
     files = [path.name for path in report.files]
     program = result.scored or result.program
-    rounded, why = result.quantization is not None, unjudged(program, certify=certify)
+    rounded, why = result.rounds_activations, unjudged(program, certify=certify)
     tried = partial(try_folder, loaded, program, draft.folder, steps, rounded=rounded, why=why)
     about = write_companions(loaded, result, {"executorch": report.to_dict()}, files, draft, tried)
     return Written(report, *about, loading=loaded.report)

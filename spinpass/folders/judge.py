@@ -17,8 +17,11 @@ from spinpass.loading import LOGIT_BOUNDS
 from spinpass.runtime import Answer
 
 ROUNDED_BOUND = 0.35
-"""How far logits of a file with integers may be from those of the simulated program: the norm of the difference
-relative to the norm of the logits about their mean. Codes of activations that lie at a tie go either way."""
+"""How far logits of a file that rounds activations may be from those of the simulated program: the norm of the
+difference relative to the norm of the logits about their mean. ``MatMulNBits`` rounds by blocks and the program by
+tokens; measured are 0.17 on SmolLM2-135M with 4-bit weights that are not rotated, 0.05 on rotated models."""
+
+_BEHIND = 0.15  # how far a token that such a file chooses may be behind the likeliest, relative to the largest logit
 
 
 @dataclass(frozen=True)
@@ -47,18 +50,17 @@ class Judge:
 
     Args:
         program: what the file should compute, with the logits of every token.
-        rounded: the file computes with integers.
+        rounded: the file rounds activations or the cache, which the program does otherwise or not.
     """
 
     def __init__(self, program: ExportedProgram, *, rounded: bool) -> None:
         self._scorer, self._rounded = ProgramScorer(program), rounded
         self._bound = ROUNDED_BOUND if rounded else LOGIT_BOUNDS[narrowest_dtype(program)]
+        self._most = _BEHIND if rounded else 2 * self._bound
         self._known: dict[tuple[int, ...], Tensor] = {}
 
     def __call__(self, runtime: str, case: str, answer: Answer, ends: Collection[int] = ()) -> Trial:
         """Judge the tokens and the logits of one case; ``ends`` are tokens that the runtime was kept from choosing.
-
-        A token may be as far behind the program's likeliest as two logits within the bound can lie apart.
 
         Raises:
             VerificationError: the program would not have chosen a token, or the logits are too far away.
@@ -75,14 +77,14 @@ class Judge:
                     f"the written folder does not compute what the program does ({what}): its logits are {error:.1e} "
                     f"away, allowed {self._bound:.0e}"
                 )
-            if not behind <= 2 * self._bound:
+            if not behind <= self._most:
                 raise VerificationError(
                     f"the written folder does not generate what the program does ({what}): it chooses "
                     f"{chosen.tolist()}, which the program's logits put {behind:.1e} behind the likeliest, allowed "
-                    f"{2 * self._bound:.0e}"
+                    f"{self._most:.0e}"
                 )
             errors.append(error)
-        return Trial(runtime, case, answer.count, max(errors), self._bound)
+        return Trial(runtime, case, answer.count, max(errors), self._most if answer.logits is None else self._bound)
 
     def _logits(self, tokens: list[int]) -> Tensor:
         key = tuple(tokens)

@@ -12,7 +12,7 @@ from spinpass.errors import ConfigError, ExportError
 from spinpass.evaluation import calibration_windows, token_ids
 from spinpass.exporters import cache_names
 from spinpass.formats import PREFIX, Draft
-from spinpass.graph import with_constants
+from spinpass.graph import with_values
 from spinpass.loading import Companions, LoadedModel
 from spinpass.progress import Steps
 from spinpass.quantization import QuantizationReport, QuantizedWeight
@@ -132,7 +132,7 @@ def write_folder(
     later: dict[str, _Step] = {} if pack is None else {"pack": pack}
     if cache is not None:
         later["cache"] = _cache_writer(onnx, loaded, cache)
-    rounded = bool(later) or result.quantization is not None
+    rounded = int4 or cache is not None or result.rounds_activations
     if not later:
         report = export(draft.folder)
         return _written(onnx, loaded, result, draft, report, {}, tried)
@@ -189,8 +189,8 @@ def _expected(
     if constants is None:
         return program, why or "a packed matrix is computed from several parameters"
     at = {program.state_dict[name].data_ptr(): tensor for name, tensor in constants.items()}  # tied ones share it
-    state = {name: at.get(tensor.data_ptr(), tensor) for name, tensor in program.state_dict.items()}
-    return with_constants(program, state), why
+    state = {name: at.get(tensor.data_ptr()) for name, tensor in program.state_dict.items()}
+    return with_values(program, {name: tensor for name, tensor in state.items() if tensor is not None}), why
 
 
 def _cache_writer(onnx: OnnxTools, loaded: LoadedModel, cache: CacheBits) -> _Step:

@@ -37,6 +37,12 @@ class Result:
     scored: ExportedProgram | None = None
 
     @property
+    def rounds_activations(self) -> bool:
+        """Whether the program rounds more than constants: which way a value at a tie goes is then open."""
+        made = self.quantization
+        return made is not None and bool(made.activations or made.caches)
+
+    @property
     def exportable(self) -> ExportedProgram | Quantized:
         """What an exporter takes: the program, with its integers where there are any."""
         return self.program if self.quantization is None else Quantized(self.program, self.quantization)

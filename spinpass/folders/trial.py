@@ -57,7 +57,7 @@ def try_folder(
         program: what the file should compute, logits of every token included.
         folder: it holds ``model.onnx`` or ``model.pte``, and what lies beside it.
         steps: told what begins.
-        rounded: the file computes with integers, and logits are held to :data:`.judge.ROUNDED_BOUND`.
+        rounded: the file rounds activations or the cache, and logits are held to :data:`.judge.ROUNDED_BOUND`.
         why: the reason that nothing is compared, though all is run; empty where it is.
 
     Raises:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec
+from torch.nn import Parameter
 
 
 def without_constants(program: ExportedProgram, names: Collection[str]) -> ExportedProgram:
@@ -43,6 +44,15 @@ def with_constants(
         constants=program.constants,
         verifiers=program.verifiers,
     )
+
+
+def with_values(program: ExportedProgram, values: Mapping[str, Tensor]) -> ExportedProgram:
+    """Return a copy of the program whose parameters and buffers of these names have these values."""
+    state: dict[str, Tensor] = {}
+    for name, tensor in program.state_dict.items():
+        new = values.get(name, tensor)
+        state[name] = Parameter(new, requires_grad=False) if isinstance(tensor, Parameter) else new
+    return with_constants(program, state)
 
 
 def integers_as_buffers(program: ExportedProgram) -> ExportedProgram:

@@ -1,11 +1,14 @@
-"""LastToken:  (f(x) W)[:, −1:]  ->  f(x[:, −1:]) W:  the head works on a prompt's last token alone.
+"""LastToken:  (f(x) W)[:, last]  ->  f(x[:, last]) W:  the head works on a prompt's last token alone.
 
 Generation reads no other logits. Those of a long prompt are a good part of what a small model computes, and gigabytes
 for a large vocabulary. What lies between the logits and the first linear layer in front of them must act on each token
-by itself.
+by itself. Where the program takes an attention mask, the last token of a row is the last that is no padding.
 """
 
 from __future__ import annotations
+
+import operator
+from typing import Any
 
 import torch
 from torch.export import ExportedProgram
@@ -14,6 +17,7 @@ from torch.fx.node import map_arg
 
 from spinpass import record
 from spinpass.errors import ConfigError
+from spinpass.execution import InputRole, user_inputs
 from spinpass.graph import ProgramEditor, arguments, op_name, shape
 
 _TOKENS = 1  # the axis of the tokens
@@ -39,8 +43,7 @@ def last_token(program: ExportedProgram) -> ExportedProgram:
         raise ConfigError("the program's first output is no tensor of logits, (batch, tokens, vocabulary)")
     tail = _tail(editor, logits)
     source = _source(editor, tail[0])
-    one = editor.call(torch.ops.aten.select.int, source, _TOKENS, -1, after=source, origin=_ORIGIN)
-    instead = {source: editor.call(torch.ops.aten.unsqueeze.default, one, _TOKENS, after=one, origin=_ORIGIN)}
+    instead = {source: _last(editor, source, _mask(program, editor))}
     for node in tail:
         args, kwargs = map_arg((node.args, node.kwargs), lambda n: instead.get(n, n))
         instead[node] = editor.call(node.target, *args, after=node, origin=_ORIGIN, **kwargs)  # type: ignore[arg-type]
@@ -51,6 +54,38 @@ def last_token(program: ExportedProgram) -> ExportedProgram:
     if found is not None:
         record.write(editor.graph, found)
     return editor.finish()
+
+
+def _last(editor: ProgramEditor, source: Node, mask: Node | None) -> Node:
+    """Return the last token of every row of (batch, tokens, channels), (batch, 1, channels).
+
+    The mask (batch, past + tokens) counts the tokens of a row, and the count is largest at the last one.
+    """
+    aten = torch.ops.aten
+
+    def add(after: Node, target: Any, *args: Any) -> Node:
+        return editor.call(target, *args, after=after, origin=_ORIGIN)
+
+    if mask is None:
+        one = add(source, aten.select.int, source, _TOKENS, -1)
+        return add(one, aten.unsqueeze.default, one, _TOKENS)
+    count = add(source, aten.cumsum.default, mask, 1)
+    seen = add(count, aten.mul.Tensor, count, mask)
+    place = add(seen, aten.argmax.default, seen, 1, True)  # in past + tokens
+    whole = add(place, aten.sym_size.int, mask, 1)
+    new = add(whole, aten.sym_size.int, source, _TOKENS)
+    past = add(new, operator.sub, whole, new)
+    at = add(past, aten.sub.Tensor, place, past)
+    kept = add(at, aten.clamp.default, at, 0)  # a row may have no token among the new ones
+    rows = add(kept, aten.unsqueeze.default, kept, -1)
+    index = add(rows, aten.expand.default, rows, [-1, -1, shape(source)[-1]])
+    return add(index, aten.gather.default, source, _TOKENS, index)
+
+
+def _mask(program: ExportedProgram, editor: ProgramEditor) -> Node | None:
+    """Return the input that says which tokens are padding; None where there is none."""
+    found = [spec.name for spec in user_inputs(program) if spec.role is InputRole.MASK and len(spec.shape) == 2]
+    return next((node for node in editor.nodes if node.name in found), None) if len(found) == 1 else None
 
 
 def _tail(editor: ProgramEditor, logits: Node) -> list[Node]:

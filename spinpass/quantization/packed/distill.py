@@ -130,6 +130,7 @@ def _with_scales(quantized: Quantized, scales: Mapping[str, Tensor]) -> Quantize
     stored = {editor.fqn(n): n for n in editor.nodes if editor.is_stored(n)}
     for name, trained in scales.items():
         codes = replace(weights[name].codes, scales=trained.detach().T.contiguous())
+        codes = codes.in_steps_of(quantized.program.state_dict[name].dtype)
         weights[name] = replace(weights[name], codes=codes)
         value = codes.dequantized().movedim(-1, weights[name].dim).contiguous()
         editor.queue(stored[name], lambda _, new=value: new.double())  # type: ignore[misc]

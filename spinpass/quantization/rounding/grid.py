@@ -7,7 +7,7 @@ is exact.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -66,6 +66,10 @@ class Codes:
         """(q − z)·s in the scales' dtype, (out, in): one product per weight, as a kernel computes it."""
         at = self.group_of
         return (self.q.to(self.scales.dtype) - self.zeros.to(self.scales.dtype)[:, at]) * self.scales[:, at]
+
+    def in_steps_of(self, dtype: torch.dtype) -> Codes:
+        """The codes with scales that are numbers of a dtype too, which kernels in that dtype read; theirs is kept."""
+        return replace(self, scales=self.scales.to(dtype).to(self.scales.dtype))
 
     @property
     def nbytes(self) -> int:

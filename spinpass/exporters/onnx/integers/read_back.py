@@ -126,14 +126,15 @@ def dequantized_constants(path: str | Path, constants: Mapping[str, Tensor]) -> 
         if name is None or original is None or original.ndim != 2 or original.shape[0] != len(values):
             whole = False
             continue
+        original = original.detach().float()
         values, slack = values[:, : original.shape[1]], stored.slack[:, : original.shape[1]]
         # scales are kept in the file's dtype: half a step of the exact scale is a little more than half of that
-        worst = ((original.float() - values).abs() - slack * 1.01).max()
+        worst = ((original - values).abs() - slack * 1.01).max()
         if not float(worst) <= 1e-7 * float(original.abs().max()):
             raise VerificationError(
                 f"the integers that the file holds for {name} are not those nearest to the program's values"
             )
-        found[name] = values.to(original.dtype)
+        found[name] = values.to(constants[name].dtype)
     return found if whole else None
 
 

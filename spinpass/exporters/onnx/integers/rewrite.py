@@ -17,7 +17,7 @@ import onnx_ir as ir
 
 from ..fusion.builder import CONTRIB
 
-_FLOATS = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
+FLOATS = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
 _ELEMENTWISE = {"Identity", "Cast", "Add", "Sub", "Mul", "Div", "Tanh", "Clip"}
 
 
@@ -73,13 +73,18 @@ class Work:
             return
         packed = self._pack(constant, by_column, bits)
         attributes = {"K": packed.rows, "N": packed.columns, "bits": bits, "block_size": packed.block_size}
-        if self.accuracy_level:
-            attributes["accuracy_level"] = self.accuracy_level
+        level = self.level_of(x)
+        if level:
+            attributes["accuracy_level"] = level
         self._replace(node, "MatMulNBits", (x, *packed.inputs), attributes)
         if head:
             self.heads += 1
         else:
             self.matmuls += 1
+
+    def level_of(self, x: ir.Value) -> int:
+        """Say how a product with this operand is computed."""
+        return self.accuracy_level
 
     def bits_of(self, constant: ir.Value, by_column: bool, head: bool) -> int | None:
         """Say how many bits a matrix gets; None keeps it."""
@@ -91,7 +96,7 @@ class Work:
 
     def _gather(self, node: ir.Node) -> None:
         table, indices = node.inputs
-        if table is None or not table.is_initializer() or table.dtype not in _FLOATS or len(table.shape or ()) != 2:
+        if table is None or not table.is_initializer() or table.dtype not in FLOATS or len(table.shape or ()) != 2:
             return
         axis = node.attributes.get("axis")
         if axis is not None and axis.as_int() != 0:
@@ -115,7 +120,7 @@ class Work:
     def _why_keep(self, constant: ir.Value, bits: int | None, rank: int) -> str:
         if bits is None or constant.name in self.keep:
             return "asked for"
-        if constant.dtype not in _FLOATS:
+        if constant.dtype not in FLOATS:
             return f"its type is {constant.dtype}"
         shape = _static(constant)
         if len(shape) != rank:

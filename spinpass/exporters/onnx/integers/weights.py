@@ -26,9 +26,12 @@ from spinpass.quantization import QuantizedWeight
 
 from ..blocks import STORED_BITS, block_size, blocks, packed_bits
 from ..operators.hadamard import Body
+from ..operators.rounding import ROWS, TOKENS, is_rounding, rounding_arguments
 from .copies import QuantizeReport, load, write_quantized
 from .kernels import IntegerProducts, arrays, has_integer_kernel, is_rounded_per_token
-from .rewrite import PackedMatrix, Work, constant_matrix
+from .rewrite import FLOATS, PackedMatrix, Work, constant_matrix
+
+_DTYPES = {ir.DataType.FLOAT: torch.float32, ir.DataType.FLOAT16: torch.float16, ir.DataType.BFLOAT16: torch.bfloat16}
 
 
 def pack_weights(
@@ -46,7 +49,8 @@ def pack_weights(
             is that of the quantized program: its constants must be what the integers stand for.
         weights: what the report of :func:`spinpass.quantization.quantize` holds, by parameter name.
         accuracy_level: how ``MatMulNBits`` computes: 0 in the model's dtype (weight-only), 4 with activations rounded
-            to int8 per block as they come, in place of a rounding to int8 per token that the program has there.
+            to int8 per block as they come, in place of a rounding to int8 per token that the program has there. What
+            the program rounds to fewer bits is multiplied in its dtype all the same.
         external_data: where the weights go, as :func:`spinpass.exporters.onnx.export` has it.
 
     Raises:
@@ -57,7 +61,8 @@ def pack_weights(
     if accuracy_level not in range(5):
         raise ConfigError(f"accuracy_level {accuracy_level} is not one of 0, 1, 2, 3, 4")
     model = load(model_path(source))
-    named = {_digest(w.codes.dequantized()): name for name, w in weights.items()}
+    kinds = {v.dtype for v in model.graph.initializers.values() if v.dtype in FLOATS}
+    named = {_digest(w.codes.dequantized().to(_DTYPES[kind])): name for kind in kinds for name, w in weights.items()}
     work = _Packing(model.graph, 0, True, accuracy_level, None, None, frozenset(), weights=weights, named=named)
     work.run()
     left = sorted(set(weights) - work.found)
@@ -94,6 +99,12 @@ class _Packing(Work):
         if self.accuracy_level == 4:  # the kernel rounds
             node.replace_input_with(0, self._before_rounding(x))
         return super()._matmul(node)
+
+    def level_of(self, x: ir.Value) -> int:
+        """Say how a product with this operand is computed: in floats where it is coarser than the kernel's codes."""
+        node = x.producer()
+        rounded = node is not None and (is_rounding(node, TOKENS) or is_rounding(node, ROWS))
+        return 0 if node is not None and rounded and rounding_arguments(node)[0] < 8 else self.accuracy_level
 
     def _before_rounding(self, x: ir.Value) -> ir.Value:
         """Return what was rounded to int8 per token, also where channels of the rounded are picked; else ``x``."""
