@@ -1,0 +1,145 @@
+"""Integers read again from a file are those of the program; a bit that is wrong anywhere is seen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from spinpass.errors import VerificationError
+from spinpass.exporters.onnx import writer as exporter
+from spinpass.exporters.onnx.integers.four_bits import quantize_4bit
+from spinpass.exporters.onnx.integers.read_back import check_packed, dequantized_constants, stored_matrices
+from spinpass.exporters.onnx.integers.weights import pack_weights
+from spinpass.quantization import Quantized, quantize
+
+SCHEMES = {
+    "blocks": "w4g32-rtn-head8",
+    "zero points": "w4g16-rtn-asym-head8-embed8",
+    "two bits": "w2g32-rtn",
+    "three bits": "w3g32-rtn-asym",
+    "one scale per row": "w4-rtn-asym-head4",
+    "integer products": "w8-rtn-asym-a8-head8",
+    "integer products of static codes": "w8-rtn-a8static-head8",
+    "rows of several widths": "w3.5g32-rtn-rows",
+}
+
+
+class Layers(nn.Module):
+    """A table, two linears of which one has an odd width, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.up = nn.Embedding(64, 96), nn.Linear(96, 160)
+        self.down, self.head = nn.Linear(160, 96, bias=False), nn.Linear(96, 64, bias=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        return self.head(x + self.down(nn.functional.gelu(self.up(x))))  # type: ignore[no-any-return]
+
+
+IDS = torch.randint(64, (2, 32), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def source() -> ExportedProgram:
+    return torch.export.export(Layers().eval(), (IDS,))
+
+
+@pytest.fixture(scope="module", params=SCHEMES)
+def packed(
+    request: pytest.FixtureRequest, source: ExportedProgram, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Quantized, Path]:
+    folder = tmp_path_factory.mktemp("packed")
+    made = quantize(source, SCHEMES[request.param], [(IDS,)])
+    exporter.export(made.program, folder / "float")
+    return made, pack_weights(folder / "float", folder / "packed", made.report.weights).path
+
+
+def edited(path: Path, out: Path, suffix: str, change: Callable[[np.ndarray], np.ndarray]) -> int:
+    """Change every constant whose name ends so; returns how many."""
+    model = onnx.load(path)
+    found = [t for t in model.graph.initializer if t.name.rstrip("_").endswith(suffix)]
+    for tensor in found:
+        tensor.CopyFrom(numpy_helper.from_array(change(numpy_helper.to_array(tensor).copy()), tensor.name))
+    onnx.save(model, out)
+    return len(found)
+
+
+def one_bit(array: np.ndarray) -> np.ndarray:
+    array.reshape(-1)[3] ^= 1
+    return array
+
+
+def one_step(array: np.ndarray) -> np.ndarray:
+    array.reshape(-1)[0] = np.nextafter(array.reshape(-1)[0], np.float32(2))
+    return array
+
+
+def test_every_layout_is_read_back(packed: tuple[Quantized, Path]) -> None:
+    made, path = packed
+    assert check_packed(path, made.report.weights) == len(made.report.weights)
+    assert {stored.name for stored in stored_matrices(path)} == set(made.report.weights)
+
+
+def test_a_wrong_bit_is_seen(packed: tuple[Quantized, Path], tmp_path: Path) -> None:
+    made, path = packed
+    seen = 0
+    for suffix, change in (
+        (".q2", one_bit), (".q4", one_bit), (".q8", one_bit), (".scales", one_step), (".zero_points", one_bit)
+    ):  # fmt: skip
+        if edited(path, tmp_path / "model.onnx", suffix, change):
+            seen += 1
+            with pytest.raises(VerificationError, match="stand for other values"):
+                check_packed(tmp_path / "model.onnx", made.report.weights)
+    assert seen >= 2
+
+
+def test_two_weights_that_changed_places_are_seen(source: ExportedProgram, tmp_path: Path) -> None:
+    made = quantize(source, "w4g32-rtn", [])
+    weights = dict(made.report.weights)
+    up, down = sorted(weights)[:2]
+    exporter.export(made.program, tmp_path / "float")
+    path = pack_weights(tmp_path / "float", tmp_path / "packed", weights).path
+    weights[up], weights[down] = weights[down], weights[up]
+    with pytest.raises(VerificationError, match="stand for other values"):
+        check_packed(path, weights)
+
+
+def test_a_weight_that_stayed_a_float_is_seen(source: ExportedProgram, tmp_path: Path) -> None:
+    made = quantize(source, "w4g32-rtn-head8", [])
+    exporter.export(made.program, tmp_path / "float")
+    few = {name: weight for name, weight in made.report.weights.items() if "head" not in name}
+    path = pack_weights(tmp_path / "float", tmp_path / "packed", few).path
+    with pytest.raises(VerificationError, match=r"no integers of head\.weight"):
+        check_packed(path, made.report.weights)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_what_is_rounded_to_nearest_is_within_half_a_step(
+    source: ExportedProgram, tmp_path: Path, symmetric: bool, bits: int
+) -> None:
+    exporter.export(source, tmp_path / "float")
+    path = quantize_4bit(tmp_path / "float", tmp_path / "packed", symmetric=symmetric, head_bits=bits, table_bits=bits).path
+    found = dequantized_constants(path, source.state_dict)
+    assert found is not None and set(found) == {"embed.weight", "up.weight", "down.weight", "head.weight"}
+    assert all(found[name].shape == source.state_dict[name].shape for name in found)
+    for suffix, change in ((f".q{bits}", lambda array: array ^ 4), (".scales", lambda array: array * np.float32(1.3))):
+        assert edited(path, tmp_path / "model.onnx", suffix, change)
+        with pytest.raises(VerificationError, match="are not those nearest"):
+            dequantized_constants(tmp_path / "model.onnx", source.state_dict)
+
+
+def test_a_matrix_of_no_parameter_is_said(source: ExportedProgram, tmp_path: Path) -> None:
+    exporter.export(source, tmp_path / "float")
+    path = quantize_4bit(tmp_path / "float", tmp_path / "packed").path
+    assert dequantized_constants(path, {"up.weight": source.state_dict["up.weight"]}) is None
