@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from spinpass.graph import assume
+from spinpass.passes import return_states
 
 from .rotary import rotary_in_graph
 from .windows import windows_by_position
@@ -46,7 +47,7 @@ def export_decoder(model: Any) -> ExportedProgram:
     )
     traced, inputs = captured["decode"]
     traced.forward = _with_known_mask(traced.forward)
-    return traced_program(traced, {name: _whole(value) for name, value in inputs.items()})
+    return return_states(traced_program(traced, {name: _whole(value) for name, value in inputs.items()}))
 
 
 def traced_program(model: Any, inputs: dict[str, Any]) -> ExportedProgram:

@@ -18,9 +18,9 @@ from spinpass.errors import ExportError
 from spinpass.execution import (
     InputRole,
     UserInput,
+    continued_inputs,
     reading_inputs,
     reading_sizes,
-    returned_state,
     run,
     user_inputs,
 )
@@ -39,7 +39,7 @@ def check_faithful(model: Any, program: ExportedProgram, name: str) -> None:
     """
     specs = user_inputs(program)
     ids = next((s for s in specs if s.role is InputRole.LOOKUP and len(s.shape) == 2), None)
-    state = {given: index for index, given in returned_state(program).items()}
+    state = continued_inputs(program)
     if ids is None or not state or any(_is_unknown(spec, state) for spec in specs):
         return
     text = _text(model)
