@@ -42,7 +42,8 @@ def reading_inputs(
 
 def _value(spec: UserInput, sizes: Sizes, past: int) -> Any:
     if spec.dtype is None:
-        return concrete(spec.node.meta["val"].node.expr, sizes)
+        number = spec.node.meta["val"]
+        return concrete(number.node.expr, sizes) if hasattr(number, "node") else number
     size = tuple(concrete(s, sizes) for s in spec.shape)
     if spec.dtype.is_floating_point:
         return torch.zeros(size, dtype=spec.dtype)
