@@ -89,6 +89,8 @@ def is_fresh(record: Record | None, now: Mapping[str, str] | None = None) -> boo
 
 def is_failure(record: Mapping[str, Any], known: Iterable[str]) -> bool:
     """The pass failed, or a type outside ``known`` did not become a program."""
+    if record.get("left"):
+        return True
     if record["status"] in (states.NOT_BUILT, states.NOT_EXPORTED):
         return record["type"] not in known and record.get("variant") == "prefill"
     if record["status"] == states.NOISIER:  # in half precision the choice of an expert may tip over

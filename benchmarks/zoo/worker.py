@@ -77,7 +77,8 @@ def work(job: Job) -> None:
 
 def buried(job: Job, why: str) -> Record:
     """Finish the record of a worker that was ended from outside."""
-    record = records.read(job.record) or {"type": job.arch, "variant": job.variant, "sources": records.sources(job.variant)}
+    sources = records.sources(job.variant)
+    record = records.read(job.record) or {"type": job.arch, "variant": job.variant, "sources": sources}
     if record.get("status") in (None, states.RUNNING):
         record |= {"status": states.DIED, "why": f"{record.get('stage', 'start')}: {why}"}
         records.write(record, job.record)

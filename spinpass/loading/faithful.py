@@ -100,8 +100,8 @@ def _check_inputs(specs: list[UserInput], ids: UserInput | None, state: dict[str
     other = [spec.name for spec in specs if spec is not ids and _is_unknown(spec, state)]
     if other:
         raise ExportError(
-            f"the program of {name} takes {', '.join(other)} beside token ids, positions, a mask and a cache: it cannot "
-            "be exported as a decoder, which is given nothing else"
+            f"the program of {name} takes {', '.join(other)} beside token ids, positions, a mask and a cache: it "
+            "cannot be exported as a decoder, which is given nothing else"
         )
 
 

@@ -32,8 +32,8 @@ def return_states(program: ExportedProgram) -> ExportedProgram:
     for target, node in written.values():
         if node not in returned:
             raise ExportError(
-                f"the program writes to its input {target} and does not return it, so that a file would lose it: export "
-                "the program with that state among its outputs"
+                f"the program writes to its input {target} and does not return it, so that a file would lose it: "
+                "export the program with that state among its outputs"
             )
     editor.outputs = [spec for spec in editor.outputs if not _is_write(spec.kind)]
     values = editor.output_node.args[0]

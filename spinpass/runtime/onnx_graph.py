@@ -176,8 +176,8 @@ def _continuations(stored: list[str], outputs: list[str], logits: int, path: Pat
 
 
 def _empty_shape(value: Any, batch: int | str, path: Path) -> tuple[int, ...]:
-    """The shape of a cache input without tokens, -1 for the batch. Its other dynamic axes are the length, which keys and
-    values have, and the states of recurrent layers and convolutions have not: they begin as zeros."""
+    """The shape of a cache input without tokens, -1 for the batch. Its other dynamic axes are the length, which keys
+    and values have. The states of recurrent layers and convolutions have none: they begin as zeros."""
     shape = tuple(-1 if size == batch else 0 if isinstance(size, str) else size for size in map(_size, value.shape))
     if 0 not in shape and value.shape and not _STATE.search(value.name):
         raise ExportError(
