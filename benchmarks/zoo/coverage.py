@@ -12,7 +12,7 @@ import typer
 
 from spinpass.cli.screen import Screen
 
-from . import records, states
+from . import folders, records, states
 from .overrides import NOT_EXPORTABLE
 from .records import Record
 from .targets import Records, Run, covered, default_run, is_purely_offline, targets
@@ -26,7 +26,7 @@ _HEADINGS = {
     "decomposed": "After `run_decompositions()` with the default table",
 }
 _ROLES = ("R2", "R3", "R4")
-_LONGEST = 90
+_LONGEST, _LONGEST_REASON = 90, 240
 
 
 def main(
@@ -44,7 +44,12 @@ def main(
     failures = failed(found)
     summary = targets(found["prefill"], found["decode"])
     if as_json:
-        screen.document({"ok": not failures, "failures": failures, "targets": [vars(t) for t in summary]})
+        counted = folders.counts(found["folder"])
+        screen.document(
+            {"ok": not failures, "failures": failures, "targets": [vars(t) for t in summary], "folders": counted}
+        )
+    if found["folder"]:
+        screen.show(folders.summary(found["folder"], found["decode"]))
     screen.show(f"wrote {to}", *(f"FAILED {name}" for name in failures))
     raise typer.Exit(1 if failures else 0)
 
@@ -73,7 +78,18 @@ def document(found: Mapping[str, Records]) -> str:
     for variant, heading in _HEADINGS.items():
         if found.get(variant):
             parts += [f"## {heading}", _variant(found[variant])]
+        if variant == "decode" and found.get("folder"):
+            parts += folder_section(found["folder"], found.get("decode", {}))
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def folder_section(found: Records, decode: Records) -> list[str]:
+    """The way of a user: how far every type comes, and why those that do not generate stop."""
+    stops = [(name, status, _cell(why, _LONGEST_REASON)) for name, status, why in folders.others(found)]
+    parts = ["## Folders: saved, exported, opened, generating past every window", folders.summary(found, decode)]
+    stale = _stale(found, "folder")
+    parts += [f"**{stale} of {len(found)} records were measured with other sources than these.**"] if stale else []
+    return parts + ([table(("type", "comes to", "why not farther"), stops)] if stops else [])
 
 
 _LEGEND = """R1: `offline` in the residual stream (`+ n`: with n online parts, those at the ends of a table shared with
@@ -98,9 +114,9 @@ def _head(types: Records) -> str:
     return "\n".join(lines)
 
 
-def _stale(found: Records) -> int:
-    """Count those that were measured with other sources of the pass than the present ones."""
-    now = records.pass_version()
+def _stale(found: Records, variant: str = "prefill") -> int:
+    """Count those that were measured with other sources of the product than the present ones."""
+    now = records.pass_version(variant)
     return sum(record.get("sources", {}).get("pass") != now for record in found.values())
 
 
@@ -220,9 +236,9 @@ def _fraction(done: int, places: int) -> str:
     return f"{done}/{places}" if places else "–"
 
 
-def _cell(text: str) -> str:
+def _cell(text: str, longest: int = _LONGEST) -> str:
     text = text.replace("|", "\\|").replace("\n", " ")
-    return text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"
+    return text if len(text) <= longest else text[: longest - 1] + "…"
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -16,7 +16,7 @@ from torch.export import ExportedProgram
 from spinpass.errors import ConfigError, ProgramError
 from spinpass.execution import InputRole, UserInput, execute, flat_inputs, output_names, user_input_names, user_inputs
 
-PROMPT, STEPS = 4, 4
+PROMPT, STEPS = 4, 26  # from below every window of the tiny configurations to beyond it
 _IDS = "input_ids"
 _CACHES = ("past_key_values", "cache_params", "state", "mems")
 

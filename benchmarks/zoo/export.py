@@ -91,6 +91,7 @@ def warm_up() -> None:
     register()
     model, inputs = build("llama")
     export(model, inputs, ways=("dynamic",))
+    import spinpass.exporters.onnx  # noqa: F401
 
 
 def _dynamo(model: Any, inputs: dict[str, Any], dynamic: bool) -> ExportedProgram:

@@ -14,6 +14,7 @@ from .overrides import OVERRIDES, SWITCHES
 from .shrink import VOCAB, tiny_settings
 
 BATCH, SEQUENCE = 3, 11  # prime to every tiny size, so that no axis agrees with another by accident
+VOCABULARY = 120  # the ids that texts are made of are below this
 _SEED = 0
 _MOST_PARAMETERS = 60_000_000
 # Parameters whose default values carry meaning (decays, time steps, filters): disturbed, not replaced.
@@ -64,7 +65,7 @@ def sample_inputs(model: Any, *, batch: int = BATCH, sequence: int = SEQUENCE, s
     rows = batch
     if type(model).__name__.startswith("Musicgen"):  # one row per codebook
         rows *= getattr(config, "num_codebooks", 1)
-    words = min(getattr(config, "vocab_size", VOCAB), 120)
+    words = min(getattr(config, "vocab_size", VOCAB), VOCABULARY)
     inputs = {"input_ids": torch.randint(3, words, (rows, sequence), generator=generator)}
     if "attention_mask" in inspect.signature(type(model).forward).parameters:
         mask = torch.ones(batch, sequence, dtype=torch.long)

@@ -51,19 +51,27 @@ def read_all(variant: str, out: Path = OUT) -> dict[str, Record]:
     return {path.stem: record for path in paths if (record := read(path)) is not None}
 
 
-def sources(root: Path = ROOT) -> dict[str, str]:
-    """What a record depends on: the pass, how it is measured, how programs are made."""
-    return {"pass": pass_version(root), "measuring": measuring_version(root), "building": building_version(root)}
+def sources(variant: str = "prefill", root: Path = ROOT) -> dict[str, str]:
+    """What a record of the variant depends on: the product, how it is measured, how programs are made."""
+    return {
+        "pass": pass_version(variant, root),
+        "measuring": measuring_version(variant, root),
+        "building": building_version(root),
+    }
 
 
-def pass_version(root: Path = ROOT) -> str:
+def pass_version(variant: str = "prefill", root: Path = ROOT) -> str:
     """A hash of what the measuring runs of spinpass."""
-    return digest("benchmarks.zoo.measure", within=("spinpass",), root=root)
+    return digest(_measured_by(variant), within=("spinpass",), root=root)
 
 
-def measuring_version(root: Path = ROOT) -> str:
-    """A hash of what decides about the figures beside the pass."""
-    return digest("benchmarks.zoo.measure", within=("benchmarks",), root=root)
+def measuring_version(variant: str = "prefill", root: Path = ROOT) -> str:
+    """A hash of what decides about the figures beside the product."""
+    return digest(_measured_by(variant), within=("benchmarks",), root=root)
+
+
+def _measured_by(variant: str) -> str:
+    return "benchmarks.zoo.folder" if variant == "folder" else "benchmarks.zoo.measure"
 
 
 def building_version(root: Path = ROOT) -> str:
@@ -76,11 +84,13 @@ def is_fresh(record: Record | None, now: Mapping[str, str] | None = None) -> boo
     """The record is finished and was measured with the present sources."""
     if record is None or record.get("status") in (None, states.RUNNING):
         return False
-    return record.get("sources") == dict(now or sources())
+    return record.get("sources") == dict(now or sources(record.get("variant", "prefill")))
 
 
 def is_failure(record: Mapping[str, Any], known: Iterable[str]) -> bool:
     """The pass failed, or a type outside ``known`` did not become a program."""
+    if record.get("left"):
+        return True
     if record["status"] in (states.NOT_BUILT, states.NOT_EXPORTED):
         return record["type"] not in known and record.get("variant") == "prefill"
     if record["status"] == states.NOISIER:  # in half precision the choice of an expert may tip over

@@ -1,4 +1,6 @@
-"""What the zoo makes of a type: the prefill program, the one with a KV cache in and out, other dtypes, images."""
+"""What the zoo makes of a type: the prefill program, the one with a KV cache in and out, other dtypes, images.
+
+The variant ``folder`` is no program: it is made by the product itself, see :mod:`.folder`."""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ from . import vision
 from .export import Exported, NotExported, export, first_line, prefill_and_decode
 from .models import build
 
-Variant = Literal["prefill", "decode", "bf16", "fp16", "decomposed", "vision"]
+Variant = Literal["prefill", "decode", "bf16", "fp16", "decomposed", "vision", "folder"]
 VARIANTS: tuple[Variant, ...] = get_args(Variant)
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 

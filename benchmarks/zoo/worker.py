@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 import time
 import traceback
 import warnings
@@ -13,7 +14,7 @@ from typing import Any
 
 from torch.export import ExportedProgram
 
-from . import records, states
+from . import folder, records, states
 from .export import NotExported, load, save
 from .measure import measure
 from .records import Record
@@ -41,6 +42,11 @@ class Job:
         return records.record_path(self.arch, self.variant, self.out)
 
     @property
+    def folder(self) -> Path:
+        """Where the model and the exported folder lie while they are looked at."""
+        return self.out / "folders" / self.arch
+
+    @property
     def program(self) -> Path:
         return records.program_path(self.arch, self.variant, self.out)
 
@@ -54,14 +60,11 @@ def work(job: Job) -> None:
     """Run the job in this process, within its limits, and leave its record: first as running, then finished."""
     warnings.filterwarnings("ignore")
     limit_memory()
-    record: Record = {"type": job.arch, "variant": job.variant, "sources": records.sources()}
+    record: Record = {"type": job.arch, "variant": job.variant, "sources": records.sources(job.variant)}
     stage = _Stage(job, record)
     try:
-        stage.enter("export", EXPORT_SECONDS)
-        program = _program(job, record)
-        stage.enter("measure", MEASURE_SECONDS)
-        record |= measure(program)
-    except NotBuilt as error:
+        record |= _folder(job, stage) if job.variant == "folder" else _measured(job, stage, record)
+    except (NotBuilt, folder.NotSaved) as error:
         record |= {"status": states.NOT_BUILT, "why": str(error)}
     except NotExported as error:
         record |= {"status": states.NOT_EXPORTED, "why": str(error)}
@@ -74,11 +77,30 @@ def work(job: Job) -> None:
 
 def buried(job: Job, why: str) -> Record:
     """Finish the record of a worker that was ended from outside."""
-    record = records.read(job.record) or {"type": job.arch, "variant": job.variant, "sources": records.sources()}
+    sources = records.sources(job.variant)
+    record = records.read(job.record) or {"type": job.arch, "variant": job.variant, "sources": sources}
     if record.get("status") in (None, states.RUNNING):
         record |= {"status": states.DIED, "why": f"{record.get('stage', 'start')}: {why}"}
         records.write(record, job.record)
     return record
+
+
+def _measured(job: Job, stage: _Stage, record: Record) -> Record:
+    stage.enter("export", EXPORT_SECONDS)
+    program = _program(job, record)
+    stage.enter("measure", MEASURE_SECONDS)
+    return measure(program)
+
+
+def _folder(job: Job, stage: _Stage) -> Record:
+    """Every step has the limit of a whole export."""
+    shutil.rmtree(job.folder, ignore_errors=True)  # of a worker that was ended
+    job.folder.mkdir(parents=True)
+    stage.enter("save", EXPORT_SECONDS)
+    try:
+        return folder.measure(job.arch, job.folder, lambda step: stage.enter(step, EXPORT_SECONDS))
+    finally:
+        shutil.rmtree(job.folder, ignore_errors=True)
 
 
 def _program(job: Job, record: Record) -> ExportedProgram:

@@ -3,7 +3,7 @@
 from .interpreter import Deferred, Runner, constants, execute, flat_inputs, origin, run, user_input_names
 from .likelihoods import log_probabilities
 from .reading import reading_inputs, reading_sizes
-from .returned import output_names, returned_state
+from .returned import continued_inputs, output_names, returned_state
 from .roles import InputRole
 from .session import Session, into_basis
 from .synthetic import Sizes, UserInput, bound_sizes, concrete, fresh, next_inputs, synthetic_inputs, user_inputs
@@ -18,6 +18,7 @@ __all__ = [
     "bound_sizes",
     "concrete",
     "constants",
+    "continued_inputs",
     "execute",
     "flat_inputs",
     "fresh",

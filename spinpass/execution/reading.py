@@ -42,12 +42,19 @@ def reading_inputs(
 
 def _value(spec: UserInput, sizes: Sizes, past: int) -> Any:
     if spec.dtype is None:
-        return concrete(spec.node.meta["val"].node.expr, sizes)
+        number = spec.node.meta["val"]
+        return concrete(number.node.expr, sizes) if hasattr(number, "node") else number
     size = tuple(concrete(s, sizes) for s in spec.shape)
     if spec.dtype.is_floating_point:
         return torch.zeros(size, dtype=spec.dtype)
-    value = fresh(spec, size, torch.Generator())
-    return value + past if spec.role is InputRole.POSITION else value
+    if _holds_positions(spec):
+        return torch.arange(past, past + size[-1], dtype=spec.dtype).expand(size)
+    return fresh(spec, size, torch.Generator())
+
+
+def _holds_positions(spec: UserInput) -> bool:
+    """Say whether an input is positions: where they are rows of a table, as tokens are, its name alone tells."""
+    return bool(spec.shape) and (spec.role is InputRole.POSITION or "position" in spec.name)
 
 
 def _size(spec: UserInput, axis: int, length: int, past: int) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 from torch.export import ExportedProgram
-from torch.export.graph_signature import OutputKind
+from torch.export.graph_signature import ConstantArgument, OutputKind
 from torch.fx import Node
 
 from spinpass.graph import is_float, op_name, value
@@ -55,6 +55,37 @@ def returned_state(ep: ExportedProgram) -> dict[int, str]:
         if source is not None and source.name in users - set(found.values()) and _same_kind(source, nodes[name]):
             found[i] = source.name
     return found
+
+
+def continued_inputs(ep: ExportedProgram) -> dict[str, int]:
+    """Return {input: index of the user output that continues it}.
+
+    What is left when all writes are found goes in order, an input to an output of its shape: the states of recurrent
+    layers are computed anew. What is handed back as it came counts too.
+    """
+    pairs = {name: index for index, name in returned_state(ep).items()}
+    nodes = {node.name: node for node in ep.graph.nodes}
+    returned = [s.arg for s in ep.graph_signature.output_specs if s.kind is OutputKind.USER_OUTPUT]
+    free = [i for i, arg in enumerate(returned) if i not in pairs.values() and not isinstance(arg, ConstantArgument)]
+    for name in (name for name in user_input_names(ep) if name not in pairs):
+        if _is_token_wise(nodes.get(name)):
+            continue
+        same = next((i for i in free if i and _alike(nodes.get(name), nodes.get(returned[i].name))), None)
+        if same is not None:
+            pairs[name] = same
+            free.remove(same)
+    return pairs
+
+
+def _is_token_wise(node: Node | None) -> bool:
+    """Say whether an input is integers of several axes: token ids, positions, a mask."""
+    held = None if node is None else value(node)
+    return isinstance(held, Tensor) and not held.is_floating_point() and held.ndim > 0
+
+
+def _alike(a: Node | None, b: Node | None) -> bool:
+    x, y = (None if node is None else value(node) for node in (a, b))
+    return isinstance(x, Tensor) and isinstance(y, Tensor) and x.dtype == y.dtype and str(x.shape) == str(y.shape)
 
 
 def _written_input(node: Node) -> Node | None:

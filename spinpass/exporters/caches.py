@@ -11,14 +11,12 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from torch import Tensor
 from torch.export import ExportedProgram
-from torch.export.graph_signature import ConstantArgument, OutputKind
 from torch.fx import Node
 
 from spinpass.analysis import cache_values, find_attention
-from spinpass.execution import returned_state, user_input_names
-from spinpass.graph import ProgramEditor, value
+from spinpass.execution import continued_inputs, user_input_names
+from spinpass.graph import ProgramEditor
 from spinpass.passes import open_program
 
 _NUMBER = re.compile(r"\.(\d+)(?:\.|$)")
@@ -45,7 +43,7 @@ class CacheTensor:
 
 def find_caches(ep: ExportedProgram) -> list[CacheTensor]:
     """Return the cache of a program in the order of its inputs; nothing where it has none. No two have one label."""
-    pairs = _pairs(ep)
+    pairs = continued_inputs(ep)
     if not pairs:
         return []
     editor = open_program(ep)
@@ -59,37 +57,6 @@ def find_caches(ep: ExportedProgram) -> list[CacheTensor]:
     if -1 in {tensor.layer for tensor in found} or _repeated([t.label for t in found if t.role != "state"]):
         found = list(_in_order(found))
     return list(_distinct(found))
-
-
-def _pairs(ep: ExportedProgram) -> dict[str, int]:
-    """Return {input: index of the user output that continues it}.
-
-    What is left when all writes are found goes in order, an input to an output of its shape: the states of recurrent
-    layers are computed anew. What is handed back as it came counts too.
-    """
-    pairs = {name: index for index, name in returned_state(ep).items()}
-    nodes = {node.name: node for node in ep.graph.nodes}
-    returned = [s.arg for s in ep.graph_signature.output_specs if s.kind is OutputKind.USER_OUTPUT]
-    free = [i for i, arg in enumerate(returned) if i not in pairs.values() and not isinstance(arg, ConstantArgument)]
-    for name in (name for name in user_input_names(ep) if name not in pairs):
-        if _is_token_wise(nodes.get(name)):
-            continue
-        same = next((i for i in free if i and _alike(nodes.get(name), nodes.get(returned[i].name))), None)
-        if same is not None:
-            pairs[name] = same
-            free.remove(same)
-    return pairs
-
-
-def _is_token_wise(node: Node | None) -> bool:
-    """Say whether an input is integers of several axes: token ids, positions, a mask."""
-    held = None if node is None else value(node)
-    return isinstance(held, Tensor) and not held.is_floating_point() and held.ndim > 0
-
-
-def _alike(a: Node | None, b: Node | None) -> bool:
-    x, y = (None if node is None else value(node) for node in (a, b))
-    return isinstance(x, Tensor) and isinstance(y, Tensor) and x.dtype == y.dtype and str(x.shape) == str(y.shape)
 
 
 def _roles(editor: ProgramEditor) -> dict[str, str]:

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from spinpass.graph import assume
+from spinpass.passes import return_states
 
 from .rotary import rotary_in_graph
 from .windows import windows_by_position
@@ -32,8 +33,11 @@ from .windows import windows_by_position
 _SAMPLE = (2, 16)  # a batch of one would be specialised to one
 
 
-def export_decoder(model: Any) -> ExportedProgram:
+def export_decoder(model: Any, *, one_by_one: bool = False) -> ExportedProgram:
     """Export ``model`` (in eval mode, not changed) with its cache as inputs and outputs.
+
+    ``one_by_one``: for models that go through the tokens of a call in a loop of Python, which a trace makes as long as
+    its example. The program takes one token of each sequence at a call.
 
     Raises whatever tracing the model's own code raises.
     """
@@ -42,11 +46,11 @@ def export_decoder(model: Any) -> ExportedProgram:
     mask[0, 0] = 0
     stages = importlib.import_module("transformers.exporters.utils")
     captured = stages.decompose_for_generation(
-        model, {"input_ids": ids, "attention_mask": mask}, multi_token_decode=True
+        model, {"input_ids": ids, "attention_mask": mask}, multi_token_decode=not one_by_one
     )
     traced, inputs = captured["decode"]
     traced.forward = _with_known_mask(traced.forward)
-    return traced_program(traced, {name: _whole(value) for name, value in inputs.items()})
+    return return_states(traced_program(traced, {name: _whole(value) for name, value in inputs.items()}))
 
 
 def traced_program(model: Any, inputs: dict[str, Any]) -> ExportedProgram:
@@ -89,6 +93,15 @@ def _whole_layer(caches: Any, layer: Any) -> Any:
     return whole
 
 
+def _fix_states(cache: Any) -> None:
+    """Let a trace know that the states of a recurrent layer or a convolution have one size, but for the batch."""
+    for layer in getattr(cache, "layers", ()):
+        for states in (getattr(layer, "conv_states", {}), getattr(layer, "recurrent_states", {})):
+            for state in states.values():
+                for size in () if state is None else state.shape[1:]:
+                    int(size)  # which makes a symbol a number
+
+
 def _with_known_mask(forward: Callable[..., Any]) -> Callable[..., Any]:
     """Return ``forward`` with what is known of the mask: it has the rows of the ids, and a place for every key.
 
@@ -97,6 +110,8 @@ def _with_known_mask(forward: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(forward)
     def checked(*args: Any, **inputs: Any) -> Any:
+        for value in inputs.values():
+            _fix_states(value)
         ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
         if isinstance(ids, Tensor) and isinstance(mask, Tensor) and mask.ndim == 2:
             caches = [v for v in inputs.values() if hasattr(v, "get_seq_length")]

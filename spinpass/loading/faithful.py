@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from spinpass.errors import ExportError
+from spinpass.errors import ExportError, SpinpassError, first_line
 from spinpass.execution import (
     InputRole,
     UserInput,
+    continued_inputs,
     reading_inputs,
     reading_sizes,
-    returned_state,
     run,
     user_inputs,
 )
@@ -36,25 +36,32 @@ LOGIT_BOUNDS = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 5e-2, t
 def check_faithful(model: Any, program: ExportedProgram, name: str) -> None:
     """Compare a program that has a cache of dynamic length with the model it was exported from.
 
-    Raises ExportError where they differ. Nothing is compared where the inputs of the program are others than token
-    ids, positions, a mask and a cache.
+    Raises ExportError where they differ, where the program has no cache, reads no other length than that of its trace,
+    or takes other inputs than token ids, positions, a mask and a cache: a decoder is given nothing else.
     """
     specs = user_inputs(program)
     ids = next((s for s in specs if s.role is InputRole.LOOKUP and len(s.shape) == 2), None)
-    state = {given: index for index, given in returned_state(program).items()}
-    if ids is None or not state or any(_is_unknown(spec, state) for spec in specs):
-        return
+    state = continued_inputs(program)
+    _check_inputs(specs, ids, state, name)
     text = _text(model)
     with torch.no_grad():
         model(input_ids=text[:, :1], use_cache=False)  # dynamic RoPE remembers longer texts until a short one comes
         expected = model(input_ids=text, attention_mask=torch.ones_like(text), use_cache=False).logits.float()
     found: list[Tensor] = []
     caches: dict[str, Tensor] = {}
-    for past, piece in ((0, text[:, :-_LAST]), (text.shape[1] - _LAST, text[:, -_LAST:])):
+    past = 0
+    for piece in text.split(1, 1) if ids.shape[1] == 1 else (text[:, :-_LAST], text[:, -_LAST:]):
         sizes = reading_sizes(specs, ids, piece, past)
-        outputs = run(program, reading_inputs(specs, ids, piece, sizes, past, caches))
+        try:
+            outputs = run(program, reading_inputs(specs, ids, piece, sizes, past, caches))
+        except SpinpassError as error:
+            raise ExportError(
+                f"the program that transformers exports of {name} does not read {piece.shape[1]} tokens behind {past} "
+                f"others: a trace has fixed a length, so it cannot be exported as one decoder ({first_line(error)})"
+            ) from error
         found.append(outputs[0].float())
         caches = {given: outputs[index] for given, index in state.items()}
+        past += piece.shape[1]
     error = (torch.cat(found, 1) - expected).abs().max() / expected.abs().max().clamp(min=1e-30)
     bound = LOGIT_BOUNDS.get(outputs[0].dtype, 1e-3)
     if not float(error) <= bound:
@@ -84,6 +91,25 @@ def _text(model: Any) -> Tensor:
     return torch.randint(0, rows, (1, max(_LAST + 1, min(wanted, most))), generator=generator)
 
 
+def _check_inputs(specs: list[UserInput], ids: UserInput | None, state: dict[str, int], name: str) -> None:
+    """Raise ExportError where a program cannot be fed as a decoder."""
+    if ids is None:
+        raise ExportError(f"the program of {name} takes no token ids, and cannot be exported as a decoder")
+    if not state:
+        raise ExportError(
+            f"{name} keeps no cache from call to call: add --no-cache (cache=False) to read prompts alone"
+        )
+    other = [spec.name for spec in specs if spec is not ids and _is_unknown(spec, state)]
+    if other:
+        raise ExportError(
+            f"the program of {name} takes {', '.join(other)} beside token ids, positions, a mask and a cache: it "
+            "cannot be exported as a decoder, which is given nothing else"
+        )
+
+
 def _is_unknown(spec: UserInput, state: dict[str, int]) -> bool:
-    floating = spec.dtype is not None and spec.dtype.is_floating_point
-    return spec.name not in state and (spec.dtype is None or floating or len(spec.shape) > 2)
+    if spec.dtype is None:
+        return hasattr(spec.node.meta["val"], "node")  # otherwise the trace has made it a constant
+    if spec.name in state or "position" in spec.name:
+        return False
+    return spec.role not in (InputRole.MASK, InputRole.POSITION) or len(spec.shape) > 2

@@ -130,7 +130,8 @@ def load_model(
         program = _exported(loaded, cache, source.location, context)
         if cache and context is None and done.dequantized != "gptq":  # whose values are filled in below
             report("compare")
-            check_faithful(loaded, program, source.location)
+            program, notes = _faithful(loaded, program, source.location)
+            done = replace(done, notes=(*done.notes, *notes))
     if done.dequantized == "gptq":
         report("dequantize")
         program = with_values(program, source.location)
@@ -315,6 +316,23 @@ def _exported(model: Any, cache: bool, name: str, context: int | None) -> Export
         raise
     except Exception as error:  # whatever tracing a model's own code raises
         raise ExportError(f"{name} cannot be exported: {_summary(error)}") from error
+
+
+def _faithful(model: Any, program: ExportedProgram, name: str) -> tuple[ExportedProgram, tuple[str, ...]]:
+    """Return the decoder, or where that is not the model the one that takes single tokens, with a note of it.
+
+    Raises ExportError where neither is the model.
+    """
+    try:
+        check_faithful(model, program, name)
+    except ExportError as refusal:
+        try:
+            program = export_decoder(model, one_by_one=True)
+            check_faithful(model, program, name)
+        except Exception as error:  # whatever tracing a model's own code raises: what was said first is about more
+            raise refusal from error
+        return program, ("its program takes one token at a call, so that prompts are read token by token",)
+    return program, ()
 
 
 def _module(name: str, purpose: str) -> Any:

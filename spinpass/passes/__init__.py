@@ -10,6 +10,7 @@ from .lower_hadamards import lower_hadamards
 from .lower_operators import lower
 from .materialize import MATERIALIZE
 from .own_constants import give_own_constants
+from .return_states import return_states
 from .runner import PassRunner
 from .site_pass import SitePass
 from .untie import untie
@@ -27,5 +28,6 @@ __all__ = [
     "lower",
     "lower_hadamards",
     "open_program",
+    "return_states",
     "untie",
 ]

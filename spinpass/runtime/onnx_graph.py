@@ -17,6 +17,7 @@ from torch import Tensor
 from spinpass.errors import ExportError
 from spinpass.formats import check_loaded, finish
 
+_STATE = re.compile(r"\.state(\.\d+)?$")
 _PREFIX = re.compile(r"^(input\.|output\.)?(past_key_values|present_key_values|past|present)?")
 
 
@@ -49,6 +50,7 @@ class DecoderGraph:
         plain: the dtypes of the inputs that are made anew at every call, by name.
         logits: the index of the output that has them.
         cache: the inputs of the cache.
+        one_by_one: the graph takes one token of each sequence at a call.
     """
 
     session: Any
@@ -56,6 +58,7 @@ class DecoderGraph:
     plain: dict[str, torch.dtype]
     logits: int
     cache: tuple[_Slot, ...]
+    one_by_one: bool = False
 
     @staticmethod
     def open(path: Path, provider: str = "CPUExecutionProvider", threads: int | None = None) -> DecoderGraph:
@@ -106,11 +109,13 @@ class DecoderGraph:
         names = [output.name for output in outputs]
         logits = names.index("logits") if "logits" in names else 0
         continued = _continuations([i.name for i in stored], names, logits, path)
-        batch = _size(next(i for i in inputs if i.name == ids[0]).shape[0])
+        batch, length = map(_size, next(i for i in inputs if i.name == ids[0]).shape)
         if isinstance(batch, int) and batch != 1:
             raise ExportError(f"{path} was exported for batches of {batch}: export it with a dynamic batch axis")
+        if isinstance(length, int) and length != 1:
+            raise ExportError(f"{path} was exported for {length} tokens at a call: export it with a dynamic length")
         slots = (_Slot(i.name, _empty_shape(i, batch, path), DTYPES[i.type], continued[i.name]) for i in stored)
-        return DecoderGraph(session, ids[0], plain, logits, tuple(slots))
+        return DecoderGraph(session, ids[0], plain, logits, tuple(slots), length == 1)
 
     def start(self, batch: int) -> State:
         """The state with an empty cache for so many sequences."""
@@ -141,6 +146,10 @@ class DecoderGraph:
         """
         from .onnx_session import from_ort, run_session, to_ort
 
+        if self.one_by_one and ids.shape[1] > 1:
+            marks = torch.ones_like(ids) if mask is None else mask
+            parts = zip(ids.split(1, 1), marks.split(1, 1), strict=True)
+            return torch.cat([self.step(token, state, seen) for token, seen in parts], 1)
         start = state.mask.shape[1]
         state.mask = torch.cat([state.mask, torch.ones_like(ids) if mask is None else mask], 1)
         given = {
@@ -167,9 +176,10 @@ def _continuations(stored: list[str], outputs: list[str], logits: int, path: Pat
 
 
 def _empty_shape(value: Any, batch: int | str, path: Path) -> tuple[int, ...]:
-    """The shape of a cache input without tokens, -1 for the batch. Its other dynamic axes are the length."""
+    """The shape of a cache input without tokens, -1 for the batch. Its other dynamic axes are the length, which keys
+    and values have. The states of recurrent layers and convolutions have none: they begin as zeros."""
     shape = tuple(-1 if size == batch else 0 if isinstance(size, str) else size for size in map(_size, value.shape))
-    if 0 not in shape and value.shape:
+    if 0 not in shape and value.shape and not _STATE.search(value.name):
         raise ExportError(
             f"{path}: the cache {value.name} of shape {value.shape} has a fixed length: export it with a dynamic one"
         )

@@ -91,7 +91,7 @@ def _translations() -> dict[Any, Callable[..., Any]]:
         torch.ops.spinpass.round_tensor.default: translate_round_tensor,
         torch.ops.spinpass.packed_linear.default: packed_linear_translation(),
         **expert_translations(),
-        **_CASTS,
+        **_FRESH,
     }
 
 
@@ -137,7 +137,7 @@ class _Program(ExportedProgram):
         self.decompose |= not all(_is_translatable(node, table) for node in self.graph.nodes)
         if self.decompose:
             own = torch.export.default_decompositions()
-            table |= {target: own[target] for target in _CASTS if target in own}
+            table |= {target: own[target] for target in _FRESH if target in own}
             program = super().run_decompositions(table, decompose_custom_triton_ops)
         refuse_mutation(program, "an ONNX graph")
         return program
@@ -147,7 +147,7 @@ def _is_translatable(node: Node, table: Mapping[Any, Any]) -> bool:
     """Say whether the node has a translation of its own and leaves its arguments alone."""
     if not is_op(node):
         return node.op != "get_attr"  # the subgraph of a higher-order op
-    return node.target not in table and (node.target in _CASTS or not mutates(node))
+    return node.target not in table and (node.target in _FRESH or not mutates(node))
 
 
 def _to_dtype(self: Any, dtype: int, non_blocking: bool = False, copy: bool = False, memory_format: Any = None) -> Any:
@@ -160,14 +160,24 @@ def _to_device(
     return op.Cast(self, to=dtype)
 
 
+def _to_layout(self: Any, *, dtype: int | None = None, **_: Any) -> Any:
+    return op.Identity(self) if dtype is None else op.Cast(self, to=dtype)
+
+
 def _detach(self: Any) -> Any:
     return op.Identity(self)
 
 
-_CASTS: dict[Any, Callable[..., Any]] = {
+def _and(self: Any, other: Any) -> Any:
+    return op.And(self, other) if self.dtype == ir.DataType.BOOL else op.BitwiseAnd(self, other)
+
+
+_FRESH: dict[Any, Callable[..., Any]] = {
     torch.ops.aten.to.dtype: _to_dtype,
     torch.ops.aten.to.device: _to_device,
+    torch.ops.aten.to.dtype_layout: _to_layout,
     torch.ops.aten.detach_.default: _detach,
+    torch.ops.aten.__and__.Tensor: _and,
 }
 """Translations of the few ops that a fresh export holds and that torch translates only after decomposing."""
 

@@ -1,0 +1,142 @@
+"""A type the way a user goes: its tiny model is saved, exported as a folder, opened, and generates past every window.
+
+Of every step of a text the logits are compared with those of transformers' own model, which reads the same tokens with
+its own cache. One text begins below the windows and passes them token by token, the other begins beyond them.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spinpass.errors import SpinpassError
+from spinpass.folders import export
+from spinpass.progress import Silent
+from spinpass.runtime import OrtModel
+
+from . import states
+from .export import first_line
+from .models import VOCABULARY, build, set_cache
+
+TEXTS = ((1, 5, 26), (2, 24, 6))  # rows, tokens of the prompt, new tokens
+LONGEST_WINDOW = 24
+"""All windows of the tiny configurations are shorter than this and longer than the first prompt."""
+_TIE = 1e-3  # of the largest logit: how far two logits may be apart
+_EARLY = ("", "load", "export", "compare", "plan")  # the steps in which a refusal costs nothing
+_LONGEST = 600
+
+Begin = Callable[[str], None]  # told the name of every step
+
+
+class NotSaved(Exception):
+    """The tiny model could not be built or saved."""
+
+
+class _Told(Silent):
+    """The steps of an export, each told as it begins."""
+
+    def __init__(self, begin: Begin) -> None:
+        super().__init__()
+        self.last, self._begin = "", begin
+
+    def start(self, name: str, /) -> Callable[[int, int], None]:
+        self.last = name
+        self._begin(name)
+        return super().start(name)
+
+
+def measure(arch: str, place: Path, begin: Begin) -> dict[str, Any]:
+    """Export the type into the empty folder ``place`` and let the result generate.
+
+    ``written``, ``opens`` and ``generates`` say how far it came, ``left`` what a failed export left on the disk.
+    Raises NotSaved; never raises for what the product does.
+    """
+    model, out = place / "model", place / "out" / "folder"
+    _save(arch, model)
+    out.parent.mkdir()
+    steps = _Told(begin)
+    try:
+        export(model, out, steps=steps)
+    except Exception as error:  # the very thing that is measured
+        left = sorted(path.name for path in out.parent.iterdir())
+        return _failed(error, steps.last) | {"left": left}
+    begin("open")
+    try:
+        opened = OrtModel.from_pretrained(out, threads=1)
+    except Exception as error:  # see above
+        return {"written": True, **_broken(error), "status": states.WRITTEN}
+    begin("generate")
+    try:
+        found = _generated(opened, model)
+    except Exception as error:  # see above
+        return {"written": True, "opens": True, **_broken(error), "status": states.OPENS}
+    wrong = found["wrong_tokens"] or not found["error"] <= _TIE
+    why = f"{found['wrong_tokens']} tokens are not transformers' own, logits differ by {found['error']:.1e}"
+    outcome = {"status": states.OPENS, "why": why} if wrong else {"status": states.GENERATES}
+    return {"written": True, "opens": True, "generates": not wrong, **found, **outcome}
+
+
+def _save(arch: str, folder: Path) -> None:
+    try:
+        model: Any = build(arch)[0]
+        set_cache(model, True)
+        model.save_pretrained(folder)
+    except Exception as error:  # a model's constructor raises what it likes
+        raise NotSaved(first_line(error)) from error
+
+
+def _failed(error: Exception, step: str) -> dict[str, Any]:
+    if not isinstance(error, SpinpassError):
+        return {**_broken(error), "status": states.UNTYPED, "at": step}
+    status = states.REFUSED if step in _EARLY else states.LATE
+    return {"status": status, "why": f"{type(error).__name__}: {error}"[:_LONGEST], "at": step}
+
+
+def _broken(error: Exception) -> dict[str, Any]:
+    return {"why": first_line(error), "traceback": "".join(traceback.format_exception(error))[-2000:]}
+
+
+def _generated(opened: OrtModel, folder: Path) -> dict[str, Any]:
+    """How both texts go on, held against transformers."""
+    wrong, worst = 0, 0.0
+    for rows, length, new in TEXTS:
+        generator = torch.Generator().manual_seed(length)
+        prompt = torch.randint(3, VOCABULARY, (rows, length), generator=generator)
+        text = opened.generate(prompt, max_new_tokens=new, eos_token_id=[])
+        ours, theirs = _logits(opened, text, length), _reference(folder, text, length)
+        scale = float(theirs.abs().max())
+        worst = max(worst, float((ours - theirs).abs().max()) / scale)
+        chosen = theirs.gather(-1, text[:, length:, None])[..., 0]
+        wrong += int((theirs.amax(-1) - chosen > _TIE * scale).sum())
+    return {"wrong_tokens": wrong, "error": worst}
+
+
+def _logits(opened: OrtModel, text: Tensor, length: int) -> Tensor:
+    """The logits that every token of ``text`` after the prompt was chosen by, (batch, new, vocabulary)."""
+    state = opened.graph.start(len(text))
+    found = [opened.graph.step(text[:, :length], state)[:, -1]]
+    found += [opened.graph.step(text[:, at : at + 1], state)[:, -1] for at in range(length, text.shape[1] - 1)]
+    return torch.stack(found, 1)
+
+
+def _reference(folder: Path, text: Tensor, length: int) -> Tensor:
+    """The same of transformers' model with its cache, which is made to choose the tokens of ``text``."""
+    import transformers
+
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+
+    def chosen(ids: Tensor, scores: Tensor) -> Tensor:
+        return torch.full_like(scores, -torch.inf).scatter(1, text[:, ids.shape[1], None], 0.0)
+
+    made = model.generate(
+        text[:, :length], attention_mask=torch.ones_like(text[:, :length]), max_new_tokens=text.shape[1] - length,
+        logits_processor=transformers.LogitsProcessorList([chosen]), do_sample=False, eos_token_id=-1, pad_token_id=0,
+        output_logits=True, return_dict_in_generate=True,
+    )  # fmt: skip
+    found: Tensor = torch.stack(made.logits, 1).float()
+    return found
