@@ -12,7 +12,15 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from spinpass.errors import ConfigError, first_line
-from spinpass.execution import InputRole, reading_inputs, reading_sizes, run, user_inputs
+from spinpass.execution import (
+    InputRole,
+    continued_inputs,
+    read_in_pieces,
+    reading_inputs,
+    reading_sizes,
+    run,
+    user_inputs,
+)
 from spinpass.formats import finish, model_path
 from spinpass.loading import load_config, load_model, load_tokenizer, locate
 from spinpass.runtime import ModelFolder
@@ -55,8 +63,10 @@ class ProgramScorer:
 
     @property
     def longest(self) -> int | None:
-        """The most tokens that the program takes at once; None where it names no limit."""
+        """The longest text in tokens; None where the program names no limit."""
         length = self._ids.shape[-1]
+        if self._takes_single_tokens:
+            return None
         if isinstance(length, int):
             return length
         allowed = self.program.range_constraints.get(length)
@@ -74,8 +84,14 @@ class ProgramScorer:
 
     def logits(self, ids: Sequence[int]) -> Tensor:
         """Logits (length, vocabulary), float32. Raises ConfigError where the program does not take that many tokens."""
+        if self._takes_single_tokens:
+            return read_in_pieces(self.program, self._ids, torch.split(torch.tensor([list(ids)]), 1, 1))[0].float()
         logits: Tensor = run(self.program, self.inputs(ids))[0]
         return logits[0].float()
+
+    @property
+    def _takes_single_tokens(self) -> bool:
+        return self._ids.shape[-1] == 1 and bool(continued_inputs(self.program))
 
 
 class OnnxScorer:

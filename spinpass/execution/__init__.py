@@ -2,7 +2,7 @@
 
 from .interpreter import Deferred, Runner, constants, execute, flat_inputs, origin, run, user_input_names
 from .likelihoods import log_probabilities
-from .reading import reading_inputs, reading_sizes
+from .reading import read_in_pieces, reading_inputs, reading_sizes
 from .returned import continued_inputs, output_names, returned_state
 from .roles import InputRole
 from .session import Session, into_basis
@@ -27,6 +27,7 @@ __all__ = [
     "next_inputs",
     "origin",
     "output_names",
+    "read_in_pieces",
     "reading_inputs",
     "reading_sizes",
     "returned_state",

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.export import ExportedProgram
 
+from .interpreter import run
+from .returned import continued_inputs
 from .roles import InputRole
-from .synthetic import Sizes, UserInput, bound_sizes, concrete, fresh
+from .synthetic import Sizes, UserInput, bound_sizes, concrete, fresh, user_inputs
 
 _NOTHING: Mapping[str, Tensor] = {}
 
@@ -38,6 +41,33 @@ def reading_inputs(
     """
     given = {**state, ids.name: tokens}
     return {spec.name: given[spec.name] if spec.name in given else _value(spec, sizes, past) for spec in inputs}
+
+
+def read_in_pieces(ep: ExportedProgram, ids: UserInput, pieces: Iterable[Tensor]) -> Tensor:
+    """Read a text piece by piece, each on the state that those before have left.
+
+    Args:
+        ep: the program; its first output is the logits.
+        ids: its input of token ids.
+        pieces: of the text, integers (1, length).
+
+    Returns:
+        The logits of all tokens in the program's dtype, (1, length, vocabulary).
+
+    Raises:
+        ConfigError, ProgramError: the program does not take so many tokens behind so many others.
+    """
+    specs, state = user_inputs(ep), continued_inputs(ep)
+    logits: list[Tensor] = []
+    held: dict[str, Tensor] = {}
+    past = 0
+    for piece in pieces:
+        sizes = reading_sizes(specs, ids, piece, past)
+        outputs = run(ep, reading_inputs(specs, ids, piece, sizes, past, held))
+        logits.append(outputs[0])
+        held = {given: outputs[index] for given, index in state.items()}
+        past += piece.shape[1]
+    return torch.cat(logits, 1)
 
 
 def _value(spec: UserInput, sizes: Sizes, past: int) -> Any:

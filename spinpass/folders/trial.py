@@ -19,7 +19,7 @@ from torch.export import ExportedProgram
 
 from spinpass.certificate import FileComparison
 from spinpass.evaluation import ProgramScorer, token_ids
-from spinpass.execution import InputRole, returned_state, user_inputs
+from spinpass.execution import InputRole, continued_inputs, user_inputs
 from spinpass.exporters import CERTIFY_BYTES
 from spinpass.loading import Companions, LoadedModel, text_limits
 from spinpass.progress import Steps
@@ -65,7 +65,7 @@ def try_folder(
         VerificationError: a runtime chooses other tokens, or computes other logits, than the program.
     """
     cases = _cases(loaded, program, folder)
-    if (folder / "model.onnx").is_file() and not (cases and returned_state(program)):
+    if (folder / "model.onnx").is_file() and not (cases and _is_decoder(loaded, program)):
         return [_try_outputs(program, folder, steps, rounded, why)]
     absent = {runtime: reason for runtime, reason in _runtimes(folder) if reason}
     asked = {
@@ -155,6 +155,15 @@ def _text(companions: Companions | None, rows: int | None, length: int, pad: int
 def _ids(program: ExportedProgram) -> Any:
     lookups = [spec for spec in user_inputs(program) if spec.role is InputRole.LOOKUP and len(spec.shape) == 2]
     return lookups[0] if len(lookups) == 1 else None
+
+
+def _is_decoder(loaded: LoadedModel, program: ExportedProgram) -> bool:
+    """Say whether the file is to generate: a model's with a cache is, a program of one's own where it can be fed."""
+    state = continued_inputs(program)
+    known = (InputRole.LOOKUP, InputRole.MASK, InputRole.POSITION)
+    fed = [spec for spec in user_inputs(program) if spec.role in known or spec.name in state]
+    grows = any(not isinstance(size, int) for spec in fed if spec.name in state for size in spec.shape[1:])
+    return bool(state) and (loaded.companions is not None or (grows and len(fed) == len(user_inputs(program))))
 
 
 def _runtimes(folder: Path) -> Iterator[tuple[str, str]]:

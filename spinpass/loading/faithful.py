@@ -19,9 +19,7 @@ from spinpass.execution import (
     InputRole,
     UserInput,
     continued_inputs,
-    reading_inputs,
-    reading_sizes,
-    run,
+    read_in_pieces,
     user_inputs,
 )
 
@@ -39,35 +37,25 @@ def check_faithful(model: Any, program: ExportedProgram, name: str) -> None:
     Raises ExportError where they differ, where the program has no cache, reads no other length than that of its trace,
     or takes other inputs than token ids, positions, a mask and a cache: a decoder is given nothing else.
     """
-    specs = user_inputs(program)
-    ids = next((s for s in specs if s.role is InputRole.LOOKUP and len(s.shape) == 2), None)
-    state = continued_inputs(program)
-    _check_inputs(specs, ids, state, name)
+    ids = _token_ids(program, name)
     text = _text(model)
     with torch.no_grad():
         model(input_ids=text[:, :1], use_cache=False)  # dynamic RoPE remembers longer texts until a short one comes
         expected = model(input_ids=text, attention_mask=torch.ones_like(text), use_cache=False).logits.float()
-    found: list[Tensor] = []
-    caches: dict[str, Tensor] = {}
-    past = 0
-    for piece in text.split(1, 1) if ids.shape[1] == 1 else (text[:, :-_LAST], text[:, -_LAST:]):
-        sizes = reading_sizes(specs, ids, piece, past)
-        try:
-            outputs = run(program, reading_inputs(specs, ids, piece, sizes, past, caches))
-        except SpinpassError as error:
-            raise ExportError(
-                f"the program that transformers exports of {name} does not read {piece.shape[1]} tokens behind {past} "
-                f"others: a trace has fixed a length, so it cannot be exported as one decoder ({first_line(error)})"
-            ) from error
-        found.append(outputs[0].float())
-        caches = {given: outputs[index] for given, index in state.items()}
-        past += piece.shape[1]
-    error = (torch.cat(found, 1) - expected).abs().max() / expected.abs().max().clamp(min=1e-30)
-    bound = LOGIT_BOUNDS.get(outputs[0].dtype, 1e-3)
-    if not float(error) <= bound:
+    pieces = torch.split(text, 1, 1) if ids.shape[1] == 1 else (text[:, :-_LAST], text[:, -_LAST:])
+    try:
+        found = read_in_pieces(program, ids, pieces)
+    except SpinpassError as error:
+        raise ExportError(
+            f"the program that transformers exports of {name} does not read tokens behind others: a "
+            f"trace has fixed a length, so it cannot be exported as one decoder ({first_line(error)})"
+        ) from error
+    off = (found.float() - expected).abs().max() / expected.abs().max().clamp(min=1e-30)
+    bound = LOGIT_BOUNDS.get(found.dtype, 1e-3)
+    if not float(off) <= bound:
         raise ExportError(
             f"the program that transformers exports of {name} is not the model: reading {text.shape[1]} tokens in two "
-            f"pieces gives other logits (relative error {float(error):.1e}, allowed {bound:.0e}); a trace has fixed "
+            f"pieces gives other logits (relative error {float(off):.1e}, allowed {bound:.0e}); a trace has fixed "
             "what the model decides by length or cache, so it cannot be exported as one decoder"
         )
 
@@ -91,8 +79,10 @@ def _text(model: Any) -> Tensor:
     return torch.randint(0, rows, (1, max(_LAST + 1, min(wanted, most))), generator=generator)
 
 
-def _check_inputs(specs: list[UserInput], ids: UserInput | None, state: dict[str, int], name: str) -> None:
-    """Raise ExportError where a program cannot be fed as a decoder."""
+def _token_ids(program: ExportedProgram, name: str) -> UserInput:
+    """Return the input of token ids. Raises ExportError where a program cannot be fed as a decoder."""
+    specs, state = user_inputs(program), continued_inputs(program)
+    ids = next((s for s in specs if s.role is InputRole.LOOKUP and len(s.shape) == 2), None)
     if ids is None:
         raise ExportError(f"the program of {name} takes no token ids, and cannot be exported as a decoder")
     if not state:
@@ -105,6 +95,7 @@ def _check_inputs(specs: list[UserInput], ids: UserInput | None, state: dict[str
             f"the program of {name} takes {', '.join(other)} beside token ids, positions, a mask and a cache: it "
             "cannot be exported as a decoder, which is given nothing else"
         )
+    return ids
 
 
 def _is_unknown(spec: UserInput, state: dict[str, int]) -> bool:

@@ -148,7 +148,7 @@ class DecoderGraph:
 
         if self.one_by_one and ids.shape[1] > 1:
             marks = torch.ones_like(ids) if mask is None else mask
-            parts = zip(ids.split(1, 1), marks.split(1, 1), strict=True)
+            parts = zip(torch.split(ids, 1, 1), torch.split(marks, 1, 1), strict=True)
             return torch.cat([self.step(token, state, seen) for token, seen in parts], 1)
         start = state.mask.shape[1]
         state.mask = torch.cat([state.mask, torch.ones_like(ids) if mask is None else mask], 1)
