@@ -15,7 +15,7 @@ endif
 
 CONSUMER := .venv-consumer
 
-.PHONY: help venv runtimes lint test goldens slow demo bench accuracy tokens speed consumer zoo zoo-all clean
+.PHONY: help venv runtimes lint test goldens slow demo bench accuracy tokens conversations speed consumer zoo zoo-all clean
 
 help:
 	@echo "make venv   build .venv with everything (about 2 GB)"
@@ -26,6 +26,7 @@ help:
 	@echo "make bench  exactness on real and tiny models, cost of the pass, speed of the Hadamards"
 	@echo "make accuracy  what rotation buys under quantization: perplexities, paired (about an hour and a half, resumable)"
 	@echo "make tokens    greedy tokens of every runtime against those of transformers (about half an hour)"
+	@echo "make conversations  padded batches and next turns of every runtime, on the demo's and tiny models (about 20 minutes)"
 	@echo "make speed     ONNX Runtime, rotated against original, 4 bits against float (about half an hour)"
 	@echo "make consumer  the exported folder in optimum's ORTModelForCausalLM, in an environment of its own"
 	@echo "make runtimes  install ExecuTorch, OpenVINO and torchao into .venv, for the tests that need them"
@@ -77,6 +78,9 @@ accuracy: $(READY)
 
 tokens: runtimes $(CONSUMER)/.installed
 	$(BIN)/python -m benchmarks.tokens --consumer $(CONSUMER)/bin/python $(TOKENS)
+
+conversations: $(READY) $(CONSUMER)/.installed
+	$(BIN)/python -m benchmarks.conversations --consumer $(CONSUMER)/bin/python $(CONVERSATIONS)
 
 speed: $(READY)
 	$(BIN)/python -m benchmarks.speed $(SPEED)
