@@ -1,6 +1,6 @@
 """Batches and conversations: are they what transformers says of each row?  ``python -m benchmarks.conversations``
 
-The demo's model and tiny ones of every kind of attention are rotated R1–R4 in float32 and exported as a user does. Every
+The demo's model and tiny ones of every kind of attention are rotated R1–R4 in float32 and exported as a user does. Each
 runtime then continues five prompts: each alone, all in one padded batch (on the side that the runtime pads), and
 in two turns. What transformers generates greedily with the original model, one row at a time and without a cache kept
 between turns, is what is expected, token for token. Exits with 1 where one differs.
