@@ -3,6 +3,6 @@
 This package imports none of them, and so none of their dependencies, before it is asked for one.
 """
 
-from .names import cache_names
+from .names import cache_names, named_record
 
-__all__ = ["cache_names"]
+__all__ = ["cache_names", "named_record"]
