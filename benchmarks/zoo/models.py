@@ -17,8 +17,8 @@ BATCH, SEQUENCE = 3, 11  # prime to every tiny size, so that no axis agrees with
 VOCABULARY = 120  # the ids that texts are made of are below this
 _SEED = 0
 _MOST_PARAMETERS = 60_000_000
-# Parameters whose default values carry meaning (decays, time steps, filters): disturbed, not replaced.
-_MEANINGFUL = re.compile(r"A_log|\bD\b|time_|dt_|decay|conv|slope")
+# Parameters whose default values carry meaning (decays, time steps): disturbed, not replaced.
+_MEANINGFUL = re.compile(r"A_log|\bD\b|time_|dt_|decay|slope")
 _BUFFERS_LEFT_ALONE = re.compile(r"inv_freq|running_|num_batches")
 
 

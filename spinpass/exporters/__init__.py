@@ -4,6 +4,6 @@ This package imports none of them, and so none of their dependencies, before it 
 """
 
 from .certified_file import CERTIFY_BYTES
-from .names import cache_names
+from .names import cache_names, named_record
 
-__all__ = ["CERTIFY_BYTES", "cache_names"]
+__all__ = ["CERTIFY_BYTES", "cache_names", "named_record"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,9 +10,13 @@ from typing import Any
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 
+from spinpass import record
 from spinpass.errors import ConfigError
+from spinpass.execution import output_names as paths_of_outputs
 
 from .caches import find_caches
+
+_WORD = re.compile(r"\w+(?:\.\w+)*")
 
 Names = Mapping[str, str] | Sequence[str] | None
 
@@ -67,6 +72,33 @@ def cache_names(ep: ExportedProgram) -> dict[str, dict[str, str]]:
         "input_names": {tensor.input: f"past_key_values.{tensor.label}" for tensor in found},
         "output_names": {names.outputs[names.output_index[t.output]]: f"present.{t.label}" for t in found},
     }
+
+
+def named_record(ep: ExportedProgram, input_names: Names, output_names: Names) -> dict[str, Any] | None:
+    """Return what a rotated program says about itself, its certificate included, under the names that a file gives its
+    inputs and outputs; None for any other program. Raises ConfigError as :func:`renamed`.
+    """
+    found = record.read(ep)
+    if found is None:
+        return None
+    names = renamed(signature_names(ep), input_names, output_names)
+    inputs = {name: names.inputs[index] for name, index in names.input_index.items()}
+    outputs = {i: names.outputs[index] for i, index in names.output_index.items()}
+    words = inputs | {name: outputs[i] for i, name in enumerate(paths_of_outputs(ep)) if i in outputs}
+    data = found.to_dict()
+    data["inputs"] = {inputs[name]: carried for name, carried in data["inputs"].items()}
+    data["outputs"] = {outputs[int(i)]: carried for i, carried in data["outputs"].items()}
+    data["certificate"] = _worded(data["certificate"], words)
+    return data
+
+
+def _worded(value: Any, words: Mapping[str, str]) -> Any:
+    """Return JSON-able values with every word of their texts replaced that ``words`` has."""
+    if isinstance(value, dict):
+        return {key: _worded(each, words) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_worded(each, words) for each in value]
+    return _WORD.sub(lambda word: words.get(word[0], word[0]), value) if isinstance(value, str) else value
 
 
 def renamed(names: GraphNames, inputs: Names, outputs: Names) -> GraphNames:

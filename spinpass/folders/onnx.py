@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from spinpass.errors import ConfigError, ExportError
 from spinpass.evaluation import calibration_windows, token_ids
-from spinpass.exporters import cache_names
+from spinpass.exporters import cache_names, named_record
 from spinpass.formats import PREFIX, Draft
 from spinpass.graph import with_values
 from spinpass.loading import Companions, LoadedModel
@@ -161,7 +161,8 @@ def _written(
     tried: Callable[[], Sequence[Trial]],
 ) -> Written:
     report = draft.in_place(report)
-    reports: dict[str, Any] = {"onnx": report.to_dict()}
+    about = named_record(result.program, report.inputs, report.outputs)
+    reports: dict[str, Any] = {"onnx": report.to_dict(), "record": about}
     reports |= {name: draft.in_place(made[step]).to_dict() if step in made else None for name, step in _REPORTS.items()}
     files = {path.name for path in report.files}
     if loaded.companions is not None:

@@ -16,14 +16,13 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 from torch.export import ExportedProgram
 
-from spinpass import record
 from spinpass.certificate import FileCertificate
 from spinpass.errors import ConfigError, ProgramError
 from spinpass.formats import PROTOBUF_LIMIT, data_name, model_path, remove_stale_data
 from spinpass.runtime import NoKernelError
 
 from ..certified_file import Clock, FileReport, write_certified
-from ..names import GraphNames, Names, renamed, signature_names
+from ..names import GraphNames, Names, named_record, renamed, signature_names
 from .certificate import certify_onnx
 from .fusion.fuse import Fused, fuse_model
 from .naming import name_axes, name_by_module
@@ -152,11 +151,5 @@ def _finish(model: ir.Model, names: GraphNames, parameters: frozenset[str], meta
 
 
 def _record(ep: ExportedProgram, names: GraphNames) -> dict[str, str]:
-    """Return what a rotated program says about itself, its cache inputs and outputs under their names in the graph."""
-    found = record.read(ep)
-    if found is None:
-        return {}
-    data = found.to_dict()
-    data["inputs"] = {names.inputs[names.input_index[name]]: carried for name, carried in data["inputs"].items()}
-    data["outputs"] = {names.outputs[names.output_index[int(i)]]: carried for i, carried in data["outputs"].items()}
-    return {"spinpass.record": json.dumps(data)}
+    found = named_record(ep, names.inputs, names.outputs)
+    return {} if found is None else {"spinpass.record": json.dumps(found)}
