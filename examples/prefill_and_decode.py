@@ -12,6 +12,7 @@ model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_val
 prompt = torch.randint(3, 96, (2, 7))
 inputs = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
 exported = DynamoExporter().export_for_generation(model, inputs, DynamoConfig(dynamic=True)).components
+kept = "cache" if "cache" in exported["decode"].metadata.kwargs else "past_key_values"  # before transformers 5.24
 prefill, decode = (spinpass.transform(exported[name].program) for name in ("prefill", "decode"))
 
 # Each program says in which basis it hands its cache on and in which it takes it.
@@ -22,8 +23,8 @@ print("same bases:", [c.rotation for c in gives.outputs.values()] == [c.rotation
 # The rotated pair, cache passed on as it is, against the model itself.
 with torch.no_grad():
     empty = DynamicCache(config=model.config)
-    first = prefill.module()(input_ids=prompt, position_ids=torch.arange(7).expand(2, 7), past_key_values=empty)
+    first = prefill.module()(input_ids=prompt, position_ids=torch.arange(7).expand(2, 7), **{kept: empty})
     token, at = first.logits[:, -1:].argmax(-1), torch.full((2, 1), 7)
-    second = decode.module()(input_ids=token, position_ids=at, past_key_values=first.past_key_values)
+    second = decode.module()(input_ids=token, position_ids=at, **{kept: first[kept]})
     expected = model(torch.cat((prompt, token), dim=1)).logits[:, -1:]
 print(f"max |difference of the logits| after prefill and decode: {(second.logits - expected).abs().max():.1e}")

@@ -6,6 +6,7 @@ and the rotated program are driven alike, and only ids and logits are compared.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,7 +19,7 @@ from spinpass.execution import InputRole, UserInput, execute, flat_inputs, outpu
 
 PROMPT, STEPS = 4, 26  # from below every window of the tiny configurations to beyond it
 _IDS = "input_ids"
-_CACHES = ("past_key_values", "cache_params", "state", "mems")
+_CACHES = re.compile(r"past_key_values|cache(?!_position)|state|mems")
 
 
 def greedy(
@@ -58,7 +59,7 @@ def _loop(
 
 def takes_cache(program: ExportedProgram) -> bool:
     """The program has inputs that hold what earlier steps left."""
-    return any(name.startswith(_CACHES) for name in user_input_names(program))
+    return any(_CACHES.match(name) for name in user_input_names(program))
 
 
 def compare(ours: list[Tensor], theirs: list[Tensor]) -> dict[str, Any]:
@@ -105,7 +106,7 @@ class _Driver:
         if not isinstance(example, Tensor):
             return example
         size = [self._size(known, old, new, past) for known, old in zip(spec.shape, example.shape, strict=True)]
-        if spec.name.startswith(_CACHES):
+        if _CACHES.match(spec.name):
             return torch.zeros(size, dtype=example.dtype)
         if spec.role is InputRole.POSITION or "position" in spec.name:
             if size[-1:] != [new]:
@@ -130,7 +131,7 @@ class _Driver:
         sizes = {
             int(size)
             for spec in self.specs
-            if spec.name.startswith(_CACHES)
+            if _CACHES.match(spec.name)
             for known, size in zip(spec.shape, self.examples[spec.name].shape, strict=False)
             if not isinstance(known, int) and size != self.batch
         }

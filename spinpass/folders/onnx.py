@@ -161,8 +161,8 @@ def _written(
     tried: Callable[[], Sequence[Trial]],
 ) -> Written:
     report = draft.in_place(report)
-    about = named_record(result.program, report.inputs, report.outputs)
-    reports: dict[str, Any] = {"onnx": report.to_dict(), "record": about}
+    record = named_record(result.program, report.inputs, report.outputs)
+    reports: dict[str, Any] = {"onnx": report.to_dict(), "record": record}
     reports |= {name: draft.in_place(made[step]).to_dict() if step in made else None for name, step in _REPORTS.items()}
     files = {path.name for path in report.files}
     if loaded.companions is not None:

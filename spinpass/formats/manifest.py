@@ -98,7 +98,8 @@ def read_artefact(path: str | Path) -> Artefact:
 
     Raises:
         ConfigError: nothing of that kind is there.
-        ExportError: it cannot be read, or names a file outside the folder.
+        VerificationError: it cannot be read, and is not the file that ``spinpass.json`` lists.
+        ExportError: it cannot be read for another reason, or names a file outside the folder.
     """
     path = Path(path)
     finish(path)
@@ -114,7 +115,11 @@ def read_artefact(path: str | Path) -> Artefact:
         return Artefact(file, found.rotations, {**found.inputs, **outputs}, {})
     manifest = _manifest(file)
     if file.suffix == ".onnx":
-        return Artefact(file, *onnx_record(file, _onnx_metadata(file)), manifest)
+        try:
+            return Artefact(file, *onnx_record(file, _onnx_metadata(file)), manifest)
+        except ExportError:
+            check_opened(file)  # damage that the manifest knows of is named as that
+            raise
     return Artefact(file, (manifest.get("record") or {}).get("rotations", {}), {}, manifest)
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-import torch
 
 from spinpass.runtime.decoder import OrtDecoder
 from tests.support.commands import document, run
@@ -23,7 +23,7 @@ def test_export_writes_a_folder_that_runs(folder: Path, tmp_path: Path) -> None:
     manifest = json.loads((tmp_path / "out" / "spinpass.json").read_text())
     assert {space["rotation"] for space in manifest["plan"]["spaces"]} == {"R1", "R2", "R3", "R4"}
     assert manifest["record"]["certificate"]["ok"] and manifest["onnx"]["certificate"]["ok"]
-    assert manifest["versions"]["torch"] == torch.__version__ and manifest["packed"] is None
+    assert manifest["versions"]["torch"] == version("torch") and manifest["packed"] is None
     assert manifest["genai"] == {"file": "genai_config.json", "reason": None}
     assert "present.0.key" in manifest["onnx"]["outputs"]
     assert len(OrtDecoder(tmp_path / "out").generate([5, 6, 7], 4, end=()).tokens) == 4

@@ -52,8 +52,8 @@ def test_a_rotated_decoder_is_certified(written: exporter.OpenVINOReport, rotate
     assert written.bytes == sum(file.stat().st_size for file in written.path.parent.iterdir())
     assert written.certificate is not None and written.certificate.ok, written.uncertified
     assert written.certificate.verdict.startswith("equivalent: at worst ") and len(written.certificate.outputs) == 5
-    assert written.inputs[:3] == ("input_ids", "position_ids", "past_key_values_0")
-    assert written.outputs[:2] == ("logits", "output.past_key_values_0")
+    assert written.inputs[:3] == ("input_ids", "position_ids", f"{models.cache_argument()}_0")
+    assert written.outputs[:2] == ("logits", f"output.{models.cache_argument()}_0")
     assert json.loads(json.dumps(written.to_dict()))["certificate"]["ok"]
     found = openvino.Core().read_model(written.path)
     kept = record.Record.from_dict(json.loads(found.get_rt_info(["spinpass", "record"]).astype(str)))

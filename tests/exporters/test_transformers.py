@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import collections
 import copy
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -96,6 +98,8 @@ def test_programs_share_a_cache_in_the_rotated_basis(dynamo: tuple[Any, Any]) ->
         (c.space, c.rotation.fingerprint()) for c in taken
     ]
     assert len(taken) == 2 * models.LAYERS
+    assert [component.takes_cache for component in exporter._components] == [False, True]  # prefill: an empty one
+    assert [component.returns_cache for component in exporter._components] == [True, True]
     assert library.HADAMARD in map(op_name, prefill.graph.nodes)
     for prompt in PROMPTS:
         assert generate_exported(exported, prompt, NEW) == greedy(prompt)
@@ -168,7 +172,7 @@ def test_calibration_samples_get_the_cache_of_the_rotated_program(dynamo: tuple[
     for layer in range(models.LAYERS):
         cache.update(torch.randn(1, models.KV, 3, 16), torch.randn(1, models.KV, 3, 16), layer)
     sample = {
-        "past_key_values": cache,
+        models.cache_argument(): cache,
         "input_ids": torch.tensor([[7]]),
         "position_ids": torch.tensor([[3]]),
         "other": 1,
@@ -177,10 +181,9 @@ def test_calibration_samples_get_the_cache_of_the_rotated_program(dynamo: tuple[
     (made,) = RotatedSamples([sample], lambda: program)
     assert torch.equal(cache.layers[0].keys, before)
     model: Any = models.build("llama")
-    expected = model(
-        input_ids=sample["input_ids"], position_ids=sample["position_ids"], past_key_values=copy.deepcopy(cache)
-    ).logits
-    traced = {name: made[name] for name in ("input_ids", "position_ids", "past_key_values")}
+    taken = ("input_ids", "position_ids", models.cache_argument())
+    expected = model(**{name: copy.deepcopy(sample[name]) for name in taken}).logits
+    traced = {name: made[name] for name in taken}
     torch.testing.assert_close(program.module()(**traced).logits, expected, rtol=0, atol=1e-4)
     with pytest.raises(
         ExportError, match="a calibration sample lacks position_ids; the program takes input_ids, position_ids"
@@ -256,4 +259,9 @@ def test_generation_checks_what_it_is_given(onnx: Any) -> None:
     part = exporters.ExportedModel({"model": onnx.components["prefill"]}, "onnx")
     with pytest.raises(ConfigError, match="the exported model has the components model and not"):
         generate_exported(part, [1], 4)
+    told = onnx.components["decode"].metadata
+    told = dataclasses.replace(told, kwargs={name: kind for name, kind in told.kwargs.items() if "container" not in kind})
+    bare = exporters.ExportedModel(onnx.components | {"decode": SimpleNamespace(metadata=told)}, "onnx")
+    with pytest.raises(ConfigError, match="the component decode takes no cache"):
+        generate_exported(bare, [1], 4)
     assert generate_exported(onnx, [5, 17], 3, end=generate_exported(onnx, [5, 17], 1)) == generate_exported(onnx, [5, 17], 1)

@@ -43,7 +43,7 @@ def test_folder_becomes_one_program_with_a_cache(
     assert steps == ["load", "export", "compare"]
     assert capfd.readouterr().err == ""  # no bars, no warnings
     inputs = loaded.program.graph_signature.user_inputs
-    assert [name for name in inputs if "past" in name] == [f"past_key_values_{i}" for i in range(4)]
+    assert inputs[3:] == tuple(f"{models.cache_argument()}_{i}" for i in range(4))
     assert next(iter(loaded.program.state_dict.values())).dtype == torch.float32
     assert loaded.companions is not None
     written = {path.name for path in loaded.companions.save(tmp_path / "out")}

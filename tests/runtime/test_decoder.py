@@ -62,7 +62,7 @@ def test_greedy_tokens_are_those_of_the_model(model: nn.Module, decoder: OrtDeco
 
 
 def test_names_do_not_matter(model: nn.Module, program: ExportedProgram, tmp_path: Path) -> None:
-    report = exporter.export(program, tmp_path / "a.onnx")  # past_key_values_0 -> output.past_key_values_0
+    report = exporter.export(program, tmp_path / "a.onnx")  # cache_0 -> output.cache_0
     count = len(report.outputs)
     exporter.export(program, tmp_path / "b.onnx", output_names=[f"o{i}" for i in range(count)])  # by order
     for name in ("a.onnx", "b.onnx"):

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -170,6 +171,13 @@ def next_ids(steps: int) -> Tensor:
     return torch.randint(3, VOCAB, (BATCH, steps), generator=torch.Generator().manual_seed(7))
 
 
+def cache_argument() -> str:
+    """What the installed transformers calls the cache that a model takes and returns: another name since 5.24."""
+    from transformers import LlamaForCausalLM
+
+    return "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
+
+
 def prefill_then_decode(
     prefill: ExportedProgram, decode: ExportedProgram, *, steps: int = 3, float64: bool = True
 ) -> list[Tensor]:
@@ -188,7 +196,7 @@ def prefill_then_decode(
     results = [logits]
     names = user_input_names(decode)
     for i, ids in enumerate(next_ids(steps).split(1, 1)):
-        past = [name for name in names if name.startswith("past_key_values")]
+        past = [name for name in names if name.startswith(f"{cache_argument()}_")]
         inputs = dict(zip(past, cache, strict=True)) | {
             "input_ids": ids,
             "position_ids": torch.full((BATCH, 1), SEQ + i),

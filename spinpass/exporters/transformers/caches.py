@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ from spinpass import execution, record
 from spinpass.errors import ExportError
 from spinpass.record import Carried, Record
 
-_CACHE = "past_key_values"
+_RETURNED = re.compile(r'"type": "[\w.]+:\w*Cache"')
 
 
 @dataclass(frozen=True)
@@ -24,16 +25,26 @@ class RotatedComponent:
     returns_cache: bool
 
     @staticmethod
-    def of(program: ExportedProgram, out_spec: str) -> RotatedComponent:
-        """Read the component off a rotated program; ``out_spec`` is that of transformers' metadata.
+    def of(program: ExportedProgram, metadata: Any) -> RotatedComponent:
+        """Read the component off a rotated program and transformers' metadata of it.
 
         Raises ExportError where the program has no record.
         """
         found = record.read(program)
         if found is None:
             raise ExportError("no output of the rotated program is computed: there is nothing to export")
-        takes = any(name.startswith(_CACHE) for name in execution.user_input_names(program))
-        return RotatedComponent(found, takes, _CACHE in out_spec)
+        tensors = re.compile(rf"{cache_argument(metadata)}(_\d|$)")  # an empty cache has none
+        takes = any(map(tensors.match, execution.user_input_names(program)))
+        return RotatedComponent(found, takes, _RETURNED.search(metadata.out_spec or "") is not None)
+
+
+def cache_argument(metadata: Any) -> str | None:
+    """Return which argument of a component is its cache, by its class: the name is another in other transformers.
+
+    None where the component takes none.
+    """
+    kinds = ((name, kind.get("container", "")) for name, kind in metadata.kwargs.items() if isinstance(kind, Mapping))
+    return next((name for name, kind in kinds if kind.endswith("Cache")), None)
 
 
 def check_caches(components: Mapping[str, RotatedComponent]) -> None:

@@ -58,7 +58,7 @@ class RotationMixin(DynamoExporter):
         refuse_graph_quantizer(config)
         program, metadata = super().export_program(model, sample_inputs, config)
         rotated = transform(program, self.rotation)
-        made = RotatedComponent.of(rotated, metadata.out_spec or "")
+        made = RotatedComponent.of(rotated, metadata)
         self._components.append(made)
         self._last = rotated
         metadata.packages["spinpass"] = made.record.version

@@ -8,7 +8,7 @@ of the future can pass for several values; it is then added to the scores as it 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 
-from .match import constant, names, sizes
+from .match import constant, integer, names, sizes
 
 _SIZES = ((5, 0), (1, 7), (4, 3))  # new tokens, tokens in the cache
 _LONGEST = 2**20  # a number above this is no window: nothing is evaluated beyond it
@@ -91,7 +91,7 @@ class _Cone:
 
     value: ir.Value
     nodes: Sequence[ir.Node]
-    inputs: Sequence[ir.Value]
+    inputs: Mapping[ir.Value, frozenset[int]]  # with the axes that something is read of
     initializers: Sequence[ir.Value]
     takes_values: bool
 
@@ -100,7 +100,7 @@ class _Cone:
         """Collect what makes ``value``."""
         reached = _reached(value)
         nodes = [node for node in graph if any(v in reached for v in node.outputs)]
-        inputs = [v for v in graph.inputs if v in reached]
+        inputs = {v: _axes(v, nodes) for v in graph.inputs if v in reached}
         by_value = _reached(value, through_shapes=False)
         constants = [v for v in graph.initializers.values() if v in reached]
         return _Cone(value, nodes, inputs, constants, any(v in by_value for v in inputs))
@@ -141,7 +141,7 @@ class _Cone:
     def run(self, session: ort.InferenceSession, at: _Sizes, fill: str) -> np.ndarray[Any, Any]:
         """Return the mask in float64, of inputs that are filled as :func:`_filled` says."""
         types = {i.name: _NUMPY[i.type] for i in session.get_inputs()}
-        feed = {str(v.name): _filled(at.shape(v), types[str(v.name)], fill) for v in self.inputs}
+        feed = {str(v.name): _filled(at.shape(v, axes), types[str(v.name)], fill) for v, axes in self.inputs.items()}
         (mask,) = session.run(None, feed)
         return np.asarray(mask, np.float64)
 
@@ -154,13 +154,15 @@ class _Sizes:
     past: int
     known: dict[str | int, int]
 
-    def shape(self, value: ir.Value) -> list[int]:
-        """Return the shape of an input as numbers. Raises ValueError where a size is neither known nor a sum.
+    def shape(self, value: ir.Value, axes: frozenset[int]) -> list[int]:
+        """Return the shape of an input as numbers. Raises ValueError where a size is neither known nor a sum, and its
+        axis is among those that matter.
 
         The last size of a matrix of unknown sizes is taken for all keys, as that of an attention mask, and its first
         for the rows of the batch: exported programs need not say that these are the same as elsewhere.
         """
-        unknown = [_BATCH, self.past + self.tokens] if len(sizes(value)) == 2 else [None] * len(sizes(value))
+        rank = len(sizes(value))
+        unknown = [_BATCH, self.past + self.tokens] if rank == 2 else [None if i in axes else 1 for i in range(rank)]
         return [self._size(size, other) for size, other in zip(names(sizes(value)), unknown)]
 
     def _size(self, size: int | str | None, otherwise: int | None) -> int:
@@ -186,6 +188,17 @@ def _filled(shape: list[int], kind: Any, fill: str) -> np.ndarray[Any, Any]:
     elif fill != "ones":
         return np.random.default_rng(_FILLS.index(fill)).integers(0, 2, shape).astype(kind)
     return ones
+
+
+def _axes(value: ir.Value, nodes: Sequence[ir.Node]) -> frozenset[int]:
+    """Return the axes of an input whose size ``nodes`` read; all of them where they read its values."""
+    axes = range(len(sizes(value)))
+    found: set[int] = set()
+    for node in (node for node in nodes if value in node.inputs):
+        if node.op_type != "Shape":
+            return frozenset(axes)
+        found.update(axes[integer(node, "start", 0) : integer(node, "end", len(axes))])
+    return frozenset(found)
 
 
 def _reached(value: ir.Value, *, through_shapes: bool = True) -> set[ir.Value]:
