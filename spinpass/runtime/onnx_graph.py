@@ -94,7 +94,8 @@ class DecoderGraph:
         from .onnx_session import DTYPES
 
         inputs, outputs = session.get_inputs(), session.get_outputs()
-        stored = [i for i in inputs if len(i.shape) >= 3 or not i.shape]  # a counter has no axes
+        # a counter has no axes, and some states have two, as token ids do
+        stored = [i for i in inputs if len(i.shape) >= 3 or not i.shape or _STATE.search(i.name)]
         plain = {i.name: DTYPES[i.type] for i in inputs if i not in stored}
         known = {"position_ids", "cache_position", "attention_mask"}
         ids = [name for name in plain if name not in known]
