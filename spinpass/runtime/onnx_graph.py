@@ -149,8 +149,8 @@ class DecoderGraph:
 
         if self.one_by_one and ids.shape[1] > 1:
             marks = torch.ones_like(ids) if mask is None else mask
-            parts = zip(ids.split(1, 1), marks.split(1, 1), strict=True)
-            return torch.cat([self.step(token, state, seen) for token, seen in parts], 1)
+            places = range(ids.shape[1])
+            return torch.cat([self.step(ids[:, i : i + 1], state, marks[:, i : i + 1]) for i in places], 1)
         start = state.mask.shape[1]
         state.mask = torch.cat([state.mask, torch.ones_like(ids) if mask is None else mask], 1)
         given = {
