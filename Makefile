@@ -116,7 +116,7 @@ zoo: $(READY)
 	$(BIN)/python -m benchmarks.zoo.coverage
 
 zoo-all: $(READY)
-	-for variant in prefill decode bf16 fp16 decomposed vision; do \
+	-for variant in prefill decode bf16 fp16 decomposed vision folder; do \
 		$(BIN)/python -m benchmarks.zoo.sweep --jobs $(WORKERS) --variant $$variant; \
 	done
 	$(BIN)/python -m benchmarks.zoo.coverage

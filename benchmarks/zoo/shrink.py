@@ -91,9 +91,10 @@ RULES = _table(
     (always(24), "kv_lora_rank laurel_rank"),
     (
         always(4),
-        "index_n_heads indexer_n_heads index_topk linear_num_value_heads linear_num_heads time_step_rank "
+        "index_topk linear_num_value_heads linear_num_heads time_step_rank "
         "mamba_dt_rank d_rel",
     ),
+    (always(12), "index_n_heads indexer_n_heads"),  # so many that no key is scored 0 by all: ties are chosen anyhow
     (always(2), "linear_num_key_heads indexer_kv_heads"),
     # experts
     (always(4), "num_experts num_local_experts n_routed_experts moe_num_experts"),

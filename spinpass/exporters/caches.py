@@ -16,7 +16,7 @@ from torch.fx import Node
 
 from spinpass.analysis import cache_values, find_attention
 from spinpass.execution import continued_inputs, user_input_names
-from spinpass.graph import ProgramEditor
+from spinpass.graph import ProgramEditor, shape
 from spinpass.passes import open_program
 
 _NUMBER = re.compile(r"\.(\d+)(?:\.|$)")
@@ -65,9 +65,15 @@ def _roles(editor: ProgramEditor) -> dict[str, str]:
     for attention in find_attention(editor):
         for role, operand in (("key", attention.key), ("value", attention.value)):
             for node in cache_values(editor, operand):
-                if node.op == "placeholder":
+                if node.op == "placeholder" and _has_tokens(node):
                     roles.setdefault(node.name, role)
     return roles
+
+
+def _has_tokens(node: Node) -> bool:
+    """Say whether an axis may count tokens: what keys are made of may also be the last tokens of a convolution."""
+    size = shape(node)
+    return len(size) > 3 or not all(isinstance(n, int) for n in size[1:])
 
 
 def _layer(node: Node | None) -> int:

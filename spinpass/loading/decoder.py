@@ -17,7 +17,7 @@ from __future__ import annotations
 import copy
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -49,7 +49,7 @@ def export_decoder(model: Any, *, one_by_one: bool = False) -> ExportedProgram:
         model, {"input_ids": ids, "attention_mask": mask}, multi_token_decode=not one_by_one
     )
     traced, inputs = captured["decode"]
-    traced.forward = _with_known_mask(traced.forward)
+    traced.forward = _with_known_mask(traced.forward, inputs)
     return return_states(traced_program(traced, {name: _whole(value) for name, value in inputs.items()}))
 
 
@@ -102,11 +102,12 @@ def _fix_states(cache: Any) -> None:
                     int(size)  # which makes a symbol a number
 
 
-def _with_known_mask(forward: Callable[..., Any]) -> Callable[..., Any]:
+def _with_known_mask(forward: Callable[..., Any], example: Mapping[str, Any]) -> Callable[..., Any]:
     """Return ``forward`` with what is known of the mask: it has the rows of the ids, and a place for every key.
 
-    Of itself a trace gives it sizes of its own.
+    Of itself a trace gives it sizes of its own. Where the mask of the example is otherwise, nothing is said of it.
     """
+    is_known = _has_places(example)
 
     @functools.wraps(forward)
     def checked(*args: Any, **inputs: Any) -> Any:
@@ -114,12 +115,25 @@ def _with_known_mask(forward: Callable[..., Any]) -> Callable[..., Any]:
             _fix_states(value)
         ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
         if isinstance(ids, Tensor) and isinstance(mask, Tensor) and mask.ndim == 2:
-            caches = [v for v in inputs.values() if hasattr(v, "get_seq_length")]
-            past = caches[0].get_seq_length() if caches else 0
-            assume(mask.shape[0] == ids.shape[0])
-            assume(mask.shape[1] == past + ids.shape[1])
+            if is_known:
+                assume(mask.shape[0] == ids.shape[0])
+                assume(mask.shape[1] == _past(inputs) + ids.shape[1])
             with windows_by_position(mask):
                 return forward(*args, **inputs)
         return forward(*args, **inputs)
 
     return checked
+
+
+def _has_places(inputs: Mapping[str, Any]) -> bool:
+    """Say whether the mask has a place for every key of the cache and every token."""
+    ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
+    if not isinstance(ids, Tensor) or not isinstance(mask, Tensor):
+        return False
+    return tuple(mask.shape) == (ids.shape[0], _past(inputs) + ids.shape[1])
+
+
+def _past(inputs: Mapping[str, Any]) -> Any:
+    """Return how many tokens the cache among the inputs holds."""
+    caches = [v for v in inputs.values() if hasattr(v, "get_seq_length")]
+    return caches[0].get_seq_length() if caches else 0

@@ -94,7 +94,8 @@ class DecoderGraph:
         from .onnx_session import DTYPES
 
         inputs, outputs = session.get_inputs(), session.get_outputs()
-        stored = [i for i in inputs if len(i.shape) >= 3 or not i.shape]  # a counter has no axes
+        # a counter has no axes, and some states have two, as token ids do
+        stored = [i for i in inputs if len(i.shape) >= 3 or not i.shape or _STATE.search(i.name)]
         plain = {i.name: DTYPES[i.type] for i in inputs if i not in stored}
         known = {"position_ids", "cache_position", "attention_mask"}
         ids = [name for name in plain if name not in known]
@@ -148,8 +149,8 @@ class DecoderGraph:
 
         if self.one_by_one and ids.shape[1] > 1:
             marks = torch.ones_like(ids) if mask is None else mask
-            parts = zip(torch.split(ids, 1, 1), torch.split(marks, 1, 1), strict=True)
-            return torch.cat([self.step(token, state, seen) for token, seen in parts], 1)
+            places = range(ids.shape[1])
+            return torch.cat([self.step(ids[:, i : i + 1], state, marks[:, i : i + 1]) for i in places], 1)
         start = state.mask.shape[1]
         state.mask = torch.cat([state.mask, torch.ones_like(ids) if mask is None else mask], 1)
         given = {

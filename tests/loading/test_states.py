@@ -82,7 +82,7 @@ def test_a_state_that_is_dropped_is_noticed(case: Any) -> None:
     logits, _, *rest = output.args[0]
     output.args = ((logits, old, *rest),)
     program.graph_signature.output_specs[1].arg.name = old.name
-    with pytest.raises(ExportError, match="is not the model: reading 20 tokens in two pieces"):
+    with pytest.raises(ExportError, match="is not the model: reading 20 tokens in pieces"):
         check_faithful(model, program, "m")
 
 

@@ -172,12 +172,19 @@ def _and(self: Any, other: Any) -> Any:
     return op.And(self, other) if self.dtype == ir.DataType.BOOL else op.BitwiseAnd(self, other)
 
 
+def _all_true(self: Any) -> Any:
+    integers: Any = op.Cast(self, to=ir.DataType.INT32)
+    least: Any = op.ReduceMin(integers, keepdims=0)
+    return op.Cast(least, to=ir.DataType.BOOL)
+
+
 _FRESH: dict[Any, Callable[..., Any]] = {
     torch.ops.aten.to.dtype: _to_dtype,
     torch.ops.aten.to.device: _to_device,
     torch.ops.aten.to.dtype_layout: _to_layout,
     torch.ops.aten.detach_.default: _detach,
     torch.ops.aten.__and__.Tensor: _and,
+    torch.ops.aten._is_all_true.default: _all_true,  # noqa: SLF001  its name
 }
 """Translations of the few ops that a fresh export holds and that torch translates only after decomposing."""
 
