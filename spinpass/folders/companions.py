@@ -14,7 +14,7 @@ from spinpass.errors import ConfigError
 from spinpass.formats import MANIFEST, PREFIX, Draft, finish, hashes, listed_files, sealed, staged
 from spinpass.loading import LoadedModel, LoadingReport
 
-from .judge import Trial
+from .judge import FolderTrial
 from .result import Result
 
 
@@ -35,7 +35,7 @@ def write_companions(
     made: Mapping[str, Any],
     files: Iterable[str],
     draft: Draft,
-    tried: Callable[[], Sequence[Trial]],
+    tried: Callable[[], Sequence[FolderTrial]],
 ) -> tuple[dict[str, Any], list[str]]:
     """Put the tokenizer, the configuration and ``spinpass.json`` beside the ``files`` of an export.
 

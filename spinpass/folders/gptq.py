@@ -21,13 +21,13 @@ from spinpass.passes import untie
 from spinpass.progress import Steps
 
 from .companions import Written, write_companions
-from .judge import Trial
+from .judge import FolderTrial
 from .result import Result
 
 _ONLINE = ("R4", "heads")
 _NO_ONLINE = "loaders of GPTQ checkpoints know no online rotation"
 _FOLDED = "use --rotations R1,R2 --form offline --tied untie"
-_NOT_TRIED = Trial("transformers", "all", reason="what runs checkpoints of integers is no part of spinpass")
+_NOT_TRIED = FolderTrial("transformers", "all", reason="what runs checkpoints of integers is no part of spinpass")
 WEIGHTS_ONLY = "--to gptq writes quantized weights: add --quantize, for example w4g128-gptq"
 
 

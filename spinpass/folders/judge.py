@@ -19,13 +19,13 @@ from spinpass.runtime import Answer
 ROUNDED_BOUND = 0.35
 """How far logits of a file that rounds activations may be from those of the simulated program: the norm of the
 difference relative to the norm of the logits about their mean. ``MatMulNBits`` rounds by blocks and the program by
-tokens; measured are 0.17 on SmolLM2-135M with 4-bit weights that are not rotated, 0.05 on rotated models."""
+tokens; measured are 0.17 on a model of 135M with 4-bit weights that are not rotated, 0.05 on rotated models."""
 
 _BEHIND = 0.15  # how far a token that such a file chooses may be behind the likeliest, relative to the largest logit
 
 
 @dataclass(frozen=True)
-class Trial:
+class FolderTrial:
     """What became of one case in one runtime.
 
     ``tokens`` were chosen and judged; ``error`` is the distance of the logits from the program's, by the measure of
@@ -59,7 +59,7 @@ class Judge:
         self._most = _BEHIND if rounded else 2 * self._bound
         self._known: dict[tuple[int, ...], Tensor] = {}
 
-    def __call__(self, runtime: str, case: str, answer: Answer, ends: Collection[int] = ()) -> Trial:
+    def __call__(self, runtime: str, case: str, answer: Answer, ends: Collection[int] = ()) -> FolderTrial:
         """Judge the tokens and the logits of one case; ``ends`` are tokens that the runtime was kept from choosing.
 
         Raises:
@@ -84,7 +84,9 @@ class Judge:
                     f"{self._most:.0e}"
                 )
             errors.append(error)
-        return Trial(runtime, case, answer.count, max(errors), self._most if answer.logits is None else self._bound)
+        return FolderTrial(
+            runtime, case, answer.count, max(errors), self._most if answer.logits is None else self._bound
+        )
 
     def _logits(self, tokens: list[int]) -> Tensor:
         key = tuple(tokens)

@@ -12,13 +12,13 @@ from spinpass.errors import ConfigError, ExportError
 from spinpass.evaluation import calibration_windows, token_ids
 from spinpass.exporters import cache_names, named_record
 from spinpass.formats import PREFIX, Draft
-from spinpass.graph import with_values
+from spinpass.graph import with_other_values
 from spinpass.loading import Companions, LoadedModel
 from spinpass.progress import Steps
 from spinpass.quantization import QuantizationReport, QuantizedWeight
 
 from .companions import Written, write_companions
-from .judge import Trial
+from .judge import FolderTrial
 from .result import Result
 from .trial import try_folder, unjudged
 
@@ -125,7 +125,7 @@ def write_folder(
             progress=lambda step: steps.begin(f"onnx: {step}"),
         )
 
-    def tried() -> list[Trial]:
+    def tried() -> list[FolderTrial]:
         program, why = _expected(onnx, result, draft.folder, int4=int4, certify=certify)
         return try_folder(loaded, program, draft.folder, steps, rounded=rounded, why=why)
 
@@ -158,7 +158,7 @@ def _written(
     draft: Draft,
     report: OnnxReport,
     made: Mapping[str, _Made],
-    tried: Callable[[], Sequence[Trial]],
+    tried: Callable[[], Sequence[FolderTrial]],
 ) -> Written:
     report = draft.in_place(report)
     record = named_record(result.program, report.inputs, report.outputs)
@@ -191,7 +191,7 @@ def _expected(
         return program, why or "a packed matrix is computed from several parameters"
     at = {program.state_dict[name].data_ptr(): tensor for name, tensor in constants.items()}  # tied ones share it
     state = {name: at.get(tensor.data_ptr()) for name, tensor in program.state_dict.items()}
-    return with_values(program, {name: tensor for name, tensor in state.items() if tensor is not None}), why
+    return with_other_values(program, {name: tensor for name, tensor in state.items() if tensor is not None}), why
 
 
 def _cache_writer(onnx: OnnxTools, loaded: LoadedModel, cache: CacheBits) -> _Step:

@@ -25,7 +25,7 @@ from spinpass.loading import Companions, LoadedModel, text_limits
 from spinpass.progress import Steps
 from spinpass.runtime import GENAI_CONFIG, Turns, continued, outputs, special_tokens
 
-from .judge import Judge, Trial
+from .judge import FolderTrial, Judge
 
 NEW = 4
 """How many tokens a runtime chooses after each turn."""
@@ -49,7 +49,7 @@ def try_folder(
     *,
     rounded: bool = False,
     why: str = "",
-) -> list[Trial]:
+) -> list[FolderTrial]:
     """Open a folder in the runtimes it is for, generate, and compare with the program.
 
     Args:
@@ -76,17 +76,17 @@ def try_folder(
     steps.begin(f"try in {', '.join(asked)}")
     answers = continued(folder, asked, NEW, torch.get_num_threads()) if asked else {}
     judge = None if why else Judge(program, rounded=rounded)
-    found = [Trial(runtime, "all", reason=reason) for runtime, reason in absent.items()]
+    found = [FolderTrial(runtime, "all", reason=reason) for runtime, reason in absent.items()]
     for runtime, each in answers.items():
         ends = special_tokens(folder)[1] if runtime == "genai" else ()
         for case in cases:
             if case not in each:
-                found.append(Trial(runtime, case, reason=_why_not(runtime)))
+                found.append(FolderTrial(runtime, case, reason=_why_not(runtime)))
             elif judge is None:
-                found.append(Trial(runtime, case, each[case].count, reason=why))
+                found.append(FolderTrial(runtime, case, each[case].count, reason=why))
             else:
                 found.append(judge(runtime, case, each[case], ends))
-    return [*found, *(Trial("all", case, reason=reason) for case, reason in _untried(loaded, program).items())]
+    return [*found, *(FolderTrial("all", case, reason=reason) for case, reason in _untried(loaded, program).items())]
 
 
 def unjudged(program: ExportedProgram, *, certify: bool) -> str:
@@ -187,14 +187,14 @@ def _why_not(runtime: str) -> str:
     return "its cache holds one sequence" if runtime == "executorch" else "the program takes no attention mask"
 
 
-def _try_outputs(program: ExportedProgram, folder: Path, steps: Steps, rounded: bool, why: str) -> Trial:
+def _try_outputs(program: ExportedProgram, folder: Path, steps: Steps, rounded: bool, why: str) -> FolderTrial:
     """Run a file that is no decoder once, and compare all that it returns."""
     steps.begin("try in onnxruntime")
     compared = FileComparison.of(program)
     results = outputs(folder, compared.fed, torch.get_num_threads())
     if why or rounded:
-        return Trial("onnxruntime", "one call", reason=why or "rounded activations have no bound of their own")
+        return FolderTrial("onnxruntime", "one call", reason=why or "rounded activations have no bound of their own")
     certificate = compared.certificate([""] * len(compared.fed), list(results), results.values(), "written folder")
     certificate.raise_if_failed()
     worst = certificate.worst
-    return Trial("onnxruntime", "one call", 0, worst.difference.relative, worst.bound)
+    return FolderTrial("onnxruntime", "one call", 0, worst.difference.relative, worst.bound)

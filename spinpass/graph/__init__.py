@@ -19,7 +19,7 @@ from .nodes import (
     shape,
     value,
 )
-from .signature import integers_as_buffers, integers_as_parameters, with_constants, with_values, without_constants
+from .signature import integers_as_buffers, integers_as_parameters, with_constants, with_other_values, without_constants
 
 __all__ = [
     "Changes",
@@ -48,6 +48,6 @@ __all__ = [
     "shares_memory",
     "value",
     "with_constants",
-    "with_values",
+    "with_other_values",
     "without_constants",
 ]

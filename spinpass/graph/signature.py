@@ -46,7 +46,7 @@ def with_constants(
     )
 
 
-def with_values(program: ExportedProgram, values: Mapping[str, Tensor]) -> ExportedProgram:
+def with_other_values(program: ExportedProgram, values: Mapping[str, Tensor]) -> ExportedProgram:
     """Return a copy of the program whose parameters and buffers of these names have these values."""
     state: dict[str, Tensor] = {}
     for name, tensor in program.state_dict.items():
