@@ -110,10 +110,10 @@ RULES = _table(
     (
         if_above(0, 8),
         "sliding_window sliding_window_size attention_window_size attention_chunk_size local_attention_window_len "
-        "window_size keep_window_size rel_extent index_block_size local_attention",
+        "window_size keep_window_size rel_extent index_block_size",
     ),
     (if_above(0, 2), "index_topk_blocks"),
-    (always(16), "state_size mamba_d_state ssm_state_size hidden_size_per_layer_input"),
+    (always(16), "local_attention state_size mamba_d_state ssm_state_size hidden_size_per_layer_input"),
     (always(8), "mamba_chunk_size chunk_size mamba_n_heads mamba_num_heads block_size"),
     (always(128), "mamba_d_ssm"),
     # positions and special tokens

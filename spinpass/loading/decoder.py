@@ -45,9 +45,8 @@ def export_decoder(model: Any, *, one_by_one: bool = False) -> ExportedProgram:
     mask = torch.ones_like(ids)
     mask[0, 0] = 0
     stages = importlib.import_module("transformers.exporters.utils")
-    captured = stages.decompose_for_generation(
-        model, {"input_ids": ids, "attention_mask": mask}, multi_token_decode=not one_by_one
-    )
+    asked = {"input_ids": ids, "attention_mask": mask, "use_cache": True}  # whatever the model was trained with
+    captured = stages.decompose_for_generation(model, asked, multi_token_decode=not one_by_one)
     traced, inputs = captured["decode"]
     traced.forward = _with_known_mask(traced.forward, inputs)
     return return_states(traced_program(traced, {name: _whole(value) for name, value in inputs.items()}))
