@@ -18,12 +18,13 @@ import torch
 from torch.export import ExportedProgram
 
 from spinpass.certificate import FileComparison
+from spinpass.errors import first_line
 from spinpass.evaluation import ProgramScorer, token_ids
 from spinpass.execution import InputRole, continued_inputs, user_inputs
 from spinpass.exporters import CERTIFY_BYTES
 from spinpass.loading import Companions, LoadedModel, text_limits
 from spinpass.progress import Steps
-from spinpass.runtime import GENAI_CONFIG, Turns, continued, outputs, special_tokens
+from spinpass.runtime import GENAI_CONFIG, NoKernelError, Turns, continued, outputs, special_tokens
 
 from .judge import FolderTrial, Judge
 
@@ -74,7 +75,12 @@ def try_folder(
         if runtime not in absent
     }
     steps.begin(f"try in {', '.join(asked)}")
-    answers = continued(folder, asked, NEW, torch.get_num_threads()) if asked else {}
+    try:
+        answers = continued(folder, asked, NEW, torch.get_num_threads()) if asked else {}
+    except NoKernelError as error:
+        if not why:
+            raise
+        return [FolderTrial(runtime, "all", reason=first_line(error)) for runtime in asked]  # it is for other devices
     judge = None if why else Judge(program, rounded=rounded)
     found = [FolderTrial(runtime, "all", reason=reason) for runtime, reason in absent.items()]
     for runtime, each in answers.items():

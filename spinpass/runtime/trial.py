@@ -23,6 +23,7 @@ from torch import Tensor
 from spinpass.errors import ConfigError, DamageError, ExportError, SpinpassError, VerificationError
 
 from .decoding import Graph
+from .onnx_session import NoKernelError
 from .ort_model import OrtModel
 
 Turns = Sequence[Sequence[Sequence[int]]]
@@ -63,8 +64,8 @@ def continued(
         threads: how many of the CPU.
 
     Raises:
-        ExportError, VerificationError, ConfigError: as the runtime's own classes here; ExportError also where the
-            process dies.
+        ExportError, NoKernelError, VerificationError, ConfigError: as the runtime's own classes here; ExportError also
+            where the process dies.
     """
     plain = {
         runtime: {name: [[list(row) for row in rows] for rows in turns] for name, turns in each.items()}
@@ -88,7 +89,7 @@ def outputs(path: Path, inputs: Sequence[Tensor], threads: int) -> dict[str, Ten
 
 # isolated: neither the current folder nor the environment says what is imported, but the paths of this process
 _CHILD = "import sys; sys.path[:] = sys.argv[1:]; from spinpass.runtime.trial import child; child()"
-_KINDS = {kind.__name__: kind for kind in (ConfigError, DamageError, ExportError, VerificationError)}
+_KINDS = {kind.__name__: kind for kind in (ConfigError, DamageError, ExportError, NoKernelError, VerificationError)}
 _REPORT = 2**10  # characters of what a dying process says
 
 
