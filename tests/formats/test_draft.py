@@ -113,8 +113,10 @@ def test_runs_at_once_leave_one_of_them_whole(tmp_path: Path) -> None:
     for run in runs:
         run.start()
     while any(run.is_alive() for run in runs):
+        folder = out.stat().st_ino
         here = {name for name in os.listdir(out) if not name.startswith(PREFIX)}
-        assert here == kills.NAMES, "at every moment"
+        changed = out.stat().st_ino != folder  # the old one, opened before and listed after, may be half deleted
+        assert here == kills.NAMES or changed, "at every moment"
     assert [run.exitcode for run in runs] == [0, 0, 0]
     assert kills.found(out)[:3] in ("one", "two", "thr")
     assert os.listdir(out.parent) == ["out"]

