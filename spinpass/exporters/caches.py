@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from torch.export import ExportedProgram
+from torch.export.graph_signature import OutputKind
 from torch.fx import Node
 
 from spinpass.analysis import cache_values, find_attention
@@ -19,6 +20,7 @@ from spinpass.execution import continued_inputs, user_input_names
 from spinpass.graph import ProgramEditor, shape
 from spinpass.passes import open_program
 
+_RETURNED = OutputKind.USER_OUTPUT
 _NUMBER = re.compile(r"\.(\d+)(?:\.|$)")
 
 
@@ -48,7 +50,12 @@ def find_caches(ep: ExportedProgram) -> list[CacheTensor]:
         return []
     editor = open_program(ep)
     placeholders = {node.name: node for node in editor.graph.nodes if node.op == "placeholder"}
-    roles = _roles(editor)
+    returned = {editor.user_output_index(i): node for i, kind, _, node in editor.output_values() if kind is _RETURNED}
+    roles = {
+        name: role
+        for name, role in _roles(editor).items()
+        if name in pairs and _has_tokens(placeholders.get(name), returned.get(pairs[name]))
+    }
     found = [
         CacheTensor(name, pairs[name], _layer(placeholders.get(name)), roles.get(name, "state"))
         for name in user_input_names(ep)
@@ -65,15 +72,16 @@ def _roles(editor: ProgramEditor) -> dict[str, str]:
     for attention in find_attention(editor):
         for role, operand in (("key", attention.key), ("value", attention.value)):
             for node in cache_values(editor, operand):
-                if node.op == "placeholder" and _has_tokens(node):
+                if node.op == "placeholder":
                     roles.setdefault(node.name, role)
     return roles
 
 
-def _has_tokens(node: Node) -> bool:
-    """Say whether an axis may count tokens: what keys are made of may also be the last tokens of a convolution."""
-    size = shape(node)
-    return len(size) > 3 or not all(isinstance(n, int) for n in size[1:])
+def _has_tokens(given: Node | None, returned: Node | None) -> bool:
+    """Say whether an axis may count tokens: what keys are made of may also be the last tokens of a convolution, whose
+    state has three axes at most and does not grow."""
+    before, after = ([] if node is None else shape(node) for node in (given, returned))
+    return len(before) > 3 or str(before) != str(after)
 
 
 def _layer(node: Node | None) -> int:

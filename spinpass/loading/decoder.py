@@ -30,6 +30,12 @@ from spinpass.passes import return_states
 from .rotary import rotary_in_graph
 from .windows import windows_by_position
 
+_WHOLE = {
+    "DynamicSlidingWindowLayer": "DynamicLayer",
+    "LinearAttentionAndSlidingWindowAttentionLayer": "LinearAttentionAndFullAttentionLayer",
+}
+"""Transformers' layers of a cache with a window, and those that keep all tokens."""
+
 _SAMPLE = (2, 16)  # a batch of one would be specialised to one
 
 
@@ -84,11 +90,15 @@ def _whole(value: Any) -> Any:
 
 
 def _whole_layer(caches: Any, layer: Any) -> Any:
-    if type(layer) is not caches.DynamicSlidingWindowLayer or not layer.is_initialized:
+    kind = next((whole for windowed, whole in _WHOLE.items() if type(layer).__name__ == windowed), None)
+    if kind is None or not layer.is_initialized:
         return layer
+    whole = getattr(caches, kind)()
+    vars(whole).update({name: value for name, value in vars(layer).items() if name in vars(whole)})
     missing = layer.get_seq_length() - layer.keys.shape[-2]
-    whole = caches.DynamicLayer()
-    whole.update(*(torch.nn.functional.pad(kept, (0, 0, missing, 0)) for kept in (layer.keys, layer.values)))
+    whole.keys, whole.values = (
+        torch.nn.functional.pad(kept, (0, 0, missing, 0)) for kept in (layer.keys, layer.values)
+    )
     return whole
 
 

@@ -90,7 +90,9 @@ def _text(model: Any) -> Tensor:
 def _token_ids(program: ExportedProgram, name: str) -> UserInput:
     """Return the input of token ids. Raises ExportError where a program cannot be fed as a decoder."""
     specs, state = user_inputs(program), continued_inputs(program)
-    ids = next((s for s in specs if s.role is InputRole.LOOKUP and len(s.shape) == 2), None)
+    per_token = [s for s in specs if len(s.shape) == 2 and s.name not in state]
+    # ids that are compared with those of images before they are looked up are known by their name alone
+    ids = next((s for s in per_token if s.role is InputRole.LOOKUP or s.name == "input_ids"), None)
     if ids is None:
         raise ExportError(f"the program of {name} takes no token ids, and cannot be exported as a decoder")
     if not state:

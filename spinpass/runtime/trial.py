@@ -1,6 +1,6 @@
 """A model file opened and run in a process of its own, as a user would; what it answers goes back through a pipe.
 
-    trial (this process)  --request-->  python  -->  runtime  --tokens, logits-->  trial
+    this process  ->  request  ->  another python  ->  runtime  ->  tokens and logits  ->  this process
 
 A runtime that dies takes nobody with it, and nothing that the exporting process holds can help the file. The child
 writes no file: a parent that is killed leaves nothing behind.

@@ -35,6 +35,16 @@ def test_a_folder_that_runs(model: Path, tmp_path: Path) -> None:
     assert len(OrtDecoder(out).generate([5, 6, 7], 4, end=()).tokens) == 4
 
 
+def test_caches_have_one_name_in_the_file_the_record_and_the_certificates(model: Path, tmp_path: Path) -> None:
+    manifest = export(model, tmp_path / "out").manifest
+    record, file = manifest["record"], manifest["onnx"]
+    assert {"past_key_values.0.key", "past_key_values.1.value"} < set(file["inputs"])
+    assert record["inputs"] and set(record["inputs"]) <= set(file["inputs"])
+    assert record["outputs"] and set(record["outputs"]) <= set(file["outputs"])
+    assert [o["name"] for o in record["certificate"]["outputs"]] == [o["name"] for o in file["certificate"]["outputs"]]
+    assert "past_key_values_" not in json.dumps(manifest["record"])
+
+
 def test_the_original_without_a_rotation(model: Path, tmp_path: Path) -> None:
     written = export(model, tmp_path / "out", None)
     assert written.manifest["plan"] is None and written.report.hadamards == 0

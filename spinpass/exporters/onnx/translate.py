@@ -172,6 +172,10 @@ def _and(self: Any, other: Any) -> Any:
     return op.And(self, other) if self.dtype == ir.DataType.BOOL else op.BitwiseAnd(self, other)
 
 
+def _or(self: Any, other: Any) -> Any:
+    return op.Or(self, other) if self.dtype == ir.DataType.BOOL else op.BitwiseOr(self, other)
+
+
 def _all_true(self: Any) -> Any:
     integers: Any = op.Cast(self, to=ir.DataType.INT32)
     least: Any = op.ReduceMin(integers, keepdims=0)
@@ -184,6 +188,7 @@ _FRESH: dict[Any, Callable[..., Any]] = {
     torch.ops.aten.to.dtype_layout: _to_layout,
     torch.ops.aten.detach_.default: _detach,
     torch.ops.aten.__and__.Tensor: _and,
+    torch.ops.aten.__or__.Tensor: _or,
     torch.ops.aten._is_all_true.default: _all_true,  # noqa: SLF001  its name
 }
 """Translations of the few ops that a fresh export holds and that torch translates only after decomposing."""
