@@ -96,8 +96,7 @@ class Judge:
 
     def _distance(self, expected: Tensor, found: Tensor) -> float:
         if self._rounded:
-            relative = (expected - found).norm(dim=-1) / _centred(expected).norm(dim=-1).clamp(min=1e-30)
-            return float(relative.max())
+            return distance(expected, found)
         return float((expected - found).abs().max() / expected.abs().max().clamp(min=1e-30))
 
     def _behind(self, expected: Tensor, chosen: Tensor, ends: Collection[int]) -> float:
@@ -106,6 +105,12 @@ class Judge:
         short = allowed.max(-1).values - expected.gather(1, chosen[:, None])[:, 0]
         scale = (_centred(expected) if self._rounded else expected).abs().max()
         return float(short.max() / scale.clamp(min=1e-30))
+
+
+def distance(expected: Tensor, found: Tensor) -> float:
+    """Return the norm of the difference relative to that of ``expected`` about its mean, the largest of all rows."""
+    relative = (expected - found).norm(dim=-1) / _centred(expected).norm(dim=-1).clamp(min=1e-30)
+    return float(relative.max())
 
 
 def _centred(logits: Tensor) -> Tensor:

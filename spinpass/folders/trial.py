@@ -18,7 +18,7 @@ import torch
 from torch.export import ExportedProgram
 
 from spinpass.certificate import FileComparison
-from spinpass.errors import first_line
+from spinpass.errors import VerificationError, first_line
 from spinpass.evaluation import ProgramScorer, token_ids
 from spinpass.execution import InputRole, continued_inputs, user_inputs
 from spinpass.exporters import CERTIFY_BYTES
@@ -26,7 +26,7 @@ from spinpass.loading import Companions, LoadedModel, text_limits
 from spinpass.progress import Steps
 from spinpass.runtime import GENAI_CONFIG, NoKernelError, Turns, continued, outputs, special_tokens
 
-from .judge import FolderTrial, Judge
+from .judge import ROUNDED_BOUND, FolderTrial, Judge, distance
 
 NEW = 4
 """How many tokens a runtime chooses after each turn."""
@@ -116,11 +116,12 @@ def _cases(loaded: LoadedModel, program: ExportedProgram, folder: Path) -> dict[
     wanted |= {f"past {window} tokens": [[window + _BEYOND]] for window in _windows(loaded) if window <= _LONGEST}
     pad = special_tokens(folder)[0] if (folder / GENAI_CONFIG).is_file() else None
     text = _text(loaded.companions, ids.bound, max(max(map(max, turns)) for turns in wanted.values()) + _TURN, pad)
-    return {
+    found: dict[str, Turns] = {
         case: [[text[row : row + length] for row, length in enumerate(turn)] for turn in turns]
         for case, turns in wanted.items()
         if sum(max(turn) + NEW for turn in turns) <= limit
     }
+    return found or ({"prompt": [[text[: limit - NEW]]]} if limit > NEW else {})
 
 
 def _untried(loaded: LoadedModel, program: ExportedProgram) -> dict[str, str]:
@@ -198,9 +199,18 @@ def _try_outputs(program: ExportedProgram, folder: Path, steps: Steps, rounded: 
     steps.begin("try in onnxruntime")
     compared = FileComparison.of(program)
     results = outputs(folder, compared.fed, torch.get_num_threads())
-    if why or rounded:
-        return FolderTrial("onnxruntime", "one call", reason=why or "rounded activations have no bound of their own")
+    if why:
+        return FolderTrial("onnxruntime", "one call", reason=why)
+    if rounded:
+        pairs = zip(compared.expected, results.values(), strict=True)
+        worst = max(distance(a.float(), b.float()) for a, b in pairs if a.is_floating_point())
+        if not worst <= ROUNDED_BOUND:
+            raise VerificationError(
+                f"the written folder does not compute what the program does: an output is {worst:.1e} away, allowed "
+                f"{ROUNDED_BOUND:.0e}"
+            )
+        return FolderTrial("onnxruntime", "one call", 0, worst, ROUNDED_BOUND)
     certificate = compared.certificate([""] * len(compared.fed), list(results), results.values(), "written folder")
     certificate.raise_if_failed()
-    worst = certificate.worst
-    return FolderTrial("onnxruntime", "one call", 0, worst.difference.relative, worst.bound)
+    output = certificate.worst
+    return FolderTrial("onnxruntime", "one call", 0, output.difference.relative, output.bound)

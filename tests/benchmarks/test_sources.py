@@ -33,7 +33,7 @@ def append(tree: Path, code: str, *files: str) -> None:
 
 def changed(tree: Path) -> set[str]:
     """The keys that are other ones than those of the original tree."""
-    now, before = ({**records.sources(r), "accuracy": of_accuracy(r)} for r in (tree, ROOT))
+    now, before = ({**records.sources(root=r), "accuracy": of_accuracy(r)} for r in (tree, ROOT))
     return {name for name in now if now[name] != before[name]}
 
 

@@ -70,6 +70,12 @@ def genai_config(path: Path, config: Any, generation_config: Any = None) -> dict
         raise ExportError("ONNX Runtime GenAI needs an end token: set eos_token_id in the generation config")
     ends = list(end) if isinstance(end, list | tuple) else [end]
     pad = _first("pad_token_id", generation_config, text, config)
+    outside = [token for token in (*ends, ends[0] if pad is None else pad) if token >= graph.vocabulary]
+    if outside:
+        raise ExportError(
+            f"ONNX Runtime GenAI takes no end or padding token {outside[0]} of {graph.vocabulary} tokens: correct "
+            "eos_token_id and pad_token_id in the generation config"
+        )
     bos = _first("bos_token_id", generation_config, text, config)
     length = _number(text, "max_position_embeddings")
     model = {

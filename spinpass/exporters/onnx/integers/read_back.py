@@ -32,7 +32,7 @@ class StoredMatrix:
     """This is a matrix (out, in) in a file: ``name`` is that of its constant without what says that it is packed.
 
     ``codes`` are those of its elements, ``zeros`` and ``scales`` what is taken from each and what it is multiplied by,
-    all (out, in); ``bits`` is the width of a code.
+    all (out, in); ``bits`` is the width of a code, and ``block`` codes side by side share a scale.
     """
 
     name: str
@@ -40,6 +40,7 @@ class StoredMatrix:
     zeros: _Array
     scales: _Array
     bits: int
+    block: int
 
     @property
     def values(self) -> Tensor:
@@ -129,6 +130,8 @@ def dequantized_constants(path: str | Path, constants: Mapping[str, Tensor]) -> 
         original = original.detach().float()
         values, slack = values[:, : original.shape[1]], stored.slack[:, : original.shape[1]]
         # scales are kept in the file's dtype: half a step of the exact scale is a little more than half of that
+        if not _is_fine(stored, original):
+            raise VerificationError(f"the grid that the file has for {name} is coarser than the program's values need")
         worst = ((original - values).abs() - slack * 1.01).max()
         if not float(worst) <= 1e-7 * float(original.abs().max()):
             raise VerificationError(
@@ -136,6 +139,15 @@ def dequantized_constants(path: str | Path, constants: Mapping[str, Tensor]) -> 
             )
         found[name] = values.to(constants[name].dtype)
     return found if whole else None
+
+
+def _is_fine(stored: StoredMatrix, original: Tensor) -> bool:
+    """Say whether no step is longer than a grid over the largest value of its block, on both sides of zero, has."""
+    short = -original.shape[1] % stored.block
+    blocks = torch.nn.functional.pad(original.abs(), (0, short)).reshape(len(original), -1, stored.block).amax(-1)
+    longest = blocks.repeat_interleave(stored.block, 1)[:, : original.shape[1]] * 2 / (2**stored.bits - 1)
+    steps = torch.from_numpy(np.abs(stored.scales.astype(np.float32)))[:, : original.shape[1]]
+    return bool(((steps <= longest * 1.02) | (longest == 0)).all())
 
 
 def _parameters(constant: str) -> Iterator[str]:
@@ -171,7 +183,7 @@ def _blockwise(
         z = np.full_like(q, 2 ** (bits - 1))
     else:
         z = np.repeat(_unpacked(_array(zeros).reshape(rows, -1), bits)[:, :count], block, 1)
-    return StoredMatrix(_name(codes), q[:, :columns], z[:, :columns], s[:, :columns], bits)
+    return StoredMatrix(_name(codes), q[:, :columns], z[:, :columns], s[:, :columns], bits, block)
 
 
 def _unpacked(array: _Array, bits: int) -> _Array:
@@ -196,7 +208,7 @@ def _dequantized(node: ir.Node, codes: ir.Value) -> StoredMatrix:
 def _by_column(codes: ir.Value, scales: ir.Value | None, zeros: ir.Value | None) -> StoredMatrix:
     q = np.ascontiguousarray(_array(codes).T)
     s, z = (np.broadcast_to(_array(value).reshape(-1, 1), q.shape) for value in (scales, zeros))
-    return StoredMatrix(_name(codes), q, z, s, 8)
+    return StoredMatrix(_name(codes), q, z, s, 8, q.shape[1])
 
 
 _READERS = {
