@@ -116,7 +116,7 @@ def _head(types: Records) -> str:
 
 def _stale(found: Records, variant: str = "prefill") -> int:
     """Count those that were measured with other sources of the product than the present ones."""
-    now = records.pass_version(variant)
+    now = records.pass_version(variant=variant)
     return sum(record.get("sources", {}).get("pass") != now for record in found.values())
 
 

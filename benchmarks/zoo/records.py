@@ -51,21 +51,21 @@ def read_all(variant: str, out: Path = OUT) -> dict[str, Record]:
     return {path.stem: record for path in paths if (record := read(path)) is not None}
 
 
-def sources(variant: str = "prefill", root: Path = ROOT) -> dict[str, str]:
+def sources(root: Path = ROOT, *, variant: str = "prefill") -> dict[str, str]:
     """What a record of the variant depends on: the product, how it is measured, how programs are made."""
     return {
-        "pass": pass_version(variant, root),
-        "measuring": measuring_version(variant, root),
+        "pass": pass_version(root, variant=variant),
+        "measuring": measuring_version(root, variant=variant),
         "building": building_version(root),
     }
 
 
-def pass_version(variant: str = "prefill", root: Path = ROOT) -> str:
+def pass_version(root: Path = ROOT, *, variant: str = "prefill") -> str:
     """A hash of what the measuring runs of spinpass."""
     return digest(_measured_by(variant), within=("spinpass",), root=root)
 
 
-def measuring_version(variant: str = "prefill", root: Path = ROOT) -> str:
+def measuring_version(root: Path = ROOT, *, variant: str = "prefill") -> str:
     """A hash of what decides about the figures beside the product."""
     return digest(_measured_by(variant), within=("benchmarks",), root=root)
 
@@ -84,7 +84,7 @@ def is_fresh(record: Record | None, now: Mapping[str, str] | None = None) -> boo
     """The record is finished and was measured with the present sources."""
     if record is None or record.get("status") in (None, states.RUNNING):
         return False
-    return record.get("sources") == dict(now or sources(record.get("variant", "prefill")))
+    return record.get("sources") == dict(now or sources(variant=record.get("variant", "prefill")))
 
 
 def is_failure(record: Mapping[str, Any], known: Iterable[str]) -> bool:

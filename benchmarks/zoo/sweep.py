@@ -53,7 +53,7 @@ def main(
         raise typer.BadParameter(f"{variant!r} is not one of {', '.join(VARIANTS)}", param_hint="--variant")
     names = chosen(only, variant)
     planned = [Job(name, variant, out, force, remeasure) for name in names]
-    now = records.sources(variant)  # read once here, not by every worker
+    now = records.sources(variant=variant)  # read once here, not by every worker
     todo = [job for job in planned if force or remeasure or not records.is_fresh(records.read(job.record), now)]
     screen = Screen(as_json=as_json)
     screen.note(f"{len(todo)} of {len(planned)} types to measure, {variant}")

@@ -60,7 +60,7 @@ def work(job: Job) -> None:
     """Run the job in this process, within its limits, and leave its record: first as running, then finished."""
     warnings.filterwarnings("ignore")
     limit_memory()
-    record: Record = {"type": job.arch, "variant": job.variant, "sources": records.sources(job.variant)}
+    record: Record = {"type": job.arch, "variant": job.variant, "sources": records.sources(variant=job.variant)}
     stage = _Stage(job, record)
     try:
         record |= _folder(job, stage) if job.variant == "folder" else _measured(job, stage, record)
@@ -77,7 +77,7 @@ def work(job: Job) -> None:
 
 def buried(job: Job, why: str) -> Record:
     """Finish the record of a worker that was ended from outside."""
-    sources = records.sources(job.variant)
+    sources = records.sources(variant=job.variant)
     record = records.read(job.record) or {"type": job.arch, "variant": job.variant, "sources": sources}
     if record.get("status") in (None, states.RUNNING):
         record |= {"status": states.DIED, "why": f"{record.get('stage', 'start')}: {why}"}

@@ -28,7 +28,7 @@ def made(name: str, status: str = states.GENERATES, **more: Any) -> dict[str, An
     how_far = [states.WRITTEN, states.OPENS, states.GENERATES]
     reached = how_far[: how_far.index(status) + 1] if status in how_far else []
     return {
-        "type": name, "variant": "folder", "status": status, "sources": records.sources("folder"),
+        "type": name, "variant": "folder", "status": status, "sources": records.sources(variant="folder"),
         **dict.fromkeys(reached, True), **more,
     }  # fmt: skip
 
