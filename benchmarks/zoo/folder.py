@@ -1,7 +1,8 @@
 """A type the way a user goes: its tiny model is saved, exported as a folder, opened, and generates past every window.
 
 Of every step of a text the logits are compared with those of transformers' own model, which reads the same tokens with
-its own cache. One text begins below the windows and passes them token by token, the other begins beyond them.
+its own cache. One text begins below the windows and passes them token by token, another begins beyond them, and the
+last beyond the chunks of 64 tokens in which some layers read.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from . import states
 from .export import first_line
 from .models import VOCABULARY, build, set_cache
 
-TEXTS = ((1, 5, 26), (2, 24, 6))  # rows, tokens of the prompt, new tokens
+TEXTS = ((1, 5, 26), (2, 24, 6), (1, 70, 4))  # rows, tokens of the prompt, new tokens
 LONGEST_WINDOW = 24
 """All windows of the tiny configurations are shorter than this and longer than the first prompt."""
 _TIE = 1e-3  # of the largest logit: how far two logits may be apart

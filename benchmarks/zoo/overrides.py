@@ -76,6 +76,7 @@ OVERRIDES: dict[str, Settings] = {
     ),
     "recurrent_gemma": dict(num_hidden_layers=3),
     "reformer": dict(
+        max_position_embeddings=64,
         attn_layers=["local", "lsh"], axial_pos_shape=[8, 8], axial_pos_embds_dim=[16, 48],
         local_attn_chunk_length=4, lsh_attn_chunk_length=4, num_buckets=2, hash_seed=0,
     ),

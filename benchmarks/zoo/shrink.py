@@ -118,10 +118,10 @@ RULES = _table(
     (always(128), "mamba_d_ssm"),
     # positions and special tokens
     (
-        always(64),
-        "max_position_embeddings n_positions n_ctx max_seq_len context_length max_target_positions "
-        "model_max_length original_max_position_embeddings",
+        always(80),  # more than the chunks of 64 tokens that are written into some models
+        "max_position_embeddings n_positions n_ctx max_seq_len context_length max_target_positions model_max_length",
     ),
+    (always(64), "original_max_position_embeddings"),
     (if_set(0), "pad_token_id"),
     (if_set(1), "bos_token_id"),
     (if_set(2), "eos_token_id decoder_start_token_id"),

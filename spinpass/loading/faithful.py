@@ -25,7 +25,7 @@ from spinpass.execution import (
 )
 
 _LENGTH, _LAST = 20, 3  # tokens of the text, and of its second piece
-_LONGEST = 300  # a window beyond that is not tried
+_LONGEST = 300  # a window beyond that is not tried; beyond every chunk that is in use
 _LIMITS = ("sliding_window", "attention_chunk_size", "original_max_position_embeddings")
 
 LOGIT_BOUNDS = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
@@ -39,7 +39,9 @@ def check_faithful(model: Any, program: ExportedProgram, name: str) -> None:
     or takes other inputs than token ids, positions, a mask and a cache: a decoder is given nothing else.
     """
     ids = _token_ids(program, name)
-    text = _text(model)
+    state = continued_inputs(program)
+    chunked = ids.shape[1] != 1 and any(_is_fixed(spec) for spec in user_inputs(program) if spec.name in state)
+    text = _text(model, _LONGEST if chunked else _LENGTH)
     one, last = text[:, :1], text.shape[1] - _LAST
     with torch.no_grad():
         # short text first: dynamic RoPE remembers longer ones until a short one comes
@@ -77,11 +79,18 @@ def text_limits(config: Any) -> list[int]:
     return sorted({limit for limit in named if isinstance(limit, int) and limit > 0})
 
 
-def _text(model: Any) -> Tensor:
-    """Return token ids, int64 (1, length), that go past the model's window where that is not too far."""
+def _is_fixed(spec: UserInput) -> bool:
+    """Say whether an input is a state of one size. Such layers read a text in chunks, and a trace has as many as its
+    example needs: what is longer is read wrongly, and without an error."""
+    return all(isinstance(size, int) for size in spec.shape[1:])
+
+
+def _text(model: Any, least: int) -> Tensor:
+    """Return token ids, int64 (1, length), that go past the model's window where that is not too far: ``least`` of them
+    or more, if the model has so many positions."""
     config = model.config.get_text_config()
     most = getattr(config, "max_position_embeddings", None) or _LONGEST
-    wanted = max([_LENGTH, *(limit + 2 * _LAST for limit in text_limits(config) if limit + 2 * _LAST <= _LONGEST)])
+    wanted = max([least, *(limit + 2 * _LAST for limit in text_limits(config) if limit + 2 * _LAST <= _LONGEST)])
     rows = model.get_input_embeddings().num_embeddings
     generator = torch.Generator().manual_seed(0)
     return torch.randint(0, rows, (1, max(_LAST + 1, min(wanted, most))), generator=generator)

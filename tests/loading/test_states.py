@@ -82,8 +82,27 @@ def test_a_state_that_is_dropped_is_noticed(case: Any) -> None:
     logits, _, *rest = output.args[0]
     output.args = ((logits, old, *rest),)
     program.graph_signature.output_specs[1].arg.name = old.name
-    with pytest.raises(ExportError, match="is not the model: reading 20 tokens in pieces"):
+    with pytest.raises(ExportError, match="is not the model: reading 80 tokens in pieces"):
         check_faithful(model, program, "m")
+
+
+def test_a_difference_beyond_a_chunk_is_noticed_where_layers_read_in_chunks(
+    case: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, model, loaded, _ = case
+    forward = model.forward
+
+    def other(*args: Any, **inputs: Any) -> Any:
+        made = forward(*args, **inputs)
+        made.logits[:, 64:] += 1
+        return made
+
+    monkeypatch.setattr(model, "forward", other)
+    if name == "lfm2":
+        with pytest.raises(ExportError, match="reading 80 tokens in pieces gives other logits"):
+            check_faithful(model, loaded.program, "m")
+    else:  # keys and values grow, or there is but one token at a call: a short text tells as much
+        check_faithful(model, loaded.program, "m")
 
 
 def test_a_model_without_a_cache_says_so(tmp_path: Path) -> None:
