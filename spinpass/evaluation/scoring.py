@@ -19,6 +19,7 @@ from spinpass.execution import (
     reading_inputs,
     reading_sizes,
     run,
+    token_input,
     user_inputs,
 )
 from spinpass.formats import finish, model_path
@@ -49,17 +50,17 @@ def token_ids(tokenizer: Any) -> Callable[[str], list[int]]:
 class ProgramScorer:
     """Scores with a program that takes token ids and returns logits first, in its own dtype.
 
-    Raises ConfigError where no input of it, or more than one, is looked up in a table of tokens.
+    Raises ConfigError where it is not clear which input takes the tokens.
     """
 
     def __init__(self, program: ExportedProgram) -> None:
         self.program = program
         self._inputs = user_inputs(program)
-        lookups = [spec for spec in self._inputs if spec.role is InputRole.LOOKUP]
-        if len(lookups) != 1:
-            names = ", ".join(spec.name for spec in lookups) or "none"
+        ids = token_input(self._inputs)
+        if ids is None:
+            names = ", ".join(spec.name for spec in self._inputs if spec.role is InputRole.LOOKUP) or "none"
             raise ConfigError(f"which input takes the token ids is not clear: looked up in tables are {names}")
-        self._ids = lookups[0]
+        self._ids = ids
 
     @property
     def longest(self) -> int | None:

@@ -2,7 +2,7 @@
 
 from .interpreter import Deferred, Runner, constants, execute, flat_inputs, origin, run, user_input_names
 from .likelihoods import log_probabilities
-from .reading import read_in_pieces, reading_inputs, reading_sizes
+from .reading import holds_positions, read_in_pieces, reading_inputs, reading_sizes, token_input
 from .returned import continued_inputs, output_names, returned_state
 from .roles import InputRole
 from .session import Session, into_basis
@@ -22,6 +22,7 @@ __all__ = [
     "execute",
     "flat_inputs",
     "fresh",
+    "holds_positions",
     "into_basis",
     "log_probabilities",
     "next_inputs",
@@ -33,6 +34,7 @@ __all__ = [
     "returned_state",
     "run",
     "synthetic_inputs",
+    "token_input",
     "user_input_names",
     "user_inputs",
 ]

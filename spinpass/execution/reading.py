@@ -17,6 +17,21 @@ from .synthetic import Sizes, UserInput, bound_sizes, concrete, fresh, user_inpu
 _NOTHING: Mapping[str, Tensor] = {}
 
 
+def token_input(inputs: Sequence[UserInput]) -> UserInput | None:
+    """Return the input of token ids: the one that is looked up in a table and holds no positions.
+
+    Where several are, or none because ids are compared with those of images first, it is known by its name alone. None
+    where there is none.
+    """
+    lookups = [spec for spec in inputs if spec.role is InputRole.LOOKUP and not holds_positions(spec)]
+    return lookups[0] if len(lookups) == 1 else next((spec for spec in inputs if spec.name == "input_ids"), None)
+
+
+def holds_positions(spec: UserInput) -> bool:
+    """Say whether an input is positions: where they are rows of a table, as tokens are, its name alone tells."""
+    return bool(spec.shape) and (spec.role is InputRole.POSITION or "position" in spec.name)
+
+
 def reading_sizes(inputs: Sequence[UserInput], ids: UserInput, tokens: Tensor, past: int = 0) -> Sizes:
     """Return what the symbols in the shapes of the inputs are for ``tokens`` (1, length) behind ``past`` others."""
     sizes = bound_sizes([ids], {ids.name: tokens})
@@ -77,14 +92,9 @@ def _value(spec: UserInput, sizes: Sizes, past: int) -> Any:
     size = tuple(concrete(s, sizes) for s in spec.shape)
     if spec.dtype.is_floating_point:
         return torch.zeros(size, dtype=spec.dtype)
-    if _holds_positions(spec):
+    if holds_positions(spec):
         return torch.arange(past, past + size[-1], dtype=spec.dtype).expand(size)
     return fresh(spec, size, torch.Generator())
-
-
-def _holds_positions(spec: UserInput) -> bool:
-    """Say whether an input is positions: where they are rows of a table, as tokens are, its name alone tells."""
-    return bool(spec.shape) and (spec.role is InputRole.POSITION or "position" in spec.name)
 
 
 def _size(spec: UserInput, axis: int, length: int, past: int) -> int:

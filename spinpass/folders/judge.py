@@ -59,6 +59,11 @@ class Judge:
         self._most = _BEHIND if rounded else 2 * self._bound
         self._known: dict[tuple[int, ...], Tensor] = {}
 
+    @property
+    def longest(self) -> int | None:
+        """The longest text in tokens; None where the program names no limit."""
+        return self._scorer.longest
+
     def __call__(self, runtime: str, case: str, answer: Answer, ends: Collection[int] = ()) -> FolderTrial:
         """Judge the tokens and the logits of one case; ``ends`` are tokens that the runtime was kept from choosing.
 

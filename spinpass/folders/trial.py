@@ -9,20 +9,20 @@ that cannot run the folder ends the export, and nothing appears.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.export import ExportedProgram
 
 from spinpass.certificate import FileComparison
 from spinpass.errors import VerificationError, first_line
-from spinpass.evaluation import ProgramScorer, token_ids
-from spinpass.execution import InputRole, continued_inputs, user_inputs
+from spinpass.evaluation import token_ids
+from spinpass.execution import InputRole, UserInput, continued_inputs, token_input, user_inputs
 from spinpass.exporters import CERTIFY_BYTES
-from spinpass.loading import Companions, LoadedModel, text_limits
+from spinpass.loading import LONGEST_TEXT, Companions, LoadedModel, text_limits
 from spinpass.progress import Steps
 from spinpass.runtime import GENAI_CONFIG, NoKernelError, Turns, continued, outputs, special_tokens
 
@@ -32,8 +32,7 @@ NEW = 4
 """How many tokens a runtime chooses after each turn."""
 
 _PROMPT, _ROWS, _TURN = 9, (3, 9, 6), 4  # tokens
-_LONGEST = 300  # a window beyond that is not tried
-_BEYOND = 6  # tokens past a window
+_BEYOND = 6  # tokens past a window, which is not tried where it is longer than a text
 _TEXT = (
     "The sun had gone down behind the hills, and the road to the village lay quiet. A boy with a lamp came from the "
     "mill and asked: who goes there at this hour? Only a traveller, said the man, and he put his bag down on the wall. "
@@ -65,14 +64,18 @@ def try_folder(
         ExportError: a runtime that is here cannot open or run the folder.
         VerificationError: a runtime chooses other tokens, or computes other logits, than the program.
     """
-    cases = _cases(loaded, program, folder)
-    if (folder / "model.onnx").is_file() and not (cases and _is_decoder(loaded, program)):
+    inputs = user_inputs(program)
+    ids = token_input(inputs)
+    if (folder / "model.onnx").is_file() and (ids is None or not _is_decoder(loaded, program, inputs)):
         return [_try_outputs(program, folder, steps, rounded, why)]
-    absent = {runtime: reason for runtime, reason in _runtimes(folder) if reason}
+    judge = Judge(program, rounded=rounded)
+    cases, left = _cases(loaded, judge.longest, None if ids is None else ids.bound, _padding(folder))
+    padded = any(spec.role is InputRole.MASK for spec in inputs)
+    runtimes = _runtimes(folder)
     asked = {
-        runtime: {case: turns for case, turns in cases.items() if _takes(runtime, turns, program)}
-        for runtime, _ in _runtimes(folder)
-        if runtime not in absent
+        runtime: {case: turns for case, turns in cases.items() if _takes(runtime, turns, padded=padded)}
+        for runtime, absent in runtimes.items()
+        if not absent
     }
     steps.begin(f"try in {', '.join(asked)}")
     try:
@@ -81,18 +84,17 @@ def try_folder(
         if not why:
             raise
         return [FolderTrial(runtime, "all", reason=first_line(error)) for runtime in asked]  # it is for other devices
-    judge = None if why else Judge(program, rounded=rounded)
-    found = [FolderTrial(runtime, "all", reason=reason) for runtime, reason in absent.items()]
+    found = [FolderTrial(runtime, "all", reason=absent) for runtime, absent in runtimes.items() if absent]
     for runtime, each in answers.items():
         ends = special_tokens(folder)[1] if runtime == "genai" else ()
         for case in cases:
             if case not in each:
                 found.append(FolderTrial(runtime, case, reason=_why_not(runtime)))
-            elif judge is None:
+            elif why:
                 found.append(FolderTrial(runtime, case, each[case].count, reason=why))
             else:
                 found.append(judge(runtime, case, each[case], ends))
-    return [*found, *(FolderTrial("all", case, reason=reason) for case, reason in _untried(loaded, program).items())]
+    return [*found, *(FolderTrial("all", case, reason=reason) for case, reason in left.items())]
 
 
 def unjudged(program: ExportedProgram, *, certify: bool) -> str:
@@ -106,45 +108,35 @@ def unjudged(program: ExportedProgram, *, certify: bool) -> str:
 # -- what is tried -----------------------------------------------------------------------------------------------------
 
 
-def _cases(loaded: LoadedModel, program: ExportedProgram, folder: Path) -> dict[str, Turns]:
-    """Return the texts by case; nothing where the program takes none."""
-    ids = _ids(program)
-    if ids is None:
-        return {}
-    limit = _longest(loaded, program)
+def _cases(
+    loaded: LoadedModel, longest: int | None, rows: int | None, pad: int | None
+) -> tuple[dict[str, Turns], dict[str, str]]:
+    """Return the texts by case, and of the cases that there are none for the reason.
+
+    Args:
+        loaded: its tokenizer and configuration make the texts.
+        longest: a text that the program takes.
+        rows: how many tokens there are.
+        pad: a token that no text may have.
+    """
+    config = None if loaded.companions is None else loaded.companions.config
+    positions = None if config is None else getattr(config.get_text_config(), "max_position_embeddings", None)
+    limit = min((n for n in (positions, longest) if isinstance(n, int)), default=sys.maxsize)
     wanted = {"prompt": [[_PROMPT]], "padded batch": [list(_ROWS)], "next turn": [[_PROMPT], [_TURN]]}
-    wanted |= {f"past {window} tokens": [[window + _BEYOND]] for window in _windows(loaded) if window <= _LONGEST}
-    pad = special_tokens(folder)[0] if (folder / GENAI_CONFIG).is_file() else None
-    text = _text(loaded.companions, ids.bound, max(max(map(max, turns)) for turns in wanted.values()) + _TURN, pad)
-    found: dict[str, Turns] = {
+    wanted |= {f"past {n} tokens": [[n + _BEYOND]] for n in ([] if config is None else text_limits(config))}
+    if limit < _PROMPT + NEW:
+        wanted["prompt"] = [[max(limit - NEW, 1)]]
+    lengths = {case: sum(max(turn) + NEW for turn in turns) for case, turns in wanted.items()}
+    most = LONGEST_TEXT + _BEYOND + NEW
+    left = {case: f"the model ends at {limit} tokens" for case, length in lengths.items() if length > limit}
+    left |= {case: "longer than what is tried here" for case, length in lengths.items() if length > most}
+    chosen = {case: turns for case, turns in wanted.items() if case not in left}
+    text = _text(loaded.companions, rows, max((max(map(max, turns)) for turns in chosen.values()), default=0), pad)
+    cases: dict[str, Turns] = {
         case: [[text[row : row + length] for row, length in enumerate(turn)] for turn in turns]
-        for case, turns in wanted.items()
-        if sum(max(turn) + NEW for turn in turns) <= limit
+        for case, turns in chosen.items()
     }
-    return found or ({"prompt": [[text[: limit - NEW]]]} if limit > NEW else {})
-
-
-def _untried(loaded: LoadedModel, program: ExportedProgram) -> dict[str, str]:
-    """Return the cases that there are no texts for, and why."""
-    longest = _longest(loaded, program)
-    return {
-        f"past {window} tokens": "longer than what is tried here"
-        if window > _LONGEST
-        else f"the model ends at {longest}"
-        for window in _windows(loaded)
-        if window > _LONGEST or window + _BEYOND + NEW > longest
-    }
-
-
-def _windows(loaded: LoadedModel) -> list[int]:
-    return [] if loaded.companions is None else text_limits(loaded.companions.config)
-
-
-def _longest(loaded: LoadedModel, program: ExportedProgram) -> int:
-    """Return how many tokens a text may have."""
-    config = None if loaded.companions is None else loaded.companions.config.get_text_config()
-    allowed = [getattr(config, "max_position_embeddings", None), ProgramScorer(program).longest]
-    return min([limit for limit in allowed if isinstance(limit, int)], default=_LONGEST + 2 * _BEYOND)
+    return cases, left
 
 
 def _text(companions: Companions | None, rows: int | None, length: int, pad: int | None) -> list[int]:
@@ -159,35 +151,34 @@ def _text(companions: Companions | None, rows: int | None, length: int, pad: int
     return [token for token in drawn if token != pad]
 
 
-def _ids(program: ExportedProgram) -> Any:
-    lookups = [spec for spec in user_inputs(program) if spec.role is InputRole.LOOKUP and len(spec.shape) == 2]
-    return lookups[0] if len(lookups) == 1 else None
+def _padding(folder: Path) -> int | None:
+    """Return the token that GenAI fills rows up with, where the folder is for it: it cannot be part of a text."""
+    return special_tokens(folder)[0] if (folder / GENAI_CONFIG).is_file() else None
 
 
-def _is_decoder(loaded: LoadedModel, program: ExportedProgram) -> bool:
+def _is_decoder(loaded: LoadedModel, program: ExportedProgram, inputs: Sequence[UserInput]) -> bool:
     """Say whether the file is to generate: a model's with a cache is, a program of one's own where it can be fed."""
     state = continued_inputs(program)
     known = (InputRole.LOOKUP, InputRole.MASK, InputRole.POSITION)
-    fed = [spec for spec in user_inputs(program) if spec.role in known or spec.name in state]
+    fed = [spec for spec in inputs if spec.role in known or spec.name in state]
     grows = any(not isinstance(size, int) for spec in fed if spec.name in state for size in spec.shape[1:])
-    return bool(state) and (loaded.companions is not None or (grows and len(fed) == len(user_inputs(program))))
+    return bool(state) and (loaded.companions is not None or (grows and len(fed) == len(inputs)))
 
 
-def _runtimes(folder: Path) -> Iterator[tuple[str, str]]:
-    """Yield the runtimes that the folder is for, and why one cannot be asked."""
+def _runtimes(folder: Path) -> dict[str, str]:
+    """Return the runtimes that the folder is for, and why one cannot be asked; the reason is empty where it can."""
     names = ["executorch"] if (folder / "model.pte").is_file() else ["onnxruntime", "OrtModel"]
     if (folder / GENAI_CONFIG).is_file():
         names.append("genai")
-    for name in names:
-        yield name, "" if find_spec(_RUNTIMES[name]) else f"{_RUNTIMES[name]} is not installed"
+    return {name: "" if find_spec(_RUNTIMES[name]) else f"{_RUNTIMES[name]} is not installed" for name in names}
 
 
-def _takes(runtime: str, turns: Turns, program: ExportedProgram) -> bool:
-    """Say whether a runtime is given these texts: one that keeps one cache takes no batch, and padding needs a mask."""
+def _takes(runtime: str, turns: Turns, *, padded: bool) -> bool:
+    """Say whether a runtime is given these texts: one that keeps one cache takes no batch, and padding needs a mask,
+    which a ``padded`` program takes."""
     if runtime == "executorch":
         return len(turns[0]) == 1
-    padded = len({len(row) for row in turns[0]}) > 1
-    return not padded or runtime == "OrtModel" or any(s.role is InputRole.MASK for s in user_inputs(program))
+    return padded or runtime == "OrtModel" or len({len(row) for row in turns[0]}) == 1
 
 
 def _why_not(runtime: str) -> str:

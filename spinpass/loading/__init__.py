@@ -1,7 +1,7 @@
 """Whatever a user names, a folder, a name on the hub, a GGUF file or a program, becomes a program."""
 
 from .dequantize import dequantize_checkpoint, quantized_checkpoint
-from .faithful import LOGIT_BOUNDS, text_limits
+from .faithful import LOGIT_BOUNDS, LONGEST_TEXT, text_limits
 from .files import SourceFiles
 from .models import Companions, LoadedModel, check_dtype, load_config, load_model, load_tokenizer
 from .sources import Source, check_program_options, locate
@@ -11,6 +11,7 @@ from .tensors import LoadingReport
 
 __all__ = [
     "LOGIT_BOUNDS",
+    "LONGEST_TEXT",
     "Companions",
     "LoadedModel",
     "LoadingReport",

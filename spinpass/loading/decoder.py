@@ -90,7 +90,7 @@ def _whole(value: Any) -> Any:
 
 
 def _whole_layer(caches: Any, layer: Any) -> Any:
-    kind = next((whole for windowed, whole in _WHOLE.items() if type(layer).__name__ == windowed), None)
+    kind = _WHOLE.get(type(layer).__name__)
     if kind is None or not layer.is_initialized:
         return layer
     whole = getattr(caches, kind)()

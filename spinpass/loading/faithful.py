@@ -20,12 +20,16 @@ from spinpass.execution import (
     InputRole,
     UserInput,
     continued_inputs,
+    holds_positions,
     read_in_pieces,
+    token_input,
     user_inputs,
 )
 
 _LENGTH, _LAST = 20, 3  # tokens of the text, and of its second piece
-_LONGEST = 300  # a window beyond that is not tried; beyond every chunk that is in use
+LONGEST_TEXT = 300
+"""A text that is tried on a model has no more tokens: beyond every chunk that is in use, and not every window."""
+
 _LIMITS = ("sliding_window", "attention_chunk_size", "original_max_position_embeddings")
 
 LOGIT_BOUNDS = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
@@ -41,7 +45,7 @@ def check_faithful(model: Any, program: ExportedProgram, name: str) -> None:
     ids = _token_ids(program, name)
     state = continued_inputs(program)
     chunked = ids.shape[1] != 1 and any(_is_fixed(spec) for spec in user_inputs(program) if spec.name in state)
-    text = _text(model, _LONGEST if chunked else _LENGTH)
+    text = _text(model, LONGEST_TEXT if chunked else _LENGTH)
     one, last = text[:, :1], text.shape[1] - _LAST
     with torch.no_grad():
         # short text first: dynamic RoPE remembers longer ones until a short one comes
@@ -89,8 +93,8 @@ def _text(model: Any, least: int) -> Tensor:
     """Return token ids, int64 (1, length), that go past the model's window where that is not too far: ``least`` of them
     or more, if the model has so many positions."""
     config = model.config.get_text_config()
-    most = getattr(config, "max_position_embeddings", None) or _LONGEST
-    wanted = max([least, *(limit + 2 * _LAST for limit in text_limits(config) if limit + 2 * _LAST <= _LONGEST)])
+    most = getattr(config, "max_position_embeddings", None) or LONGEST_TEXT
+    wanted = max([least, *(limit + 2 * _LAST for limit in text_limits(config) if limit + 2 * _LAST <= LONGEST_TEXT)])
     rows = model.get_input_embeddings().num_embeddings
     generator = torch.Generator().manual_seed(0)
     return torch.randint(0, rows, (1, max(_LAST + 1, min(wanted, most))), generator=generator)
@@ -99,10 +103,8 @@ def _text(model: Any, least: int) -> Tensor:
 def _token_ids(program: ExportedProgram, name: str) -> UserInput:
     """Return the input of token ids. Raises ExportError where a program cannot be fed as a decoder."""
     specs, state = user_inputs(program), continued_inputs(program)
-    per_token = [s for s in specs if len(s.shape) == 2 and s.name not in state]
-    # ids that are compared with those of images before they are looked up are known by their name alone
-    ids = next((s for s in per_token if s.role is InputRole.LOOKUP or s.name == "input_ids"), None)
-    if ids is None:
+    ids = token_input(specs)
+    if ids is None or len(ids.shape) != 2:
         raise ExportError(f"the program of {name} takes no token ids, and cannot be exported as a decoder")
     if not state:
         raise ExportError(
@@ -120,6 +122,7 @@ def _token_ids(program: ExportedProgram, name: str) -> UserInput:
 def _is_unknown(spec: UserInput, state: dict[str, int]) -> bool:
     if spec.dtype is None:
         return hasattr(spec.node.meta["val"], "node")  # otherwise the trace has made it a constant
-    if spec.name in state or "position" in spec.name:
+    if spec.name in state:
         return False
-    return spec.role not in (InputRole.MASK, InputRole.POSITION) or len(spec.shape) > 2
+    known = spec.role is InputRole.MASK or holds_positions(spec)
+    return not known or (len(spec.shape) > 2 and "position" not in spec.name)

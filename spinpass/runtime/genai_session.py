@@ -33,7 +33,6 @@ class GenaiModel:
 
     Attributes:
         pad: the token that fills up shorter rows of a batch, on the right. GenAI takes no such token for text.
-        ends: the end tokens.
 
     Raises:
         ExportError: GenAI is not installed, or cannot load the folder.
@@ -47,7 +46,7 @@ class GenaiModel:
             raise ExportError(f"{first_line(error)}: pip install onnxruntime-genai") from error
         self._og = og
         check_opened(Path(folder) / "model.onnx")
-        self.pad, self.ends = special_tokens(folder)
+        self.pad, _ = special_tokens(folder)
         try:
             self._model = og.Model(str(folder))
         except Exception as error:  # GenAI's exceptions have no common base below Exception

@@ -191,14 +191,11 @@ def _generated(path: Path, threads: int) -> _Run:
     model = OrtModel.from_pretrained(path, threads=threads)
 
     def run(turns: Turns, new: int) -> _Answer:
-        rows = [list(row) for row in turns[0]]
-        ids, mask = _left_padded(rows)
-        for count in range(len(turns)):
-            if count:
-                rows = [[*row, *more] for row, more in zip(rows, turns[count], strict=True)]
-                ids, mask = _left_padded(rows)
+        rows: list[list[int]] = [[] for _ in turns[0]]
+        for turn in turns:
+            ids, mask = _left_padded([[*row, *more] for row, more in zip(rows, turn, strict=True)])
             found = model.generate(ids, mask, max_new_tokens=new, eos_token_id=())
-            rows = [[*row, *line[ids.shape[1] :].tolist()] for row, line in zip(rows, found)]
+            rows = [[*row, *more, *line[ids.shape[1] :].tolist()] for row, more, line in zip(rows, turn, found)]
         return rows, _places(turns, new), None
 
     return run

@@ -59,8 +59,13 @@ def tried(loaded: LoadedModel, folder: Path, program: ExportedProgram | None = N
     return try_folder(loaded, program or loaded.program, folder, Silent())
 
 
+def trials(out: Path) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads((out / "spinpass.json").read_text())["trials"]
+    return found
+
+
 def test_every_runtime_and_case_is_recorded(written: Path) -> None:
-    found = json.loads((written / "spinpass.json").read_text())["trials"]
+    found = trials(written)
     runtimes = ["onnxruntime", "OrtModel", *(["genai"] if GENAI else [])]
     judged = {(t["runtime"], t["case"]): t for t in found if not t["reason"]}
     assert set(judged) == {(runtime, case) for runtime in runtimes for case in CASES}
@@ -156,13 +161,13 @@ def test_a_failed_trial_leaves_nothing(source: Path, tmp_path: Path, monkeypatch
 
 def test_without_a_certificate_the_folder_is_run_all_the_same(source: Path, tmp_path: Path) -> None:
     export(source, tmp_path / "out", None, certify=False)
-    found = json.loads((tmp_path / "out" / "spinpass.json").read_text())["trials"]
+    found = trials(tmp_path / "out")
     assert {t["reason"] for t in found} == {"switched off"} and all(t["tokens"] for t in found)
 
 
 def test_a_program_without_a_cache_is_called_once(tmp_path: Path) -> None:
     export(program_folder(tmp_path) / "model.pt2", tmp_path / "out", None)
-    (found,) = json.loads((tmp_path / "out" / "spinpass.json").read_text())["trials"]
+    (found,) = trials(tmp_path / "out")
     assert (found["runtime"], found["case"], found["reason"]) == ("onnxruntime", "one call", "")
     assert found["error"] < found["bound"]
 
@@ -170,7 +175,7 @@ def test_a_program_without_a_cache_is_called_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize("scheme", ["w4g16-rtn", "w8-rtn-a8-head8-embed8", "w4-rtn-a4-kv4"])
 def test_integers_are_judged_by_the_simulated_program(source: Path, tmp_path: Path, scheme: str) -> None:
     export(source, tmp_path / "out", RotationConfig(), quantize=scheme)
-    found = json.loads((tmp_path / "out" / "spinpass.json").read_text())["trials"]
+    found = trials(tmp_path / "out")
     assert all(t["error"] < 1e-3 for t in found if t["runtime"] == "onnxruntime")
 
 
@@ -186,5 +191,52 @@ def test_integers_of_another_weight_never_appear(source: Path, tmp_path: Path, m
 
 def test_the_last_logits_are_those_of_the_last_token(source: Path, tmp_path: Path) -> None:
     export(source, tmp_path / "out", None, last_logits=True)
-    found = json.loads((tmp_path / "out" / "spinpass.json").read_text())["trials"]
+    found = trials(tmp_path / "out")
     assert all(not t["reason"] and t["error"] < 1e-3 for t in found)
+
+
+# -- models whose texts are not those of others -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("positions", [8, 20])
+def test_a_short_model_is_tried_with_what_it_holds(source: Path, tmp_path: Path, positions: int) -> None:
+    """And each case that does not fit is named."""
+    shutil.copytree(source, tmp_path / "model")
+    config = json.loads((source / "config.json").read_text()) | {"max_position_embeddings": positions}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    export(tmp_path / "model", tmp_path / "out", None)
+    judged = {t["case"] for t in trials(tmp_path / "out") if not t["reason"]}
+    left = {t["case"]: t["reason"] for t in trials(tmp_path / "out") if t["reason"]}
+    assert judged | set(left) == set(CASES) and "prompt" in judged and "next turn" in left
+    assert set(left.values()) == {f"the model ends at {positions} tokens"}
+
+
+def test_positions_that_are_rows_of_a_table_are_no_tokens(tmp_path: Path) -> None:
+    export(model_folder(tmp_path / "model", "gpt2"), tmp_path / "out", RotationConfig())
+    found = trials(tmp_path / "out")
+    assert {"prompt", "padded batch", "next turn"} <= {t["case"] for t in found if t["tokens"]}
+    assert all(t["error"] < 1e-5 for t in found)
+
+
+@pytest.mark.skipif(not GENAI, reason="onnxruntime-genai is not installed")
+def test_an_end_token_that_no_logit_stands_for_keeps_genai_out(source: Path, tmp_path: Path) -> None:
+    shutil.copytree(source, tmp_path / "model")
+    for name in ("config.json", "generation_config.json"):
+        values = json.loads((source / name).read_text()) | {"eos_token_id": [2, 1000]}
+        (tmp_path / "model" / name).write_text(json.dumps(values))
+    export(tmp_path / "model", tmp_path / "out", None)
+    about = json.loads((tmp_path / "out" / "spinpass.json").read_text())
+    assert about["genai"]["file"] is None and "token 1000" in about["genai"]["reason"]
+    assert {t["runtime"] for t in about["trials"]} == {"onnxruntime", "OrtModel"}
+
+
+def test_a_rounded_file_without_a_cache_is_judged(tmp_path: Path) -> None:
+    source = program_folder(tmp_path) / "model.pt2"
+    export(source, tmp_path / "out", None, quantize="w8-rtn-a8")
+    (found,) = trials(tmp_path / "out")
+    assert found["error"] < 0.05 and found["bound"] > found["error"]
+    (tmp_path / "out" / "spinpass.json").unlink()
+    changed(tmp_path / "out", "norm.weight", lambda array: array[::-1] * np.float32(3))
+    loaded = load_model(source)
+    with pytest.raises(VerificationError, match="an output is .* away"):
+        try_folder(loaded, loaded.program, tmp_path / "out", Silent(), rounded=True)

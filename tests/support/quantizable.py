@@ -5,11 +5,27 @@ from __future__ import annotations
 from functools import cache
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from spinpass.execution.interpreter import run
 from tests.support.decoders import SEQ, VOCAB, Decoder, exported, made, with_outliers
+
+ROWS = 64  # of the table of Layers
+
+
+class Layers(nn.Module):
+    """A table, two linears of which one has an odd width, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.up = nn.Embedding(ROWS, 96), nn.Linear(96, 160)
+        self.down, self.head = nn.Linear(160, 96, bias=False), nn.Linear(96, ROWS, bias=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        return self.head(x + self.down(nn.functional.gelu(self.up(x))))  # type: ignore[no-any-return]
 
 
 def export(model: torch.nn.Module) -> ExportedProgram:

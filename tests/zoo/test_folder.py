@@ -13,10 +13,11 @@ pytest.importorskip("transformers")
 
 import typer
 
-from benchmarks.zoo import coverage, decoding, folder, folders, records, states, worker
+from benchmarks.zoo import coverage, decoding, folder, folders, records, states
 from benchmarks.zoo.models import build, model_types
 from benchmarks.zoo.worker import Job
 from spinpass.errors import ExportError, VerificationError
+from tests.support.zoo_workers import record_of
 
 WINDOWS = (
     "sliding_window", "sliding_window_size", "attention_window_size", "attention_chunk_size", "window_size",
@@ -119,12 +120,9 @@ def test_the_worker_keeps_a_record_and_nothing_else(tmp_path: Path, monkeypatch:
         return {"status": states.GENERATES}
 
     monkeypatch.setattr(folder, "measure", measure)
-    monkeypatch.setattr(worker, "limit_memory", lambda: None)
-    monkeypatch.setattr(worker, "limit_time", lambda seconds: None)
     job = Job("llama", "folder", tmp_path)
-    worker.work(job)
-    found = records.read(job.record)
-    assert found is not None and found["status"] == states.GENERATES and set(found["stages"]) == {"save", "load"}
+    found = record_of(job, monkeypatch)
+    assert found["status"] == states.GENERATES and set(found["stages"]) == {"save", "load"}
     assert records.is_fresh(found) and not records.is_fresh(found | {"variant": "prefill"})
     assert not job.folder.exists()
 

@@ -16,6 +16,7 @@ from benchmarks.zoo.export import NotExported
 from benchmarks.zoo.measure import status_of
 from benchmarks.zoo.targets import targets
 from benchmarks.zoo.worker import Job
+from tests.support.zoo_workers import record_of
 
 
 def run(status: str = states.SAME, **more: Any) -> dict[str, Any]:
@@ -154,12 +155,8 @@ def test_a_type_that_does_not_export_says_why(tmp_path: Path, monkeypatch: pytes
         raise NotExported(f"torch: {arch} branches")
 
     monkeypatch.setattr(worker, "export_variant", refuse)
-    monkeypatch.setattr(worker, "limit_memory", lambda: None)
-    monkeypatch.setattr(worker, "limit_time", lambda seconds: None)
-    job = Job("dbrx", "prefill", tmp_path)
-    worker.work(job)
-    found = records.read(job.record)
-    assert found is not None and (found["status"], found["why"]) == (states.NOT_EXPORTED, "torch: dbrx branches")
+    found = record_of(Job("dbrx", "prefill", tmp_path), monkeypatch)
+    assert (found["status"], found["why"]) == (states.NOT_EXPORTED, "torch: dbrx branches")
     assert records.is_fresh(found)
 
 

@@ -18,7 +18,7 @@ from collections.abc import Collection, Iterable, Mapping
 import onnx_ir as ir
 from torch.export import ExportedProgram
 
-from spinpass.execution import InputRole, UserInput, returned_state, user_inputs
+from spinpass.execution import InputRole, UserInput, returned_state, token_input, user_inputs
 
 SCOPES = "pkg.torch.onnx.name_scopes"
 """The key of a node's metadata under which torch leaves the modules around it, and last the node's own name."""
@@ -158,9 +158,9 @@ def _axis_names(ep: ExportedProgram, names: Mapping[str, str]) -> dict[str, str]
     """Return {symbol: name}. Token ids are looked up in a table, and a cache grows along one axis."""
     inputs = user_inputs(ep)
     caches = set(returned_state(ep).values())
-    ids = next((s for s in inputs if s.role is InputRole.LOOKUP and len(s.shape) == 2), None)
+    ids = token_input(inputs)
     found: dict[str, str] = {}
-    if ids is not None:
+    if ids is not None and len(ids.shape) == 2:
         _add(found, ids, 0, _BATCH)
         _add(found, ids, 1, _NEW)
     for spec in inputs:

@@ -10,7 +10,6 @@ import onnx
 import pytest
 import torch
 from onnx import numpy_helper
-from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from spinpass.errors import VerificationError
@@ -19,6 +18,7 @@ from spinpass.exporters.onnx.integers.four_bits import quantize_4bit
 from spinpass.exporters.onnx.integers.read_back import check_packed, dequantized_constants, stored_matrices
 from spinpass.exporters.onnx.integers.weights import pack_weights
 from spinpass.quantization import Quantized, quantize
+from tests.support.quantizable import ROWS, Layers
 
 SCHEMES = {
     "blocks": "w4g32-rtn-head8",
@@ -32,21 +32,7 @@ SCHEMES = {
 }
 
 
-class Layers(nn.Module):
-    """A table, two linears of which one has an odd width, and a head."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.embed, self.up = nn.Embedding(64, 96), nn.Linear(96, 160)
-        self.down, self.head = nn.Linear(160, 96, bias=False), nn.Linear(96, 64, bias=False)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.embed(ids)
-        return self.head(x + self.down(nn.functional.gelu(self.up(x))))  # type: ignore[no-any-return]
-
-
-IDS = torch.randint(64, (2, 32), generator=torch.Generator().manual_seed(1))
+IDS = torch.randint(ROWS, (2, 32), generator=torch.Generator().manual_seed(1))
 
 
 @pytest.fixture(scope="module")

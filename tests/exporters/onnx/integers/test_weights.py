@@ -22,22 +22,7 @@ from spinpass.exporters.onnx.integers.weights import pack_weights
 from spinpass.quantization import QuantizationConfig, Quantized, Weights, quantize
 from tests.support.decoders import Decoder, exported
 from tests.support.decoders import made as made_decoder
-
-VOCABULARY = 64
-
-
-class Layers(nn.Module):
-    """A table, two linears of which one has an odd width, and a head."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.embed, self.up = nn.Embedding(VOCABULARY, 96), nn.Linear(96, 160)
-        self.down, self.head = nn.Linear(160, 96, bias=False), nn.Linear(96, VOCABULARY, bias=False)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.embed(ids)
-        return self.head(x + self.down(nn.functional.gelu(self.up(x))))  # type: ignore[no-any-return]
+from tests.support.quantizable import ROWS, Layers
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +30,7 @@ def source() -> ExportedProgram:
     return torch.export.export(Layers().eval(), (IDS,), dynamic_shapes={"ids": {1: torch.export.Dim.AUTO}})
 
 
-IDS = torch.randint(VOCABULARY, (2, 32), generator=torch.Generator().manual_seed(1))
+IDS = torch.randint(ROWS, (2, 32), generator=torch.Generator().manual_seed(1))
 
 
 def folder(tmp_path: Path, quantized: Quantized) -> Path:
