@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,7 +31,7 @@ from .options import (
     rotation_options,
 )
 from .screen import screen_of
-from .tables import files_table, show_loading, show_result
+from .tables import files_table, show_loading, show_result, trial_lines
 
 
 @rotation_options
@@ -87,7 +86,7 @@ def export_command(
         screen.document(dict(written.manifest) | about)
         return
     show_result(screen, result)
-    tried = _trial_lines(written.manifest["trials"])
+    tried = trial_lines(written.manifest["trials"])
     screen.show(*_report_lines(written.report), *tried, files_table(out, written.files), *request.notes)
 
 
@@ -99,13 +98,3 @@ def _report_lines(report: Any) -> list[str]:
     if report.path.suffix == ".pte":
         return [f"{report.delegates} delegates, {report.integer_layers} linear layers on integers; {proof}"]
     return [f"ONNX opset {report.opset}, {report.hadamards} online Hadamards; {proof}", *report.fused_lines()]
-
-
-def _trial_lines(trials: Iterable[Mapping[str, Any]]) -> list[str]:
-    """What became of the folder in its runtimes, for people."""
-    run = [trial for trial in trials if trial["error"] is not None]
-    names = ", ".join(dict.fromkeys(trial["runtime"] for trial in run))
-    tokens, cases = sum(trial["tokens"] for trial in run), len(run)
-    found = [f"tried in {names}: {tokens} tokens in {cases} cases, as the program has them"] if run else []
-    left = dict.fromkeys(f"{t['runtime']}, {t['case']}: {t['reason']}" for t in trials if t["reason"])
-    return [*found, *(f"not compared: {each}" for each in left)]

@@ -16,6 +16,7 @@ from spinpass.planning import layer_pattern
 
 from .options import AsJson, Verbose
 from .screen import screen_of
+from .tables import trial_lines
 
 
 def inspect_command(
@@ -42,6 +43,8 @@ def inspect_command(
     if as_json:
         screen.document({"ok": True} | found.to_dict())
     screen.show(*artefact_tables(found))
+    if check:
+        screen.show(f"{len(found.manifest['files'])} files are those that {MANIFEST} lists")
     if beside is not None:
         screen.show(f"shares a KV cache with {beside}", same_source(found, other))
 
@@ -95,6 +98,7 @@ def _facts(manifest: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if exported:
         proof = exported.get("certificate")
         yield "file certified", str(proof["verdict"]) if proof else f"no: {exported.get('uncertified')}"
+    yield from (("tried", line) for line in trial_lines(manifest.get("trials", [])))
     if "hadamards" in exported:
         yield "online Hadamards", str(exported["hadamards"])
     made = manifest.get("quantization")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +126,16 @@ def files_table(folder: Path, names: list[str]) -> Table:
     for name in names:
         table.add_row(name, f"{(folder / name).stat().st_size / 1e6:.2f}")
     return table
+
+
+def trial_lines(trials: Iterable[Mapping[str, Any]]) -> list[str]:
+    """What became of the folder in its runtimes, for people."""
+    run = [trial for trial in trials if trial["error"] is not None]
+    names = ", ".join(dict.fromkeys(trial["runtime"] for trial in run))
+    tokens, cases = sum(trial["tokens"] for trial in run), len(run)
+    found = [f"tried in {names}: {tokens} tokens in {cases} cases, as the program has them"] if run else []
+    left = dict.fromkeys(f"{t['runtime']}, {t['case']}: {t['reason']}" for t in trials if t["reason"])
+    return [*found, *(f"not compared: {each}" for each in left)]
 
 
 def _notes(plan: RotationPlan) -> list[str]:

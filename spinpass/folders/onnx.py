@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     _Made = QuantizeReport | CacheReport
     _Step = Callable[[Path, Path], _Made]  # (source, destination)
 
+_AT_A_TIE = "it rounds activations, either way at a tie: it is judged by what it generates"
 _REPORTS = {"packed": "pack", "cache": "cache"}  # in spinpass.json: of which step
 
 
@@ -115,15 +116,15 @@ def write_folder(
     pack = _packing(onnx, result.quantization, int4)
 
     def export(folder: Path) -> OnnxReport:
-        return onnx.export(
+        made = onnx.export(
             result.program,
             folder,
             **cache_names(result.program),
             fuse=fuse,
-            # a value that lies at a tie may be rounded either way: there is no bound to hold a quantized file to
-            verify=None if certify and result.quantization is None else False,
+            verify=None if certify and not result.rounds_activations else False,
             progress=lambda step: steps.begin(f"onnx: {step}"),
         )
+        return replace(made, uncertified=_AT_A_TIE) if certify and result.rounds_activations else made
 
     def tried() -> list[FolderTrial]:
         program, why = _expected(onnx, result, draft.folder, int4=int4, certify=certify)

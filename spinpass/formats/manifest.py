@@ -81,7 +81,7 @@ class Artefact:
             if one != two:
                 raise VerificationError(
                     f"{self.path} and {other.path} cannot share a cache: {name} is {_basis(one)} in the first and "
-                    f"{_basis(two)} in the second; export both with the same rotations and seed"
+                    f"{_basis(two)} in the second; export both of one model, with the same rotations and seed"
                 )
 
     def to_dict(self) -> dict[str, Any]:
@@ -295,7 +295,9 @@ def _is_file_entry(entry: Any) -> bool:
 
 
 def _basis(carried: Carried | None) -> str:
-    return "in the original basis" if carried is None else f"rotated by {carried.rotation}"
+    if carried is None:
+        return "in the original basis"
+    return f"rotated by {carried.rotation} ({carried.space}, {carried.rotation.fingerprint()[:16]}…)"
 
 
 def sha256(file: Path) -> str:

@@ -129,3 +129,13 @@ def test_a_matrix_of_no_parameter_is_said(source: ExportedProgram, tmp_path: Pat
     exporter.export(source, tmp_path / "float")
     path = quantize_4bit(tmp_path / "float", tmp_path / "packed").path
     assert dequantized_constants(path, {"up.weight": source.state_dict["up.weight"]}) is None
+
+
+def test_a_grid_on_which_every_value_is_near_zero_is_seen(source: ExportedProgram, tmp_path: Path) -> None:
+    """With steps that are long enough, half a step hides any value."""
+    exporter.export(source, tmp_path / "float")
+    path = quantize_4bit(tmp_path / "float", tmp_path / "packed", head_bits=4, table_bits=4).path
+    assert edited(path, tmp_path / "zero.onnx", ".q4", lambda array: np.full_like(array, 0x88))
+    assert edited(tmp_path / "zero.onnx", tmp_path / "model.onnx", ".scales", lambda array: array * np.float32(50))
+    with pytest.raises(VerificationError, match="is coarser than"):
+        dequantized_constants(tmp_path / "model.onnx", source.state_dict)
