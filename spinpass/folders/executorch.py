@@ -13,6 +13,7 @@ from spinpass.loading import LoadedModel
 from spinpass.progress import Steps
 
 from .companions import Written, write_companions
+from .judge import KERNEL_BOUND
 from .result import Result
 from .trial import try_folder, unjudged
 
@@ -57,8 +58,8 @@ def write_pte_folder(
     )
     files = [path.name for path in report.files]
     program = result.scored or result.program
-    rounded, why = result.rounds_activations, unjudged(program, certify=certify)
-    tried = partial(try_folder, loaded, program, draft.folder, steps, rounded=rounded, why=why)
+    bound, why = KERNEL_BOUND if result.rounds_activations else None, unjudged(program, certify=certify)
+    tried = partial(try_folder, loaded, program, draft.folder, steps, bound=bound, why=why)
     about = write_companions(loaded, result, {"executorch": report.to_dict()}, files, draft, tried)
     return Written(report, *about, loading=loaded.report)
 

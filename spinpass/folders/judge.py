@@ -16,12 +16,13 @@ from spinpass.evaluation import ProgramScorer
 from spinpass.loading import LOGIT_BOUNDS
 from spinpass.runtime import Answer
 
-ROUNDED_BOUND = 0.35
-"""How far logits of a file that rounds activations may be from those of the simulated program: the norm of the
-difference relative to the norm of the logits about their mean. ``MatMulNBits`` rounds by blocks and the program by
-tokens; measured are 0.17 on a model of 135M with 4-bit weights that are not rotated, 0.05 on rotated models."""
+KERNEL_BOUND = 0.35
+"""How far logits of a file whose operators round as they run may be from those of the program: the norm of the
+difference relative to the norm of the logits about their mean. ``MatMulNBits`` rounds by blocks, a program by tokens or
+not at all; measured are 0.17 on a model of 135M with 4-bit weights that are not rotated, 0.05 on rotated models."""
 
-_BEHIND = 0.15  # how far a token that such a file chooses may be behind the likeliest, relative to the largest logit
+TIE_BOUND = 0.05
+"""How far they may be, by the same measure, where file and program round alike: a value at a tie goes either way."""
 
 
 @dataclass(frozen=True)
@@ -50,13 +51,14 @@ class Judge:
 
     Args:
         program: what the file should compute, with the logits of every token.
-        rounded: the file rounds activations or the cache, which the program does otherwise or not.
+        bound: :data:`KERNEL_BOUND` or :data:`TIE_BOUND` where the file rounds as it runs; None where it does not.
     """
 
-    def __init__(self, program: ExportedProgram, *, rounded: bool) -> None:
-        self._scorer, self._rounded = ProgramScorer(program), rounded
-        self._bound = ROUNDED_BOUND if rounded else LOGIT_BOUNDS[narrowest_dtype(program)]
-        self._most = _BEHIND if rounded else 2 * self._bound
+    def __init__(self, program: ExportedProgram, bound: float | None = None) -> None:
+        self._scorer, self._rounded = ProgramScorer(program), bound is not None
+        self._bound = LOGIT_BOUNDS[narrowest_dtype(program)] if bound is None else bound
+        # how far a chosen token may be behind the likeliest, relative to the largest logit
+        self._most = 2 * self._bound if bound is None else bound / 2
         self._known: dict[tuple[int, ...], Tensor] = {}
 
     @property

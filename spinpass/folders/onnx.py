@@ -8,7 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Protocol
 
-from spinpass.errors import ConfigError, ExportError
+from spinpass.errors import ConfigError, ExportError, VerificationError
 from spinpass.evaluation import calibration_windows, token_ids
 from spinpass.exporters import cache_names, named_record
 from spinpass.formats import PREFIX, Draft
@@ -18,15 +18,15 @@ from spinpass.progress import Steps
 from spinpass.quantization import QuantizationReport, QuantizedWeight
 
 from .companions import Written, write_companions
-from .judge import FolderTrial
+from .judge import KERNEL_BOUND, TIE_BOUND, FolderTrial
 from .result import Result
-from .trial import try_folder, unjudged
+from .trial import try_folder, try_unrounded, unjudged
 
 if TYPE_CHECKING:
     from torch import Tensor
     from torch.export import ExportedProgram
 
-    from spinpass.exporters.onnx import CacheReport, OnnxReport, QuantizeReport
+    from spinpass.exporters.onnx import CacheReport, KernelRounding, OnnxReport, QuantizeReport
 
     _Made = QuantizeReport | CacheReport
     _Step = Callable[[Path, Path], _Made]  # (source, destination)
@@ -68,6 +68,12 @@ class OnnxTools(Protocol):
     def check_packed(self, path: Path, weights: Mapping[str, QuantizedWeight], /) -> int: ...
 
     def dequantized_constants(self, path: Path, constants: Mapping[str, Tensor], /) -> dict[str, Tensor] | None: ...
+
+    def kernel_rounding(self, path: Path, /) -> KernelRounding: ...
+
+    def unrounded_copy(self, source: Path, destination: Path, /) -> Path: ...
+
+    def check_cache(self, path: Path, unrounded: Path, calibration: Sequence[Sequence[int]], /) -> None: ...
 
     def save_genai_config(self, folder: Path, config: Any, generation_config: Any, /) -> Path: ...
 
@@ -126,14 +132,16 @@ def write_folder(
         )
         return replace(made, uncertified=_AT_A_TIE) if certify and result.rounds_activations else made
 
+    texts = [] if cache is None else _calibration(loaded, cache)
+
     def tried() -> list[FolderTrial]:
         program, why = _expected(onnx, result, draft.folder, int4=int4, certify=certify)
-        return try_folder(loaded, program, draft.folder, steps, rounded=rounded, why=why)
+        return _tried(onnx, loaded, result, program, draft.folder, steps, texts, why)
 
     later: dict[str, _Step] = {} if pack is None else {"pack": pack}
     if cache is not None:
-        later["cache"] = _cache_writer(onnx, loaded, cache)
-    rounded = int4 or cache is not None or result.rounds_activations
+        bits = cache.bits
+        later["cache"] = lambda source, target: onnx.quantize_cache(source, target, bits, texts)
     if not later:
         report = export(draft.folder)
         return _written(onnx, loaded, result, draft, report, {}, tried)
@@ -195,12 +203,48 @@ def _expected(
     return with_other_values(program, {name: tensor for name, tensor in state.items() if tensor is not None}), why
 
 
-def _cache_writer(onnx: OnnxTools, loaded: LoadedModel, cache: CacheBits) -> _Step:
-    """Return what quantizes the cache of an exported file. Raises ConfigError where no tokenizer can read the text."""
+def _tried(
+    onnx: OnnxTools,
+    loaded: LoadedModel,
+    result: Result,
+    program: ExportedProgram,
+    folder: Path,
+    steps: Steps,
+    texts: Sequence[Sequence[int]],
+    why: str,
+) -> list[FolderTrial]:
+    """Try the folder; where its operators round as they run, first the same file without that, which has to be equal.
+
+    Raises VerificationError: one of the two is not what the program computes.
+    """
+    rounding = onnx.kernel_rounding(folder)
+    ties = TIE_BOUND if result.rounds_activations else None
+    exact: list[FolderTrial] = []
+    # products of a program that rounds them itself have another rounding in their place, not one on top
+    if rounding and not why and not (rounding.products and result.rounds_activations):
+        copy = onnx.unrounded_copy(folder, folder / f"{PREFIX}unrounded.onnx")
+        try:
+            if texts:
+                onnx.check_cache(folder, copy, texts)
+            exact = try_unrounded(loaded, program, copy, steps, bound=ties)
+        finally:
+            copy.unlink(missing_ok=True)
+    try:
+        return [*try_folder(loaded, program, folder, steps, bound=KERNEL_BOUND if rounding else ties, why=why), *exact]
+    except VerificationError as error:
+        if not (texts and exact):
+            raise
+        raise VerificationError(
+            f"{error}. With a cache of floats it does: the calibration text does not show the values that other texts "
+            "have. Calibrate with text of the kind that the model is for, or leave out --kv-cache"
+        ) from error
+
+
+def _calibration(loaded: LoadedModel, cache: CacheBits) -> list[list[int]]:
+    """Return the texts that a cache is calibrated with. Raises ConfigError where no tokenizer can read them."""
     if loaded.companions is None or loaded.companions.tokenizer is None:
         raise ConfigError(f"{loaded.source.location} has no tokenizer to read {cache.text} with")
-    texts = calibration_windows(token_ids(loaded.companions.tokenizer), cache.text, count=cache.windows)
-    return lambda source, target: onnx.quantize_cache(source, target, cache.bits, texts)
+    return calibration_windows(token_ids(loaded.companions.tokenizer), cache.text, count=cache.windows)
 
 
 def _packing(onnx: OnnxTools, made: QuantizationReport | None, int4: bool) -> _Step | None:

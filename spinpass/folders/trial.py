@@ -10,7 +10,8 @@ that cannot run the folder ends the export, and nothing appears.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from spinpass.loading import LONGEST_TEXT, Companions, LoadedModel, text_limits
 from spinpass.progress import Steps
 from spinpass.runtime import GENAI_CONFIG, NoKernelError, Turns, continued, outputs, special_tokens
 
-from .judge import ROUNDED_BOUND, FolderTrial, Judge, distance
+from .judge import FolderTrial, Judge, distance
 
 NEW = 4
 """How many tokens a runtime chooses after each turn."""
@@ -47,7 +48,7 @@ def try_folder(
     folder: Path,
     steps: Steps,
     *,
-    rounded: bool = False,
+    bound: float | None = None,
     why: str = "",
 ) -> list[FolderTrial]:
     """Open a folder in the runtimes it is for, generate, and compare with the program.
@@ -57,21 +58,46 @@ def try_folder(
         program: what the file should compute, logits of every token included.
         folder: it holds ``model.onnx`` or ``model.pte``, and what lies beside it.
         steps: told what begins.
-        rounded: the file rounds activations or the cache, and logits are held to :data:`.judge.ROUNDED_BOUND`.
+        bound: of :mod:`.judge`, where the file rounds as it runs; None where it does not.
         why: the reason that nothing is compared, though all is run; empty where it is.
 
     Raises:
         ExportError: a runtime that is here cannot open or run the folder.
         VerificationError: a runtime chooses other tokens, or computes other logits, than the program.
     """
+    return _tried(loaded, program, folder, _runtimes(folder), steps, bound, why)
+
+
+def try_unrounded(
+    loaded: LoadedModel, program: ExportedProgram, file: Path, steps: Steps, *, bound: float | None = None
+) -> list[FolderTrial]:
+    """Compare a copy of the folder's model whose operators do not round as they run, see
+    :func:`spinpass.exporters.onnx.unrounded_copy`, in ONNX Runtime alone.
+
+    Raises what :func:`try_folder` raises.
+    """
+    found = _tried(loaded, program, file, {"onnxruntime": ""}, steps, bound, "")
+    return [replace(each, runtime=f"{each.runtime}, unrounded") for each in found if not each.reason]
+
+
+def _tried(
+    loaded: LoadedModel,
+    program: ExportedProgram,
+    path: Path,
+    runtimes: Mapping[str, str],
+    steps: Steps,
+    bound: float | None,
+    why: str,
+) -> list[FolderTrial]:
+    """Run a folder, or the model in it, in ``runtimes``, and judge it; see :func:`try_folder`."""
+    folder = path if path.is_dir() else path.parent
     inputs = user_inputs(program)
     ids = token_input(inputs)
-    if (folder / "model.onnx").is_file() and (ids is None or not _is_decoder(loaded, program, inputs)):
-        return [_try_outputs(program, folder, steps, rounded, why)]
-    judge = Judge(program, rounded=rounded)
+    if "executorch" not in runtimes and (ids is None or not _is_decoder(loaded, program, inputs)):
+        return [_try_outputs(program, path, steps, bound, why)]
+    judge = Judge(program, bound)
     cases, left = _cases(loaded, judge.longest, None if ids is None else ids.bound, _padding(folder))
     padded = any(spec.role is InputRole.MASK for spec in inputs)
-    runtimes = _runtimes(folder)
     asked = {
         runtime: {case: turns for case, turns in cases.items() if _takes(runtime, turns, padded=padded)}
         for runtime, absent in runtimes.items()
@@ -79,7 +105,7 @@ def try_folder(
     }
     steps.begin(f"try in {', '.join(asked)}")
     try:
-        answers = continued(folder, asked, NEW, torch.get_num_threads()) if asked else {}
+        answers = continued(path, asked, NEW, torch.get_num_threads()) if asked else {}
     except NoKernelError as error:
         if not why:
             raise
@@ -185,22 +211,22 @@ def _why_not(runtime: str) -> str:
     return "its cache holds one sequence" if runtime == "executorch" else "the program takes no attention mask"
 
 
-def _try_outputs(program: ExportedProgram, folder: Path, steps: Steps, rounded: bool, why: str) -> FolderTrial:
+def _try_outputs(program: ExportedProgram, path: Path, steps: Steps, bound: float | None, why: str) -> FolderTrial:
     """Run a file that is no decoder once, and compare all that it returns."""
     steps.begin("try in onnxruntime")
     compared = FileComparison.of(program)
-    results = outputs(folder, compared.fed, torch.get_num_threads())
+    results = outputs(path, compared.fed, torch.get_num_threads())
     if why:
         return FolderTrial("onnxruntime", "one call", reason=why)
-    if rounded:
+    if bound is not None:
         pairs = zip(compared.expected, results.values(), strict=True)
         worst = max(distance(a.float(), b.float()) for a, b in pairs if a.is_floating_point())
-        if not worst <= ROUNDED_BOUND:
+        if not worst <= bound:
             raise VerificationError(
                 f"the written folder does not compute what the program does: an output is {worst:.1e} away, allowed "
-                f"{ROUNDED_BOUND:.0e}"
+                f"{bound:.0e}"
             )
-        return FolderTrial("onnxruntime", "one call", 0, worst, ROUNDED_BOUND)
+        return FolderTrial("onnxruntime", "one call", 0, worst, bound)
     certificate = compared.certificate([""] * len(compared.fed), list(results), results.values(), "written folder")
     certificate.raise_if_failed()
     output = certificate.worst

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from spinpass.errors import ConfigError, DamageError, ExportError, SpinpassError, VerificationError
+from spinpass.formats import model_path
 
 from .decoding import Graph
 from .onnx_session import NoKernelError
@@ -56,7 +57,7 @@ def continued(
     """Let runtimes continue texts greedily, past end tokens, all in one other process.
 
     Args:
-        path: the folder.
+        path: the folder, or a model in it.
         cases: by runtime, the turns of each case by name. The runtimes are ``onnxruntime`` (step by step), ``OrtModel``
             (``generate``; both pad batches on the left), ``genai`` (which pads on the right and chooses no end tokens)
             and ``executorch``.
@@ -142,7 +143,7 @@ def _answered(request: dict[str, Any]) -> Any:
 def _outputs(path: Path, inputs: list[Tensor], threads: int) -> dict[str, Tensor]:
     from .onnx_session import from_ort, open_session, run_session, to_ort
 
-    session = open_session(path / "model.onnx", threads=threads)
+    session = open_session(model_path(path), threads=threads)
     names = [given.name for given in session.get_inputs()]
     results = run_session(session, {name: to_ort(value) for name, value in zip(names, inputs, strict=True)})
     return {output.name: from_ort(result) for output, result in zip(session.get_outputs(), results, strict=True)}

@@ -19,6 +19,7 @@ from spinpass import RotationConfig
 from spinpass.errors import ExportError, VerificationError
 from spinpass.folders import export
 from spinpass.folders import onnx as folders_onnx
+from spinpass.folders.judge import KERNEL_BOUND
 from spinpass.folders.trial import try_folder
 from spinpass.loading import LoadedModel, load_model
 from spinpass.progress import Silent
@@ -239,4 +240,4 @@ def test_a_rounded_file_without_a_cache_is_judged(tmp_path: Path) -> None:
     changed(tmp_path / "out", "norm.weight", lambda array: array[::-1] * np.float32(3))
     loaded = load_model(source)
     with pytest.raises(VerificationError, match="an output is .* away"):
-        try_folder(loaded, loaded.program, tmp_path / "out", Silent(), rounded=True)
+        try_folder(loaded, loaded.program, tmp_path / "out", Silent(), bound=KERNEL_BOUND)

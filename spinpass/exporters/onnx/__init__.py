@@ -2,10 +2,11 @@
 
 from .compare import compare_file
 from .genai import save_genai_config
-from .integers.cache import CacheReport, quantize_cache
+from .integers.cache import CacheReport, check_cache, quantize_cache
 from .integers.copies import QuantizeReport
 from .integers.four_bits import quantize_4bit
 from .integers.read_back import check_packed, dequantized_constants
+from .integers.unrounded import KernelRounding, kernel_rounding, unrounded_copy
 from .integers.weights import pack_weights
 from .precision import check_kernels
 from .translate import check_operators
@@ -13,16 +14,20 @@ from .writer import OnnxReport, export
 
 __all__ = [
     "CacheReport",
+    "KernelRounding",
     "OnnxReport",
     "QuantizeReport",
+    "check_cache",
     "check_kernels",
     "check_operators",
     "check_packed",
     "compare_file",
     "dequantized_constants",
     "export",
+    "kernel_rounding",
     "pack_weights",
     "quantize_4bit",
     "quantize_cache",
     "save_genai_config",
+    "unrounded_copy",
 ]

@@ -17,7 +17,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from spinpass.errors import ConfigError, ExportError
+from spinpass.errors import ConfigError, ExportError, VerificationError
 from spinpass.formats import model_path
 from spinpass.runtime import DecoderGraph, from_ort
 
@@ -27,7 +27,10 @@ from ..fusion.match import sizes, static
 from .copies import load, write_copy
 
 _STORED = {8: ir.DataType.INT8, 4: ir.DataType.UINT8}  # two codes of four bits, plus 8 each, the first in the low half
-_SCALES = 12  # where the kernel takes the scales of keys and values
+SCALES = 12
+"""From which input on the kernel takes the scales, of keys and of values."""
+
+_FITTING = 1.25  # how far a scale may be from that of a run whose products round otherwise
 Scales = dict[str, torch.Tensor]
 
 
@@ -89,6 +92,40 @@ def quantize_cache(
     return CacheReport(target, files, bits, len(nodes), before, before * bits // 32)
 
 
+def cache_bits(node: ir.Node) -> int:
+    """Return in how many bits an attention keeps keys and values; 0 where it keeps floats."""
+    bits = node.attributes.get("kv_cache_bit_width")
+    return 0 if bits is None else bits.as_int()
+
+
+def check_cache(path: str | Path, unrounded: Path, calibration: Sequence[Sequence[int]]) -> None:
+    """Compare the scales in a file with what its cache holds over the calibration texts when nothing is rounded.
+
+    Args:
+        path: an ``.onnx`` file, or a folder with ``model.onnx``, whose cache holds integers.
+        unrounded: its :func:`.unrounded.unrounded_copy`.
+        calibration: token ids of the texts that the scales are from.
+
+    Raises:
+        VerificationError: a scale is another one.
+        ExportError: one of the files cannot be read or run.
+    """
+    nodes = [node for node in load(model_path(path)).graph if node.op_type == GQA and cache_bits(node)]
+    wanted = _scales(DecoderGraph.open(unrounded), 2 ** (cache_bits(nodes[0]) - 1) - 1, calibration, None)
+    for node in nodes:
+        for past, scale in zip(node.inputs[3:5], node.inputs[SCALES : SCALES + 2], strict=True):
+            assert past is not None  # of a cache
+            name, known = str(past.name), None if scale is None else scale.const_value
+            found = torch.from_numpy(np.array([] if known is None else known.numpy(), np.float32)).flatten()
+            fits = found.shape == wanted[name].shape and bool(
+                ((found <= wanted[name] * _FITTING) & (found * _FITTING >= wanted[name])).all()
+            )
+            if not fits:
+                raise VerificationError(
+                    f"the scales that the file has for {name} are not those of what it holds over the calibration text"
+                )
+
+
 def _attention(graph: ir.Graph, path: Path) -> list[ir.Node]:
     """List the fused attention of a graph. Raises ExportError where there is none, or another cache."""
     nodes = [node for node in graph if node.op_type == GQA]
@@ -125,7 +162,7 @@ def _scales(
 
 def _requantize(graph: ir.Graph, builder: Builder, node: ir.Node, bits: int, scales: Scales) -> None:
     """Make the node anew with integers in its cache."""
-    inputs = [*node.inputs, *[None] * (_SCALES - len(node.inputs))]
+    inputs = [*node.inputs, *[None] * (SCALES - len(node.inputs))]
     past = [node.inputs[3], node.inputs[4]]
     constants = [builder.constant(np.asarray(scales[str(v.name)].numpy())) for v in past if v is not None]
     attributes = {name: attribute.value for name, attribute in node.attributes.items()}

@@ -58,20 +58,18 @@ class StoredMatrix:
 
 
 def stored_matrices(path: str | Path) -> Iterator[StoredMatrix]:
-    """Yield every packed matrix that an operator of the file reads, each once.
+    """Yield what every operator of the file that reads a packed matrix makes of it.
 
     Raises:
         ExportError: there is no readable ONNX model.
         VerificationError: the parts of a matrix do not fit together.
     """
     file = model_path(path)
-    seen: set[str] = set()
     for node in load(file).graph:
         found = _READERS.get(node.op_type)
         codes = None if found is None else _source(node.inputs[found[0]])
-        if found is None or codes is None or str(codes.name) in seen:
+        if found is None or codes is None:
             continue
-        seen.add(str(codes.name))
         try:
             yield found[1](node, codes)
         except (AttributeError, IndexError, KeyError, ValueError) as error:
@@ -163,6 +161,8 @@ def _blocks(node: ir.Node, codes: ir.Value) -> StoredMatrix:
     """``MatMulNBits``: rows of blocks, each block's codes packed into bytes, the first in the lowest bits."""
     bits, block = node.attributes["bits"].as_int(), node.attributes["block_size"].as_int()
     rows, columns = node.attributes["N"].as_int(), node.attributes["K"].as_int()
+    if any(value is not None for value in node.inputs[4:]):
+        raise ValueError("its product takes an order of columns or a bias, which no packing writes")
     return _blockwise(codes, _at(node, 2), _at(node, 3), bits, block, rows, columns)
 
 

@@ -139,3 +139,28 @@ def test_a_grid_on_which_every_value_is_near_zero_is_seen(source: ExportedProgra
     assert edited(tmp_path / "zero.onnx", tmp_path / "model.onnx", ".scales", lambda array: array * np.float32(50))
     with pytest.raises(VerificationError, match="is coarser than"):
         dequantized_constants(tmp_path / "model.onnx", source.state_dict)
+
+
+@pytest.mark.parametrize("packed", ["blocks"], indirect=True)
+@pytest.mark.parametrize("kind", ["other scales", "an order of columns"])
+def test_a_second_product_of_the_same_integers_is_read_too(
+    packed: tuple[Quantized, Path], tmp_path: Path, kind: str
+) -> None:
+    made, path = packed
+    model = onnx.load(path)
+    first = next(node for node in model.graph.node if node.op_type == "MatMulNBits")
+    second = onnx.NodeProto()
+    second.CopyFrom(first)
+    second.name, second.output[0] = "second", "second"
+    if kind == "other scales":
+        scales = next(t for t in model.graph.initializer if t.name == first.input[2])
+        second.input[2] = "doubled"
+        model.graph.initializer.append(numpy_helper.from_array(numpy_helper.to_array(scales) * 2, "doubled"))
+    else:
+        order = np.arange(first.attribute[0].i, dtype=np.int32)
+        second.input.extend([""] * (4 - len(second.input)) + ["order"])
+        model.graph.initializer.append(numpy_helper.from_array(order, "order"))
+    model.graph.node.append(second)
+    onnx.save(model, tmp_path / "model.onnx")
+    with pytest.raises(VerificationError, match="stand for other values|an order of columns"):
+        check_packed(tmp_path / "model.onnx", made.report.weights)
