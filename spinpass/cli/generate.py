@@ -113,6 +113,11 @@ class GenerateRequest:
     def _preflight(self) -> list[int]:
         """Return the tokens of the prompt. What can be said before the model is loaded is said here."""
         if not model_path(self.folder).is_file():
+            if (self.folder / "config.json").is_file():
+                raise ConfigError(
+                    f"{self.folder} is a model of transformers, and ONNX Runtime runs what is exported from it: "
+                    f"spinpass export {self.folder} OUT, then name OUT"
+                )
             raise ConfigError(f"there is no model at {self.folder}: name a folder that spinpass export wrote")
         if self.threads is not None and self.threads < 1:
             raise ConfigError(f"--threads {self.threads}: choose 1 or more, or leave it out")

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.export import ExportedProgram
 
-    from spinpass.exporters.onnx import CacheReport, KernelRounding, OnnxReport, QuantizeReport
+    from spinpass.exporters.onnx import CacheReport, KernelRounding, OnnxReport, QuantizeReport, StoredConstants
 
     _Made = QuantizeReport | CacheReport
     _Step = Callable[[Path, Path], _Made]  # (source, destination)
@@ -67,7 +67,7 @@ class OnnxTools(Protocol):
 
     def check_packed(self, path: Path, weights: Mapping[str, QuantizedWeight], /) -> int: ...
 
-    def dequantized_constants(self, path: Path, constants: Mapping[str, Tensor], /) -> dict[str, Tensor] | None: ...
+    def dequantized_constants(self, path: Path, constants: Mapping[str, Tensor], /) -> StoredConstants: ...
 
     def kernel_rounding(self, path: Path, /) -> KernelRounding: ...
 
@@ -135,8 +135,8 @@ def write_folder(
     texts = [] if cache is None else _calibration(loaded, cache)
 
     def tried() -> list[FolderTrial]:
-        program, why = _expected(onnx, result, draft.folder, int4=int4, certify=certify)
-        return _tried(onnx, loaded, result, program, draft.folder, steps, texts, why)
+        expected = _expected(onnx, result, draft.folder, int4=int4, certify=certify)
+        return _tried(onnx, loaded, result, expected, draft.folder, steps, texts)
 
     later: dict[str, _Step] = {} if pack is None else {"pack": pack}
     if cache is not None:
@@ -171,9 +171,10 @@ def _written(
 ) -> Written:
     report = draft.in_place(report)
     record = named_record(result.program, report.inputs, report.outputs)
-    reports: dict[str, Any] = {"onnx": report.to_dict(), "record": record}
-    reports |= {name: draft.in_place(made[step]).to_dict() if step in made else None for name, step in _REPORTS.items()}
     files = {path.name for path in report.files}
+    report = replace(report, bytes=sum((draft.folder / name).stat().st_size for name in files))  # after packing
+    reports: dict[str, Any] = {"onnx": _by_name(report.to_dict()), "record": record}
+    reports |= {name: _by_name(made[step].to_dict()) if step in made else None for name, step in _REPORTS.items()}
     if loaded.companions is not None:
         reports["genai"] = _write_genai_config(onnx, loaded.companions, draft.folder)
         files |= {reports["genai"]["file"]} - {None}
@@ -181,11 +182,22 @@ def _written(
     return Written(report, *about, loading=loaded.report)
 
 
-def _expected(
-    onnx: OnnxTools, result: Result, folder: Path, *, int4: bool, certify: bool
-) -> tuple[ExportedProgram, str]:
-    """Return the program that the folder should compute, integers in the file compared with it; and why it cannot be
-    judged by it, if so.
+def _by_name(report: dict[str, Any]) -> dict[str, Any]:
+    """Return a report with the names of its files: a folder may be moved."""
+    return report | {"path": Path(report["path"]).name, "files": [Path(file).name for file in report["files"]]}
+
+
+@dataclass(frozen=True)
+class _Expected:
+    """The program that a folder should compute; why it cannot be judged by it, if so; and why it can only roughly."""
+
+    program: ExportedProgram
+    why: str = ""
+    roughly: str = ""
+
+
+def _expected(onnx: OnnxTools, result: Result, folder: Path, *, int4: bool, certify: bool) -> _Expected:
+    """Return what the folder should compute, integers in the file compared with it.
 
     Raises VerificationError where a packed weight stands for other values than it should.
     """
@@ -194,29 +206,30 @@ def _expected(
     if result.quantization is not None and result.quantization.weights:
         onnx.check_packed(folder, result.quantization.weights)
     if not int4:
-        return program, why
-    constants = onnx.dequantized_constants(folder, program.state_dict)
-    if constants is None:
-        return program, why or "a packed matrix is computed from several parameters"
-    at = {program.state_dict[name].data_ptr(): tensor for name, tensor in constants.items()}  # tied ones share it
+        return _Expected(program, why)
+    stored = onnx.dequantized_constants(folder, program.state_dict)
+    if not stored.whole:
+        return _Expected(program, why or "a packed matrix is computed from several parameters")
+    at = {program.state_dict[name].data_ptr(): tensor for name, tensor in stored.values.items()}  # tied ones share it
     state = {name: at.get(tensor.data_ptr()) for name, tensor in program.state_dict.items()}
-    return with_other_values(program, {name: tensor for name, tensor in state.items() if tensor is not None}), why
+    rounded = with_other_values(program, {name: tensor for name, tensor in state.items() if tensor is not None})
+    return _Expected(rounded, why, f"{stored.mixed[0]} is rounded for one of its uses alone" if stored.mixed else "")
 
 
 def _tried(
     onnx: OnnxTools,
     loaded: LoadedModel,
     result: Result,
-    program: ExportedProgram,
+    expected: _Expected,
     folder: Path,
     steps: Steps,
     texts: Sequence[Sequence[int]],
-    why: str,
 ) -> list[FolderTrial]:
     """Try the folder; where its operators round as they run, first the same file without that, which has to be equal.
 
     Raises VerificationError: one of the two is not what the program computes.
     """
+    program, why = expected.program, expected.why
     rounding = onnx.kernel_rounding(folder)
     ties = TIE_BOUND if result.rounds_activations else None
     exact: list[FolderTrial] = []
@@ -226,13 +239,16 @@ def _tried(
         try:
             if texts:
                 onnx.check_cache(folder, copy, texts)
-            exact = try_unrounded(loaded, program, copy, steps, bound=ties)
+            if expected.roughly:
+                exact = [FolderTrial("onnxruntime, unrounded", "all", reason=expected.roughly)]
+            else:
+                exact = try_unrounded(loaded, program, copy, steps, bound=ties)
         finally:
             copy.unlink(missing_ok=True)
     try:
         return [*try_folder(loaded, program, folder, steps, bound=KERNEL_BOUND if rounding else ties, why=why), *exact]
     except VerificationError as error:
-        if not (texts and exact):
+        if not texts or not exact or expected.roughly:
             raise
         raise VerificationError(
             f"{error}. With a cache of floats it does: the calibration text does not show the values that other texts "

@@ -14,18 +14,27 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.export import ExportedProgram
 
 from spinpass.certificate import FileComparison
-from spinpass.errors import VerificationError, first_line
+from spinpass.errors import ExportError, VerificationError, first_line
 from spinpass.evaluation import token_ids
 from spinpass.execution import InputRole, UserInput, continued_inputs, token_input, user_inputs
 from spinpass.exporters import CERTIFY_BYTES
 from spinpass.loading import LONGEST_TEXT, Companions, LoadedModel, text_limits
 from spinpass.progress import Steps
-from spinpass.runtime import GENAI_CONFIG, NoKernelError, Turns, continued, outputs, special_tokens
+from spinpass.runtime import (
+    GENAI_CONFIG,
+    NoKernelError,
+    Turns,
+    continued,
+    genai_tokens,
+    outputs,
+    special_tokens,
+)
 
 from .judge import FolderTrial, Judge, distance
 
@@ -120,6 +129,8 @@ def _tried(
                 found.append(FolderTrial(runtime, case, each[case].count, reason=why))
             else:
                 found.append(judge(runtime, case, each[case], ends))
+        if runtime == "genai" and loaded.companions is not None and loaded.companions.tokenizer is not None:
+            found.append(_same_tokens(loaded.companions.tokenizer, folder))
     return [*found, *(FolderTrial("all", case, reason=reason) for case, reason in left.items())]
 
 
@@ -205,6 +216,19 @@ def _takes(runtime: str, turns: Turns, *, padded: bool) -> bool:
     if runtime == "executorch":
         return len(turns[0]) == 1
     return padded or runtime == "OrtModel" or len({len(row) for row in turns[0]}) == 1
+
+
+def _same_tokens(tokenizer: Any, folder: Path) -> FolderTrial:
+    """Say whether GenAI's own tokenizer reads a text as the model's does: where not, GenAI is to be given tokens."""
+    expected = list(tokenizer(_TEXT, verbose=False)["input_ids"])
+    try:
+        same = genai_tokens(folder, _TEXT) == expected
+    except ExportError as error:
+        reason = f"GenAI cannot read this kind of tokenizer ({error}): give it the tokens of transformers' own"
+    else:
+        reason = "" if same else "GenAI makes other tokens of a text than transformers does: give it those"
+    case = "its own tokenizer"
+    return FolderTrial("genai", case, reason=reason) if reason else FolderTrial("genai", case, len(expected), 0.0, 0.0)
 
 
 def _why_not(runtime: str) -> str:

@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .decoder import OrtDecoder
-from .genai_session import GENAI_CONFIG, GenaiModel, special_tokens
+from .genai_session import GENAI_CONFIG, GenaiModel, genai_tokens, special_tokens
 from .model_folder import ModelFolder
 from .onnx_graph import DecoderGraph, State
 from .openvino_session import CompiledModel, generate_openvino, import_openvino, openvino_reason
@@ -40,6 +40,7 @@ __all__ = [
     "Turns",
     "continued",
     "from_ort",
+    "genai_tokens",
     "generate_openvino",
     "import_openvino",
     "open_session",

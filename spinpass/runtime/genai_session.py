@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,27 @@ def special_tokens(folder: str | Path) -> tuple[int, tuple[int, ...]]:
         return int(model["pad_token_id"]), tuple(ends) if isinstance(ends, list) else (ends,)
     except (KeyError, TypeError, ValueError) as error:
         raise ExportError(f"{path} names no padding and end tokens: {first_line(error)}") from error
+
+
+def genai_tokens(folder: str | Path, text: str) -> list[int]:
+    """Return the tokens of a text by GenAI's own tokenizer, in a process of its own: it may not survive the folder's.
+
+    Raises ExportError where it cannot read that.
+    """
+    command = [sys.executable, "-I", "-c", _TOKENS, str(folder), text, *map(os.path.abspath, sys.path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    said = done.stderr.strip().splitlines()
+    if done.returncode:
+        raise ExportError(said[-1] if said else f"it ends with {done.returncode}")
+    return [int(token) for token in done.stdout.split()]
+
+
+_TOKENS = """
+import sys
+folder, text, *sys.path = sys.argv[1:]
+import onnxruntime_genai as og
+print(*og.Tokenizer(og.Model(folder)).encode(text))
+"""
 
 
 class GenaiModel:

@@ -5,7 +5,7 @@ from .genai import save_genai_config
 from .integers.cache import CacheReport, check_cache, quantize_cache
 from .integers.copies import QuantizeReport
 from .integers.four_bits import quantize_4bit
-from .integers.read_back import check_packed, dequantized_constants
+from .integers.read_back import StoredConstants, check_packed, dequantized_constants
 from .integers.unrounded import KernelRounding, kernel_rounding, unrounded_copy
 from .integers.weights import pack_weights
 from .precision import check_kernels
@@ -17,6 +17,7 @@ __all__ = [
     "KernelRounding",
     "OnnxReport",
     "QuantizeReport",
+    "StoredConstants",
     "check_cache",
     "check_kernels",
     "check_operators",

@@ -102,15 +102,23 @@ def check_packed(path: str | Path, weights: Mapping[str, QuantizedWeight]) -> in
     return len(weights)
 
 
-def dequantized_constants(path: str | Path, constants: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+@dataclass(frozen=True)
+class StoredConstants:
+    """This is what a file has in the place of a program's constants: ``values`` by name, in shape and dtype of the
+    program's; whether these are ``whole``, all matrices of the file; and which ``mixed`` ones it also reads in floats,
+    in another place."""
+
+    values: dict[str, Tensor]
+    whole: bool
+    mixed: tuple[str, ...]
+
+
+def dequantized_constants(path: str | Path, constants: Mapping[str, Tensor]) -> StoredConstants:
     """Return what a file has in the place of the constants of a program that were rounded to nearest.
 
     Args:
         path: the file, or a folder with ``model.onnx``.
         constants: those of the program that the file was written from, by name.
-
-    Returns:
-        By name, in shape and dtype of the program's; None where a matrix of the file is computed from several.
 
     Raises:
         VerificationError: a value is further from the program's than half a step of its grid.
@@ -136,7 +144,8 @@ def dequantized_constants(path: str | Path, constants: Mapping[str, Tensor]) -> 
                 f"the integers that the file holds for {name} are not those nearest to the program's values"
             )
         found[name] = values.to(constants[name].dtype)
-    return found if whole else None
+    floats = {name for value in load(model_path(path)).graph.initializers for name in _parameters(value)}
+    return StoredConstants(found, whole, tuple(sorted(floats & set(found))))
 
 
 def _is_fine(stored: StoredMatrix, original: Tensor) -> bool:

@@ -48,6 +48,7 @@ class Work:
     tables: int = 0
     shared: int = 0
     kept: list[str] = field(default_factory=list)
+    why_float: str = "heads and tables are to stay"
     packed: dict[tuple[str, bool, int], PackedMatrix] = field(default_factory=dict)
 
     def run(self) -> None:
@@ -118,8 +119,10 @@ class Work:
         self.tables += 1
 
     def _why_keep(self, constant: ir.Value, bits: int | None, rank: int) -> str:
-        if bits is None or constant.name in self.keep:
-            return "asked for"
+        if constant.name in self.keep:
+            return "it is named to be kept"
+        if bits is None:
+            return self.why_float
         if constant.dtype not in FLOATS:
             return f"its type is {constant.dtype}"
         shape = _static(constant)

@@ -88,6 +88,7 @@ class _Packing(Work):
     found: set[str] = field(default_factory=set)
     integers: dict[str, tuple[ir.Value, ir.Value, ir.Value]] = field(default_factory=dict)
     products: IntegerProducts = field(default_factory=IntegerProducts)
+    why_float: str = "the scheme leaves it in floats"
 
     def _matmul(self, node: ir.Node) -> None:
         x, matrix = node.inputs[0], constant_matrix(node.inputs[1])

@@ -17,7 +17,6 @@ import onnx_ir as ir
 import onnxscript
 import torch
 
-from spinpass.errors import ExportError
 from spinpass.rotations import hadamard
 
 DOMAIN = "spinpass"
@@ -44,7 +43,7 @@ def attach_hadamards(model: ir.Model) -> int:
     """Give every opaque node of ``model`` its function, in place; return how many such nodes there are.
 
     The function is called ``Hadamard_<order>[x<blocks>][_transposed]_rank<rank>_<dtype>``, ``blocks`` being how many
-    blocks of ``order`` lie side by side on the last axis. Raises ExportError where the size of that axis is dynamic.
+    blocks of ``order`` lie side by side on the last axis, ``N`` where its size is an expression of dynamic sizes.
     """
     opset = model.opset_imports[""]
     nodes = list(hadamard_calls(model))
@@ -53,14 +52,11 @@ def attach_hadamards(model: ir.Model) -> int:
         assert y.shape is not None and y.dtype is not None  # torch.onnx sets both from the program's own values
         order, transpose = node.attributes["order"].as_int(), bool(node.attributes["transpose"].as_int())
         size, rank, dtype = y.shape[-1], len(y.shape), y.dtype
-        if not isinstance(size, int):
-            raise ExportError(
-                f"an online Hadamard of order {order} runs along an axis of the dynamic size {size}: make it static"
-            )
-        name = hadamard_name(order, size // order, rank, dtype, transpose=transpose)
+        blocks = size // order if isinstance(size, int) else None
+        name = hadamard_name(order, blocks, rank, dtype, transpose=transpose)
         node.op_type = name
         if (DOMAIN, name, "") not in model.functions:
-            function = _function(name, order, size // order, rank, dtype, transpose, opset)
+            function = _function(name, order, blocks, rank, dtype, transpose, opset)
             model.functions[function.identifier()] = function
     if nodes:
         model.opset_imports[DOMAIN] = VERSION
@@ -77,9 +73,9 @@ def is_hadamard(node: ir.Node) -> bool:
     return node.domain == DOMAIN and node.op_type.startswith(HADAMARD_NODE)
 
 
-def hadamard_name(order: int, blocks: int, rank: int, dtype: ir.DataType, *, transpose: bool) -> str:
+def hadamard_name(order: int, blocks: int | None, rank: int, dtype: ir.DataType, *, transpose: bool) -> str:
     """Return the name of the function, see :func:`attach_hadamards`."""
-    size = f"{order}x{blocks}" if blocks > 1 else f"{order}"
+    size = f"{order}" if blocks == 1 else f"{order}x{blocks or 'N'}"
     return f"{HADAMARD_NODE}_{size}{'_transposed' if transpose else ''}_rank{rank}_{dtype.name.lower()}"
 
 
@@ -101,7 +97,7 @@ def _schema() -> onnx.defs.OpSchema:
 
 
 def _function(
-    name: str, order: int, blocks: int, rank: int, dtype: ir.DataType, transpose: bool, opset: int
+    name: str, order: int, blocks: int | None, rank: int, dtype: ir.DataType, transpose: bool, opset: int
 ) -> ir.Function:
     """y = x (I ⊗ H) / √order,  H = F1 ⊗ F2 ⊗ ...
 
@@ -116,19 +112,20 @@ def _function(
     compute, array_type = _COMPUTE.get(dtype, _DEFAULT_COMPUTE)
     value = body.cast(x, dtype, compute)
     leading = [0] * (rank - 1)
-    whole = view = [*leading, blocks * order]
+    whole = view = [*leading, -1 if blocks is None else blocks * order]
     trailing = 1
     for factor in reversed(hadamard.factor_matrices(order, torch.float64)):
         f = factor.shape[0]
-        lead = blocks * order // (trailing * f)
-        view, before = [*leading, *_above_one(lead), f, *_above_one(trailing)], view
+        lead = [-1] if blocks is None else _above_one(blocks * order // (trailing * f))
+        view, before = [*leading, *lead, f, *_above_one(trailing)], view
         value = value if view == before else body.reshape(value, view)
         right = (factor.t() if transpose else factor).numpy() / math.sqrt(f)
         operand = body.constant((right if trailing == 1 else right.T).astype(array_type, order="C"))
         value = body.add("MatMul", value, operand) if trailing == 1 else body.add("MatMul", operand, value)
         trailing *= f
     value = value if view == whole else body.reshape(value, whole)
-    what = f"x (I ⊗ {'Hᵀ' if transpose else 'H'})/√{order}, H the Hadamard matrix of order {order}, {blocks} blocks"
+    count = blocks or "any number of"
+    what = f"x (I ⊗ {'Hᵀ' if transpose else 'H'})/√{order}, H the Hadamard matrix of order {order}, {count} blocks"
     return body.function(name, (x,), body.cast(value, compute, dtype), ("order", "transpose"), opset, what)
 
 

@@ -116,7 +116,9 @@ def test_what_is_rounded_to_nearest_is_within_half_a_step(
 ) -> None:
     exporter.export(source, tmp_path / "float")
     path = quantize_4bit(tmp_path / "float", tmp_path / "packed", symmetric=symmetric, head_bits=bits, table_bits=bits).path
-    found = dequantized_constants(path, source.state_dict)
+    stored = dequantized_constants(path, source.state_dict)
+    assert stored.whole and not stored.mixed
+    found = stored.values
     assert found is not None and set(found) == {"embed.weight", "up.weight", "down.weight", "head.weight"}
     assert all(found[name].shape == source.state_dict[name].shape for name in found)
     for suffix, change in ((f".q{bits}", lambda array: array ^ 4), (".scales", lambda array: array * np.float32(1.3))):
@@ -128,7 +130,7 @@ def test_what_is_rounded_to_nearest_is_within_half_a_step(
 def test_a_matrix_of_no_parameter_is_said(source: ExportedProgram, tmp_path: Path) -> None:
     exporter.export(source, tmp_path / "float")
     path = quantize_4bit(tmp_path / "float", tmp_path / "packed").path
-    assert dequantized_constants(path, {"up.weight": source.state_dict["up.weight"]}) is None
+    assert not dequantized_constants(path, {"up.weight": source.state_dict["up.weight"]}).whole
 
 
 def test_a_grid_on_which_every_value_is_near_zero_is_seen(source: ExportedProgram, tmp_path: Path) -> None:
