@@ -7,11 +7,12 @@ from typing import Any
 
 from torch.fx import Node
 
-from spinpass.graph import arguments, is_op, op_name, shape
+from spinpass.graph import is_op, op_name, shape
 
+from .calls import Call, answer, named
 from .movements import same, source_through
 from .reductions import REDUCTIONS
-from .rules import Centring, Label, Mean, Multilinear, Opaque, Operand, Rule, Square, named
+from .rules import Centring, Label, Mean, Multilinear, Opaque, Operand, Rule, Square
 from .zeros import is_zero
 
 
@@ -24,33 +25,39 @@ def _aligned(operand: Node, out: Sequence[object]) -> Operand:
     )
 
 
-def elementwise(node: Node, *terms: Sequence[Any], opaque: Sequence[Any] = ()) -> Rule:
-    out = shape(node)
+def elementwise(call: Call, *terms: Sequence[Any], opaque: Sequence[Any] = ()) -> Rule:
+    """Return the rule of a sum of products element by element, its operands broadcast to the result.
+
+    What is no tensor counts as a number.
+    """
+    out = shape(call.node)
     products = tuple(tuple(_aligned(o, out) for o in term if isinstance(o, Node)) for term in terms)
     return Multilinear(products, tuple(range(len(out))), tuple(o for o in opaque if isinstance(o, Node)))
 
 
-def _negate(node: Node, args: dict[str, Any]) -> Rule:
-    return elementwise(node, [args["self"]])
+def _negate(call: Call) -> Rule:
+    return elementwise(call, [call["self"]])
 
 
-def _add(node: Node, args: dict[str, Any]) -> Rule:
-    if args["other"] == 0:
-        return same(node, args)
-    centring = _centring(node, args)
-    return centring or elementwise(node, [args["self"]], [args["other"]])
+def _add(call: Call) -> Rule:
+    if call["other"] == 0:
+        call.account("alpha")
+        return same(call)
+    centring = _centring(call)
+    call.account("alpha")  # which scales all channels of one term
+    return centring or elementwise(call, [call["self"]], [call["other"]])
 
 
-def _centring(node: Node, args: dict[str, Any]) -> Rule | None:
+def _centring(call: Call) -> Rule | None:
     """x − mean(x): return its rule, also where the mean is cast in between, or None for other differences."""
-    x, other = args["self"], args["other"]
-    if op_name(node) not in ("aten::sub", "aten::sub_") or args.get("alpha", 1) != 1:
+    x, other = call["self"], call["other"]
+    if call.name not in ("aten::sub", "aten::sub_") or call.get("alpha", 1) != 1:
         return None
     if not isinstance(x, Node) or not isinstance(other, Node):
         return None
     behind = source_through(other)
     builder = REDUCTIONS.get(op_name(behind)) if is_op(behind) else None
-    mean = None if builder is None else builder(behind, arguments(behind))
+    mean = None if builder is None else answer(builder, Call(behind))
     if (
         isinstance(mean, Mean)
         and source_through(mean.source) is source_through(x)
@@ -60,48 +67,61 @@ def _centring(node: Node, args: dict[str, Any]) -> Rule | None:
     return None
 
 
-def _mul(node: Node, args: dict[str, Any]) -> Rule:
-    x, other = args["self"], args["other"]
+def _mul(call: Call) -> Rule:
+    x, other = call["self"], call["other"]
     if x is other:
         return Square(x)
-    return elementwise(node, [x, other])
+    return elementwise(call, [x, other])
 
 
-def _div(node: Node, args: dict[str, Any]) -> Rule:
-    if args.get("rounding_mode") is not None:
+def _div(call: Call) -> Rule:
+    if call.get("rounding_mode") is not None:
         return Opaque("a rounding division")
-    return elementwise(node, [args["self"], args["other"]], opaque=[args["other"]])
+    return elementwise(call, [call["self"], call["other"]], opaque=[call["other"]])
 
 
-def _pow(node: Node, args: dict[str, Any]) -> Rule:
-    if args.get("exponent", 2) == 2:
-        return Square(args["self"])
+def _pow(call: Call) -> Rule:
+    if call.get("exponent", 2) == 2:
+        return Square(call["self"])
     return Opaque("aten::pow does not commute with a rotation")
 
 
-def _where(node: Node, args: dict[str, Any]) -> Rule:
-    condition = args["condition"]
-    values = [v for v in (args["self"], args["other"]) if not is_zero(v)]
-    return elementwise(node, *([condition, v] for v in values), opaque=[condition])
+def _where(call: Call) -> Rule:
+    condition = call["condition"]
+    values = []
+    for name in ("self", "other"):
+        if is_zero(call[name]):
+            call.account(name)
+        else:
+            values.append(call[name])
+    return elementwise(call, *([condition, v] for v in values), opaque=[condition])
 
 
-def _masked_fill(node: Node, args: dict[str, Any]) -> Rule:
-    terms = [[args["mask"], args["self"]]] + ([] if args["value"] == 0 else [[args["mask"], args["value"]]])
-    return elementwise(node, *terms, opaque=[args["mask"]])
+def _masked_fill(call: Call) -> Rule:
+    terms = [[call["mask"], call["self"]]]
+    if is_zero(call["value"]):
+        call.account("value")
+    else:
+        terms.append([call["mask"], call["value"]])
+    return elementwise(call, *terms, opaque=[call["mask"]])
 
 
-def _linear(node: Node, args: dict[str, Any]) -> Rule:
-    rank = len(shape(args["input"]))
-    batch = tuple(range(rank - 1))
-    terms: list[tuple[Operand, ...]] = [
-        (
-            Operand(args["input"], (*batch, "i")),
-            Operand(args["weight"], ("o", "i") if len(shape(args["weight"])) == 2 else ("i",)),
-        )
-    ]
-    if args["bias"] is not None:
-        terms.append((Operand(args["bias"], ("o",)),))
+def _linear(call: Call) -> Rule:
+    x, weight, bias = call["input"], call["weight"], call["bias"]
+    batch = tuple(range(len(shape(x)) - 1))
+    if len(shape(weight)) != 2:
+        return Opaque("a linear layer whose weight is no matrix")
+    terms: list[tuple[Operand, ...]] = [(Operand(x, (*batch, "i")), Operand(weight, ("o", "i")))]
+    if bias is not None:
+        terms.append((_added(bias, (*batch, "o"), shape(call.node)),))
     return Multilinear(tuple(terms), (*batch, "o"))
+
+
+def _added(operand: Node, out: Sequence[Label], sizes: Sequence[object]) -> Operand:
+    """Return a summand that is broadcast to a result of those labels and sizes."""
+    lead = len(out) - len(shape(operand))
+    labels = (out[d + lead] if size != 1 or sizes[d + lead] == 1 else None for d, size in enumerate(shape(operand)))
+    return Operand(operand, tuple(labels))
 
 
 def _product(a: Node, b: Node, out_rank: int) -> tuple[tuple[Operand, Operand], tuple[Label, ...]]:
@@ -118,82 +138,99 @@ def _product(a: Node, b: Node, out_rank: int) -> tuple[tuple[Operand, Operand], 
     return (Operand(a, left), Operand(b, right)), out
 
 
-def _matmul(node: Node, args: dict[str, Any]) -> Rule:
-    a, b = [x for x in args.values() if isinstance(x, Node)][:2]
-    term, out = _product(a, b, len(shape(node)))
+def _matmul(call: Call) -> Rule:
+    second = next(n for n in ("other", "mat2", "vec", "tensor") if n in call)
+    term, out = _product(call["self"], call[second], len(shape(call.node)))
     return Multilinear((term,), out)
 
 
-def _addmm(node: Node, args: dict[str, Any]) -> Rule:
-    a, b = (args["mat1"], args["mat2"]) if "mat1" in args else (args["batch1"], args["batch2"])
-    term, out = _product(a, b, len(shape(node)))
-    added = args["self"]
-    lead = len(out) - len(shape(added))
-    labels = tuple(out[d + lead] if size != 1 else None for d, size in enumerate(shape(added)))
-    return Multilinear(((Operand(added, labels),), term), out)
+def _addmm(call: Call) -> Rule:
+    a, b = (call["mat1"], call["mat2"]) if "mat1" in call else (call["batch1"], call["batch2"])
+    call.account("alpha", "beta")  # which scale all channels of one term
+    term, out = _product(a, b, len(shape(call.node)))
+    return Multilinear(((_added(call["self"], out, shape(call.node)),), term), out)
 
 
-def grouped_mm(node: Node, args: dict[str, Any]) -> Rule:
+def grouped_mm(call: Call) -> Rule:
     """The operator multiplies rows (t, k) in groups, each group by its own matrix of (e, k, n).
 
     The group of a row is an index, not a value.
     """
-    names = ("self", "mat2") if "mat2" in args else ("input", "weight")
-    rows, matrices = (args[n] for n in names)
+    names = ("self", "mat2") if "mat2" in call else ("input", "weight")
+    rows, matrices = (call[n] for n in names)
     if len(shape(rows)) != 2 or len(shape(matrices)) != 3:
         return Opaque("a grouped product of other ranks than rows by one matrix per group")
     terms: list[tuple[Operand, ...]] = [(Operand(rows, (None, "k")), Operand(matrices, (None, "k", "n")))]
-    if isinstance(args.get("bias"), Node):
-        terms.append((Operand(args["bias"], (None, "n")),))
-    groups = args["offs"]
+    if isinstance(call.get("bias"), Node):
+        terms.append((Operand(call["bias"], (None, "n")),))
+    groups = call["offs"]
     return Multilinear(tuple(terms), (None, "n"), (groups,) if isinstance(groups, Node) else ())
 
 
-def _einsum(node: Node, args: dict[str, Any]) -> Rule:
-    equation = args["equation"].replace(" ", "")
+def _einsum(call: Call) -> Rule:
+    equation = call["equation"].replace(" ", "")
     operands, arrow, out = equation.partition("->")
     names = operands.split(",")
     if not arrow:
         single = sorted(c for c in set(operands) - {",", "."} if operands.count(c) == 1)
         out = "..." * ("..." in operands) + "".join(single)
     if "..." in equation:
-        hidden = [len(shape(t)) - len(n.replace("...", "")) for t, n in zip(args["tensors"], names) if "..." in n]
+        hidden = [len(shape(t)) - len(n.replace("...", "")) for t, n in zip(call["tensors"], names) if "..." in n]
         if len(set(hidden)) != 1:
             return Opaque(f"einsum {equation!r} broadcasts its implicit axes")
         axes = "".join(chr(0x100 + k) for k in range(hidden[0]))  # characters that no equation holds
         names, out = [n.replace("...", axes) for n in names], out.replace("...", axes)
     if any(len(set(n)) != len(n) for n in (*names, out)):
         return Opaque(f"einsum {equation!r} takes a diagonal")
-    return Multilinear((tuple(Operand(t, tuple(n)) for t, n in zip(args["tensors"], names)),), tuple(out))
+    sizes: dict[str, set[object]] = {}
+    for operand, name in zip(call["tensors"], names):
+        for label, size in zip(name, shape(operand)):
+            sizes.setdefault(label, set()).add(size)
+    broadcast = {label for label, found in sizes.items() if len(found) > 1}  # an axis of length 1 goes with all others
+
+    def labelled(operand: Node, name: str) -> Operand:
+        axes = zip(name, shape(operand), strict=True)
+        return Operand(operand, tuple(None if d in broadcast and size == 1 else d for d, size in axes))
+
+    return Multilinear((tuple(map(labelled, call["tensors"], names)),), tuple(out))
 
 
-def _addcmul(node: Node, args: dict[str, Any]) -> Rule:
-    return elementwise(node, [args["self"]], [args["tensor1"], args["tensor2"]])
+def _addcmul(call: Call) -> Rule:
+    call.account("value")  # which scales all channels of one term
+    return elementwise(call, [call["self"]], [call["tensor1"], call["tensor2"]])
 
 
-def _cumsum(node: Node, args: dict[str, Any]) -> Rule:
-    rank = len(shape(node))
-    labels = tuple(None if d == args["dim"] % rank else d for d in range(rank))
-    return Multilinear(((Operand(args["self"], labels),),), labels)
+def _cumsum(call: Call) -> Rule:
+    rank = len(shape(call.node))
+    dim = call.axis("dim", rank)
+    labels = tuple(None if d == dim else d for d in range(rank))
+    return Multilinear(((Operand(call["self"], labels),),), labels)
 
 
-def attention(node: Node, args: dict[str, Any]) -> Rule:
+def attention(call: Call) -> Rule:
     """softmax(q·kᵀ)·v: the head axis of q and k is contracted, that of v passes."""
-    q, k, v = args["query"], args["key"], args["value"]
+    q, k, v = call["query"], call["key"], call["value"]
+    if call["dropout_p"] != 0:
+        return Opaque("attention with active dropout")
+    call.account("is_causal", "scale", "enable_gqa")  # which change the weights of the tokens alone
+    call.account("return_debug_mask", "compute_log_sumexp")  # which are further results
     rank = len(shape(q))
+    if rank < 2 or len(shape(k)) != rank or len(shape(v)) != rank:
+        return Opaque("attention of operands of different ranks")
     # not the heads of grouped queries
     shared = [d for d in range(rank - 2) if shape(q)[d] == shape(k)[d] == shape(v)[d]]
     batch: tuple[Label | None, ...] = tuple(d if d in shared else None for d in range(rank - 2))
     term = (Operand(q, (*batch, None, "d")), Operand(k, (*batch, None, "d")), Operand(v, (*batch, None, "e")))
-    mask = [args.get("attn_mask"), args.get("attn_bias")]
+    mask = [call.get("attn_mask"), call.get("attn_bias")]
     return Multilinear((term,), (*batch, None, "e"), tuple(m for m in mask if isinstance(m, Node)))
 
 
-def _convolution(node: Node, args: dict[str, Any]) -> Rule:
+def _convolution(call: Call) -> Rule:
     """y[b, o, …] = Σ W[o, i, …] x[b, i, …] + bias[o]: a linear layer along the channels at each place of the kernel."""
-    x, weight, bias = args["input"], args["weight"], args.get("bias")
-    if args.get("groups", 1) != 1 or args.get("transposed", False) or len(shape(weight)) != len(shape(x)):
+    x, weight, bias = call["input"], call["weight"], call.get("bias")
+    if call.get("groups", 1) != 1 or call.get("transposed", False) or len(shape(weight)) != len(shape(x)):
         return Opaque("a convolution of groups of channels")
+    call.account("stride", "padding", "dilation", "output_padding")  # which say the places of the kernel
     places = (None,) * (len(shape(x)) - 2)
     terms: list[tuple[Operand, ...]] = [(Operand(x, (0, "i", *places)), Operand(weight, ("o", "i", *places)))]
     if isinstance(bias, Node):

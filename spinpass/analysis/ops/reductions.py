@@ -2,62 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from spinpass.graph import shape
 
-from torch.fx import Node
-
-from spinpass.graph import op_name, shape
-
-from .rules import Mean, Multilinear, Normalization, Opaque, Operand, Rule, VectorNorm, named
+from .calls import Call, named
+from .rules import Mean, Multilinear, Normalization, Opaque, Operand, Rule, VectorNorm
 
 
-def _reduce(node: Node, args: dict[str, Any]) -> Rule:
+def _reduce(call: Call) -> Rule:
     """The operator sums over some axes, or takes their mean; the others pass."""
-    source = args["self"]
+    source = call["self"]
     rank = len(shape(source))
-    dims = args.get("dim")
-    dims = (
-        tuple(range(rank))
-        if dims is None or dims == []
-        else tuple(d % rank for d in ([dims] if isinstance(dims, int) else dims))
-    )
-    if op_name(node) == "aten::mean" and dims == (rank - 1,):
+    dims, keeps = call.axes("dim", rank), call.get("keepdim")
+    if call.name == "aten::mean" and dims == (rank - 1,):
         return Mean(source, dims)
     labels = tuple(None if d in dims else d for d in range(rank))
-    out = labels if args.get("keepdim") else tuple(label for label in labels if label is not None)
+    out = labels if keeps else tuple(label for label in labels if label is not None)
     return Multilinear(((Operand(source, labels),),), out)
 
 
-def _last_axis_only(source: Node, normalized_shape: Sequence[int]) -> bool:
-    return len(normalized_shape) == 1 and shape(source)[-1] == normalized_shape[0]
-
-
-def _layer_norm(node: Node, args: dict[str, Any]) -> Rule:
-    if not _last_axis_only(args["input"], args["normalized_shape"]):
+def layer_norm(call: Call) -> Rule:
+    """layer_norm or rms_norm, also as an operator that returns its statistics besides."""
+    source, over = call["input"], call["normalized_shape"]
+    weight, bias, eps = call.get("weight"), call.get("bias"), call["eps"]
+    if len(over) != 1 or shape(source)[-1] != over[0]:
         return Opaque("a norm over several axes")
-    return Normalization(
-        args["input"], args.get("weight"), args.get("bias"), args.get("eps"), "layer_norm" in op_name(node)
-    )
+    return Normalization(source, weight, bias, eps, "layer_norm" in call.name)
 
 
-def native_norm(node: Node, args: dict[str, Any]) -> Rule:
-    return _layer_norm(node, args)
-
-
-def _vector_norm(node: Node, args: dict[str, Any]) -> Rule:
-    order = args.get("ord", args.get("p"))
-    rank = len(shape(args["self"]))
-    dims = args.get("dim")
+def _vector_norm(call: Call) -> Rule:
+    order, dims = call["ord" if "ord" in call else "p"], call.get("dim")
+    call.account("keepdim")  # no axis of the vectors is left
     if order not in (None, 2, 2.0) or dims is None:
         return Opaque("a norm that is not the 2-norm of an axis")
-    return VectorNorm(args["self"], tuple(d % rank for d in ([dims] if isinstance(dims, int) else dims)))
+    return VectorNorm(call["self"], call.axes("dim", len(shape(call["self"]))))
 
 
 REDUCTIONS = named(
     [
         (_reduce, "sum mean"),
-        (_layer_norm, "layer_norm rms_norm"),
+        (layer_norm, "layer_norm rms_norm"),
         (_vector_norm, "linalg_vector_norm norm"),
     ]
 )

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch.fx import Node
 
@@ -152,11 +151,3 @@ Rule = (
     | Ignored
     | Opaque
 )
-
-Builder = Callable[[Node, dict[str, Any]], Rule]
-"""What builds the rule of a call, from its arguments by the names of the schema."""
-
-
-def named(groups: list[tuple[Builder, str]]) -> dict[str, Builder]:
-    """Return what builds the rule of each operator, from groups of ATen names that are built alike."""
-    return {f"aten::{name}": builder for builder, names in groups for name in names.split()}

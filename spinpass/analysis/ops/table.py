@@ -1,7 +1,7 @@
 """The table of operators: for each of them, what builds its rule from a call.
 
-An operator that is not in the table is opaque: to refuse is always right. Every builder takes a call and its arguments
-by the names of the schema, and returns the rule; its docstring says what the operator does where the rule does not.
+An operator that is not in the table is opaque: to refuse is always right. Every builder takes a call and returns the
+rule; its docstring says what the operator does where the rule does not.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ from collections.abc import Sequence
 from torch import Tensor
 from torch.fx import Node
 
-from spinpass.graph import arguments, is_op, op_name, shape, value
+from spinpass.graph import is_op, op_name, shape, value
 
+from .calls import Call, answer
 from .indexing import INDEXING
 from .movements import MOVEMENTS, PIECES, piece
 from .products import CONTRACTIONS, PRODUCTS, attention, grouped_mm
-from .reductions import REDUCTIONS, native_norm
+from .reductions import REDUCTIONS, layer_norm
 from .rules import Ignored, Opaque, Rule, Several
 from .zeros import MAKERS
 
@@ -36,7 +37,7 @@ def rule_of(node: Node) -> Rule:
     builder = _TABLE.get(name)
     if builder is None:
         return Opaque(f"{name} does not commute with a rotation")
-    return builder(node, arguments(node))
+    return answer(builder, Call(node))
 
 
 def may_contract(node: Node) -> bool:
@@ -45,17 +46,18 @@ def may_contract(node: Node) -> bool:
 
 
 def _item(node: Node) -> Rule:
+    """Return the rule of one result of an operator that has several."""
     source, which = node.args
     if not isinstance(source, Node) or not is_op(source):
         return Opaque("getitem")
-    name, args = op_name(source), arguments(source)
-    if name in _NATIVE_NORMS:
-        return native_norm(source, args) if which == 0 else Opaque(f"the statistics of {name}")
-    if name in _NATIVE_ATTENTION:
-        return attention(source, args) if which == 0 else Opaque(f"the statistics of {name}")
-    if name not in PIECES or not isinstance(which, int):
+    name = op_name(source)
+    if name in PIECES and isinstance(which, int):
+        return answer(piece, Call(source, node, which))
+    if name not in _SEVERAL:
         return Opaque(f"{name} does not commute with a rotation")
-    return piece(node, source, name, args, which)
+    if which != 0:
+        return Opaque(f"the statistics of {name}")
+    return answer(layer_norm if name in _NATIVE_NORMS else attention, Call(source, node, 0))
 
 
 def tokens_per_call(inputs: Sequence[Node]) -> int:

@@ -6,29 +6,39 @@ from typing import Any
 
 from torch.fx import Node
 
-from spinpass.graph import arguments, is_op, op_name, shape
+from spinpass.graph import is_op, op_name, shape
 
-from .rules import Ignored, Rule, Zeros, named
+from .calls import Call, answer, named
+from .rules import Ignored, Rule, Zeros
 
 
-def is_zero(value: Any) -> bool:
+def is_zero(given: Any) -> bool:
     """Return whether the value is the number zero, or one made by the program."""
-    if not isinstance(value, Node):
-        return bool(value == 0)
-    builder = MAKERS.get(op_name(value)) if is_op(value) else None
-    return builder is not None and set(shape(value)) <= {1} and isinstance(builder(value, arguments(value)), Zeros)
+    if not isinstance(given, Node):
+        return bool(given == 0)
+    builder = MAKERS.get(op_name(given)) if is_op(given) else None
+    return builder is not None and set(shape(given)) <= {1} and isinstance(answer(builder, Call(given)), Zeros)
 
 
-def _full(node: Node, args: dict[str, Any]) -> Rule:
-    return Zeros() if args.get("fill_value") == 0 else Ignored()
+def _full(call: Call) -> Rule:
+    name = "fill_value" if "fill_value" in call else "value"
+    if isinstance(call[name], Node) and shape(call[name]) == ():
+        call.leave_out(call[name])  # one number for all elements
+    return _made(call, is_zero(call[name]))
 
 
-def _zeros(node: Node, args: dict[str, Any]) -> Rule:
-    return Zeros()
+def _zeros(call: Call) -> Rule:
+    return _made(call, zero=True)
 
 
-def _shape_only(node: Node, args: dict[str, Any]) -> Rule:
-    return Ignored()
+def _shape_only(call: Call) -> Rule:
+    return _made(call, zero=False)
+
+
+def _made(call: Call, zero: bool) -> Rule:
+    """Return the rule of an operator to which only the shape of a tensor matters."""
+    call.account("self", "size", "layout", "generator")
+    return Zeros() if zero else Ignored()
 
 
 MAKERS = named(
