@@ -197,6 +197,9 @@ class Constants:
         for node, fill in self._retired.items():
             if all(map(is_check, node.users)):
                 self._put(by_name[node.name], torch.full_like(self._all[node].tensor, fill), state_dict, constants)
+        for name in (self._all[n].fqn for n in self.updated):  # the programs do not write into each other's states
+            held = state_dict if name in state_dict else constants
+            held[name] = held[name].detach().clone()
         for alias, chief in ((self._all[a].fqn, self._all[c].fqn) for a, c in self._aliases.items()):
             held = state_dict if chief in state_dict else constants
             (constants if alias in constants else state_dict)[alias] = held[chief]

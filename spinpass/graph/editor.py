@@ -126,10 +126,18 @@ class ProgramEditor:
         return self._constants.nbytes
 
     def check_weights(self, weights: Iterable[Node]) -> None:
-        """Raise QuantizedWeightError where a linear layer's weight is unpacked from integers inside the program."""
+        """Raise QuantizedWeightError where a linear layer's weight is unpacked from integers inside the program.
+
+        Integers beside a floating-point tensor of at least as many elements are no codes, but a mask that prunes it or
+        the order of its rows.
+        """
         for weight in weights:
-            for node in self._expressions.behind(weight):
-                if self._constants[node].tensor.dtype in PACKED_TYPES:
+            behind = self._expressions.behind(weight)
+            tensors = [self._constants[node].tensor for node in behind]
+            most = max((t.numel() for t in tensors if t.is_floating_point()), default=0)
+            for node in behind:
+                tensor = self._constants[node].tensor
+                if tensor.dtype in PACKED_TYPES and tensor.numel() > most:
                     raise QuantizedWeightError(
                         f"{self.fqn(node)} is a quantized or packed weight ({self._constants[node].tensor.dtype}); "
                         "rotate the floating-point program first and quantize the result"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -34,12 +35,27 @@ def op_name(node: Node) -> str:
 
 def arguments(node: Node) -> dict[str, Any]:
     """Return the arguments of an operator call by the names of its schema, defaults filled in."""
-    assert isinstance(node.target, torch._ops.OpOverload)
-    schema = node.target._schema.arguments
-    bound = {a.name: a.default_value for a in schema}
+    bound = dict(_defaults(node.target))
     bound.update(zip(bound, node.args))
     bound.update(node.kwargs)
     return bound
+
+
+def differing(node: Node) -> dict[str, Any]:
+    """Return those arguments of an operator call that are not what its schema has for default, by name."""
+    defaults = _defaults(node.target)
+    return {
+        name: given
+        for name, given in (*zip(defaults, node.args), *node.kwargs.items())
+        if isinstance(given, Node) or given != defaults[name]
+    }
+
+
+@cache
+def _defaults(target: Any) -> dict[str, Any]:
+    """Return what the schema of an operator has for default, by the names of its arguments; None where it has none."""
+    assert isinstance(target, torch._ops.OpOverload)
+    return {a.name: a.default_value for a in target._schema.arguments}
 
 
 def mutates(node: Node) -> bool:
@@ -127,9 +143,14 @@ def _size(size: Any) -> Size:
 
 
 def is_float(node: Node) -> bool:
-    """Return whether the value is a floating-point tensor."""
+    """Return whether the value is a dense floating-point tensor of 16 bits or more: an axis of such a one has a basis.
+
+    Numbers of fewer bits are codes, which a rotation would round once more.
+    """
     val = value(node)
-    return isinstance(val, Tensor) and val.is_floating_point()
+    return (
+        isinstance(val, Tensor) and val.is_floating_point() and val.dtype.itemsize >= 2 and val.layout is torch.strided
+    )
 
 
 def is_check(node: Node) -> bool:
@@ -137,12 +158,27 @@ def is_check(node: Node) -> bool:
     return "assert" in op_name(node) or "sym_constrain" in op_name(node)
 
 
+def is_random(node: Node) -> bool:
+    """Return whether the operator gives other values each time, from a generator of random numbers.
+
+    Dropout that is not active gives none.
+    """
+    if not is_op(node) or torch.Tag.nondeterministic_seeded not in node.target.tags:  # type: ignore[union-attr]
+        return False
+    bound = arguments(node)
+    rate = bound.get("dropout_p", bound.get("p") if "train" in bound else 1.0)
+    return rate != 0 and bound.get("train", True) is not False
+
+
 def lifted(node: Node) -> tuple[Any, Any]:
-    """Return the node's arguments, with every floating dtype raised to float64 and complex ones to complex128."""
+    """Return the node's arguments, with every floating dtype raised to float64 and complex ones to complex128.
+
+    A cast to fewer than 16 bits stays: it is a rounding to codes that the program means.
+    """
 
     def lift(arg: Any) -> Any:
         if isinstance(arg, torch.dtype):
-            if arg.is_floating_point:
+            if arg.is_floating_point and arg.itemsize >= 2:
                 return torch.float64
             return torch.complex128 if arg.is_complex else arg
         if isinstance(arg, (list, tuple)):

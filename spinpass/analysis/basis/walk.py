@@ -26,7 +26,18 @@ from torch.export.graph_signature import OutputKind
 from torch.fx import Node
 
 from spinpass.errors import InvariantError
-from spinpass.graph import Layout, LayoutError, ProgramEditor, arguments, elements, is_op, op_name, reachable, shape
+from spinpass.graph import (
+    Layout,
+    LayoutError,
+    ProgramEditor,
+    arguments,
+    elements,
+    is_float,
+    is_op,
+    op_name,
+    reachable,
+    shape,
+)
 
 from ..ops.rules import (
     Centring,
@@ -179,7 +190,11 @@ class Walk:
         sizes = shape(node)
         if any(d >= len(sizes) or sizes[d] != size for d, size in zip(axis.layout.dims, axis.layout.sizes)):
             raise Barrier(f"{node.name} has no axis that could hold {axis.layout}")
-        if axis.pending is not None and not _fits(axis.pending.scale, axis.layout):
+        if not is_float(node):
+            raise Barrier(f"{node.name} holds no floating-point values of 16 bits or more")
+        if axis.pending is not None and not all(
+            _fits(moved, axis.layout) for moved in (axis.pending.scale, axis.pending.shift)
+        ):
             raise Barrier("a scale per channel of several vectors is rearranged")
         known = self.types.setdefault(node, [])
         for old in known:
@@ -307,11 +322,10 @@ class Walk:
             self._demand(crossed[0], AxisType(axis.layout, Pending(False, crossed[1], origin=node), axis.centred))
 
     def _produce_norm(self, node: Node, rule: Normalization, axis: AxisType) -> None:
-        pending = Pending(True, self._canonical(rule.weight), self._canonical(rule.bias))
-        natural = pending if rule.weight is not None or rule.bias is not None else None
+        natural = self._pending_behind(rule)
         if node in self._uncrossed or axis.pending != natural or not self._is_normed(node, rule, axis.layout):
             raise Barrier("a norm with a scale per channel")
-        self._cross_norm(node, rule, axis.layout)
+        self._cross_norm(node, rule)
         self._demand(rule.source, AxisType(axis.layout))
 
     # -- towards the users ---------------------------------------------------------------------------------------------
@@ -455,7 +469,7 @@ class Walk:
         a, b = rule.terms[0]
         if self.editor.is_constant(a.node):
             a, b = b, a
-        if self.editor.is_constant(a.node) or not self.editor.is_constant(b.node):
+        if self.editor.is_constant(a.node) or not self.editor.is_computable(b.node):
             return None
         if any(d >= len(rule.out) for d in layout.dims):
             return None
@@ -499,7 +513,7 @@ class Walk:
     def _consume_square(self, node: Node, axis: AxisType, user: Node) -> None:
         self._need_plain(axis, "its squares are summed")
         for reader in user.users:
-            dims = _reduced_axes(reader)
+            dims = None if isinstance(self._rule_or_none(reader), Opaque) else _reduced_axes(reader)
             if dims is None or not axis.layout.mixing <= dims:
                 raise Barrier(f"{user.name} squares it channel by channel")
         self._note_uncentred(node, axis, "is squared and summed without centring")
@@ -531,17 +545,29 @@ class Walk:
             raise Barrier("the norm is taken over another axis")
         if not rule.centres:
             self._note_uncentred(node, axis, "is normed without centring")
-        pending = self._cross_norm(user, rule, axis.layout)
+        pending = self._cross_norm(user, rule)
         self._demand(user, AxisType(axis.layout, pending, rule.centres or axis.centred))
 
-    def _cross_norm(self, node: Node, rule: Normalization, layout: Layout) -> Pending | None:
+    def _cross_norm(self, node: Node, rule: Normalization) -> Pending | None:
         """Note the norm, and return the scale and shift that are pending behind it; None where it has neither."""
+        pending = self._pending_behind(rule, node)
         self._scales[node] = None
         if rule.centres:
             self._centrings[node] = None
+        return pending
+
+    def _pending_behind(self, rule: Normalization, origin: Node | None = None) -> Pending | None:
+        """Return the scale and shift of a norm, where it has any.
+
+        Raises:
+            Barrier: they cannot be moved into constants, because only a run makes them.
+        """
         if rule.weight is None and rule.bias is None:
             return None
-        return Pending(True, self._canonical(rule.weight), self._canonical(rule.bias), origin=node)
+        made = next((n for n in (rule.weight, rule.bias) if n is not None and not self.editor.is_computable(n)), None)
+        if made is not None:
+            raise Barrier(f"{made.name}, the norm's scale or bias, is made while the program runs")
+        return Pending(True, self._canonical(rule.weight), self._canonical(rule.bias), origin=origin)
 
     def _canonical(self, node: Node | None) -> Node | None:
         return node if node is None else self.editor.canonical(node)
@@ -605,6 +631,8 @@ class Walk:
                 raise Barrier("it multiplies channel by channel")
             if not set(names.values()) <= set(holders[0].labels):
                 raise Barrier("part of the axis is broadcast")
+            if holders[0].node in rule.opaque:
+                raise Barrier("it is used in another way than linearly")
             demands.append((holders[0].node, {d: holders[0].labels.index(n) for d, n in names.items()}))
         scaled = axis.pending is not None and axis.pending.after
         if scaled and user is not None and not _commutes_with_scale(user, rule, mixing, axis):
@@ -633,13 +661,13 @@ class Walk:
         added = [node for node, _ in demands if at is None or node is not at.node]
         simple = (
             len(added) == 1
-            and self.editor.is_constant(added[0])
+            and self.editor.is_computable(added[0])
             and op_name(user) == "aten::add"
             and arguments(user)["alpha"] == 1
         )
         if not simple or axis.pending.shift is not None or user in self._uncrossed or not axis.layout.is_contiguous:
             raise Barrier("it is combined with other values")
-        if len(shape(added[0])) and shape(added[0])[-1] != axis.layout.width:
+        if not _fits(added[0], axis.layout):
             raise Barrier("it is combined with other values")
         self._scales[user] = None
         self._demand(user, replace(axis, pending=replace(axis.pending, shift=added[0])))
@@ -726,7 +754,14 @@ class Walk:
         args = arguments(user)
         unscaled = args.get("alpha", 1) == 1 and args.get("beta", 1) == 1
         on_the_right = op_name(user) == "aten::linear" or (partner.labels == ("k", "n") and at.labels[-1] == "k")
-        if op_name(user) not in _BIASED or len(shape(partner.node)) != 2 or not unscaled or not on_the_right:
+        bias = args.get("bias") if op_name(user) == "aten::linear" else args["self"] if "beta" in args else None
+        one_for_all = bias is None or (self.editor.is_computable(bias) and shape(bias) == shape(user)[-1:])
+        if (
+            op_name(user) not in _BIASED
+            or len(shape(partner.node)) != 2
+            or not (unscaled and on_the_right and one_for_all)
+            or not self.editor.is_computable(partner.node)
+        ):
             raise Barrier(f"{op_name(user)} has no place for the norm's bias")
         self._shifts[user, at.node] = ShiftUse(user, at.node, partner.node, shift)
 
@@ -778,6 +813,8 @@ def _fits(scale: Node | None, layout: Layout) -> bool:
     """Return whether there is one scale for every vector of the layout, or one for all of them side by side."""
     if scale is None:
         return True
+    if not all(isinstance(size, int) for size in shape(scale)):
+        return False
     count = elements(scale)
     return count == layout.width or (count == layout.width * layout.count and layout.is_contiguous)
 

@@ -500,7 +500,7 @@ CASES: dict[str, tuple[int, Callable[[], Node]]] = {
     ),
     "addcmul": (1, lambda: single(aten.addcmul.default, X, floats(2, 3, 4), floats(2, 3, 1))),
     "zero": (1, lambda: single(aten.zero.default, X)),
-    "fill": (0, lambda: single(aten.fill.Scalar, X, 0)),
+    "fill": (1, lambda: single(aten.fill.Scalar, X, 0)),
     "ones": (0, lambda: single(aten.ones.default, [2, 3])),
     "empty": (0, lambda: single(aten.empty.memory_format, [2, 3])),
     "grouped": (
