@@ -1,6 +1,7 @@
 """An exported program that can be edited, and how to read its nodes; the only place that touches private torch API."""
 
 from .checks import assume, check_program, is_size_class
+from .concrete import ConcreteSizes, called
 from .editor import ProgramEditor, shares_memory
 from .invariants import Changes, Invariants
 from .layout import Layout, LayoutError, Size
@@ -15,6 +16,7 @@ from .nodes import (
     is_op,
     is_random,
     known_integers,
+    lifted,
     mutates,
     op_name,
     reachable,
@@ -25,6 +27,7 @@ from .signature import integers_as_buffers, integers_as_parameters, with_constan
 
 __all__ = [
     "Changes",
+    "ConcreteSizes",
     "Invariants",
     "Layout",
     "LayoutError",
@@ -32,6 +35,7 @@ __all__ = [
     "Size",
     "arguments",
     "assume",
+    "called",
     "check_program",
     "differing",
     "elements",
@@ -44,6 +48,7 @@ __all__ = [
     "is_random",
     "is_size_class",
     "known_integers",
+    "lifted",
     "listing",
     "mutates",
     "op_name",
