@@ -356,10 +356,11 @@ class ProgramEditor:
 
 
 def shares_memory(editor: ProgramEditor, node: Node, source: Node) -> bool:
-    """Return whether the result of ``node`` is a view of ``source``, or ``source`` itself."""
+    """Return whether the result of ``node`` is a view of ``source``, or ``source`` itself.
+
+    That is not asked of the schema, which says it of some operators only: an einsum of one operand is a view, too.
+    """
     assert isinstance(node.target, torch._ops.OpOverload)
-    if not (node.target.is_view or op_name(node) in _MAY_RETURN_OPERAND):
-        return False
     operand = value(source)
     if not isinstance(operand, Tensor):
         return False
@@ -367,9 +368,6 @@ def shares_memory(editor: ProgramEditor, node: Node, source: Node) -> bool:
         made = node.target(*map_arg(node.args, value), **map_arg(node.kwargs, value))
     results = made if isinstance(made, (list, tuple)) else [made]
     return any(r.untyped_storage()._cdata == operand.untyped_storage()._cdata for r in results if isinstance(r, Tensor))
-
-
-_MAY_RETURN_OPERAND = {"aten::dropout", "aten::feature_dropout", "aten::type_as", "aten::to"}
 
 
 def _copied(graph: Graph) -> Graph:

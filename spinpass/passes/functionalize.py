@@ -80,6 +80,7 @@ class _Memory:
         self._viewed: dict[Node, Node] = {}  # view -> what it is a view of
         self._views: dict[Node, set[Node]] = {}  # root -> all views of its memory
         self._current: dict[Node, Node] = {}
+        self._shown: dict[Node, Node] = {}  # view -> its operand by now, where reads of that were redirected
         self._stale: set[Node] = set()
         self._inputs = set(editor.user_inputs())
         for node in editor.nodes:
@@ -112,6 +113,8 @@ class _Memory:
             now = self._contents(source, node)
             if now is not source:
                 node.replace_input_with(source, now)
+                if self._viewed.get(node) is source:
+                    self._shown[node] = now
 
     def write(self, node: Node) -> None:
         """Compute what ``node`` writes and put it into everything that shows the memory."""
@@ -143,7 +146,8 @@ class _Memory:
         if node not in self._stale:
             return self._current.get(node, node)
         source = self._contents(self._viewed[node], at)
-        again = source if mutates(node) else self.editor.repeat(node, {self._viewed[node]: source}, before=at)
+        operand = self._shown.get(node, self._viewed[node])
+        again = source if mutates(node) else self.editor.repeat(node, {operand: source}, before=at)
         self._current[node] = again
         self._stale.discard(node)
         return again
