@@ -1,6 +1,7 @@
 """An exported program that can be edited, and how to read its nodes; the only place that touches private torch API."""
 
 from .checks import assume, check_program, is_size_class
+from .decomposition import decomposed, splice
 from .editor import ProgramEditor, shares_memory
 from .invariants import Changes, Invariants
 from .layout import Layout, LayoutError, Size
@@ -11,9 +12,11 @@ from .nodes import (
     elements,
     functional_target,
     is_check,
+    is_context,
     is_float,
     is_op,
     is_random,
+    is_region,
     known_integers,
     mutates,
     op_name,
@@ -33,15 +36,18 @@ __all__ = [
     "arguments",
     "assume",
     "check_program",
+    "decomposed",
     "differing",
     "elements",
     "functional_target",
     "integers_as_buffers",
     "integers_as_parameters",
     "is_check",
+    "is_context",
     "is_float",
     "is_op",
     "is_random",
+    "is_region",
     "is_size_class",
     "known_integers",
     "listing",
@@ -50,6 +56,7 @@ __all__ = [
     "reachable",
     "shape",
     "shares_memory",
+    "splice",
     "value",
     "with_constants",
     "with_other_values",
