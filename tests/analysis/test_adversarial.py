@@ -8,7 +8,8 @@ end in an error that is not of this package. Programs are float64 throughout.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import cycle
 from typing import Any
 
 import pytest
@@ -239,8 +240,22 @@ ARGUMENTS: dict[str, Case] = {
 CASES = NARROW | WRITES | ARGUMENTS
 
 
+def places() -> Iterator[tuple[str, str]]:
+    """Each case on the stream and at one more place, in turn; `pytest -m slow` tries all."""
+    others = cycle(PLACES[1:])
+    for name in CASES:
+        yield name, "stream"
+        yield name, next(others)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("at", PLACES)
 @pytest.mark.parametrize("name", CASES)
+def test_the_same_function_or_a_reason_everywhere(name: str, at: str) -> None:
+    test_the_same_function_or_a_reason(name, at)
+
+
+@pytest.mark.parametrize(("name", "at"), places())
 def test_the_same_function_or_a_reason(name: str, at: str) -> None:
     torch.manual_seed(0)
     model, x = made(Block(CASES[name], at)), torch.randn(BATCH, SEQ, 5, dtype=torch.float64)
