@@ -7,20 +7,16 @@ end in an error that is not of this package. Programs are float64 throughout.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from itertools import cycle
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.export import ExportedProgram
 from torch.nn import functional as F
 
-import spinpass
-from spinpass.errors import RefusedError
-from tests.support.decoders import exported, flat, made, relative_error
+from tests.support.decoders import exported, made
+from tests.support.exactness import check
 
 HIDDEN, FFN, HEADS, HEAD, SEQ, BATCH = 16, 24, 2, 8, 6, 2
 Case = Callable[[Tensor], Tensor]
@@ -264,16 +260,3 @@ def test_the_same_function_or_a_reason(name: str, at: str) -> None:
     except Exception as error:  # the case makes no sense at this place
         pytest.skip(f"torch does not export it: {type(error).__name__}")
     check(program, x)
-
-
-def check(program: ExportedProgram, *inputs: Any) -> ExportedProgram | None:
-    """Transform without the certificate, which would hide what is wrong; None where that is refused with a reason."""
-    try:
-        result = spinpass.transform(program, spinpass.RotationConfig(verify=False))
-    except RefusedError as refused:
-        assert "nothing was rotated" in str(refused)
-        return None
-    with torch.no_grad():
-        before, after = (flat(p.module()(*copy.deepcopy(inputs))) for p in (program, result))
-    assert relative_error(before, after) <= 1e-6
-    return result
