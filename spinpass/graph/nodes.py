@@ -164,9 +164,10 @@ def is_float(node: Node) -> bool:
     Numbers of fewer bits are codes, which a rotation would round once more.
     """
     val = value(node)
-    return (
-        isinstance(val, Tensor) and val.is_floating_point() and val.dtype.itemsize >= 2 and val.layout is torch.strided
-    )
+    if not isinstance(val, Tensor):
+        return False
+    kind: torch.dtype = val.dtype
+    return kind.is_floating_point and kind.itemsize >= 2 and val.layout is torch.strided
 
 
 def is_check(node: Node) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.export import Dim
+from torch.export import Dim, export
 from torch.nn import functional as F
 
 import spinpass
@@ -242,7 +242,7 @@ WHOLE = {
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_the_same_function(name: str, dynamic: bool) -> None:
     options = {"dynamic_shapes": {"x": {0: Dim.AUTO, 1: Dim.AUTO}}} if dynamic else {}
-    program = exported(made(PROGRAMS[name]()), (X,), **options)
+    program = export(made(PROGRAMS[name]()), (X,), **options)  # with gradients, as users do: that makes regions
     result = check(program, X)
     plan = spinpass.plan(program, spinpass.RotationConfig(verify=False))
     assert result is not None, plan
