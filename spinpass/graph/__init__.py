@@ -2,6 +2,7 @@
 
 from .checks import assume, check_program, is_size_class
 from .concrete import ConcreteSizes, called
+from .decomposition import decomposed, splice
 from .editor import ProgramEditor, shares_memory
 from .invariants import Changes, Invariants
 from .layout import Layout, LayoutError, Size
@@ -12,9 +13,11 @@ from .nodes import (
     elements,
     functional_target,
     is_check,
+    is_context,
     is_float,
     is_op,
     is_random,
+    is_region,
     known_integers,
     lifted,
     mutates,
@@ -37,15 +40,18 @@ __all__ = [
     "assume",
     "called",
     "check_program",
+    "decomposed",
     "differing",
     "elements",
     "functional_target",
     "integers_as_buffers",
     "integers_as_parameters",
     "is_check",
+    "is_context",
     "is_float",
     "is_op",
     "is_random",
+    "is_region",
     "is_size_class",
     "known_integers",
     "lifted",
@@ -55,6 +61,7 @@ __all__ = [
     "reachable",
     "shape",
     "shares_memory",
+    "splice",
     "value",
     "with_constants",
     "with_other_values",

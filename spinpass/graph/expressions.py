@@ -14,7 +14,7 @@ from torch.fx.node import map_arg
 from spinpass.errors import InvariantError
 
 from .constants import Constant, Constants
-from .nodes import is_float, is_op, is_random, lifted, op_name, reachable, shape, value
+from .nodes import is_float, is_op, is_random, lifted, op_name, reachable, reads_bits, shape, value
 
 _GATHERS = {"aten::index", "aten::index_select"}
 _UNFILLED = {f"aten::{n}" for n in ("empty_like", "new_empty", "new_empty_strided", "empty_permuted")}
@@ -163,6 +163,14 @@ class Expressions:
             raise InvariantError(f"{node.name} is not a constant")
         args, kwargs = lifted(node)
         target = node.target
+        if reads_bits(node):
+            source, kind = node.all_input_nodes[0], value(node.all_input_nodes[0]).dtype
+
+            def reinterpret(values: dict[Node, Tensor]) -> Tensor:
+                made: Tensor = values[source].to(kind).view(node.args[1])  # type: ignore[arg-type]
+                return made.double() if is_float(node) else made
+
+            return node, reinterpret
 
         def call(values: dict[Node, Tensor]) -> Tensor:
             actual_args, actual_kwargs = map_arg(args, values.__getitem__), map_arg(kwargs, values.__getitem__)

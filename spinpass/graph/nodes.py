@@ -21,6 +21,22 @@ def is_op(node: Node) -> bool:
     return node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload)
 
 
+def is_region(node: Node) -> bool:
+    """Return whether the node runs a graph of its own: a loop, a branch, or a stretch under other settings of torch."""
+    return node.op == "call_function" and isinstance(node.target, torch._ops.HigherOrderOperator)
+
+
+def is_context(node: Node) -> bool:
+    """Return whether the node runs a graph, or begins or ends a stretch of this one, under other settings of torch.
+
+    Such are autocast and no_grad, and what vmap leaves behind. They are gone once torch has traced through them.
+    """
+    if node.op != "call_function" or is_op(node):
+        return False
+    wraps = is_region(node) and op_name(node) in _CONTEXTS
+    return wraps or getattr(node.target, "__module__", "").startswith("torch._functorch")
+
+
 def op_name(node: Node) -> str:
     """Return the name of what the node calls: ``aten::linear``, or ``getitem`` for a builtin.
 
@@ -30,7 +46,7 @@ def op_name(node: Node) -> str:
         return node.op
     if isinstance(node.target, torch._ops.OpOverload):
         return node.target._schema.name
-    return getattr(node.target, "__name__", str(node.target))
+    return getattr(node.target, "__name__", None) or str(node.target)
 
 
 def arguments(node: Node) -> dict[str, Any]:
@@ -148,9 +164,10 @@ def is_float(node: Node) -> bool:
     Numbers of fewer bits are codes, which a rotation would round once more.
     """
     val = value(node)
-    return (
-        isinstance(val, Tensor) and val.is_floating_point() and val.dtype.itemsize >= 2 and val.layout is torch.strided
-    )
+    if not isinstance(val, Tensor):
+        return False
+    kind: torch.dtype = val.dtype
+    return kind.is_floating_point and kind.itemsize >= 2 and val.layout is torch.strided
 
 
 def is_check(node: Node) -> bool:
@@ -168,6 +185,11 @@ def is_random(node: Node) -> bool:
     bound = arguments(node)
     rate = bound.get("dropout_p", bound.get("p") if "train" in bound else 1.0)
     return rate != 0 and bound.get("train", True) is not False
+
+
+def reads_bits(node: Node) -> bool:
+    """Return whether the node reads the bits of its operand as those of another type."""
+    return op_name(node) == "aten::view" and "dtype" in arguments(node)
 
 
 def lifted(node: Node) -> tuple[Any, Any]:
@@ -188,4 +210,5 @@ def lifted(node: Node) -> tuple[Any, Any]:
     return lift(node.args), {k: lift(v) for k, v in node.kwargs.items()}
 
 
+_CONTEXTS = {"wrap_with_set_grad_enabled", "wrap_with_autocast"}
 _COPIES = {"aten::lift_fresh_copy", "aten::lift_fresh", "aten::detach", "aten::detach_", "aten::clone", "aten::alias"}

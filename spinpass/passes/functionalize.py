@@ -17,10 +17,12 @@ import torch
 from torch.export import ExportedProgram
 from torch.fx import Node
 
+from spinpass.errors import ProgramError
 from spinpass.graph import (
     ProgramEditor,
     arguments,
     functional_target,
+    is_context,
     is_op,
     mutates,
     op_name,
@@ -28,6 +30,8 @@ from spinpass.graph import (
     shares_memory,
     value,
 )
+
+from .decompose import decompose
 
 aten = torch.ops.aten
 
@@ -39,12 +43,31 @@ def open_program(program: ExportedProgram) -> ProgramEditor:
         ProgramError, QuantizedWeightError: as :class:`spinpass.graph.editor.ProgramEditor`.
     """
     editor = ProgramEditor(program)
+    if any(map(is_context, editor.nodes)):
+        editor = ProgramEditor(_without_contexts(program))
     try:
         functionalize(editor)
     except _Unsupported:
         editor = ProgramEditor(program.run_decompositions({}))
     editor.cleanup()  # what no output depends on reads nothing
+    decompose(editor)
     return editor
+
+
+def _without_contexts(program: ExportedProgram) -> ExportedProgram:
+    """Return the program with what stands under autocast or no_grad in its own graph, every cast written out.
+
+    Raises:
+        ProgramError: torch cannot trace through it.
+    """
+    try:
+        traced: ExportedProgram = program.run_decompositions({})
+        return traced
+    except Exception as error:  # whatever torch runs into
+        raise ProgramError(
+            f"what stands under autocast, no_grad or vmap in the program cannot be traced ({type(error).__name__}: "
+            f"{error}); export the model without it"
+        ) from error
 
 
 class _Unsupported(Exception):

@@ -10,7 +10,7 @@ from torch.fx import Node
 from spinpass.analysis import CacheEdge, Entry, Refusal, Space, SpotCheck, find_linears, tokens_per_call
 from spinpass.config import ROLES, Role, RotationConfig
 from spinpass.errors import ConfigError
-from spinpass.graph import ProgramEditor, elements
+from spinpass.graph import ProgramEditor, elements, is_region, op_name
 from spinpass.record import Record
 from spinpass.rotations import Rotation
 
@@ -77,6 +77,9 @@ class Planner:
         for role in self.config.rotations:
             if role in _NOTHING and role not in accepted and not any(r.what.startswith(role) for r in self.refusals):
                 self.refusals.append(Refusal(role, _NOTHING[role]))
+        for node in filter(is_region, self.editor.nodes):
+            what = f"{op_name(node)} at {node.name}"
+            self.refusals.append(Refusal(what, "what it runs is a program of its own, not looked into", (node.name,)))
         if self.only is None:
             self.config.check_used(self._names_seen, self.editor.parameter_names())
 

@@ -89,7 +89,8 @@ class Walk:
     def grow(self, seed: Node, layout: Layout) -> Space:
         """Return the space of the axes of ``seed`` that ``layout`` says.
 
-        There always is one, because what does not commute is an entry or an exit.
+        There always is one, because what does not commute is an entry or an exit. It has no members where the seed is
+        a constant that has to stay as it is.
 
         Raises:
             InvariantError: the walk does not settle, which is a bug in spinpass.
@@ -121,7 +122,10 @@ class Walk:
         self._uncentred_uses: list[tuple[Node, str]] = []
         self._same_scale: list[tuple[Node, Node, Node | None]] = []
         self._by: Node = seed
-        self._demand(seed, AxisType(layout))
+        try:
+            self._demand(seed, AxisType(layout))
+        except Barrier:  # a constant that stays as it is
+            return self._result(seed, layout)
         while self._todo:
             node, axis = self._todo.popleft()
             if axis not in self.types[node]:

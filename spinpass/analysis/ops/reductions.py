@@ -32,7 +32,7 @@ def layer_norm(call: Call) -> Rule:
 def _vector_norm(call: Call) -> Rule:
     order, dims = call["ord" if "ord" in call else "p"], call.get("dim")
     call.account("keepdim")  # no axis of the vectors is left
-    if order not in (None, 2, 2.0) or dims is None:
+    if order not in (None, 2, 2.0) or dims is None or not shape(call["self"]):
         return Opaque("a norm that is not the 2-norm of an axis")
     return VectorNorm(call["self"], call.axes("dim", len(shape(call["self"]))))
 
