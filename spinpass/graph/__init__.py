@@ -3,7 +3,7 @@
 from .checks import assume, check_program, is_size_class
 from .concrete import ConcreteSizes, called
 from .decomposition import decomposed, splice
-from .editor import ProgramEditor, shares_memory
+from .editor import ProgramEditor, copied_graph, shares_memory
 from .invariants import Changes, Invariants
 from .layout import Layout, LayoutError, Size
 from .listing import listing
@@ -40,6 +40,7 @@ __all__ = [
     "assume",
     "called",
     "check_program",
+    "copied_graph",
     "decomposed",
     "differing",
     "elements",

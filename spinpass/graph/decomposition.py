@@ -12,7 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 
 from .editor import ProgramEditor
-from .nodes import is_op, shape, value
+from .nodes import is_composed, is_op, shape, value
 
 _PLACE = ("nn_module_stack", "torch_fn", "source_fn_stack", "stack_trace", "custom")
 
@@ -22,7 +22,7 @@ def decomposed(editor: ProgramEditor, node: Node) -> GraphModule | None:
 
     Return None where torch knows no decomposition of the operator, or cannot trace that of this call.
     """
-    compute = _composition(node.target) if is_op(node) else None
+    compute = _composition(node) if is_op(node) else None
     if compute is None or not isinstance(value(node), Tensor):
         return None
     operands = node.all_input_nodes
@@ -56,13 +56,10 @@ def splice(editor: ProgramEditor, node: Node, parts: GraphModule) -> None:
     result.name = node.name
 
 
-@cache
-def _composition(target: torch._ops.OpOverload) -> Any:
+def _composition(node: Node) -> Any:
     """Return what computes an operator out of others; None where torch has nothing of the kind."""
-    name = target.name()  # type: ignore[no-untyped-call]
-    if torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeImplicitAutograd"):
-        return target.decompose
-    return _core_table().get(target)
+    assert isinstance(node.target, torch._ops.OpOverload)
+    return node.target.decompose if is_composed(node) else _core_table().get(node.target)
 
 
 @cache

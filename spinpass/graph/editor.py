@@ -28,7 +28,7 @@ from spinpass.progress import Progress
 from .checks import PACKED_TYPES, check_program
 from .constants import Constants, QueuedStep, Step
 from .expressions import Expressions
-from .nodes import is_check, mutates, op_name, value
+from .nodes import is_check, is_composed, mutates, value
 
 
 class ProgramEditor:
@@ -44,7 +44,7 @@ class ProgramEditor:
     def __init__(self, program: ExportedProgram) -> None:
         check_program(program)
         self._source = program
-        self.graph = _copied(self._source.graph)
+        self.graph = copied_graph(self._source.graph)
         self.inputs: list[InputSpec] = copy.deepcopy(self._source.graph_signature.input_specs)
         self.outputs = copy.deepcopy(self._source.graph_signature.output_specs)
         placeholders = {n.name: n for n in self.graph.nodes if n.op == "placeholder"}
@@ -358,9 +358,11 @@ class ProgramEditor:
 def shares_memory(editor: ProgramEditor, node: Node, source: Node) -> bool:
     """Return whether the result of ``node`` is a view of ``source``, or ``source`` itself.
 
-    That is not asked of the schema, which says it of some operators only: an einsum of one operand is a view, too.
+    The schemas of operators that are composed of others do not say it: an einsum of one operand is a view, too.
     """
     assert isinstance(node.target, torch._ops.OpOverload)
+    if not (node.target.is_view or is_composed(node)):
+        return False
     operand = value(source)
     if not isinstance(operand, Tensor):
         return False
@@ -370,7 +372,7 @@ def shares_memory(editor: ProgramEditor, node: Node, source: Node) -> bool:
     return any(r.untyped_storage()._cdata == operand.untyped_storage()._cdata for r in results if isinstance(r, Tensor))
 
 
-def _copied(graph: Graph) -> Graph:
+def copied_graph(graph: Graph) -> Graph:
     """Return a copy of the graph, every node under its name."""
     copied: dict[Node, Node] = {}
     made = Graph()

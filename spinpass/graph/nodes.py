@@ -74,6 +74,13 @@ def _defaults(target: Any) -> dict[str, Any]:
     return {a.name: a.default_value for a in target._schema.arguments}
 
 
+def is_composed(node: Node) -> bool:
+    """Return whether the node is an operator that torch composes of others, which may be a view without saying so."""
+    assert isinstance(node.target, torch._ops.OpOverload)
+    name = node.target.name()  # type: ignore[no-untyped-call]
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeImplicitAutograd"))
+
+
 def mutates(node: Node) -> bool:
     """Return whether the node is an operator that writes into one of its arguments."""
     return is_op(node) and node.target._schema.is_mutable  # type: ignore[union-attr]
