@@ -132,14 +132,12 @@ class ProgramEditor:
         the order of its rows.
         """
         for weight in weights:
-            behind = self._expressions.behind(weight)
-            tensors = [self._constants[node].tensor for node in behind]
-            most = max((t.numel() for t in tensors if t.is_floating_point()), default=0)
-            for node in behind:
-                tensor = self._constants[node].tensor
+            behind = {node: self._constants[node].tensor for node in self._expressions.behind(weight)}
+            most = max((t.numel() for t in behind.values() if t.is_floating_point()), default=0)
+            for node, tensor in behind.items():
                 if tensor.dtype in PACKED_TYPES and tensor.numel() > most:
                     raise QuantizedWeightError(
-                        f"{self.fqn(node)} is a quantized or packed weight ({self._constants[node].tensor.dtype}); "
+                        f"{self.fqn(node)} is a quantized or packed weight ({tensor.dtype}); "
                         "rotate the floating-point program first and quantize the result"
                     )
 

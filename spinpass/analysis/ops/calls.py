@@ -110,16 +110,16 @@ class Call(Mapping[str, Any]):
         )
 
 
-Builder = Callable[[Call], Rule]
+RuleBuilder = Callable[[Call], Rule]
 """What builds the rule of a call."""
 
 
-def named(groups: list[tuple[Builder, str]]) -> dict[str, Builder]:
+def named(groups: list[tuple[RuleBuilder, str]]) -> dict[str, RuleBuilder]:
     """Return what builds the rule of each operator, from groups of ATen names that are built alike."""
     return {f"aten::{name}": builder for builder, names in groups for name in names.split()}
 
 
-def answer(builder: Builder, call: Call) -> Rule:
+def answer(builder: RuleBuilder, call: Call) -> Rule:
     """Return the rule that is built for a call; Opaque where it does not account for the whole call."""
     rule = builder(call)
     if isinstance(rule, (Opaque, Several)):
