@@ -224,9 +224,7 @@ def _feed(ep: ExportedProgram, values: Mapping[str, Any], written: set[str], flo
     return feed
 
 
-def _changed(
-    ep: ExportedProgram, feed: list[Any], written: set[str], values: Mapping[str, Any]
-) -> dict[str, Tensor]:
+def _changed(ep: ExportedProgram, feed: list[Any], written: set[str], values: Mapping[str, Any]) -> dict[str, Tensor]:
     """Return the arguments that the run has written to and that are not what they were."""
     known = constants(ep) | dict(values)
     after = {spec.arg.name: new for spec, new in zip(ep.graph_signature.input_specs, feed, strict=True)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -72,16 +72,20 @@ class Session:
         self.state |= result.state
         self.changed |= result.state.keys()
         self.known |= self.fed
-        return self._outputs(result)
+        return self.plain_outputs()
 
     def again(self, watch: Watch) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Run the last step once more, with a watch; return its flat user outputs and the state that it leaves."""
         result = execute(self.ep, {**self.deferred, **self.fed}, float64=self.float64, watch=watch)
         state = {name: self._plain(held, self.carried_in.get(name)) for name, held in result.state.items()}
-        return self._outputs(result), state
+        return self._in_plain_basis(result.outputs), state
 
-    def _outputs(self, result: Execution) -> tuple[Any, ...]:
-        return tuple(self._plain(out, self.carried_out.get(i)) for i, out in enumerate(result.outputs))
+    def plain_outputs(self) -> tuple[Any, ...]:
+        """Return the flat user outputs of the last step in the basis of the original."""
+        return self._in_plain_basis(self.raw)
+
+    def _in_plain_basis(self, outputs: Iterable[Any]) -> tuple[Any, ...]:
+        return tuple(self._plain(out, self.carried_out.get(i)) for i, out in enumerate(outputs))
 
     def current(self, name: str) -> Any:
         """Return what the input or buffer called ``name`` holds now, or None if the program has none of that name."""
