@@ -1,4 +1,4 @@
-"""What the draws of a certificate did not reach: a branch that no condition took, a mask without zeros, ids not used."""
+"""What the draws of a certificate did not reach: a branch not taken, a mask without zeros, ids not used."""
 
 from __future__ import annotations
 

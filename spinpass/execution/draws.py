@@ -92,7 +92,7 @@ def _value(spec: UserInput, old: Tensor, is_mask: bool, kind: int, generator: to
         return _ids(spec, size, kind, generator)
     if spec.role is InputRole.POSITION:
         return _positions(spec, old, kind)
-    return old
+    return old if kind == 1 else torch.randint(0, 4, size, generator=generator, dtype=dtype)
 
 
 def _seen(size: tuple[int, ...], kind: int) -> Tensor:
