@@ -23,6 +23,7 @@ from .nodes import (
     mutates,
     op_name,
     reachable,
+    remembered,
     shape,
     value,
 )
@@ -60,6 +61,7 @@ __all__ = [
     "mutates",
     "op_name",
     "reachable",
+    "remembered",
     "shape",
     "shares_memory",
     "splice",

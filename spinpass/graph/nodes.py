@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -13,6 +13,7 @@ from torch.fx import Node
 
 from .layout import Size
 
+_T = TypeVar("_T")
 KNOWN = "spinpass_known"  # in a node's meta: the value of a small lifted index tensor
 
 
@@ -118,6 +119,20 @@ def reachable(start: Node, following: Callable[[Node], Iterable[Node]], steps: i
         found = dict.fromkeys(n for here in layer for n in following(here) if n not in seen)
         seen.update(found)
         layer = list(found)
+
+
+def remembered(node: Node, compute: Callable[[Node], _T]) -> _T:
+    """Return ``compute(node)``, computed again only where the arguments of the node or of its operands have changed.
+
+    Kept with the graph, so that it goes when the graph does.
+    """
+    known = node.graph.__dict__.setdefault("_spinpass_remembered", {})
+    witness = (node.args, node.kwargs, *(operand.args for operand in node.all_input_nodes))
+    found = known.get((compute, node))
+    if found is None or len(found[0]) != len(witness) or not all(a is b for a, b in zip(found[0], witness)):
+        found = known[compute, node] = (witness, compute(node))
+    result: _T = found[1]
+    return result
 
 
 def value(node: Node) -> Any:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from torch import Tensor
 from torch.fx import Node
 
-from spinpass.graph import is_op, op_name, shape, value
+from spinpass.graph import is_op, op_name, remembered, shape, value
 
 from .calls import Call, answer
 from .indexing import INDEXING
@@ -25,6 +25,10 @@ from .zeros import MAKERS
 
 def rule_of(node: Node) -> Rule:
     """Return the rule of a node's operator, which is Opaque for operators that are not in the table."""
+    return remembered(node, _rule)
+
+
+def _rule(node: Node) -> Rule:
     if node.op == "call_function" and op_name(node) == "getitem":
         return _item(node)
     if not is_op(node):
