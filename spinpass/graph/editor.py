@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -170,6 +170,10 @@ class ProgramEditor:
         """Return which of the user outputs the graph's output ``index`` is."""
         return sum(s.kind == OutputKind.USER_OUTPUT for s in self.outputs[:index])
 
+    def queue_log(self) -> Sequence[Node]:
+        """Return the constant of every step that was queued, in the order in which they were."""
+        return self._constants.log
+
     def queued_steps(self) -> dict[Node, int]:
         """Return how many steps are queued on each constant, the constants in the order of their placeholders."""
         return {node: len(self._constants[node].steps) for node in self._constants}
@@ -242,7 +246,7 @@ class ProgramEditor:
 
     def queue(self, node: Node, step: Step) -> None:
         """Apply ``step`` to the constant, in float64, when the program is finished. It must keep the shape."""
-        self._constants[node].steps.append(QueuedStep(step, self.under_way) if self.under_way else step)
+        self._constants.queue(node, QueuedStep(step, self.under_way) if self.under_way else step)
 
     def add_constant(self, name: str, tensor: Tensor, *, steps: Iterable[Step] = ()) -> Node:
         """Add a parameter behind all others, stored under ``name``, which is made unique; return its placeholder."""

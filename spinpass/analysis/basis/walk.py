@@ -122,6 +122,7 @@ class Walk:
         self._uncentred_uses: list[tuple[Node, str]] = []
         self._same_scale: list[tuple[Node, Node, Node | None]] = []
         self._by: Node = seed
+        self._stale = False  # a scale that was crossed is known by now to have to stay
         try:
             self._demand(seed, AxisType(layout))
         except Barrier:  # a constant that stays as it is
@@ -135,10 +136,11 @@ class Walk:
             for user in list(node.users):
                 self._by = user
                 self._forward(node, axis, user)
+        if self._stale:
+            raise _Restart
         for weight, operand, scale in self._same_scale:
             if not any(t.pending is not None and t.pending.scale is scale for t in self.types.get(operand, ())):
-                self.kept[weight] = "its uses need different scales folded in"
-                raise _Restart
+                raise self._assuming(self.kept, weight, "its uses need different scales folded in")
         self._check_all_or_none()
         if self._centrings:
             self._check_centred_constants()
@@ -153,8 +155,9 @@ class Walk:
         """Keep a constant that is centred where it writes and is read as well: what reads with it may be uncentred."""
         for constant, types in self.types.items():
             if self.editor.is_weight(constant) and any(t.reads and not t.centred for t in types):
-                self.kept[constant] = "it would have to be centred where it writes, and is read as well"
-                raise _Restart
+                raise self._assuming(
+                    self.kept, constant, "it would have to be centred where it writes, and is read as well"
+                )
 
     def _check_all_or_none(self) -> None:
         """Make sure that an operator is linked to the space through all its ports or through none."""
@@ -162,8 +165,7 @@ class Walk:
         left = {(node, user) for node, user, _ in self._exits}
         for (_, user, _), (_, why) in self._exits.items():
             if user in self.types and user not in entered:
-                self._closed[user] = why
-                raise _Restart
+                raise self._assuming(self._closed, user, why)
         for node in entered - self._closed.keys():
             for source in node.all_input_nodes:
                 if (
@@ -172,8 +174,8 @@ class Walk:
                     and (source, node) not in left
                     and not self._is_statistic(source, node)
                 ):
-                    self._closed[node] = next(why for (n, _), why in self._entries.items() if n is node)
-                    raise _Restart
+                    why = next(why for (n, _), why in self._entries.items() if n is node)
+                    raise self._assuming(self._closed, node, why)
 
     def _is_statistic(self, node: Node, user: Node) -> bool:
         """Return whether ``user`` reads nothing of ``node`` that a rotation would change."""
@@ -228,20 +230,27 @@ class Walk:
     def _contradiction(self, node: Node, why: str) -> None:
         """Keep the constant, or close the operator that has made the demand, and start again."""
         if self.editor.is_weight(node):
-            self.kept[node] = why
-        elif self._by in self._closed:
+            raise self._assuming(self.kept, node, why)
+        if self._by in self._closed and not self._stale:
             raise InvariantError(f"{self._by.name} is closed and still contradicts")
-        else:
-            self._closed[self._by] = why
-        raise _Restart
+        raise self._assuming(self._closed, self._by, why)
+
+    def _assuming(self, assumptions: dict[Node, str], node: Node, why: str) -> _Restart:
+        """Note that a node stays as it is, unless the walk goes on under an assumption that is known to be wrong."""
+        if not self._stale:
+            assumptions[node] = why
+        return _Restart()
 
     def _leave_zone(self, axis: AxisType, why: str) -> None:
-        """Let a pending scale stay where it is, because something else than a linear meets the value; start again."""
+        """Let a pending scale stay where it is, because something else than a linear meets the value.
+
+        The walk goes on, to find all scales that have to stay, and starts again when it is through.
+        """
         assert axis.pending is not None
         if axis.pending.origin is None:
             raise InvariantError("a pending scale without an origin")
-        self._uncrossed[axis.pending.origin] = why
-        raise _Restart
+        self._uncrossed.setdefault(axis.pending.origin, why)
+        self._stale = True
 
     def _rule(self, node: Node) -> Rule:
         if node not in self._rules:
@@ -257,13 +266,13 @@ class Walk:
             self._produce(node, axis)
         except (Barrier, LayoutError) as error:
             if self.editor.is_computable(node):
-                self._computed.add(node)
+                if not self._stale:
+                    self._computed.add(node)
                 raise _Restart from None
             if self.editor.is_weight(node):
-                self.kept[node] = str(error)
-                raise _Restart from None
+                raise self._assuming(self.kept, node, str(error)) from None
             if axis.pending is not None:
-                self._leave_zone(axis, str(error))
+                return self._leave_zone(axis, str(error))
             self._entries[node, axis.layout.dims] = str(error)
 
     def _produce(self, node: Node, axis: AxisType) -> None:
@@ -339,10 +348,9 @@ class Walk:
             self._consume(node, axis, user)
         except (Barrier, LayoutError) as error:
             if self.editor.is_weight(node):
-                self.kept[node] = f"{user.name} needs it as it is: {error}"
-                raise _Restart from None
+                raise self._assuming(self.kept, node, f"{user.name} needs it as it is: {error}") from None
             if axis.pending is not None:
-                self._leave_zone(axis, f"{user.name} reads it: {error}")
+                return self._leave_zone(axis, f"{user.name} reads it: {error}")
             self._exits[node, user, axis.layout.dims] = (axis, str(error))
             rule = self._rule_or_none(user)
             if not (isinstance(rule, Normalization) and rule.centres and self._is_whole(user, axis.layout)):
@@ -400,8 +408,7 @@ class Walk:
             try:
                 self._consume(node, axis, item)
             except (Barrier, LayoutError) as error:
-                self._closed[user] = str(error)
-                raise _Restart from None
+                raise self._assuming(self._closed, user, str(error)) from None
 
     def _leave_program(self, node: Node, axis: AxisType) -> None:
         self._need_plain(axis, "it is a program output")
@@ -441,8 +448,7 @@ class Walk:
                 self._spread(rule, port, axis, user)
             except Barrier as error:
                 if len(ports) > 1:
-                    self._closed[user] = str(error)
-                    raise _Restart from None
+                    raise self._assuming(self._closed, user, str(error)) from None
                 if not self._cross_forward(node, axis, user, rule):
                     raise Barrier(self._uncrossed.get(user, str(error))) from error
 
@@ -641,8 +647,7 @@ class Walk:
         scaled = axis.pending is not None and axis.pending.after
         if scaled and user is not None and not _commutes_with_scale(user, rule, mixing, axis):
             if at is not None and self.editor.is_weight(at.node):
-                self.kept[at.node] = "its uses need different scales folded in"
-                raise _Restart
+                raise self._assuming(self.kept, at.node, "its uses need different scales folded in")
             self._pass_pending(at, axis, demands, user)
             return
         if at is not None and user is not None:
@@ -736,8 +741,7 @@ class Walk:
             natural = None if crossed is None else crossed[1]
         expected = None if axis.pending is None else axis.pending.scale
         if root not in self._uncrossed and natural is not expected:
-            self.kept[constant] = "its uses need different scales folded in"
-            raise _Restart
+            raise self._assuming(self.kept, constant, "its uses need different scales folded in")
 
     def _only_source(self, node: Node) -> Node | None:
         """Return the value that a movement or a multiplication by a scalar was applied to; None for other operators."""
