@@ -742,7 +742,7 @@ def test_the_planner_edits_nothing() -> None:
     """What has to be untied is asked for, and left to the caller."""
     editor = open_program(program("llama_tied"))
     planner = Planner(editor, config(tied="untie", form="offline"))
-    before = (str(editor.graph), editor.nbytes(), editor.queued_steps())
+    before = (str(editor.graph), editor.nbytes(), list(editor.queued()))
     asked = next(planner.edits())
     assert isinstance(asked, UntieRequest) and [editor.fqn(n) for n in asked.constants] == ["lm_head.weight"]
-    assert (str(editor.graph), editor.nbytes(), editor.queued_steps()) == before
+    assert (str(editor.graph), editor.nbytes(), list(editor.queued())) == before

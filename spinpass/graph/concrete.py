@@ -10,9 +10,15 @@ from torch.fx import Node
 
 
 class ConcreteSizes:
-    """Small numbers for the symbols of a program, the same for a symbol wherever it stands, within its range."""
+    """Small numbers for the symbols of a program, the same for a symbol wherever it stands, within its range.
 
-    def __init__(self) -> None:
+    Args:
+        example: take the sizes that the program was exported with, which fit together where symbols depend on each
+            other without saying so (caches of several layers).
+    """
+
+    def __init__(self, *, example: bool = False) -> None:
+        self._example = example
         self._chosen: dict[Any, int] = {}
 
     def of(self, size: Any) -> Any:
@@ -23,6 +29,10 @@ class ConcreteSizes:
         """
         if not isinstance(size, (SymInt, SymFloat, SymBool)):
             return size
+        if self._example:
+            if size.node.hint is None:
+                raise ValueError(f"{size} had no number when the program was exported")
+            return size.node.hint
         expression = size.node.expr
         ranges = size.node.shape_env.var_to_range
         for symbol in sorted(expression.free_symbols, key=str):

@@ -170,13 +170,9 @@ class ProgramEditor:
         """Return which of the user outputs the graph's output ``index`` is."""
         return sum(s.kind == OutputKind.USER_OUTPUT for s in self.outputs[:index])
 
-    def queue_log(self) -> Sequence[Node]:
+    def queued(self) -> Sequence[Node]:
         """Return the constant of every step that was queued, in the order in which they were."""
         return self._constants.log
-
-    def queued_steps(self) -> dict[Node, int]:
-        """Return how many steps are queued on each constant, the constants in the order of their placeholders."""
-        return {node: len(self._constants[node].steps) for node in self._constants}
 
     # -- editing the graph --------------------------------------------------------------------------------------------
 

@@ -74,7 +74,7 @@ class Invariants:
                 something else than before, or writes into a value; a check is gone; the program takes or returns
                 something else than before. The message names the node.
         """
-        log = self._editor.queue_log()
+        log = self._editor.queued()
         queued = Counter(log[self._steps :])
         self._steps = len(log)
         # arguments are read straight from the attributes: the properties of Node cost more than all the rest

@@ -61,18 +61,18 @@ class SpotCheck:
 
     def __init__(self, editor: ProgramEditor) -> None:
         self.editor = editor
-        self._sizes = ConcreteSizes()
+        self._sizes = (ConcreteSizes(), ConcreteSizes(example=True))
         self._found: dict[Hashable, _Outcome] = {}
         self._directions: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __call__(self, space: Space) -> Checked:
         """Run every operator that has the space in it."""
-        local = _Local(self.editor, space, self._sizes)
+        local, as_exported = (_Local(self.editor, space, sizes) for sizes in self._sizes)
         unchecked: dict[str, None] = {}
         for node in local.operators():
             key = local.key(node)
             if key not in self._found:
-                self._found[key] = self._checked(local, node)
+                self._found[key] = self._checked(node, local, as_exported)
             outcome = self._found[key]
             if outcome.fault:
                 return Checked(Fault(node, f"{node.name}: {outcome.fault}"), tuple(unchecked))
@@ -80,11 +80,14 @@ class SpotCheck:
                 unchecked[f"{op_name(node)} was not checked by itself: {outcome.unchecked}"] = None
         return Checked(None, tuple(unchecked))
 
-    def _checked(self, local: _Local, node: Node) -> _Outcome:
-        try:
-            return _Outcome(fault=_Trial(local, node, self._rotated).run() or "")
-        except _NotRun as error:
-            return _Outcome(unchecked=str(error))
+    def _checked(self, node: Node, *sizes: _Local) -> _Outcome:
+        why = ""
+        for local in sizes:
+            try:
+                return _Outcome(fault=_Trial(local, node, self._rotated).run() or "")
+            except _NotRun as error:
+                why = why or str(error)
+        return _Outcome(unchecked=why)
 
     def _rotated(self, vectors: Tensor, dim: int) -> Tensor:
         """x -> x (I − 2 a aᵀ)(I − 2 b bᵀ):  an orthogonal matrix without symmetry, at the cost of two products."""
