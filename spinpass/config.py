@@ -79,8 +79,7 @@ class RotationConfig:
         matrices: rotation matrices of your own, per rotation or per space name: (n, n), orthogonal, float32 or
             float64.
         exclude: patterns of space names or of parameter names. A space that matches is not rotated.
-        verify: whether to certify the result. None certifies where the program is small
-            (:data:`spinpass.pipeline.VERIFY_LIMIT` parameters).
+        verify: whether to certify the result. None certifies as well; False does not.
 
     Raises:
         ConfigError: for a value that cannot be used.

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 
 from torch.export import ExportedProgram
 
 from spinpass import record
+from spinpass.analysis import Refusal
 from spinpass.certificate import Certificate, verify
 from spinpass.config import RotationConfig
-from spinpass.errors import ConfigError, RefusedError
+from spinpass.errors import ConfigError, RefusedError, SpinpassError, VerificationError
 from spinpass.graph import ProgramEditor, shape
 from spinpass.passes import CENTER, FOLD_ROTATIONS, FUSE_NORM_SCALE, INSERT_ROTATIONS, MATERIALIZE, PassRunner, SitePass
 from spinpass.planning import Planner, RotationPlan, UntieRequest
 from spinpass.progress import Progress
-
-VERIFY_LIMIT = 50_000_000
-"""The number of parameters up to which a result is certified unless the configuration says otherwise."""
-
-_log = logging.getLogger("spinpass")
 
 PASSES: list[SitePass] = [
     MATERIALIZE,  # first, with the values that the expressions have before anything is queued
@@ -39,8 +34,7 @@ class Rotated:
     Attributes:
         program: the rotated program.
         plan: every decision behind it.
-        certificate: the proof that both programs are one function. It is None where none was made, because it was
-            switched off or the program is larger than :data:`VERIFY_LIMIT`.
+        certificate: the proof that both programs are one function. It is None where it was switched off.
     """
 
     program: ExportedProgram
@@ -54,6 +48,7 @@ def rotate(
     *,
     plan: RotationPlan | None = None,
     progress: Progress | None = None,
+    allow_partial: bool = False,
 ) -> Rotated:
     """Rotate a program without changing the function it computes, and say how.
 
@@ -62,6 +57,8 @@ def rotate(
         config: what to rotate and how. The default inserts R1–R4 and the rotations of latents.
         plan: decisions made earlier by :func:`plan`, perhaps with spaces left out. Its configuration is used.
         progress: called with (constants done, all constants) while weights are computed; planning is done by then.
+        allow_partial: where the certificate fails, leave out the spaces that are to blame and return what is certified
+            without them. The plan's refusals say what was left out and why.
 
     Returns:
         The rotated program, its plan and its certificate. The program has the same inputs, outputs, dtypes and dynamic
@@ -72,12 +69,34 @@ def rotate(
         ConfigError: a setting or the plan does not fit the program, or both a config and a plan are given.
         RefusedError: no requested rotation can be applied exactly; the reasons are listed.
         InvariantError: a pass broke the program, which is a bug in spinpass.
-        VerificationError: the result is not equivalent, which is one as well. ``certificate`` is None, and nothing is
-            compared, with ``verify=False`` and, unless it is asked for, above 50 million parameters.
+        VerificationError: the result is not equivalent, which is one as well; the message names the space to blame.
+            With ``verify=False`` nothing is compared, and ``certificate`` is None.
 
     Source: R1–R4 of SpinQuant, arXiv 2405.16406, section 3; online Hadamards of QuaRot, arXiv 2404.00456.
     """
     config = _config(config, plan)
+    made = _rotated(program, config, plan, progress)
+    left_out: list[Refusal] = []
+    while made.certificate is not None and not made.certificate.ok:
+        guilty = _guilty(program, made)
+        if guilty is None or not allow_partial:
+            raise _failure(made, guilty)
+        left_out.append(
+            Refusal(guilty, f"left out, because with it {made.certificate.worst.name} is not the original's")
+        )
+        remaining = made.plan.without(guilty)
+        if not remaining.spaces:
+            raise _failure(made, guilty)
+        made = _rotated(program, config, remaining, progress)
+    if left_out:
+        made = replace(made, plan=replace(made.plan, refusals=(*made.plan.refusals, *left_out)))
+    return made
+
+
+def _rotated(
+    program: ExportedProgram, config: RotationConfig, plan: RotationPlan | None, progress: Progress | None
+) -> Rotated:
+    """Rotate, and compare unless the configuration says no; a failed certificate is part of the result."""
     editor, planner = _edited(program, config, plan)
     decided = planner.plan()
     if not decided.spaces:
@@ -85,12 +104,41 @@ def rotate(
     made = _record(planner)
     record.write(editor.graph, made)
     result = editor.finish(progress)
-    if not _is_certified(program, config):
+    if config.verify is False:
         return Rotated(result, decided, None)
     certificate = verify(program, result, exact=editor.exact_constants())
-    certificate.raise_if_failed()
-    record.write(result.graph, replace(made, certificate=certificate.to_dict()))
+    if certificate.ok:
+        record.write(result.graph, replace(made, certificate=certificate.to_dict()))
     return Rotated(result, decided, certificate)
+
+
+def _guilty(program: ExportedProgram, made: Rotated) -> str | None:
+    """Return the first space with which the program becomes another one, found by bisection; None where none is.
+
+    The spaces before it are sound together.
+    """
+    names = [space.name for space in made.plan.spaces]
+    sound, broken = 0, len(names)  # the first ``sound`` spaces are, the first ``broken`` are not
+    while broken - sound > 1:
+        middle = (sound + broken) // 2
+        try:
+            found = _rotated(program, made.plan.config, made.plan.without(*names[middle:]), None).certificate
+            fails = found is not None and not found.ok
+        except SpinpassError:
+            return None  # the spaces do not stand without each other: none of them alone is to blame
+        sound, broken = (sound, middle) if fails else (middle, broken)
+    return names[sound]
+
+
+def _failure(made: Rotated, guilty: str | None) -> VerificationError:
+    """Return the error of a certificate that has failed."""
+    assert made.certificate is not None
+    try:
+        made.certificate.raise_if_failed()
+    except VerificationError as error:
+        where = f"; the space to blame is {guilty}: leave it out with `exclude` or allow_partial" if guilty else ""
+        return VerificationError(f"{error}{where}")
+    raise AssertionError("the certificate has not failed")
 
 
 def transform(
@@ -99,12 +147,13 @@ def transform(
     *,
     plan: RotationPlan | None = None,
     progress: Progress | None = None,
+    allow_partial: bool = False,
 ) -> ExportedProgram:
     """Return the rotated program alone. Arguments and errors are those of :func:`rotate`, of whose result it is a part.
 
     The program has the same inputs, outputs, dtypes and dynamic shapes as the one given.
     """
-    return rotate(program, config, plan=plan, progress=progress).program
+    return rotate(program, config, plan=plan, progress=progress, allow_partial=allow_partial).program
 
 
 def plan(program: ExportedProgram, config: RotationConfig | None = None) -> RotationPlan:
@@ -136,16 +185,6 @@ def _edited(
             "plan and program do not belong together"
         )
     return runner.editor, planner
-
-
-def _is_certified(program: ExportedProgram, config: RotationConfig) -> bool:
-    """Return whether the result is to be certified."""
-    if config.verify is not None:
-        return config.verify
-    small: bool = sum(t.numel() for t in program.state_dict.values()) <= VERIFY_LIMIT
-    if not small:
-        _log.info("not certified: more than %s parameters; call spinpass.verify(before, after)", f"{VERIFY_LIMIT:,}")
-    return small
 
 
 def _config(config: RotationConfig | None, plan: RotationPlan | None) -> RotationConfig:

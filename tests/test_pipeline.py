@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import itertools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -562,7 +563,7 @@ def test_an_encoder_decoder_is_exact_or_refused() -> None:
 # -- the certificate ------------------------------------------------------------------------------------------------------------------
 
 
-def test_small_programs_are_certified(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_programs_are_certified_unless_that_is_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[object] = []
     module = __import__("spinpass.pipeline", fromlist=["transform"])
     monkeypatch.setattr(module, "verify", lambda *a, **k: calls.append(a) or spinpass.verify(*a, **k))
@@ -570,17 +571,35 @@ def test_small_programs_are_certified(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(calls) == 1
     spinpass.transform(program("llama"), config(verify=False))
     assert len(calls) == 1
-    monkeypatch.setattr(module, "VERIFY_LIMIT", 10)
-    spinpass.transform(program("llama"))
-    assert len(calls) == 1
     spinpass.transform(program("llama"), config(verify=True))
     assert len(calls) == 2
 
 
 def test_a_failed_certificate_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Rotation, "apply", lambda self, x, dim=-1, *, inverse=False: x * 1.01)
-    with pytest.raises(VerificationError, match="not equivalent"):
+    with pytest.raises(VerificationError, match=r"not equivalent.*; the space to blame is R1:\S+: leave it out"):
         spinpass.transform(program("llama"))
+
+
+def test_the_space_to_blame_is_named_and_can_be_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rotations of one space alone are wrong."""
+    source, settings = program("llama"), config(verify=True, kind="random-hadamard")
+    sound = spinpass.plan(source, settings)
+    guilty = next(s for s in sound.spaces if s.role == "R2")
+    bad, real = guilty.rotation.fingerprint(), Rotation.apply
+
+    def apply(self: Rotation, x: torch.Tensor, dim: int = -1, *, inverse: bool = False) -> torch.Tensor:
+        return real(self, x, dim, inverse=inverse) * (1.01 if self.fingerprint() == bad else 1)
+
+    monkeypatch.setattr(Rotation, "apply", apply)
+    with pytest.raises(VerificationError, match=f"the space to blame is {re.escape(guilty.name)}: leave it out"):
+        spinpass.rotate(source, settings)
+    partial = spinpass.rotate(source, settings, allow_partial=True)
+    assert {s.name for s in partial.plan.spaces} == {s.name for s in sound.spaces} - {guilty.name}
+    assert partial.certificate is not None and partial.certificate.ok
+    assert any(r.what == guilty.name and "is not the original's" in r.why for r in partial.plan.refusals)
+    with pytest.raises(VerificationError, match="to blame"):
+        spinpass.rotate(source, plan=sound.without(*(s.name for s in sound.spaces if s is not guilty)), allow_partial=True)
 
 
 def test_progress_counts_every_constant() -> None:
@@ -723,7 +742,7 @@ def test_the_planner_edits_nothing() -> None:
     """What has to be untied is asked for, and left to the caller."""
     editor = open_program(program("llama_tied"))
     planner = Planner(editor, config(tied="untie", form="offline"))
-    before = (str(editor.graph), editor.nbytes(), editor.queued_steps())
+    before = (str(editor.graph), editor.nbytes(), list(editor.queued()))
     asked = next(planner.edits())
     assert isinstance(asked, UntieRequest) and [editor.fqn(n) for n in asked.constants] == ["lm_head.weight"]
-    assert (str(editor.graph), editor.nbytes(), editor.queued_steps()) == before
+    assert (str(editor.graph), editor.nbytes(), list(editor.queued())) == before

@@ -5,6 +5,7 @@ The analysis reads the graph and edits nothing.
 
 from .basis.linear_input import LinearInputWalk
 from .basis.space import AxisType, CacheEdge, ConstantUse, Entry, Refusal, ShiftUse, Space
+from .basis.spot_check import Checked, Fault, SpotCheck
 from .basis.walk import Walk
 from .ops.rules import Centring, Concatenate, Movement, Multilinear, Normalization, Opaque, Square
 from .ops.table import rule_of, tokens_per_call
@@ -20,9 +21,11 @@ __all__ = [
     "AxisType",
     "CacheEdge",
     "Centring",
+    "Checked",
     "Concatenate",
     "ConstantUse",
     "Entry",
+    "Fault",
     "Linear",
     "LinearInputWalk",
     "Movement",
@@ -32,6 +35,7 @@ __all__ = [
     "Refusal",
     "ShiftUse",
     "Space",
+    "SpotCheck",
     "Square",
     "Walk",
     "as_linear",

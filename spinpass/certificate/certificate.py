@@ -75,10 +75,10 @@ def difference_of(reference: Any, result: Any, *, argmax: bool) -> Difference:
         return Difference(0.0 if same else math.inf, 1.0, None)
     if reference.shape != result.shape:
         return Difference(math.inf, 1.0, None)
-    a, b = _wide(reference), _wide(result)
+    a, b = wide(reference), wide(result)
     equal = (a == b) | (a.isnan() & b.isnan())
     error = torch.where(equal, 0.0, (a - b).abs()).nan_to_num(nan=math.inf, posinf=math.inf)
-    scale = torch.where(a.isfinite() & ~(equal & _is_fill(a)), a.abs(), 0.0)
+    scale = torch.where(a.isfinite() & ~(equal & is_fill(a)), a.abs(), 0.0)
     agreement = (a.argmax(-1) == b.argmax(-1)).double().mean() if argmax and a.ndim >= 2 and a.numel() else None
     return Difference(
         float(error.max()) if error.numel() else 0.0,
@@ -87,11 +87,13 @@ def difference_of(reference: Any, result: Any, *, argmax: bool) -> Difference:
     )
 
 
-def _is_fill(x: Tensor) -> Tensor:
+def is_fill(x: Tensor) -> Tensor:
+    """Return where ``x`` holds the largest number of a float type, which fills what is forbidden."""
     return torch.isin(x.abs(), x.new_tensor([torch.finfo(dtype).max for dtype in BOUNDS]))
 
 
-def _wide(x: Tensor) -> Tensor:
+def wide(x: Tensor) -> Tensor:
+    """Return ``x`` in float64 on the CPU, a complex tensor with an axis of its two parts."""
     if x.is_complex():
         x = torch.view_as_real(x)
     return x.detach().to("cpu", torch.float64)
@@ -103,13 +105,16 @@ class OutputCheck:
 
     Attributes:
         name: what the output is called.
-        shape: its shape at the last step.
+        shape: its shape in the first draw.
         float64: the comparison of the programs lifted to float64.
         native: the comparison of the programs in the model's dtype.
         noise: the original's own rounding, which is the relative error of its native result against its float64 one.
         bound64: the largest relative error allowed in float64.
         bound_native: the largest relative error allowed in the model's dtype.
         mismatch: says which shape or dtype is wrong, else ''.
+        vectors: the largest error in float64 relative to the size of its own row and column
+            (see :mod:`spinpass.certificate.vectors`).
+        compared: whether any value of it was finite in the original, or it has no values; else nothing was compared.
     """
 
     name: str
@@ -120,14 +125,22 @@ class OutputCheck:
     bound64: float
     bound_native: float
     mismatch: str = ""
+    vectors: float = 0.0
+    compared: bool = True
 
     @property
     def failure(self) -> str:
         """Return why the output fails, or '' where it does not."""
         if self.mismatch:
             return self.mismatch
+        if not self.compared:
+            return "not certified: it holds no finite value in any draw; give inputs for which it does"
         if not self.float64.relative <= self.bound64:
             return f"relative error {self.float64.relative:.2e} in float64, bound {self.bound64:.1e}"
+        if not self.vectors <= self.bound64:
+            return (
+                f"relative error {self.vectors:.2e} in float64, bound {self.bound64:.1e}, against the values around it"
+            )
         if not self.native.relative <= self.bound_native:
             return f"relative error {self.native.relative:.2e} in the model's dtype, bound {self.bound_native:.1e}"
         return ""
@@ -146,6 +159,8 @@ class Certificate:
         inputs: a description of each input that both programs were given.
         closed_loop_steps: how many further steps were run in which each program was fed its own returned state.
         closed_loop: says what was carried, or why there was no loop.
+        draws: how many sets of inputs were run.
+        coverage: what none of the runs reached, a line for each; see :mod:`spinpass.certificate.coverage`.
     """
 
     outputs: tuple[OutputCheck, ...]
@@ -155,6 +170,8 @@ class Certificate:
     inputs: tuple[str, ...]
     closed_loop_steps: int
     closed_loop: str
+    draws: int = 1
+    coverage: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -196,6 +213,8 @@ class Certificate:
             "inputs": list(self.inputs),
             "closed_loop_steps": self.closed_loop_steps,
             "closed_loop": self.closed_loop,
+            "draws": self.draws,
+            "coverage": list(self.coverage),
             "outputs": outputs,
         }
 
@@ -211,7 +230,8 @@ class Certificate:
         lines.append(f"f64: both programs lifted throughout; {self.constants}")
         lines.append(f"native: {dtype}; noise: the original in {dtype} against itself in float64")
         lines.append(f"closed loop: {self.closed_loop}")
-        lines.append(f"inputs: {_shortened(self.inputs)}")
+        lines.append(f"inputs: {_shortened(self.inputs)}; {self.draws} draw{'s' * (self.draws != 1)}")
+        lines += [f"not reached: {_shortened(self.coverage)}"] if self.coverage else []
         return "\n".join(lines)
 
 

@@ -8,7 +8,8 @@ one basis and read in another shows even where a single step hides it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -21,18 +22,22 @@ from spinpass.execution import (
     Deferred,
     Session,
     constants,
+    draws,
     flat_inputs,
     next_inputs,
     output_names,
     returned_state,
     run,
+    step_together,
     synthetic_inputs,
     user_input_names,
 )
 from spinpass.graph import value
 from spinpass.progress import Progress
 
-from .certificate import BOUNDS, NOISE_FACTOR, STORED_UNITS, Certificate, OutputCheck, difference_of
+from .certificate import BOUNDS, NOISE_FACTOR, STORED_UNITS, Certificate, OutputCheck, difference_of, wide
+from .coverage import Coverage
+from .vectors import Noise, Shaken, vector_error
 
 __all__ = ["Certificate", "OutputCheck", "run", "synthetic_inputs", "verify"]
 
@@ -75,17 +80,25 @@ def verify(
     bounds = _bounds(bound)
     _check_programs(before, after)
     deferred = _deferred(after, exact or {})
-    values = synthetic_inputs(before) if inputs is None else flat_inputs(before, inputs)
-    ticker = _Ticker(progress, 2 * (1 + steps) * (len(before.graph.nodes) + len(after.graph.nodes)))
-    exact_pair = (Session(before, True, ticker), Session(after, True, ticker, deferred))
-    native_pair = (Session(before, False, ticker), Session(after, False, ticker))
-    round_ = _Round(*exact_pair, *native_pair, returned=returned_state(before))
+    drawn = draws(before) if inputs is None else [[flat_inputs(before, inputs)]]
+    ticker = _Ticker(progress, 2 * (len(drawn) + steps) * (len(before.graph.nodes) + len(after.graph.nodes)))
+    returned = returned_state(before)
     dtype = _working_dtype(before)
     stored = _stored_again(before, after) if exact is None else None
     roundoff = STORED_UNITS * torch.finfo(stored).eps / 2 if stored and not _gives(bound, torch.float64) else None
-    tally = _Tally(output_names(before), bounds[torch.float64], bounds[dtype], roundoff)
-    round_.run(values, tally)
-    loop_steps, loop = _closed_loop(values, round_, tally, steps)
+    unit = torch.finfo(stored or torch.float64).eps
+    tally = _Tally(output_names(before), bounds[torch.float64], bounds[dtype], roundoff, unit)
+    coverage = Coverage(before)
+    rounds = [
+        _Round(
+            Session(before, True, ticker), Session(after, True, ticker, deferred),
+            Session(before, False, ticker), Session(after, False, ticker), returned=returned,
+        )
+        for _ in drawn
+    ]  # fmt: skip
+    notes, done = _first_step(rounds, drawn, tally, coverage)
+    values = drawn[0][0]
+    loop_steps, loop = _closed_loop(values, rounds[0], tally, coverage, steps)
     ticker.finish()
     described = tuple(_describe(name, given) for name, given in values.items())
     return Certificate(
@@ -96,6 +109,8 @@ def verify(
         inputs=described,
         closed_loop_steps=loop_steps,
         closed_loop=loop,
+        draws=done,
+        coverage=(*notes, *coverage.lines()),
     )
 
 
@@ -207,23 +222,27 @@ class _Round:
         self.exact_before, self.exact_after, self.before, self.after = self.sessions = sessions
         self.returned = returned
 
-    def run(self, values: Mapping[str, Any], tally: _Tally) -> None:
-        """Run one step of all four sessions and give what they return to ``tally``.
+    def run(self, values: Mapping[str, Any], tally: _Tally, coverage: Coverage) -> None:
+        """Run one further step of all four sessions and give what they return to ``tally``.
 
         Raises:
             _Exhausted: the original cannot be run on the state that it returned itself.
         """
-        try:
-            first = self.exact_before.step(values)
-        except ProgramError as error:
-            if not self.exact_before.state:
-                raise
-            raise _Exhausted from error
-        others = (session.step(values) for session in self.sessions[1:])
-        for i, results in enumerate(zip(first, *others, strict=True)):
-            tally.add(tally.names[i], _Results(*results), argmax=i not in self.returned)
+        first = step_together([self.exact_before], [values], coverage.watch)[0]
+        if isinstance(first, ProgramError):
+            raise _Exhausted from first
+        coverage.given(values)
+        self.compare([first, *(session.step(values) for session in self.sessions[1:])], tally)
+
+    def compare(self, returned: Sequence[tuple[Any, ...]], tally: _Tally) -> None:
+        """Give ``tally`` what the four sessions have returned and hold by now."""
+        shaken = _Noise(self.exact_before, tally.unit)
+        for i, results in enumerate(zip(*returned, strict=True)):
+            noise = partial(shaken.of_output, i)
+            tally.add(tally.names[i], _Results(*results), noise, argmax=i not in self.returned)
         for name in sorted(self.exact_before.changed | self.exact_after.changed):
-            tally.add(f"state {name}", _Results(*(s.current(name) for s in self.sessions)), argmax=False)
+            held = _Results(*(s.current(name) for s in self.sessions))
+            tally.add(f"state {name}", held, partial(shaken.of_state, name), argmax=False)
 
     def next_values(self, values: Mapping[str, Any], seed: int) -> dict[str, Any] | str:
         """Hand every program its own state; return the inputs of the next step, or why there is none."""
@@ -231,6 +250,81 @@ class _Round:
             session.feed_back(self.returned)
         original = self.exact_before
         return next_inputs(original.ep, values, {n: original.current(n) for n in original.state}, seed=seed)
+
+
+class _Noise:
+    """How far rounding alone moves what the last step of a session has returned; it is run again when first asked."""
+
+    def __init__(self, session: Session, unit: float) -> None:
+        self._session = session
+        self._unit = unit
+        self._before = (session.plain_outputs(), {name: session.current(name) for name in session.changed})
+
+    @cached_property
+    def _moved(self) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+        return [self._session.again(Shaken(seed, self._unit)) for seed in (1, 2)]
+
+    def of_output(self, i: int) -> Tensor | None:
+        """Return how far each value of an output moves."""
+        return _largest([(self._before[0][i], outputs[i]) for outputs, _ in self._moved])
+
+    def of_state(self, name: str) -> Tensor | None:
+        """Return how far each value of an input or buffer that the program changes moves."""
+        return _largest([(self._before[1].get(name), state.get(name)) for _, state in self._moved])
+
+
+def _largest(pairs: list[tuple[Any, Any]]) -> Tensor | None:
+    """Return the largest difference of the pairs, value by value; None where they are no tensors of one shape."""
+    tensors = [(a, b) for a, b in pairs if isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape]
+    if len(tensors) < len(pairs):
+        return None
+    return torch.stack([(wide(a) - wide(b)).abs() for a, b in tensors]).amax(0)
+
+
+def _first_step(
+    rounds: list[_Round], drawn: list[list[dict[str, Any]]], tally: _Tally, coverage: Coverage
+) -> tuple[list[str], int]:
+    """Run the first step of every draw at once; return what was left out and how many draws there are.
+
+    A draw falls back on its next alternative where the original cannot be run on one.
+
+    Raises:
+        ProgramError: the original cannot be run on the first draw, or the other program on one that the original takes.
+    """
+    notes: list[str] = []
+    taken: dict[int, tuple[dict[str, Any], tuple[Any, ...]]] = {}
+    tried = dict.fromkeys(range(len(rounds)), 0)
+    while tried:
+        ids = list(tried)
+        given = [drawn[i][tried[i]] for i in ids]
+        results = step_together([rounds[i].exact_before for i in ids], given, coverage.watch)
+        for i, values, result in zip(ids, given, results, strict=True):
+            if not isinstance(result, ProgramError):
+                taken[i] = values, result
+                del tried[i]
+                continue
+            if i == 0:
+                raise result
+            tried[i] += 1
+            if tried[i] == len(drawn[i]):
+                notes.append(f"draw {i + 1} not run: the original does not take it: {result}")
+                del tried[i]
+    order = sorted(taken)
+    given = [taken[i][0] for i in order]
+    returned = [[taken[i][1] for i in order]]
+    for k in range(1, 4):
+        others = step_together([rounds[i].sessions[k] for i in order], given)
+        returned.append([_or_raise(result) for result in others])
+    for at, i in enumerate(order):
+        coverage.given(given[at])
+        rounds[i].compare([results[at] for results in returned], tally)
+    return notes, len(order)
+
+
+def _or_raise(result: tuple[Any, ...] | ProgramError) -> tuple[Any, ...]:
+    if isinstance(result, ProgramError):
+        raise result
+    return result
 
 
 class _Results(NamedTuple):
@@ -242,7 +336,9 @@ class _Results(NamedTuple):
     after: Any
 
 
-def _closed_loop(values: Mapping[str, Any], round_: _Round, tally: _Tally, steps: int) -> tuple[int, str]:
+def _closed_loop(
+    values: Mapping[str, Any], round_: _Round, tally: _Tally, coverage: Coverage, steps: int
+) -> tuple[int, str]:
     """Run up to ``steps`` further steps on returned state; return how many were run, and a line about it."""
     if not round_.returned and not round_.exact_before.changed:
         return 0, "none: the program returns no state that it also takes"
@@ -252,7 +348,7 @@ def _closed_loop(values: Mapping[str, Any], round_: _Round, tally: _Tally, steps
             return done, f"{done} further steps, then stopped: {following}"
         values = following
         try:
-            round_.run(values, tally)
+            round_.run(values, tally, coverage)
         except _Exhausted as error:
             return done, f"{done} further steps, then stopped: the original cannot go on: {error.__cause__}"
     return (
@@ -267,14 +363,20 @@ def _closed_loop(values: Mapping[str, Any], round_: _Round, tally: _Tally, steps
 class _Tally:
     """The worst comparison of every output over all steps."""
 
-    def __init__(self, names: list[str], bound64: float, bound_native: float, roundoff: float | None) -> None:
+    def __init__(
+        self, names: list[str], bound64: float, bound_native: float, roundoff: float | None, unit: float
+    ) -> None:
         self.names = names
+        self.unit = unit  # one rounding of what may differ
         self._bounds = (bound64, bound_native)
         self._roundoff = roundoff  # of constants that were stored again
         self._checks: dict[str, OutputCheck] = {}
 
-    def add(self, name: str, results: _Results, *, argmax: bool) -> None:
-        """Compare one output of one step, and keep what is worse than before."""
+    def add(self, name: str, results: _Results, moved: Noise, *, argmax: bool) -> None:
+        """Compare one output of one step, and keep what is worse than before.
+
+        ``moved`` measures its rounding where that is asked for.
+        """
         exact = difference_of(results.exact_before, results.exact_after, argmax=argmax)
         native = difference_of(results.before, results.after, argmax=argmax)
         noise = difference_of(results.exact_before, results.before, argmax=False).relative
@@ -284,8 +386,15 @@ class _Tally:
             exact, native = exact.worst(old.float64), native.worst(old.native)
             noise, mismatch = max(noise, old.noise), old.mismatch or mismatch
         shape = tuple(getattr(results.before, "shape", ()))
-        limits = self._limits(noise) if _is_floating(results.before) else (0.0, 0.0)
-        self._checks[name] = OutputCheck(name, shape, exact, native, noise, *limits, mismatch)
+        floating = _is_floating(results.before)
+        limits = self._limits(noise) if floating else (0.0, 0.0)
+        vectors = vector_error(results.exact_before, results.exact_after, limits[0], moved) if floating else 0.0
+        compared = not floating or _has_finite(results.exact_before)
+        if old is not None:
+            shape, vectors, compared = old.shape, max(vectors, old.vectors), compared or old.compared
+        self._checks[name] = OutputCheck(
+            name, shape, exact, native, noise, *limits, mismatch, vectors=vectors, compared=compared
+        )
 
     def _limits(self, noise: float) -> tuple[float, float]:
         """Return the bounds, in float64 and in the model's dtype, of an output whose original has this noise."""
@@ -298,6 +407,10 @@ class _Tally:
     def checks(self) -> tuple[OutputCheck, ...]:
         """Return what was found about every output."""
         return tuple(self._checks.values())
+
+
+def _has_finite(x: Any) -> bool:
+    return not isinstance(x, Tensor) or not x.numel() or bool(x.isfinite().any())
 
 
 def _is_floating(x: Any) -> bool:

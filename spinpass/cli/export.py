@@ -12,6 +12,7 @@ from spinpass.folders import ExportRequest
 from spinpass.formats import GptqReport
 
 from .options import (
+    AllowPartial,
     AsJson,
     CalibrationWindows,
     Context,
@@ -56,6 +57,7 @@ def export_command(
     last_logits: LastLogits = False,
     no_fuse: NoFuse = False,
     no_verify: NoVerify = False,
+    allow_partial: AllowPartial = False,
     force: Force = False,
     as_json: AsJson = False,
     verbose: Verbose = 0,
@@ -76,7 +78,7 @@ def export_command(
         model, out, config, to, quantize=quantize, calibration=calibration, int4=int4, kv_cache=kv_cache, dtype=dtype,
         cache=not no_cache, context=context, dequantize=dequantize, trust_remote_code=trust_remote_code,
         last_logits=last_logits, fuse=not no_fuse, certify=not no_verify, calibration_windows=calibration_windows,
-        force=force,
+        force=force, allow_partial=allow_partial,
     )  # fmt: skip
     with screen.steps() as steps:
         result, written = request.run(steps)

@@ -62,6 +62,12 @@ Dtype = Annotated[
 ]
 NoCache = Annotated[bool, typer.Option("--no-cache", help="Export without a KV cache, for whole prompts alone.")]
 NoVerify = Annotated[bool, typer.Option("--no-verify", help="Do not certify the result.")]
+AllowPartial = Annotated[
+    bool,
+    typer.Option(
+        "--allow-partial", help="Where the certificate fails, leave out the spaces to blame instead of stopping."
+    ),
+]
 To = Annotated[Target, typer.Option(help="Runtime that the folder is for, or gptq for a GPTQ checkpoint.")]
 Context = Annotated[
     int | None,

@@ -12,7 +12,7 @@ from spinpass.errors import ConfigError
 from spinpass.folders import check_space, check_writable, rotated
 from spinpass.formats import load_program, save_program
 
-from .options import ALL, AsJson, NoVerify, Verbose, rotation_options
+from .options import ALL, AllowPartial, AsJson, NoVerify, Verbose, rotation_options
 from .screen import screen_of
 from .tables import files_table, show_result
 
@@ -24,6 +24,7 @@ def rotate_command(
     target: Annotated[Path, typer.Argument(metavar="OUT.pt2", help="File to write the rotated program to.")],
     config: RotationConfig | None = None,
     no_verify: NoVerify = False,
+    allow_partial: AllowPartial = False,
     as_json: AsJson = False,
     verbose: Verbose = 0,
 ) -> None:
@@ -45,7 +46,7 @@ def rotate_command(
     with screen.steps() as steps:
         steps.start("load")
         program = load_program(source)
-        result = rotated(program, config, steps, certify=not no_verify)
+        result = rotated(program, config, steps, certify=not no_verify, allow_partial=allow_partial)
         steps.start("save")
         save_program(result.program, target)
     if as_json:

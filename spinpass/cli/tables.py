@@ -83,6 +83,8 @@ def certificate_table(certificate: Mapping[str, Any], *, every_output: bool = Fa
         )
     rest = f" ({len(outputs) - len(shown)} more outputs)" if len(outputs) > len(shown) else ""
     table.caption = f"{certificate['verdict']}{rest}\nclosed loop: {certificate['closed_loop']}"
+    if certificate.get("coverage"):  # records of earlier versions have none
+        table.caption += "\nnot reached: " + "; ".join(certificate["coverage"])
     return table
 
 

@@ -1,11 +1,12 @@
 """A program run on real or made-up inputs: what it takes, what it returns, what it hands itself."""
 
+from .draws import draws
 from .interpreter import Deferred, Runner, constants, execute, flat_inputs, origin, run, user_input_names
 from .likelihoods import log_probabilities
 from .reading import holds_positions, read_in_pieces, reading_inputs, reading_sizes, token_input
 from .returned import continued_inputs, output_names, returned_state
 from .roles import InputRole
-from .session import Session, into_basis
+from .session import Session, into_basis, step_together
 from .synthetic import Sizes, UserInput, bound_sizes, concrete, fresh, next_inputs, synthetic_inputs, user_inputs
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "concrete",
     "constants",
     "continued_inputs",
+    "draws",
     "execute",
     "flat_inputs",
     "fresh",
@@ -33,6 +35,7 @@ __all__ = [
     "reading_sizes",
     "returned_state",
     "run",
+    "step_together",
     "synthetic_inputs",
     "token_input",
     "user_input_names",

@@ -24,6 +24,7 @@ from spinpass.errors import ConfigError, ProgramError
 from spinpass.graph import is_op, mutates, op_name
 from spinpass.progress import Tick
 
+_Lifted = dict[int, tuple[Any, Any]]  # by the identity of a value: itself and what it is lifted
 Watch = Callable[[Node, Any], Any]
 """A function that is given every node with its value, and returns the value to go on with."""
 
@@ -164,25 +165,74 @@ def execute(
     Raises:
         ProgramError: a value is missing, a node could not be run, or an output is of a kind that inference has not.
     """
+    found = execute_together(ep, [values], float64=float64, tick=tick, watch=watch, gradients=gradients)[0]
+    if isinstance(found, ProgramError):
+        raise found
+    return found
+
+
+def execute_together(
+    ep: ExportedProgram,
+    each: Sequence[Mapping[str, Any]],
+    *,
+    float64: bool = False,
+    tick: Tick | None = None,
+    watch: Watch | None = None,
+    gradients: bool = False,
+) -> list[Execution | ProgramError]:
+    """Run ``ep`` on several inputs at once, node by node: a constant is read, folded and lifted once for all of them.
+
+    The arguments are those of :func:`execute`. Where a node cannot be run on some inputs, their place holds the error,
+    and the others go on.
+
+    Raises:
+        ProgramError: a value is missing, or an output is of a kind that inference has not.
+    """
     written = _written_placeholders(ep)
+    feeds = [_feed(ep, values, written, float64) for values in each]
+    lifted: _Lifted = {}
+    ended: list[Any] = [None] * len(feeds)
+    with torch.set_grad_enabled(gradients), _default_dtype(torch.float64 if float64 else torch.get_default_dtype()):
+        runners = [Runner(ep.graph_module, float64=float64, tick=tick, watch=watch, lifted=lifted) for _ in feeds]
+        for runner, feed in zip(runners, feeds, strict=True):
+            runner.args_iter = iter(feed)
+        for node in ep.graph_module.graph.nodes:
+            for i, runner in enumerate(runners):
+                if not isinstance(ended[i], ProgramError):
+                    try:
+                        ended[i] = runner.advance(node)
+                    except ProgramError as error:
+                        ended[i] = error
+                        runner.env.clear()
+            lifted.clear()
+    return [
+        result if isinstance(result, ProgramError) else _split_outputs(ep, result, _changed(ep, feed, written, values))
+        for result, feed, values in zip(ended, feeds, each, strict=True)
+    ]
+
+
+def _feed(ep: ExportedProgram, values: Mapping[str, Any], written: set[str], float64: bool) -> list[Any]:
+    """Return the arguments of the graph; what the program writes to is a copy."""
     known = constants(ep) | dict(values)
     feed: list[Any] = []
-    fed: dict[str, Tensor] = {}
     for spec in ep.graph_signature.input_specs:
         name = spec.arg.name
         if name not in known:
             raise ProgramError(f"no value for input {name} ({spec.kind.name.lower()})")
         value = lift(known[name]) if float64 and name in written else known[name]
-        if name in written and isinstance(value, Tensor):
-            fed[name] = value
-            value = value.clone()
-        feed.append(value)
-    with torch.set_grad_enabled(gradients), _default_dtype(torch.float64 if float64 else torch.get_default_dtype()):
-        runner = Runner(ep.graph_module, float64=float64, tick=tick, watch=watch)
-        results = runner.run(*feed, enable_io_processing=False)
-    after = {spec.arg.name: value for spec, value in zip(ep.graph_signature.input_specs, feed, strict=True)}
-    state = {name: after[name] for name, old in fed.items() if not torch.equal(old, after[name])}
-    return _split_outputs(ep, results, state)
+        feed.append(value.clone() if name in written and isinstance(value, Tensor) else value)
+    return feed
+
+
+def _changed(ep: ExportedProgram, feed: list[Any], written: set[str], values: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the arguments that the run has written to and that are not what they were."""
+    known = constants(ep) | dict(values)
+    after = {spec.arg.name: new for spec, new in zip(ep.graph_signature.input_specs, feed, strict=True)}
+    return {
+        name: new
+        for name, new in after.items()
+        if name in written and isinstance(new, Tensor) and not torch.equal(_computed(known[name]).to(new.dtype), new)
+    }
 
 
 def _split_outputs(ep: ExportedProgram, results: Sequence[Any], state: dict[str, Tensor]) -> Execution:
@@ -260,16 +310,35 @@ class Runner(Interpreter):
         float64: lift every value.
         tick: called after every node.
         watch: called with every node and its value before ``tick``; it returns the value to go on with.
+        lifted: what other runs of the same node have lifted already; whoever runs the node empties it afterwards.
     """
 
     def __init__(
-        self, module: GraphModule, *, float64: bool, tick: Tick | None = None, watch: Watch | None = None
+        self,
+        module: GraphModule,
+        *,
+        float64: bool,
+        tick: Tick | None = None,
+        watch: Watch | None = None,
+        lifted: _Lifted | None = None,
     ) -> None:
         super().__init__(module)
+        self._shared = lifted
         self.extra_traceback = False
         self.float64 = float64
         self.tick = tick
         self.watch = watch
+
+    def advance(self, node: Node) -> Any:
+        """Run one node, keep its value for its readers, and free what nothing reads any more; return the value.
+
+        Raises:
+            ProgramError: the node could not be run.
+        """
+        result = self.env[node] = self.run_node(node)
+        for used in self.user_to_last_uses.get(node, ()):
+            del self.env[used]
+        return result
 
     def run_node(self, n: Node) -> Any:
         """Run one node, show it to ``watch`` and count it.
@@ -296,7 +365,7 @@ class Runner(Interpreter):
         if name == _DTYPE_ASSERTION:
             return None
         if name in _LOOKUPS:
-            args, kwargs = map_aggregate(args, _computed), map_aggregate(kwargs, _computed)
+            args, kwargs = map_aggregate(args, self._compute), map_aggregate(kwargs, self._compute)
             return lift(super().call_function(target, args, kwargs))
         args, kwargs = map_aggregate(args, self._lift), map_aggregate(kwargs, self._lift)
         if name in _SCOPES:
@@ -305,7 +374,22 @@ class Runner(Interpreter):
         return super().call_function(target, args, kwargs)
 
     def _lift(self, value: Any) -> Any:
-        return _Body(value) if isinstance(value, GraphModule) else lift(value)
+        return _Body(value) if isinstance(value, GraphModule) else self._once(value, lift)
+
+    def _compute(self, value: Any) -> Any:
+        return self._once(value, _computed) if isinstance(value, Deferred) else value
+
+    def _once(self, value: Any, make: Callable[[Any], Any]) -> Any:
+        """Return ``make(value)``, computed once for all runs of this node."""
+        if self._shared is None:
+            return make(value)
+        known = self._shared.get(id(value))
+        if known is not None:
+            return known[1]
+        result = make(value)
+        if result is not value and isinstance(result, Tensor):
+            self._shared[id(value)] = value, result
+        return result
 
 
 class _Body(torch.nn.Module):

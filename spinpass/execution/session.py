@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from spinpass import record
+from spinpass.errors import ProgramError
 from spinpass.record import Carried
 
-from .interpreter import Deferred, constants, execute
+from .interpreter import Deferred, Execution, Watch, constants, execute, execute_together
 
 
 @dataclass
@@ -44,6 +45,7 @@ class Session:
         self.carried_out: Mapping[int, Carried] = found.outputs if found else {}
         self.known = constants(self.ep)
         self.raw: tuple[Any, ...] = ()
+        self.fed: dict[str, Any] = {}
 
     def step(self, values: Mapping[str, Any]) -> tuple[Any, ...]:
         """Run the program on ``values``, by placeholder name, and return its flat user outputs.
@@ -53,14 +55,37 @@ class Session:
         Raises:
             ProgramError: the program could not be run.
         """
-        given = {name: _into(value, self.carried_in.get(name), self.float64) for name, value in values.items()}
-        fed = given | self.state
-        result = execute(self.ep, {**self.deferred, **fed}, float64=self.float64, tick=self.tick)
+        result = step_together([self], [values])[0]
+        if isinstance(result, ProgramError):
+            raise result
+        return result
+
+    def given(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what a step takes, in the program's own basis: its constants in ``deferred``, ``values`` and state."""
+        taken = {name: _into(value, self.carried_in.get(name), self.float64) for name, value in values.items()}
+        self.fed = taken | self.state
+        return {**self.deferred, **self.fed}
+
+    def take(self, result: Execution) -> tuple[Any, ...]:
+        """Note what a step has returned and changed; return its flat user outputs."""
         self.raw = result.outputs
         self.state |= result.state
         self.changed |= result.state.keys()
-        self.known |= fed
-        return tuple(self._plain(out, self.carried_out.get(i)) for i, out in enumerate(result.outputs))
+        self.known |= self.fed
+        return self.plain_outputs()
+
+    def again(self, watch: Watch) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Run the last step once more, with a watch; return its flat user outputs and the state that it leaves."""
+        result = execute(self.ep, {**self.deferred, **self.fed}, float64=self.float64, watch=watch)
+        state = {name: self._plain(held, self.carried_in.get(name)) for name, held in result.state.items()}
+        return self._in_plain_basis(result.outputs), state
+
+    def plain_outputs(self) -> tuple[Any, ...]:
+        """Return the flat user outputs of the last step in the basis of the original."""
+        return self._in_plain_basis(self.raw)
+
+    def _in_plain_basis(self, outputs: Iterable[Any]) -> tuple[Any, ...]:
+        return tuple(self._plain(out, self.carried_out.get(i)) for i, out in enumerate(outputs))
 
     def current(self, name: str) -> Any:
         """Return what the input or buffer called ``name`` holds now, or None if the program has none of that name."""
@@ -76,6 +101,19 @@ class Session:
     def feed_back(self, returned: Mapping[int, str]) -> None:
         """Let outputs, by index, be the inputs of these names in the next step, in the program's own basis."""
         self.state |= {name: self.raw[i] for i, name in returned.items()}
+
+
+def step_together(
+    sessions: Sequence[Session], each: Sequence[Mapping[str, Any]], watch: Watch | None = None
+) -> list[tuple[Any, ...] | ProgramError]:
+    """Let several sessions of one program step at once, each on its own values; see :func:`.execute_together`."""
+    first = sessions[0]
+    given = [session.given(values) for session, values in zip(sessions, each, strict=True)]
+    results = execute_together(first.ep, given, float64=first.float64, tick=first.tick, watch=watch)
+    return [
+        result if isinstance(result, ProgramError) else session.take(result)
+        for session, result in zip(sessions, results, strict=True)
+    ]
 
 
 def _into(given: Any, carried: Carried | None, float64: bool) -> Any:

@@ -30,6 +30,7 @@ Sizes = dict[Any, int]
 
 _BATCH = 2
 _LENGTHS = (5, 3, 7, 4, 6)
+_OTHER_LENGTHS = (8, 6, 9, 5, 7)
 _LARGE = 64  # example inputs with a longer dynamic axis are not used: the check should be cheap
 
 
@@ -57,19 +58,20 @@ class UserInput:
         return self.node.name
 
 
-def synthetic_inputs(ep: ExportedProgram, *, seed: int = 0) -> dict[str, Any]:
+def synthetic_inputs(ep: ExportedProgram, *, seed: int = 0, sizes: Sizes | None = None) -> dict[str, Any]:
     """Return {user placeholder name: value}, valid for ``ep`` and the same for the same seed.
 
-    Tensors have the dtype and device of the placeholder.
+    Tensors have the dtype and device of the placeholder. With ``sizes`` of one's own no example inputs are used.
 
     Raises:
         ConfigError: no small sizes satisfy the constraints, or a size cannot be derived from the others.
     """
     inputs = user_inputs(ep)
     generator = torch.Generator().manual_seed(seed)
-    examples = _examples(ep, inputs)
-    sizes = bound_sizes(inputs, examples) if examples else _chosen_sizes(ep, inputs)
-    fixed = _specialised(ep)
+    examples = _examples(ep, inputs) if sizes is None else {}
+    if sizes is None:
+        sizes = bound_sizes(inputs, examples) if examples else _chosen_sizes(ep, inputs)
+    fixed = specialised(ep)
     return {i.name: fixed[i.name] if i.name in fixed else _value(i, sizes, examples, generator) for i in inputs}
 
 
@@ -88,7 +90,8 @@ def _user_input(node: Node) -> UserInput:
     return UserInput(node, shape(node), val.dtype, role, bound)
 
 
-def _specialised(ep: ExportedProgram) -> dict[str, Any]:
+def specialised(ep: ExportedProgram) -> dict[str, Any]:
+    """Return the plain values that export has made of inputs, by placeholder name."""
     args = [spec.arg for spec in ep.graph_signature.input_specs]
     return {arg.name: arg.value for arg in args if isinstance(arg, ConstantArgument)}
 
@@ -131,18 +134,32 @@ def out_of_range(ep: ExportedProgram, sizes: Sizes) -> str | None:
     return None
 
 
-def _chosen_sizes(ep: ExportedProgram, inputs: list[UserInput]) -> Sizes:
+def other_sizes(ep: ExportedProgram) -> Sizes | None:
+    """Choose sizes other than those of :func:`synthetic_inputs`; None where there are no others to choose.
+
+    Raises:
+        ConfigError: no small sizes satisfy the constraints.
+    """
+    inputs = user_inputs(ep)
+    if _has_features(ep, inputs) or not any(True for _ in _symbols(inputs)):
+        return None
+    return _chosen_sizes(ep, inputs, batch=_BATCH + 1, lengths=_OTHER_LENGTHS)
+
+
+def _chosen_sizes(
+    ep: ExportedProgram, inputs: list[UserInput], *, batch: int = _BATCH, lengths: tuple[int, ...] = _LENGTHS
+) -> Sizes:
     """Choose small sizes within the range constraints.
 
     Raises:
         ConfigError: they break another constraint.
     """
-    lengths = iter(_LENGTHS * 16)
+    following = iter(lengths * 16)
     sizes: Sizes = {}
     for symbol, axis in _symbols(inputs):
         if symbol in sizes:
             continue
-        wanted = _BATCH if axis == 0 else next(lengths)
+        wanted = batch if axis == 0 else next(following)
         allowed = ep.range_constraints.get(symbol)
         sizes[symbol] = wanted if allowed is None else int(min(max(wanted, allowed.lower), allowed.upper))
     broken = out_of_range(ep, sizes)

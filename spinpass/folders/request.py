@@ -59,6 +59,7 @@ def export(
     last_logits: bool = False,
     fuse: bool = True,
     certify: bool = True,
+    allow_partial: bool = False,
     force: bool = False,
     steps: Steps | None = None,
 ) -> Written:
@@ -82,6 +83,7 @@ def export(
         last_logits: compute the logits of the last token alone.
         fuse: use ONNX Runtime's own operators for attention.
         certify: prove the rotated program, and the file, equivalent before anything stays on the disk.
+        allow_partial: where that proof fails, leave out the rotations to blame instead of raising.
         force: write into a folder that holds files of others, too.
         steps: told what begins.
 
@@ -99,7 +101,7 @@ def export(
         str(model), Path(out), config, to, quantize=quantize, calibration=text, int4=int4, kv_cache=kv_cache,
         dtype=dtype, cache=cache, context=context, dequantize=dequantize,
         trust_remote_code=trust_remote_code, last_logits=last_logits, fuse=fuse, certify=certify,
-        calibration_windows=calibration_windows, force=force,
+        calibration_windows=calibration_windows, force=force, allow_partial=allow_partial,
     )  # fmt: skip
     steps = steps or Silent()
     try:
@@ -130,6 +132,7 @@ class ExportRequest:
     certify: bool = True
     calibration_windows: int | None = None
     force: bool = False
+    allow_partial: bool = False
 
     def __post_init__(self) -> None:
         self._check_values()
@@ -272,7 +275,7 @@ class ExportRequest:
             onnx_tools().check_operators(loaded.program)
             if self.certify:
                 onnx_tools().check_kernels(loaded.program)
-        result = rotated(loaded.program, self.config, steps, certify=self.certify)
+        result = rotated(loaded.program, self.config, steps, certify=self.certify, allow_partial=self.allow_partial)
         if self.to == "gptq":
             check_rotation(loaded, result)
         if self.quantize:

@@ -64,7 +64,14 @@ class Result:
         }
 
 
-def rotated(program: ExportedProgram, config: RotationConfig | None, steps: Steps, *, certify: bool = True) -> Result:
+def rotated(
+    program: ExportedProgram,
+    config: RotationConfig | None,
+    steps: Steps,
+    *,
+    certify: bool = True,
+    allow_partial: bool = False,
+) -> Result:
     """Plan, rotate and certify; without a configuration, return the original. Raises what ``transform`` raises."""
     if config is None:
         return Result(program)
@@ -78,7 +85,7 @@ def rotated(program: ExportedProgram, config: RotationConfig | None, steps: Step
         if done == total and certify:
             steps.start("certify")
 
-    found = rotate(program, replace(config, verify=certify), progress=progress)
+    found = rotate(program, replace(config, verify=certify), progress=progress, allow_partial=allow_partial)
     return Result(found.program, found.plan)
 
 

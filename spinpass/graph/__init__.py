@@ -1,21 +1,29 @@
 """An exported program that can be edited, and how to read its nodes; the only place that touches private torch API."""
 
 from .checks import assume, check_program, is_size_class
-from .editor import ProgramEditor, shares_memory
+from .concrete import ConcreteSizes, called
+from .decomposition import decomposed, splice
+from .editor import ProgramEditor, copied_graph, shares_memory
 from .invariants import Changes, Invariants
 from .layout import Layout, LayoutError, Size
 from .listing import listing
 from .nodes import (
     arguments,
+    differing,
     elements,
     functional_target,
     is_check,
+    is_context,
     is_float,
     is_op,
+    is_random,
+    is_region,
     known_integers,
+    lifted,
     mutates,
     op_name,
     reachable,
+    remembered,
     shape,
     value,
 )
@@ -23,6 +31,7 @@ from .signature import integers_as_buffers, integers_as_parameters, with_constan
 
 __all__ = [
     "Changes",
+    "ConcreteSizes",
     "Invariants",
     "Layout",
     "LayoutError",
@@ -30,22 +39,32 @@ __all__ = [
     "Size",
     "arguments",
     "assume",
+    "called",
     "check_program",
+    "copied_graph",
+    "decomposed",
+    "differing",
     "elements",
     "functional_target",
     "integers_as_buffers",
     "integers_as_parameters",
     "is_check",
+    "is_context",
     "is_float",
     "is_op",
+    "is_random",
+    "is_region",
     "is_size_class",
     "known_integers",
+    "lifted",
     "listing",
     "mutates",
     "op_name",
     "reachable",
+    "remembered",
     "shape",
     "shares_memory",
+    "splice",
     "value",
     "with_constants",
     "with_other_values",

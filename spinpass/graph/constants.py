@@ -107,6 +107,7 @@ class Constants:
         self._all: dict[Node, Constant] = {}
         self._aliases: dict[Node, Node] = {}
         self._retired: dict[Node, float] = {}
+        self.log: list[Node] = []  # the constant of every step queued, in that order
         stored: dict[tuple[Any, ...], Node] = {}
         for spec in program.graph_signature.input_specs:
             if spec.kind not in _KINDS or spec.target is None:
@@ -151,8 +152,14 @@ class Constants:
 
     def add(self, node: Node, fqn: str, tensor: Tensor, steps: Iterable[Step]) -> None:
         """Let ``node`` stand for a new constant."""
-        self._all[node] = Constant(fqn, tensor, list(steps))
+        constant = self._all[node] = Constant(fqn, tensor, list(steps))
+        self.log += [node] * len(constant.steps)
         self.nbytes += tensor.nbytes
+
+    def queue(self, node: Node, step: Step) -> None:
+        """Apply ``step`` to the constant when the program is finished."""
+        self._all[node].steps.append(step)
+        self.log.append(node)
 
     def part_with_alias(self, node: Node) -> Node | None:
         """Make one of the constant's aliases a constant of its own, equal to what ``node`` is by now, and return it.
@@ -164,6 +171,7 @@ class Constants:
             del self._aliases[alias]
             chief = self._all[node]
             self._all[alias] = Constant(self._all[alias].fqn, chief.tensor, list(chief.steps))
+            self.log += [alias] * len(chief.steps)
             self.nbytes += chief.tensor.nbytes
         return alias
 
@@ -197,6 +205,9 @@ class Constants:
         for node, fill in self._retired.items():
             if all(map(is_check, node.users)):
                 self._put(by_name[node.name], torch.full_like(self._all[node].tensor, fill), state_dict, constants)
+        for name in (self._all[n].fqn for n in self.updated):  # the programs do not write into each other's states
+            held = state_dict if name in state_dict else constants
+            held[name] = held[name].detach().clone()
         for alias, chief in ((self._all[a].fqn, self._all[c].fqn) for a, c in self._aliases.items()):
             held = state_dict if chief in state_dict else constants
             (constants if alias in constants else state_dict)[alias] = held[chief]

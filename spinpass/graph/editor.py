@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -28,7 +28,7 @@ from spinpass.progress import Progress
 from .checks import PACKED_TYPES, check_program
 from .constants import Constants, QueuedStep, Step
 from .expressions import Expressions
-from .nodes import is_check, mutates, op_name, value
+from .nodes import is_check, is_composed, mutates, value
 
 
 class ProgramEditor:
@@ -44,7 +44,7 @@ class ProgramEditor:
     def __init__(self, program: ExportedProgram) -> None:
         check_program(program)
         self._source = program
-        self.graph = _copied(self._source.graph)
+        self.graph = copied_graph(self._source.graph)
         self.inputs: list[InputSpec] = copy.deepcopy(self._source.graph_signature.input_specs)
         self.outputs = copy.deepcopy(self._source.graph_signature.output_specs)
         placeholders = {n.name: n for n in self.graph.nodes if n.op == "placeholder"}
@@ -126,12 +126,18 @@ class ProgramEditor:
         return self._constants.nbytes
 
     def check_weights(self, weights: Iterable[Node]) -> None:
-        """Raise QuantizedWeightError where a linear layer's weight is unpacked from integers inside the program."""
+        """Raise QuantizedWeightError where a linear layer's weight is unpacked from integers inside the program.
+
+        Integers beside a floating-point tensor of at least as many elements are no codes, but a mask that prunes it or
+        the order of its rows.
+        """
         for weight in weights:
-            for node in self._expressions.behind(weight):
-                if self._constants[node].tensor.dtype in PACKED_TYPES:
+            behind = {node: self._constants[node].tensor for node in self._expressions.behind(weight)}
+            most = max((t.numel() for t in behind.values() if t.is_floating_point()), default=0)
+            for node, tensor in behind.items():
+                if tensor.dtype in PACKED_TYPES and tensor.numel() > most:
                     raise QuantizedWeightError(
-                        f"{self.fqn(node)} is a quantized or packed weight ({self._constants[node].tensor.dtype}); "
+                        f"{self.fqn(node)} is a quantized or packed weight ({tensor.dtype}); "
                         "rotate the floating-point program first and quantize the result"
                     )
 
@@ -164,9 +170,9 @@ class ProgramEditor:
         """Return which of the user outputs the graph's output ``index`` is."""
         return sum(s.kind == OutputKind.USER_OUTPUT for s in self.outputs[:index])
 
-    def queued_steps(self) -> dict[Node, int]:
-        """Return how many steps are queued on each constant, the constants in the order of their placeholders."""
-        return {node: len(self._constants[node].steps) for node in self._constants}
+    def queued(self) -> Sequence[Node]:
+        """Return the constant of every step that was queued, in the order in which they were."""
+        return self._constants.log
 
     # -- editing the graph --------------------------------------------------------------------------------------------
 
@@ -236,7 +242,7 @@ class ProgramEditor:
 
     def queue(self, node: Node, step: Step) -> None:
         """Apply ``step`` to the constant, in float64, when the program is finished. It must keep the shape."""
-        self._constants[node].steps.append(QueuedStep(step, self.under_way) if self.under_way else step)
+        self._constants.queue(node, QueuedStep(step, self.under_way) if self.under_way else step)
 
     def add_constant(self, name: str, tensor: Tensor, *, steps: Iterable[Step] = ()) -> Node:
         """Add a parameter behind all others, stored under ``name``, which is made unique; return its placeholder."""
@@ -348,9 +354,12 @@ class ProgramEditor:
 
 
 def shares_memory(editor: ProgramEditor, node: Node, source: Node) -> bool:
-    """Return whether the result of ``node`` is a view of ``source``, or ``source`` itself."""
+    """Return whether the result of ``node`` is a view of ``source``, or ``source`` itself.
+
+    The schemas of operators that are composed of others do not say it: an einsum of one operand is a view, too.
+    """
     assert isinstance(node.target, torch._ops.OpOverload)
-    if not (node.target.is_view or op_name(node) in _MAY_RETURN_OPERAND):
+    if not (node.target.is_view or is_composed(node)):
         return False
     operand = value(source)
     if not isinstance(operand, Tensor):
@@ -361,10 +370,7 @@ def shares_memory(editor: ProgramEditor, node: Node, source: Node) -> bool:
     return any(r.untyped_storage()._cdata == operand.untyped_storage()._cdata for r in results if isinstance(r, Tensor))
 
 
-_MAY_RETURN_OPERAND = {"aten::dropout", "aten::feature_dropout", "aten::type_as", "aten::to"}
-
-
-def _copied(graph: Graph) -> Graph:
+def copied_graph(graph: Graph) -> Graph:
     """Return a copy of the graph, every node under its name."""
     copied: dict[Node, Node] = {}
     made = Graph()

@@ -14,9 +14,10 @@ from torch.fx.node import map_arg
 from spinpass.errors import InvariantError
 
 from .constants import Constant, Constants
-from .nodes import is_float, is_op, lifted, op_name, reachable, shape, value
+from .nodes import is_float, is_op, is_random, lifted, op_name, reachable, reads_bits, shape, value
 
 _GATHERS = {"aten::index", "aten::index_select"}
+_UNFILLED = {f"aten::{n}" for n in ("empty_like", "new_empty", "new_empty_strided", "empty_permuted")}
 _REARRANGEMENTS = {
     f"aten::{n}"
     for n in (
@@ -49,7 +50,7 @@ class Expressions:
     def is_constant(self, node: Node) -> bool:
         """Return whether the value depends on parameters, buffers and lifted tensors only.
 
-        Its shape may depend on dynamic sizes.
+        What is drawn at random, or never written, is no constant. Its shape may depend on dynamic sizes.
         """
         known = self._is_constant.get(node)
         if known is None:
@@ -57,7 +58,8 @@ class Expressions:
                 known = node in self._constants and node not in self._constants.updated
             else:
                 tensors = [s for s in node.all_input_nodes if not isinstance(value(s), (int, torch.SymInt))]
-                known = is_op(node) and bool(tensors) and all(self.is_constant(s) for s in tensors)
+                drawn = is_random(node) or op_name(node) in _UNFILLED
+                known = is_op(node) and not drawn and bool(tensors) and all(map(self.is_constant, tensors))
             self._is_constant[node] = known
         return known
 
@@ -161,6 +163,14 @@ class Expressions:
             raise InvariantError(f"{node.name} is not a constant")
         args, kwargs = lifted(node)
         target = node.target
+        if reads_bits(node):
+            source, kind = node.all_input_nodes[0], value(node.all_input_nodes[0]).dtype
+
+            def reinterpret(values: dict[Node, Tensor]) -> Tensor:
+                made: Tensor = values[source].to(kind).view(node.args[1])  # type: ignore[arg-type]
+                return made.double() if is_float(node) else made
+
+            return node, reinterpret
 
         def call(values: dict[Node, Tensor]) -> Tensor:
             actual_args, actual_kwargs = map_arg(args, values.__getitem__), map_arg(kwargs, values.__getitem__)

@@ -7,6 +7,7 @@ are new or read something else than before are looked at closely.
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -60,7 +61,7 @@ class Invariants:
         self._known: dict[Node, tuple[Any, Any, Any]] = {}  # of each node both kinds of arguments, and the target
         self._named: list[Node] = []  # the nodes that have named arguments
         self._specs: list[Any] = []  # of the signature
-        self._steps: dict[Node, int] = {}
+        self._steps = 0  # of the editor's log
         self._interface = _interface(editor)
         self.check()
 
@@ -73,9 +74,9 @@ class Invariants:
                 something else than before, or writes into a value; a check is gone; the program takes or returns
                 something else than before. The message names the node.
         """
-        steps = self._editor.queued_steps()
-        queued = {n: count - self._steps.get(n, 0) for n, count in steps.items() if count != self._steps.get(n, 0)}
-        self._steps = steps
+        log = self._editor.queued()
+        queued = Counter(log[self._steps :])
+        self._steps = len(log)
         # arguments are read straight from the attributes: the properties of Node cost more than all the rest
         nodes = list(self._editor.nodes)
         arguments, targets = list(map(_arguments, nodes)), list(map(_target, nodes))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from torch import Tensor
@@ -13,8 +14,9 @@ from .nodes import value
 
 def listing(editor: ProgramEditor) -> str:
     """Return the program as text for people to read and for ``diff`` to compare."""
-    steps = editor.queued_steps()
-    lines = [f"constant {n.name}  {editor.fqn(n)}: {_shown(value(n))}{_queue(k)}" for n, k in steps.items()]
+    steps = Counter(editor.queued())
+    stored = filter(editor.is_stored, editor.nodes)
+    lines = [f"constant {n.name}  {editor.fqn(n)}: {_shown(value(n))}{_queue(steps[n])}" for n in stored]
     for node in editor.nodes:
         given = [*map(_argument, node.args), *(f"{k}={_argument(v)}" for k, v in node.kwargs.items())]
         origin = node.meta.get("custom", {}).get("spinpass_origin", "")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from functools import cache
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -12,12 +13,29 @@ from torch.fx import Node
 
 from .layout import Size
 
+_T = TypeVar("_T")
 KNOWN = "spinpass_known"  # in a node's meta: the value of a small lifted index tensor
 
 
 def is_op(node: Node) -> bool:
     """Return whether the node calls an operator of torch, and not ``getitem`` or a builtin on symbolic sizes."""
     return node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload)
+
+
+def is_region(node: Node) -> bool:
+    """Return whether the node runs a graph of its own: a loop, a branch, or a stretch under other settings of torch."""
+    return node.op == "call_function" and isinstance(node.target, torch._ops.HigherOrderOperator)
+
+
+def is_context(node: Node) -> bool:
+    """Return whether the node runs a graph, or begins or ends a stretch of this one, under other settings of torch.
+
+    Such are autocast and no_grad, and what vmap leaves behind. They are gone once torch has traced through them.
+    """
+    if node.op != "call_function" or is_op(node):
+        return False
+    wraps = is_region(node) and op_name(node) in _CONTEXTS
+    return wraps or getattr(node.target, "__module__", "").startswith("torch._functorch")
 
 
 def op_name(node: Node) -> str:
@@ -29,17 +47,39 @@ def op_name(node: Node) -> str:
         return node.op
     if isinstance(node.target, torch._ops.OpOverload):
         return node.target._schema.name
-    return getattr(node.target, "__name__", str(node.target))
+    return getattr(node.target, "__name__", None) or str(node.target)
 
 
 def arguments(node: Node) -> dict[str, Any]:
     """Return the arguments of an operator call by the names of its schema, defaults filled in."""
-    assert isinstance(node.target, torch._ops.OpOverload)
-    schema = node.target._schema.arguments
-    bound = {a.name: a.default_value for a in schema}
+    bound = dict(_defaults(node.target))
     bound.update(zip(bound, node.args))
     bound.update(node.kwargs)
     return bound
+
+
+def differing(node: Node) -> dict[str, Any]:
+    """Return those arguments of an operator call that are not what its schema has for default, by name."""
+    defaults = _defaults(node.target)
+    return {
+        name: given
+        for name, given in (*zip(defaults, node.args), *node.kwargs.items())
+        if isinstance(given, Node) or given != defaults[name]
+    }
+
+
+@cache
+def _defaults(target: Any) -> dict[str, Any]:
+    """Return what the schema of an operator has for default, by the names of its arguments; None where it has none."""
+    assert isinstance(target, torch._ops.OpOverload)
+    return {a.name: a.default_value for a in target._schema.arguments}
+
+
+def is_composed(node: Node) -> bool:
+    """Return whether the node is an operator that torch composes of others, which may be a view without saying so."""
+    assert isinstance(node.target, torch._ops.OpOverload)
+    name = node.target.name()  # type: ignore[no-untyped-call]
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeImplicitAutograd"))
 
 
 def mutates(node: Node) -> bool:
@@ -79,6 +119,20 @@ def reachable(start: Node, following: Callable[[Node], Iterable[Node]], steps: i
         found = dict.fromkeys(n for here in layer for n in following(here) if n not in seen)
         seen.update(found)
         layer = list(found)
+
+
+def remembered(node: Node, compute: Callable[[Node], _T]) -> _T:
+    """Return ``compute(node)``, computed again only where the arguments of the node or of its operands have changed.
+
+    Kept with the graph, so that it goes when the graph does.
+    """
+    known = node.graph.__dict__.setdefault("_spinpass_remembered", {})
+    witness = (node.args, node.kwargs, *(operand.args for operand in node.all_input_nodes))
+    found = known.get((compute, node))
+    if found is None or len(found[0]) != len(witness) or not all(a is b for a, b in zip(found[0], witness)):
+        found = known[compute, node] = (witness, compute(node))
+    result: _T = found[1]
+    return result
 
 
 def value(node: Node) -> Any:
@@ -127,9 +181,15 @@ def _size(size: Any) -> Size:
 
 
 def is_float(node: Node) -> bool:
-    """Return whether the value is a floating-point tensor."""
+    """Return whether the value is a dense floating-point tensor of 16 bits or more: an axis of such a one has a basis.
+
+    Numbers of fewer bits are codes, which a rotation would round once more.
+    """
     val = value(node)
-    return isinstance(val, Tensor) and val.is_floating_point()
+    if not isinstance(val, Tensor):
+        return False
+    kind: torch.dtype = val.dtype
+    return kind.is_floating_point and kind.itemsize >= 2 and val.layout is torch.strided
 
 
 def is_check(node: Node) -> bool:
@@ -137,12 +197,32 @@ def is_check(node: Node) -> bool:
     return "assert" in op_name(node) or "sym_constrain" in op_name(node)
 
 
+def is_random(node: Node) -> bool:
+    """Return whether the operator gives other values each time, from a generator of random numbers.
+
+    Dropout that is not active gives none.
+    """
+    if not is_op(node) or torch.Tag.nondeterministic_seeded not in node.target.tags:  # type: ignore[union-attr]
+        return False
+    bound = arguments(node)
+    rate = bound.get("dropout_p", bound.get("p") if "train" in bound else 1.0)
+    return rate != 0 and bound.get("train", True) is not False
+
+
+def reads_bits(node: Node) -> bool:
+    """Return whether the node reads the bits of its operand as those of another type."""
+    return op_name(node) == "aten::view" and "dtype" in arguments(node)
+
+
 def lifted(node: Node) -> tuple[Any, Any]:
-    """Return the node's arguments, with every floating dtype raised to float64 and complex ones to complex128."""
+    """Return the node's arguments, with every floating dtype raised to float64 and complex ones to complex128.
+
+    A cast to fewer than 16 bits stays: it is a rounding to codes that the program means.
+    """
 
     def lift(arg: Any) -> Any:
         if isinstance(arg, torch.dtype):
-            if arg.is_floating_point:
+            if arg.is_floating_point and arg.itemsize >= 2:
                 return torch.float64
             return torch.complex128 if arg.is_complex else arg
         if isinstance(arg, (list, tuple)):
@@ -152,4 +232,5 @@ def lifted(node: Node) -> tuple[Any, Any]:
     return lift(node.args), {k: lift(v) for k, v in node.kwargs.items()}
 
 
+_CONTEXTS = {"wrap_with_set_grad_enabled", "wrap_with_autocast"}
 _COPIES = {"aten::lift_fresh_copy", "aten::lift_fresh", "aten::detach", "aten::detach_", "aten::clone", "aten::alias"}

@@ -17,17 +17,25 @@ import torch
 from torch.export import ExportedProgram
 from torch.fx import Node
 
+from spinpass.errors import ProgramError
 from spinpass.graph import (
     ProgramEditor,
     arguments,
+    copied_graph,
+    decomposed,
     functional_target,
+    is_context,
     is_op,
     mutates,
     op_name,
     shape,
     shares_memory,
+    splice,
     value,
 )
+
+from .decompose import decompose
+from .memory_check import wrong_read
 
 aten = torch.ops.aten
 
@@ -39,12 +47,35 @@ def open_program(program: ExportedProgram) -> ProgramEditor:
         ProgramError, QuantizedWeightError: as :class:`spinpass.graph.editor.ProgramEditor`.
     """
     editor = ProgramEditor(program)
+    if any(map(is_context, editor.nodes)):
+        editor = ProgramEditor(_without_contexts(program))
     try:
         functionalize(editor)
     except _Unsupported:
         editor = ProgramEditor(program.run_decompositions({}))
     editor.cleanup()  # what no output depends on reads nothing
+    decompose(editor)
     return editor
+
+
+def _without_contexts(program: ExportedProgram) -> ExportedProgram:
+    """Return the program with what stands under autocast or no_grad in its own graph, every cast written out.
+
+    Raises:
+        ProgramError: torch cannot trace through it.
+    """
+    try:
+        traced: ExportedProgram = program.run_decompositions({})
+        return traced
+    except Exception as error:  # whatever torch runs into
+        raise ProgramError(
+            f"what stands under autocast, no_grad or vmap in the program cannot be traced ({type(error).__name__}: "
+            f"{error}); export the model without it"
+        ) from error
+
+
+_Shown = dict[Node, Node | None]
+"""By node, the operand whose memory its result shows; None where it has memory of its own."""
 
 
 class _Unsupported(Exception):
@@ -61,26 +92,56 @@ def functionalize(editor: ProgramEditor) -> None:
     for node in detached:
         node.replace_all_uses_with(node.all_input_nodes[0])
     editor.erase(detached)
-    memory = _Memory(editor)
+    if not any(map(mutates, editor.nodes)):
+        return
+    shown = _spell_out_views(editor)
+    exported = copied_graph(editor.graph)
+    memory = _Memory(editor, shown)
     for node in list(editor.nodes):
         if mutates(node):
             memory.write(node)
         elif node.op not in ("placeholder", "get_attr"):
             memory.read(node)
     memory.return_inputs()
+    wrong = wrong_read(exported, editor, [*memory.roots, *memory.views], memory.roots, memory.reads)
+    if wrong:
+        raise _Unsupported(f"{wrong} would see other values")
     editor.erase(memory.written)
+
+
+def _spell_out_views(editor: ProgramEditor) -> _Shown:
+    """Replace what shows written memory without its schema saying so (an einsum of one operand) by what it is made of.
+
+    Return what is known of the views then.
+
+    Raises:
+        _Unsupported: torch does not say what that is.
+    """
+    while True:
+        shown: _Shown = {}
+        views = [view for view in _Memory(editor, shown).views if is_op(view) and not mutates(view)]
+        node = next((v for v in views if not v.target.is_view and op_name(v) not in _KNOWN), None)  # type: ignore[union-attr]
+        if node is None:
+            return shown
+        parts = decomposed(editor, node)
+        if parts is None:
+            raise _Unsupported(f"a view by {op_name(node)}")
+        splice(editor, node, parts)
 
 
 class _Memory:
     """Which nodes view which memory, and which node holds its contents at the point of the graph that is reached."""
 
-    def __init__(self, editor: ProgramEditor) -> None:
+    def __init__(self, editor: ProgramEditor, shown: _Shown) -> None:
         self.editor = editor
+        self._known = shown
         self.written: list[Node] = []
         self._viewed: dict[Node, Node] = {}  # view -> what it is a view of
         self._views: dict[Node, set[Node]] = {}  # root -> all views of its memory
         self._current: dict[Node, Node] = {}
+        self._shown: dict[Node, Node] = {}  # view -> its operand by now, where reads of that were redirected
         self._stale: set[Node] = set()
+        self.reads: dict[tuple[str, str], Node] = {}  # by reader and what it reads, as exported
         self._inputs = set(editor.user_inputs())
         for node in editor.nodes:
             if mutates(node):
@@ -89,7 +150,7 @@ class _Memory:
     def _find_memory(self, node: Node) -> None:
         """Note all views of the whole memory that a write to ``node`` may touch."""
         root = node
-        while (source := _viewed(self.editor, root)) is not None:
+        while (source := self._source(root)) is not None:
             root = source
         if root.op != "call_function" and root not in self._inputs:
             raise _Unsupported(f"{root.name} is memory of a constant")
@@ -100,18 +161,37 @@ class _Memory:
         while todo:
             here = todo.pop()
             for user in here.users:
-                if user not in views and _viewed(self.editor, user) is here:
+                if user not in views and self._source(user) is here:
                     views.add(user)
                     self._viewed[user] = here
                     todo.append(user)
         self._views[root] = views
 
+    @property
+    def roots(self) -> list[Node]:
+        """The values that own written memory."""
+        return list(self._views)
+
+    @property
+    def views(self) -> list[Node]:
+        """All that show written memory without owning it, operators that write included."""
+        return [view for views in self._views.values() for view in views]
+
+    def _source(self, node: Node) -> Node | None:
+        if node not in self._known:
+            self._known[node] = _viewed(self.editor, node)
+        return self._known[node]
+
     def read(self, node: Node) -> None:
         """Let ``node`` read what its operands hold by now."""
         for source in node.all_input_nodes:
             now = self._contents(source, node)
+            if node not in self._viewed and (source in self._viewed or source in self._views):
+                self.reads[node.name, source.name] = now
             if now is not source:
                 node.replace_input_with(source, now)
+                if self._viewed.get(node) is source:
+                    self._shown[node] = now
 
     def write(self, node: Node) -> None:
         """Compute what ``node`` writes and put it into everything that shows the memory."""
@@ -143,7 +223,8 @@ class _Memory:
         if node not in self._stale:
             return self._current.get(node, node)
         source = self._contents(self._viewed[node], at)
-        again = source if mutates(node) else self.editor.repeat(node, {self._viewed[node]: source}, before=at)
+        operand = self._shown.get(node, self._viewed[node])
+        again = source if mutates(node) else self.editor.repeat(node, {operand: source}, before=at)
         self._current[node] = again
         self._stale.discard(node)
         return again
@@ -310,3 +391,4 @@ _RESHAPES = frozenset(
         "reshape_as",
     )
 )
+_KNOWN = _IDENTITIES | _RESHAPES

@@ -217,7 +217,7 @@ class Candidates:
             if self.claims.overlap(attention.query, attention.query_layout):
                 continue
             space = self._cache_walk(attention.key).grow(attention.query, attention.query_layout)
-            if space.exits:
+            if space.exits or not space.members:
                 yield _open_edge("R3", attention.node, space)
             else:
                 form = "online" if space.entries else "offline"

@@ -7,10 +7,10 @@ from dataclasses import replace
 
 from torch.fx import Node
 
-from spinpass.analysis import CacheEdge, Entry, Refusal, Space, find_linears, tokens_per_call
+from spinpass.analysis import CacheEdge, Entry, Refusal, Space, SpotCheck, find_linears, tokens_per_call
 from spinpass.config import ROLES, Role, RotationConfig
 from spinpass.errors import ConfigError
-from spinpass.graph import ProgramEditor, elements
+from spinpass.graph import ProgramEditor, elements, is_region, op_name
 from spinpass.record import Record
 from spinpass.rotations import Rotation
 
@@ -44,6 +44,7 @@ class Planner:
         earlier: Record | None = None,
     ) -> None:
         self.editor = editor
+        self._spot_check = SpotCheck(editor)
         self.earlier = earlier
         self.config = config
         self.only = None if only is None else {s.name: s for s in only.spaces}
@@ -76,6 +77,9 @@ class Planner:
         for role in self.config.rotations:
             if role in _NOTHING and role not in accepted and not any(r.what.startswith(role) for r in self.refusals):
                 self.refusals.append(Refusal(role, _NOTHING[role]))
+        for node in filter(is_region, self.editor.nodes):
+            what = f"{op_name(node)} at {node.name}"
+            self.refusals.append(Refusal(what, "what it runs is a program of its own, not looked into", (node.name,)))
         if self.only is None:
             self.config.check_used(self._names_seen, self.editor.parameter_names())
 
@@ -103,6 +107,10 @@ class Planner:
         if why is not None:
             self._refuse(Refusal(name, why))
             return None
+        checked = self._spot_check(space)
+        if checked.fault is not None:
+            self._refuse(Refusal(name, checked.fault.why, (checked.fault.node.name,)))
+            return None
         rotation = self.only[name].rotation if self.only is not None else self._rotation(name, space.width)
         if rotation.order == 1:
             self._refuse(Refusal(name, f"no Hadamard order above 1 divides {space.width}"))
@@ -120,7 +128,7 @@ class Planner:
             online=tuple(parts),
             cache=tuple(c.node.name if c.output is None else f"output {c.output}" for c in space.carried),
             bytes_added=0,
-            notes=tuple(f"{self.editor.fqn(n)} kept: {w}" for n, w in space.kept.items()),
+            notes=(*(f"{self.editor.fqn(n)} kept: {w}" for n, w in space.kept.items()), *checked.unchecked),
         )
         self.planned.append(planned)
         self.carried += [(planned, c) for c in space.carried]

@@ -26,7 +26,18 @@ from torch.export.graph_signature import OutputKind
 from torch.fx import Node
 
 from spinpass.errors import InvariantError
-from spinpass.graph import Layout, LayoutError, ProgramEditor, arguments, elements, is_op, op_name, reachable, shape
+from spinpass.graph import (
+    Layout,
+    LayoutError,
+    ProgramEditor,
+    arguments,
+    elements,
+    is_float,
+    is_op,
+    op_name,
+    reachable,
+    shape,
+)
 
 from ..ops.rules import (
     Centring,
@@ -78,7 +89,8 @@ class Walk:
     def grow(self, seed: Node, layout: Layout) -> Space:
         """Return the space of the axes of ``seed`` that ``layout`` says.
 
-        There always is one, because what does not commute is an entry or an exit.
+        There always is one, because what does not commute is an entry or an exit. It has no members where the seed is
+        a constant that has to stay as it is.
 
         Raises:
             InvariantError: the walk does not settle, which is a bug in spinpass.
@@ -110,7 +122,11 @@ class Walk:
         self._uncentred_uses: list[tuple[Node, str]] = []
         self._same_scale: list[tuple[Node, Node, Node | None]] = []
         self._by: Node = seed
-        self._demand(seed, AxisType(layout))
+        self._stale = False  # a scale that was crossed is known by now to have to stay
+        try:
+            self._demand(seed, AxisType(layout))
+        except Barrier:  # a constant that stays as it is
+            return self._result(seed, layout)
         while self._todo:
             node, axis = self._todo.popleft()
             if axis not in self.types[node]:
@@ -120,10 +136,11 @@ class Walk:
             for user in list(node.users):
                 self._by = user
                 self._forward(node, axis, user)
+        if self._stale:
+            raise _Restart
         for weight, operand, scale in self._same_scale:
             if not any(t.pending is not None and t.pending.scale is scale for t in self.types.get(operand, ())):
-                self.kept[weight] = "its uses need different scales folded in"
-                raise _Restart
+                raise self._assuming(self.kept, weight, "its uses need different scales folded in")
         self._check_all_or_none()
         if self._centrings:
             self._check_centred_constants()
@@ -138,8 +155,9 @@ class Walk:
         """Keep a constant that is centred where it writes and is read as well: what reads with it may be uncentred."""
         for constant, types in self.types.items():
             if self.editor.is_weight(constant) and any(t.reads and not t.centred for t in types):
-                self.kept[constant] = "it would have to be centred where it writes, and is read as well"
-                raise _Restart
+                raise self._assuming(
+                    self.kept, constant, "it would have to be centred where it writes, and is read as well"
+                )
 
     def _check_all_or_none(self) -> None:
         """Make sure that an operator is linked to the space through all its ports or through none."""
@@ -147,8 +165,7 @@ class Walk:
         left = {(node, user) for node, user, _ in self._exits}
         for (_, user, _), (_, why) in self._exits.items():
             if user in self.types and user not in entered:
-                self._closed[user] = why
-                raise _Restart
+                raise self._assuming(self._closed, user, why)
         for node in entered - self._closed.keys():
             for source in node.all_input_nodes:
                 if (
@@ -157,8 +174,8 @@ class Walk:
                     and (source, node) not in left
                     and not self._is_statistic(source, node)
                 ):
-                    self._closed[node] = next(why for (n, _), why in self._entries.items() if n is node)
-                    raise _Restart
+                    why = next(why for (n, _), why in self._entries.items() if n is node)
+                    raise self._assuming(self._closed, node, why)
 
     def _is_statistic(self, node: Node, user: Node) -> bool:
         """Return whether ``user`` reads nothing of ``node`` that a rotation would change."""
@@ -179,7 +196,11 @@ class Walk:
         sizes = shape(node)
         if any(d >= len(sizes) or sizes[d] != size for d, size in zip(axis.layout.dims, axis.layout.sizes)):
             raise Barrier(f"{node.name} has no axis that could hold {axis.layout}")
-        if axis.pending is not None and not _fits(axis.pending.scale, axis.layout):
+        if not is_float(node):
+            raise Barrier(f"{node.name} holds no floating-point values of 16 bits or more")
+        if axis.pending is not None and not all(
+            _fits(moved, axis.layout) for moved in (axis.pending.scale, axis.pending.shift)
+        ):
             raise Barrier("a scale per channel of several vectors is rearranged")
         known = self.types.setdefault(node, [])
         for old in known:
@@ -209,20 +230,27 @@ class Walk:
     def _contradiction(self, node: Node, why: str) -> None:
         """Keep the constant, or close the operator that has made the demand, and start again."""
         if self.editor.is_weight(node):
-            self.kept[node] = why
-        elif self._by in self._closed:
+            raise self._assuming(self.kept, node, why)
+        if self._by in self._closed and not self._stale:
             raise InvariantError(f"{self._by.name} is closed and still contradicts")
-        else:
-            self._closed[self._by] = why
-        raise _Restart
+        raise self._assuming(self._closed, self._by, why)
+
+    def _assuming(self, assumptions: dict[Node, str], node: Node, why: str) -> _Restart:
+        """Note that a node stays as it is, unless the walk goes on under an assumption that is known to be wrong."""
+        if not self._stale:
+            assumptions[node] = why
+        return _Restart()
 
     def _leave_zone(self, axis: AxisType, why: str) -> None:
-        """Let a pending scale stay where it is, because something else than a linear meets the value; start again."""
+        """Let a pending scale stay where it is, because something else than a linear meets the value.
+
+        The walk goes on, to find all scales that have to stay, and starts again when it is through.
+        """
         assert axis.pending is not None
         if axis.pending.origin is None:
             raise InvariantError("a pending scale without an origin")
-        self._uncrossed[axis.pending.origin] = why
-        raise _Restart
+        self._uncrossed.setdefault(axis.pending.origin, why)
+        self._stale = True
 
     def _rule(self, node: Node) -> Rule:
         if node not in self._rules:
@@ -238,13 +266,13 @@ class Walk:
             self._produce(node, axis)
         except (Barrier, LayoutError) as error:
             if self.editor.is_computable(node):
-                self._computed.add(node)
+                if not self._stale:
+                    self._computed.add(node)
                 raise _Restart from None
             if self.editor.is_weight(node):
-                self.kept[node] = str(error)
-                raise _Restart from None
+                raise self._assuming(self.kept, node, str(error)) from None
             if axis.pending is not None:
-                self._leave_zone(axis, str(error))
+                return self._leave_zone(axis, str(error))
             self._entries[node, axis.layout.dims] = str(error)
 
     def _produce(self, node: Node, axis: AxisType) -> None:
@@ -307,11 +335,10 @@ class Walk:
             self._demand(crossed[0], AxisType(axis.layout, Pending(False, crossed[1], origin=node), axis.centred))
 
     def _produce_norm(self, node: Node, rule: Normalization, axis: AxisType) -> None:
-        pending = Pending(True, self._canonical(rule.weight), self._canonical(rule.bias))
-        natural = pending if rule.weight is not None or rule.bias is not None else None
+        natural = self._pending_behind(rule)
         if node in self._uncrossed or axis.pending != natural or not self._is_normed(node, rule, axis.layout):
             raise Barrier("a norm with a scale per channel")
-        self._cross_norm(node, rule, axis.layout)
+        self._cross_norm(node, rule)
         self._demand(rule.source, AxisType(axis.layout))
 
     # -- towards the users ---------------------------------------------------------------------------------------------
@@ -321,10 +348,9 @@ class Walk:
             self._consume(node, axis, user)
         except (Barrier, LayoutError) as error:
             if self.editor.is_weight(node):
-                self.kept[node] = f"{user.name} needs it as it is: {error}"
-                raise _Restart from None
+                raise self._assuming(self.kept, node, f"{user.name} needs it as it is: {error}") from None
             if axis.pending is not None:
-                self._leave_zone(axis, f"{user.name} reads it: {error}")
+                return self._leave_zone(axis, f"{user.name} reads it: {error}")
             self._exits[node, user, axis.layout.dims] = (axis, str(error))
             rule = self._rule_or_none(user)
             if not (isinstance(rule, Normalization) and rule.centres and self._is_whole(user, axis.layout)):
@@ -382,8 +408,7 @@ class Walk:
             try:
                 self._consume(node, axis, item)
             except (Barrier, LayoutError) as error:
-                self._closed[user] = str(error)
-                raise _Restart from None
+                raise self._assuming(self._closed, user, str(error)) from None
 
     def _leave_program(self, node: Node, axis: AxisType) -> None:
         self._need_plain(axis, "it is a program output")
@@ -423,8 +448,7 @@ class Walk:
                 self._spread(rule, port, axis, user)
             except Barrier as error:
                 if len(ports) > 1:
-                    self._closed[user] = str(error)
-                    raise _Restart from None
+                    raise self._assuming(self._closed, user, str(error)) from None
                 if not self._cross_forward(node, axis, user, rule):
                     raise Barrier(self._uncrossed.get(user, str(error))) from error
 
@@ -455,7 +479,7 @@ class Walk:
         a, b = rule.terms[0]
         if self.editor.is_constant(a.node):
             a, b = b, a
-        if self.editor.is_constant(a.node) or not self.editor.is_constant(b.node):
+        if self.editor.is_constant(a.node) or not self.editor.is_computable(b.node):
             return None
         if any(d >= len(rule.out) for d in layout.dims):
             return None
@@ -499,7 +523,7 @@ class Walk:
     def _consume_square(self, node: Node, axis: AxisType, user: Node) -> None:
         self._need_plain(axis, "its squares are summed")
         for reader in user.users:
-            dims = _reduced_axes(reader)
+            dims = None if isinstance(self._rule_or_none(reader), Opaque) else _reduced_axes(reader)
             if dims is None or not axis.layout.mixing <= dims:
                 raise Barrier(f"{user.name} squares it channel by channel")
         self._note_uncentred(node, axis, "is squared and summed without centring")
@@ -531,17 +555,29 @@ class Walk:
             raise Barrier("the norm is taken over another axis")
         if not rule.centres:
             self._note_uncentred(node, axis, "is normed without centring")
-        pending = self._cross_norm(user, rule, axis.layout)
+        pending = self._cross_norm(user, rule)
         self._demand(user, AxisType(axis.layout, pending, rule.centres or axis.centred))
 
-    def _cross_norm(self, node: Node, rule: Normalization, layout: Layout) -> Pending | None:
+    def _cross_norm(self, node: Node, rule: Normalization) -> Pending | None:
         """Note the norm, and return the scale and shift that are pending behind it; None where it has neither."""
+        pending = self._pending_behind(rule, node)
         self._scales[node] = None
         if rule.centres:
             self._centrings[node] = None
+        return pending
+
+    def _pending_behind(self, rule: Normalization, origin: Node | None = None) -> Pending | None:
+        """Return the scale and shift of a norm, where it has any.
+
+        Raises:
+            Barrier: they cannot be moved into constants, because only a run makes them.
+        """
         if rule.weight is None and rule.bias is None:
             return None
-        return Pending(True, self._canonical(rule.weight), self._canonical(rule.bias), origin=node)
+        made = next((n for n in (rule.weight, rule.bias) if n is not None and not self.editor.is_computable(n)), None)
+        if made is not None:
+            raise Barrier(f"{made.name}, the norm's scale or bias, is made while the program runs")
+        return Pending(True, self._canonical(rule.weight), self._canonical(rule.bias), origin=origin)
 
     def _canonical(self, node: Node | None) -> Node | None:
         return node if node is None else self.editor.canonical(node)
@@ -605,12 +641,13 @@ class Walk:
                 raise Barrier("it multiplies channel by channel")
             if not set(names.values()) <= set(holders[0].labels):
                 raise Barrier("part of the axis is broadcast")
+            if holders[0].node in rule.opaque:
+                raise Barrier("it is used in another way than linearly")
             demands.append((holders[0].node, {d: holders[0].labels.index(n) for d, n in names.items()}))
         scaled = axis.pending is not None and axis.pending.after
         if scaled and user is not None and not _commutes_with_scale(user, rule, mixing, axis):
             if at is not None and self.editor.is_weight(at.node):
-                self.kept[at.node] = "its uses need different scales folded in"
-                raise _Restart
+                raise self._assuming(self.kept, at.node, "its uses need different scales folded in")
             self._pass_pending(at, axis, demands, user)
             return
         if at is not None and user is not None:
@@ -633,13 +670,13 @@ class Walk:
         added = [node for node, _ in demands if at is None or node is not at.node]
         simple = (
             len(added) == 1
-            and self.editor.is_constant(added[0])
+            and self.editor.is_computable(added[0])
             and op_name(user) == "aten::add"
             and arguments(user)["alpha"] == 1
         )
         if not simple or axis.pending.shift is not None or user in self._uncrossed or not axis.layout.is_contiguous:
             raise Barrier("it is combined with other values")
-        if len(shape(added[0])) and shape(added[0])[-1] != axis.layout.width:
+        if not _fits(added[0], axis.layout):
             raise Barrier("it is combined with other values")
         self._scales[user] = None
         self._demand(user, replace(axis, pending=replace(axis.pending, shift=added[0])))
@@ -704,8 +741,7 @@ class Walk:
             natural = None if crossed is None else crossed[1]
         expected = None if axis.pending is None else axis.pending.scale
         if root not in self._uncrossed and natural is not expected:
-            self.kept[constant] = "its uses need different scales folded in"
-            raise _Restart
+            raise self._assuming(self.kept, constant, "its uses need different scales folded in")
 
     def _only_source(self, node: Node) -> Node | None:
         """Return the value that a movement or a multiplication by a scalar was applied to; None for other operators."""
@@ -726,7 +762,14 @@ class Walk:
         args = arguments(user)
         unscaled = args.get("alpha", 1) == 1 and args.get("beta", 1) == 1
         on_the_right = op_name(user) == "aten::linear" or (partner.labels == ("k", "n") and at.labels[-1] == "k")
-        if op_name(user) not in _BIASED or len(shape(partner.node)) != 2 or not unscaled or not on_the_right:
+        bias = args.get("bias") if op_name(user) == "aten::linear" else args["self"] if "beta" in args else None
+        one_for_all = bias is None or (self.editor.is_computable(bias) and shape(bias) == shape(user)[-1:])
+        if (
+            op_name(user) not in _BIASED
+            or len(shape(partner.node)) != 2
+            or not (unscaled and on_the_right and one_for_all)
+            or not self.editor.is_computable(partner.node)
+        ):
             raise Barrier(f"{op_name(user)} has no place for the norm's bias")
         self._shifts[user, at.node] = ShiftUse(user, at.node, partner.node, shift)
 
@@ -778,6 +821,8 @@ def _fits(scale: Node | None, layout: Layout) -> bool:
     """Return whether there is one scale for every vector of the layout, or one for all of them side by side."""
     if scale is None:
         return True
+    if not all(isinstance(size, int) for size in shape(scale)):
+        return False
     count = elements(scale)
     return count == layout.width or (count == layout.width * layout.count and layout.is_contiguous)
 

@@ -1,0 +1,98 @@
+"""Errors measured against the size of what stands around them, so that a large column or row hides nothing.
+
+An error at (row, column) is relative to the smaller of the largest values in its row and in its column. Where a value
+is tiny because large ones have cancelled, rounding alone exceeds that; how much of it there is, is measured: the
+original runs again with every value shaken by its last bits. The floor that follows never exceeds what is allowed
+relative to the largest value of the whole output.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from .certificate import is_fill, wide
+
+Noise = Callable[[], Tensor | None]
+"""What measures how far rounding alone moves each value of an output."""
+
+_MARGIN = 64.0  # a rotation and its inverse round some tens of times more often than the original
+_LARGE = 1e8  # masks reach beyond; the activations of a vector do not
+
+
+def vector_error(reference: Any, result: Any, bound: float, noise: Noise) -> float:
+    """Return the largest error relative to the size of its own row and column, in float64.
+
+    Args:
+        reference: what the original returns.
+        result: what is compared with it; values of another shape, or no tensors, are not judged here.
+        bound: the error allowed. ``noise`` is asked only where it is exceeded.
+        noise: the absolute rounding error of each value of the reference.
+    """
+    if not isinstance(reference, Tensor) or not isinstance(result, Tensor) or reference.shape != result.shape:
+        return 0.0
+    a, b = wide(reference), wide(result)
+    equal = (a == b) | (a.isnan() & b.isnan())
+    if bool(equal.all()):
+        return 0.0
+    error = torch.where(equal, 0.0, (a - b).abs()).nan_to_num(nan=math.inf, posinf=math.inf)
+    size = torch.where(a.isfinite() & ~(equal & is_fill(a)), a.abs(), 0.0)
+    scale = _around(size)
+    found = _worst(error, scale)
+    if found <= bound or not bound > 0:
+        return found
+    moved = noise()
+    if moved is None or moved.shape != scale.shape:
+        return found
+    floor = (_MARGIN * _around(moved.nan_to_num(nan=0.0, posinf=0.0)) / bound).clamp(max=float(size.max()))
+    return _worst(error, torch.maximum(scale, floor))
+
+
+def _around(size: Tensor) -> Tensor:
+    """Return for each value the smaller of the largest ones in its row and in its column."""
+    if size.ndim == 0:
+        return size
+    row = size.amax(-1, keepdim=True)
+    if size.ndim == 1 or math.prod(size.shape[:-1]) == 1:
+        return row.expand_as(size)
+    return torch.minimum(row, size.flatten(0, -2).amax(0))
+
+
+def _worst(error: Tensor, scale: Tensor) -> float:
+    return float(torch.where(error > 0, error / scale, 0.0).max())
+
+
+class Shaken:
+    """A watch that moves every value of a lifted run by rounding: some bits of itself or of the vector it lies in.
+
+    In a rotated basis each coordinate carries the rounding of the largest. Zeros stay, and so do the values of masks.
+
+    Args:
+        seed: of the signs.
+        unit: the size of one rounding.
+    """
+
+    def __init__(self, seed: int, unit: float) -> None:
+        self._generator = torch.Generator().manual_seed(seed)
+        self._unit = unit
+
+    def __call__(self, node: Node, result: Any) -> Any:
+        """Return the value, shaken where an operator has computed it in floating point."""
+        computed = node.op == "call_function" or (
+            node.op == "placeholder" and not node.name.startswith(("p_", "b_", "c_"))
+        )
+        if not computed or not isinstance(result, Tensor) or result.dtype is not torch.float64 or not result.numel():
+            return result
+        size = result.abs()
+        usual = torch.where(size < _LARGE, size, 0.0)
+        around = usual.amax(-1, keepdim=True) if result.ndim else usual
+        amount = torch.where(size < _LARGE, torch.maximum(size, around), size)
+        signs = torch.randint(0, 2, result.shape, generator=self._generator, dtype=torch.float64) * 2 - 1
+        return torch.where(
+            (result != 0) & result.isfinite(), result + amount * self._unit * signs.to(result.device), result
+        )

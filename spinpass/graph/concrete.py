@@ -1,0 +1,62 @@
+"""Numbers in the place of symbolic sizes:  s0, s1 + s0, …  ->  2, 3 + 2, …   so that a node can be run by itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import SymBool, SymFloat, SymInt
+from torch.fx import Node
+
+
+class ConcreteSizes:
+    """Small numbers for the symbols of a program, the same for a symbol wherever it stands, within its range.
+
+    Args:
+        example: take the sizes that the program was exported with, which fit together where symbols depend on each
+            other without saying so (caches of several layers).
+    """
+
+    def __init__(self, *, example: bool = False) -> None:
+        self._example = example
+        self._chosen: dict[Any, int] = {}
+
+    def of(self, size: Any) -> Any:
+        """Return a plain number for a symbolic one, and everything else as it is.
+
+        Raises:
+            ValueError: no number can be told, because the expression is none of sizes.
+        """
+        if not isinstance(size, (SymInt, SymFloat, SymBool)):
+            return size
+        if self._example:
+            if size.node.hint is None:
+                raise ValueError(f"{size} had no number when the program was exported")
+            return size.node.hint
+        expression = size.node.expr
+        ranges = size.node.shape_env.var_to_range
+        for symbol in sorted(expression.free_symbols, key=str):
+            if symbol not in self._chosen:
+                self._chosen[symbol] = _within(ranges.get(symbol), 2 + len(self._chosen) % 3)
+        found = expression.xreplace(self._chosen)
+        if getattr(found, "free_symbols", None):
+            raise ValueError(f"{size} is no number")
+        kind = bool if isinstance(size, SymBool) else float if isinstance(size, SymFloat) else int
+        return kind(found)
+
+    def shape(self, node: Node) -> tuple[int, ...]:
+        """Return the sizes of a tensor as numbers."""
+        return tuple(self.of(size) for size in node.meta["val"].shape)
+
+
+def _within(bounds: Any, wanted: int) -> int:
+    """Return the number of a range that is nearest to the one wanted."""
+    if bounds is None:
+        return wanted
+    return int(min(max(wanted, bounds.lower), bounds.upper))
+
+
+def called(node: Node, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+    """Run what a node calls on other arguments, without gradients."""
+    with torch.no_grad():
+        return node.target(*arguments, **keywords)  # type: ignore[operator]
