@@ -58,13 +58,15 @@ def reading_inputs(
     return {spec.name: given[spec.name] if spec.name in given else _value(spec, sizes, past) for spec in inputs}
 
 
-def read_in_pieces(ep: ExportedProgram, ids: UserInput, pieces: Iterable[Tensor]) -> Tensor:
+def read_in_pieces(ep: ExportedProgram, ids: UserInput, pieces: Iterable[Tensor], seen: Tensor | None = None) -> Tensor:
     """Read a text piece by piece, each on the state that those before have left.
 
     Args:
         ep: the program; its first output is the logits.
         ids: its input of token ids.
         pieces: of the text, integers (1, length).
+        seen: which tokens of it are no padding, integers (length,) of 0 and 1: masks close the others, and positions
+            are counted without them. None sees all.
 
     Returns:
         The logits of all tokens in the program's dtype, (1, length, vocabulary).
@@ -78,11 +80,24 @@ def read_in_pieces(ep: ExportedProgram, ids: UserInput, pieces: Iterable[Tensor]
     past = 0
     for piece in pieces:
         sizes = reading_sizes(specs, ids, piece, past)
-        outputs = run(ep, reading_inputs(specs, ids, piece, sizes, past, held))
+        given = reading_inputs(specs, ids, piece, sizes, past, held)
+        if seen is not None:
+            upto = seen[: past + piece.shape[1]]
+            given |= {s.name: _without_padding(s, given[s.name], upto) for s in specs if s.name not in held}
+        outputs = run(ep, given)
         logits.append(outputs[0])
         held = {given: outputs[index] for given, index in state.items()}
         past += piece.shape[1]
     return torch.cat(logits, 1)
+
+
+def _without_padding(spec: UserInput, given: Any, seen: Tensor) -> Any:
+    """Return a mask or the positions for the tokens up to here, the last ones of which are given."""
+    if spec.role is InputRole.MASK and isinstance(given, Tensor) and not given.is_floating_point():
+        return seen[-given.shape[-1] :].to(given.dtype).expand_as(given)
+    if not holds_positions(spec):
+        return given
+    return (seen.cumsum(0) - 1).clamp(min=0)[-given.shape[-1] :].to(given.dtype).expand_as(given)
 
 
 def _value(spec: UserInput, sizes: Sizes, past: int) -> Any:

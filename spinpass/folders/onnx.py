@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from spinpass.errors import ConfigError, ExportError, VerificationError
 from spinpass.evaluation import calibration_windows, token_ids
 from spinpass.exporters import cache_names, named_record
-from spinpass.formats import PREFIX, Draft
+from spinpass.formats import PREFIX, READS_PADDING, Draft
 from spinpass.graph import with_other_values
 from spinpass.loading import Companions, LoadedModel
 from spinpass.progress import Steps
@@ -52,6 +52,7 @@ class OnnxTools(Protocol):
         output_names: Mapping[str, str],
         fuse: bool,
         verify: bool | None,
+        metadata: Mapping[str, str] | None,
         progress: Callable[[str], None],
     ) -> OnnxReport: ...
 
@@ -128,6 +129,7 @@ def write_folder(
             **cache_names(result.program),
             fuse=fuse,
             verify=None if certify and not result.rounds_activations else False,
+            metadata={READS_PADDING: "true"} if loaded.reads_padding else None,
             progress=lambda step: steps.begin(f"onnx: {step}"),
         )
         return replace(made, uncertified=_AT_A_TIE) if certify and result.rounds_activations else made

@@ -106,7 +106,7 @@ def _tried(
         return [_try_outputs(program, path, steps, bound, why)]
     judge = Judge(program, bound)
     cases, left = _cases(loaded, judge.longest, None if ids is None else ids.bound, _padding(folder))
-    padded = any(spec.role is InputRole.MASK for spec in inputs)
+    padded = any(spec.role is InputRole.MASK for spec in inputs) and not loaded.reads_padding
     asked = {
         runtime: {case: turns for case, turns in cases.items() if _takes(runtime, turns, padded=padded)}
         for runtime, absent in runtimes.items()
@@ -124,7 +124,7 @@ def _tried(
         ends = special_tokens(folder)[1] if runtime == "genai" else ()
         for case in cases:
             if case not in each:
-                found.append(FolderTrial(runtime, case, reason=_why_not(runtime)))
+                found.append(FolderTrial(runtime, case, reason=_why_not(runtime, loaded)))
             elif why:
                 found.append(FolderTrial(runtime, case, each[case].count, reason=why))
             else:
@@ -231,8 +231,11 @@ def _same_tokens(tokenizer: Any, folder: Path) -> FolderTrial:
     return FolderTrial("genai", case, reason=reason) if reason else FolderTrial("genai", case, len(expected), 0.0, 0.0)
 
 
-def _why_not(runtime: str) -> str:
-    return "its cache holds one sequence" if runtime == "executorch" else "the program takes no attention mask"
+def _why_not(runtime: str, loaded: LoadedModel) -> str:
+    if runtime == "executorch":
+        return "its cache holds one sequence"
+    reads = "padding changes what the model makes of a text: run rows of different length one by one"
+    return reads if loaded.reads_padding else "the program takes no attention mask"
 
 
 def _try_outputs(program: ExportedProgram, path: Path, steps: Steps, bound: float | None, why: str) -> FolderTrial:

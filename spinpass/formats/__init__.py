@@ -7,6 +7,7 @@ from .gguf_header import GgufHeader, check_gguf
 from .gptq import QUANTIZE_CONFIG, GptqCheckpoint, GptqReport, read_gptq, write_gptq
 from .manifest import (
     MANIFEST,
+    READS_PADDING,
     Artefact,
     check_checkpoint,
     check_companions,
@@ -29,6 +30,7 @@ __all__ = [
     "PREFIX",
     "PROTOBUF_LIMIT",
     "QUANTIZE_CONFIG",
+    "READS_PADDING",
     "Artefact",
     "Draft",
     "FileHash",

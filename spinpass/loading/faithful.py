@@ -27,6 +27,7 @@ from spinpass.execution import (
 )
 
 _LENGTH, _LAST = 20, 3  # tokens of the text, and of its second piece
+_PADDING = 3  # tokens
 LONGEST_TEXT = 300
 """A text that is tried on a model has no more tokens: beyond every chunk that is in use, and not every window."""
 
@@ -72,6 +73,37 @@ def check_faithful(model: Any, program: ExportedProgram, name: str) -> None:
             f"pieces gives other logits (relative error {worst:.1e}, allowed {bound:.0e}); a trace has fixed what the "
             "model decides by length or cache, so it cannot be exported as one decoder"
         )
+
+
+def reads_padding(model: Any, program: ExportedProgram) -> bool:
+    """Say whether padding changes the logits of a text, although the mask closes it: by positions that are counted with
+    it, or by a recurrence that goes over it.
+
+    Padding stands in front of a text, or, as ONNX Runtime GenAI has it, between a text and what follows. Transformers
+    has such models, too; texts of different length are not to be put into one batch for them.
+    """
+    ids = token_input(user_inputs(program))
+    if ids is None or not any(spec.role is InputRole.MASK for spec in user_inputs(program)):
+        return False
+    text = _text(model, _LENGTH)[:, :_LENGTH]
+    length = text.shape[1] + _PADDING
+    size = 1 if ids.shape[1] == 1 else length - _LAST
+    bound = LOGIT_BOUNDS[narrowest_dtype(program)]
+    try:
+        alone = read_in_pieces(program, ids, torch.split(text, size, 1)).float()
+        for start in (0, text.shape[1] - _LAST):
+            seen = torch.ones(length, dtype=torch.int64)
+            seen[start : start + _PADDING] = 0
+            padded = torch.zeros(1, length, dtype=text.dtype)
+            padded[:, seen.bool()] = text
+            found = read_in_pieces(program, ids, torch.split(padded, size, 1), seen)[:, seen.bool()].float()
+            # a token that sees nothing is no number here, and one in a file
+            differ = float((found - alone).abs().max() / alone.abs().max().clamp(min=1e-30))
+            if differ > bound:
+                return True
+    except SpinpassError:
+        pass
+    return False
 
 
 def text_limits(config: Any) -> list[int]:

@@ -23,7 +23,7 @@ from spinpass.formats import load_program, staged
 
 from .architecture import TRUST, causal_classes, check_adapters, check_architecture
 from .decoder import export_decoder, sample_ids, traced_program
-from .faithful import check_faithful
+from .faithful import check_faithful, reads_padding
 from .files import (
     SourceFiles,
     check_config_keys,
@@ -69,16 +69,21 @@ class Companions:
         return tuple(folder / name for name in names)
 
 
+_PADDING = "padding changes what the model makes of a text: rows of different length are run one by one"
+
+
 @dataclass(frozen=True)
 class LoadedModel:
     """This is an exported program and where it came from; ``companions`` is None for a ``.pt2`` file. ``report`` says
-    what loading did beyond taking every tensor as it was saved, ``files`` what it was loaded from."""
+    what loading did beyond taking every tensor as it was saved, ``files`` what it was loaded from. ``reads_padding``:
+    padding in front of a text changes what the model makes of it."""
 
     source: Source
     program: ExportedProgram
     companions: Companions | None
     report: LoadingReport = field(default_factory=LoadingReport)
     files: SourceFiles = field(default_factory=SourceFiles)
+    reads_padding: bool = False
 
 
 def load_model(
@@ -127,15 +132,18 @@ def load_model(
         if experts is not None and loaded._can_set_experts_implementation():  # noqa: SLF001  as their exporters ask
             loaded.set_experts_implementation(experts)
         report("export")
+        padding = False
         program = _exported(loaded, cache, source.location, context)
         if cache and context is None and done.dequantized != "gptq":  # whose values are filled in below
             report("compare")
             program, notes = _faithful(loaded, program, source.location)
-            done = replace(done, notes=(*done.notes, *notes))
+            padding = reads_padding(loaded, program)
+            done = replace(done, notes=(*done.notes, *notes, *([_PADDING] if padding else ())))
     if done.dequantized == "gptq":
         report("dequantize")
         program = with_values(program, source.location)
-    return LoadedModel(source, program, Companions(loaded.config, loaded.generation_config, tokenizer), done, files)
+    beside = Companions(loaded.config, loaded.generation_config, tokenizer)
+    return LoadedModel(source, program, beside, done, files, padding)
 
 
 def check_dtype(dtype: str) -> None:

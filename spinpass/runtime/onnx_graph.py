@@ -7,7 +7,7 @@ is what the graph says.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from spinpass.errors import ExportError
-from spinpass.formats import check_loaded, finish
+from spinpass.formats import READS_PADDING, check_loaded, finish
 
 _STATE = re.compile(r"\.state(\.\d+)?$")
 _PREFIX = re.compile(r"^(input\.|output\.)?(past_key_values|present_key_values|past|present)?")
@@ -51,6 +51,7 @@ class DecoderGraph:
         logits: the index of the output that has them.
         cache: the inputs of the cache.
         one_by_one: the graph takes one token of each sequence at a call.
+        reads_padding: padding changes what it makes of a text, though a mask closes it.
     """
 
     session: Any
@@ -59,6 +60,7 @@ class DecoderGraph:
     logits: int
     cache: tuple[_Slot, ...]
     one_by_one: bool = False
+    reads_padding: bool = False
 
     @staticmethod
     def open(path: Path, provider: str = "CPUExecutionProvider", threads: int | None = None) -> DecoderGraph:
@@ -81,8 +83,9 @@ class DecoderGraph:
         if not path.is_file():
             raise ExportError(f"there is no model at {path}")
         session = open_session(path, provider, threads)
-        check_loaded(path, session.get_modelmeta().custom_metadata_map)
-        return DecoderGraph.of(session, path)
+        about = session.get_modelmeta().custom_metadata_map
+        check_loaded(path, about)
+        return replace(DecoderGraph.of(session, path), reads_padding=READS_PADDING in about)
 
     @staticmethod
     def of(session: Any, path: Path) -> DecoderGraph:
@@ -128,8 +131,9 @@ class DecoderGraph:
 
     @property
     def takes_padding(self) -> bool:
-        """Whether rows of different length can be run together: the graph is told which tokens are padding."""
-        return "attention_mask" in self.plain
+        """Whether rows of different length can be run together: the graph is told which tokens are padding, and padding
+        changes nothing then."""
+        return "attention_mask" in self.plain and not self.reads_padding
 
     def step(self, ids: Tensor, state: State, mask: Tensor | None = None) -> Tensor:
         """Read new tokens (batch, length) and advance ``state``. Returns logits (batch, length, vocabulary).
