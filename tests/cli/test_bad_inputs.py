@@ -67,7 +67,7 @@ PATHS = [
     ("inspect {linear} --check", 2, "stands alone, with no spinpass.json to compare hashes with: leave out --check"),
     ("inspect {linear} --with {tmp}/missing", 2, "there is no model at"),
     ("generate {tmp}/missing hello", 2, "there is no model at"),
-    ("generate {model} hello", 2, "there is no model at"),
+    ("generate {model} hello", 2, "is a model of transformers"),
     ("report {model} -o {empty_folder}", 2, "is a folder; name a file in it"),
     ("report {model} -o {notes}/page.html", 1, "a part of the path is a file, not a folder"),
     ("report {tmp}/missing.pt2 -o {out}", 2, "there is no file or folder"),
