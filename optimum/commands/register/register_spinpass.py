@@ -34,6 +34,7 @@ _VALUES = {
 _SWITCHES = {
     "no-cache": "export without a KV cache, for whole prompts alone",
     "no-verify": "do not certify the result",
+    "allow-partial": "where the certificate fails, leave out the spaces to blame",
     "last-logits": "compute the logits of the last token alone, so that prompts are read faster",
     "no-fuse": "write standard ONNX operators only, instead of ONNX Runtime's own for attention",
     "dequantize": "where MODEL is quantized (GPTQ, FP8, MXFP4), take the values of its codes",

@@ -124,6 +124,7 @@ class _Local:
     def __post_init__(self) -> None:
         self.entries = {entry.node: set(entry.keep) for entry in self.space.entries}
         self.left = {(exit.node, user) for exit in self.space.exits for user in exit.users}
+        self.whole = {use.node for use in self.space.constants}  # expressions that fold as a whole, whatever they do
         self.scales, self.centrings = set(self.space.scales), set(self.space.centrings)
         self.shifts: dict[Node, list[ShiftUse]] = {}
         for shift in self.space.shifts:
@@ -142,7 +143,7 @@ class _Local:
         found = dict.fromkeys(n for m in members for n in (m, *m.users))
         for node in found:
             rule = self.rule(node)
-            if rule is None or isinstance(rule, (Ignored, Several, Mean)):
+            if rule is None or isinstance(rule, (Ignored, Several, Mean)) or node in self.whole:
                 continue
             if (node in members and node not in self.entries) or any(self.reads(node)):
                 yield node
