@@ -85,6 +85,7 @@ slow: $(READY)
 bench: $(READY)
 	$(BIN)/python benchmarks/exactness.py
 	$(BIN)/python benchmarks/transform.py
+	$(BIN)/python -m benchmarks.planning
 	$(BIN)/python benchmarks/hadamard.py
 
 # ACCURACY="--text FILE --calibration FILE --model FOLDER" reads other texts, another model

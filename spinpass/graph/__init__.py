@@ -1,7 +1,7 @@
 """An exported program that can be edited, and how to read its nodes; the only place that touches private torch API."""
 
 from .checks import assume, check_program, is_size_class
-from .concrete import ConcreteSizes, called
+from .concrete import ConcreteSizes, called, drawn
 from .decomposition import decomposed, splice
 from .editor import ProgramEditor, copied_graph, shares_memory
 from .invariants import Changes, Invariants
@@ -44,6 +44,7 @@ __all__ = [
     "copied_graph",
     "decomposed",
     "differing",
+    "drawn",
     "elements",
     "functional_target",
     "integers_as_buffers",

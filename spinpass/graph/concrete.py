@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import SymBool, SymFloat, SymInt
+from torch import SymBool, SymFloat, SymInt, Tensor
 from torch.fx import Node
+
+from .editor import ProgramEditor
+from .nodes import value
 
 
 class ConcreteSizes:
@@ -46,7 +50,7 @@ class ConcreteSizes:
 
     def shape(self, node: Node) -> tuple[int, ...]:
         """Return the sizes of a tensor as numbers."""
-        return tuple(self.of(size) for size in node.meta["val"].shape)
+        return tuple(self.of(size) for size in value(node).shape)
 
 
 def _within(bounds: Any, wanted: int) -> int:
@@ -54,6 +58,18 @@ def _within(bounds: Any, wanted: int) -> int:
     if bounds is None:
         return wanted
     return int(min(max(wanted, bounds.lower), bounds.upper))
+
+
+def drawn(editor: ProgramEditor, node: Node, sizes: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Return a value for a tensor of the graph: a constant of integers or booleans is the program's own, others are 0
+    and 1, which is an index of every axis; floats are normal, in float64 or complex128."""
+    val = value(node)
+    if val.is_floating_point() or val.is_complex():
+        kind = torch.complex128 if val.is_complex() else torch.float64
+        return torch.randn(list(sizes), generator=generator, dtype=kind)
+    if editor.is_constant(node):
+        return editor.deferred(node)()
+    return torch.randint(0, 2, list(sizes), generator=generator).to(val.dtype)
 
 
 def called(node: Node, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:

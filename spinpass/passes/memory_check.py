@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
-from spinpass.graph import ConcreteSizes, ProgramEditor, called, value
+from spinpass.graph import ConcreteSizes, ProgramEditor, called, drawn, value
 
 _RELATIVE = 1e-5  # an in-place operator rounds where the functional one and a cast do
 
@@ -69,14 +69,8 @@ class _Values:
         if not isinstance(val, Tensor):
             return self._sizes.of(val)
         here = self._nodes.get(node.name, node)
-        if not val.is_floating_point() and not val.is_complex() and self._editor.is_constant(here):
-            return self._editor.deferred(here)()
         generator = torch.Generator().manual_seed(crc32(node.name.encode()))
-        sizes = self._sizes.shape(node)
-        if val.is_floating_point() or val.is_complex():
-            kind = torch.complex128 if val.is_complex() else torch.float64
-            return torch.randn(sizes, generator=generator, dtype=kind).to(val.dtype)
-        return torch.randint(0, 2, sizes, generator=generator).to(val.dtype)
+        return drawn(self._editor, here, self._sizes.shape(node), generator).to(val.dtype)
 
 
 def _seen(

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from spinpass.graph import ConcreteSizes, Layout, ProgramEditor, called, is_op, lifted, op_name, value
+from spinpass.graph import ConcreteSizes, Layout, ProgramEditor, called, drawn, is_op, lifted, op_name, value
 
 from ..ops.rules import Centring, Ignored, Mean, Movement, Multilinear, Normalization, Rule, Several, Square, Zeros
 from ..ops.table import rule_of
@@ -119,7 +119,6 @@ class _Local:
     editor: ProgramEditor
     space: Space
     sizes: ConcreteSizes
-    _rules: dict[Node, Rule] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.entries = {entry.node: set(entry.keep) for entry in self.space.entries}
@@ -131,11 +130,7 @@ class _Local:
             self.shifts.setdefault(shift.node, []).append(shift)
 
     def rule(self, node: Node) -> Rule | None:
-        if node.op != "call_function":
-            return None
-        if node not in self._rules:
-            self._rules[node] = rule_of(node)
-        return self._rules[node]
+        return rule_of(node) if node.op == "call_function" else None
 
     def operators(self) -> Iterator[Node]:
         """Yield what reads or makes a member in the space's basis, and has a rule that says something about it."""
@@ -298,20 +293,17 @@ class _Trial:
             if val is None:
                 raise _NotRun(f"the value of {node.name} is not known")
             return local.sizes.of(val)
-        if not (val.is_floating_point() or val.is_complex()):
-            if local.editor.is_constant(node):
-                return local.editor.deferred(node)()
-            return torch.randint(0, 2, self._shape(node, cut), generator=self.generator).to(val.dtype)
-        kind = torch.complex128 if val.is_complex() else torch.float64
+        made = drawn(local.editor, node, self._shape(node, cut), self.generator)
+        if not (made.is_floating_point() or made.is_complex()):
+            return made
         if isinstance(local.rule(node), Zeros):
-            return torch.zeros(self._shape(node, cut), dtype=kind)
-        drawn = torch.randn(self._shape(node, cut), generator=self.generator, dtype=kind)
+            return torch.zeros_like(made)
         if positive:
-            drawn = drawn.abs() + 0.1
+            made = made.abs() + 0.1
         for axis in local.types(node, self.node):
             if local.space.centred and axis.centred and not local.editor.is_weight(node):
-                drawn = axis.layout.apply(drawn, _centred)
-        return drawn
+                made = axis.layout.apply(made, _centred)
+        return made
 
     # -- the change of basis ------------------------------------------------------------------------------------------
 
@@ -337,8 +329,7 @@ class _Trial:
         """Return a scale or shift with its coordinates on axis ``dim``, and where vectors have one each, these on the
         axis before."""
         if (node, kind) not in self.vectors:
-            drawn = torch.rand(_count(node), generator=self.generator, dtype=torch.float64)
-            self.vectors[node, kind] = drawn + 0.5
+            self.vectors[node, kind] = torch.rand(_count(node), generator=self.generator, dtype=torch.float64) + 0.5
         vector, at = self.vectors[node, kind], dim % rank
         if vector.numel() == 1:
             return vector
@@ -360,18 +351,17 @@ class _Trial:
             canonical = local.editor.canonical(source) if local.editor.is_constant(source) else None
             for kind, known in ((0, self._pending_scale(node)), (1, self._pending_shift(node))):
                 if known is not None and canonical is known and isinstance(plain[source], Tensor):
-                    drawn = plain[source]
-                    self.vectors[known, kind] = drawn.flatten()
+                    self.vectors[known, kind] = plain[source].flatten()
         rule = local.rule(node)
         if isinstance(rule, Centring):
             mean = plain[rule.source].mean(rule.dims, keepdim=True)
             plain |= {source: mean for source in plain if source is not rule.source}
         weights = {source: local.editor.is_weight(source) for source in plain}
         changed = {
-            source: self._changed(drawn, local.types(source, node), weights[source])
-            if isinstance(drawn, Tensor)
-            else drawn
-            for source, drawn in plain.items()
+            source: self._changed(given, local.types(source, node), weights[source])
+            if isinstance(given, Tensor)
+            else given
+            for source, given in plain.items()
         }
         found = self._called(plain, then)
         wanted = self._changed(found, local.made(node), local.editor.is_weight(node)) if then is None else found

@@ -84,7 +84,6 @@ class Walk:
         self._closed: dict[Node, str] = {}  # operators treated as barriers after a contradiction
         self._uncrossed: dict[Node, str] = {}  # scales that cannot be moved into constants
         self._computed: set[Node] = set()  # constant expressions that fold as a whole, all axes of them
-        self._rules: dict[Node, Rule] = {}
 
     def grow(self, seed: Node, layout: Layout) -> Space:
         """Return the space of the axes of ``seed`` that ``layout`` says.
@@ -253,9 +252,7 @@ class Walk:
         self._stale = True
 
     def _rule(self, node: Node) -> Rule:
-        if node not in self._rules:
-            self._rules[node] = rule_of(node)
-        return self._rules[node]
+        return rule_of(node)
 
     # -- towards the producers -----------------------------------------------------------------------------------------
 
