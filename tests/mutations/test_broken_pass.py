@@ -17,6 +17,7 @@ import spinpass
 from spinpass import record
 from spinpass.analysis.basis import walk as basis
 from spinpass.analysis.basis.space import Space
+from spinpass.analysis.basis.spot_check import Checked, SpotCheck
 from spinpass.errors import InvariantError, VerificationError
 from spinpass.graph import ProgramEditor
 from spinpass.graph.layout import Layout
@@ -261,9 +262,10 @@ ONLINE = [
 
 @contextmanager
 def mutated(patch: Patch) -> Iterator[None]:
-    """With the checks after every pass switched off, which notice many of these first: the certificate stands alone."""
+    """With the checks on the spot and after every pass off, which notice many first: the certificate stands alone."""
     with pytest.MonkeyPatch.context() as m:
         m.setattr(PassRunner, "_check", lambda self, broken: None)
+        m.setattr(SpotCheck, "__call__", lambda self, space: Checked(None, ()))
         patch(m)
         yield
 
@@ -317,6 +319,27 @@ def test_the_check_after_the_pass_names_it(mutation: str) -> None:
         MUTATIONS[mutation][1](m)
         with pytest.raises(InvariantError, match=rf"^{named} broke the program at R\d:\S+: "):
             spinpass.plan(program(kind), settings("offline"))
+
+
+# What the check on the spot notices before anything is edited: an operator between two values whose bases do not fit.
+FORGOTTEN = [
+    (mutation, kind)
+    for mutation in (
+        "one online part of every space is missed",
+        "an exit is missed",
+        "an exit serves a reader too few",
+        "one scale is left in place",
+    )
+    for kind in MUTATIONS[mutation][0]
+]
+
+
+@pytest.mark.parametrize(("mutation", "kind"), FORGOTTEN)
+def test_the_check_on_the_spot_refuses(mutation: str, kind: str) -> None:
+    with pytest.MonkeyPatch.context() as m:
+        MUTATIONS[mutation][1](m)
+        plan = spinpass.plan(program(kind), settings("offline"))
+    assert any("does not commute with a rotation here as its rule says" in r.why for r in plan.refusals)
 
 
 def changed_constants(kind: str) -> list[str]:
