@@ -7,12 +7,14 @@ from .basis.linear_input import LinearInputWalk
 from .basis.space import AxisType, CacheEdge, ConstantUse, Entry, Refusal, ShiftUse, Space
 from .basis.spot_check import Checked, Fault, SpotCheck
 from .basis.walk import Walk
-from .ops.rules import Centring, Concatenate, Movement, Multilinear, Normalization, Opaque, Square
+from .ops.rules import Centring, Concatenate, Movement, Multilinear, Normalization, Opaque, Square, Zeros
 from .ops.table import rule_of, tokens_per_call
 from .patterns.attention import SOFTMAX, Attention, cache_values, find_attention
 from .patterns.linear import Linear, as_linear, find_linears, normed_value, root_of, whole_axis
 from .patterns.mlp import ACTIVATIONS, find_down_projections
 from .patterns.residual import find_residual_sums
+from .polynomial import Monomial, Polynomial
+from .statistics import Place, Statistics, Symbol, VectorForm
 
 __all__ = [
     "ACTIVATIONS",
@@ -28,16 +30,23 @@ __all__ = [
     "Fault",
     "Linear",
     "LinearInputWalk",
+    "Monomial",
     "Movement",
     "Multilinear",
     "Normalization",
     "Opaque",
+    "Place",
+    "Polynomial",
     "Refusal",
     "ShiftUse",
     "Space",
     "SpotCheck",
     "Square",
+    "Statistics",
+    "Symbol",
+    "VectorForm",
     "Walk",
+    "Zeros",
     "as_linear",
     "cache_values",
     "find_attention",

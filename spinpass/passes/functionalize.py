@@ -34,6 +34,8 @@ from spinpass.graph import (
     value,
 )
 
+from .canonicalize import canonicalize
+from .centre_statistics import centre_statistics
 from .decompose import decompose
 from .memory_check import wrong_read
 
@@ -54,7 +56,9 @@ def open_program(program: ExportedProgram) -> ProgramEditor:
     except _Unsupported:
         editor = ProgramEditor(program.run_decompositions({}))
     editor.cleanup()  # what no output depends on reads nothing
+    canonicalize(editor)
     decompose(editor)
+    centre_statistics(editor)
     return editor
 
 

@@ -104,6 +104,8 @@ class Candidates:
                     yield refusal
                 elif self.config.form != "online":
                     yield Candidate("R1", found, "offline")
+            elif found.writers and found.exits and self.config.form != "online":
+                yield _unread(found)
 
     def _residual_streams(self) -> Iterator[Space | UntieRequest]:
         """Yield every residual stream; a table that its uses need in two bases is untied or kept, as configured."""
@@ -281,6 +283,13 @@ def _open_edge(role: Role, node: Node, space: Space) -> Refusal:
         missing = "writes into it" if not space.writers else "reads it"
         return Refusal(f"{role} at {node.name}", f"no linear layer {missing}", (node.name,))
     return Refusal(f"{role} at {node.name}", edge.why, (edge.node.name,))
+
+
+def _unread(space: Space) -> Refusal:
+    """Return the refusal of a stream that linear layers write into, and that reaches none that reads it."""
+    first = space.exits[0]
+    what = f"linear layers write into the residual stream, and none reads it: {first.why} at {first.node.name}"
+    return Refusal("R1 offline", what, (first.node.name,))
 
 
 def _counted(count: int, noun: str) -> str:

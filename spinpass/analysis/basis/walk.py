@@ -148,7 +148,29 @@ class Walk:
             for centring in self._centrings:
                 self._uncrossed[centring] = f"the stream cannot be centred: {node.name} {why}"
             raise _Restart
+        self._check_exits()
         return self._result(seed, layout)
+
+    def _check_exits(self) -> None:
+        """Close operators whose results would leave the space where no rotation can stand: operands leave instead.
+
+        Raises:
+            _Restart: there are such.
+        """
+        left: dict[Node, set[tuple[int, ...]]] = {}
+        for node, _, dims in self._exits:
+            left.setdefault(node, set()).add(dims)
+        entered = {node for node, _ in self._entries}
+        found = False
+        for (node, _, _), (axis, why) in self._exits.items():
+            if axis.layout.is_contiguous and len(left[node]) == 1:
+                continue
+            inner = node.op == "call_function" and node is not self._seed and not self.editor.is_weight(node)
+            if inner and node not in entered and node not in self._closed:
+                self._closed[node] = why
+                found = True
+        if found:
+            raise _Restart
 
     def _check_centred_constants(self) -> None:
         """Keep a constant that is centred where it writes and is read as well: what reads with it may be uncentred."""

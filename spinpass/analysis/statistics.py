@@ -1,0 +1,279 @@
+"""Statistics of vectors as polynomials, so that every spelling of a norm has one form.
+
+Norms are made of two statistics of a vector x, its mean m and the mean of its squares. With c = x − m and v = mean(c²)
+
+    x = c + m        mean(c) = 0        mean(c²) = v        mean(x²) = v + m²        var(x) = v
+
+so whatever is made of x by sums, products and means is a polynomial in c, v and m. Where m cancels, as in x·r − m·r or
+in mean(x²) − m², the value depends on the centred vector alone, however it is spelled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from enum import Enum
+from typing import Any
+
+from torch.fx import Node
+
+from spinpass.graph import ProgramEditor, arguments, is_float, is_op, op_name, shape
+
+from .ops.movements import source_through
+from .polynomial import Polynomial, total
+
+
+class Symbol(Enum):
+    """What the statistics of a vector x are made of."""
+
+    CENTRED = "c"
+    VARIANCE = "v"
+    MEAN = "m"
+
+
+class Place(Enum):
+    """How a value lies beside the vectors, whose coordinates are the last axis."""
+
+    VECTOR = "one for each coordinate"
+    KEPT = "one for each vector, the last axis kept"
+    FLAT = "one for each vector, the last axis gone"
+
+
+@dataclass(frozen=True)
+class VectorForm:
+    """What a value is, in terms of one vector.
+
+    Attributes:
+        base: the value x whose vectors they are; None where the value is made of none.
+        value: a polynomial in the symbols of ``base`` and in nodes that hold one number for each vector.
+        place: how it lies beside the vectors; None for a number.
+    """
+
+    base: Node | None
+    value: Polynomial
+    place: Place | None
+
+    def has(self, symbol: Symbol) -> bool:
+        """Return whether the symbol is in it."""
+        return self.value.has(symbol)
+
+
+class Statistics:
+    """The forms of values, to be asked in the order of the graph.
+
+    Args:
+        editor: the program.
+    """
+
+    def __init__(self, editor: ProgramEditor) -> None:
+        self._editor = editor
+        self._forms: dict[Node, VectorForm] = {}
+
+    def of(self, argument: Any) -> VectorForm | None:
+        """Return the form of an argument; None where it is no number and no floating-point tensor of static width."""
+        if isinstance(argument, (int, float)) and not isinstance(argument, bool):
+            return VectorForm(None, Polynomial.number(argument), None)
+        if not isinstance(argument, Node) or not is_float(argument):
+            return None
+        if argument not in self._forms:
+            form = self._made(argument)
+            if form is not None and len(form.value.terms) > _MOST_TERMS:
+                form = None
+            self._forms[argument] = form or _itself(argument)
+        form = self._forms[argument]
+        return form if form.place is not Place.VECTOR or isinstance(shape(argument)[-1], int) else None
+
+    def know(self, node: Node, form: VectorForm) -> None:
+        """Note the form of a value that was made on purpose."""
+        self._forms[node] = form
+
+    def variance(self, node: Node) -> VectorForm | None:
+        """Return the form of the variance that a node takes, or whose root it takes; None for other nodes.
+
+        It has the axes of the node's result.
+        """
+        operator = node.args[0] if op_name(node) == "getitem" else node
+        if not isinstance(operator, Node) or op_name(operator) not in _VARIANCES or self._editor.is_constant(node):
+            return None
+        if operator is not node and node.args[1] != 0:
+            return None
+        over = self.vectors(operator)
+        if over is None:
+            return None
+        form, width = over
+        correction = _correction(arguments(operator))
+        if correction is None or not width > correction:
+            return None
+        square, mean = _mean(form.value * form.value), _mean(form.value)
+        if square is None or mean is None:
+            return None
+        variance = (square + (mean * mean).scaled(-1)).scaled(width / (width - correction))
+        return VectorForm(form.base, variance, _reduced(operator))
+
+    def _made(self, node: Node) -> VectorForm | None:
+        if node.op != "call_function" or self._editor.is_constant(node):
+            return None
+        source = source_through(node)
+        if source is not node:
+            return self.of(source)
+        if op_name(node) == "getitem" and isinstance(node.args[0], Node):
+            return self._item(node, node.args[0])
+        builder = _BUILDERS.get(op_name(node)) if is_op(node) else None
+        return None if builder is None else builder(self, node, arguments(node))
+
+    def _item(self, node: Node, operator: Node) -> VectorForm | None:
+        """Return the form of the mean among the results of var_mean or std_mean."""
+        if op_name(operator) not in _WITH_MEAN or node.args[1] != 1:
+            return None
+        over = self.vectors(operator)
+        mean = None if over is None else _mean(over[0].value)
+        return None if over is None or mean is None else VectorForm(over[0].base, mean, _reduced(operator))
+
+    def vectors(self, operator: Node) -> tuple[VectorForm, int] | None:
+        """Return the vectors that an operator reduces to one number each, and their width; None where it does not."""
+        args = arguments(operator)
+        source, dims = args["self"], args.get("dim")
+        form = self.of(source)
+        if form is None or form.place is not Place.VECTOR:
+            return None
+        rank, width = len(shape(source)), shape(source)[-1]
+        if dims in (None, [], ()):
+            dims = range(rank)
+        if not isinstance(width, int) or {d % rank for d in ([dims] if isinstance(dims, int) else dims)} != {rank - 1}:
+            return None
+        return form, width
+
+    def beside(
+        self, node: Node, a: Any, b: Any, made: Callable[[Polynomial, Polynomial], Polynomial]
+    ) -> VectorForm | None:
+        """Return the form of an operator that works element by element, where its operands lie beside each other."""
+        x, y = (o if isinstance(o, VectorForm) else self.of(o) for o in (a, b))
+        if x is None or y is None or (x.base is not None and y.base is not None and x.base is not y.base):
+            return None
+        places = {form.place for form in (x, y)} - {None}
+        if places == {Place.VECTOR, Place.KEPT}:
+            places = {Place.VECTOR}
+        if len(places) > 1:
+            return None
+        place = next(iter(places), None)
+        whole = [o for o, form in ((a, x), (b, y)) if form.place is place and isinstance(o, Node)]
+        if place in (Place.VECTOR, Place.FLAT) and not all(shape(o)[-1:] == shape(node)[-1:] for o in whole):
+            return None
+        if place is Place.FLAT and not all(len(shape(o)) == len(shape(node)) for o in whole):
+            return None
+        return VectorForm(x.base or y.base, made(x.value, y.value), place)
+
+
+def _sum(statistics: Statistics, node: Node, args: dict[str, Any]) -> VectorForm | None:
+    over = statistics.vectors(node)
+    mean = None if over is None else _mean(over[0].value)
+    if over is None or mean is None:
+        return None
+    return VectorForm(over[0].base, mean.scaled(over[1] if op_name(node) == "aten::sum" else 1), _reduced(node))
+
+
+def _add(statistics: Statistics, node: Node, args: dict[str, Any]) -> VectorForm | None:
+    sign = -1 if "sub" in op_name(node) else 1
+    alpha = args.get("alpha", 1)
+    a, b = (args["other"], args["self"]) if "rsub" in op_name(node) else (args["self"], args["other"])
+    if not isinstance(alpha, (int, float)) or (alpha != 1 and "rsub" in op_name(node)):
+        return None
+    return statistics.beside(node, a, b, lambda p, q: p + q.scaled(sign * alpha))
+
+
+def _mul(statistics: Statistics, node: Node, args: dict[str, Any]) -> VectorForm | None:
+    return statistics.beside(node, args["self"], args["other"], lambda p, q: p * q)
+
+
+def _div(statistics: Statistics, node: Node, args: dict[str, Any]) -> VectorForm | None:
+    if args.get("rounding_mode") is not None:
+        return None
+    divisor = statistics.of(args["other"])
+    if divisor is None or divisor.place is Place.VECTOR or not divisor.value.terms:
+        return None
+    inverse = None if divisor.base is not None else divisor.value.inverse()
+    if inverse is None:
+        inverse = Polynomial.of(args["other"], -1)
+    return statistics.beside(node, args["self"], replace(divisor, base=None, value=inverse), lambda p, q: p * q)
+
+
+def _neg(statistics: Statistics, node: Node, args: dict[str, Any]) -> VectorForm | None:
+    form = statistics.of(args["self"])
+    return None if form is None else replace(form, value=form.value.scaled(-1))
+
+
+def _square(statistics: Statistics, node: Node, args: dict[str, Any]) -> VectorForm | None:
+    if args.get("exponent", 2) != 2:
+        return None
+    return statistics.beside(node, args["self"], args["self"], lambda p, q: p * q)
+
+
+def _unsqueeze(statistics: Statistics, node: Node, args: dict[str, Any]) -> VectorForm | None:
+    form = statistics.of(args["self"])
+    if form is None or form.place is not Place.FLAT or args["dim"] not in (-1, len(shape(node)) - 1):
+        return None
+    return replace(form, place=Place.KEPT)
+
+
+def _squeeze(statistics: Statistics, node: Node, args: dict[str, Any]) -> VectorForm | None:
+    form, rank = statistics.of(args["self"]), len(shape(args["self"]))
+    dims = args.get("dim")
+    if form is None or form.place is not Place.KEPT or dims not in (-1, rank - 1, [-1], [rank - 1]):
+        return None
+    return replace(form, place=Place.FLAT) if shape(args["self"])[-1] == 1 else None
+
+
+def _expand(statistics: Statistics, node: Node, args: dict[str, Any]) -> VectorForm | None:
+    form = statistics.of(args["self"])
+    return form if form is not None and form.place in (Place.KEPT, None) and form.base is not None else None
+
+
+def _itself(node: Node) -> VectorForm:
+    """Return the form of a value that nothing is known of: a vector of its own, or one number for each of others."""
+    sizes = shape(node)
+    if not sizes:
+        return VectorForm(None, Polynomial.of(node), None)
+    if sizes[-1] == 1:
+        return VectorForm(None, Polynomial.of(node), Place.KEPT)
+    return VectorForm(node, Polynomial.of(Symbol.CENTRED) + Polynomial.of(Symbol.MEAN), Place.VECTOR)
+
+
+def _mean(value: Polynomial) -> Polynomial | None:
+    """Return the mean over the coordinates, None where it takes moments above the second."""
+    powers = value.by_power(Symbol.CENTRED)
+    if not set(powers) <= {0, 1, 2}:
+        return None
+    moments = {0: Polynomial.number(1), 1: Polynomial({}), 2: Polynomial.of(Symbol.VARIANCE)}
+    return total(rest * moments[power] for power, rest in powers.items())
+
+
+def _reduced(operator: Node) -> Place:
+    return Place.KEPT if arguments(operator).get("keepdim") else Place.FLAT
+
+
+def _correction(args: dict[str, Any]) -> float | None:
+    """Return what the variance's divisor is less than the width, None where that is no number."""
+    if "unbiased" in args:
+        return 1.0 if args["unbiased"] else 0.0
+    given = args.get("correction")
+    return 1.0 if given is None else float(given) if isinstance(given, (int, float)) else None
+
+
+_MOST_TERMS = 24
+_WITH_MEAN = {"aten::var_mean", "aten::std_mean"}
+_VARIANCES = _WITH_MEAN | {"aten::var", "aten::std"}
+_BUILDERS: dict[str, Callable[[Statistics, Node, dict[str, Any]], VectorForm | None]] = {
+    f"aten::{name}": builder
+    for builder, names in (
+        (_sum, "sum mean"),
+        (_add, "add sub rsub"),
+        (_mul, "mul multiply"),
+        (_div, "div divide true_divide"),
+        (_neg, "neg"),
+        (_square, "square pow"),
+        (_unsqueeze, "unsqueeze"),
+        (_squeeze, "squeeze"),
+        (_expand, "expand"),
+    )
+    for name in names.split()
+}

@@ -1,0 +1,210 @@
+"""However a norm, its scale or a second result is spelled, the residual stream is found and rotated offline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.export import ExportedProgram, export
+
+import spinpass
+from spinpass.analysis import Polynomial, Statistics, Symbol, statistics
+from spinpass.errors import VerificationError
+from spinpass.graph import ProgramEditor, op_name
+from spinpass.passes import open_program
+
+H = 48
+EPS = 1e-5
+Norm = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def mean(x: Tensor) -> Tensor:
+    return x.mean(-1, keepdim=True)
+
+
+def of_sums(x: Tensor, g: Tensor, b: Tensor, share: Callable[[Tensor], Tensor]) -> Tensor:
+    c = x - share(x.sum(-1, keepdim=True))
+    return c * torch.rsqrt(share((c**2).sum(-1, keepdim=True)) + EPS) * g + b
+
+
+def of_moments(x: Tensor, g: Tensor, b: Tensor) -> Tensor:
+    m = x.mean(-1)
+    return (x - m.unsqueeze(-1)) * torch.rsqrt((x * x).mean(-1) - m.pow(2) + EPS).unsqueeze(-1) * g + b
+
+
+def moved_apart(x: Tensor, g: Tensor, b: Tensor) -> Tensor:
+    r = torch.rsqrt(mean(x * x) - mean(x) ** 2 + EPS)
+    return (x * r - mean(x) * r) * g + b
+
+
+def expanded(x: Tensor, g: Tensor, b: Tensor) -> Tensor:
+    c = x - mean(x).expand_as(x)
+    return c * torch.rsqrt(mean(c.square()) + EPS).expand_as(c) * g.expand_as(c) + b
+
+
+def of_results(made: Callable[..., Any], root: bool, x: Tensor, g: Tensor, b: Tensor) -> Tensor:
+    v, m = made(x, -1, keepdim=True, unbiased=False)
+    return (x - m) / (v if root else torch.sqrt(v + EPS)) * g + b
+
+
+def rms(x: Tensor) -> Tensor:
+    return F.rms_norm(x, (H,))
+
+
+NORMS: dict[str, Norm] = {
+    "var": lambda x, g, b: (x - mean(x)) / torch.sqrt(x.var(-1, keepdim=True, unbiased=False) + EPS) * g + b,
+    "var, unbiased": lambda x, g, b: (x - mean(x)) * torch.rsqrt(x.var(-1, keepdim=True) + EPS) * g + b,
+    "var of the centred": lambda x, g, b: (x - mean(x)) * torch.rsqrt((x - mean(x)).var(-1, True)[..., None] + EPS) * g,
+    "std": lambda x, g, b: g * (x - mean(x)) / (x.std(-1, keepdim=True) + EPS) + b,
+    "var_mean": lambda x, g, b: of_results(torch.var_mean, False, x, g, b),
+    "std_mean": lambda x, g, b: of_results(torch.std_mean, True, x, g, b),
+    "sum / H": lambda x, g, b: of_sums(x, g, b, lambda s: s / H),
+    "sum · 1/H": lambda x, g, b: of_sums(x, g, b, lambda s: s * (1 / H)),
+    "E[x²] − E[x]²": of_moments,
+    "x·r − m·r": moved_apart,
+    "−m added": lambda x, g, b: (x + (-mean(x))) * torch.rsqrt(x.var(-1, keepdim=True) + EPS) * g + b,
+    "all expanded": expanded,
+    "group_norm": lambda x, g, b: F.group_norm(x.reshape(-1, H), 1, g, b, EPS).view(x.shape),
+    "instance_norm": lambda x, g, b: F.instance_norm(x.reshape(1, -1, H)).view(x.shape) * g + b,
+    "normalize": lambda x, g, b: F.normalize(x, dim=-1) * g * H**0.5,
+    "linalg.norm": lambda x, g, b: x / (torch.linalg.norm(x, dim=-1, keepdim=True) + EPS) * g,
+    "einsum": lambda x, g, b: x * torch.rsqrt(torch.einsum("bsh,bsh->bs", x, x)[..., None] / H + EPS) * g,
+    "scale by division": lambda x, g, b: rms(x) / g,
+    "scale by addcmul": lambda x, g, b: torch.addcmul(b, rms(x), g),
+    "scale by addcmul, value": lambda x, g, b: torch.addcmul(b, g, rms(x), value=0.5),
+    "scale by lerp": lambda x, g, b: torch.lerp(b, rms(x), g),
+    "scale by lerp from 0": lambda x, g, b: torch.lerp(torch.zeros((), dtype=x.dtype), rms(x), g),
+    "scale expanded": lambda x, g, b: rms(x) * g.expand(x.shape),
+    "scale repeated": lambda x, g, b: rms(x) * g.repeat(x.shape[1], 1),
+}
+
+
+class Stream(nn.Module):
+    def __init__(self, norm: Norm, aside: Callable[[Tensor], Tensor] | None = None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(50, H)
+        self.up, self.down = (nn.ModuleList(nn.Linear(*io) for _ in range(2)) for io in ((H, 96), (96, H)))
+        self.g = nn.Parameter(torch.rand(3, H) + 0.5)
+        self.b = nn.Parameter(torch.randn(3, H) * 0.1)
+        self.head = nn.Linear(H, 50, bias=False)
+        self.norm, self.aside = norm, aside
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, ...]:
+        x = self.embed(ids)
+        for layer, (up, down) in enumerate(zip(self.up, self.down)):
+            x = x + down(F.gelu(up(self.norm(x, self.g[layer], self.b[layer]))))
+        y = self.head(self.norm(x, self.g[2], self.b[2]))
+        return (y,) if self.aside is None else (y, self.aside(x))
+
+
+def program(norm: Norm, aside: Callable[[Tensor], Tensor] | None = None) -> ExportedProgram:
+    return export(Stream(norm, aside).double().eval(), (torch.randint(0, 50, (2, 5)),))
+
+
+def stream_of(exported: ExportedProgram) -> Any:
+    """Return the residual stream as it is planned, the certificate being good."""
+    rotated = spinpass.rotate(exported, spinpass.RotationConfig(form="offline", verify=True))
+    assert rotated.certificate is not None and rotated.certificate.ok
+    return next((s for s in rotated.plan.spaces if s.name == "R1:residual"), rotated.plan.refusals)
+
+
+@pytest.mark.parametrize("spelling", NORMS)
+def test_the_stream_is_rotated_offline(spelling: str) -> None:
+    stream = stream_of(program(NORMS[spelling]))
+    assert not stream.online, stream
+
+
+HEADS = (4, H // 4)
+ASIDE: dict[str, tuple[int, Callable[[Tensor], Tensor]]] = {
+    "a Gram matrix": (0, lambda x: x @ x.transpose(-1, -2)),
+    "viewed as heads": (1, lambda x: x.unflatten(-1, HEADS)),
+    "a Gram matrix of heads": (1, lambda x: torch.einsum("bshd,bthd->bhst", *[x.unflatten(-1, HEADS)] * 2)),
+    "squares summed by heads": (1, lambda x: x.unflatten(-1, HEADS).square().sum(-1)),
+    "flipped": (1, lambda x: x.flip(-1)),
+    "a covariance": (2, lambda x: x.transpose(-1, -2) @ x),
+    "an outer product": (2, lambda x: x.unsqueeze(-1) * x.unsqueeze(-2)),
+    "one channel": (1, lambda x: x[..., 0]),
+}
+
+
+@pytest.mark.parametrize("aside", ASIDE)
+def test_a_second_result_costs_what_it_reads_and_not_the_stream(aside: str) -> None:
+    parts, made = ASIDE[aside]
+    stream = stream_of(program(NORMS["scale expanded"], made))
+    assert len(stream.online) == parts, stream
+
+
+def test_a_stream_that_no_linear_layer_reads_is_said_to_be_one() -> None:
+    """The norm is taken over all tokens at once: a mathematical reason."""
+    over_tokens = program(lambda x, g, b: F.group_norm(x.transpose(1, 2), 1, g, b).transpose(1, 2))
+    why = [str(r) for r in spinpass.plan(over_tokens, spinpass.RotationConfig(form="offline")).refusals]
+    assert any("linear layers write into the residual stream, and none reads it: aten::group_norm" in w for w in why)
+
+
+def operators(editor: ProgramEditor) -> list[str]:
+    editor.cleanup()  # of the scales that a norm does not use
+    return [op_name(n) for n in editor.nodes if n.op == "call_function"]
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [
+        lambda x, g, b: x * torch.rsqrt(mean(x * x) + EPS) * g,
+        lambda x, g, b: (x - mean(x)) * torch.rsqrt(mean((x - mean(x)) ** 2) + EPS) * g + b,
+        lambda x, g, b: (x - 0.5 * mean(x)) * g,
+        lambda x, g, b: x / mean(x**3) - mean(x) * g,
+        lambda x, g, b: x * torch.rsqrt(mean(x * x) - 0.5 * mean(x) ** 2 + 9),
+    ],
+    ids=["rms", "centred already", "half the mean", "a third moment", "not a variance"],
+)
+def test_what_is_spelled_so_already_and_what_keeps_its_mean_stay_as_they_are(norm: Norm) -> None:
+    exported = program(norm)
+    assert operators(open_program(exported)) == operators(ProgramEditor(exported))
+
+
+def test_a_wrong_divisor_of_the_variance_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(statistics, "_correction", lambda args: 0.0)
+    with pytest.raises(VerificationError, match="not equivalent"):
+        spinpass.transform(program(NORMS["var, unbiased"]), spinpass.RotationConfig(form="offline"))
+
+
+def test_a_wrong_moment_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """E[c²] taken for E[c²] + 1/10: the mean cancels all the same."""
+    real = statistics._mean
+
+    def wrong(value: Polynomial) -> Polynomial | None:
+        found = real(value)
+        return found + Polynomial.number(0.1) if found is not None and value.by_power(Symbol.CENTRED).get(2) else found
+
+    monkeypatch.setattr(statistics, "_mean", wrong)
+    with pytest.raises(VerificationError, match="not equivalent"):
+        spinpass.transform(program(of_moments), spinpass.RotationConfig(form="offline"))
+
+
+def test_polynomials() -> None:
+    x, y = Polynomial.of("x"), Polynomial.of("y")
+    square = (x + y) * (x + y)
+    assert square == x * x + (x * y).scaled(2) + y * y
+    assert square.by_power("x") == {2: Polynomial.number(1), 1: y.scaled(2), 0: y * y}
+    assert (square + square.scaled(-1)).terms == {}
+    assert x.scaled(49).scaled(1 / 49) + x.scaled(-1) == Polynomial({}), "a rounded number cancels"
+    assert (x * y).scaled(2).inverse() == (Polynomial.of("x", -1) * Polynomial.of("y", -1)).scaled(0.5)
+    assert square.inverse() is None
+    assert not Polynomial({}).has("x")
+
+
+def test_the_form_of_a_layer_norm_is_found_behind_casts() -> None:
+    class Cast(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            wide = x.float()
+            return wide * 2 - wide.mean(-1, keepdim=True).to(torch.bfloat16) * 2
+
+    editor = ProgramEditor(export(Cast(), (torch.randn(3, H, dtype=torch.bfloat16),)))
+    found = Statistics(editor)
+    result = [found.of(n) for n in editor.nodes if op_name(n).startswith("aten::")][-1]
+    assert result is not None and result.value == Polynomial.of(Symbol.CENTRED).scaled(2)
