@@ -273,7 +273,7 @@ _BUILDERS: dict[str, Callable[[Statistics, Node, dict[str, Any]], VectorForm | N
         (_square, "square pow"),
         (_unsqueeze, "unsqueeze"),
         (_squeeze, "squeeze"),
-        (_expand, "expand"),
+        (_expand, "expand expand_as"),
     )
     for name in names.split()
 }

@@ -23,7 +23,7 @@ def canonicalize(editor: ProgramEditor) -> None:
     for node in list(editor.nodes):
         if not is_op(node) or not is_float(node) or editor.is_constant(node):
             continue
-        if op_name(node) in _ELEMENTWISE:
+        if op_name(node) in _FACTORS:
             _read_unexpanded(node)
         rewrite = _REWRITES.get(op_name(node))
         if rewrite is not None:
@@ -32,7 +32,10 @@ def canonicalize(editor: ProgramEditor) -> None:
 
 
 def _read_unexpanded(node: Node) -> None:
-    """x · expand(y)  ->  x · y:  the operator broadcasts by itself where another operand is as large as the result."""
+    """x · expand(y)  ->  x · y:  the operator broadcasts by itself where another operand is as large as the result.
+
+    Not summands: an expanded one has an axis of channels, and may be a constant that folds.
+    """
     for operand in node.all_input_nodes:
         others = [n for n in node.all_input_nodes if n is not operand]
         source = _unexpanded(operand)
@@ -124,7 +127,7 @@ def _take_over(editor: ProgramEditor, node: Node, made: Node) -> None:
         editor.replace(node, made)
 
 
-_ELEMENTWISE = {f"aten::{n}" for n in ("add", "sub", "mul", "div", "multiply", "divide", "true_divide", "addcmul")}
+_FACTORS = {f"aten::{n}" for n in ("mul", "div", "multiply", "divide", "true_divide", "addcmul", "lerp")}
 _REWRITES: dict[str, Callable[[ProgramEditor, Node, dict[str, Any]], None]] = {
     f"aten::{name}": rewrite
     for rewrite, names in (

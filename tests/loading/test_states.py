@@ -78,7 +78,7 @@ def test_a_state_that_is_dropped_is_noticed(case: Any) -> None:
         pytest.skip("one is enough")
     program = export_decoder(model)
     output = next(iter(reversed(program.graph.nodes)))
-    old = next(n for n in program.graph.nodes if n.op == "placeholder" and n.name == "past_key_values_0")
+    old = next(n for n in program.graph.nodes if n.op == "placeholder" and n.name in ("past_key_values_0", "cache_0"))
     logits, _, *rest = output.args[0]
     output.args = ((logits, old, *rest),)
     program.graph_signature.output_specs[1].arg.name = old.name

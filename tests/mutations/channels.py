@@ -111,7 +111,7 @@ class MutIndex(Hazard):
 class Complex(Hazard):
     """Complex rope."""
 
-    reason = "gather its channels"
+    reason = "aten::view_as_complex does not"
 
     def finish(self, x: Tensor) -> Any:
         y = torch.view_as_real(

@@ -213,7 +213,7 @@ class CastNorm(Hazard):
 class NormOverHeads(Hazard):
     """Groups of channels of the stream are normed apart, with a scale."""
 
-    reason = "gather its channels"
+    reason = "squares it channel by channel"
 
     def prepare(self) -> None:
         self.hn = RMSNorm(6)

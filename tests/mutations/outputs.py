@@ -76,7 +76,7 @@ class SelfDot(Hazard):
 class SelfOuter(Hazard):
     """Gram matrix of channels."""
 
-    reason = "two axes of matmul"
+    reason = "a program output"
 
     def finish(self, x: Tensor) -> Any:
         return (self.head(self.norm(x)), x.transpose(1, 2) @ x)

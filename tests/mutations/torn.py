@@ -35,7 +35,7 @@ class HeadsTransposed(Hazard):
 class StreamTransposed(Hazard):
     """The stream itself goes on in another order of its channels."""
 
-    reason = "gather its channels"
+    reason = "it multiplies channel by channel"
 
     def between(self, x: Tensor, layer: int) -> Tensor:
         return x.unflatten(-1, (4, 6)).transpose(-1, -2).flatten(-2)
@@ -44,7 +44,7 @@ class StreamTransposed(Hazard):
 class PermutedAndBack(Hazard):
     """Channels permuted by an index, and back by its inverse, with a sum in between."""
 
-    reason = "gather its channels"
+    reason = "the operator acts on the axis itself"
 
     def prepare(self) -> None:
         order = torch.randperm(HIDDEN, generator=torch.Generator().manual_seed(1))

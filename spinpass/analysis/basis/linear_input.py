@@ -13,8 +13,9 @@ from spinpass.graph import is_float, op_name, reachable
 
 from ..ops.rules import Ignored, Movement, Multilinear, Rule, Zeros
 from ..patterns.linear import as_linear
+from .growth import Barrier, Restart
 from .space import AxisType
-from .walk import Barrier, Walk, _Restart
+from .walk import Walk
 
 
 class LinearInputWalk(Walk):
@@ -31,7 +32,7 @@ class LinearInputWalk(Walk):
         if self.editor.is_weight(node):
             if not self.editor.is_weight(user) and not self._is_linear_weight(node, axis, user):
                 self.kept[node] = f"{user.name} reads it otherwise than as a linear layer's weight"
-                raise _Restart
+                raise Restart
             return super()._forward(node, axis, user)
         if user.op == "call_function" and isinstance(self._rule(user), (Ignored, Zeros)):
             return

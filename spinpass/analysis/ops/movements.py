@@ -43,7 +43,8 @@ def same(call: Call) -> Rule:
 
 
 def _dropout(call: Call) -> Rule:
-    if call["p"] != 0 and call["train"] is not False:
+    rate, active = call["p"], call["train"]
+    if rate != 0 and active is not False:
         return Opaque("active dropout")
     return identity(call["input"])
 

@@ -12,7 +12,7 @@ from torch.fx import Node
 
 import spinpass
 from spinpass.analysis import SpotCheck
-from spinpass.analysis.basis import spot_check, walk
+from spinpass.analysis.basis import growth, spot_check
 from spinpass.analysis.ops.rules import Movement, Multilinear, Normalization, Operand, Rule
 from spinpass.analysis.ops.table import rule_of
 from spinpass.graph import ProgramEditor, op_name, shape
@@ -78,7 +78,7 @@ def lie(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Callable[[Node], Rule
 
     def install(name: str, wrong: Callable[[Node], Rule]) -> None:
         told = lambda node: wrong(node) if op_name(node) == name else rule_of(node)
-        monkeypatch.setattr(walk, "rule_of", told)
+        monkeypatch.setattr(growth, "rule_of", told)
         monkeypatch.setattr(spot_check, "rule_of", told)
 
     return install

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from spinpass.analysis.ops import table as ops
-from spinpass.analysis.ops.rules import Centring, Multilinear, Opaque, Square
+from spinpass.analysis.ops.rules import Centring, Movement, Multilinear, Opaque, Square
 from spinpass.analysis.ops.table import rule_of
 from spinpass.graph import arguments, is_float, op_name, value
 from tests.support.programs import program
@@ -448,3 +448,17 @@ def test_the_rules_of_all_nodes_of_a_model(name: str, how: str) -> None:
             claims += check(node)
             assert arguments(node) if op_name(node).startswith("aten::") else True
     assert claims > 300
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.5])
+def test_dropout_that_is_switched_off_changes_nothing(rate: float) -> None:
+    """Newer versions of torch trace it at a rate of 0 as well."""
+
+    class Off(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.ops.aten.dropout(x, rate, False)
+
+    graph = torch.export.export(Off(), (torch.randn(2, 8),)).graph
+    node = next(n for n in graph.nodes if n.op == "call_function")
+    rule = rule_of(node)
+    assert isinstance(rule, Movement) and rule.is_identity
