@@ -6,10 +6,10 @@ from .files import (
     FileComparison,
     FileOutput,
     as_tensor,
-    badness,
     compare_output,
     describe,
     narrowest_dtype,
+    worst_of_runs,
 )
 from .programs import verify
 
@@ -20,10 +20,10 @@ __all__ = [
     "FileComparison",
     "FileOutput",
     "as_tensor",
-    "badness",
     "compare_output",
     "describe",
     "difference_of",
     "narrowest_dtype",
     "verify",
+    "worst_of_runs",
 ]

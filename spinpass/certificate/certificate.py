@@ -87,6 +87,11 @@ def difference_of(reference: Any, result: Any, *, argmax: bool) -> Difference:
     )
 
 
+def has_finite(x: Any) -> bool:
+    """Return whether any value is finite, or there is none; else a comparison with ``x`` says nothing."""
+    return not isinstance(x, Tensor) or not x.numel() or bool(x.isfinite().any())
+
+
 def is_fill(x: Tensor) -> Tensor:
     """Return where ``x`` holds the largest number of a float type, which fills what is forbidden."""
     return torch.isin(x.abs(), x.new_tensor([torch.finfo(dtype).max for dtype in BOUNDS]))

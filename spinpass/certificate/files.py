@@ -15,23 +15,25 @@ from torch.export.graph_signature import ConstantArgument
 from spinpass import execution
 from spinpass.errors import VerificationError
 
-from .certificate import BOUNDS, Difference, difference_of
+from .certificate import BOUNDS, Difference, difference_of, has_finite
 
 
 @dataclass(frozen=True)
 class FileOutput:
     """This is one output: the runtime's value against the program's. ``bound`` is the largest error allowed, relative
-    to ``difference.scale``; it is 0 for integers."""
+    to ``difference.scale``; it is 0 for integers. ``compared`` says whether any value of the program's is finite, or it
+    has none; else nothing was compared."""
 
     name: str
     shape: tuple[int, ...]
     difference: Difference
     bound: float
+    compared: bool = True
 
     @property
     def ok(self) -> bool:
         """Say whether the error keeps to the bound."""
-        return self.difference.relative <= self.bound
+        return self.compared and self.difference.relative <= self.bound
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,8 @@ class FileCertificate:
         if not self.outputs:
             return "equivalent: the program has no outputs"
         name, difference, bound = self.worst.name, self.worst.difference, self.worst.bound
+        if not self.worst.compared:
+            return f"NOT equivalent: {name}: no value of it is finite, so that nothing was compared"
         found = f"{name}: max |error| {difference.error:.1e}, relative {difference.relative:.1e}, bound {bound:.0e}"
         return f"equivalent: at worst {found}" if self.ok else f"NOT equivalent: {found}"
 
@@ -132,11 +136,17 @@ def badness(output: FileOutput) -> tuple[bool, float]:
     return not output.ok, output.difference.relative
 
 
+def worst_of_runs(runs: Sequence[FileOutput]) -> FileOutput:
+    """Return what was found about one output in several runs, of which one at least has to have compared something."""
+    compared = [output for output in runs if output.compared] or runs
+    return max(compared, key=badness)
+
+
 def compare_output(name: str, reference: Tensor, result: Tensor, bound: float) -> FileOutput:
     """Compare one output; ``bound`` holds for floats, integers and booleans must be equal."""
     exact = not (reference.is_floating_point() or reference.is_complex())
     difference = difference_of(reference, result, argmax=not exact)
-    return FileOutput(name, tuple(reference.shape), difference, 0.0 if exact else bound)
+    return FileOutput(name, tuple(reference.shape), difference, 0.0 if exact else bound, has_finite(reference))
 
 
 def narrowest_dtype(ep: ExportedProgram) -> torch.dtype:

@@ -35,7 +35,7 @@ from spinpass.execution import (
 from spinpass.graph import value
 from spinpass.progress import Progress
 
-from .certificate import BOUNDS, NOISE_FACTOR, STORED_UNITS, Certificate, OutputCheck, difference_of, wide
+from .certificate import BOUNDS, NOISE_FACTOR, STORED_UNITS, Certificate, OutputCheck, difference_of, has_finite, wide
 from .coverage import Coverage
 from .vectors import Noise, Shaken, vector_error
 
@@ -389,7 +389,7 @@ class _Tally:
         floating = _is_floating(results.before)
         limits = self._limits(noise) if floating else (0.0, 0.0)
         vectors = vector_error(results.exact_before, results.exact_after, limits[0], moved) if floating else 0.0
-        compared = not floating or _has_finite(results.exact_before)
+        compared = not floating or has_finite(results.exact_before)
         if old is not None:
             shape, vectors, compared = old.shape, max(vectors, old.vectors), compared or old.compared
         self._checks[name] = OutputCheck(
@@ -407,10 +407,6 @@ class _Tally:
     def checks(self) -> tuple[OutputCheck, ...]:
         """Return what was found about every output."""
         return tuple(self._checks.values())
-
-
-def _has_finite(x: Any) -> bool:
-    return not isinstance(x, Tensor) or not x.numel() or bool(x.isfinite().any())
 
 
 def _is_floating(x: Any) -> bool:

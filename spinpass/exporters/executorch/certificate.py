@@ -18,6 +18,7 @@ from spinpass.certificate import (
     compare_output,
     describe,
     narrowest_dtype,
+    worst_of_runs,
 )
 from spinpass.execution import output_names
 from spinpass.runtime import PteMethod
@@ -58,19 +59,19 @@ def certify_pte(ep: ExportedProgram, path: Path, inputs: object = None, bound: f
     dtype = narrowest_dtype(ep)
     limit = BOUNDS[dtype] if bound is None else bound
     method, state = PteMethod(path), dict[str, Any]()
-    worst: dict[str, FileOutput] = {}
+    runs: dict[str, list[FileOutput]] = {}
     for step in range(1 + _FURTHER_STEPS):
         expected = execution.execute(ep, {**values, **state})
         found = method.run(list(values.values()))
         for name, reference, result in zip(output_names(ep), expected.outputs, found, strict=True):
             output = compare_output(name, as_tensor(reference), as_tensor(result), limit)
-            worst[name] = _worse(worst.get(name), output)
+            runs.setdefault(name, []).append(output)
         state |= expected.state
         following = _following(ep, values, state, step)
         if following is None:
             break
         values = following
-    return PteCertificate(tuple(worst.values()), dtype, described, steps=step + 1)
+    return PteCertificate(tuple(map(worst_of_runs, runs.values())), dtype, described, steps=step + 1)
 
 
 def _following(
@@ -81,9 +82,3 @@ def _following(
         return None
     following = execution.next_inputs(ep, values, state, seed=step + 1)
     return None if isinstance(following, str) else following
-
-
-def _worse(old: FileOutput | None, new: FileOutput) -> FileOutput:
-    if old is None or not old.ok:
-        return old or new
-    return old if new.ok and old.difference.relative >= new.difference.relative else new

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from spinpass import execution
-from spinpass.certificate import FileCertificate, FileComparison, badness
+from spinpass.certificate import FileCertificate, FileComparison, worst_of_runs
 from spinpass.execution import InputRole, Sizes, UserInput
 from spinpass.runtime import from_ort, open_session, run_session, to_ort
 
@@ -39,7 +39,7 @@ def certify_onnx(ep: ExportedProgram, path: Path, inputs: object = None, *, fuse
     values = execution.synthetic_inputs(ep) if inputs is None else execution.flat_inputs(ep, inputs)
     session = open_session(path)
     found = [_certify(ep, session, case) for case in (fused_cases(ep, values) if fused else [values])]
-    outputs = tuple(max(same, key=badness) for same in zip(*(c.outputs for c in found), strict=True))
+    outputs = tuple(map(worst_of_runs, zip(*(c.outputs for c in found), strict=True)))
     return FileCertificate(outputs, found[0].dtype, tuple(text for c in found for text in c.inputs), KIND)
 
 

@@ -583,6 +583,17 @@ def test_a_damaged_file(tmp_path: Path) -> None:
         onnx_certificate.certify_onnx(program(), tmp_path / "m.onnx")
 
 
+def test_an_output_without_a_finite_value_is_no_proof() -> None:
+    nothing = torch.full((2, 3), float("nan"))
+    found = [file_certificate.compare_output("y", x, x, 1e-4) for x in (nothing, torch.ones(2, 3))]
+    certificate = file_certificate.FileCertificate((found[0],), torch.float32, (), onnx_certificate.KIND)
+    assert not certificate.ok and "no value of it is finite" in certificate.verdict
+    with pytest.raises(VerificationError, match="nothing was compared"):
+        certificate.raise_if_failed()
+    assert file_certificate.worst_of_runs(found).ok, "another run has compared it"
+    assert not file_certificate.worst_of_runs(found[:1]).ok
+
+
 def test_errors_that_are_not_finite_become_text() -> None:
     reference, result = torch.tensor([[1.0]]), torch.tensor([[float("nan")]])
     output = file_certificate.compare_output("y", reference, result, 1e-4)
