@@ -115,8 +115,6 @@ def test_dynamic_and_decomposed_programs_are_exact(name: str, how: str) -> None:
         assert error(before, after) <= EXACT
         assert str(before.range_constraints) == str(after.range_constraints)
     plain = counts(spinpass.plan(program(name), config(form="offline")))
-    if (name, how) == ("falcon_new", "decomposed") and counts(spinpass.plan(before, config(form="offline"))) != plain:
-        pytest.xfail("E33: its residual stream is not found after decomposition")
     assert counts(spinpass.plan(before, config(form="offline"))) == plain
 
 

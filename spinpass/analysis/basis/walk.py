@@ -215,9 +215,15 @@ class Walk(NormGrowth):
             if axis.pending is not None:
                 return self._leave_zone(axis, f"{user.name} reads it: {error}")
             self._exits[node, user, axis.layout.dims] = (axis, str(error))
-            rule = self._rule_or_none(user)
-            if not (isinstance(rule, Normalization) and rule.centres and self._is_whole(user, axis.layout)):
+            if not self._centres_itself(user, axis.layout):
                 self._note_uncentred(node, axis, f"is read by {user.name} in the original basis")
+
+    def _centres_itself(self, user: Node, layout: Layout) -> bool:
+        """Return whether the operator takes the mean off the space's vectors, so that it does not see them centred."""
+        rule = self._rule_or_none(user)
+        if isinstance(rule, Several):
+            return bool(user.users) and all(self._centres_itself(item, layout) for item in user.users)
+        return isinstance(rule, Normalization) and rule.centres and self._is_whole(user, layout)
 
     def _consume(self, node: Node, axis: AxisType, user: Node) -> None:
         if user.op == "output":
