@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from types import MappingProxyType
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +13,7 @@ from torch.fx.node import map_arg
 from spinpass.errors import InvariantError
 
 from .constants import Constant, Constants
-from .nodes import is_float, is_op, is_random, lifted, op_name, reachable, reads_bits, shape, value
+from .nodes import frozen, is_float, is_op, is_random, lifted, op_name, reachable, reads_bits, shape, value
 
 _GATHERS = {"aten::index", "aten::index_select"}
 _UNFILLED = {f"aten::{n}" for n in ("empty_like", "new_empty", "new_empty_strided", "empty_permuted")}
@@ -94,19 +93,9 @@ class Expressions:
             return node
         known = self._canonical.get(node)
         if known is None:
-            key = (node.target, self._frozen(node.args), self._frozen(node.kwargs))
+            key = (node.target, frozen((node.args, node.kwargs), self.canonical))
             known = self._canonical[node] = self._first.setdefault(key, node)
         return known
-
-    def _frozen(self, argument: Any) -> Hashable:
-        """Return an argument as part of a key, which is the same for equal expressions."""
-        if isinstance(argument, Node):
-            return self.canonical(argument)
-        if isinstance(argument, (list, tuple)):
-            return tuple(self._frozen(a) for a in argument)
-        if isinstance(argument, dict):
-            return tuple((k, self._frozen(v)) for k, v in argument.items())
-        return repr(argument)
 
     def behind(self, node: Node) -> set[Node]:
         """Return the stored constants that a weight (:meth:`is_weight`) is made of.

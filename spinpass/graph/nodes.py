@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from functools import cache
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
@@ -73,6 +73,17 @@ def _defaults(target: Any) -> dict[str, Any]:
     """Return what the schema of an operator has for default, by the names of its arguments; None where it has none."""
     assert isinstance(target, torch._ops.OpOverload)
     return {a.name: a.default_value for a in target._schema.arguments}
+
+
+def frozen(argument: Any, operand: Callable[[Node], Hashable]) -> Hashable:
+    """Return an argument of a call as part of a key. ``operand`` gives what stands in it for a node."""
+    if isinstance(argument, Node):
+        return ("operand", operand(argument))
+    if isinstance(argument, (list, tuple)):
+        return tuple(frozen(each, operand) for each in argument)
+    if isinstance(argument, dict):
+        return tuple((key, frozen(each, operand)) for key, each in argument.items())
+    return repr(argument)  # 1, 1.0 and True are equal, and not the same argument
 
 
 def is_composed(node: Node) -> bool:

@@ -7,13 +7,11 @@ of others without a rule stays whole, for nothing would be gained.
 from __future__ import annotations
 
 from collections.abc import Hashable
-from typing import Any
 
 from torch.fx import GraphModule, Node
-from torch.fx.node import map_arg
 
 from spinpass.analysis import Opaque, rule_of
-from spinpass.graph import ProgramEditor, decomposed, is_float, is_op, shape, splice, value
+from spinpass.graph import ProgramEditor, decomposed, frozen, is_float, is_op, shape, splice, value
 
 
 def decompose(editor: ProgramEditor) -> None:
@@ -35,10 +33,10 @@ def decompose(editor: ProgramEditor) -> None:
 def _call(node: Node) -> Hashable:
     """Return a key that is the same for calls that are composed alike."""
 
-    def described(operand: Node) -> Any:
+    def described(operand: Node) -> Hashable:
         return f"{shape(operand)} {getattr(value(operand), 'dtype', None)}"
 
-    return node.target, repr(map_arg((node.args, node.kwargs), described))
+    return node.target, frozen((node.args, node.kwargs), described)
 
 
 def _has_rules(parts: GraphModule) -> bool:

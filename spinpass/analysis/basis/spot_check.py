@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from spinpass.graph import ConcreteSizes, Layout, ProgramEditor, called, drawn, is_op, lifted, op_name, value
+from spinpass.graph import ConcreteSizes, Layout, ProgramEditor, called, drawn, frozen, is_op, lifted, op_name, value
 
 from ..ops.rules import Centring, Ignored, Mean, Movement, Multilinear, Normalization, Rule, Several, Square, Zeros
 from ..ops.table import rule_of
@@ -170,13 +170,13 @@ class _Local:
         """Return what two uses of a rule have in common where one check serves both."""
         head = node.all_input_nodes[0] if op_name(node) == "getitem" else node
         after = (
-            tuple((u.target, _frozen(u.args, lambda n: n is node)) for u in node.users)
+            tuple((u.target, frozen(u.args, lambda n: n is node)) for u in node.users)
             if isinstance(self.rule(node), Square)
             else ()
         )
         operands = tuple(self._operand(source, node) for source in head.all_input_nodes)
         order = {source: index for index, source in enumerate(head.all_input_nodes)}
-        arguments = _frozen((head.args, head.kwargs), order.get)
+        arguments = frozen((head.args, head.kwargs), order.get)
         item = node.args[1] if head is not node else None
         role = (node in self.scales, node in self.centrings, len(self.shifts.get(node, ())), self.space.centred)
         return (head.target, arguments, item, operands, tuple(map(_basis, self.made(node))), role, after)
@@ -206,16 +206,6 @@ def _basis(axis: AxisType) -> Hashable:
 
 def _count(node: Node | None) -> int:
     return 0 if node is None else int(value(node).numel())
-
-
-def _frozen(argument: Any, name: Callable[[Node], Any]) -> Hashable:
-    if isinstance(argument, Node):
-        return ("operand", name(argument))
-    if isinstance(argument, (list, tuple)):
-        return tuple(_frozen(each, name) for each in argument)
-    if isinstance(argument, dict):
-        return tuple((key, _frozen(each, name)) for key, each in argument.items())
-    return str(argument) if isinstance(argument, (slice, torch.dtype, torch.device)) else argument
 
 
 class _Trial:
