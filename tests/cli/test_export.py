@@ -10,6 +10,7 @@ import pytest
 
 from spinpass.runtime.decoder import OrtDecoder
 from tests.support.commands import document, run
+from tests.support.sweeps import quick
 
 
 def test_export_writes_a_folder_that_runs(folder: Path, tmp_path: Path) -> None:
@@ -42,7 +43,10 @@ def test_export_of_the_original_in_4_bits(folder: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "scheme",
-    ["w8-rtn-a8", "w4g16-gptq-a8static-kv8-head8-embed8", "w4g16-rtn-a8-distill2-head8", "w3.5g16-rtn-rows-a8"],
+    quick(
+        ["w8-rtn-a8", "w4g16-gptq-a8static-kv8-head8-embed8", "w4g16-rtn-a8-distill2-head8", "w3.5g16-rtn-rows-a8"],
+        only=["w4g16-gptq-a8static-kv8-head8-embed8", "w3.5g16-rtn-rows-a8"],
+    ),
 )
 def test_export_of_a_quantized_model(folder: Path, tmp_path: Path, scheme: str) -> None:
     text = tmp_path / "text.txt"

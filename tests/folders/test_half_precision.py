@@ -16,6 +16,7 @@ from spinpass.folders import export, request
 from spinpass.runtime import NoKernelError, OrtDecoder, OrtModel
 from tests.support import experts
 from tests.support.folders import model_folder, tokenizer
+from tests.support.sweeps import quick
 
 NEW = 16
 IDS = torch.randint(3, 90, (1, 17), generator=torch.Generator().manual_seed(1))
@@ -39,7 +40,7 @@ def own_tokens(path: Path, dtype: torch.dtype) -> list[int]:
     return made[0, IDS.shape[1] :].tolist()
 
 
-@pytest.mark.parametrize("how", FAMILIES)
+@pytest.mark.parametrize("how", quick(FAMILIES, only=["fused attention"]))
 def test_float16_folders_write_the_programs_own_text(how: str, tmp_path: Path) -> None:
     path, out = source(how, tmp_path / "model"), tmp_path / "out"
     written = export(path, out, RotationConfig(), dtype="float16")
@@ -83,6 +84,7 @@ def test_bfloat16_is_refused_by_name_before_the_work(tmp_path: Path, monkeypatch
     assert not out.exists()
 
 
+@pytest.mark.slow
 def test_bfloat16_is_written_for_who_insists(tmp_path: Path) -> None:
     path, out = source("fused attention", tmp_path / "model"), tmp_path / "out"
     written = export(path, out, RotationConfig(), dtype="bfloat16", certify=False)

@@ -14,6 +14,7 @@ from spinpass.errors import VerificationError
 from spinpass.exporters import onnx as exporter
 from spinpass.folders import export
 from tests.support.folders import WORDS, model_folder
+from tests.support.sweeps import quick
 
 Change = Callable[[onnx.ModelProto], None]
 
@@ -65,7 +66,7 @@ def trials(out: Path) -> dict[tuple[str, str], dict[str, Any]]:
     return {(each["runtime"], each["case"]): each for each in found if not each["reason"]}
 
 
-@pytest.mark.parametrize("kind", ["int4", "both"])
+@pytest.mark.parametrize("kind", quick(["int4", "both"], only=["both"]))
 def test_without_its_rounding_the_file_is_the_program(source: Path, text: Path, tmp_path: Path, kind: str) -> None:
     options: dict[str, Any] = {"int4": True}
     if kind != "int4":

@@ -25,6 +25,7 @@ from spinpass.loading import LoadedModel, load_model
 from spinpass.progress import Silent
 from spinpass.runtime import GENAI_CONFIG, trial
 from tests.support.folders import model_folder, program_folder
+from tests.support.sweeps import quick
 
 GENAI = find_spec("onnxruntime_genai") is not None
 WINDOW = 12
@@ -186,7 +187,7 @@ def test_a_program_without_a_cache_is_called_once(tmp_path: Path) -> None:
     assert found["error"] < found["bound"]
 
 
-@pytest.mark.parametrize("scheme", ["w4g16-rtn", "w8-rtn-a8-head8-embed8", "w4-rtn-a4-kv4"])
+@pytest.mark.parametrize("scheme", quick(["w4g16-rtn", "w8-rtn-a8-head8-embed8", "w4-rtn-a4-kv4"], only=["w4-rtn-a4-kv4"]))
 def test_integers_are_judged_by_the_simulated_program(source: Path, tmp_path: Path, scheme: str) -> None:
     export(source, tmp_path / "out", RotationConfig(), quantize=scheme)
     found = trials(tmp_path / "out")

@@ -23,6 +23,7 @@ from spinpass.folders import request
 from spinpass.runtime import OrtDecoder
 from tests.support import experts
 from tests.support.folders import tokenizer
+from tests.support.sweeps import quick
 
 
 class Grouped(nn.Module):
@@ -85,7 +86,7 @@ def expected(model: Any, ids: list[int], new: int) -> list[int]:
     return made[0, len(ids) :].tolist()
 
 
-@pytest.mark.parametrize("family", experts.FAMILIES)
+@pytest.mark.parametrize("family", quick(experts.FAMILIES, only=["softmax first", "shared expert"]))
 def test_folders_write_the_text_that_transformers_writes(family: str, tmp_path: Path) -> None:
     model = folder(family, tmp_path / "model")
     written = export_folder(tmp_path / "model", tmp_path / "out", RotationConfig())
