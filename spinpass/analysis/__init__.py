@@ -14,7 +14,7 @@ from .patterns.linear import Linear, as_linear, find_linears, normed_value, root
 from .patterns.mlp import ACTIVATIONS, find_down_projections
 from .patterns.residual import find_residual_sums
 from .polynomial import Monomial, Polynomial
-from .statistics import Place, Statistics, Symbol, VectorForm
+from .statistics import FlatNumber, Place, Statistics, Symbol, VectorForm
 
 __all__ = [
     "ACTIVATIONS",
@@ -28,6 +28,7 @@ __all__ = [
     "ConstantUse",
     "Entry",
     "Fault",
+    "FlatNumber",
     "Linear",
     "LinearInputWalk",
     "Monomial",

@@ -15,11 +15,13 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
+import torch
 from torch.fx import Node
 
-from spinpass.graph import ProgramEditor, arguments, is_float, is_op, op_name, shape
+from spinpass.graph import ProgramEditor, arguments, is_float, is_op, op_name, shape, value
 
-from .ops.movements import source_through
+from .ops.rules import Movement
+from .ops.table import rule_of
 from .polynomial import Polynomial, total
 
 
@@ -40,12 +42,20 @@ class Place(Enum):
 
 
 @dataclass(frozen=True)
+class FlatNumber:
+    """A value with one number for each vector, the last axis gone, as an unknown."""
+
+    node: Node
+
+
+@dataclass(frozen=True)
 class VectorForm:
     """What a value is, in terms of one vector.
 
     Attributes:
         base: the value x whose vectors they are; None where the value is made of none.
-        value: a polynomial in the symbols of ``base`` and in nodes that hold one number for each vector.
+        value: a polynomial in the symbols of ``base`` and in one number for each vector: nodes that keep the last axis
+            or have no axes at all, and :class:`FlatNumber`.
         place: how it lies beside the vectors; None for a number.
     """
 
@@ -113,13 +123,20 @@ class Statistics:
     def _made(self, node: Node) -> VectorForm | None:
         if node.op != "call_function" or self._editor.is_constant(node):
             return None
-        source = source_through(node)
-        if source is not node:
-            return self.of(source)
+        rule = rule_of(node)
+        if isinstance(rule, Movement) and rule.is_identity:
+            return self._cast(node, self.of(rule.source))
         if op_name(node) == "getitem" and isinstance(node.args[0], Node):
             return self._item(node, node.args[0])
         builder = _BUILDERS.get(op_name(node)) if is_op(node) else None
         return None if builder is None else builder(self, node, arguments(node))
+
+    def _cast(self, node: Node, form: VectorForm | None) -> VectorForm | None:
+        """Return the form of a value that may have been rounded; None where it holds less than the vector it is of."""
+        if form is None or form.base is None:
+            return form
+        narrowest, made = torch.finfo(value(form.base).dtype), torch.finfo(value(node).dtype)
+        return form if made.eps <= narrowest.eps and made.max >= narrowest.max else None
 
     def _item(self, node: Node, operator: Node) -> VectorForm | None:
         """Return the form of the mean among the results of var_mean or std_mean."""
@@ -192,8 +209,9 @@ def _div(statistics: Statistics, node: Node, args: dict[str, Any]) -> VectorForm
     if divisor is None or divisor.place is Place.VECTOR or not divisor.value.terms:
         return None
     inverse = None if divisor.base is not None else divisor.value.inverse()
-    if inverse is None:
-        inverse = Polynomial.of(args["other"], -1)
+    if inverse is None or divisor.place is Place.FLAT:
+        other = args["other"]
+        inverse = Polynomial.of(FlatNumber(other) if divisor.place is Place.FLAT else other, -1)
     return statistics.beside(node, args["self"], replace(divisor, base=None, value=inverse), lambda p, q: p * q)
 
 

@@ -61,9 +61,13 @@ def _unexpanded(node: Node) -> Node:
 def _division(editor: ProgramEditor, node: Node, args: dict[str, Any]) -> None:
     """x / g  ->  x · (1/g),   g a constant for each channel."""
     divisor = args["other"]
-    if args.get("rounding_mode") is None and _is_scale(editor, divisor, args["self"]):
-        inverse = editor.call(_aten.reciprocal.default, divisor, after=divisor, origin=_ORIGIN)
-        _put(editor, node, _aten.mul.Tensor, args["self"], inverse)
+    exact = value(node).dtype in (torch.float32, torch.float64)  # 1/g would be rounded to 8 or 11 bits
+    if not exact or args.get("rounding_mode") is not None or not _is_scale(editor, divisor, args["self"]):
+        return
+    if value(divisor).dtype != value(node).dtype:
+        divisor = editor.call(_aten.to.dtype, divisor, value(node).dtype, after=divisor, origin=_ORIGIN)
+    inverse = editor.call(_aten.reciprocal.default, divisor, after=divisor, origin=_ORIGIN)
+    _put(editor, node, _aten.mul.Tensor, args["self"], inverse)
 
 
 def _addcmul(editor: ProgramEditor, node: Node, args: dict[str, Any]) -> None:

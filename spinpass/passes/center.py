@@ -11,7 +11,7 @@ import torch
 from torch.fx import Node
 
 from spinpass.analysis import Centring, Normalization, Space, rule_of
-from spinpass.graph import Changes, Layout, ProgramEditor, shape
+from spinpass.graph import Changes, Layout, ProgramEditor, shape, value
 from spinpass.rotations import Rotation
 
 from .site_pass import SitePass
@@ -40,7 +40,10 @@ def _centred(tensor: torch.Tensor, layout: Layout) -> torch.Tensor:
 def _stop_centring(editor: ProgramEditor, node: Node, origin: str) -> None:
     rule = rule_of(node)
     if isinstance(rule, Centring):
-        editor.replace(node, rule.source)
+        source, dtype = rule.source, value(node).dtype
+        if value(source).dtype != dtype:  # the mean was of another one
+            source = editor.call(torch.ops.aten.to.dtype, source, dtype, after=node, origin=origin)
+        editor.replace(node, source)
         return
     norm = editor.current(node)  # its scale may have been fused
     plain = rule_of(norm)

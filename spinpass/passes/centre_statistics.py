@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from spinpass.analysis import Centring, Monomial, Place, Polynomial, Statistics, Symbol, VectorForm, rule_of
+from spinpass.analysis import Centring, FlatNumber, Monomial, Place, Polynomial, Statistics, Symbol, VectorForm, rule_of
 from spinpass.graph import ProgramEditor, is_float, op_name, shape, value
 
 _aten = torch.ops.aten
@@ -46,10 +46,11 @@ class _Centred:
         if form is None or form.base is None:
             return
         key = (form.base, value(node).dtype)
-        if form.place is Place.VECTOR and form == self._statistics.of(form.base):
+        whole = form.place is Place.VECTOR and shape(node) == shape(form.base)
+        if whole and form == self._statistics.of(form.base):
             self._vectors.setdefault(key, node)
         elif isinstance(rule_of(node), Centring):
-            if form.value == Polynomial.of(Symbol.CENTRED):
+            if whole and form.value == Polynomial.of(Symbol.CENTRED):
                 self._centred.setdefault(key, node)
         elif form.has(Symbol.MEAN) or not (form.has(Symbol.CENTRED) or form.has(Symbol.VARIANCE)):
             return
@@ -67,12 +68,12 @@ class _Centred:
             result = make(_aten.sqrt.default, result)
         if form.place is Place.FLAT:
             result = make(_aten.squeeze.dim, result, -1)
-        if form.place is Place.KEPT and shape(node)[-1] != shape(result)[-1]:
+        elif shape(node)[-1] != shape(result)[-1]:
             result = make(_aten.expand.default, result, [*[-1] * (len(shape(result)) - 1), shape(node)[-1]])
         if value(result).dtype != value(node).dtype:
             result = make(_aten.to.dtype, result, value(node).dtype)
-        if len(shape(result)) != len(shape(node)):
-            return  # broadcast in a way of its own: it stays as it is
+        if shape(result) != shape(node):
+            return  # what had given the result its shape has cancelled: it stays as it is
         if not root:
             self._statistics.know(result, form)
         self.editor.replace(node, result)
@@ -107,9 +108,10 @@ class _Centred:
 
     def _factor(self, make: _Maker, atom: Any, form: VectorForm) -> Node:
         assert form.base is not None
+        if isinstance(atom, FlatNumber):
+            return make(_aten.unsqueeze.default, atom.node, -1)
         if isinstance(atom, Node):
-            flat = form.place is Place.FLAT and bool(shape(atom))
-            return make(_aten.unsqueeze.default, atom, -1) if flat else atom
+            return atom
         centred = self._centring(make, form.base)
         return centred if atom is Symbol.CENTRED else self._variance(make, centred)
 

@@ -58,7 +58,7 @@ def rms(x: Tensor) -> Tensor:
 NORMS: dict[str, Norm] = {
     "var": lambda x, g, b: (x - mean(x)) / torch.sqrt(x.var(-1, keepdim=True, unbiased=False) + EPS) * g + b,
     "var, unbiased": lambda x, g, b: (x - mean(x)) * torch.rsqrt(x.var(-1, keepdim=True) + EPS) * g + b,
-    "var of the centred": lambda x, g, b: (x - mean(x)) * torch.rsqrt((x - mean(x)).var(-1, True)[..., None] + EPS) * g,
+    "var of the centred": lambda x, g, b: (x - mean(x)) * torch.rsqrt((x - mean(x)).var(-1)[..., None] + EPS) * g,
     "std": lambda x, g, b: g * (x - mean(x)) / (x.std(-1, keepdim=True) + EPS) + b,
     "var_mean": lambda x, g, b: of_results(torch.var_mean, False, x, g, b),
     "std_mean": lambda x, g, b: of_results(torch.std_mean, True, x, g, b),
@@ -208,3 +208,81 @@ def test_the_form_of_a_layer_norm_is_found_behind_casts() -> None:
     found = Statistics(editor)
     result = [found.of(n) for n in editor.nodes if op_name(n).startswith("aten::")][-1]
     assert result is not None and result.value == Polynomial.of(Symbol.CENTRED).scaled(2)
+
+
+def of_a_gate(x: Tensor, g: Tensor, b: Tensor) -> Tensor:
+    """A factor for each vector that keeps the last axis, under a deviation that does not."""
+    y = x * torch.sigmoid(x[..., :1])
+    return (y - mean(y)) / (y.std(-1).unsqueeze(-1) + EPS) * g
+
+
+def pairs(x: Tensor) -> Tensor:
+    r = x[..., :1]
+    return (r - r.mT).var(-1, keepdim=True).sum(1, keepdim=True)
+
+
+def divided(x: Tensor, share: Tensor) -> Tensor:
+    """Two statistics without the last axis, each divided by a third one, before they get it back."""
+    d = (x * x).mean(-1) + 1
+    return ((x * x).mean(-1) / d).unsqueeze(-1) - (x.mean(-1).square() / d).unsqueeze(-1) + share
+
+
+def rounded_first(x: Tensor) -> Tensor:
+    """A rounded copy is centred before the exact one is."""
+    z = x.to(torch.bfloat16).to(x.dtype)
+    return x * torch.rsqrt(mean(x * x) - mean(x) ** 2 + EPS) + 0 * (z - mean(z))
+
+
+WIDER = torch.randn(3, 1, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+PER_TOKEN = torch.rand(5, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 0.5
+BROADCAST: dict[str, Callable[[Tensor], Tensor]] = {
+    "the vector cancels": lambda x: ((x + x.var(-1, keepdim=True)) - x).sum(-1, keepdim=True),
+    "a wider summand cancels": lambda x: (x[:1] + WIDER).var(-1, keepdim=True).sum(0, keepdim=True),
+    "a wider expansion cancels": lambda x: ((x * x).mean(-1, True)[:1].expand(3, 5, 1) - mean(x[:1]) ** 2).sum(0, True),
+    "a wider summand of both": lambda x: ((x[:1] + WIDER) - (mean(x[:1]) + WIDER)).sum(0, True),
+    "centred and wider": lambda x: (x[:1] + WIDER - mean(x[:1] + WIDER)).sum(0) * x[:1].var(-1, keepdim=True).sum(0),
+    "differences of pairs": pairs,
+    "a factor that keeps the axis": lambda x: (x * PER_TOKEN).std(-1).unsqueeze(-1),
+    "divided without the axis": lambda x: divided(x, x[..., :1]),
+    "rounded first": rounded_first,
+}
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5])
+@pytest.mark.parametrize("spelling", BROADCAST)
+def test_statistics_that_are_broadcast(spelling: str, batch: int) -> None:
+    """As many rows as tokens, and one row: where a wrong broadcast would fit."""
+    torch.manual_seed(1)
+    made = BROADCAST[spelling]
+    model = Stream(lambda x, g, b: F.layer_norm(x, (H,), g, b) + 0.1 * torch.tanh(made(x))).double().eval()
+    exported = export(model, (torch.randint(0, 50, (batch, 5)),))
+    for form in ("offline", "online"):
+        certificate = spinpass.rotate(exported, spinpass.RotationConfig(form=form)).certificate
+        assert certificate is not None and certificate.ok
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_factor_under_a_flat_deviation(dtype: torch.dtype) -> None:
+    model = Stream(of_a_gate).to(dtype).eval()
+    rows = torch.export.Dim("rows", max=9)
+    exported = export(model, (torch.randint(0, 50, (2, 5)),), dynamic_shapes=({0: rows},))
+    assert spinpass.rotate(exported, spinpass.RotationConfig(form="offline")).certificate.ok  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_divisor_in_another_dtype_is_not_rounded(dtype: torch.dtype) -> None:
+    """Its inverse would have its 8 or 11 bits."""
+    exported = program(lambda x, g, b: rms(x) / g.to(dtype).clone())
+    for form in ("offline", "online"):
+        assert spinpass.rotate(exported, spinpass.RotationConfig(form=form)).certificate.ok  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("narrow", ["the vector", "the mean"])
+def test_a_mean_of_another_dtype(narrow: str) -> None:
+    def norm(x: Tensor, g: Tensor, b: Tensor) -> Tensor:
+        c = x.float() - mean(x) if narrow == "the vector" else x - mean(x.double())
+        return (c * torch.rsqrt(mean(c**2) + EPS)).to(x.dtype) * g + b
+
+    model = Stream(norm).to(torch.float64 if narrow == "the vector" else torch.float32).eval()
+    exported = export(model, (torch.randint(0, 50, (2, 5)),))
+    assert spinpass.rotate(exported, spinpass.RotationConfig(form="offline")).certificate.ok  # type: ignore[union-attr]
