@@ -61,13 +61,14 @@ def _within(bounds: Any, wanted: int) -> int:
 
 
 def drawn(editor: ProgramEditor, node: Node, sizes: Sequence[int], generator: torch.Generator) -> Tensor:
-    """Return a value for a tensor of the graph: a constant of integers or booleans is the program's own, others are 0
-    and 1, which is an index of every axis; floats are normal, in float64 or complex128."""
+    """Return a value for a tensor of the graph: a constant of integers or booleans, of a size that is known without a
+    run, is the program's own, others are 0 and 1, which is an index of every axis; floats are normal, in float64 or
+    complex128."""
     val = value(node)
     if val.is_floating_point() or val.is_complex():
         kind = torch.complex128 if val.is_complex() else torch.float64
         return torch.randn(list(sizes), generator=generator, dtype=kind)
-    if editor.is_constant(node):
+    if editor.is_computable(node):
         return editor.deferred(node)()
     return torch.randint(0, 2, list(sizes), generator=generator).to(val.dtype)
 

@@ -254,7 +254,10 @@ class _Trial:
         return isinstance(value(node), Tensor)
 
     def _shape(self, node: Node, cut: dict[Node, dict[int, int]]) -> list[int]:
-        sizes = list(self.local.sizes.shape(node))
+        try:
+            sizes = list(self.local.sizes.shape(node))
+        except ValueError as error:  # only a run tells
+            raise _NotRun(str(error)) from None
         for dim, size in cut.get(node, {}).items():
             sizes[dim] = min(size, sizes[dim])
         return sizes
@@ -282,7 +285,10 @@ class _Trial:
         if not isinstance(val, Tensor):
             if val is None:
                 raise _NotRun(f"the value of {node.name} is not known")
-            return local.sizes.of(val)
+            try:
+                return local.sizes.of(val)
+            except ValueError as error:
+                raise _NotRun(str(error)) from None
         made = drawn(local.editor, node, self._shape(node, cut), self.generator)
         if not (made.is_floating_point() or made.is_complex()):
             return made

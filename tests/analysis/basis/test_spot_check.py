@@ -180,3 +180,39 @@ class _Head(nn.Module):
         x = self.embed(ids)
         x = x + self.down(torch.relu(self.up(self.norm(x))))
         return self.head(self.last(x))
+
+
+class Positions(torch.nn.Module):
+    """A table of positions is read at as many as there are tokens: a constant whose size only a run tells."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("positions", torch.arange(32)[None])
+        self.tokens, self.places = torch.nn.Embedding(20, 16), torch.nn.Embedding(32, 16)
+        self.norm, self.up = torch.nn.RMSNorm(16), torch.nn.Linear(16, 24)
+        self.down, self.head = torch.nn.Linear(24, 16), torch.nn.Linear(16, 20)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.tokens(ids) + self.places(self.positions[:, : ids.shape[1]])
+        return self.head(self.norm(x + self.down(torch.relu(self.up(self.norm(x))))))
+
+
+class Groups(Positions):
+    """Rows are dealt to groups whose sizes are data: no number was known for them when the program was exported."""
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.tokens(ids.flatten())
+        sizes = torch.stack([(ids < 9).sum(), (ids >= 9).sum()]).tolist()
+        for size in sizes:
+            torch._check(size >= 0)
+        h = self.norm(x + self.down(torch.relu(self.up(self.norm(x)))))
+        return torch.cat([self.head(rows) for rows in h.split(sizes)])
+
+
+@pytest.mark.parametrize("kind", [Positions, Groups])
+def test_sizes_that_only_a_run_tells(kind: type[torch.nn.Module]) -> None:
+    dynamic = ({1: torch.export.Dim("length", min=2, max=32)},) if kind is Positions else None
+    source = torch.export.export(kind().double().eval(), (torch.randint(0, 20, (2, 6)),), dynamic_shapes=dynamic)
+    rotated = spinpass.rotate(source, spinpass.RotationConfig(form="offline"))
+    assert rotated.certificate is not None and rotated.certificate.ok
+    assert any(s.name == "R1:residual" for s in rotated.plan.spaces), str(rotated.plan)
