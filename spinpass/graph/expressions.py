@@ -91,11 +91,12 @@ class Expressions:
         """Return the first node that computes the same constant expression: ``1 + g`` twice is one scale."""
         if not self.is_constant(node) or node in self._constants:
             return node
-        known = self._canonical.get(node)
-        if known is None:
-            key = (node.target, frozen((node.args, node.kwargs), self.canonical))
-            known = self._canonical[node] = self._first.setdefault(key, node)
-        return known
+        if node not in self._canonical:
+            for part in sorted(reachable(node, self._operands)):  # operands first, so that nothing recurs deeply
+                if part not in self._canonical and part not in self._constants and self.is_constant(part):
+                    key = (part.target, frozen((part.args, part.kwargs), self.canonical))
+                    self._canonical[part] = self._first.setdefault(key, part)
+        return self._canonical[node]
 
     def behind(self, node: Node) -> set[Node]:
         """Return the stored constants that a weight (:meth:`is_weight`) is made of.
