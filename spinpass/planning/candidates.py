@@ -95,17 +95,21 @@ class Candidates:
     # -- R1 ------------------------------------------------------------------------------------------------------------
 
     def _residual(self) -> Iterator[Found]:
+        read, unread = False, []
         for found in self._residual_streams():
             if isinstance(found, UntieRequest):
                 yield found
             elif found.readers:
+                read = True
                 refusal = self._offline_refusal(found)
                 if refusal is not None:
                     yield refusal
                 elif self.config.form != "online":
                     yield Candidate("R1", found, "offline")
-            elif found.writers and found.exits and self.config.form != "online":
-                yield _unread(found)
+            elif found.writers and found.exits:
+                unread.append(found)
+        if unread and not read and self.config.form != "online":
+            yield _unread(unread[0])
 
     def _residual_streams(self) -> Iterator[Space | UntieRequest]:
         """Yield every residual stream; a table that its uses need in two bases is untied or kept, as configured."""
