@@ -119,6 +119,13 @@ def test_the_stream_is_rotated_offline(spelling: str) -> None:
     assert not stream.online, stream
 
 
+def test_a_sum_inside_a_layer_is_called_no_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A linear layer's result plus its cube, as some activations are spelled: beside a stream it is not worth a word."""
+    monkeypatch.setattr(F, "gelu", lambda h: h * torch.tanh(h + 0.04 * h**3))
+    plan = spinpass.plan(program(NORMS["scale expanded"]), spinpass.RotationConfig(form="offline"))
+    assert any(s.name.startswith("R1") for s in plan.spaces) and "none reads it" not in str(plan)
+
+
 HEADS = (4, H // 4)
 ASIDE: dict[str, tuple[int, Callable[[Tensor], Tensor]]] = {
     "a Gram matrix": (0, lambda x: x @ x.transpose(-1, -2)),
