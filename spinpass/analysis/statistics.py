@@ -20,6 +20,7 @@ from torch.fx import Node
 
 from spinpass.graph import ProgramEditor, arguments, is_float, is_op, op_name, shape, value
 
+from .ops.calls import Call
 from .ops.rules import Movement
 from .ops.table import rule_of
 from .polynomial import Polynomial, total
@@ -148,15 +149,13 @@ class Statistics:
 
     def vectors(self, operator: Node) -> tuple[VectorForm, int] | None:
         """Return the vectors that an operator reduces to one number each, and their width; None where it does not."""
-        args = arguments(operator)
-        source, dims = args["self"], args.get("dim")
+        call = Call(operator)
+        source = call["self"]
         form = self.of(source)
         if form is None or form.place is not Place.VECTOR:
             return None
         rank, width = len(shape(source)), shape(source)[-1]
-        if dims in (None, [], ()):
-            dims = range(rank)
-        if not isinstance(width, int) or {d % rank for d in ([dims] if isinstance(dims, int) else dims)} != {rank - 1}:
+        if not isinstance(width, int) or set(call.axes("dim", rank)) != {rank - 1}:
             return None
         return form, width
 

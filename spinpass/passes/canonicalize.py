@@ -28,7 +28,6 @@ def canonicalize(editor: ProgramEditor) -> None:
         rewrite = _REWRITES.get(op_name(node))
         if rewrite is not None:
             rewrite(editor, node, arguments(node))
-    editor.cleanup()
 
 
 def _read_unexpanded(node: Node) -> None:

@@ -11,9 +11,10 @@ import torch
 from torch.fx import Node
 
 from spinpass.analysis import Centring, Normalization, Space, rule_of
-from spinpass.graph import Changes, Layout, ProgramEditor, shape, value
+from spinpass.graph import Changes, Layout, ProgramEditor, shape
 from spinpass.rotations import Rotation
 
+from .fuse_norm_scale import as_dtype
 from .site_pass import SitePass
 
 
@@ -40,10 +41,7 @@ def _centred(tensor: torch.Tensor, layout: Layout) -> torch.Tensor:
 def _stop_centring(editor: ProgramEditor, node: Node, origin: str) -> None:
     rule = rule_of(node)
     if isinstance(rule, Centring):
-        source, dtype = rule.source, value(node).dtype
-        if value(source).dtype != dtype:  # the mean was of another one
-            source = editor.call(torch.ops.aten.to.dtype, source, dtype, after=node, origin=origin)
-        editor.replace(node, source)
+        editor.replace(node, as_dtype(editor, rule.source, node, origin))  # the mean may have been of another one
         return
     norm = editor.current(node)  # its scale may have been fused
     plain = rule_of(norm)

@@ -26,14 +26,11 @@ def centre_statistics(editor: ProgramEditor) -> None:
     for node in list(editor.nodes):
         if node.op == "call_function" and is_float(node):
             centred.see(node)
-    if centred.changed:
-        editor.cleanup()
 
 
 class _Centred:
     def __init__(self, editor: ProgramEditor) -> None:
         self.editor = editor
-        self.changed = False
         self._statistics = Statistics(editor)
         self._vectors: dict[tuple[Node, torch.dtype], Node] = {}  # x itself, in each dtype that the program has it in
         self._centred: dict[tuple[Node, torch.dtype], Node] = {}
@@ -77,7 +74,6 @@ class _Centred:
         if not root:
             self._statistics.know(result, form)
         self.editor.replace(node, result)
-        self.changed = True
 
     def _made(self, make: _Maker, form: VectorForm) -> Node:
         """Return the sum of the form's terms, the last axis kept."""

@@ -59,6 +59,7 @@ def open_program(program: ExportedProgram) -> ProgramEditor:
     canonicalize(editor)
     decompose(editor)
     centre_statistics(editor)
+    editor.cleanup()  # what was rewritten
     return editor
 
 

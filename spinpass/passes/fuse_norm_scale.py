@@ -77,10 +77,10 @@ def _unscale(editor: ProgramEditor, node: Node, space: Space, origin: str) -> No
         return _strip_norm(editor, node, rule, origin)
     assert isinstance(rule, Multilinear)
     source = next(o.node for term in rule.terms for o in term if not editor.is_constant(o.node))
-    editor.replace(node, _as_dtype(editor, source, node, origin))
+    editor.replace(node, as_dtype(editor, source, node, origin))
 
 
-def _as_dtype(editor: ProgramEditor, source: Node, like: Node, origin: str) -> Node:
+def as_dtype(editor: ProgramEditor, source: Node, like: Node, origin: str) -> Node:
     """Cast ``source`` to the dtype of ``like``: type promotion by the scale must not get lost with it."""
     if value(source).dtype == value(like).dtype:
         return source
@@ -96,7 +96,7 @@ def _strip_norm(editor: ProgramEditor, node: Node, rule: Normalization, origin: 
         plain = editor.call(torch.ops.aten.layer_norm.default, *args, None, None, rule.eps, after=node, origin=origin)
     else:
         plain = editor.call(torch.ops.aten.rms_norm.default, *args, None, rule.eps, after=node, origin=origin)
-    editor.replace(node, _as_dtype(editor, plain, node, origin))
+    editor.replace(node, as_dtype(editor, plain, node, origin))
 
 
 def _shift_result(editor: ProgramEditor, use: ShiftUse, origin: str) -> Node | None:

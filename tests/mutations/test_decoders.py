@@ -32,7 +32,7 @@ PRODUCT: list[dict[str, Any]] = [
         [("auto", "keep"), ("auto", "untie"), ("offline", "keep"), ("offline", "untie"), ("online", "keep")],
         ["random-hadamard", "random-matrix"],
     )
-]
+] + [dict(form="offline", tied="untie"), {}]
 DECOMPOSED = list(ALL)[::6]  # in the default run; all of them in the slow one
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch.fx import Node
 
-from spinpass.graph import Layout, arguments, is_op, op_name, shape
+from spinpass.graph import Layout, is_op, op_name, shape
 
+from ..ops.calls import Call
 from ..ops.rules import Centring, Ignored, Movement, Normalization, Opaque
 from ..ops.table import rule_of
 from .growth import Barrier
@@ -114,8 +115,5 @@ def _reduced_axes(node: Node) -> frozenset[int] | None:
     """Return the axes that a sum or mean runs over, and None for other operators."""
     if not is_op(node) or op_name(node) not in ("aten::mean", "aten::sum"):
         return None
-    args = arguments(node)
-    rank, dims = len(shape(args["self"])), args.get("dim")
-    if dims is None or dims == []:
-        return frozenset(range(rank))
-    return frozenset(d % rank for d in ([dims] if isinstance(dims, int) else dims))
+    call = Call(node)
+    return frozenset(call.axes("dim", len(shape(call["self"]))))

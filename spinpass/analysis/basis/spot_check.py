@@ -85,7 +85,7 @@ class SpotCheck:
         for local in sizes:
             try:
                 return _Outcome(fault=_Trial(local, node, self._rotated).run() or "")
-            except _NotRun as error:
+            except (_NotRun, ValueError) as error:  # the latter of sizes that only a run tells
                 why = why or str(error)
         return _Outcome(unchecked=why)
 
@@ -254,10 +254,7 @@ class _Trial:
         return isinstance(value(node), Tensor)
 
     def _shape(self, node: Node, cut: dict[Node, dict[int, int]]) -> list[int]:
-        try:
-            sizes = list(self.local.sizes.shape(node))
-        except ValueError as error:  # only a run tells
-            raise _NotRun(str(error)) from None
+        sizes = list(self.local.sizes.shape(node))
         for dim, size in cut.get(node, {}).items():
             sizes[dim] = min(size, sizes[dim])
         return sizes
@@ -285,10 +282,7 @@ class _Trial:
         if not isinstance(val, Tensor):
             if val is None:
                 raise _NotRun(f"the value of {node.name} is not known")
-            try:
-                return local.sizes.of(val)
-            except ValueError as error:
-                raise _NotRun(str(error)) from None
+            return local.sizes.of(val)
         made = drawn(local.editor, node, self._shape(node, cut), self.generator)
         if not (made.is_floating_point() or made.is_complex()):
             return made
