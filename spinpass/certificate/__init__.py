@@ -9,6 +9,9 @@ from .files import (
     compare_output,
     describe,
     narrowest_dtype,
+    of_draws,
+    on_draws,
+    rounding_of,
     worst_of_runs,
 )
 from .programs import verify
@@ -24,6 +27,9 @@ __all__ = [
     "describe",
     "difference_of",
     "narrowest_dtype",
+    "of_draws",
+    "on_draws",
+    "rounding_of",
     "verify",
     "worst_of_runs",
 ]

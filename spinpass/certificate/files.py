@@ -1,11 +1,16 @@
-"""How far an exported file is from the program it was written from: output by output, whatever runs the file."""
+"""How far an exported file is from the program it was written from: output by output, whatever runs the file.
+
+Both are given the draws that two programs are given (:func:`spinpass.execution.draws`), and an error counts against the
+values around it, as there (:mod:`.vectors`).
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,27 +18,42 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument
 
 from spinpass import execution
-from spinpass.errors import VerificationError
+from spinpass.errors import ProgramError, VerificationError
+from spinpass.execution import InputRole
 
 from .certificate import BOUNDS, Difference, difference_of, has_finite
+from .vectors import Noise, Returned, Rounding, vector_error
+
+_Values = Mapping[str, Any]
+_Cases = Callable[[_Values], Sequence[_Values]]
+_Equal = Collection[Collection[Any]]
+_T = TypeVar("_T")
+_C = TypeVar("_C", bound="FileCertificate")
 
 
 @dataclass(frozen=True)
 class FileOutput:
     """This is one output: the runtime's value against the program's. ``bound`` is the largest error allowed, relative
     to ``difference.scale``; it is 0 for integers. ``compared`` says whether any value of the program's is finite, or it
-    has none; else nothing was compared."""
+    has none; else nothing was compared. ``vectors`` is the largest error relative to the size of its own row and column
+    (:mod:`spinpass.certificate.vectors`)."""
 
     name: str
     shape: tuple[int, ...]
     difference: Difference
     bound: float
     compared: bool = True
+    vectors: float = 0.0
 
     @property
     def ok(self) -> bool:
         """Say whether the error keeps to the bound."""
-        return self.compared and self.difference.relative <= self.bound
+        return self.compared and self.error <= self.bound
+
+    @property
+    def error(self) -> float:
+        """Return the larger of the two relative errors, that of the whole and that of vectors."""
+        return max(self.difference.relative, self.vectors)
 
 
 @dataclass(frozen=True)
@@ -41,13 +61,15 @@ class FileCertificate:
     """The certificate says how far a file is from the program.
 
     ``dtype`` is the narrowest float type the program computes in, which sets the bound
-    (:data:`spinpass.certificate.BOUNDS`); ``inputs`` says what both were given, and ``kind`` what the file is.
+    (:data:`spinpass.certificate.BOUNDS`); ``inputs`` says what both were given first, ``draws`` how many sets of inputs
+    there were, and ``kind`` what the file is.
     """
 
     outputs: tuple[FileOutput, ...]
     dtype: torch.dtype
     inputs: tuple[str, ...]
     kind: str = "exported file"
+    draws: int = 1
 
     @property
     def ok(self) -> bool:
@@ -67,6 +89,10 @@ class FileCertificate:
         name, difference, bound = self.worst.name, self.worst.difference, self.worst.bound
         if not self.worst.compared:
             return f"NOT equivalent: {name}: no value of it is finite, so that nothing was compared"
+        if self.worst.vectors > max(difference.relative, bound):
+            return (
+                f"NOT equivalent: {name}: relative {self.worst.vectors:.1e} to the values around it, bound {bound:.0e}"
+            )
         found = f"{name}: max |error| {difference.error:.1e}, relative {difference.relative:.1e}, bound {bound:.0e}"
         return f"equivalent: at worst {found}" if self.ok else f"NOT equivalent: {found}"
 
@@ -82,12 +108,14 @@ class FileCertificate:
             "verdict": self.verdict,
             "dtype": str(self.dtype).removeprefix("torch."),
             "inputs": list(self.inputs),
+            "draws": self.draws,
             "outputs": [
                 {
                     "name": o.name,
                     "shape": list(o.shape),
                     "max_abs_error": _plain(o.difference.error),
                     "max_abs": _plain(o.difference.scale),
+                    "max_vector_error": _plain(o.vectors),
                     "argmax_agreement": o.difference.argmax,
                     "bound": o.bound,
                     "ok": o.ok,
@@ -100,11 +128,13 @@ class FileCertificate:
 @dataclass(frozen=True)
 class FileComparison:
     """This is a program run once: ``fed`` are the tensors that a file of it takes, ``expected`` those that it should
-    return, both in the order of the signature and without what export specialised to a constant."""
+    return, both in the order of the signature and without what export specialised to a constant; ``noise`` measures how
+    far rounding moves each of those."""
 
     fed: tuple[Tensor, ...]
     expected: tuple[Tensor, ...]
     dtype: torch.dtype
+    noise: tuple[Noise, ...]
 
     @staticmethod
     def of(ep: ExportedProgram, inputs: object = None) -> FileComparison:
@@ -115,25 +145,90 @@ class FileComparison:
         values = execution.synthetic_inputs(ep) if inputs is None else execution.flat_inputs(ep, inputs)
         returned = zip(execution.run(ep, values), constant_outputs(ep), strict=True)
         constant = {spec.arg.name for spec in ep.graph_signature.input_specs if isinstance(spec.arg, ConstantArgument)}
+        expected = {i: as_tensor(value) for i, (value, is_constant) in enumerate(returned) if not is_constant}
+        rounding = rounding_of(ep, values)
         return FileComparison(
             tuple(as_tensor(value) for name, value in values.items() if name not in constant),
-            tuple(as_tensor(value) for value, is_constant in returned if not is_constant),
+            tuple(expected.values()),
             narrowest_dtype(ep),
+            tuple(partial(rounding.of_output, i) for i in expected),
         )
+
+    @staticmethod
+    def drawn(
+        ep: ExportedProgram, inputs: object = None, cases: _Cases = lambda values: [values], equal: _Equal = ()
+    ) -> list[list[FileComparison]]:
+        """Run the program on the cases of ``inputs``, or where there are none on those of each draw that it takes.
+
+        ``equal`` are groups of size symbols that the file takes for one.
+        """
+        return on_draws(ep, inputs, lambda values: [FileComparison.of(ep, case) for case in cases(values)], equal)
 
     def certificate(
         self, inputs: Sequence[str], outputs: Sequence[str], results: Iterable[Tensor], kind: str
     ) -> FileCertificate:
         """Compare what the runtime returned with what was expected, under the file's own names."""
-        compared = zip(outputs, self.expected, results, strict=True)
+        compared = zip(outputs, self.expected, results, self.noise, strict=True)
         described = (f"{name} {describe(value)}" for name, value in zip(inputs, self.fed, strict=True))
-        found = (compare_output(name, reference, result, BOUNDS[self.dtype]) for name, reference, result in compared)
+        bound = BOUNDS[self.dtype]
+        found = (compare_output(name, expected, result, bound, noise) for name, expected, result, noise in compared)
         return FileCertificate(tuple(found), self.dtype, tuple(described), kind)
+
+
+def on_draws(ep: ExportedProgram, inputs: object, run: Callable[[_Values], _T], equal: _Equal = ()) -> list[_T]:
+    """Return what ``run`` makes of ``inputs``, or where there are none of each draw that the program takes.
+
+    ``equal`` is that of :func:`spinpass.execution.draws`. The first key is open in the masks that are drawn: what a
+    token that sees nothing becomes differs between kernels, and nobody reads it.
+
+    Raises:
+        ProgramError: the program does not take the first draw, which ``run`` raises.
+        ConfigError: the inputs do not fit the program.
+    """
+    given = [[execution.flat_inputs(ep, inputs)]] if inputs is not None else []
+    masks = [s.name for s in execution.user_inputs(ep) if s.role is InputRole.MASK and len(s.shape) in (1, 2)]
+    drawn = given or [[_opened(values, masks) for values in each] for each in execution.draws(ep, equal)]
+    found: list[_T] = []
+    for i, alternatives in enumerate(drawn):
+        for values in alternatives:
+            try:
+                found.append(run(values))
+                break
+            except ProgramError:
+                if i == 0:
+                    raise
+    return found
+
+
+def _opened(values: _Values, masks: Sequence[str]) -> dict[str, Any]:
+    """Return values with the first key of these masks open."""
+    opened = {name: values[name].clone() for name in masks}
+    for mask in opened.values():
+        mask[..., :1] = 1
+    return {**values, **opened}
+
+
+def of_draws(certificates: Sequence[Sequence[_C]]) -> _C:
+    """Return one certificate for the cases of each draw, with the worst of each output and the inputs of the first."""
+    every = [certificate for cases in certificates for certificate in cases]
+    outputs = tuple(map(worst_of_runs, zip(*(certificate.outputs for certificate in every), strict=True)))
+    inputs = tuple(text for certificate in certificates[0] for text in certificate.inputs)
+    return replace(every[0], outputs=outputs, inputs=inputs, draws=len(certificates))
+
+
+def rounding_of(ep: ExportedProgram, values: _Values) -> Rounding:
+    """Return what measures how far rounding moves the outputs of a program on these values."""
+
+    def run(watch: execution.Watch | None = None) -> Returned:
+        found = execution.execute(ep, values, float64=True, watch=watch)
+        return found.outputs, found.state
+
+    return Rounding(run, run, torch.finfo(narrowest_dtype(ep)).eps)
 
 
 def badness(output: FileOutput) -> tuple[bool, float]:
     """Return a key that sorts the worst output last."""
-    return not output.ok, output.difference.relative
+    return not output.ok, output.error
 
 
 def worst_of_runs(runs: Sequence[FileOutput]) -> FileOutput:
@@ -142,11 +237,15 @@ def worst_of_runs(runs: Sequence[FileOutput]) -> FileOutput:
     return max(compared, key=badness)
 
 
-def compare_output(name: str, reference: Tensor, result: Tensor, bound: float) -> FileOutput:
-    """Compare one output; ``bound`` holds for floats, integers and booleans must be equal."""
+def compare_output(name: str, reference: Tensor, result: Tensor, bound: float, noise: Noise) -> FileOutput:
+    """Compare one output; ``bound`` holds for floats, integers and booleans must be equal, and so must the dtypes."""
     exact = not (reference.is_floating_point() or reference.is_complex())
+    if reference.dtype != result.dtype:
+        return FileOutput(name, tuple(reference.shape), Difference(math.inf, 1.0, None), 0.0 if exact else bound)
     difference = difference_of(reference, result, argmax=not exact)
-    return FileOutput(name, tuple(reference.shape), difference, 0.0 if exact else bound, has_finite(reference))
+    vectors = 0.0 if exact else vector_error(reference, result, bound, noise)
+    shape, bound = tuple(reference.shape), 0.0 if exact else bound
+    return FileOutput(name, shape, difference, bound, has_finite(reference), vectors)
 
 
 def narrowest_dtype(ep: ExportedProgram) -> torch.dtype:

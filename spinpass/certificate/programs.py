@@ -9,7 +9,7 @@ one basis and read in another shows even where a single step hides it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cached_property, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -35,9 +35,9 @@ from spinpass.execution import (
 from spinpass.graph import value
 from spinpass.progress import Progress
 
-from .certificate import BOUNDS, NOISE_FACTOR, STORED_UNITS, Certificate, OutputCheck, difference_of, has_finite, wide
+from .certificate import BOUNDS, NOISE_FACTOR, STORED_UNITS, Certificate, OutputCheck, difference_of, has_finite
 from .coverage import Coverage
-from .vectors import Noise, Shaken, vector_error
+from .vectors import Noise, Rounding, vector_error
 
 __all__ = ["Certificate", "OutputCheck", "run", "synthetic_inputs", "verify"]
 
@@ -236,7 +236,9 @@ class _Round:
 
     def compare(self, returned: Sequence[tuple[Any, ...]], tally: _Tally) -> None:
         """Give ``tally`` what the four sessions have returned and hold by now."""
-        shaken = _Noise(self.exact_before, tally.unit)
+        original = self.exact_before
+        plain = original.plain_outputs(), {name: original.current(name) for name in original.changed}
+        shaken = Rounding(lambda: plain, original.again, tally.unit)
         for i, results in enumerate(zip(*returned, strict=True)):
             noise = partial(shaken.of_output, i)
             tally.add(tally.names[i], _Results(*results), noise, argmax=i not in self.returned)
@@ -250,35 +252,6 @@ class _Round:
             session.feed_back(self.returned)
         original = self.exact_before
         return next_inputs(original.ep, values, {n: original.current(n) for n in original.state}, seed=seed)
-
-
-class _Noise:
-    """How far rounding alone moves what the last step of a session has returned; it is run again when first asked."""
-
-    def __init__(self, session: Session, unit: float) -> None:
-        self._session = session
-        self._unit = unit
-        self._before = (session.plain_outputs(), {name: session.current(name) for name in session.changed})
-
-    @cached_property
-    def _moved(self) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
-        return [self._session.again(Shaken(seed, self._unit)) for seed in (1, 2)]
-
-    def of_output(self, i: int) -> Tensor | None:
-        """Return how far each value of an output moves."""
-        return _largest([(self._before[0][i], outputs[i]) for outputs, _ in self._moved])
-
-    def of_state(self, name: str) -> Tensor | None:
-        """Return how far each value of an input or buffer that the program changes moves."""
-        return _largest([(self._before[1].get(name), state.get(name)) for _, state in self._moved])
-
-
-def _largest(pairs: list[tuple[Any, Any]]) -> Tensor | None:
-    """Return the largest difference of the pairs, value by value; None where they are no tensors of one shape."""
-    tensors = [(a, b) for a, b in pairs if isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape]
-    if len(tensors) < len(pairs):
-        return None
-    return torch.stack([(wide(a) - wide(b)).abs() for a, b in tensors]).amax(0)
 
 
 def _first_step(

@@ -9,17 +9,23 @@ relative to the largest value of the whole output.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 
+from spinpass.execution import Watch
+
 from .certificate import is_fill, wide
 
 Noise = Callable[[], Tensor | None]
 """What measures how far rounding alone moves each value of an output."""
+
+Returned = tuple[tuple[Any, ...], Mapping[str, Any]]
+"""What a run returns: its outputs, and by name the state that it leaves."""
 
 _MARGIN = 64.0  # a rotation and its inverse round some tens of times more often than the original
 _LARGE = 1e8  # masks reach beyond; the activations of a vector do not
@@ -96,3 +102,40 @@ class Shaken:
         return torch.where(
             (result != 0) & result.isfinite(), result + amount * self._unit * signs.to(result.device), result
         )
+
+
+class Rounding:
+    """How far rounding alone moves what a lifted run returns: it is run again, shaken, when that is first asked.
+
+    Args:
+        plain: what the run has returned, or what runs it.
+        again: runs it once more, with a watch.
+        unit: the size of one rounding.
+    """
+
+    def __init__(self, plain: Callable[[], Returned], again: Callable[[Watch], Returned], unit: float) -> None:
+        self._plain = plain
+        self._again = again
+        self._unit = unit
+
+    @cached_property
+    def _runs(self) -> tuple[Returned, list[Returned]]:
+        return self._plain(), [self._again(Shaken(seed, self._unit)) for seed in (1, 2)]
+
+    def of_output(self, i: int) -> Tensor | None:
+        """Return how far each value of an output moves; None where runs return different things."""
+        plain, moved = self._runs
+        return _largest([(plain[0][i], outputs[i]) for outputs, _ in moved])
+
+    def of_state(self, name: str) -> Tensor | None:
+        """Return how far each value of an input or buffer that the program changes moves."""
+        plain, moved = self._runs
+        return _largest([(plain[1].get(name), state.get(name)) for _, state in moved])
+
+
+def _largest(pairs: list[tuple[Any, Any]]) -> Tensor | None:
+    """Return the largest difference of the pairs, value by value; None where they are no tensors of one shape."""
+    tensors = [(a, b) for a, b in pairs if isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape]
+    if len(tensors) < len(pairs):
+        return None
+    return torch.stack([(wide(a) - wide(b)).abs() for a, b in tensors]).amax(0)

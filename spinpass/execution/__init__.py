@@ -1,13 +1,33 @@
 """A program run on real or made-up inputs: what it takes, what it returns, what it hands itself."""
 
 from .draws import draws
-from .interpreter import Deferred, Runner, constants, execute, flat_inputs, origin, run, user_input_names
+from .interpreter import (
+    Deferred,
+    Runner,
+    Watch,
+    constants,
+    execute,
+    flat_inputs,
+    origin,
+    run,
+    user_input_names,
+)
 from .likelihoods import log_probabilities
 from .reading import holds_positions, read_in_pieces, reading_inputs, reading_sizes, token_input
 from .returned import continued_inputs, output_names, returned_state
 from .roles import InputRole
 from .session import Session, into_basis, step_together
-from .synthetic import Sizes, UserInput, bound_sizes, concrete, fresh, next_inputs, synthetic_inputs, user_inputs
+from .synthetic import (
+    Sizes,
+    UserInput,
+    bound_sizes,
+    concrete,
+    fresh,
+    next_inputs,
+    specialised,
+    synthetic_inputs,
+    user_inputs,
+)
 
 __all__ = [
     "Deferred",
@@ -16,6 +36,7 @@ __all__ = [
     "Session",
     "Sizes",
     "UserInput",
+    "Watch",
     "bound_sizes",
     "concrete",
     "constants",
@@ -35,6 +56,7 @@ __all__ = [
     "reading_sizes",
     "returned_state",
     "run",
+    "specialised",
     "step_together",
     "synthetic_inputs",
     "token_input",

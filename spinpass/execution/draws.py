@@ -7,7 +7,7 @@ holes in its masks, and positions of its own in each row.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -30,11 +30,11 @@ _PASSED = frozenset({"aten::add", "aten::where", "aten::masked_fill", "aten::max
 _HOPS = 8
 
 
-def draws(ep: ExportedProgram) -> list[list[Values]]:
+def draws(ep: ExportedProgram, equal: Collection[Collection[Any]] = ()) -> list[list[Values]]:
     """Return draws of the inputs of ``ep`` by placeholder name, at least three where anything can be drawn.
 
     Each draw is a list of alternatives, the boldest first: a program may have conditions that its signature does not
-    tell, and then takes a later one.
+    tell, and then takes a later one. ``equal`` are groups of size symbols that get one size.
     """
     first = synthetic_inputs(ep)
     inputs = [i for i in user_inputs(ep) if isinstance(first[i.name], Tensor) and i.name not in specialised(ep)]
@@ -49,13 +49,13 @@ def draws(ep: ExportedProgram) -> list[list[Values]]:
     )
     second = [_drawn(first, inputs, names, masks, 1) for names in kinds if names]
     third = [_drawn(first, inputs, names, masks, 2) for names in kinds if names]
-    return [[first], second, [*_resized(ep, masks), *third]]
+    return [[first], second, [*_resized(ep, masks, equal), *third]]
 
 
-def _resized(ep: ExportedProgram, masks: set[str]) -> Iterator[Values]:
+def _resized(ep: ExportedProgram, masks: set[str], equal: Collection[Collection[Any]]) -> Iterator[Values]:
     """Yield a draw of other sizes, where there are any."""
     try:
-        found = other_sizes(ep)
+        found = other_sizes(ep, equal)
         if found is None:
             return
         values = synthetic_inputs(ep, seed=2, sizes=found)

@@ -8,7 +8,7 @@ standard normal distribution.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,8 +134,10 @@ def out_of_range(ep: ExportedProgram, sizes: Sizes) -> str | None:
     return None
 
 
-def other_sizes(ep: ExportedProgram) -> Sizes | None:
-    """Choose sizes other than those of :func:`synthetic_inputs`; None where there are no others to choose.
+def other_sizes(ep: ExportedProgram, equal: Collection[Collection[Any]] = ()) -> Sizes | None:
+    """Choose sizes other than those of :func:`synthetic_inputs`, the same for the symbols of each group of ``equal``.
+
+    Return None where there are no others to choose.
 
     Raises:
         ConfigError: no small sizes satisfy the constraints.
@@ -143,13 +145,18 @@ def other_sizes(ep: ExportedProgram) -> Sizes | None:
     inputs = user_inputs(ep)
     if _has_features(ep, inputs) or not any(True for _ in _symbols(inputs)):
         return None
-    return _chosen_sizes(ep, inputs, batch=_BATCH + 1, lengths=_OTHER_LENGTHS)
+    return _chosen_sizes(ep, inputs, batch=_BATCH + 1, lengths=_OTHER_LENGTHS, equal=equal)
 
 
 def _chosen_sizes(
-    ep: ExportedProgram, inputs: list[UserInput], *, batch: int = _BATCH, lengths: tuple[int, ...] = _LENGTHS
+    ep: ExportedProgram,
+    inputs: list[UserInput],
+    *,
+    batch: int = _BATCH,
+    lengths: tuple[int, ...] = _LENGTHS,
+    equal: Collection[Collection[Any]] = (),
 ) -> Sizes:
-    """Choose small sizes within the range constraints.
+    """Choose small sizes within the range constraints, one for each group of ``equal``.
 
     Raises:
         ConfigError: they break another constraint.
@@ -159,7 +166,8 @@ def _chosen_sizes(
     for symbol, axis in _symbols(inputs):
         if symbol in sizes:
             continue
-        wanted = batch if axis == 0 else next(following)
+        like = next((other for group in equal if symbol in group for other in group if other in sizes), None)
+        wanted = sizes[like] if like is not None else batch if axis == 0 else next(following)
         allowed = ep.range_constraints.get(symbol)
         sizes[symbol] = wanted if allowed is None else int(min(max(wanted, allowed.lower), allowed.upper))
     broken = out_of_range(ep, sizes)

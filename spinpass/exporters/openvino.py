@@ -14,7 +14,7 @@ import torch
 from torch.export import ExportedProgram
 
 from spinpass import record
-from spinpass.certificate import FileCertificate, FileComparison
+from spinpass.certificate import FileCertificate, FileComparison, of_draws
 from spinpass.errors import ConfigError, ExportError, ProgramError
 from spinpass.graph import shape, value
 from spinpass.passes import lower_hadamards
@@ -52,7 +52,7 @@ def export(
         input_names, output_names: what to rename, as :func:`spinpass.exporters.onnx.export` takes it.
         verify: compare OpenVINO's outputs, computed in float32, with the program's. None does so up to 2 GiB of
             weights; True insists.
-        inputs: what to compare on; None makes small inputs from the program's own specs.
+        inputs: what to compare on; None draws small inputs from the program's own specs, several times.
         progress: it is called with the name of each step before it starts.
 
     Raises:
@@ -128,14 +128,18 @@ def _fix_shapes(openvino: Any, model: Any, ep: ExportedProgram) -> None:
 
 def _compared(ep: ExportedProgram, path: Path, inputs: object, *, insist: bool) -> FileCertificate | str:
     """Return the certificate, or why there can be none; with ``insist`` that is an ExportError."""
-    comparison = FileComparison.of(ep, inputs)
-    without = {t.dtype for t in (*comparison.fed, *comparison.expected)} - set(_TYPES)
+    drawn = FileComparison.drawn(ep, inputs)
+    without = {t.dtype for t in (*drawn[0][0].fed, *drawn[0][0].expected)} - set(_TYPES)
     if without:
         why = f"OpenVINO's Python interface has no {', '.join(map(str, without))}"
         if insist:
             raise ExportError(f"the model cannot be certified: {why}; pass verify=False to write it all the same")
         return why
     model = CompiledModel(path)
+    return of_draws([[_certify(comparison, model) for comparison in cases] for cases in drawn])
+
+
+def _certify(comparison: FileComparison, model: CompiledModel) -> FileCertificate:
     return comparison.certificate(model.inputs, model.outputs, model.run(comparison.fed), "OpenVINO model")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from spinpass.certificate import verify
+from spinpass.exporters.onnx import export
+from spinpass.exporters.onnx.certificate import certify_onnx
 
 ROWS, WIDTH = 1000, 16
 Args = tuple[Any, ...]
@@ -212,6 +215,18 @@ def test_a_pair_of_different_programs_is_refused(kind: str) -> None:
     assert same.draws == 3
     found = verify(right, program(forward, args, True, dynamic))
     assert not found.ok, str(found)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_file_of_another_program_is_refused(kind: str, tmp_path: Path) -> None:
+    """The same pairs, one of each as an ONNX file."""
+    forward, args, dynamic = KINDS[kind]
+    right, wrong = (program(forward, args, w, dynamic) for w in (False, True))
+    same = export(right, tmp_path / "right.onnx").certificate
+    assert same is not None and same.ok and same.draws == 3
+    other = export(wrong, tmp_path / "wrong.onnx", verify=False).path
+    found = certify_onnx(right, other)
+    assert not found.ok, found.verdict
 
 
 def test_outputs_without_a_finite_value_are_no_certificate() -> None:

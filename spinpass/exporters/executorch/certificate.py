@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,9 @@ from spinpass.certificate import (
     compare_output,
     describe,
     narrowest_dtype,
+    of_draws,
+    on_draws,
+    rounding_of,
     worst_of_runs,
 )
 from spinpass.execution import output_names
@@ -28,8 +32,8 @@ _FURTHER_STEPS = 2
 
 @dataclass(frozen=True)
 class PteCertificate(FileCertificate):
-    """The certificate says how far a .pte file is from the program; ``steps`` is how often both were run, on the state
-    that each kept."""
+    """The certificate says how far a .pte file is from the program; ``steps`` is how often both were run in a
+    draw, on the state that each kept."""
 
     kind: str = ".pte file"
     steps: int = 1
@@ -47,24 +51,33 @@ def certify_pte(ep: ExportedProgram, path: Path, inputs: object = None, bound: f
     Args:
         ep: the program that the file was written from.
         path: a .pte file.
-        inputs: as :func:`spinpass.execution.flat_inputs` takes them; None makes them from the program's own specs.
+        inputs: as :func:`spinpass.execution.flat_inputs` takes them; None draws several from the program's own specs.
         bound: the largest relative error of an output; None is that of the program's dtype.
 
     Raises:
         ExportError: ExecuTorch cannot load or run the file.
         ConfigError: the inputs do not fit the program.
     """
-    values = execution.synthetic_inputs(ep) if inputs is None else execution.flat_inputs(ep, inputs)
+    runs = on_draws(ep, inputs, lambda values: _run(ep, path, values, bound))
+    return replace(of_draws([[run] for run in runs]), steps=max(run.steps for run in runs))
+
+
+def _run(ep: ExportedProgram, path: Path, values: Mapping[str, Any], bound: float | None) -> PteCertificate:
+    """Compare the two from ``values`` on."""
     described = tuple(f"{name} {describe(value)}" for name, value in values.items())
     dtype = narrowest_dtype(ep)
     limit = BOUNDS[dtype] if bound is None else bound
     method, state = PteMethod(path), dict[str, Any]()
     runs: dict[str, list[FileOutput]] = {}
     for step in range(1 + _FURTHER_STEPS):
-        expected = execution.execute(ep, {**values, **state})
+        given = {**values, **state}
+        expected = execution.execute(ep, given)
         found = method.run(list(values.values()))
-        for name, reference, result in zip(output_names(ep), expected.outputs, found, strict=True):
-            output = compare_output(name, as_tensor(reference), as_tensor(result), limit)
+        rounding = rounding_of(ep, given)
+        compared = zip(output_names(ep), expected.outputs, found, strict=True)
+        for i, (name, reference, result) in enumerate(compared):
+            noise = partial(rounding.of_output, i)
+            output = compare_output(name, as_tensor(reference), as_tensor(result), limit, noise)
             runs.setdefault(name, []).append(output)
         state |= expected.state
         following = _following(ep, values, state, step)

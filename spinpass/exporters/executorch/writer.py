@@ -82,7 +82,7 @@ def export(
         path: ``.../name.pte``, or a folder, which then gets ``model.pte``. An existing file is replaced.
         backend: ``xnnpack`` delegates what XNNPACK has kernels for, ``portable`` nothing (floats only; slow).
         verify: compare what ExecuTorch returns with the program.
-        inputs: what to compare on; None makes small inputs from the program's own specs.
+        inputs: what to compare on; None draws small inputs from the program's own specs, several times.
         progress: it is called with the name of each step before it starts.
 
     Raises:

@@ -8,15 +8,15 @@ are cut out of one set of inputs.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
 from spinpass import execution
-from spinpass.certificate import FileCertificate, FileComparison, worst_of_runs
+from spinpass.certificate import FileCertificate, FileComparison, of_draws
 from spinpass.execution import InputRole, Sizes, UserInput
 from spinpass.runtime import from_ort, open_session, run_session, to_ort
 
@@ -28,23 +28,21 @@ _MASK_RANK = 2
 def certify_onnx(ep: ExportedProgram, path: Path, inputs: object = None, *, fused: bool = False) -> FileCertificate:
     """Run the file at ``path`` (CPU, default optimisations) and ``ep`` on ``inputs`` and compare.
 
-    ``inputs`` are what :func:`spinpass.execution.flat_inputs` takes; None makes them from the program's own specs.
+    ``inputs`` are what :func:`spinpass.execution.flat_inputs` takes; None draws several from the program's own specs.
     Inputs and outputs of the file are matched to the program's by position. A ``fused`` file is compared on several
-    parts of them, which :func:`fused_cases` cuts, and of each output the worst is kept.
+    parts of them, which :func:`fused_cases` cuts. Of each output the worst is kept.
 
     Raises:
         ExportError: ONNX Runtime cannot load or run the file.
         ConfigError: the inputs do not fit the program.
     """
-    values = execution.synthetic_inputs(ep) if inputs is None else execution.flat_inputs(ep, inputs)
     session = open_session(path)
-    found = [_certify(ep, session, case) for case in (fused_cases(ep, values) if fused else [values])]
-    outputs = tuple(map(worst_of_runs, zip(*(c.outputs for c in found), strict=True)))
-    return FileCertificate(outputs, found[0].dtype, tuple(text for c in found for text in c.inputs), KIND)
+    cases = partial(fused_cases, ep) if fused else lambda values: [values]
+    drawn = FileComparison.drawn(ep, inputs, cases, _one_size(ep, session))
+    return of_draws([[_certify(comparison, session) for comparison in cases] for cases in drawn])
 
 
-def _certify(ep: ExportedProgram, session: Any, values: object) -> FileCertificate:
-    comparison = FileComparison.of(ep, values)
+def _certify(comparison: FileComparison, session: Any) -> FileCertificate:
     names = [i.name for i in session.get_inputs()]
     feed = {name: to_ort(value) for name, value in zip(names, comparison.fed, strict=True)}
     results = map(from_ort, run_session(session, feed))
@@ -54,8 +52,8 @@ def _certify(ep: ExportedProgram, session: Any, values: object) -> FileCertifica
 def fused_cases(ep: ExportedProgram, values: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Cut ``values`` to a prompt without cache, to one token per sequence, and to one sequence.
 
-    They stay whole, one case, where the program has no cache whose length is a size of its own. In masks the second
-    key of a row is closed: what a token that sees nothing becomes differs between kernels, and each sees the first one.
+    They stay whole, one case, where the program has no cache whose length is a size of its own. In a mask that is all
+    open the second key of the first row is closed.
     """
     specs = execution.user_inputs(ep)
     sizes = execution.bound_sizes(specs, values)
@@ -69,10 +67,11 @@ def fused_cases(ep: ExportedProgram, values: Mapping[str, Any]) -> list[dict[str
     return [_cut(specs, values, sizes | change) for change in (empty, one_token, one_row)]
 
 
-def _holed(size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Return a mask of rows of keys that are all open, but for the second one of the first row."""
-    mask = torch.ones(size, dtype=dtype)
-    mask[:1, 1:2] = 0
+def _holed(mask: Tensor) -> Tensor:
+    """Return a mask of rows of keys that are not all open."""
+    mask = mask.clone()
+    if bool(mask.all()):
+        mask[:1, 1:2] = 0
     return mask
 
 
@@ -85,8 +84,19 @@ def _cut(specs: list[UserInput], values: Mapping[str, Any], sizes: Sizes) -> dic
             for axis, size in enumerate(spec.shape):
                 value = value.narrow(axis, 0, execution.concrete(size, sizes))
             is_mask = spec.role is InputRole.MASK and value.ndim == _MASK_RANK
-            cut[spec.name] = _holed(tuple(value.shape), value.dtype) if is_mask else value
+            cut[spec.name] = _holed(value) if is_mask else value
     return cut
+
+
+def _one_size(ep: ExportedProgram, session: Any) -> list[set[Any]]:
+    """Return the symbols of the program that the file gives one name, which promises that they are one size."""
+    found: dict[str, set[Any]] = {}
+    taken = [spec for spec in execution.user_inputs(ep) if spec.name not in execution.specialised(ep)]
+    for spec, there in zip(taken, session.get_inputs(), strict=True):
+        for size, name in zip(spec.shape, there.shape, strict=False):
+            if isinstance(name, str) and _is_symbol(size):
+                found.setdefault(name, set()).add(size)
+    return [symbols for symbols in found.values() if len(symbols) > 1]
 
 
 def _is_symbol(size: Any) -> bool:

@@ -87,7 +87,7 @@ def export(
             ``external_threshold`` bytes.
         verify: compare ONNX Runtime's outputs with the program's. None does so up to 2 GiB of weights and where ONNX
             Runtime has the kernels on a CPU; True insists.
-        inputs: what to compare on; None makes small inputs from the program's own specs.
+        inputs: what to compare on; None draws small inputs from the program's own specs, several times.
         metadata: further ``metadata_props`` of the model.
         progress: it is called with the name of each step before it starts.
 

@@ -585,7 +585,7 @@ def test_a_damaged_file(tmp_path: Path) -> None:
 
 def test_an_output_without_a_finite_value_is_no_proof() -> None:
     nothing = torch.full((2, 3), float("nan"))
-    found = [file_certificate.compare_output("y", x, x, 1e-4) for x in (nothing, torch.ones(2, 3))]
+    found = [file_certificate.compare_output("y", x, x, 1e-4, lambda: None) for x in (nothing, torch.ones(2, 3))]
     certificate = file_certificate.FileCertificate((found[0],), torch.float32, (), onnx_certificate.KIND)
     assert not certificate.ok and "no value of it is finite" in certificate.verdict
     with pytest.raises(VerificationError, match="nothing was compared"):
@@ -596,7 +596,7 @@ def test_an_output_without_a_finite_value_is_no_proof() -> None:
 
 def test_errors_that_are_not_finite_become_text() -> None:
     reference, result = torch.tensor([[1.0]]), torch.tensor([[float("nan")]])
-    output = file_certificate.compare_output("y", reference, result, 1e-4)
+    output = file_certificate.compare_output("y", reference, result, 1e-4, lambda: None)
     certificate = file_certificate.FileCertificate((output,), torch.float32, (), onnx_certificate.KIND)
     assert not certificate.ok
     assert json.loads(json.dumps(certificate.to_dict()))["outputs"][0]["max_abs_error"] == "inf"
