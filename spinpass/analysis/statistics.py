@@ -21,8 +21,9 @@ from torch.fx import Node
 from spinpass.graph import ProgramEditor, arguments, is_float, is_op, op_name, shape, value
 
 from .ops.calls import Call
-from .ops.rules import Movement
+from .ops.rules import Movement, Multilinear
 from .ops.table import rule_of
+from .ops.zeros import made_of_numbers
 from .polynomial import Polynomial, total
 
 
@@ -129,6 +130,8 @@ class Statistics:
             return self._cast(node, self.of(rule.source))
         if op_name(node) == "getitem" and isinstance(node.args[0], Node):
             return self._item(node, node.args[0])
+        if op_name(node) in _PRODUCTS and isinstance(rule, Multilinear) and len(rule.terms) == 1:
+            return self._contracted(node, rule)
         builder = _BUILDERS.get(op_name(node)) if is_op(node) else None
         return None if builder is None else builder(self, node, arguments(node))
 
@@ -146,6 +149,39 @@ class Statistics:
         over = self.vectors(operator)
         mean = None if over is None else _mean(over[0].value)
         return None if over is None or mean is None else VectorForm(over[0].base, mean, _reduced(operator))
+
+    def _contracted(self, node: Node, rule: Multilinear) -> VectorForm | None:
+        """Σ x:  return the sum over vectors that a product takes, by itself, with equal numbers or with the vectors."""
+        computed = [o for o in rule.terms[0] if not self._is_given(o.node)]
+        constants = [o for o in rule.terms[0] if o not in computed]
+        forms = [self.of(o.node) for o in computed]
+        if rule.opaque or len(constants) > 1 or not 1 <= len(forms) <= 2 or len({o.labels for o in computed}) > 1:
+            return None
+        *kept, summed = computed[0].labels
+        form, width = forms[0], shape(computed[0].node)[-1]
+        if form is None or form.place is not Place.VECTOR or forms[-1] is None or forms[-1].base is not form.base:
+            return None
+        if summed in rule.out or None in computed[0].labels or any(summed not in o.labels for o in constants):
+            return None
+        factor = self._equal(constants[0].node) if constants else 1.0
+        if factor is None or not isinstance(width, int):
+            return None
+        mean = _mean(form.value * forms[1].value if len(forms) == 2 else form.value)  # type: ignore[union-attr]
+        flat, whole = rule.out == tuple(kept), rule.out[:-1] == tuple(kept) and shape(node)[-1] == 1
+        if mean is None or not (flat or whole):
+            return None
+        return VectorForm(form.base, mean.scaled(width * factor), Place.FLAT if flat else Place.KEPT)
+
+    def _is_given(self, node: Node) -> bool:
+        """Return whether a value is known without a run."""
+        return self._editor.is_computable(node) or made_of_numbers(node) is not None
+
+    def _equal(self, given: Node) -> float | None:
+        """Return the number that a known value repeats along its one long axis; None for others."""
+        if sum(size != 1 for size in shape(given)) > 1:
+            return None
+        held = self._editor.deferred(given)() if self._editor.is_computable(given) else made_of_numbers(given)
+        return float(held.flatten()[0]) if held is not None and bool((held == held.flatten()[0]).all()) else None
 
     def vectors(self, operator: Node) -> tuple[VectorForm, int] | None:
         """Return the vectors that an operator reduces to one number each, and their width; None where it does not."""
@@ -222,7 +258,20 @@ def _neg(statistics: Statistics, node: Node, args: dict[str, Any]) -> VectorForm
 def _square(statistics: Statistics, node: Node, args: dict[str, Any]) -> VectorForm | None:
     if args.get("exponent", 2) != 2:
         return None
-    return statistics.beside(node, args["self"], args["self"], lambda p, q: p * q)
+    source = args["self"]
+    if op_name(source) == "aten::linalg_vector_norm":
+        return _squared_norm(statistics, source)
+    if op_name(source) == "aten::abs":
+        source = source.args[0]
+    return statistics.beside(node, source, source, lambda p, q: p * q)
+
+
+def _squared_norm(statistics: Statistics, norm: Node) -> VectorForm | None:
+    over, args = statistics.vectors(norm), arguments(norm)
+    if over is None or args["ord"] != 2 or args["dtype"] is not None:
+        return None
+    square = _mean(over[0].value * over[0].value)
+    return None if square is None else VectorForm(over[0].base, square.scaled(over[1]), _reduced(norm))
 
 
 def _unsqueeze(statistics: Statistics, node: Node, args: dict[str, Any]) -> VectorForm | None:
@@ -277,6 +326,7 @@ def _correction(args: dict[str, Any]) -> float | None:
 
 
 _MOST_TERMS = 24
+_PRODUCTS = {f"aten::{name}" for name in ("einsum", "matmul", "linear", "mm", "mv", "bmm", "dot")}
 _WITH_MEAN = {"aten::var_mean", "aten::std_mean"}
 _VARIANCES = _WITH_MEAN | {"aten::var", "aten::std"}
 _BUILDERS: dict[str, Callable[[Statistics, Node, dict[str, Any]], VectorForm | None]] = {

@@ -1,6 +1,6 @@
-"""Canonicalize:  x / g  ->  x · (1/g),   lerp(a, x, g)  ->  x·g + a·(1 − g),   x · expand(y)  ->  x · y,   and more.
+"""Canonicalize:  x · expand(y)  ->  x · y,   group_norm(x, 1)  ->  layer_norm(x),   avg_pool1d(x, n)  ->  mean(x).
 
-What several operators of torch can say is said in one way, the one that the analysis knows scales and norms by.
+What several operators of torch can say is said in one way, the one that the analysis knows.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from spinpass.analysis import Zeros, rule_of
 from spinpass.graph import ProgramEditor, arguments, is_float, is_op, op_name, shape, value
 
 _aten = torch.ops.aten
@@ -57,44 +56,6 @@ def _unexpanded(node: Node) -> Node:
     return node
 
 
-def _division(editor: ProgramEditor, node: Node, args: dict[str, Any]) -> None:
-    """x / g  ->  x · (1/g),   g a constant for each channel."""
-    divisor = args["other"]
-    exact = value(node).dtype in (torch.float32, torch.float64)  # 1/g would be rounded to 8 or 11 bits
-    if not exact or args.get("rounding_mode") is not None or not _is_scale(editor, divisor, args["self"]):
-        return
-    if value(divisor).dtype != value(node).dtype:
-        divisor = editor.call(_aten.to.dtype, divisor, value(node).dtype, after=divisor, origin=_ORIGIN)
-    inverse = editor.call(_aten.reciprocal.default, divisor, after=divisor, origin=_ORIGIN)
-    _put(editor, node, _aten.mul.Tensor, args["self"], inverse)
-
-
-def _addcmul(editor: ProgramEditor, node: Node, args: dict[str, Any]) -> None:
-    """addcmul(b, x, g)  ->  x·g + b."""
-    one, two, added = args["tensor1"], args["tensor2"], args["self"]
-    if _is_scale(editor, one, two) or _is_scale(editor, two, one):
-        product = editor.call(_aten.mul.Tensor, one, two, after=node, origin=_ORIGIN)
-        if args["value"] != 1:
-            product = editor.call(_aten.mul.Tensor, product, args["value"], after=product, origin=_ORIGIN)
-        if isinstance(rule_of(added), Zeros):
-            _take_over(editor, node, product)
-        else:
-            _put(editor, node, _aten.add.Tensor, product, added, after=product)
-
-
-def _lerp(editor: ProgramEditor, node: Node, args: dict[str, Any]) -> None:
-    """lerp(a, x, g)  ->  x·g + a·(1 − g)."""
-    start, end, weight = args["self"], args["end"], args["weight"]
-    if not _is_scale(editor, weight, end):
-        return
-    if isinstance(rule_of(start), Zeros):
-        return _put(editor, node, _aten.mul.Tensor, end, weight)
-    rest = editor.call(_aten.rsub.Scalar, weight, 1, after=node, origin=_ORIGIN)
-    shift = editor.call(_aten.mul.Tensor, rest, start, after=rest, origin=_ORIGIN)
-    product = editor.call(_aten.mul.Tensor, end, weight, after=shift, origin=_ORIGIN)
-    _put(editor, node, _aten.add.Tensor, product, shift, after=product)
-
-
 def _group_norm(editor: ProgramEditor, node: Node, args: dict[str, Any]) -> None:
     """group_norm(x, 1) of (n, c)  ->  layer_norm(x);   groups of one channel, (n, c, l):  each normed along l."""
     x = args["input"]
@@ -113,11 +74,13 @@ def _group_norm(editor: ProgramEditor, node: Node, args: dict[str, Any]) -> None
         _take_over(editor, node, made)
 
 
-def _is_scale(editor: ProgramEditor, factor: Any, of: Any) -> bool:
-    """Return whether ``factor`` is a constant that holds one number for each channel of the computed value ``of``."""
-    if not isinstance(factor, Node) or not isinstance(of, Node) or editor.is_constant(of) or not is_float(factor):
-        return False
-    return editor.is_constant(factor) and shape(factor)[-1:] == shape(of)[-1:] and shape(factor)[-1:] != (1,)
+def _pool(editor: ProgramEditor, node: Node, args: dict[str, Any]) -> None:
+    """avg_pool1d(x, n) of n coordinates,  adaptive_avg_pool1d(x, 1)  ->  mean(x)."""
+    x = args["self"]
+    width, kernel = shape(x)[-1], args.get("kernel_size")
+    whole = list(kernel) == [width] and list(args["padding"]) == [0] if kernel else list(args["output_size"]) == [1]
+    if whole and isinstance(width, int):
+        _put(editor, node, _aten.mean.dim, x, [-1], True)
 
 
 def _put(editor: ProgramEditor, node: Node, target: Any, *args: Any, after: Node | None = None) -> None:
@@ -133,11 +96,6 @@ def _take_over(editor: ProgramEditor, node: Node, made: Node) -> None:
 _FACTORS = {f"aten::{n}" for n in ("mul", "div", "multiply", "divide", "true_divide", "addcmul", "lerp")}
 _REWRITES: dict[str, Callable[[ProgramEditor, Node, dict[str, Any]], None]] = {
     f"aten::{name}": rewrite
-    for rewrite, names in (
-        (_division, "div divide true_divide"),
-        (_addcmul, "addcmul"),
-        (_lerp, "lerp"),
-        (_group_norm, "group_norm instance_norm"),
-    )
+    for rewrite, names in ((_group_norm, "group_norm instance_norm"), (_pool, "avg_pool1d adaptive_avg_pool1d"))
     for name in names.split()
 }

@@ -8,12 +8,24 @@ it. The polynomials of :mod:`spinpass.analysis.statistics` say where the mean ca
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch.fx import Node
 
-from spinpass.analysis import Centring, FlatNumber, Monomial, Place, Polynomial, Statistics, Symbol, VectorForm, rule_of
+from spinpass.analysis import (
+    Centring,
+    FlatNumber,
+    Monomial,
+    Normalization,
+    Place,
+    Polynomial,
+    Statistics,
+    Symbol,
+    VectorForm,
+    rule_of,
+)
 from spinpass.graph import ProgramEditor, is_float, op_name, shape, value
 
 _aten = torch.ops.aten
@@ -25,6 +37,7 @@ def centre_statistics(editor: ProgramEditor) -> None:
     centred = _Centred(editor)
     for node in list(editor.nodes):
         if node.op == "call_function" and is_float(node):
+            centred.read(node)
             centred.see(node)
 
 
@@ -53,6 +66,23 @@ class _Centred:
             return
         elif variance or self._has_mean(node):
             self._replace(node, form, root=variance is not None and _takes_root(node))
+
+    def read(self, node: Node) -> None:
+        """LN(a·x + b)  ->  LN(a·c):  let an operator that takes the mean off read what has none."""
+        rule = rule_of(node)
+        if not isinstance(rule, Normalization) or not rule.centres:
+            return
+        form = self._statistics.of(rule.source)
+        if form is None or form.base is None or form.place is not Place.VECTOR:
+            return
+        powers = form.value.by_power(Symbol.CENTRED)
+        scale, mean = powers.get(1), powers.get(0)
+        if scale is None or mean is None or set(powers) != {0, 1} or mean == scale * Polynomial.of(Symbol.MEAN):
+            return
+        centred = replace(form, value=scale * Polynomial.of(Symbol.CENTRED))
+        made = self._made(_Maker(self.editor, rule.source), centred)
+        if shape(made) == shape(rule.source):
+            node.replace_input_with(rule.source, made)
 
     def _has_mean(self, node: Node) -> bool:
         forms = map(self._statistics.of, node.all_input_nodes)

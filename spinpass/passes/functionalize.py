@@ -36,6 +36,7 @@ from spinpass.graph import (
 
 from .canonicalize import canonicalize
 from .centre_statistics import centre_statistics
+from .collect_affine import collect_affine
 from .decompose import decompose
 from .memory_check import wrong_read
 
@@ -58,6 +59,7 @@ def open_program(program: ExportedProgram) -> ProgramEditor:
     editor.cleanup()  # what no output depends on reads nothing
     canonicalize(editor)
     decompose(editor)
+    collect_affine(editor)
     centre_statistics(editor)
     editor.cleanup()  # what was rewritten
     return editor

@@ -1,4 +1,4 @@
-"""Random graphs of vectors and their statistics: opening a program rewrites them, and must change nothing.
+"""Random graphs of vectors, their statistics and constants: opening a program rewrites them, and must change nothing.
 
 As many rows as tokens as channels, so that whatever is broadcast wrongly fits all the same.
 """
@@ -10,13 +10,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import export
 
 from spinpass.passes import open_program
 
 N = 6
-VECTOR, KEPT, FLAT = (N, N, N), (N, N, 1), (N, N)
+VECTOR, KEPT, FLAT, CHANNEL, AXIS = (N, N, N), (N, N, 1), (N, N), (N,), (N, 1)
 Operator = tuple[tuple[tuple[int, ...], ...], Callable[..., Tensor]]
 
 OPERATORS: list[Operator] = [
@@ -58,24 +59,60 @@ OPERATORS: list[Operator] = [
     ((FLAT,), lambda f: f.unsqueeze(-1)),
     ((FLAT,), lambda f: f.T.unsqueeze(-1)),
     ((FLAT,), lambda f: f.unsqueeze(-2)),
+    ((VECTOR,), lambda x: F.layer_norm(x * 0.5 + 1, (N,))),
+    ((VECTOR,), lambda x: F.avg_pool1d(x, N) + F.adaptive_avg_pool1d(x, 1)),
+    ((VECTOR,), lambda x: torch.einsum("abc,abc->ab", x, x) / N),
+    ((VECTOR, VECTOR), lambda x, y: torch.einsum("abc,abc->ab", x, y)),
+    ((VECTOR,), lambda x: torch.einsum("abc->ab", x)),
+    ((VECTOR,), lambda x: torch.einsum("abc->ac", x)),
+    ((VECTOR,), lambda x: torch.linalg.vector_norm(x, dim=-1) ** 2 / N),
+    ((VECTOR,), lambda x: x.abs() ** 2),
+    ((VECTOR, AXIS), lambda x, c: x @ (c * 0 + 2)),
+    ((VECTOR, AXIS), lambda x, c: x @ c),
+    ((VECTOR, CHANNEL), lambda x, g: x @ (g * 0 + 2)),
+    ((VECTOR, CHANNEL), lambda x, g: x * g),
+    ((VECTOR, CHANNEL), lambda x, g: x / (g.abs() + 1)),
+    ((VECTOR, CHANNEL), lambda x, g: g - x),
+    ((VECTOR, CHANNEL), lambda x, g: torch.add(x, g, alpha=2)),
+    ((VECTOR, CHANNEL), lambda x, g: torch.sub(g, x, alpha=3)),
+    ((VECTOR, CHANNEL), lambda x, g: x + x * g),
+    ((VECTOR, AXIS), lambda x, c: x * c),
+    ((VECTOR, AXIS), lambda x, c: x - c),
+    ((VECTOR, CHANNEL, AXIS), lambda x, g, c: torch.addcmul(g, x, c, value=0.5)),
+    ((VECTOR, CHANNEL, CHANNEL), lambda x, g, h: torch.addcdiv(h, x, g.abs() + 1, value=2)),
+    ((VECTOR, CHANNEL, CHANNEL), lambda x, g, h: torch.lerp(x, g, h)),
+    ((VECTOR, VECTOR, CHANNEL), torch.lerp),
+    ((VECTOR, CHANNEL), lambda x, g: torch.lerp(g.expand(N, N, N), x, 0.3)),
+    ((VECTOR, KEPT, CHANNEL), lambda x, k, g: x * (k * g)),
+    ((VECTOR, KEPT, CHANNEL), lambda x, k, g: x * g - k * g),
+    ((KEPT, CHANNEL), lambda k, g: k * g),
+    ((KEPT, AXIS), lambda k, c: k * c),
+    ((VECTOR, CHANNEL, CHANNEL), lambda x, g, h: F.batch_norm(x, g, h.abs() + 1, h, g)),
+    ((VECTOR, CHANNEL), lambda x, g: F.batch_norm(x.mT, g, g.abs() + 1, None, None).mT),
+    ((FLAT, CHANNEL), lambda f, g: F.batch_norm(f, g, g.abs() + 1)),
+    ((FLAT, CHANNEL), lambda f, g: f * g),
+    ((CHANNEL, CHANNEL), lambda g, h: g * h),
 ]
 
 
 class Drawn(nn.Module):
-    """A graph of so many operators, each on values drawn from those before; all of them are results."""
+    """A graph of so many operators, each on values drawn from those before; all of them are results but constants."""
 
     def __init__(self, seed: int, size: int) -> None:
         super().__init__()
         self.seed, self.size = seed, size
+        numbers = torch.Generator().manual_seed(seed)
+        for name, sizes in (("g", CHANNEL), ("h", CHANNEL), ("c", AXIS)):
+            self.register_buffer(name, torch.randn(sizes, generator=numbers, dtype=torch.float64))
 
     def forward(self, x: Tensor, k: Tensor) -> tuple[Tensor, ...]:
-        draw, values = random.Random(self.seed), [x, k]
+        draw, values = random.Random(self.seed), [x, k, self.g, self.h, self.c]
         for _ in range(self.size):
             takes, made = draw.choice(OPERATORS)
             fitting = [[v for v in values if tuple(v.shape) == wanted] for wanted in takes]
             if all(fitting):
                 values.append(made(*map(draw.choice, fitting)))
-        return tuple(values[2:])
+        return tuple(v for v in values[5:] if v.shape != CHANNEL)
 
 
 def check(seed: int, size: int) -> None:
@@ -96,7 +133,7 @@ def check(seed: int, size: int) -> None:
 def test_the_graphs_hold_what_is_rewritten() -> None:
     changed = 0
     for seed in range(20):
-        program = export(Drawn(seed, 16), (torch.randn(*VECTOR), torch.randn(*KEPT)))
+        program = export(Drawn(seed, 16), (torch.randn(*VECTOR).double(), torch.randn(*KEPT).double()))
         kept = {n.name for n in program.graph.nodes}
         changed += any(n.name not in kept for n in open_program(program).nodes)
     assert changed >= 10

@@ -15,7 +15,7 @@ import spinpass
 from spinpass.analysis import Polynomial, Statistics, Symbol, statistics
 from spinpass.errors import VerificationError
 from spinpass.graph import ProgramEditor, op_name
-from spinpass.passes import open_program
+from spinpass.passes import collect_affine, open_program
 
 H = 48
 EPS = 1e-5
@@ -55,6 +55,24 @@ def rms(x: Tensor) -> Tensor:
     return F.rms_norm(x, (H,))
 
 
+def of_means(m: Tensor, v: Tensor, x: Tensor, g: Tensor, b: Tensor) -> Tensor:
+    return (x - m) * torch.rsqrt(v + EPS) * g + b
+
+
+def batch_normed(x: Tensor, g: Tensor, b: Tensor) -> Tensor:
+    """Between a norm and its linear, as a scale and a shift that were found in training."""
+    return F.batch_norm(rms(x).mT, b.detach(), g.detach() ** 2, g.detach(), b.detach()).mT
+
+
+def ones_of(x: Tensor) -> Tensor:
+    return torch.ones(H, 1, dtype=x.dtype)
+
+
+def scaled_again(x: Tensor, g: Tensor, b: Tensor) -> Tensor:
+    h = rms(x)
+    return h + h * g
+
+
 NORMS: dict[str, Norm] = {
     "var": lambda x, g, b: (x - mean(x)) / torch.sqrt(x.var(-1, keepdim=True, unbiased=False) + EPS) * g + b,
     "var, unbiased": lambda x, g, b: (x - mean(x)) * torch.rsqrt(x.var(-1, keepdim=True) + EPS) * g + b,
@@ -73,6 +91,34 @@ NORMS: dict[str, Norm] = {
     "normalize": lambda x, g, b: F.normalize(x, dim=-1) * g * H**0.5,
     "linalg.norm": lambda x, g, b: x / (torch.linalg.norm(x, dim=-1, keepdim=True) + EPS) * g,
     "einsum": lambda x, g, b: x * torch.rsqrt(torch.einsum("bsh,bsh->bs", x, x)[..., None] / H + EPS) * g,
+    "mean by a product": lambda x, g, b: of_means(x @ ones_of(x) / H, x.var(-1, keepdim=True), x, g, b),
+    "mean by a linear": lambda x, g, b: of_means(F.linear(x, ones_of(x).mT / H), x.var(-1, keepdim=True), x, g, b),
+    "mean by einsum": lambda x, g, b: of_means(
+        torch.einsum("bsh->bs", x)[..., None] / H, x.var(-1, keepdim=True), x, g, b
+    ),
+    "mean by pooling": lambda x, g, b: of_means(F.avg_pool1d(x, H), x.var(-1, keepdim=True), x, g, b),
+    "mean by adaptive pooling": lambda x, g, b: of_means(F.adaptive_avg_pool1d(x, 1), x.var(-1, keepdim=True), x, g, b),
+    "E[x²] by einsum": lambda x, g, b: of_means(
+        mean(x), torch.einsum("bsh,bsh->bs", x, x)[..., None] / H - mean(x) ** 2, x, g, b
+    ),
+    "E[x²] by a norm": lambda x, g, b: of_means(
+        mean(x), torch.linalg.vector_norm(x, dim=-1, keepdim=True) ** 2 / H - mean(x) ** 2, x, g, b
+    ),
+    "E[|x|²]": lambda x, g, b: of_means(mean(x), mean(x.abs() ** 2) - mean(x) ** 2, x, g, b),
+    "LayerNorm of x / 2 + 1": lambda x, g, b: F.layer_norm(x / 2 + 1, (H,), g, b),
+    "RMSNorm of a LayerNorm": lambda x, g, b: F.rms_norm(F.layer_norm(x, (H,)), (H,), g),
+    "LayerNorm of a LayerNorm": lambda x, g, b: F.layer_norm(F.layer_norm(x, (H,)), (H,), g, b),
+    "scale twice": lambda x, g, b: rms(x) * g * b.exp(),
+    "scale before the statistic": lambda x, g, b: x * (torch.rsqrt(mean(x * x) + EPS) * g),
+    "h + h·g": scaled_again,
+    "shift subtracted": lambda x, g, b: rms(x) * g - b,
+    "shift minus it": lambda x, g, b: b - rms(x) * g,
+    "shift before the scale": lambda x, g, b: (rms(x) + b) * g,
+    "one added behind the scale": lambda x, g, b: rms(x) * g + 1,
+    "scale by addcdiv": lambda x, g, b: torch.addcdiv(b, rms(x), g, value=2),
+    "scale by lerp to the shift": lambda x, g, b: torch.lerp(rms(x), b, g),
+    "lerp by a number": lambda x, g, b: torch.lerp(rms(x) * g, b, 0.25),
+    "batch norm": batch_normed,
     "scale by division": lambda x, g, b: rms(x) / g,
     "scale by addcmul": lambda x, g, b: torch.addcmul(b, rms(x), g),
     "scale by addcmul, value": lambda x, g, b: torch.addcmul(b, g, rms(x), value=0.5),
@@ -191,6 +237,24 @@ def test_a_wrong_moment_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(statistics, "_mean", wrong)
     with pytest.raises(VerificationError, match="not equivalent"):
         spinpass.transform(program(of_moments), spinpass.RotationConfig(form="offline"))
+
+
+@pytest.mark.parametrize(("fault", "spelling"), [("_sum", "h + h·g"), ("_product", "scale twice")])
+def test_a_wrong_scale_is_noticed(fault: str, spelling: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first operand is lost."""
+    monkeypatch.setattr(collect_affine._Collected, fault, lambda self, a, b: b)
+    with pytest.raises(VerificationError, match="not equivalent"):
+        spinpass.transform(program(NORMS[spelling]), spinpass.RotationConfig(form="offline"))
+
+
+def test_a_scale_of_another_shape_or_dtype_is_left_alone() -> None:
+    """Positions are no channels, and 1/g would be rounded to 8 bits."""
+    for norm, dtype in (
+        (lambda x, g, b: rms(x) * (b[:5, None] * g) * g, torch.float32),
+        (lambda x, g, b: rms(x) / g, torch.bfloat16),
+    ):
+        exported = export(Stream(norm).to(dtype).eval(), (torch.randint(0, 50, (2, 5)),))
+        assert operators(open_program(exported)) == operators(ProgramEditor(exported))
 
 
 def test_polynomials() -> None:

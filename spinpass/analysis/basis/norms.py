@@ -24,6 +24,13 @@ class NormGrowth(ProductGrowth):
         self._cross_norm(node, rule)
         self._demand(rule.source, AxisType(axis.layout))
 
+    def _is_centred(self, node: Node, axis: AxisType) -> bool:
+        """A LayerNorm's result is, before the scale and shift that are pending behind it."""
+        rule = None if node in self._uncrossed or node in self._closed else self._rule_or_none(node)
+        if not isinstance(rule, Normalization) or not rule.centres or not self._is_whole(node, axis.layout):
+            return False
+        return rule.weight is None and rule.bias is None and axis.pending is None
+
     def _consume_square(self, node: Node, axis: AxisType, user: Node) -> None:
         self._need_plain(axis, "its squares are summed")
         for reader in user.users:

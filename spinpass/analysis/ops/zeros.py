@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.fx import Node
+from torch.fx.node import map_arg
 
-from spinpass.graph import is_op, op_name, shape
+from spinpass.graph import is_op, is_random, op_name, shape, value
 
 from .calls import Call, answer, named
 from .rules import Ignored, Rule, Zeros
@@ -18,6 +22,25 @@ def is_zero(given: Any) -> bool:
         return bool(given == 0)
     builder = MAKERS.get(op_name(given)) if is_op(given) else None
     return builder is not None and set(shape(given)) <= {1} and isinstance(answer(builder, Call(given)), Zeros)
+
+
+def made_of_numbers(node: Node, steps: int = 8) -> Tensor | None:
+    """Return what a node holds that is made of numbers alone, such as ``ones(8, 1) / 8``, on the CPU; None for others.
+
+    Large values are not made, nor what takes more than so many operators one after the other.
+    """
+    if not steps or not is_op(node) or not isinstance(value(node), Tensor) or is_random(node):
+        return None
+    sizes = [size for size in shape(node) if isinstance(size, int)]
+    if len(sizes) < len(shape(node)) or math.prod(sizes) > _LARGEST:
+        return None
+    made = {operand: made_of_numbers(operand, steps - 1) for operand in node.all_input_nodes}
+    if any(each is None for each in made.values()):
+        return None
+    given = map_arg((node.args, dict(node.kwargs)), made.get)
+    kwargs = given[1] | ({"device": torch.device("cpu")} if given[1].get("device") is not None else {})
+    found = node.target(*given[0], **kwargs)  # type: ignore[operator]
+    return found if isinstance(found, Tensor) else None
 
 
 def _full(call: Call) -> Rule:
@@ -41,6 +64,7 @@ def _made(call: Call, zero: bool) -> Rule:
     return Zeros() if zero else Ignored()
 
 
+_LARGEST = 1 << 16
 MAKERS = named(
     [
         (_full, "full full_like new_full fill"),
