@@ -15,7 +15,7 @@ from spinpass.formats import PREFIX, READS_PADDING, Draft
 from spinpass.graph import with_other_values
 from spinpass.loading import Companions, LoadedModel
 from spinpass.progress import Steps
-from spinpass.quantization import QuantizationReport, QuantizedWeight
+from spinpass.quantization import QuantizationReport, QuantizedWeight, unrounded_operands
 
 from .companions import Written, write_companions
 from .judge import KERNEL_BOUND, TIE_BOUND, FolderTrial
@@ -235,16 +235,16 @@ def _tried(
     rounding = onnx.kernel_rounding(folder)
     ties = TIE_BOUND if result.rounds_activations else None
     exact: list[FolderTrial] = []
-    # products of a program that rounds them itself have another rounding in their place, not one on top
-    if rounding and not why and not (rounding.products and result.rounds_activations):
+    if rounding and not why:
         copy = onnx.unrounded_copy(folder, folder / f"{PREFIX}unrounded.onnx")
         try:
             if texts:
                 onnx.check_cache(folder, copy, texts)
-            if expected.roughly:
-                exact = [FolderTrial("onnxruntime, unrounded", "all", reason=expected.roughly)]
+            unrounded, roughly = _unrounded(result, program, expected.roughly, products=rounding.products)
+            if unrounded is None:
+                exact = [FolderTrial("onnxruntime, unrounded", "all", reason=roughly)]
             else:
-                exact = try_unrounded(loaded, program, copy, steps, bound=ties)
+                exact = try_unrounded(loaded, unrounded, copy, steps, bound=ties)
         finally:
             copy.unlink(missing_ok=True)
     try:
@@ -256,6 +256,17 @@ def _tried(
             f"{error}. With a cache of floats it does: the calibration text does not show the values that other texts "
             "have. Calibrate with text of the kind that the model is for, or leave out --kv-cache"
         ) from error
+
+
+def _unrounded(
+    result: Result, program: ExportedProgram, roughly: str, *, products: int
+) -> tuple[ExportedProgram | None, str]:
+    """Return what a file computes whose operators do not round, or None and why that is not known."""
+    made = result.quantization
+    if roughly or made is None or not products or not result.rounds_activations:
+        return (None, roughly) if roughly else (program, "")
+    # products of a program that rounds them itself have another rounding in their place, not one on top
+    return unrounded_operands(program, made.weights), "a product of it has no single operand that is rounded"
 
 
 def _calibration(loaded: LoadedModel, cache: CacheBits) -> list[list[int]]:

@@ -21,7 +21,7 @@ from spinpass.graph import ProgramEditor, arguments, is_float, is_op, op_name, s
 _aten = torch.ops.aten
 _ORIGIN = "CollectAffine"
 
-Number = Node | float
+_Number = Node | float
 """A constant node with one number for each channel, or one number for all."""
 
 
@@ -30,8 +30,8 @@ class Affine:
     """What a value is: ``root`` times ``scale`` plus ``shift``; a constant where there is no root."""
 
     root: Node | None
-    scale: Number = 1.0
-    shift: Number = 0.0
+    scale: _Number = 1.0
+    shift: _Number = 0.0
 
 
 def collect_affine(editor: ProgramEditor) -> None:
@@ -146,13 +146,13 @@ class _Collected:
         dtype = value(self._at).dtype
         return constant if value(constant).dtype == dtype else self._make(_aten.to.dtype, constant, dtype)
 
-    def _sum(self, a: Number, b: Number) -> Number:
+    def _sum(self, a: _Number, b: _Number) -> _Number:
         if isinstance(a, Node) or isinstance(b, Node):
             node, other = (a, b) if isinstance(a, Node) else (b, a)
             return node if other == 0.0 else self._make(_aten.add.Tensor, node, other)
         return a + b
 
-    def _product(self, a: Number, b: Number) -> Number:
+    def _product(self, a: _Number, b: _Number) -> _Number:
         if isinstance(a, Node) or isinstance(b, Node):
             node, other = (a, b) if isinstance(a, Node) else (b, a)
             return 0.0 if other == 0.0 else node if other == 1.0 else self._make(_aten.mul.Tensor, node, other)

@@ -1,7 +1,7 @@
 """Quantization of exported programs: weights, activations and KV caches, as constants and nodes of the graph."""
 
 from .calibration import site_errors
-from .layers import WeightSite, cache_sites, weight_sites
+from .layers import WeightSite, cache_sites, unrounded_operands, weight_sites
 from .packed import (
     Packed,
     Trainable,
@@ -41,6 +41,7 @@ __all__ = [
     "rewritten",
     "site_errors",
     "unpack",
+    "unrounded_operands",
     "weight_name",
     "weight_sites",
 ]

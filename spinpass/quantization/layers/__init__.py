@@ -3,6 +3,7 @@
 from .chosen import ChosenSites
 from .products import ORIGIN, operands, replace_product, sites_by_name, why_kept
 from .sites import WeightSite, cache_sites, leading_to, weight_sites
+from .unrounded import unrounded_operands
 
 __all__ = [
     "ORIGIN",
@@ -13,6 +14,7 @@ __all__ = [
     "operands",
     "replace_product",
     "sites_by_name",
+    "unrounded_operands",
     "weight_sites",
     "why_kept",
 ]
