@@ -13,7 +13,7 @@ from .patterns.attention import SOFTMAX, Attention, cache_values, find_attention
 from .patterns.linear import Linear, as_linear, find_linears, normed_value, root_of, whole_axis
 from .patterns.mlp import ACTIVATIONS, find_down_projections
 from .patterns.residual import find_residual_sums
-from .polynomial import Monomial, Polynomial
+from .polynomial import Monomial, Polynomial, cancel
 from .statistics import FlatNumber, Place, Statistics, Symbol, VectorForm
 
 __all__ = [
@@ -50,6 +50,7 @@ __all__ = [
     "Zeros",
     "as_linear",
     "cache_values",
+    "cancel",
     "find_attention",
     "find_down_projections",
     "find_linears",

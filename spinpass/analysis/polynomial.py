@@ -13,8 +13,6 @@ Atom = Hashable
 Monomial = frozenset[tuple[Atom, int]]
 """A product of powers of unknowns. Exponents may be negative."""
 
-_CANCELS = 1e-12  # 49 · (1/49) is 1 but for the rounding of a number in the graph
-
 
 @dataclass(frozen=True)
 class Polynomial:
@@ -37,7 +35,7 @@ class Polynomial:
         terms = dict(self.terms)
         for monomial, coefficient in other.terms.items():
             before = terms.pop(monomial, 0.0)
-            if abs(before + coefficient) > _CANCELS * (abs(before) + abs(coefficient)):
+            if not cancel(before, coefficient):
                 terms[monomial] = before + coefficient
         return Polynomial(terms)
 
@@ -68,6 +66,11 @@ class Polynomial:
             power = sum(e for a, e in monomial if a == atom)
             found[power] = found.get(power, Polynomial({})) + Polynomial({rest: coefficient})
         return found
+
+
+def cancel(a: float, b: float) -> bool:
+    """Return whether a + b is 0 but for rounding: 49 · (1/49) − 1 is, where 1/49 is a number in the graph."""
+    return abs(a + b) <= 1e-12 * (abs(a) + abs(b))
 
 
 def total(polynomials: Iterable[Polynomial]) -> Polynomial:

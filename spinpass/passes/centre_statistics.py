@@ -24,6 +24,7 @@ from spinpass.analysis import (
     Statistics,
     Symbol,
     VectorForm,
+    cancel,
     rule_of,
 )
 from spinpass.graph import ProgramEditor, is_float, op_name, shape, value
@@ -113,7 +114,7 @@ class _Centred:
                 made = make(_aten.add.Tensor, made, coefficient)
                 continue
             term = self._product(make, monomial, form)
-            if abs(coefficient - 1) > 1e-12:
+            if not cancel(coefficient, -1.0):
                 term = make(_aten.mul.Tensor, term, coefficient)
             made = term if made is None else make(_aten.add.Tensor, made, term)
         assert made is not None
