@@ -11,6 +11,7 @@ import spinpass
 from spinpass import errors, record
 from spinpass.folders import result as folder_module
 from spinpass.formats.pt2 import load_program
+from spinpass.rotations.rotation import Rotation
 from tests.support.commands import document, run
 
 
@@ -50,3 +51,24 @@ def test_rotate_does_not_replace_its_input(pt2: Path) -> None:
     result = run("rotate", pt2, pt2.parent / "." / pt2.name)
     assert result.exit_code == 2 and "is the program that is rotated: name another file" in result.stderr
     assert pt2.read_bytes() == before
+
+
+def test_what_is_to_blame_is_named_or_left_out(pt2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rotations of R2 alone are wrong."""
+    out, options = tmp_path / "x.pt2", ("--kind", "random-hadamard")
+    sound = spinpass.plan(load_program(pt2), spinpass.RotationConfig(kind="random-hadamard"))
+    guilty = next(s for s in sound.spaces if s.role == "R2")
+    bad, real = guilty.rotation.fingerprint(), Rotation.apply
+
+    def apply(self: Rotation, x: torch.Tensor, dim: int = -1, *, inverse: bool = False) -> torch.Tensor:
+        return real(self, x, dim, inverse=inverse) * (1.01 if self.fingerprint() == bad else 1)
+
+    monkeypatch.setattr(Rotation, "apply", apply)
+    failed = run("rotate", pt2, out, *options)
+    assert failed.exit_code == 1 and f"the space to blame is {guilty.name}: leave it out" in failed.stderr
+    assert not out.exists()
+    partial = document(run("rotate", pt2, out, *options, "--allow-partial", "--json"))
+    left = [s["name"] for s in partial["plan"]["spaces"]]
+    assert left == [s.name for s in sound.spaces if s is not guilty]
+    monkeypatch.undo()
+    assert run("verify", pt2, out).exit_code == 0
