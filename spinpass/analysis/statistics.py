@@ -157,6 +157,8 @@ class Statistics:
         forms = [self.of(o.node) for o in computed]
         if rule.opaque or len(constants) > 1 or not 1 <= len(forms) <= 2 or len({o.labels for o in computed}) > 1:
             return None
+        if not computed[0].labels:
+            return None
         *kept, summed = computed[0].labels
         form, width = forms[0], shape(computed[0].node)[-1]
         if form is None or form.place is not Place.VECTOR or forms[-1] is None or forms[-1].base is not form.base:
@@ -167,7 +169,8 @@ class Statistics:
         if factor is None or not isinstance(width, int):
             return None
         mean = _mean(form.value * forms[1].value if len(forms) == 2 else form.value)  # type: ignore[union-attr]
-        flat, whole = rule.out == tuple(kept), rule.out[:-1] == tuple(kept) and shape(node)[-1] == 1
+        flat = rule.out == tuple(kept)
+        whole = bool(rule.out) and rule.out[:-1] == tuple(kept) and shape(node)[-1] == 1
         if mean is None or not (flat or whole):
             return None
         return VectorForm(form.base, mean.scaled(width * factor), Place.FLAT if flat else Place.KEPT)
@@ -181,7 +184,9 @@ class Statistics:
         if sum(size != 1 for size in shape(given)) > 1:
             return None
         held = self._editor.deferred(given)() if self._editor.is_computable(given) else made_of_numbers(given)
-        return float(held.flatten()[0]) if held is not None and bool((held == held.flatten()[0]).all()) else None
+        if held is None or not held.numel() or not bool((held == held.flatten()[0]).all()):
+            return None
+        return float(held.flatten()[0])
 
     def vectors(self, operator: Node) -> tuple[VectorForm, int] | None:
         """Return the vectors that an operator reduces to one number each, and their width; None where it does not."""

@@ -22,7 +22,7 @@ from spinpass.errors import ProgramError, VerificationError
 from spinpass.execution import InputRole
 
 from .certificate import BOUNDS, Difference, difference_of, has_finite
-from .vectors import Noise, Returned, Rounding, vector_error
+from .vectors import Noise, Returned, Rounding, judged, vector_error
 
 _Values = Mapping[str, Any]
 _Cases = Callable[[_Values], Sequence[_Values]]
@@ -220,7 +220,7 @@ def rounding_of(ep: ExportedProgram, values: _Values) -> Rounding:
     """Return what measures how far rounding moves the outputs of a program on these values."""
 
     def run(watch: execution.Watch | None = None) -> Returned:
-        found = execution.execute(ep, values, float64=True, watch=watch)
+        found = execution.execute(ep, execution.copies(values), float64=True, watch=watch)
         return found.outputs, found.state
 
     return Rounding(run, run, torch.finfo(narrowest_dtype(ep)).eps)
@@ -233,7 +233,7 @@ def badness(output: FileOutput) -> tuple[bool, float]:
 
 def worst_of_runs(runs: Sequence[FileOutput]) -> FileOutput:
     """Return what was found about one output in several runs, of which one at least has to have compared something."""
-    compared = [output for output in runs if output.compared] or runs
+    compared = [output for output in runs if output.compared or output.error > 0] or runs
     return max(compared, key=badness)
 
 
@@ -243,9 +243,11 @@ def compare_output(name: str, reference: Tensor, result: Tensor, bound: float, n
     if reference.dtype != result.dtype:
         return FileOutput(name, tuple(reference.shape), Difference(math.inf, 1.0, None), 0.0 if exact else bound)
     difference = difference_of(reference, result, argmax=not exact)
-    vectors = 0.0 if exact else vector_error(reference, result, bound, noise)
-    shape, bound = tuple(reference.shape), 0.0 if exact else bound
-    return FileOutput(name, shape, difference, bound, has_finite(reference), vectors)
+    shape, compared = tuple(reference.shape), has_finite(reference)
+    if exact:
+        return FileOutput(name, shape, difference, 0.0, compared)
+    vectors = vector_error(reference, result, bound, noise)
+    return FileOutput(name, shape, judged(difference, bound, noise), bound, compared, vectors)
 
 
 def narrowest_dtype(ep: ExportedProgram) -> torch.dtype:

@@ -37,7 +37,7 @@ from spinpass.progress import Progress
 
 from .certificate import BOUNDS, NOISE_FACTOR, STORED_UNITS, Certificate, OutputCheck, difference_of, has_finite
 from .coverage import Coverage
-from .vectors import Noise, Rounding, vector_error
+from .vectors import Noise, Rounding, judged, vector_error
 
 __all__ = ["Certificate", "OutputCheck", "run", "synthetic_inputs", "verify"]
 
@@ -87,7 +87,8 @@ def verify(
     stored = _stored_again(before, after) if exact is None else None
     roundoff = STORED_UNITS * torch.finfo(stored).eps / 2 if stored and not _gives(bound, torch.float64) else None
     unit = torch.finfo(stored or torch.float64).eps
-    tally = _Tally(output_names(before), bounds[torch.float64], bounds[dtype], roundoff, unit)
+    units = unit, torch.finfo(dtype).eps
+    tally = _Tally(output_names(before), bounds[torch.float64], bounds[dtype], roundoff, units)
     coverage = Coverage(before)
     rounds = [
         _Round(
@@ -337,10 +338,10 @@ class _Tally:
     """The worst comparison of every output over all steps."""
 
     def __init__(
-        self, names: list[str], bound64: float, bound_native: float, roundoff: float | None, unit: float
+        self, names: list[str], bound64: float, bound_native: float, roundoff: float | None, units: tuple[float, float]
     ) -> None:
         self.names = names
-        self.unit = unit  # one rounding of what may differ
+        self.unit, self._native_unit = units  # one rounding of what may differ, lifted and in the model's dtype
         self._bounds = (bound64, bound_native)
         self._roundoff = roundoff  # of constants that were stored again
         self._checks: dict[str, OutputCheck] = {}
@@ -355,12 +356,15 @@ class _Tally:
         noise = difference_of(results.exact_before, results.before, argmax=False).relative
         mismatch = _mismatch(results.before, results.after)
         old = self._checks.get(name)
-        if old is not None:
-            exact, native = exact.worst(old.float64), native.worst(old.native)
-            noise, mismatch = max(noise, old.noise), old.mismatch or mismatch
-        shape = tuple(getattr(results.before, "shape", ()))
+        noise = noise if old is None else max(noise, old.noise)
         floating = _is_floating(results.before)
         limits = self._limits(noise) if floating else (0.0, 0.0)
+        if floating:
+            exact, native = judged(exact, limits[0], moved), judged(native, limits[1], self._in_native(moved))
+        if old is not None:
+            exact, native = exact.worst(old.float64), native.worst(old.native)
+            mismatch = old.mismatch or mismatch
+        shape = tuple(getattr(results.before, "shape", ()))
         vectors = vector_error(results.exact_before, results.exact_after, limits[0], moved) if floating else 0.0
         compared = not floating or has_finite(results.exact_before)
         if old is not None:
@@ -368,6 +372,15 @@ class _Tally:
         self._checks[name] = OutputCheck(
             name, shape, exact, native, noise, *limits, mismatch, vectors=vectors, compared=compared
         )
+
+    def _in_native(self, moved: Noise) -> Noise:
+        """Return how far the rounding of the model's own dtype moves an output."""
+
+        def scaled() -> Tensor | None:
+            found = moved()
+            return None if found is None else found * (self._native_unit / self.unit)
+
+        return scaled
 
     def _limits(self, noise: float) -> tuple[float, float]:
         """Return the bounds, in float64 and in the model's dtype, of an output whose original has this noise."""

@@ -1,15 +1,18 @@
 """Errors measured against the size of what stands around them, so that a large column or row hides nothing.
 
-An error at (row, column) is relative to the smaller of the largest values in its row and in its column. Where a value
-is tiny because large ones have cancelled, rounding alone exceeds that; how much of it there is, is measured: the
-original runs again with every value shaken by its last bits. The floor that follows never exceeds what is allowed
-relative to the largest value of the whole output.
+An error at (row, column) is relative to the smaller of the usual values in its row and in its column: the medians, of
+all and of those that are not the same in both, so that neither some massive values nor a number that fills places hides
+the rest.
+Where a value is tiny because large ones have cancelled, rounding alone exceeds that; how much of it there is, is
+measured: the original runs again with every value shaken by its last bits. The floor that follows never exceeds what is
+allowed relative to the largest value of the whole output.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -18,8 +21,9 @@ from torch import Tensor
 from torch.fx import Node
 
 from spinpass.execution import Watch
+from spinpass.graph import mutates
 
-from .certificate import is_fill, wide
+from .certificate import Difference, is_fill, wide
 
 Noise = Callable[[], Tensor | None]
 """What measures how far rounding alone moves each value of an output."""
@@ -47,26 +51,49 @@ def vector_error(reference: Any, result: Any, bound: float, noise: Noise) -> flo
     if bool(equal.all()):
         return 0.0
     error = torch.where(equal, 0.0, (a - b).abs()).nan_to_num(nan=math.inf, posinf=math.inf)
-    size = torch.where(a.isfinite() & ~(equal & is_fill(a)), a.abs(), 0.0)
-    scale = _around(size)
+    size = torch.where(a.isfinite(), a.abs(), math.nan)
+    scale = _around(size, _usual)
+    unequal = _around(torch.where(equal, math.nan, size), _usual)
+    scale = torch.where(unequal > 0, torch.minimum(scale, unequal), scale)
     found = _worst(error, scale)
     if found <= bound or not bound > 0:
         return found
     moved = noise()
     if moved is None or moved.shape != scale.shape:
         return found
-    floor = (_MARGIN * _around(moved.nan_to_num(nan=0.0, posinf=0.0)) / bound).clamp(max=float(size.max()))
-    return _worst(error, torch.maximum(scale, floor))
+    largest = float(torch.where(equal & is_fill(a), 0.0, size).nan_to_num(nan=0.0).max())
+    most = _MARGIN * _around(moved.nan_to_num(nan=0.0, posinf=0.0), _largest_of)
+    floor = most / bound
+    return _worst(error, torch.maximum(scale, floor if largest <= float(most.max()) else floor.clamp(max=largest)))
 
 
-def _around(size: Tensor) -> Tensor:
-    """Return for each value the smaller of the largest ones in its row and in its column."""
+def judged(difference: Difference, bound: float, noise: Noise) -> Difference:
+    """Return the difference of an output that may be nothing but rounding, as sums are that cancel: then it is measured
+    against what rounding is allowed, and not against itself."""
+    if difference.relative <= bound or not bound > 0 or not math.isfinite(difference.error):
+        return difference
+    moved = noise()
+    most = 0.0 if moved is None or not moved.numel() else _MARGIN * float(moved.nan_to_num(nan=0.0, posinf=0.0).max())
+    return replace(difference, scale=most / bound) if difference.scale <= most else difference
+
+
+def _around(size: Tensor, of: Callable[[Tensor, int], Tensor]) -> Tensor:
+    """Return for each value the smaller of what ``of`` makes of its row and of its column."""
     if size.ndim == 0:
-        return size
-    row = size.amax(-1, keepdim=True)
+        return size.nan_to_num(nan=0.0)
+    row = of(size, -1).unsqueeze(-1)
     if size.ndim == 1 or math.prod(size.shape[:-1]) == 1:
         return row.expand_as(size)
-    return torch.minimum(row, size.flatten(0, -2).amax(0))
+    return torch.minimum(row, of(size.flatten(0, -2), 0))
+
+
+def _usual(size: Tensor, dim: int) -> Tensor:
+    """Return the median of the values that are numbers, 0 where none is."""
+    return size.nanmedian(dim).values.nan_to_num(nan=0.0)
+
+
+def _largest_of(size: Tensor, dim: int) -> Tensor:
+    return size.amax(dim)
 
 
 def _worst(error: Tensor, scale: Tensor) -> float:
@@ -77,6 +104,7 @@ class Shaken:
     """A watch that moves every value of a lifted run by rounding: some bits of itself or of the vector it lies in.
 
     In a rotated basis each coordinate carries the rounding of the largest. Zeros stay, and so do the values of masks.
+    Inputs are shaken where they lie, so a run is given copies.
 
     Args:
         seed: of the signs.
@@ -97,11 +125,13 @@ class Shaken:
         size = result.abs()
         usual = torch.where(size < _LARGE, size, 0.0)
         around = usual.amax(-1, keepdim=True) if result.ndim else usual
-        amount = torch.where(size < _LARGE, torch.maximum(size, around), size)
+        amount = torch.where(size < _LARGE, torch.maximum(size, around), 0.0)
         signs = torch.randint(0, 2, result.shape, generator=self._generator, dtype=torch.float64) * 2 - 1
-        return torch.where(
+        shaken = torch.where(
             (result != 0) & result.isfinite(), result + amount * self._unit * signs.to(result.device), result
         )
+        # others see memory that the program writes to
+        return result.copy_(shaken) if node.op == "placeholder" or mutates(node) else shaken
 
 
 class Rounding:

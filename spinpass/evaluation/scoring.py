@@ -14,11 +14,12 @@ from torch.export import ExportedProgram
 from spinpass.errors import ConfigError, first_line
 from spinpass.execution import (
     InputRole,
+    Watch,
     continued_inputs,
+    execute,
     read_in_pieces,
     reading_inputs,
     reading_sizes,
-    run,
     token_input,
     user_inputs,
 )
@@ -83,11 +84,14 @@ class ProgramScorer:
                 raise ConfigError(f"the program does not take {len(ids)} tokens: {symbol} is at most {allowed.upper}")
         return reading_inputs(self._inputs, self._ids, tokens, sizes)
 
-    def logits(self, ids: Sequence[int]) -> Tensor:
-        """Logits (length, vocabulary), float32. Raises ConfigError where the program does not take that many tokens."""
+    def logits(self, ids: Sequence[int], watch: Watch | None = None) -> Tensor:
+        """Logits (length, vocabulary), float32. Raises ConfigError where the program does not take that many tokens.
+
+        The watch sees every value, except where the program reads one token at a time.
+        """
         if self._takes_single_tokens:
             return read_in_pieces(self.program, self._ids, torch.split(torch.tensor([list(ids)]), 1, 1))[0].float()
-        logits: Tensor = run(self.program, self.inputs(ids))[0]
+        logits: Tensor = execute(self.program, self.inputs(ids), watch=watch).outputs[0]
         return logits[0].float()
 
     @property

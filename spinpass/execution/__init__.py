@@ -16,7 +16,7 @@ from .likelihoods import log_probabilities
 from .reading import holds_positions, read_in_pieces, reading_inputs, reading_sizes, token_input
 from .returned import continued_inputs, output_names, returned_state
 from .roles import InputRole
-from .session import Session, into_basis, step_together
+from .session import Session, copies, into_basis, step_together
 from .synthetic import (
     Sizes,
     UserInput,
@@ -41,6 +41,7 @@ __all__ = [
     "concrete",
     "constants",
     "continued_inputs",
+    "copies",
     "draws",
     "execute",
     "flat_inputs",

@@ -75,8 +75,11 @@ class Session:
         return self.plain_outputs()
 
     def again(self, watch: Watch) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Run the last step once more, with a watch; return its flat user outputs and the state that it leaves."""
-        result = execute(self.ep, {**self.deferred, **self.fed}, float64=self.float64, watch=watch)
+        """Run the last step once more, with a watch; return its flat user outputs and the state that it leaves.
+
+        The watch may write to the inputs, which are copies.
+        """
+        result = execute(self.ep, {**self.deferred, **copies(self.fed)}, float64=self.float64, watch=watch)
         state = {name: self._plain(held, self.carried_in.get(name)) for name, held in result.state.items()}
         return self._in_plain_basis(result.outputs), state
 
@@ -114,6 +117,11 @@ def step_together(
         result if isinstance(result, ProgramError) else session.take(result)
         for session, result in zip(sessions, results, strict=True)
     ]
+
+
+def copies(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values of which the tensors are copies."""
+    return {name: held.clone() if isinstance(held, Tensor) else held for name, held in values.items()}
 
 
 def _into(given: Any, carried: Carried | None, float64: bool) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
+from torch.fx import Node
 
 from spinpass.certificate import narrowest_dtype
 from spinpass.errors import VerificationError
@@ -23,6 +24,12 @@ not at all; measured are 0.17 on a model of 135M with 4-bit weights that are not
 
 TIE_BOUND = 0.05
 """How far they may be, by the same measure, where file and program round alike: a value at a tie goes either way."""
+
+_TIES = 2.0
+"""How many times as far as the program's own logits move when each of its values is shaken by one rounding, where that
+is more. On a model of 135M with 8-bit activations they move by 0.06 to 0.14, not rotated by 0.33 to 0.44."""
+
+_MASKED = 1e30  # what only closes places is not shaken
 
 
 @dataclass(frozen=True)
@@ -79,6 +86,8 @@ class Judge:
             behind = self._behind(expected, chosen, ends)
             error = behind if answer.logits is None else self._distance(expected, answer.logits[row])
             what = f"{runtime}, {case}" + (f", row {row}" if len(answer.tokens) > 1 else "")
+            if self._rounded and not (error <= self._bound and behind <= self._most):
+                self._widen(tokens[:-1])
             if not error <= self._bound and answer.logits is not None:
                 raise VerificationError(
                     f"the written folder does not compute what the program does ({what}): its logits are {error:.1e} "
@@ -94,6 +103,13 @@ class Judge:
         return FolderTrial(
             runtime, case, answer.count, max(errors), self._most if answer.logits is None else self._bound
         )
+
+    def _widen(self, tokens: list[int]) -> None:
+        """Allow what rounding alone does to the program's own logits of this text."""
+        expected = self._logits(tokens)
+        moved = max(distance(expected, self._scorer.logits(tokens, _Shaken(seed))) for seed in (1, 2))
+        self._bound = max(self._bound, _TIES * moved)
+        self._most = max(self._most, self._bound / 2)
 
     def _logits(self, tokens: list[int]) -> Tensor:
         key = tuple(tokens)
@@ -112,6 +128,20 @@ class Judge:
         short = allowed.max(-1).values - expected.gather(1, chosen[:, None])[:, 0]
         scale = (_centred(expected) if self._rounded else expected).abs().max()
         return float(short.max() / scale.clamp(min=1e-30))
+
+
+class _Shaken:
+    """A watch that moves every value that an operator computes by one rounding of its dtype, up or down."""
+
+    def __init__(self, seed: int) -> None:
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, node: Node, result: Any) -> Any:
+        if node.op != "call_function" or not isinstance(result, Tensor) or not result.is_floating_point():
+            return result
+        signs = torch.randint(0, 2, result.shape, generator=self._generator) * 2 - 1
+        moved = result * (1 + torch.finfo(result.dtype).eps * signs).to(result.dtype)
+        return torch.where(result.abs().double() < _MASKED, moved, result)
 
 
 def distance(expected: Tensor, found: Tensor) -> float:

@@ -29,7 +29,7 @@ class ConcreteSizes:
         """Return a plain number for a symbolic one, and everything else as it is.
 
         Raises:
-            ValueError: no number can be told, because the expression is none of sizes.
+            ValueError: no number can be told: the expression is none of sizes, or none of sizes so small.
         """
         if not isinstance(size, (SymInt, SymFloat, SymBool)):
             return size
@@ -42,7 +42,10 @@ class ConcreteSizes:
         for symbol in sorted(expression.free_symbols, key=str):
             if symbol not in self._chosen:
                 self._chosen[symbol] = _within(ranges.get(symbol), 2 + len(self._chosen) % 3)
-        found = expression.xreplace(self._chosen)
+        try:
+            found = expression.xreplace(self._chosen)
+        except ZeroDivisionError as error:
+            raise ValueError(f"{size} divides by a size that is 0 where others are small") from error
         if getattr(found, "free_symbols", None):
             raise ValueError(f"{size} is no number")
         kind = bool if isinstance(size, SymBool) else float if isinstance(size, SymFloat) else int

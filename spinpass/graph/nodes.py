@@ -110,9 +110,14 @@ def functional_target(node: Node) -> Any:
         return None
     packet = getattr(getattr(torch.ops, node.target.namespace), schema.name.split("::")[1].removesuffix("_"), None)
     found = getattr(packet, schema.overload_name or "default", None)
-    if found is None or [a.name for a in found._schema.arguments] != [a.name for a in schema.arguments]:
+    if found is None or _taken(found._schema) != _taken(schema):
         return None
     return found
+
+
+def _taken(schema: Any) -> list[tuple[str, str]]:
+    """Return the names and types of the arguments of an operator, whether it writes into them or not."""
+    return [(argument.name, str(argument.type)) for argument in schema.arguments]
 
 
 def reachable(start: Node, following: Callable[[Node], Iterable[Node]], steps: int | None = None) -> Iterator[Node]:

@@ -1,4 +1,4 @@
-"""Canonicalize:  x · expand(y)  ->  x · y,   group_norm(x, 1)  ->  layer_norm(x),   avg_pool1d(x, n)  ->  mean(x).
+"""Canonicalize:  x · expand(y)  ->  x · y,   addcmul(a, x, y)  ->  a + x·y,   group_norm(x, 1)  ->  layer_norm(x).
 
 What several operators of torch can say is said in one way, the one that the analysis knows.
 """
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from spinpass.analysis import Zeros, rule_of
 from spinpass.graph import ProgramEditor, arguments, is_float, is_op, op_name, shape, value
 
 _aten = torch.ops.aten
@@ -37,6 +38,8 @@ def _read_unexpanded(node: Node) -> None:
     for operand in node.all_input_nodes:
         others = [n for n in node.all_input_nodes if n is not operand]
         source = _unexpanded(operand)
+        if not shape(source) and any(value(o).dtype != value(operand).dtype for o in others):
+            continue  # a tensor without axes has no say in the dtype of the result
         if source is not operand and any(shape(o) == shape(node) for o in others):
             node.replace_input_with(operand, source)
 
@@ -54,6 +57,31 @@ def _unexpanded(node: Node) -> Node:
             return node
         node = source
     return node
+
+
+def _addcmul(editor: ProgramEditor, node: Node, args: dict[str, Any]) -> None:
+    """addcmul(a, x, y)  ->  a + x·y,   addcdiv(a, x, y)  ->  a + x / y."""
+    target = _aten.mul.Tensor if op_name(node) == "aten::addcmul" else _aten.div.Tensor
+    made = editor.call(target, args["tensor1"], args["tensor2"], after=node, origin=_ORIGIN)
+    if args["value"] != 1:
+        made = editor.call(_aten.mul.Tensor, made, args["value"], after=made, origin=_ORIGIN)
+    _put(editor, node, _aten.add.Tensor, args["self"], made, after=made)
+
+
+def _lerp(editor: ProgramEditor, node: Node, args: dict[str, Any]) -> None:
+    """lerp(a, x, w)  ->  a + (x − a)·w;  without a, where it is zero."""
+    start, end, weight = args["self"], args["end"], args["weight"]
+    if isinstance(rule_of(start), Zeros):
+        return _put(editor, node, _aten.mul.Tensor, end, weight)
+    way = editor.call(_aten.sub.Tensor, end, start, after=node, origin=_ORIGIN)
+    part = editor.call(_aten.mul.Tensor, way, weight, after=way, origin=_ORIGIN)
+    _put(editor, node, _aten.add.Tensor, start, part, after=part)
+
+
+def _rsub(editor: ProgramEditor, node: Node, args: dict[str, Any]) -> None:
+    """rsub(a, b)  ->  b − a."""
+    if isinstance(args["other"], Node) and args["alpha"] == 1:
+        _put(editor, node, _aten.sub.Tensor, args["other"], args["self"])
 
 
 def _group_norm(editor: ProgramEditor, node: Node, args: dict[str, Any]) -> None:
@@ -93,9 +121,15 @@ def _take_over(editor: ProgramEditor, node: Node, made: Node) -> None:
         editor.replace(node, made)
 
 
-_FACTORS = {f"aten::{n}" for n in ("mul", "div", "multiply", "divide", "true_divide", "addcmul", "lerp")}
+_FACTORS = {f"aten::{n}" for n in ("mul", "div", "multiply", "divide", "true_divide")}
 _REWRITES: dict[str, Callable[[ProgramEditor, Node, dict[str, Any]], None]] = {
     f"aten::{name}": rewrite
-    for rewrite, names in ((_group_norm, "group_norm instance_norm"), (_pool, "avg_pool1d adaptive_avg_pool1d"))
+    for rewrite, names in (
+        (_addcmul, "addcmul addcdiv"),
+        (_lerp, "lerp"),
+        (_rsub, "rsub"),
+        (_group_norm, "group_norm instance_norm"),
+        (_pool, "avg_pool1d adaptive_avg_pool1d"),
+    )
     for name in names.split()
 }

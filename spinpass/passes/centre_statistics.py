@@ -80,8 +80,10 @@ class _Centred:
         scale, mean = powers.get(1), powers.get(0)
         if scale is None or mean is None or set(powers) != {0, 1} or mean == scale * Polynomial.of(Symbol.MEAN):
             return
+        if scale.has(Symbol.MEAN):
+            return
         centred = replace(form, value=scale * Polynomial.of(Symbol.CENTRED))
-        made = self._made(_Maker(self.editor, rule.source), centred)
+        made = self._made(_Maker(self.editor, node.prev, value(rule.source).dtype), centred)
         if shape(made) == shape(rule.source):
             node.replace_input_with(rule.source, made)
 
@@ -90,7 +92,9 @@ class _Centred:
         return any(form is not None and form.base is not None and form.has(Symbol.MEAN) for form in forms)
 
     def _replace(self, node: Node, form: VectorForm, root: bool) -> None:
-        make = _Maker(self.editor, node)
+        make = _Maker(
+            self.editor, node, _wide_enough(value(node).dtype) if form.has(Symbol.VARIANCE) else value(node).dtype
+        )
         result = self._made(make, form)
         if root:
             result = make(_aten.sqrt.default, result)
@@ -134,7 +138,7 @@ class _Centred:
         return made
 
     def _factor(self, make: _Maker, atom: Any, form: VectorForm) -> Node:
-        assert form.base is not None
+        assert form.base is not None and atom is not Symbol.MEAN
         if isinstance(atom, FlatNumber):
             return make(_aten.unsqueeze.default, atom.node, -1)
         if isinstance(atom, Node):
@@ -159,15 +163,19 @@ class _Centred:
 
 
 class _Maker:
-    """Makes nodes one after the other, right behind a node and in its dtype."""
+    """Makes nodes one after the other, right behind a node and in one dtype."""
 
-    def __init__(self, editor: ProgramEditor, node: Node) -> None:
-        self._editor, self._last = editor, node
-        self.dtype: torch.dtype = value(node).dtype
+    def __init__(self, editor: ProgramEditor, node: Node, dtype: torch.dtype) -> None:
+        self._editor, self._last, self.dtype = editor, node, dtype
 
     def __call__(self, target: Any, *args: Any) -> Node:
         self._last = self._editor.call(target, *args, after=self._last, origin=_ORIGIN)
         return self._last
+
+
+def _wide_enough(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype to square in: torch's own variance of half types is summed in float32."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
 def _takes_root(node: Node) -> bool:

@@ -1,8 +1,9 @@
 """CollectAffine:  f(x)  ->  x·G + B,   where f is made of products and sums with constants for each channel.
 
-    x / g  ->  x·(1/g)        x + x·g  ->  x·(1 + g)        (x + b)·g  ->  x·g + b·g        b − x·g  ->  x·(−g) + b
-    addcmul, addcdiv, lerp, a batch norm that does not train        x·(r·g)  ->  (x·r)·g,   r one number for each vector
+    x / g  ->  x·(1/g)      x + x·g  ->  x·(1 + g)      (x·g + b)·h  ->  x·gh + b·h      b − x·g  ->  x·(−g) + b
+    a batch norm that does not train  ->  (x − mean)·G + B      x·(r·g)  ->  (x·r)·g,   r one number for each vector
 
+A scale is taken past a shift behind norms alone: elsewhere x·gh and b·h may be large and nearly cancel.
 What many operators of torch can say is said in one way, the one that the analysis knows scales and shifts by.
 """
 
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from spinpass.analysis import Zeros, rule_of
+from spinpass.analysis import Movement, Normalization, Zeros, rule_of
 from spinpass.graph import ProgramEditor, arguments, is_float, is_op, op_name, shape, value
 
 _aten = torch.ops.aten
@@ -55,10 +56,13 @@ class _Collected:
         """Note what the result of an operator is, or put in its place the scale and shift that it is."""
         self._at = self._last = node
         form = _FORMS[op_name(operator)](self, arguments(operator))
-        if form is None or form.root is None or not (isinstance(form.scale, Node) or isinstance(form.shift, Node)):
+        if form is None or form.root is None:
             return
-        simple = op_name(node) in _SIMPLE and not isinstance(form.scale, Node)
-        if not simple and not self._is_collected(node, form):
+        if not isinstance(form.scale, Node):
+            if isinstance(form.shift, Node) and _is_normed(form.root):
+                self._forms[node] = form
+            return
+        if not self._is_collected(node, form):
             made = self._built(form)
             if shape(made) != shape(node) or value(made).dtype != value(node).dtype:
                 return
@@ -104,16 +108,26 @@ class _Collected:
         if p.root is None:
             p, q = q, p
         if q.root is None:
+            apart = p.shift != 0.0 and p.root is not None and isinstance(q.shift, Node)
+            if apart and not _is_normed(p.root):
+                return None
             return Affine(p.root, self._product(p.scale, q.shift), self._product(p.shift, q.shift))
         token = _is_token(p.root) or _is_token(q.root)
         scaled = isinstance(p.scale, Node) or isinstance(q.scale, Node)
-        if p.root is None or not token or not scaled or p.shift != 0.0 or q.shift != 0.0:
+        narrow = value(self._at).dtype == torch.float16  # whatever is large before it is scaled overflows
+        if p.root is None or narrow or not token or not scaled or p.shift != 0.0 or q.shift != 0.0:
             return None
         return Affine(self._make(_aten.mul.Tensor, p.root, q.root), self._product(p.scale, q.scale))
 
-    def scaled(self, p: Affine | None, by: float) -> Affine | None:
-        """Return the form times a number."""
+    def scaled(self, p: Affine | None, by: Any) -> Affine | None:
+        """Return the form times a number; None where only a run tells it."""
+        if not isinstance(by, (int, float)):
+            return None
         return p if by == 1 else self.times(p, Affine(None, shift=float(by)))
+
+    def minus(self, p: Affine | None, q: Affine | None, by: Any) -> Affine | None:
+        """Return p − by·q."""
+        return self.plus(p, self.scaled(self.scaled(q, by), -1))
 
     def inverse(self, argument: Any) -> Affine | None:
         """Return one over a constant; None for other values, and where it would be rounded to 8 or 11 bits."""
@@ -126,25 +140,23 @@ class _Collected:
 
     def normed(self, args: dict[str, Any]) -> Affine | None:
         """(x − mean)·rsqrt(variance + ε)·w + b:  return what a batch norm computes that does not train."""
-        x = self.of(args["input"])
         given = [args["running_mean"], args["running_var"], args["weight"], args["bias"]]
         known = [each for each in given if each is not None]
         if args.get("training") or None in given[:2] or not all(self._editor.is_constant(each) for each in known):
             return None
+        if any(value(each).dtype != value(self._at).dtype for each in known):
+            return None  # its statistics are wider than its values
         after = len(shape(args["input"])) - 2
         mean, variance = (self._along(each, after) for each in given[:2])
         weight, bias = (None if each is None else self._along(each, after) for each in given[2:])
         root = self._make(_aten.rsqrt.default, self._make(_aten.add.Tensor, variance, args["eps"]))
         scale = Affine(None, shift=root if weight is None else self._product(root, weight))
-        centred = self.plus(x, Affine(None, shift=self._product(mean, -1.0)))
+        centred = Affine(self._make(_aten.sub.Tensor, args["input"], mean))
         return self.plus(self.times(centred, scale), Affine(None, shift=0.0 if bias is None else bias))
 
     def _along(self, constant: Node, after: int) -> Node:
-        """Return a constant of one axis with as many axes behind, in the dtype of the node."""
-        if after:
-            constant = self._make(_aten.view.default, constant, [-1, *[1] * after])
-        dtype = value(self._at).dtype
-        return constant if value(constant).dtype == dtype else self._make(_aten.to.dtype, constant, dtype)
+        """Return a constant of one axis with as many axes behind."""
+        return self._make(_aten.view.default, constant, [-1, *[1] * after]) if after else constant
 
     def _sum(self, a: _Number, b: _Number) -> _Number:
         if isinstance(a, Node) or isinstance(b, Node):
@@ -196,6 +208,17 @@ def _channel_axis(constant: Node) -> int | None:
     return None if len(long) > 1 else long[0] if long else -1
 
 
+def _is_normed(root: Node | None) -> bool:
+    """Return whether a value is of size 1, so that x·g + b·g is as exact as (x + b)·g: it is a norm's result, or
+    was multiplied or divided by a number for each vector."""
+    while root is not None and isinstance(rule := rule_of(root) if root.op == "call_function" else None, Movement):
+        root = rule.source
+    if root is None or root.op != "call_function":
+        return False
+    by_token = op_name(root) in ("aten::mul", "aten::div") and any(map(_is_token, root.all_input_nodes))
+    return by_token or isinstance(rule_of(root), Normalization)
+
+
 def _is_token(node: Node | None) -> bool:
     """Return whether a value holds one number for each vector."""
     return node is not None and shape(node)[-1:] == (1,)
@@ -206,11 +229,11 @@ def _add(c: _Collected, args: dict[str, Any]) -> Affine | None:
 
 
 def _sub(c: _Collected, args: dict[str, Any]) -> Affine | None:
-    return c.plus(c.of(args["self"]), c.scaled(c.of(args["other"]), -args["alpha"]))
+    return c.minus(c.of(args["self"]), c.of(args["other"]), args["alpha"])
 
 
 def _rsub(c: _Collected, args: dict[str, Any]) -> Affine | None:
-    return c.plus(c.of(args["other"]), c.scaled(c.of(args["self"]), -args["alpha"]))
+    return c.minus(c.of(args["other"]), c.of(args["self"]), args["alpha"])
 
 
 def _neg(c: _Collected, args: dict[str, Any]) -> Affine | None:
@@ -225,23 +248,6 @@ def _div(c: _Collected, args: dict[str, Any]) -> Affine | None:
     return None if args.get("rounding_mode") else c.times(c.of(args["self"]), c.inverse(args["other"]))
 
 
-def _addcmul(c: _Collected, args: dict[str, Any]) -> Affine | None:
-    product = c.times(c.of(args["tensor1"]), c.of(args["tensor2"]))
-    return c.plus(c.of(args["self"]), c.scaled(product, args["value"]))
-
-
-def _addcdiv(c: _Collected, args: dict[str, Any]) -> Affine | None:
-    quotient = c.times(c.of(args["tensor1"]), c.inverse(args["tensor2"]))
-    return c.plus(c.of(args["self"]), c.scaled(quotient, args["value"]))
-
-
-def _lerp(c: _Collected, args: dict[str, Any]) -> Affine | None:
-    """start + (end − start)·weight."""
-    start, weight = c.of(args["self"]), c.of(args["weight"])
-    return c.plus(start, c.times(c.plus(c.of(args["end"]), c.scaled(start, -1)), weight))
-
-
-_SIMPLE = {f"aten::{name}" for name in ("add", "sub", "rsub", "neg", "mul", "div")}
 _FORMS: dict[str, Callable[[_Collected, dict[str, Any]], Affine | None]] = {
     f"aten::{name}": form
     for form, names in (
@@ -251,9 +257,6 @@ _FORMS: dict[str, Callable[[_Collected, dict[str, Any]], Affine | None]] = {
         (_neg, "neg negative"),
         (_mul, "mul multiply"),
         (_div, "div divide true_divide"),
-        (_addcmul, "addcmul"),
-        (_addcdiv, "addcdiv"),
-        (_lerp, "lerp"),
         (_Collected.normed, "batch_norm _native_batch_norm_legit_no_training"),
     )
     for name in names.split()

@@ -19,6 +19,8 @@ from spinpass.passes import collect_affine, open_program
 
 H = 48
 EPS = 1e-5
+MEANS = torch.linspace(-0.5, 0.5, H, dtype=torch.float64)
+VARIANCES = torch.linspace(0.5, 2, H, dtype=torch.float64)
 Norm = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -61,7 +63,7 @@ def of_means(m: Tensor, v: Tensor, x: Tensor, g: Tensor, b: Tensor) -> Tensor:
 
 def batch_normed(x: Tensor, g: Tensor, b: Tensor) -> Tensor:
     """Between a norm and its linear, as a scale and a shift that were found in training."""
-    return F.batch_norm(rms(x).mT, b.detach(), g.detach() ** 2, g.detach(), b.detach()).mT
+    return F.batch_norm(rms(x).mT, MEANS, VARIANCES, g.detach(), b.detach()).mT
 
 
 def ones_of(x: Tensor) -> Tensor:
@@ -170,6 +172,37 @@ def test_a_sum_inside_a_layer_is_called_no_stream(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(F, "gelu", lambda h: h * torch.tanh(h + 0.04 * h**3))
     plan = spinpass.plan(program(NORMS["scale expanded"]), spinpass.RotationConfig(form="offline"))
     assert any(s.name.startswith("R1") for s in plan.spaces) and "none reads it" not in str(plan)
+
+
+SUMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "x − f": lambda x, f: x - f,
+    "f − x": lambda x, f: torch.rsub(x, f),
+    "x + (−f)": lambda x, f: x + (-f),
+    "alpha": lambda x, f: torch.add(x, f, alpha=0.5),
+    "lerp": lambda x, f: torch.lerp(x, f, 0.5),
+    "lerp by tokens": lambda x, f: torch.lerp(x, f, torch.sigmoid(mean(x * x))),
+    "addcmul by tokens": lambda x, f: torch.addcmul(x, f, torch.sigmoid(mean(x * x))),
+    "addcdiv by tokens": lambda x, f: torch.addcdiv(x, f, 1 + mean(x * x)),
+    "in place": lambda x, f: x.clone().add_(f),
+}
+
+
+class Summed(Stream):
+    def __init__(self, add: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__(lambda x, g, b: rms(x) * g)
+        self.add = add
+
+    def forward(self, ids: Tensor) -> Tensor:  # type: ignore[override]
+        x = self.embed(ids)
+        for layer, (up, down) in enumerate(zip(self.up, self.down)):
+            x = self.add(x, down(F.gelu(up(self.norm(x, self.g[layer], self.b[layer])))))
+        return self.head(self.norm(x, self.g[2], self.b[2]))
+
+
+@pytest.mark.parametrize("spelling", SUMS)
+def test_a_residual_sum_is_found_however_it_is_spelled(spelling: str) -> None:
+    stream = stream_of(export(Summed(SUMS[spelling]).double().eval(), (torch.randint(0, 50, (2, 5)),)))
+    assert not stream.online, stream
 
 
 HEADS = (4, H // 4)

@@ -82,6 +82,23 @@ def one_large_row(self: Fault, ids: Tensor) -> Tensor:
     return torch.cat([torch.full_like(logits[:, :1], 1e9), logits * (1 + 1e-3 * self.wrong)], 1)
 
 
+def one_row_filled(self: Fault, ids: Tensor) -> Tensor:
+    """A token is forbidden by a number that is not the largest of its type, in the one row that there is."""
+    logits = F.linear(F.embedding(ids[:1, -1], self.table), self.head)
+    return (logits * (1 + 1e-3 * self.wrong)).masked_fill(torch.arange(24) == 3, -1e9)
+
+
+def filled_everywhere(self: Fault, ids: Tensor) -> Tensor:
+    logits = F.linear(F.embedding(ids, self.table), self.head)
+    pattern = (torch.arange(24) - torch.arange(6)[:, None]) % 6 == 0
+    return (logits * (1 + 1e-3 * self.wrong)).masked_fill(pattern, -1e9)
+
+
+def one_large_row_and_column(self: Fault, x: Tensor) -> Tensor:
+    y = F.linear(x, self.head) * (1 + 1e-6 * self.wrong)
+    return torch.cat([y[:, :1] * 0 + 1e6, torch.cat([y[:, 1:, :1] * 0 + 1e6, y[:, 1:, 1:]], -1)], 1)
+
+
 def large_ids(self: Fault, ids: Tensor) -> Tensor:
     x = F.embedding(ids, self.table)
     return torch.where((ids > ROWS // 2).unsqueeze(-1), x * (1.5 if self.wrong else 1), x)
@@ -183,6 +200,8 @@ KINDS: dict[str, tuple[Callable[..., Any], Args, bool]] = {
         (additive, BIASED, False),
         (one_large_column, IDS, False),
         (one_large_row, IDS, False),
+        (one_row_filled, IDS, False),
+        (filled_everywhere, IDS, False),
         (large_ids, IDS, False),
         (last_id, IDS, False),
         (late_tokens, IDS, True),
@@ -227,6 +246,37 @@ def test_a_file_of_another_program_is_refused(kind: str, tmp_path: Path) -> None
     other = export(wrong, tmp_path / "wrong.onnx", verify=False).path
     found = certify_onnx(right, other)
     assert not found.ok, found.verdict
+
+
+def test_massive_rows_and_columns_together_hide_nothing() -> None:
+    right, wrong = (program(one_large_row_and_column, FLOAT, w) for w in (False, True))
+    assert verify(right, right).ok and not verify(right, wrong).ok
+
+
+def test_what_is_nothing_but_rounding_is_no_error(tmp_path: Path) -> None:
+    """Sums that cancel, computed in another order."""
+
+    def cancelling(self: Fault, x: Tensor) -> tuple[Tensor, ...]:
+        y = F.linear(x, self.head)
+        total = y.sum(-1) if not self.wrong else y.flip(-1).sum(-1)
+        return total - y.unflatten(-1, (4, 6)).sum(-1).sum(-1), y.softmax(-1).sum(-1) - 1
+
+    right, other = (program(cancelling, FLOAT, w) for w in (False, True))
+    assert verify(right, other).ok
+    assert export(right, tmp_path / "right.onnx").certificate
+
+
+def test_numbers_where_a_draw_has_none_are_an_error(tmp_path: Path) -> None:
+    """The output is no number in one draw and finite in another."""
+
+    def sometimes(self: Fault, x: Tensor) -> Tensor:
+        y = F.linear(x, self.head) * x.sum().log()
+        return y.nan_to_num(nan=7.0) if self.wrong else y
+
+    right, wrong = (program(sometimes, FLOAT, w) for w in (False, True))
+    assert export(right, tmp_path / "right.onnx", inputs=(FLOAT[0].abs(),)).certificate
+    assert not verify(right, wrong).ok
+    assert not certify_onnx(right, export(wrong, tmp_path / "wrong.onnx", verify=False).path).ok
 
 
 def test_outputs_without_a_finite_value_are_no_certificate() -> None:

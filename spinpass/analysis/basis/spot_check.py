@@ -70,7 +70,7 @@ class SpotCheck:
         local, as_exported = (_Local(self.editor, space, sizes) for sizes in self._sizes)
         unchecked: dict[str, None] = {}
         for node in local.operators():
-            key = local.key(node)
+            key = _shared(node, local, as_exported)
             if key not in self._found:
                 self._found[key] = self._checked(node, local, as_exported)
             outcome = self._found[key]
@@ -196,6 +196,16 @@ class _Local:
             zero,
             source if own else None,
         )
+
+
+def _shared(node: Node, *sizes: _Local) -> Hashable:
+    """Return the key of a node, with sizes that can be told; where none can, it shares a check with no other."""
+    for local in sizes:
+        try:
+            return local.key(node)
+        except ValueError:
+            continue
+    return node
 
 
 def _basis(axis: AxisType) -> Hashable:

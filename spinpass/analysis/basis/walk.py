@@ -348,8 +348,15 @@ class Walk(NormGrowth):
             members={n: tuple(t) for n, t in self.types.items()},
             constants=tuple(constants),
             entries=tuple(
-                Entry(node, self._layout_of(node, dims), tuple(kept.get((node, dims), ())), why, bool(self._centrings))
+                Entry(
+                    node,
+                    axis.layout,
+                    tuple(kept.get((node, dims), ())),
+                    why,
+                    bool(self._centrings) and not axis.centred,
+                )
                 for (node, dims), why in self._entries.items()
+                for axis in [self._type_of(node, dims)]
             ),
             exits=tuple(Exit(node, axis.layout, tuple(users), why) for (node, _), (axis, why, users) in exits.items()),
             carried=tuple(CacheEdge(n, at, i) for (n, i), at in self._carried.items()),
@@ -361,8 +368,8 @@ class Walk(NormGrowth):
         )
         return settled(space, self._rule)
 
-    def _layout_of(self, node: Node, dims: tuple[int, ...]) -> Layout:
-        return next(t.layout for t in self.types[node] if set(t.layout.dims) & set(dims))
+    def _type_of(self, node: Node, dims: tuple[int, ...]) -> AxisType:
+        return next(t for t in self.types[node] if set(t.layout.dims) & set(dims))
 
 
 def _reason(rule: Rule, node: Node) -> str:

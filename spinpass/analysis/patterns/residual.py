@@ -14,11 +14,11 @@ from .linear import as_linear, root_of
 
 
 def find_residual_sums(editor: ProgramEditor) -> Iterator[Node]:
-    """Yield every ``x + f(x)`` with a summand that a linear layer writes, in the order of the graph."""
+    """Yield every ``x ± f(x)`` with a summand that a linear layer writes, in the order of the graph."""
     for node in editor.nodes:
         if (
             not is_op(node)
-            or op_name(node) != "aten::add"
+            or op_name(node) not in _SUMS
             or not is_float(node)
             or not isinstance(shape(node)[-1:], tuple)
         ):
@@ -54,12 +54,15 @@ def _is_written(editor: ProgramEditor, node: Node) -> bool:
     return any(n.op == "call_function" and as_linear(editor, n) is not None for n in reached)
 
 
+_SUMS = {"aten::add", "aten::sub"}
 _STEPS = 11  # from a sum to the linear layers that it is made of
 _PUT_TOGETHER = {
     f"aten::{n}"
     for n in (
         "mul",
         "add",
+        "sub",
+        "neg",
         "div",
         "where",
         "sum",
