@@ -103,7 +103,7 @@ CalibrationWindows = Annotated[
     int | None,
     typer.Option(
         "--samples",
-        help="Number of calibration windows, of 512 tokens or of --length.",
+        help="Number of calibration windows, of 512 tokens each, or of --length where that is an option.",
         show_default="what the text holds, at most 16",
     ),
 ]

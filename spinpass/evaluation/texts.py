@@ -95,6 +95,8 @@ def windows(ids: Sequence[int], length: int, count: int) -> list[list[int]]:
             f"{count} windows of {length} tokens: at least one window of two tokens is needed: choose more"
         )
     if len(ids) < count * length:
+        if count == 1:
+            raise ConfigError(f"a window has {length:,} tokens; the text has {len(ids):,}: take a longer text")
         raise ConfigError(
             f"{count} windows of {length} tokens need {count * length:,} tokens; the text has {len(ids):,}: take a "
             "longer text, or fewer or shorter windows"

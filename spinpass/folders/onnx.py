@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -41,6 +41,8 @@ class OnnxTools(Protocol):
     def check_operators(self, ep: ExportedProgram, /) -> None: ...
 
     def check_kernels(self, ep: ExportedProgram, /) -> None: ...
+
+    def check_dtypes(self, found: Set[str], /) -> None: ...
 
     def export(
         self,

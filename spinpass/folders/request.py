@@ -169,6 +169,10 @@ class ExportRequest:
         if self.calibration is not None and not self.quantize and self.kv_cache is None:
             what = "--int4 rounds to nearest, without a text" if self.int4 else "nothing is quantized"
             raise ConfigError(f"{what}: leave out --calibration, or use it, for example with --quantize w4g128-gptq-a8")
+        scheme = self._scheme
+        unread = scheme is not None and not scheme.uses_calibration and self.kv_cache is None
+        if self.calibration is not None and unread:
+            raise ConfigError(f"{self.quantize} rounds without a text: leave out --calibration, or use -gptq or static")
         if self.context is not None and self.to != "executorch":
             raise ConfigError(
                 f"--context is the size of a cache inside an ExecuTorch program: leave it out with --to {self.to}"
@@ -311,6 +315,8 @@ class ExportRequest:
             known.check_integer_cache(self.kv_cache, self.dtype)
         if self.to == "onnx" and self._stored_bits is not None:
             known.check_integer_kernels(self.dtype)
+        if self.to == "onnx" and self.certify and self.dtype in ("float16", "bfloat16"):
+            onnx_tools().check_dtypes({self.dtype})
         known.check_disk(self.out, self.dtype, self._stored_bits, steps=self._copies)
 
     @property

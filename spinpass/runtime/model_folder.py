@@ -58,6 +58,12 @@ class ModelFolder:
         return frozenset()
 
     @cached_property
+    def pad_token(self) -> int | None:
+        """The ``pad_token_id`` of generation_config.json or else of config.json, None where neither names one."""
+        named = (self._read(name).get("pad_token_id") for name in ("generation_config.json", "config.json"))
+        return next((token for token in named if isinstance(token, int) and token >= 0), None)
+
+    @cached_property
     def positions(self) -> int | None:
         """The longest sequence in tokens that config.json allows, or None where it says nothing."""
         config = self._read("config.json")

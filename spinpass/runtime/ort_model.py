@@ -87,7 +87,8 @@ class OrtModel:
             top_p: the share of the probability, of the likeliest tokens first, that it is drawn from.
             seed: of the draws.
             eos_token_id: what ends a sequence. None takes what the folder names, and an empty collection ends none.
-            pad_token_id: what follows the end of a sequence. None takes an end token, or 0 if there is none.
+            pad_token_id: what follows the end of a sequence. None takes what the folder names, else an end token, or 0
+                if there is none.
             streamer: has ``put(ids)`` and ``end()``, as those of transformers. It takes one sequence.
 
         Returns:
@@ -107,7 +108,7 @@ class OrtModel:
         spans = _spans(input_ids, attention_mask)
         self.folder.check_length(max(stop - start for start, stop in spans), max_new_tokens)
         stop_at = self._ends(eos_token_id)
-        pad = pad_token_id if pad_token_id is not None else min(stop_at, default=0)
+        pad = next((p for p in (pad_token_id, self.folder.pad_token) if p is not None), min(stop_at, default=0))
         new = torch.full((len(input_ids), max_new_tokens), pad, dtype=input_ids.dtype)
         if streamer is not None:
             streamer.put(input_ids)

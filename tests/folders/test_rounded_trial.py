@@ -11,8 +11,12 @@ import onnx
 import pytest
 
 from spinpass.errors import VerificationError
+from spinpass.evaluation import ProgramScorer
 from spinpass.exporters import onnx as exporter
-from spinpass.folders import export
+from spinpass.folders import export, judge
+from spinpass.loading import load_model
+from spinpass.quantization import quantize
+from spinpass.runtime import Answer
 from tests.support.folders import WORDS, model_folder
 from tests.support.sweeps import quick
 
@@ -112,3 +116,20 @@ def test_a_text_that_shows_too_little_is_named(
     monkeypatch.setattr("spinpass.folders.onnx.KERNEL_BOUND", 1e-9)
     with pytest.raises(VerificationError, match=r"Calibrate with text .* or leave out --kv-cache"):
         export(source, tmp_path / "out", None, kv_cache="int8", calibration=text, calibration_windows=4)
+
+
+@pytest.mark.parametrize("change", [0.0, 0.5], ids=["as it rounds", "otherwise"])
+def test_ties_are_allowed_what_rounding_does_to_the_program_itself(source: Path, change: float) -> None:
+    """A runtime that computes what the program does, but for its roundings, and one that adds half as much again."""
+    rounded = quantize(load_model(source).program, "w8-rtn-a8").program
+    tokens = [3, 9, 4, 17, 5, 11, 8]
+    found = ProgramScorer(rounded).logits(tokens, judge._Shaken(7))[-1:]
+    made = found + change * found.flip(-1)
+    answer = Answer([[*tokens, int(made.argmax())]], [[len(tokens)]], [made])
+    judging = judge.Judge(rounded, 1e-12)  # so that any rounding is more
+    if change:
+        with pytest.raises(VerificationError, match="does not compute what the program does"):
+            judging("here", "a text", answer)
+    else:
+        trial = judging("here", "a text", answer)
+        assert trial.error is not None and trial.bound is not None and 1e-12 < trial.error <= trial.bound < 1e-3

@@ -183,7 +183,7 @@ class Walk(NormGrowth):
             case Multilinear():
                 self._produce_product(node, rule, axis)
             case Concatenate():
-                for source, part in self._pieces(node, rule, axis.layout):
+                for source, part in _pieces(node, rule, axis.layout):
                     self._demand(source, replace(axis, layout=part))
             case Centring() if node not in self._uncrossed and self._is_whole(rule.source, axis.layout):
                 self._centrings[node] = None
@@ -312,21 +312,6 @@ class Walk(NormGrowth):
                 self._demand(user, replace(axis, layout=axis.layout.untaken(rule.dim, index, total)))
             offset += length
 
-    def _pieces(self, node: Node, rule: Concatenate, layout: Layout) -> Iterator[tuple[Node, Layout]]:
-        """Yield the concatenated values that hold some of the layout's blocks, each with its part of the layout."""
-        offset = 0
-        for source in rule.sources:
-            if rule.dim not in layout.dims:
-                yield source, layout
-                continue
-            length = shape(source)[rule.dim]
-            if not isinstance(length, int):
-                raise Barrier("concatenated along an axis of dynamic size")
-            part = layout.taken(rule.dim, _range(offset, length), shape(node)[rule.dim])
-            offset += length
-            if part is not None:
-                yield source, part
-
     def _result(self, seed: Node, layout: Layout) -> Space:
         entered = {node for node, _ in self._entries}
         constants = [
@@ -370,6 +355,22 @@ class Walk(NormGrowth):
 
     def _type_of(self, node: Node, dims: tuple[int, ...]) -> AxisType:
         return next(t for t in self.types[node] if set(t.layout.dims) & set(dims))
+
+
+def _pieces(node: Node, rule: Concatenate, layout: Layout) -> Iterator[tuple[Node, Layout]]:
+    """Yield the concatenated values that hold some of the layout's blocks, each with its part of the layout."""
+    offset = 0
+    for source in rule.sources:
+        if rule.dim not in layout.dims:
+            yield source, layout
+            continue
+        length = shape(source)[rule.dim]
+        if not isinstance(length, int):
+            raise Barrier("concatenated along an axis of dynamic size")
+        part = layout.taken(rule.dim, _range(offset, length), shape(node)[rule.dim])
+        offset += length
+        if part is not None:
+            yield source, part
 
 
 def _reason(rule: Rule, node: Node) -> str:

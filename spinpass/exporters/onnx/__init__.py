@@ -8,7 +8,7 @@ from .integers.four_bits import quantize_4bit
 from .integers.read_back import StoredConstants, check_packed, dequantized_constants
 from .integers.unrounded import KernelRounding, kernel_rounding, unrounded_copy
 from .integers.weights import pack_weights
-from .precision import check_kernels
+from .precision import check_dtypes, check_kernels
 from .translate import check_operators
 from .writer import OnnxReport, export
 
@@ -19,6 +19,7 @@ __all__ = [
     "QuantizeReport",
     "StoredConstants",
     "check_cache",
+    "check_dtypes",
     "check_kernels",
     "check_operators",
     "check_packed",

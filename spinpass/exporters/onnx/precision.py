@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import onnx
-import torch
 from onnx import TensorProto, helper
 from torch import Tensor
 from torch.export import ExportedProgram
@@ -15,7 +15,7 @@ from spinpass.errors import ExportError
 from spinpass.graph import value
 from spinpass.runtime import NoKernelError, open_session
 
-_TYPES = {torch.bfloat16: TensorProto.BFLOAT16, torch.float16: TensorProto.FLOAT16, torch.float64: TensorProto.DOUBLE}
+_TYPES = {"bfloat16": TensorProto.BFLOAT16, "float16": TensorProto.FLOAT16, "float64": TensorProto.DOUBLE}
 
 
 def check_kernels(ep: ExportedProgram) -> None:
@@ -24,17 +24,25 @@ def check_kernels(ep: ExportedProgram) -> None:
     Raises:
         ExportError: it has no kernel for one of them, which is so of bfloat16; the message names operator and dtype.
     """
-    found = {v.dtype for node in ep.graph.nodes if isinstance(v := value(node), Tensor)}
-    for dtype in sorted(found & _TYPES.keys(), key=str):
+    check_dtypes(
+        {str(v.dtype).removeprefix("torch.") for node in ep.graph.nodes if isinstance(v := value(node), Tensor)}
+    )
+
+
+def check_dtypes(found: Set[str]) -> None:
+    """Look whether ONNX Runtime multiplies matrices on a CPU in the dtypes of these names, such as ``bfloat16``.
+
+    Raises what :func:`check_kernels` raises.
+    """
+    for dtype in sorted(found & _TYPES.keys()):
         with TemporaryDirectory() as folder:
             path = Path(folder, "product.onnx")
             onnx.save(_product(_TYPES[dtype]), path)
             try:
                 open_session(path)
             except NoKernelError as error:
-                name = str(dtype).removeprefix("torch.")
                 raise ExportError(
-                    f"ONNX Runtime has no kernel for MatMul in {name} on a CPU, so the folder could neither be "
+                    f"ONNX Runtime has no kernel for MatMul in {dtype} on a CPU, so the folder could neither be "
                     "certified nor run here: export with --dtype float32 or float16, or with --no-verify for a runtime "
                     "that has one"
                 ) from error
