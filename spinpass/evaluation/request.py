@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from spinpass.config import RotationConfig
 from spinpass.errors import ConfigError
-from spinpass.formats import model_path
+from spinpass.formats import check_made_of, model_path
 from spinpass.loading import load_config, locate
 from spinpass.pipeline import transform
 from spinpass.progress import Steps
@@ -118,6 +118,8 @@ class EvalRequest:
                 locate(model)
             elif not model_path(model).is_file():
                 raise ConfigError(f"there is no file {model}: name a folder that spinpass export wrote")
+        for file in self.files:
+            check_made_of(Path(file), Path(self.model))
         if is_onnx(self.model) and (self.quantize or self.rotate != "no"):
             raise ConfigError(
                 f"{self.model} is an ONNX model; --quantize and --rotate need the program it was made of: name that"

@@ -163,6 +163,25 @@ def check_checkpoint(folder: Path) -> None:
     _compare(folder, read_manifest(folder).get("files", {}), lambda name: True)
 
 
+def check_made_of(folder: Path, source: Path) -> None:
+    """Compare the files of a model, a file or folder here, with those that an exported folder says it was made of.
+
+    Nothing is compared where nothing was recorded, or where the model has no file of that name.
+
+    Raises:
+        ConfigError: it was made of another model.
+    """
+    made_of = read_manifest(folder).get("source", {}).get("files", {}) if folder.is_dir() else {}
+    for name, stated in made_of.items():
+        file = source if source.is_file() else source / name
+        if file.name != name or not file.is_file() or not _is_file_entry(stated):
+            continue
+        if file.stat().st_size != stated["bytes"] or sha256(file) != stated["sha256"]:
+            raise ConfigError(
+                f"{folder} was made of another {name} than that of {source}: name its own model"
+            )
+
+
 def _compare(folder: Path, listed: Mapping[str, Any], read: Callable[[str], bool]) -> None:
     for name, stated in listed.items():
         file = inside(folder, name)

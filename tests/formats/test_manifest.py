@@ -16,7 +16,7 @@ from spinpass import RotationConfig
 from spinpass.cli.app import app
 from spinpass.errors import ConfigError, ExportError, VerificationError
 from spinpass.exporters.onnx import writer as exporter
-from spinpass.formats.manifest import METADATA, hashes, read_artefact, sealed
+from spinpass.formats.manifest import METADATA, check_made_of, hashes, read_artefact, sealed
 from spinpass.formats.pt2 import save_program
 from spinpass.runtime.ort_model import OrtModel
 from tests.support import folders
@@ -174,3 +174,12 @@ def test_a_rotated_program_carries_its_bases(tmp_path: Path) -> None:
     rotated = spinpass.transform(exported(made(Decoder(layers=1))), RotationConfig())
     save_program(rotated, tmp_path / "rotated.pt2")
     assert set(read_artefact(tmp_path / "rotated.pt2").rotations) == set(spinpass.record.read(rotated).rotations)
+
+
+def test_a_folder_is_compared_with_the_model_it_is_made_of(out: Path, model: Path, tmp_path: Path) -> None:
+    check_made_of(out, model)
+    other = folders.model_folder(tmp_path, hidden_size=48, num_attention_heads=3, num_key_value_heads=3)
+    with pytest.raises(ConfigError, match=r"was made of another config.json than that of .*: name its own model"):
+        check_made_of(out, other)
+    result = RUN.invoke(app, ["eval", str(other), "--file", str(out)])
+    assert result.exit_code == 2 and "was made of another" in result.stderr

@@ -16,7 +16,7 @@ from torch.export import Dim, ExportedProgram
 from spinpass.errors import ConfigError, ExportError
 from spinpass.exporters import names as onnx_names
 from spinpass.exporters.onnx import writer as exporter
-from spinpass.runtime import decoding
+from spinpass.runtime import ModelFolder, decoding
 from spinpass.runtime.decoder import OrtDecoder
 from spinpass.runtime.sampling import Sampling
 from tests.support import models
@@ -106,6 +106,11 @@ def test_end_tokens_come_from_the_folder(folder: Path) -> None:
     assert OrtDecoder(folder).end_tokens == {2}
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 7]}))
     assert OrtDecoder(folder).end_tokens == {2, 7}
+    assert ModelFolder(folder).pad_token is None
+    (folder / "config.json").write_text(json.dumps({"eos_token_id": 2, "pad_token_id": 0}))
+    assert ModelFolder(folder).pad_token == 0
+    (folder / "generation_config.json").write_text(json.dumps({"pad_token_id": 3}))
+    assert ModelFolder(folder).pad_token == 3
     (folder / "generation_config.json").unlink()
     (folder / "config.json").unlink()
 
@@ -181,7 +186,9 @@ def test_no_model_a_damaged_one_and_no_provider(folder: Path, tmp_path: Path) ->
     (tmp_path / "model.onnx").write_bytes(b"no model")
     with pytest.raises(ExportError, match="cannot load model.onnx"):
         OrtDecoder(tmp_path)
-    with pytest.raises(ConfigError, match="no provider 'WarpExecutionProvider' here; choose one of .*CPUExecutionProvider"):
+    with pytest.raises(
+        ConfigError, match="no provider 'WarpExecutionProvider' here; choose one of .*CPUExecutionProvider"
+    ):
         OrtDecoder(folder, provider="WarpExecutionProvider")
 
 
