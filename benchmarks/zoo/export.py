@@ -65,10 +65,14 @@ def prefill_and_decode(model: Any) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def save(program: ExportedProgram, path: Path) -> None:
     """Write a program, whole or not at all."""
+    from spinpass.errors import ExportError
     from spinpass.formats import save_program
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_program(program, path)
+    try:
+        save_program(program, path)
+    except ExportError as error:
+        raise NotExported(f"kept: {first_line(error)}") from error
 
 
 def load(path: Path) -> ExportedProgram:
