@@ -177,9 +177,7 @@ def check_made_of(folder: Path, source: Path) -> None:
         if file.name != name or not file.is_file() or not _is_file_entry(stated):
             continue
         if file.stat().st_size != stated["bytes"] or sha256(file) != stated["sha256"]:
-            raise ConfigError(
-                f"{folder} was made of another {name} than that of {source}: name its own model"
-            )
+            raise ConfigError(f"{folder} was made of another {name} than that of {source}: name its own model")
 
 
 def _compare(folder: Path, listed: Mapping[str, Any], read: Callable[[str], bool]) -> None:

@@ -292,8 +292,8 @@ def _open_edge(role: Role, node: Node, space: Space) -> Refusal:
 def _unread(space: Space) -> Refusal:
     """Return the refusal of a stream that linear layers write into, and that reaches none that reads it."""
     first = space.exits[0]
-    what = f"linear layers write into the residual stream, and none reads it: {first.why} at {first.node.name}"
-    return Refusal("R1 offline", what, (first.node.name,))
+    what = "linear layers write into the residual stream, and no linear layer can read it rotated"
+    return Refusal("R1 offline", f"{what}: {first.why} at {first.node.name}", (first.node.name,))
 
 
 def _counted(count: int, noun: str) -> str:

@@ -31,7 +31,9 @@ class LinearInputWalk(Walk):
     def _forward(self, node: Node, axis: AxisType, user: Node) -> None:
         if self.editor.is_weight(node):
             if not self.editor.is_weight(user) and not self._is_linear_weight(node, axis, user):
-                self.kept[node] = f"{user.name} reads it otherwise than as a linear layer's weight"
+                lookup = op_name(user) == "aten::embedding"
+                other = "the table of a lookup, too: tied='untie' parts them" if lookup else f"read by {user.name}, too"
+                self.kept[node] = f"the weight of the layer behind it is {other}"
                 raise Restart
             return super()._forward(node, axis, user)
         if user.op == "call_function" and isinstance(self._rule(user), (Ignored, Zeros)):
