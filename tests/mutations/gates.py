@@ -78,7 +78,7 @@ class DropoutLeft(Hazard):
 class ReversedSubtraction(Hazard):
     """f(x) − x, spelled with rsub."""
 
-    reason = "aten::rsub does not"
+    folds = True
 
     def between(self, x: Tensor, layer: int) -> Tensor:
         return torch.rsub(x, self.blocks[layer].mlp(self.blocks[layer].norm2(x)))
