@@ -192,6 +192,7 @@ def _uncollected() -> Iterator[None]:
 def _planned(
     program: ExportedProgram, config: RotationConfig, plan: RotationPlan | None
 ) -> tuple[ProgramEditor, Planner]:
+    """Decide and edit, space by space."""
     runner = PassRunner(program)
     planner = Planner(runner.editor, config, plan, record.read(program))
     for edit in planner.edits():

@@ -157,7 +157,7 @@ class Statistics:
         forms = [self.of(o.node) for o in computed]
         if rule.opaque or len(constants) > 1 or not 1 <= len(forms) <= 2 or len({o.labels for o in computed}) > 1:
             return None
-        if not computed[0].labels:
+        if not computed[0].labels:  # a number
             return None
         *kept, summed = computed[0].labels
         form, width = forms[0], shape(computed[0].node)[-1]

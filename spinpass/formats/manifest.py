@@ -163,15 +163,17 @@ def check_checkpoint(folder: Path) -> None:
     _compare(folder, read_manifest(folder).get("files", {}), lambda name: True)
 
 
-def check_made_of(folder: Path, source: Path) -> None:
-    """Compare the files of a model, a file or folder here, with those that an exported folder says it was made of.
+def check_made_of(exported: Path, source: Path) -> None:
+    """Compare the files of a model, a file or folder here, with those that an exported folder, or that of an exported
+    file, says it was made of.
 
     Nothing is compared where nothing was recorded, or where the model has no file of that name.
 
     Raises:
         ConfigError: it was made of another model.
     """
-    made_of = read_manifest(folder).get("source", {}).get("files", {}) if folder.is_dir() else {}
+    folder = exported if exported.is_dir() else exported.parent
+    made_of = read_manifest(folder).get("source", {}).get("files", {})
     for name, stated in made_of.items():
         file = source if source.is_file() else source / name
         if file.name != name or not file.is_file() or not _is_file_entry(stated):

@@ -78,10 +78,10 @@ class _Centred:
             return
         powers = form.value.by_power(Symbol.CENTRED)
         scale, mean = powers.get(1), powers.get(0)
-        if scale is None or mean is None or set(powers) != {0, 1} or mean == scale * Polynomial.of(Symbol.MEAN):
+        if scale is None or mean is None or set(powers) != {0, 1} or scale.has(Symbol.MEAN):
             return
-        if scale.has(Symbol.MEAN):
-            return
+        if mean == scale * Polynomial.of(Symbol.MEAN):
+            return  # a multiple of x, which the rules know
         centred = replace(form, value=scale * Polynomial.of(Symbol.CENTRED))
         made = self._made(_Maker(self.editor, node.prev, value(rule.source).dtype), centred)
         if shape(made) == shape(rule.source):
@@ -92,9 +92,8 @@ class _Centred:
         return any(form is not None and form.base is not None and form.has(Symbol.MEAN) for form in forms)
 
     def _replace(self, node: Node, form: VectorForm, root: bool) -> None:
-        make = _Maker(
-            self.editor, node, _wide_enough(value(node).dtype) if form.has(Symbol.VARIANCE) else value(node).dtype
-        )
+        dtype = value(node).dtype
+        make = _Maker(self.editor, node, _wide_enough(dtype) if form.has(Symbol.VARIANCE) else dtype)
         result = self._made(make, form)
         if root:
             result = make(_aten.sqrt.default, result)

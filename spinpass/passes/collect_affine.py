@@ -178,20 +178,18 @@ class _Collected:
         if op_name(node) != "aten::add" or arguments(node)["alpha"] != 1 or form.shift not in operands:
             return False
         scaled = next((n for n in operands if n is not form.shift), None)
-        if form.scale == 1.0 or scaled is None:
-            return scaled is form.root
-        return self._forms.get(scaled) == Affine(form.root, form.scale)
+        return scaled is not None and self._forms.get(scaled) == Affine(form.root, form.scale)
 
     def _built(self, form: Affine) -> Node:
-        made = form.root
-        assert made is not None
-        if form.scale != 1.0:
-            made = self._make(_aten.mul.Tensor, made, form.scale)
-            self._forms[made] = Affine(form.root, form.scale)
+        """Return root · scale + shift, a shift that is one number written out for each channel."""
+        made = self._make(_aten.mul.Tensor, form.root, form.scale)
+        self._forms[made] = Affine(form.root, form.scale)
         shift = form.shift
-        if isinstance(shift, float) and shift and isinstance(form.scale, Node):
+        if shift == 0.0:
+            return made
+        if not isinstance(shift, Node):
             shift = self._make(_aten.full_like.default, form.scale, shift)
-        return made if shift == 0.0 else self._make(_aten.add.Tensor, made, shift)
+        return self._make(_aten.add.Tensor, made, shift)
 
     def _make(self, target: Any, *args: Any) -> Node:
         self._last = self._editor.call(target, *args, after=self._last, origin=_ORIGIN)

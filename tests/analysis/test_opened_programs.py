@@ -1,4 +1,4 @@
-"""Opening a program changes neither its function nor its dtypes, its range or its precision: what an adversary tried, by kind."""
+"""Opening a program changes neither its function nor its dtypes, its range or its precision, by kind."""
 
 from __future__ import annotations
 

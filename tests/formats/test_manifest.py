@@ -181,5 +181,7 @@ def test_a_folder_is_compared_with_the_model_it_is_made_of(out: Path, model: Pat
     other = folders.model_folder(tmp_path, hidden_size=48, num_attention_heads=3, num_key_value_heads=3)
     with pytest.raises(ConfigError, match=r"was made of another config.json than that of .*: name its own model"):
         check_made_of(out, other)
+    with pytest.raises(ConfigError, match="was made of another config.json"):
+        check_made_of(out / "model.onnx", other)
     result = RUN.invoke(app, ["eval", str(other), "--file", str(out)])
     assert result.exit_code == 2 and "was made of another" in result.stderr
