@@ -217,13 +217,25 @@ def of_draws(certificates: Sequence[Sequence[_C]]) -> _C:
 
 
 def rounding_of(ep: ExportedProgram, values: _Values) -> Rounding:
-    """Return what measures how far rounding moves the outputs of a program on these values."""
+    """Return what measures how far rounding moves the outputs of a program on these values.
+
+    Operators that round to integers may exist in the program's own dtypes alone; then it is run and shaken in those.
+    """
+    lifted = True
 
     def run(watch: execution.Watch | None = None) -> Returned:
-        found = execution.execute(ep, execution.copies(values), float64=True, watch=watch)
+        found = execution.execute(ep, execution.copies(values), float64=lifted, watch=watch)
         return found.outputs, found.state
 
-    return Rounding(run, run, torch.finfo(narrowest_dtype(ep)).eps)
+    def plain() -> Returned:
+        nonlocal lifted
+        try:
+            return run()
+        except ProgramError:
+            lifted = False
+            return run()
+
+    return Rounding(plain, run, torch.finfo(narrowest_dtype(ep)).eps)
 
 
 def badness(output: FileOutput) -> tuple[bool, float]:

@@ -101,7 +101,7 @@ def _worst(error: Tensor, scale: Tensor) -> float:
 
 
 class Shaken:
-    """A watch that moves every value of a lifted run by rounding: some bits of itself or of the vector it lies in.
+    """A watch that moves every value of a run by rounding: some bits of itself or of the vector it lies in.
 
     In a rotated basis each coordinate carries the rounding of the largest. Zeros stay, and so do the values of masks.
     Inputs are shaken where they lie, so a run is given copies.
@@ -120,22 +120,26 @@ class Shaken:
         computed = node.op == "call_function" or (
             node.op == "placeholder" and not node.name.startswith(("p_", "b_", "c_"))
         )
-        if not computed or not isinstance(result, Tensor) or result.dtype is not torch.float64 or not result.numel():
+        if not computed or not isinstance(result, Tensor) or not self._rounds(result) or not result.numel():
             return result
         size = result.abs()
         usual = torch.where(size < _LARGE, size, 0.0)
         around = usual.amax(-1, keepdim=True) if result.ndim else usual
         amount = torch.where(size < _LARGE, torch.maximum(size, around), 0.0)
-        signs = torch.randint(0, 2, result.shape, generator=self._generator, dtype=torch.float64) * 2 - 1
+        signs = torch.randint(0, 2, result.shape, generator=self._generator, dtype=result.dtype) * 2 - 1
         shaken = torch.where(
             (result != 0) & result.isfinite(), result + amount * self._unit * signs.to(result.device), result
         )
         # others see memory that the program writes to
         return result.copy_(shaken) if node.op == "placeholder" or mutates(node) else shaken
 
+    def _rounds(self, result: Tensor) -> bool:
+        """Say whether the value can hold one rounding."""
+        return result.is_floating_point() and torch.finfo(result.dtype).eps <= self._unit
+
 
 class Rounding:
-    """How far rounding alone moves what a lifted run returns: it is run again, shaken, when that is first asked.
+    """How far rounding alone moves what a run returns: it is run again, shaken, when that is first asked.
 
     Args:
         plain: what the run has returned, or what runs it.

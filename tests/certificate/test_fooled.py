@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from spinpass.certificate import verify
+from spinpass.certificate.files import rounding_of
+from spinpass.execution import flat_inputs
 from spinpass.exporters.onnx import export
 from spinpass.exporters.onnx.certificate import certify_onnx
 
@@ -264,6 +267,20 @@ def test_what_is_nothing_but_rounding_is_no_error(tmp_path: Path) -> None:
     right, other = (program(cancelling, FLOAT, w) for w in (False, True))
     assert verify(right, other).ok
     assert export(right, tmp_path / "right.onnx").certificate
+
+
+def test_rounding_is_measured_in_the_dtypes_that_an_operator_takes() -> None:
+    """Operators that round to integers take no float64: the program is shaken in float32."""
+    import_module("torch.ao.quantization.fx._decomposed")  # registers the operators
+
+    def rounded(self: Fault, x: Tensor) -> Tensor:
+        chosen = (0.05, 0, -128, 127, torch.int8)
+        codes = torch.ops.quantized_decomposed.quantize_per_tensor(F.linear(x, self.head), *chosen)
+        return torch.ops.quantized_decomposed.dequantize_per_tensor(codes, *chosen)
+
+    ep = program(rounded, FLOAT, False)
+    moved = rounding_of(ep, flat_inputs(ep, FLOAT)).of_output(0)
+    assert moved is not None and moved.isfinite().all() and float(moved.max()) <= 0.05 * 1.001
 
 
 def test_numbers_where_a_draw_has_none_are_an_error(tmp_path: Path) -> None:
