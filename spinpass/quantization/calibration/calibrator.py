@@ -101,7 +101,7 @@ class Calibrator:
         matrix = moved.reshape(-1, moved.shape[-1]).float()
         if scheme.method == "gptq" and moments is not None:
             target = moments.target(matrix, scheme.damping) if scheme.follow else matrix
-            codes = rounded_by_gptq(target, moments.own, scheme)
+            codes = rounded_by_gptq(target, moments.own, scheme, moments.factors)
         else:
             codes = rounded(matrix, scheme)
         codes = codes.in_steps_of(stored.dtype)

@@ -24,7 +24,11 @@ from .grid import Codes, chosen_range, to_codes, uneven_index
 _BLOCK = 128
 
 
-def rounded_by_gptq(matrix: Tensor, hessian: Tensor, scheme: Weights) -> Codes:
+Factors = dict[tuple[float, bool], Tensor]
+"""Of one Hessian: by damping and whether columns are ordered, the factor that GPTQ corrects by."""
+
+
+def rounded_by_gptq(matrix: Tensor, hessian: Tensor, scheme: Weights, factors: Factors | None = None) -> Codes:
     """The codes of a float32 matrix (out, in) that least change its outputs on inputs X.
 
     Inputs that are always zero get a unit diagonal: their weights are rounded to nearest. With ``act_order`` columns
@@ -34,22 +38,25 @@ def rounded_by_gptq(matrix: Tensor, hessian: Tensor, scheme: Weights) -> Codes:
         matrix: W, float32 (out, in).
         hessian: XᵀX, float32 or float64 (in, in).
         scheme: its ``method`` does not matter.
+        factors: those of this Hessian that are known; what is computed is added, for others that read the same inputs.
     """
     columns = matrix.shape[1]
     size = scheme.group_size or columns
-    work, h = matrix.clone(), hessian.double().clone()
-    diagonal = h.diagonal()
-    diagonal[diagonal == 0] = 1
-    group_of = torch.arange(columns) // size
+    known: Factors = {} if factors is None else factors
+    work, group_of = matrix.clone(), torch.arange(columns) // size
     fixed: list[tuple[Tensor, Tensor]] = []
     order = torch.arange(columns)
     if scheme.act_order or scheme.group_size is None:
         parts = torch.split(matrix, size, 1)
         fixed = [chosen_range(part, scheme.of_group(group)) for group, part in enumerate(parts)]
     if scheme.act_order:
-        order = diagonal.argsort(descending=True)
-        work, h, group_of = work[:, order], h[order][:, order], group_of[order]
-    upper = _inverse_factor(h, scheme.damping).to(matrix.dtype)
+        diagonal = hessian.diagonal()
+        order = torch.where(diagonal == 0, 1, diagonal).argsort(descending=True)
+        work, group_of = work[:, order], group_of[order]
+    key = (scheme.damping, scheme.act_order)
+    if key not in known:
+        known[key] = _inverse_factor(hessian, scheme.damping, order if scheme.act_order else None)
+    upper = known[key].to(matrix.dtype)
     q = torch.empty_like(work)
     for start in range(0, columns, _BLOCK):
         end = min(start + _BLOCK, columns)
@@ -84,24 +91,29 @@ def refined(matrix: Tensor, codes: Codes, hessian: Tensor, sweeps: int) -> Codes
         hessian: XᵀX, float32 or float64 (in, in).
         sweeps: rounds of coordinate descent. 0 returns ``codes``.
     """
+    if not sweeps:
+        return codes
+    aim = matrix.double() @ hessian.double()
     for _ in range(sweeps):
-        codes = _descended(matrix, _rescaled(matrix, codes, hessian), hessian)
-    return _rescaled(matrix, codes, hessian) if sweeps else codes
+        codes = _descended(matrix, _rescaled(aim, codes, hessian), hessian)
+    return _rescaled(aim, codes, hessian)
 
 
-def _rescaled(matrix: Tensor, codes: Codes, hessian: Tensor) -> Codes:
-    """The scales of least error for the same codes: a linear least-squares problem for every row."""
+def _rescaled(aim: Tensor, codes: Codes, hessian: Tensor) -> Codes:
+    """The scales of least error for the same codes: a linear least-squares problem for every row. ``aim`` is W·H."""
     rows, groups = codes.scales.shape
     at = codes.group_of
     z = codes.q.double() - codes.zeros.double()[:, at]
-    h, w = hessian.double(), matrix.double()
-    picked = torch.zeros(len(at), groups, dtype=torch.float64)
-    picked[torch.arange(len(at)), at] = 1
-    right = (z * (w @ h)) @ picked  # (rows, groups)
-    left = torch.empty(rows, groups, groups, dtype=torch.float64)
-    for group in range(groups):  # zᵀ H z between this group and every other
+    h = hessian.double()
+    right = _by_group(z * aim, at, groups)
+    left = torch.zeros(rows, groups, groups, dtype=torch.float64)
+    for group in range(groups):  # zᵀ H z between this group and the later ones
         inside = (at == group).nonzero()[:, 0]
-        left[:, group] = ((z[:, inside] @ h[inside]) * z) @ picked
+        later = (at >= group).nonzero()[:, 0]
+        if len(inside):
+            with_later = (z[:, inside] @ h[inside][:, later]) * z[:, later]
+            left[:, group, group:] = _by_group(with_later, at[later] - group, groups - group)
+    left = left + left.triu(1).mT
     ridge = 1e-9 * left.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-30)
     left += ridge[:, None, None] * torch.eye(groups, dtype=torch.float64)
     before = codes.scales.double()
@@ -109,6 +121,15 @@ def _rescaled(matrix: Tensor, codes: Codes, hessian: Tensor) -> Codes:
     after = (before + change).to(codes.scales.dtype)
     # a group whose codes all stand for zero has no best scale, and a negative one would leave the grid
     return replace(codes, scales=torch.where(after > 0, after, codes.scales))
+
+
+def _by_group(values: Tensor, at: Tensor, groups: int) -> Tensor:
+    """The sums (rows, groups) of the columns of each group."""
+    rows, columns = values.shape
+    length = columns // groups
+    if torch.equal(at, torch.arange(columns) // max(1, length)):
+        return values.reshape(rows, groups, length).sum(-1)
+    return torch.zeros(rows, groups, dtype=values.dtype).index_add_(1, at, values)
 
 
 def _descended(matrix: Tensor, codes: Codes, hessian: Tensor) -> Codes:
@@ -135,14 +156,18 @@ def _descended(matrix: Tensor, codes: Codes, hessian: Tensor) -> Codes:
     return replace(codes, q=q.to(torch.uint8))
 
 
-def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
+def _inverse_factor(hessian: Tensor, damping: float, order: Tensor | None) -> Tensor:
     """The upper Cholesky factor of (H + λ·mean(diag H))⁻¹; λ grows tenfold until the factor exists."""
-    mean = hessian.diagonal().mean()
-    eye = torch.eye(len(hessian), dtype=hessian.dtype)
+    h = hessian.double().clone() if order is None else hessian.double()[order][:, order]
+    diagonal = h.diagonal()
+    diagonal[diagonal == 0] = 1
+    mean = diagonal.mean()
     while True:
-        lower, failed = torch.linalg.cholesky_ex(hessian + damping * mean * eye)
+        diagonal += damping * mean
+        lower, failed = torch.linalg.cholesky_ex(h)
         if not int(failed):
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
             if not int(failed):
                 return Tensor(upper)
+        diagonal -= damping * mean
         damping *= 10

@@ -9,10 +9,12 @@ layer's weight should be is not W but what makes up best for their difference:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from .gptq import Factors
 
 _TINY = 1e-30
 
@@ -25,11 +27,13 @@ class Moments:
         own: X̂ᵀX̂.
         cross: XᵀX̂.
         original: XᵀX.
+        factors: what :func:`.gptq.rounded_by_gptq` has computed of X̂ᵀX̂, for the layers that share these inputs.
     """
 
     own: Tensor
     cross: Tensor
     original: Tensor
+    factors: Factors = field(default_factory=dict, compare=False)
 
     @classmethod
     def of(cls, values: Sequence[Tensor], originals: Sequence[Tensor]) -> Moments:
@@ -49,12 +53,13 @@ class Moments:
 
     def error(self, matrix: Tensor, quantized: Tensor) -> float:
         """‖X Wᵀ − X̂ Ŵᵀ‖² / ‖X Wᵀ‖² for W = ``matrix`` and Ŵ = ``quantized``, both (out, in)."""
+        if self.cross is self.own:  # X = X̂: nothing cancels, and float32 will do
+            own, wide, left = self.own.float(), matrix.float(), (matrix - quantized).float()
+            power = ((wide @ own) * wide).sum().double()
+            return float(((left @ own) * left).sum().double().clamp_min(0) / power.clamp_min(_TINY))
         w, q = matrix.double(), quantized.double()
         power = ((w @ self.original) * w).sum()
-        if self.cross is self.own:  # X = X̂
-            off = (((w - q) @ self.own) * (w - q)).sum()
-        else:
-            off = power - 2 * ((w @ self.cross) * q).sum() + ((q @ self.own) * q).sum()
+        off = power - 2 * ((w @ self.cross) * q).sum() + ((q @ self.own) * q).sum()
         return float(off.clamp_min(0) / power.clamp_min(_TINY))
 
 
