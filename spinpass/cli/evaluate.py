@@ -27,7 +27,8 @@ def evaluate_command(
         str, typer.Option(help="Quantize MODEL first, for example by w4g128-rtn-a8, and compare it with the original.")
     ] = "",
     calibration: Annotated[
-        Path | None, typer.Option(help="UTF-8 text that GPTQ and static ranges calibrate on.")
+        Path | None,
+        typer.Option(help="UTF-8 text that GPTQ and static ranges calibrate on.", show_default="text of this package"),
     ] = None,
     calibration_windows: CalibrationWindows = None,
     rotate_form: Annotated[

@@ -50,7 +50,10 @@ def export_command(
     trust_remote_code: TrustRemoteCode = False,
     quantize: Annotated[str, typer.Option(help="Scheme to quantize by, for example w4g128-gptq-a8-head8.")] = "",
     calibration: Annotated[
-        Path | None, typer.Option(help="UTF-8 text that GPTQ, static ranges and --kv-cache calibrate on.")
+        Path | None,
+        typer.Option(
+            help="UTF-8 text that GPTQ, static ranges and --kv-cache calibrate on.", show_default="text of this package"
+        ),
     ] = None,
     calibration_windows: CalibrationWindows = None,
     kv_cache: KvCache = None,

@@ -3,10 +3,11 @@
 from .calibration import (
     CALIBRATION_LENGTH,
     CALIBRATION_WINDOWS,
+    SHIPPED_TEXT,
     Tokenize,
     calibration_inputs,
+    calibration_text,
     calibration_windows,
-    check_calibration,
     check_windows,
 )
 from .comparison import Change, Comparison, Perplexity, Scorer, change, compare, compare_each, paired, perplexity
@@ -18,6 +19,7 @@ from .timing import Speed, speed
 __all__ = [
     "CALIBRATION_LENGTH",
     "CALIBRATION_WINDOWS",
+    "SHIPPED_TEXT",
     "Change",
     "Comparison",
     "EvalRequest",
@@ -32,9 +34,9 @@ __all__ = [
     "Tokenize",
     "Windows",
     "calibration_inputs",
+    "calibration_text",
     "calibration_windows",
     "change",
-    "check_calibration",
     "check_windows",
     "compare",
     "compare_each",

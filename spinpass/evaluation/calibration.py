@@ -17,12 +17,17 @@ from .texts import read_text, windows
 Tokenize = Callable[[str], list[int]]
 CALIBRATION_WINDOWS = 16  # windows to calibrate on
 CALIBRATION_LENGTH = 512  # tokens of each
+SHIPPED_TEXT = Path(__file__).with_name("calibration.txt")
+"""Stories, articles, dialogues, documentation and code in seventeen languages, written for this package."""
 
 
-def check_calibration(scheme: str, path: Path | None) -> None:
-    """Raise ConfigError where the scheme cannot be read, or needs a text and there is none."""
-    if QuantizationConfig.parse(scheme).needs_calibration and path is None:
-        raise ConfigError(f"{scheme} needs a text to calibrate on: add --calibration FILE, or -rtn")
+def calibration_text(scheme: str, path: Path | None) -> Path | None:
+    """The text that a scheme calibrates on: the one that is given, else :data:`SHIPPED_TEXT` where it needs one.
+
+    Raises ConfigError where the scheme cannot be read.
+    """
+    needed = QuantizationConfig.parse(scheme).needs_calibration
+    return SHIPPED_TEXT if path is None and needed else path
 
 
 def check_windows(count: int | None, path: Path | None = None, length: int | None = None) -> None:

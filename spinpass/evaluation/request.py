@@ -16,7 +16,7 @@ from spinpass.progress import Steps
 from spinpass.quantization import QuantizationConfig
 from spinpass.quantization import quantize as quantized
 
-from .calibration import calibration_inputs, calibration_windows, check_calibration, check_windows
+from .calibration import calibration_inputs, calibration_text, calibration_windows, check_windows
 from .comparison import Comparison, Perplexity, compare, compare_each, perplexity
 from .scoring import Opened, ProgramScorer, is_onnx, open_scorer, open_tokenizer, token_ids
 from .texts import read_dataset, read_text, windows
@@ -49,7 +49,7 @@ class EvalRequest:
         dataset: a dataset to score on instead, as :func:`read_dataset` names it.
         against: another model, which the model is compared with.
         quantize: a scheme that the model is quantized by first, to be compared with the original.
-        calibration: UTF-8 text to calibrate on.
+        calibration: UTF-8 text to calibrate on; by default, where the scheme needs one, the text of this package.
         calibration_windows: how many windows of it, of ``length`` tokens; as many as it holds by default, at most 16.
         rotate: the form of R1 in which the model is rotated first, to be compared with the original.
         files: ONNX folders made of the model, each compared with it.
@@ -77,6 +77,8 @@ class EvalRequest:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
+        if self.quantize:
+            object.__setattr__(self, "calibration", calibration_text(self.quantize, self.calibration))
         check_windows(self.calibration_windows, self.calibration, self.length)
         if self.windows < 1:
             raise ConfigError(f"{self.windows} windows to score on: choose 1 or more")
@@ -86,8 +88,6 @@ class EvalRequest:
             raise ConfigError("--file is compared with MODEL: leave out --against")
         if self.dataset and self.text is not None:
             raise ConfigError("--text and --dataset both name what to score on: leave out one of them")
-        if self.quantize:
-            check_calibration(self.quantize, self.calibration)
         if self.calibration is not None and not (
             self.quantize and QuantizationConfig.parse(self.quantize).uses_calibration
         ):

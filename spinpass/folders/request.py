@@ -10,7 +10,7 @@ from typing import Literal, get_args
 
 from spinpass.config import RotationConfig
 from spinpass.errors import ConfigError
-from spinpass.evaluation import CALIBRATION_LENGTH, check_calibration, check_windows
+from spinpass.evaluation import CALIBRATION_LENGTH, SHIPPED_TEXT, calibration_text, check_windows
 from spinpass.formats import Draft, drafted
 from spinpass.loading import check_dtype, check_program_options, load_model
 from spinpass.passes import last_token
@@ -71,7 +71,8 @@ def export(
         config: what is rotated; None writes the original, to compare with.
         to: the runtime that the folder is for, or ``"gptq"`` for a checkpoint.
         quantize: a scheme, for example ``"w4g128-gptq-a8"``; with none, nothing is rounded.
-        calibration: a UTF-8 text for GPTQ, static ranges and ``kv_cache``.
+        calibration: a UTF-8 text for GPTQ, static ranges and ``kv_cache``; by default, where one is needed, the text of
+            this package.
         calibration_windows: how many windows of 512 tokens of the text are read; by default what it holds, at most 16.
         int4: pack the weights to 4 bits (MatMulNBits), without a scheme.
         kv_cache: keep keys and values as integers of this width (ONNX Runtime).
@@ -136,11 +137,13 @@ class ExportRequest:
 
     def __post_init__(self) -> None:
         self._check_values()
-        check_windows(self.calibration_windows, self.calibration)
+        if self.quantize and self.int4:
+            raise ConfigError("--int4 rounds the weights by itself: leave it out with --quantize")
         if self.quantize:
-            check_calibration(self.quantize, self.calibration)
-            if self.int4:
-                raise ConfigError("--int4 rounds the weights by itself: leave it out with --quantize")
+            object.__setattr__(self, "calibration", calibration_text(self.quantize, self.calibration))
+        if self.kv_cache is not None and self.calibration is None:
+            object.__setattr__(self, "calibration", SHIPPED_TEXT)
+        check_windows(self.calibration_windows, self.calibration)
         self._check_used()
         if self.to == "gptq":
             self._check_checkpoint()
@@ -217,8 +220,6 @@ class ExportRequest:
             raise ConfigError(
                 f"--kv-cache {self.kv_cache} needs keys and values in float32: leave out --dtype {self.dtype}"
             )
-        if self.calibration is None:
-            raise ConfigError(f"--kv-cache {self.kv_cache} needs a text for its scales: add --calibration FILE")
         if not (self.fuse and self.cache):
             raise ConfigError("--kv-cache is GroupQueryAttention's: leave out --no-fuse and --no-cache")
 

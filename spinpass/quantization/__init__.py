@@ -14,7 +14,7 @@ from .packed import (
     weight_name,
 )
 from .quantizer import quantize
-from .report import QuantizationReport, Quantized, QuantizedWeight
+from .report import Distillation, QuantizationReport, Quantized, QuantizedWeight
 from .rounding import Codes
 from .scheme import GROUP_SIZES, WEIGHT_BITS, Activations, Cache, QuantizationConfig, Weights
 
@@ -24,6 +24,7 @@ __all__ = [
     "Activations",
     "Cache",
     "Codes",
+    "Distillation",
     "Packed",
     "QuantizationConfig",
     "QuantizationReport",

@@ -32,6 +32,28 @@ class QuantizedWeight:
 
 
 @dataclass(frozen=True)
+class Distillation:
+    """What training the scales has done to the divergence from the original program, in nats per token, on so many
+    inputs that it was not trained on. It is kept where it helps."""
+
+    before: float
+    after: float
+    inputs: int
+
+    @property
+    def kept(self) -> bool:
+        """Say whether the trained scales are in the result."""
+        return self.after < self.before
+
+    @property
+    def summary(self) -> str:
+        """Say in one sentence what became of it."""
+        on = f"on {self.inputs} held-out input{'s' if self.inputs > 1 else ''}"
+        moved = f"the divergence went from {self.before:.4f} to {self.after:.4f} nats per token {on}"
+        return f"distilled: {moved}" if self.kept else f"distillation was dropped: {moved}"
+
+
+@dataclass(frozen=True)
 class QuantizationReport:
     """What was quantized, and why the rest was not.
 
@@ -42,6 +64,7 @@ class QuantizationReport:
         kept: by name of a linear layer's node, why its weight was not quantized.
         bytes_before: the size of all constants of the original program.
         bytes_after: the same with the codes of the weights packed.
+        distillation: what training the scales has done; None where they were not trained.
     """
 
     weights: Mapping[str, QuantizedWeight]
@@ -50,6 +73,7 @@ class QuantizationReport:
     kept: Mapping[str, str]
     bytes_before: int
     bytes_after: int
+    distillation: Distillation | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON can hold it: of each weight the scheme, the error and the size, but no codes."""
@@ -63,6 +87,9 @@ class QuantizationReport:
             "kept": dict(self.kept),
             "bytes_before": self.bytes_before,
             "bytes_after": self.bytes_after,
+            "distillation": None
+            if self.distillation is None
+            else asdict(self.distillation) | {"kept": self.distillation.kept},
         }
 
 

@@ -72,7 +72,6 @@ def test_eval_without_the_package_for_datasets(folder: Path, monkeypatch: pytest
 
 def test_eval_says_what_is_missing(folder: Path, pt2: Path, text: Path, tmp_path: Path) -> None:
     wrong = {
-        "--calibration FILE": (folder, "--quantize", "w4"),
         "leave out": (folder, "--against", folder, "--rotate", "auto"),
         "leave out --against": (folder, "--against", folder, "--file", folder),
         "leave out one of them": (folder, "--text", text, "--dataset", "wikitext"),

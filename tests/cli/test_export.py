@@ -60,9 +60,14 @@ def test_export_of_a_quantized_model(folder: Path, tmp_path: Path, scheme: str) 
     assert len(OrtDecoder(tmp_path / "out").generate([5, 6, 7], 4, end=()).tokens) == 4
 
 
-def test_export_needs_a_text_for_gptq(folder: Path, pt2: Path, tmp_path: Path) -> None:
-    result = run("export", folder, tmp_path / "out", "--quantize", "w4")
-    assert result.exit_code == 2 and "w4 needs a text to calibrate on" in result.stderr
+def test_export_calibrates_on_the_text_of_the_package(folder: Path, tmp_path: Path) -> None:
+    result = run("export", folder, tmp_path / "out", "--quantize", "w4g16", "--samples", 2)
+    assert result.exit_code == 0, result.stderr
+    manifest = json.loads((tmp_path / "out" / "spinpass.json").read_text())
+    assert all(w["method"] == "gptq" for w in manifest["quantization"]["weights"].values())
+
+
+def test_export_needs_a_tokenizer_for_gptq(folder: Path, pt2: Path, tmp_path: Path) -> None:
     result = run("export", folder, tmp_path / "out", "--quantize", "w4-rtn", "--int4")
     assert result.exit_code == 2 and "--int4 rounds the weights by itself" in result.stderr
     text = tmp_path / "text.txt"

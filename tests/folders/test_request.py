@@ -13,6 +13,7 @@ import pytest
 import spinpass
 from spinpass import RotationConfig
 from spinpass.errors import ConfigError
+from spinpass.evaluation import SHIPPED_TEXT
 from spinpass.folders.request import ExportRequest, export
 from spinpass.progress import Silent
 from spinpass.runtime.decoder import OrtDecoder
@@ -61,9 +62,16 @@ def test_the_function_takes_what_the_request_holds() -> None:
 def test_what_means_nothing_is_refused_before_the_work(model: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--int4 rounds the weights by itself"):
         export(model, tmp_path / "out", int4=True, quantize="w4-rtn")
-    with pytest.raises(ConfigError, match="w4 needs a text to calibrate on"):
-        export(model, tmp_path / "out", quantize="w4")
     assert not (tmp_path / "out").exists()
+
+
+def test_what_needs_a_text_has_that_of_the_package(model: Path, tmp_path: Path) -> None:
+    def text(**options: Any) -> Path | None:
+        return ExportRequest(str(model), tmp_path, None, **options).calibration
+
+    assert text(quantize="w4") == text(kv_cache="int8") == SHIPPED_TEXT and text(quantize="w4-rtn") is None
+    assert text(quantize="w4", calibration=Path("mine.txt")) == Path("mine.txt")
+    assert len(SHIPPED_TEXT.read_text(encoding="utf-8")) > 200_000
 
 
 def test_export_says_what_to_know_of_a_combination() -> None:

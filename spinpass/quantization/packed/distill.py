@@ -24,7 +24,7 @@ from spinpass.execution import constants, log_probabilities
 from spinpass.graph import ProgramEditor
 from spinpass.progress import Progress, Tick
 
-from ..report import Quantized
+from ..report import Distillation, Quantized
 from . import training  # noqa: F401  (registers the gradients of roundings)
 from .program import pack, scales_name
 
@@ -59,7 +59,7 @@ def distilled(
 
     Returns:
         The program and report with trained scales, or ``quantized`` where these do not lower the divergence on the
-        inputs held out.
+        inputs held out; the report says which, and by how much.
 
     Raises:
         ConfigError: no weight can be packed, there are no inputs or they do not fit, or the first output is no logits.
@@ -83,7 +83,9 @@ def distilled(
             schedule.step()
             tick()
     after = student.divergence(program, inputs[-held_out:], tick)
-    return _with_scales(quantized, student.scales()) if after < before else quantized
+    done = Distillation(before, after, held_out)
+    found = _with_scales(quantized, student.scales()) if done.kept else quantized
+    return replace(found, report=replace(found.report, distillation=done))
 
 
 def _counter(progress: Progress | None, steps: int) -> Tick:

@@ -51,7 +51,12 @@ def test_the_program_computes_what_the_report_says() -> None:
 
 
 def test_a_step_that_does_harm_is_not_taken() -> None:
-    assert distilled(program(), made(), inputs(), rate=3.0) is made()
+    found = distilled(program(), made(), inputs(), rate=3.0)
+    assert found.program is made().program and found.report.weights is made().report.weights
+    said = found.report.distillation
+    assert said is not None and not said.kept and said.after > said.before and said.inputs == 1
+    assert said.summary.startswith("distillation was dropped: the divergence went from ")
+    assert found.report.to_dict()["distillation"]["kept"] is False
 
 
 def test_no_input_is_changed() -> None:
