@@ -109,7 +109,7 @@ class Work:
         if reason or bits is None:
             self.kept.append(f"{table.name}: {reason}")
             return
-        self.shared += (str(table.name), True, bits) in self.packed
+        self.shared += self.is_packed(table, bits)
         packed = self._pack(table, True, bits)
         flat = ir.node("Reshape", [packed.inputs[0], self.constant("rows", np.array([packed.columns, -1], np.int64))])
         self.graph.insert_before(node, flat)
@@ -136,6 +136,10 @@ class Work:
         if key not in self.packed:
             self.packed[key] = self.quantized(constant, by_column, bits)
         return self.packed[key]
+
+    def is_packed(self, table: ir.Value, bits: int) -> bool:
+        """Say whether a product reads these integers already."""
+        return (str(table.name), True, bits) in self.packed
 
     def quantized(self, constant: ir.Value, by_column: bool, bits: int) -> PackedMatrix:
         """Return the integers of a constant, as constants of the graph."""

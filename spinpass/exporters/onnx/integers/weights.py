@@ -2,7 +2,8 @@
 into integer kernels as it is, without another rounding.
 
 8-bit weights behind 8-bit activations, per token or static, become integer products (:mod:`.kernels`), all others
-``MatMulNBits``, tables ``GatherBlockQuantized``. The last two take blocks of 16 to 256 weights: one scale per output
+``MatMulNBits``, tables ``GatherBlockQuantized``. A head that is the table, too, is ``MatMulNBits`` unless its
+activations are static: one copy serves both. The last two take blocks of 16 to 256 weights: one scale per output
 channel, or a group of several blocks, is the same scale repeated; three bits are stored as four, whose grid holds them.
 The values (q − z)·s are those of the simulated program, bit for bit.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import ml_dtypes
@@ -88,14 +90,23 @@ class _Packing(Work):
     found: set[str] = field(default_factory=set)
     integers: dict[str, tuple[ir.Value, ir.Value, ir.Value]] = field(default_factory=dict)
     products: IntegerProducts = field(default_factory=IntegerProducts)
+    stored: dict[tuple[str, int], PackedMatrix] = field(default_factory=dict)
     why_float: str = "the scheme leaves it in floats"
+
+    @cached_property
+    def looked_up(self) -> frozenset[str]:
+        """The weights that are tables as well: MatMulNBits reads them as GatherBlockQuantized does, so one copy serves."""
+        tables = [node.inputs[0] for node in self.graph if node.op_type == "Gather"]
+        names = [self._name(table, True) for table in tables if table is not None and table.is_initializer()]
+        return frozenset(name for name in names if name is not None)
 
     def _matmul(self, node: ir.Node) -> None:
         x, matrix = node.inputs[0], constant_matrix(node.inputs[1])
         name = None if matrix is None else self._name(*matrix)
         if x is None or name is None:
             return super()._matmul(node)
-        if has_integer_kernel(x, self.weights[name]):
+        shared = name in self.looked_up and is_rounded_per_token(x)
+        if has_integer_kernel(x, self.weights[name]) and not shared:
             return self._integer_product(node, x, name)
         if self.accuracy_level == 4:  # the kernel rounds
             node.replace_input_with(0, self._before_rounding(x))
@@ -146,11 +157,21 @@ class _Packing(Work):
         """Say in how many bits the integers of a table are stored; None where none are given."""
         return self.bits_of(constant, True, False)
 
+    def is_packed(self, table: ir.Value, bits: int) -> bool:
+        """Say whether a product reads these integers already."""
+        return (self._name(table, True), bits) in self.stored
+
     def quantized(self, constant: ir.Value, by_column: bool, bits: int) -> PackedMatrix:
         """Return the integers that are given for a constant, as constants of the graph."""
         name = self._name(constant, by_column)
-        assert name is not None and constant.const_value is not None  # by its bits
+        assert name is not None  # by its bits
         self.found.add(name)
+        if (name, bits) not in self.stored:
+            self.stored[name, bits] = self._blocks_of(constant, name, bits)
+        return self.stored[name, bits]
+
+    def _blocks_of(self, constant: ir.Value, name: str, bits: int) -> PackedMatrix:
+        assert constant.const_value is not None
         codes = self.weights[name].codes
         rows, columns = codes.q.shape
         block = block_size(codes, name)

@@ -209,3 +209,23 @@ def test_every_rounding_is_the_same_in_every_dtype(tmp_path: Path, name: str, dt
     expected = ROUNDINGS[name](x).numpy()
     assert found.dtype == expected.dtype and not np.array_equal(expected, x.numpy())
     np.testing.assert_allclose(found, expected, rtol=4 * np.finfo(expected.dtype).eps, atol=1e-6)
+
+
+@pytest.mark.parametrize("scheme", ["w4g16-rtn-a8-head8-embed8", "w8-rtn-a8-head8-embed8", "w4g16-rtn-asym-head8-embed8"])
+def test_head_and_table_of_a_tied_model_are_one_constant(tmp_path: Path, scheme: str) -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.linear = nn.Parameter(torch.randn(ROWS, 64)), nn.Linear(64, 64)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return nn.functional.linear(self.linear(nn.functional.embedding(ids, self.table)), self.table)
+
+    torch.manual_seed(3)
+    made = quantize(torch.export.export(Tied().eval(), (IDS,)), scheme, [])
+    report = pack_weights(folder(tmp_path, made), tmp_path / "packed", made.report.weights, accuracy_level=4)
+    assert (report.matmuls, report.heads, report.tables, report.shared) == (1, 1, 1, 1)
+    names = [initializer.name for initializer in onnx.load(report.path).graph.initializer]
+    assert [name for name in names if ".q8" in name] == ["table.q8", "table.q8.scales"]
+    expected = run(made.program, (IDS,))[0].numpy()
+    assert np.abs(outputs(report.path) - expected).max() < 0.03 * np.abs(expected).max()
