@@ -95,7 +95,7 @@ class _Packing(Work):
 
     @cached_property
     def looked_up(self) -> frozenset[str]:
-        """The weights that are tables as well: MatMulNBits reads them as GatherBlockQuantized does, so one copy serves."""
+        """The weights that are tables as well: MatMulNBits and GatherBlockQuantized read one copy of them."""
         tables = [node.inputs[0] for node in self.graph if node.op_type == "Gather"]
         names = [self._name(table, True) for table in tables if table is not None and table.is_initializer()]
         return frozenset(name for name in names if name is not None)
