@@ -8,12 +8,13 @@ from typing import Annotated, Any
 import typer
 
 from spinpass.config import RotationConfig
-from spinpass.folders import ExportRequest
+from spinpass.folders import ExportRequest, card_lines
 from spinpass.formats import GptqReport
 
 from .options import (
     AllowPartial,
     AsJson,
+    Bits,
     CalibrationWindows,
     Context,
     Dequantize,
@@ -26,6 +27,7 @@ from .options import (
     NoCache,
     NoFuse,
     NoVerify,
+    RecipeOption,
     To,
     TrustRemoteCode,
     Verbose,
@@ -43,6 +45,8 @@ def export_command(
     config: RotationConfig | None = None,
     dtype: Dtype = "float32",
     no_cache: NoCache = False,
+    bits: Bits = None,
+    recipe: RecipeOption = "auto",
     int4: Int4 = False,
     to: To = "onnx",
     context: Context = None,
@@ -74,14 +78,14 @@ def export_command(
     ExecuTorch takes integers alone, for example 4-bit weights in groups of 32 and
     8-bit activations (w4g32-gptq-a8).
 
-    Example: spinpass export ./model out --form online --quantize w4g128-rtn-a8
+    Example: spinpass export ./model out --bits 4
     """
     screen = screen_of(ctx, as_json, verbose)
     request = ExportRequest(
         model, out, config, to, quantize=quantize, calibration=calibration, int4=int4, kv_cache=kv_cache, dtype=dtype,
         cache=not no_cache, context=context, dequantize=dequantize, trust_remote_code=trust_remote_code,
         last_logits=last_logits, fuse=not no_fuse, certify=not no_verify, calibration_windows=calibration_windows,
-        force=force, allow_partial=allow_partial,
+        force=force, allow_partial=allow_partial, bits=bits, recipe=recipe,
     )  # fmt: skip
     with screen.steps() as steps:
         result, written = request.run(steps)
@@ -92,7 +96,8 @@ def export_command(
         return
     show_result(screen, result)
     tried = trial_lines(written.manifest["trials"])
-    screen.show(*_report_lines(written.report), *tried, files_table(out, written.files), *request.notes)
+    card = card_lines(written.manifest["card"])
+    screen.show(*_report_lines(written.report), *tried, files_table(out, written.files), *request.notes, *card)
 
 
 def _report_lines(report: Any) -> list[str]:

@@ -11,7 +11,7 @@ import typer
 
 from spinpass.config import DEFAULT_ROLES, ROLES, CacheBasis, Form, Kind, RotationConfig, Tied
 from spinpass.errors import ConfigError
-from spinpass.folders import IntegerCache, Target
+from spinpass.folders import IntegerCache, RecipeName, Target
 
 ALL = ",".join(ROLES)
 DEFAULT = ",".join(DEFAULT_ROLES)
@@ -85,6 +85,17 @@ Dequantize = Annotated[
 TrustRemoteCode = Annotated[
     bool,
     typer.Option("--trust-remote-code", help="Run the modelling code that comes with MODEL; none is run otherwise."),
+]
+Bits = Annotated[
+    int | None,
+    typer.Option(
+        help="Bits of the weights, by a recipe: 16 keeps the values; 8, 4, 3, 2. The written file is scored.",
+        metavar="16|8|4|3|2",
+    ),
+]
+RecipeOption = Annotated[
+    RecipeName,
+    typer.Option(help="With --bits: the best measured, the same on less text, or rounding to nearest unrotated."),
 ]
 Int4 = Annotated[bool, typer.Option("--int4", help="Pack the weights to 4 bits (MatMulNBits), without a scheme.")]
 KvCache = Annotated[

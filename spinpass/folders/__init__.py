@@ -2,25 +2,33 @@
 all.
 """
 
+from .card import Card, card_lines
 from .companions import Written, check_target, check_writable
 from .onnx import onnx_tools, write_folder
 from .preflight import Known, check_space
+from .recipes import BITS, Recipe, RecipeName, recipe_of
 from .request import ExportRequest, IntegerCache, Target, export
 from .result import Result, quantized, rotated, version_of
 
 __all__ = [
+    "BITS",
+    "Card",
     "ExportRequest",
     "IntegerCache",
     "Known",
+    "Recipe",
+    "RecipeName",
     "Result",
     "Target",
     "Written",
+    "card_lines",
     "check_space",
     "check_target",
     "check_writable",
     "export",
     "onnx_tools",
     "quantized",
+    "recipe_of",
     "rotated",
     "version_of",
     "write_folder",

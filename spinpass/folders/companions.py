@@ -14,6 +14,7 @@ from spinpass.errors import ConfigError
 from spinpass.formats import MANIFEST, PREFIX, Draft, finish, hashes, listed_files, sealed, staged
 from spinpass.loading import LoadedModel, LoadingReport
 
+from .card import Card
 from .judge import FolderTrial
 from .result import Result
 
@@ -36,17 +37,20 @@ def write_companions(
     files: Iterable[str],
     draft: Draft,
     tried: Callable[[], Sequence[FolderTrial]],
+    scored: Callable[[], Card | str | None] = lambda: None,
 ) -> tuple[dict[str, Any], list[str]]:
     """Put the tokenizer, the configuration and ``spinpass.json`` beside the ``files`` of an export.
 
     ``made``: the reports of the export and of what followed, by name. ``tried`` runs the folder when all but
-    ``spinpass.json`` is there, which lists what it returns. Returns what ``spinpass.json`` holds, and the names of all
-    files.
+    ``spinpass.json`` is there, which lists what it returns; ``scored`` makes the card after that. Returns what
+    ``spinpass.json`` holds, and the names of all files.
     """
     written = set(files)
     if loaded.companions is not None:
         written |= {path.name for path in loaded.companions.save(draft.folder)}
-    trials = {"trials": [trial.to_dict() for trial in tried()]}
+    trials: dict[str, Any] = {"trials": [trial.to_dict() for trial in tried()]}
+    card = scored()
+    trials["card"] = card.to_dict() if isinstance(card, Card) else card
     source = {"files": loaded.files.to_dict()}
     origin = {"model": loaded.source.location, "source": source, "loading": loaded.report.to_dict()}
     about = sealed(origin | result.to_dict() | dict(made) | trials | {"files": hashes(draft.folder, written)})

@@ -17,6 +17,7 @@ from spinpass.loading import Companions, LoadedModel
 from spinpass.progress import Steps
 from spinpass.quantization import QuantizationReport, QuantizedWeight, unrounded_operands
 
+from .card import Card, scored_card
 from .companions import Written, write_companions
 from .judge import KERNEL_BOUND, TIE_BOUND, FolderTrial
 from .result import Result
@@ -102,6 +103,7 @@ def write_folder(
     fuse: bool = True,
     cache: CacheBits | None = None,
     certify: bool = True,
+    card: bool = False,
 ) -> Written:
     """Export, pack, quantize the cache, put beside it what belongs to the model, and try the folder.
 
@@ -117,6 +119,7 @@ def write_folder(
         fuse: use ONNX Runtime's own operators.
         cache: how the KV cache is stored; None leaves it in floats.
         certify: compare the file and the folder with the program.
+        card: score the file against the model that was loaded (:mod:`.card`).
 
     Raises:
         ConfigError, ExportError, VerificationError: :func:`spinpass.exporters.onnx.export` raises them, what packs, or
@@ -142,13 +145,16 @@ def write_folder(
         expected = _expected(onnx, result, draft.folder, int4=int4, certify=certify)
         return _tried(onnx, loaded, result, expected, draft.folder, steps, texts)
 
+    def scored() -> Card | str | None:
+        return scored_card(loaded, draft.folder, steps) if card else None
+
     later: dict[str, _Step] = {} if pack is None else {"pack": pack}
     if cache is not None:
         bits = cache.bits
         later["cache"] = lambda source, target: onnx.quantize_cache(source, target, bits, texts)
     if not later:
         report = export(draft.folder)
-        return _written(onnx, loaded, result, draft, report, {}, tried)
+        return _written(onnx, loaded, result, draft, report, {}, tried, scored)
     made: dict[str, _Made] = {}
     with TemporaryDirectory(dir=draft.folder, prefix=PREFIX) as staging:
         report = export(Path(staging, "0"))
@@ -161,7 +167,7 @@ def write_folder(
             made[step] = write(source, draft.folder if step == list(later)[-1] else Path(staging, step))
             source = made[step].path
     report = replace(report, path=source, files=made[step].files)
-    return _written(onnx, loaded, result, draft, report, made, tried)
+    return _written(onnx, loaded, result, draft, report, made, tried, scored)
 
 
 def _written(
@@ -172,6 +178,7 @@ def _written(
     report: OnnxReport,
     made: Mapping[str, _Made],
     tried: Callable[[], Sequence[FolderTrial]],
+    scored: Callable[[], Card | str | None],
 ) -> Written:
     report = draft.in_place(report)
     record = named_record(result.program, report.inputs, report.outputs)
@@ -182,7 +189,7 @@ def _written(
     if loaded.companions is not None:
         reports["genai"] = _write_genai_config(onnx, loaded.companions, draft.folder)
         files |= {reports["genai"]["file"]} - {None}
-    about = write_companions(loaded, result, reports, files, draft, tried)
+    about = write_companions(loaded, result, reports, files, draft, tried, scored)
     return Written(report, *about, loading=loaded.report)
 
 

@@ -22,6 +22,7 @@ from .executorch import executorch_tools, write_pte_folder
 from .gptq import WEIGHTS_ONLY, check_offline, check_rotation, write_gptq_folder
 from .onnx import CacheBits, onnx_tools, write_folder
 from .preflight import Known
+from .recipes import RecipeName, recipe_of
 from .result import Result, quantized, rotated
 
 Target = Literal["onnx", "executorch", "gptq"]
@@ -46,6 +47,8 @@ def export(
     config: RotationConfig | None = _DEFAULT,
     *,
     to: Target = "onnx",
+    bits: int | None = None,
+    recipe: RecipeName = "auto",
     quantize: str = "",
     calibration: str | Path | None = None,
     calibration_windows: int | None = None,
@@ -70,6 +73,10 @@ def export(
         out: the folder that is written: the model, its tokenizer and configuration, ``spinpass.json``.
         config: what is rotated; None writes the original, to compare with.
         to: the runtime that the folder is for, or ``"gptq"`` for a checkpoint.
+        bits: of the weights: 16 keeps the values, 8, 4, 3 and 2 take what :mod:`.recipes` says for the runtime, and the
+            written file is scored. None leaves that to ``quantize``.
+        recipe: with ``bits``: ``auto``, the best that was measured, ``quick``, the same on less text, or ``plain``,
+            rounding to nearest without rotation. A ``config`` of yours is rotated by in its place.
         quantize: a scheme, for example ``"w4g128-gptq-a8"``; with none, nothing is rounded.
         calibration: a UTF-8 text for GPTQ, static ranges and ``kv_cache``; by default, where one is needed, the text of
             this package.
@@ -100,7 +107,7 @@ def export(
     text = None if calibration is None else Path(calibration)
     request = ExportRequest(
         str(model), Path(out), config, to, quantize=quantize, calibration=text, int4=int4, kv_cache=kv_cache,
-        dtype=dtype, cache=cache, context=context, dequantize=dequantize,
+        dtype=dtype, cache=cache, context=context, dequantize=dequantize, bits=bits, recipe=recipe,
         trust_remote_code=trust_remote_code, last_logits=last_logits, fuse=fuse, certify=certify,
         calibration_windows=calibration_windows, force=force, allow_partial=allow_partial,
     )  # fmt: skip
@@ -134,9 +141,12 @@ class ExportRequest:
     calibration_windows: int | None = None
     force: bool = False
     allow_partial: bool = False
+    bits: int | None = None
+    recipe: RecipeName = "auto"
 
     def __post_init__(self) -> None:
         self._check_values()
+        self._follow_recipe()
         if self.quantize and self.int4:
             raise ConfigError("--int4 rounds the weights by itself: leave it out with --quantize")
         if self.quantize:
@@ -166,6 +176,22 @@ class ExportRequest:
             raise ConfigError(
                 f"verify={self.config.verify} in config and certify={self.certify} disagree: leave one out"
             )
+
+    def _follow_recipe(self) -> None:
+        """Set what the recipe says. Raises ConfigError where something else says the same."""
+        if self.bits is None:
+            if self.recipe != "auto":
+                raise ConfigError(f"--recipe {self.recipe} is of a number of bits: add --bits, for example 4")
+            return
+        for option, given in (("--quantize", self.quantize), ("--int4", self.int4)):
+            if given:
+                raise ConfigError(f"--bits {self.bits} and {option} both say how to round: leave one of them out")
+        followed = recipe_of(self.recipe, self.bits, self.to)
+        if self.config == _DEFAULT:
+            object.__setattr__(self, "config", followed.config)
+        object.__setattr__(self, "quantize", followed.scheme)
+        if self.calibration_windows is None and self.calibration is None:
+            object.__setattr__(self, "calibration_windows", followed.windows)
 
     def _check_used(self) -> None:
         """Raise ConfigError where an option is given that nothing would read."""
@@ -344,4 +370,5 @@ class ExportRequest:
         bits = None
         if self.kv_cache is not None and self.calibration is not None:
             bits = CacheBits(int(self.kv_cache.removeprefix("int")), self.calibration, self.calibration_windows)
-        return partial(write_folder, onnx_tools(), int4=self.int4, fuse=self.fuse, cache=bits)
+        card = self.bits is not None
+        return partial(write_folder, onnx_tools(), int4=self.int4, fuse=self.fuse, cache=bits, card=card)

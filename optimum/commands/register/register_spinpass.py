@@ -25,6 +25,8 @@ _VALUES = {
     "cache": ("CACHE", "let the KV cache be stored rotated, or leave out the rotations that need it: rotated or plain"),
     "dtype": ("DTYPE", "dtype of the weights: float32, float16, bfloat16, or auto for the one they are stored in"),
     "quantize": ("SCHEME", "scheme to quantize by, for example w4g128-gptq-a8-head8, instead of --weights"),
+    "bits": ("N", "bits of the weights, by a recipe: 16, 8, 4, 3 or 2; the written file is scored"),
+    "recipe": ("NAME", "with --bits: auto, the best measured, quick, on less text, or plain, to nearest unrotated"),
     "calibration": ("FILE", "UTF-8 text that GPTQ, static ranges and --kv-cache calibrate on"),
     "samples": ("N", "number of calibration windows, of 512 tokens"),
     "to": ("TARGET", "runtime that the folder is for, onnx or executorch, or gptq for a checkpoint"),
