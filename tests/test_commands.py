@@ -232,7 +232,7 @@ def test_what_is_whole_begins_to_work(number: int, desk: Path, monkeypatch: pyte
     words = shlex.split(command)
     if words[0] == "optimum-cli":
         words = [*_as_export(words), "--force"]
-    if words[0] != "spinpass":
+    if words[0] != "spinpass" or words[1:] == ["schemes"]:  # which opens nothing
         return
     for place in ("folders.request", "cli.plan", "cli.tune", "evaluation.scoring"):
         monkeypatch.setattr(f"spinpass.{place}.load_model", reach)

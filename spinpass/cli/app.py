@@ -26,6 +26,7 @@ from .plain import plain_streams
 from .plan import plan_command
 from .report import report_command
 from .rotate import rotate_command
+from .schemes import schemes_command
 from .screen import CommandState
 from .tune import tune_command
 from .verify import verify_command
@@ -99,6 +100,7 @@ app.command("tune")(tune_command)
 app.command("eval")(evaluate_command)
 app.command("generate")(generate_command)
 app.command("report")(report_command)
+app.command("schemes")(schemes_command)
 app.command("inspect")(inspect_command)
 
 

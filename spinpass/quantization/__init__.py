@@ -17,9 +17,12 @@ from .quantizer import quantize
 from .report import Distillation, QuantizationReport, Quantized, QuantizedWeight
 from .rounding import Codes
 from .scheme import GROUP_SIZES, WEIGHT_BITS, Activations, Cache, QuantizationConfig, Weights
+from .spelling import ALIASES, PARTS
 
 __all__ = [
+    "ALIASES",
     "GROUP_SIZES",
+    "PARTS",
     "WEIGHT_BITS",
     "Activations",
     "Cache",

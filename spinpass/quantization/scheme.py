@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
 
 from spinpass.config import nearest_name
 from spinpass.errors import ConfigError
+
+from .spelling import parts_of
 
 Method = Literal["rtn", "gptq"]
 Calibration = Literal["mse", "percentile", "minmax"]
@@ -208,23 +210,8 @@ class QuantizationConfig:
 
     @classmethod
     def parse(cls, text: str) -> QuantizationConfig:
-        """The configuration that parts joined by ``-`` spell, for example ``w4g128-gptq-a8-kv4``.
-
-        =============================== ==============================================================================
-        part                            meaning
-        =============================== ==============================================================================
-        ``w4``, ``w4g128``              weights of 4 bits, perhaps in groups of 128
-        ``w3.5``                        weights of several widths, 3.5 bits on average
-        ``rows``                        widths differ within a weight too, as in ``w3.5g64-rows``
-        ``asym``                        weights with zero points
-        ``rtn``, ``gptq``               how weights are rounded, ``gptq`` unless said otherwise
-        ``order``                       GPTQ begins with the largest inputs
-        ``a8``                          inputs of linear layers in 8 bits, a range for each token
-        ``a8static``, ``a8channel``     the same in one fixed range, or in one for each channel
-        ``kv4``                         keys and values in 4 bits
-        ``head8``, ``embed8``           the head and the token tables in 8 bits
-        ``distill``, ``distill4``       one round of training scales, or 4
-        =============================== ==============================================================================
+        """The configuration that parts joined by ``-`` spell, for example ``w4g128-gptq-a8-kv4``, or a name that people
+        know, for example ``w4a8``. The parts and names are those of :mod:`.spelling`; ``spinpass schemes`` lists them.
 
         Raises:
             ConfigError: a part it does not know, one that would change nothing or contradicts another, or a value out
@@ -232,9 +219,7 @@ class QuantizationConfig:
         """
         weights: dict[str, Any] = {}
         found: dict[str, Any] = {"weights": None}
-        parts = text.lower().split("-")
-        _check_parts(text, parts)
-        for part in parts:
+        for part in parts_of(text):
             if match := re.fullmatch(r"w(\d+)(\.\d+)?(?:g(\d+))?", part):
                 if match[2]:
                     found["average_bits"] = float(match[1] + match[2])
@@ -254,10 +239,6 @@ class QuantizationConfig:
                 found["cache"] = Cache(int(match[1]))
             elif match := re.fullmatch(r"(head|embed)(\d+)", part):
                 found["head" if match[1] == "head" else "embedding"] = Weights(int(match[2]), method="rtn")
-            else:
-                raise ConfigError(
-                    f"{part!r} in {text!r} is not a part of a scheme such as w4g128-gptq-a8-kv4: name another"
-                )
         if (weights or "distill" in found) and "bits" not in weights:
             raise ConfigError(f"{text!r} says how to round weights but not to how many bits: add a width such as w4")
         if found.get("distill") == 0:
@@ -307,31 +288,6 @@ class QuantizationConfig:
     def excludes(self, fqn: str) -> bool:
         """Whether the name of a parameter matches a pattern of ``exclude``."""
         return any(fnmatchcase(fqn, pattern) for pattern in self.exclude)
-
-
-_KINDS = {
-    r"w\d.*": "the width of the weights",
-    "rtn|gptq": "how weights are rounded",
-    r"a\d.*": "the width of activations",
-    r"kv\d+": "the width of keys and values",
-    r"head\d+": "the width of the head",
-    r"embed\d+": "the width of the token tables",
-    r"distill\d*": "the rounds of distillation",
-}
-"""Of parts of a scheme, of which there may be one each, what they say."""
-
-
-def _check_parts(text: str, parts: Sequence[str]) -> None:
-    """Raise ConfigError where two parts of a scheme say one thing, or one has no effect beside another."""
-    said: dict[str, str] = {}
-    for part in parts:
-        kind = next((what for pattern, what in _KINDS.items() if re.fullmatch(pattern, part)), part)
-        if kind in said:
-            what = "the same" if kind == part else kind
-            raise ConfigError(f"{said[kind]!r} and {part!r} in {text!r} both say {what}: leave one of them out")
-        said[kind] = part
-    if {"rtn", "order"} <= set(parts):
-        raise ConfigError(f"'order' in {text!r} is GPTQ's, and 'rtn' rounds without it: leave one of them out")
 
 
 def _check_clip(clip: float | None) -> None:

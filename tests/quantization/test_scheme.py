@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from spinpass.errors import ConfigError
-from spinpass.quantization import Activations, Cache, QuantizationConfig, Weights
+from spinpass.quantization import ALIASES, PARTS, Activations, Cache, QuantizationConfig, Weights
 
 
 def test_a_scheme_is_spelled_in_parts() -> None:
@@ -44,6 +44,9 @@ def test_a_scheme_is_spelled_in_parts() -> None:
         ("w4-rows", "name average_bits and a group_size"),
         ("w4-", "'' in 'w4-'"),
         ("", "'' in ''"),
+        ("w8a8x", "the nearest is 'w8a8'; spinpass schemes lists all"),
+        ("w4-hed8", "the nearest is 'head8'"),
+        ("int4-head4", "'head8' and 'head4' in 'int4-head4' both say the width of the head"),
     ],
 )
 def test_a_bad_scheme_says_what_is_wrong(text: str, why: str) -> None:
@@ -79,3 +82,17 @@ def test_what_calibration_changes() -> None:
 def test_settings_that_would_change_nothing(made: Callable[[], object], why: str) -> None:
     with pytest.raises(ConfigError, match=why):
         made()
+
+
+@pytest.mark.parametrize("name", ALIASES)
+def test_a_name_is_the_scheme_that_it_stands_for(name: str) -> None:
+    assert QuantizationConfig.parse(name.upper()) == QuantizationConfig.parse(ALIASES[name])
+    if "kv" not in name:
+        assert QuantizationConfig.parse(f"{name}-kv8") == QuantizationConfig.parse(f"{ALIASES[name]}-kv8")
+
+
+def test_every_part_that_is_listed_is_understood() -> None:
+    for part in PARTS:
+        alone = part.example in ("rows", "order", "asym", "gptq", "distill")
+        given = {"rows": "w3.5g64-rows"}.get(part.example, f"w4-{part.example}" if alone else part.example)
+        assert QuantizationConfig.parse(given) != QuantizationConfig(weights=None), part

@@ -1,0 +1,103 @@
+"""The parts that a scheme such as ``w4g128-gptq-a8-kv4`` is spelled with, and names that people know for schemes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from spinpass.config import nearest_name
+from spinpass.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of a scheme: a pattern of its spellings, an example, what it means, what runs it, and, of parts of which
+    there may be one only, what such a part says."""
+
+    pattern: str
+    example: str
+    meaning: str
+    runs_as: str
+    says: str = ""
+
+
+PARTS: tuple[Part, ...] = (
+    Part(r"w(\d+)(\.\d+)?(?:g(\d+))?", "w4", "weights of 2, 3, 4 or 8 bits, one scale per output",
+         "MatMulNBits; MatMulInteger with 8 bits and a8; 8da4w in ExecuTorch", "the width of the weights"),
+    Part(r"w(\d+)(\.\d+)?(?:g(\d+))?", "w4g64", "the same in groups of 16, 32, 64, 128 or 256 inputs", "MatMulNBits",
+         "the width of the weights"),
+    Part(r"w(\d+)(\.\d+)?(?:g(\d+))?", "w3.5", "weights of several widths, 3.5 bits on average", "MatMulNBits",
+         "the width of the weights"),
+    Part(r"rows", "rows", "widths differ within a weight too, as in w3.5g64-rows", "a sum of MatMulNBits"),
+    Part(r"asym", "asym", "weights with zero points", "MatMulNBits"),
+    Part(r"rtn|gptq", "gptq", "how weights are rounded: rtn to nearest, gptq (the default) by calibration", "the same",
+         "how weights are rounded"),
+    Part(r"order", "order", "GPTQ begins with the largest inputs", "the same"),
+    Part(r"a(\d+)(static|channel)?", "a8", "inputs of linear layers in 8 or 4 bits, a range for each token",
+         "8 bits: integer products; 4 bits: simulated", "the width of activations"),
+    Part(r"a(\d+)(static|channel)?", "a8static", "the same in one fixed range", "QuantizeLinear",
+         "the width of activations"),
+    Part(r"a(\d+)(static|channel)?", "a8channel", "the same in one fixed range for each channel", "simulated",
+         "the width of activations"),
+    Part(r"kv(\d+)", "kv4", "keys and values in 4 or 8 bits, a range for each token and head",
+         "simulated; --kv-cache has kernels", "the width of keys and values"),
+    Part(r"(head|embed)(\d+)", "head8", "the last layer in 2, 3, 4 or 8 bits",
+         "as weights; one copy with the table where they are one", "the width of the head"),
+    Part(r"(head|embed)(\d+)", "embed8", "the token tables in 2, 4 or 8 bits", "GatherBlockQuantized",
+         "the width of the token tables"),
+    Part(r"distill(\d*)", "distill", "one round of training scales, or as many as follow it", "the same",
+         "the rounds of distillation"),
+)  # fmt: skip
+"""Every kind of part, in the order in which a scheme is usually written."""
+
+ALIASES: Mapping[str, str] = {
+    "int4": "w4g32-rtn-a8-head8-embed8",
+    "int8": "w8-rtn-a8-head8-embed8",
+    "w4a16": "w4g128-gptq",
+    "w8a16": "w8g128-gptq",
+    "w4a8": "w4g128-gptq-a8",
+    "w8a8": "w8-gptq-a8",
+    "w4a4": "w4-asym-gptq-a4",
+    "w4a8kv4": "w4-asym-gptq-a8-kv4",
+    "w4a4kv4": "w4-asym-gptq-a4-kv4",
+    "q4_0": "w4g32-rtn-head8-embed8",
+    "q4_1": "w4g32-asym-rtn-head8-embed8",
+    "q8_0": "w8g32-rtn-head8-embed8",
+}
+"""What people call schemes elsewhere, and the parts that come closest. Further parts may follow a name."""
+
+
+def parts_of(text: str) -> list[str]:
+    """Return the parts that a text spells, names replaced by what they stand for.
+
+    Raises ConfigError where a part is unknown, two parts say one thing, or one has no effect beside another.
+    """
+    parts = [part for given in text.lower().split("-") for part in ALIASES.get(given, given).split("-")]
+    said: dict[str, str] = {}
+    for part in parts:
+        what = _says(text, part)
+        if what in said:
+            shared = "the same" if what == part else what
+            raise ConfigError(f"{said[what]!r} and {part!r} in {text!r} both say {shared}: leave one of them out")
+        said[what] = part
+    _check_together(text, parts)
+    return parts
+
+
+def _says(text: str, part: str) -> str:
+    """Return what a part says, or the part itself. Raises ConfigError for one that is unknown."""
+    found = [known for known in PARTS if re.fullmatch(known.pattern, part)]
+    if not found:
+        near = nearest_name(part, [*ALIASES, *(known.example for known in PARTS)])
+        raise ConfigError(
+            f"{part!r} in {text!r} is not a part of a scheme such as w4g128-gptq-a8-kv4{near}; spinpass schemes lists "
+            "all"
+        )
+    own = next((known for known in found if known.example.rstrip("0123456789") == part.rstrip("0123456789")), found[0])
+    return own.says or part
+
+
+def _check_together(text: str, parts: Sequence[str]) -> None:
+    if {"rtn", "order"} <= set(parts):
+        raise ConfigError(f"'order' in {text!r} is GPTQ's, and 'rtn' rounds without it: leave one of them out")
