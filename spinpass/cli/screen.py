@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from spinpass.progress import Progress, Silent
 from .plain import PlainFormatter, plain, plain_json
 
 _LOG = logging.getLogger("spinpass")
+_QUICK, _SELDOM = 2.0, 10.0  # seconds until a log says anything, and between its lines within a step
 _PIPE_WIDTH = 140  # where there is no terminal to ask
 
 
@@ -105,18 +107,37 @@ class _PlainConsole(Console):
 
 
 class ShownSteps(Silent):
-    """The steps of a command, one after the other, with their wall-clock ``seconds``."""
+    """The steps of a command, one after the other, with their wall-clock ``seconds``.
+
+    A terminal shows a bar. In a log each step is a line as it begins, and long ones say every few seconds how far they
+    are; a command that is done in two seconds writes nothing.
+    """
 
     def __init__(self, display: Display) -> None:
         super().__init__()
         self._display = display
         self._task = display.add_task("", total=None)
+        self._began_at = self._said = time.monotonic()
 
     def start(self, name: str, /) -> Progress:
         """See :meth:`spinpass.progress.Steps.start`."""
         super().start(name)
         self._display.reset(self._task, description=escape(plain(name)), total=None)
-        return lambda done, total: self._display.update(self._task, completed=done, total=total)
+        self._log(name, _QUICK)
+
+        def progress(done: int, total: int) -> None:
+            self._display.update(self._task, completed=done, total=total)
+            if time.monotonic() - self._said > _SELDOM:
+                self._log(f"{name}: {done} of {total}", 0.0)
+
+        return progress
+
+    def _log(self, line: str, after: float) -> None:
+        """Write a line where there is no terminal and the command has taken so many seconds."""
+        passed = time.monotonic() - self._began_at
+        if not self._display.console.is_terminal and passed > after:
+            self._said = time.monotonic()
+            self._display.console.print(f"{passed:6.0f} s  {line}", style="dim", highlight=False)
 
 
 @dataclass

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import Node
 
@@ -12,6 +13,7 @@ from spinpass.graph import ProgramEditor, arguments, op_name, value
 
 from ..report import QuantizedWeight
 from .products import operands, sites_by_name
+from .sites import table_sites
 
 _ROUNDING = "spinpass::round_tokens"
 
@@ -19,7 +21,8 @@ _ROUNDING = "spinpass::round_tokens"
 def unrounded_operands(program: ExportedProgram, weights: Mapping[str, QuantizedWeight]) -> ExportedProgram | None:
     """Return the program without the rounding to int8 per token that a file leaves to its weight kernels.
 
-    Products of eight bits with eight bits have integer kernels, which round as the program does: they stay.
+    Products of eight bits with eight bits have integer kernels, which round as the program does: they stay. A head that
+    is the token table, too, is multiplied as other weights are, so that one copy serves both.
 
     Args:
         program: it rounds its activations.
@@ -29,9 +32,11 @@ def unrounded_operands(program: ExportedProgram, weights: Mapping[str, Quantized
         None where a layer is not spelled so that this can be told: the type of its values, or what it multiplies.
     """
     editor = ProgramEditor(program)
+    tables = [program.state_dict[editor.fqn(table)] for table in table_sites(editor)]
     for name, sites in sites_by_name(editor).items():
         codes = weights[name].codes if name in weights else None
-        if codes is None or (codes.bits == 8 and codes.scales.shape[1] == 1):
+        per_row = codes is not None and codes.bits == 8 and codes.scales.shape[1] == 1
+        if codes is None or (per_row and not _is_table(program.state_dict[name], tables)):
             continue
         for site in sites:
             taken = operands(site)
@@ -41,6 +46,10 @@ def unrounded_operands(program: ExportedProgram, weights: Mapping[str, Quantized
             if given and given["bits"] == 8 and given["symmetric"]:
                 site.linear.replace_input_with(taken[0], given["x"])
     return editor.finish()
+
+
+def _is_table(weight: Tensor, tables: list[Tensor]) -> bool:
+    return any(weight.shape == table.shape and torch.equal(weight, table) for table in tables)
 
 
 def _is_plain(x: Node) -> bool:
