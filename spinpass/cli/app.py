@@ -18,6 +18,7 @@ from typer.core import TyperGroup
 from spinpass.errors import ConfigError, SpinpassError
 from spinpass.folders import version_of
 
+from .chat import chat_command
 from .evaluate import evaluate_command
 from .export import export_command
 from .generate import generate_command
@@ -99,6 +100,7 @@ app.command("verify")(verify_command)
 app.command("tune")(tune_command)
 app.command("eval")(evaluate_command)
 app.command("generate")(generate_command)
+app.command("chat")(chat_command)
 app.command("report")(report_command)
 app.command("schemes")(schemes_command)
 app.command("inspect")(inspect_command)

@@ -9,9 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
-from spinpass.errors import ConfigError, ExportError, first_line
+from spinpass.errors import ConfigError, ExportError
 from spinpass.formats import model_path
-from spinpass.runtime import ModelFolder, Sampling
+from spinpass.runtime import ModelFolder, Sampling, chat_tokens
 
 from .options import AsJson, Verbose
 from .screen import screen_of
@@ -22,8 +22,9 @@ def generate_command(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder that spinpass export wrote.")],
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="Text to continue.")],
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 128,
-    chat: Annotated[
-        bool, typer.Option("--chat", help="Take PROMPT as a user's turn, in the tokenizer's chat template.")
+    raw: Annotated[
+        bool,
+        typer.Option("--raw", help="Continue PROMPT as it is, though the tokenizer has a chat template for a turn."),
     ] = False,
     temperature: Annotated[float, typer.Option(help="Temperature to draw at; 0 takes the likeliest token.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="Draw from so many of the likeliest tokens; 0 draws from all.")] = 0,
@@ -38,11 +39,12 @@ def generate_command(
     as_json: AsJson = False,
     verbose: Verbose = 0,
 ) -> None:
-    """Continue PROMPT with a model in ONNX Runtime, and say how fast that was.
+    """Answer PROMPT with a model in ONNX Runtime, and say how fast that was.
 
+    PROMPT is a user's turn in the tokenizer's chat template, where there is one.
     The text goes to stdout as it comes, the rates go to stderr; no file is written.
 
-    Example: spinpass generate out "Why is the sky blue?" --chat
+    Example: spinpass generate out "Why is the sky blue?"
     """
     screen = screen_of(ctx, as_json, verbose)
     if seed is not None and temperature == 0:
@@ -50,7 +52,7 @@ def generate_command(
             f"--seed {seed} is of draws, and temperature 0 draws nothing: add --temperature, or leave it out"
         )
     sampling = Sampling(temperature, top_k, top_p, seed or 0)
-    request = GenerateRequest(folder, prompt, max_new_tokens, chat, sampling, threads, provider)
+    request = GenerateRequest(folder, prompt, max_new_tokens, raw, sampling, threads, provider)
     found = request.run(screen.piece)
     if as_json:
         screen.document({"ok": True, "folder": str(folder)} | found)
@@ -67,7 +69,7 @@ class GenerateRequest:
     folder: Path
     prompt: str
     max_new_tokens: int
-    chat: bool
+    raw: bool
     sampling: Sampling
     threads: int | None
     provider: str
@@ -131,12 +133,6 @@ class GenerateRequest:
         return ids
 
     def _ids(self, tokenizer: Any) -> list[int]:
-        if not self.chat:
+        if self.raw or not tokenizer.chat_template or not self.prompt:
             return list(tokenizer(self.prompt)["input_ids"])
-        if not tokenizer.chat_template:
-            raise ConfigError(f"the tokenizer of {self.folder} has no chat template: leave out --chat")
-        turns = [{"role": "user", "content": self.prompt}]
-        try:
-            return list(tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False))
-        except Exception as error:  # the template is run in Jinja's sandbox, and raises whatever it raises there
-            raise ExportError(f"the chat template of {self.folder} cannot be used: {first_line(error)}") from error
+        return chat_tokens(tokenizer, [{"role": "user", "content": self.prompt}], str(self.folder))

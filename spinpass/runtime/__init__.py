@@ -6,6 +6,7 @@ No runtime is imported before something of it is asked for.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .conversation import Conversation, chat_tokens
 from .decoder import OrtDecoder
 from .genai_session import GENAI_CONFIG, GenaiModel, genai_tokens, special_tokens
 from .model_folder import ModelFolder
@@ -26,6 +27,7 @@ __all__ = [
     "GENAI_CONFIG",
     "Answer",
     "CompiledModel",
+    "Conversation",
     "DecoderGraph",
     "GenaiModel",
     "ModelFolder",
@@ -38,6 +40,7 @@ __all__ = [
     "Sampling",
     "State",
     "Turns",
+    "chat_tokens",
     "continued",
     "from_ort",
     "genai_tokens",

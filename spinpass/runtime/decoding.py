@@ -39,6 +39,7 @@ def new_tokens(
     stop: Collection[int],
     pad: int = 0,
     mask: Tensor | None = None,
+    state: Any = None,
 ) -> Iterator[Tensor]:
     """The tokens, int64 (batch,), that follow ``ids``, step by step until every sequence has met a token of ``stop``.
 
@@ -50,9 +51,10 @@ def new_tokens(
         stop: the tokens that end a sequence. They are returned themselves.
         pad: what is returned for a sequence that has ended while others go on.
         mask: int64 (batch, length), 0 for padding, for a graph that takes one. None has no padding.
+        state: what has been read before, which is advanced; None begins with an empty cache.
     """
     generator = torch.Generator().manual_seed(sampling.seed)
-    state = graph.start(len(ids))
+    state = graph.start(len(ids)) if state is None else state
     done = torch.zeros(len(ids), dtype=torch.bool)
     ends = torch.tensor(sorted(stop), dtype=torch.int64)
     # GroupQueryAttention takes several tokens on top of a cache for one sequence only

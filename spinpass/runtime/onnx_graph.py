@@ -169,6 +169,26 @@ class DecoderGraph:
         return from_ort(results[self.logits])
 
 
+    def rewind(self, state: State, length: int) -> bool:
+        """Forget all but the first ``length`` tokens.
+
+        Returns False, and changes nothing, where that cannot be done: the states of recurrent layers know no earlier
+        ones, and a window may have dropped them.
+        """
+        from .onnx_session import from_ort, to_ort
+
+        known = state.mask.shape[1]
+        values = {slot.name: from_ort(state.cache[slot.name]) for slot in self.cache}
+        axes = {slot.name: slot.empty.index(0) if 0 in slot.empty else None for slot in self.cache}
+        if any(axis is None or values[name].shape[axis] != known for name, axis in axes.items()):
+            return False
+        for name, axis in axes.items():
+            assert axis is not None
+            state.cache[name] = to_ort(values[name].narrow(axis, 0, length).contiguous())
+        state.mask = state.mask[:, :length]
+        return True
+
+
 def _continuations(stored: list[str], outputs: list[str], logits: int, path: Path) -> dict[str, int]:
     """By cache input, the index of its output: by name where names agree but for what says in or out, else in order."""
     rest = [i for i in range(len(outputs)) if i != logits]

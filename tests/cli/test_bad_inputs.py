@@ -139,7 +139,9 @@ TEXTS = [
     ("report {pt2} -o {out}", 2, "has no tokenizer; name a folder that has one with --tokenizer"),
     ("generate {fake} ''", 2, "the prompt has no tokens to start from"),
     ("generate {fake} what --max-new-tokens 999", 2, "more than the 64 positions"),
-    ("generate {no_template} what --chat --max-new-tokens 4", 2, "has no chat template: leave out --chat"),
+    ("chat {no_template}", 2, "has no chat template: use spinpass generate"),
+    ("chat {out}", 2, "there is no model at"),
+    ("chat {fake} --threads 0", 2, "--threads 0: choose 1 or more"),
 ]
 VALUES = [
     ("plan {pt2} --dtype int3", 2, "'int3' is not one of"),

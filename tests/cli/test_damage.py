@@ -117,7 +117,7 @@ def test_a_bomb_in_a_chat_template(template: str, out: Path, tmp_path: Path) -> 
     about = json.loads((target / "spinpass.json").read_text())
     about["files"] |= hashes(target, ["chat_template.jinja"])
     (target / "spinpass.json").write_text(json.dumps(sealed(about)))
-    result = run("generate", target, "what is", "--chat", "--json")
+    result = run("generate", target, "what is", "--json")
     said = document(result)
     assert result.exit_code == 1 and "the chat template of" in said["message"] and "\n" not in said["message"]
 

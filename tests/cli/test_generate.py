@@ -132,12 +132,12 @@ def test_requests_that_mean_nothing(model: OrtModel, ids: list[Any], options: di
 
 def test_the_command_line_writes_the_answer_and_the_rates(folder: Path, model: OrtModel) -> None:
     expected = "".join(model.stream(TEXT, max_new_tokens=NEW))
-    shown = run("generate", folder, TEXT, "--max-new-tokens", NEW, "--threads", 1)
+    shown = run("generate", folder, TEXT, "--raw", "--max-new-tokens", NEW, "--threads", 1)
     assert shown.exit_code == 0, shown.stderr
     assert expected in shown.stdout and "tokens/s" in shown.stdout + shown.stderr
-    told = json.loads(run("generate", folder, TEXT, "--max-new-tokens", NEW, "--json").stdout)
+    told = json.loads(run("generate", folder, TEXT, "--raw", "--max-new-tokens", NEW, "--json").stdout)
     assert told["text"] == expected and 0 < told["new_tokens"] <= NEW and told["decode_tokens_per_second"] >= 0
-    chat = json.loads(run("generate", folder, TEXT, "--max-new-tokens", NEW, "--json", "--chat").stdout)
+    chat = json.loads(run("generate", folder, TEXT, "--max-new-tokens", NEW, "--json").stdout)
     assert chat["prompt_tokens"] == len(TEXT.split())  # the template of the tiny tokenizer adds nothing
 
 

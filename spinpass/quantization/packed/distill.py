@@ -52,7 +52,7 @@ def distilled(
     Args:
         program: the original, whose first output are logits (…, vocabulary).
         quantized: what was made of it.
-        inputs: as for :func:`spinpass.quantization.quantize`. The last, one of sixteen, are held out to judge by.
+        inputs: as for :func:`spinpass.quantization.quantize`. One of sixteen, spread over them, is held out.
         epochs: how many times to go through the other inputs, in an order drawn at random, with one step of Adam each.
         rate: of Adam on the logarithms of the scales. It falls to nothing along half a cosine.
         progress: called with (inputs done, all inputs that are run).
@@ -67,11 +67,9 @@ def distilled(
     if not inputs:
         raise ConfigError("distilling needs calibration inputs; give some")
     student = _Student(pack(quantized).program, quantized)
-    held_out = max(1, len(inputs) // _HELD_OUT)
-    shown = inputs[:-held_out] or inputs
-    steps = epochs * len(shown) + 2 * held_out
-    tick = _counter(progress, steps)
-    before = student.divergence(program, inputs[-held_out:], tick)
+    shown, held_out = _parted(inputs)
+    tick = _counter(progress, epochs * len(shown) + 2 * len(held_out))
+    before = student.divergence(program, held_out, tick)
     optimizer = torch.optim.Adam(student.moves.values(), lr=rate, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * len(shown))
     generator = torch.Generator().manual_seed(_SEED)
@@ -82,10 +80,18 @@ def distilled(
             optimizer.step()
             schedule.step()
             tick()
-    after = student.divergence(program, inputs[-held_out:], tick)
-    done = Distillation(before, after, held_out)
+    after = student.divergence(program, held_out, tick)
+    done = Distillation(before, after, len(held_out))
     found = _with_scales(quantized, student.scales()) if done.kept else quantized
     return replace(found, report=replace(found.report, distillation=done))
+
+
+def _parted(inputs: Sequence[object]) -> tuple[list[object], list[object]]:
+    """Return those to train on and those held out, the last of every sixteen: each part of a text is in both."""
+    count = max(1, len(inputs) // _HELD_OUT)
+    held_out = {(k + 1) * len(inputs) // count - 1 for k in range(count)}
+    shown = [each for k, each in enumerate(inputs) if k not in held_out]
+    return shown or list(inputs), [inputs[k] for k in sorted(held_out)]
 
 
 def _counter(progress: Progress | None, steps: int) -> Tick:
