@@ -17,7 +17,7 @@ CONSUMER := .venv-consumer
 NEWEST := .venv-newest
 CUDA := ^(nvidia|cuda)-|^triton\b
 
-.PHONY: help venv runtimes lint test newest goldens slow demo bench accuracy tokens conversations speed consumer zoo zoo-all clean
+.PHONY: help venv runtimes lint test newest goldens slow demo bench yardstick accuracy tokens conversations speed consumer zoo zoo-all clean
 
 help:
 	@echo "make venv   build .venv with everything (about 2 GB)"
@@ -27,6 +27,7 @@ help:
 	@echo "make goldens  write the listings of tests/goldens anew, to be read as a diff"
 	@echo "make slow   the wide sweeps that make test leaves out"
 	@echo "make bench  exactness on real and tiny models, cost of the pass, speed of the Hadamards"
+	@echo "make yardstick  recipes beside llama.cpp on off-grid weights: MB, perplexity on texts of several sources (about an hour)"
 	@echo "make accuracy  what rotation buys under quantization: perplexities, paired (about an hour and a half, resumable)"
 	@echo "make tokens    greedy tokens of every runtime against those of transformers (about half an hour)"
 	@echo "make conversations  padded batches and next turns of every runtime, on the demo's and tiny models (about 20 minutes)"
@@ -89,6 +90,9 @@ bench: $(READY)
 	$(BIN)/python benchmarks/hadamard.py
 
 # ACCURACY="--text FILE --calibration FILE --model FOLDER" reads other texts, another model
+yardstick: $(READY)
+	$(BIN)/python -m benchmarks.yardstick $(YARDSTICK)
+
 accuracy: $(READY)
 	$(BIN)/python -m benchmarks.accuracy $(ACCURACY)
 

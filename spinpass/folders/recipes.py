@@ -19,7 +19,7 @@ BITS = (16, 8, 4, 3, 2)
 
 _ROTATED = RotationConfig(form="online", rotations=ROLES)
 _TABLES = "head8-embed8"  # of one copy where they are one; eight bits cost a thousandth of perplexity
-_WINDOWS = {"auto": 48, "quick": 16}
+_WINDOWS = {"auto": 32, "quick": 8}
 
 # Groups of 64 divide the widths of every model but a few, and no kernel pads them. Zero points cost 0.06 bits a weight
 # and take a tenth of the divergence away. Three bits are stored as two and four, by rows.
