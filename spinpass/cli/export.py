@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from spinpass.config import RotationConfig
+from spinpass.errors import ConfigError
 from spinpass.folders import ExportRequest, card_lines
 from spinpass.formats import GptqReport
 
@@ -21,8 +22,10 @@ from .options import (
     Dtype,
     Force,
     Int4,
+    Keep,
     KvCache,
     LastLogits,
+    LayerScheme,
     Model,
     NoCache,
     NoFuse,
@@ -47,6 +50,8 @@ def export_command(
     no_cache: NoCache = False,
     bits: Bits = None,
     recipe: RecipeOption = "auto",
+    keep: Keep = None,
+    layer: LayerScheme = None,
     int4: Int4 = False,
     to: To = "onnx",
     context: Context = None,
@@ -86,6 +91,7 @@ def export_command(
         cache=not no_cache, context=context, dequantize=dequantize, trust_remote_code=trust_remote_code,
         last_logits=last_logits, fuse=not no_fuse, certify=not no_verify, calibration_windows=calibration_windows,
         force=force, allow_partial=allow_partial, bits=bits, recipe=recipe,
+        keep=tuple(keep or ()), layers=tuple(_layer(each) for each in layer or ()),
     )  # fmt: skip
     with screen.steps() as steps:
         result, written = request.run(steps)
@@ -98,6 +104,14 @@ def export_command(
     tried = trial_lines(written.manifest["trials"])
     card = card_lines(written.manifest["card"])
     screen.show(*_report_lines(written.report), *tried, files_table(out, written.files), *request.notes, *card)
+
+
+def _layer(given: str) -> tuple[str, str]:
+    """A pattern and a scheme. Raises ConfigError for anything else."""
+    pattern, equals, scheme = given.rpartition("=")
+    if not (pattern and equals and scheme):
+        raise ConfigError(f"--layer {given!r} is not PATTERN=SCHEME: write it as *.down_proj.*=w8")
+    return pattern, scheme
 
 
 def _report_lines(report: Any) -> list[str]:

@@ -97,6 +97,17 @@ RecipeOption = Annotated[
     RecipeName,
     typer.Option(help="With --bits: the best measured, the same on less text, or rounding to nearest unrotated."),
 ]
+Keep = Annotated[
+    list[str] | None,
+    typer.Option(help="Pattern of parameters whose layers stay in floats; may be repeated.", metavar="PATTERN"),
+]
+LayerScheme = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Scheme of the weights of some layers, for example *.down_proj.*=w8; may be repeated.",
+        metavar="PATTERN=SCHEME",
+    ),
+]
 Int4 = Annotated[bool, typer.Option("--int4", help="Pack the weights to 4 bits (MatMulNBits), without a scheme.")]
 KvCache = Annotated[
     IntegerCache | None,

@@ -21,12 +21,12 @@ SHIPPED_TEXT = Path(__file__).with_name("calibration.txt")
 """Stories, articles, dialogues, documentation and code in seventeen languages, written for this package."""
 
 
-def calibration_text(scheme: str, path: Path | None) -> Path | None:
+def calibration_text(scheme: QuantizationConfig | str, path: Path | None) -> Path | None:
     """The text that a scheme calibrates on: the one that is given, else :data:`SHIPPED_TEXT` where it needs one.
 
     Raises ConfigError where the scheme cannot be read.
     """
-    needed = QuantizationConfig.parse(scheme).needs_calibration
+    needed = (QuantizationConfig.parse(scheme) if isinstance(scheme, str) else scheme).needs_calibration
     return SHIPPED_TEXT if path is None and needed else path
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,7 @@ from spinpass.formats import Draft, drafted
 from spinpass.loading import check_dtype, check_program_options, load_model
 from spinpass.passes import last_token
 from spinpass.progress import Silent, Steps
-from spinpass.quantization import QuantizationConfig
+from spinpass.quantization import QuantizationConfig, Weights
 
 from .companions import Written, check_target
 from .executorch import executorch_tools, write_pte_folder
@@ -50,6 +50,8 @@ def export(
     bits: int | None = None,
     recipe: RecipeName = "auto",
     quantize: str = "",
+    keep: Sequence[str] = (),
+    layers: Sequence[tuple[str, str]] = (),
     calibration: str | Path | None = None,
     calibration_windows: int | None = None,
     int4: bool = False,
@@ -78,6 +80,8 @@ def export(
         recipe: with ``bits``: ``auto``, the best that was measured, ``quick``, the same on less text, or ``plain``,
             rounding to nearest without rotation. A ``config`` of yours is rotated by in its place.
         quantize: a scheme, for example ``"w4g128-gptq-a8"``; with none, nothing is rounded.
+        keep: patterns of parameter names whose layers are left in floats; one that matches nothing is an error.
+        layers: pairs of a pattern of parameter names and a scheme of weights for their layers; the first match counts.
         calibration: a UTF-8 text for GPTQ, static ranges and ``kv_cache``; by default, where one is needed, the text of
             this package.
         calibration_windows: how many windows of 512 tokens of the text are read; by default what it holds, at most 16.
@@ -108,6 +112,7 @@ def export(
     request = ExportRequest(
         str(model), Path(out), config, to, quantize=quantize, calibration=text, int4=int4, kv_cache=kv_cache,
         dtype=dtype, cache=cache, context=context, dequantize=dequantize, bits=bits, recipe=recipe,
+        keep=tuple(keep), layers=tuple(layers),
         trust_remote_code=trust_remote_code, last_logits=last_logits, fuse=fuse, certify=certify,
         calibration_windows=calibration_windows, force=force, allow_partial=allow_partial,
     )  # fmt: skip
@@ -143,14 +148,16 @@ class ExportRequest:
     allow_partial: bool = False
     bits: int | None = None
     recipe: RecipeName = "auto"
+    keep: tuple[str, ...] = ()
+    layers: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         self._check_values()
         self._follow_recipe()
         if self.quantize and self.int4:
             raise ConfigError("--int4 rounds the weights by itself: leave it out with --quantize")
-        if self.quantize:
-            object.__setattr__(self, "calibration", calibration_text(self.quantize, self.calibration))
+        if self._scheme is not None:
+            object.__setattr__(self, "calibration", calibration_text(self._scheme, self.calibration))
         if self.kv_cache is not None and self.calibration is None:
             object.__setattr__(self, "calibration", SHIPPED_TEXT)
         check_windows(self.calibration_windows, self.calibration)
@@ -198,6 +205,8 @@ class ExportRequest:
         if self.calibration is not None and not self.quantize and self.kv_cache is None:
             what = "--int4 rounds to nearest, without a text" if self.int4 else "nothing is quantized"
             raise ConfigError(f"{what}: leave out --calibration, or use it, for example with --quantize w4g128-gptq-a8")
+        if (self.keep or self.layers) and self._scheme is None:
+            raise ConfigError("--keep and --layer are of layers that are quantized: add --bits or --quantize")
         scheme = self._scheme
         unread = scheme is not None and not scheme.uses_calibration and self.kv_cache is None
         if self.calibration is not None and unread:
@@ -251,7 +260,10 @@ class ExportRequest:
 
     @property
     def _scheme(self) -> QuantizationConfig | None:
-        return QuantizationConfig.parse(self.quantize) if self.quantize else None
+        if not self.quantize:
+            return None
+        overrides = {pattern: _weights_of(pattern, scheme) for pattern, scheme in self.layers}
+        return replace(QuantizationConfig.parse(self.quantize), exclude=self.keep, overrides=overrides)
 
     @property
     def notes(self) -> list[str]:
@@ -309,8 +321,8 @@ class ExportRequest:
         result = rotated(loaded.program, self.config, steps, certify=self.certify, allow_partial=self.allow_partial)
         if self.to == "gptq":
             check_rotation(loaded, result)
-        if self.quantize:
-            result = quantized(result, loaded, self.quantize, self.calibration, steps, self.calibration_windows)
+        if self._scheme is not None:
+            result = quantized(result, loaded, self._scheme, self.calibration, steps, self.calibration_windows)
         if self.last_logits:
             result = replace(result, program=last_token(result.program), scored=result.program)
         return result, write(loaded, result, draft, steps, certify=self.certify)
@@ -372,3 +384,11 @@ class ExportRequest:
             bits = CacheBits(int(self.kv_cache.removeprefix("int")), self.calibration, self.calibration_windows)
         card = self.bits is not None
         return partial(write_folder, onnx_tools(), int4=self.int4, fuse=self.fuse, cache=bits, card=card)
+
+
+def _weights_of(pattern: str, scheme: str) -> Weights:
+    """Return how a layer's weights are rounded by a scheme. Raises ConfigError where it says more than that."""
+    parsed = QuantizationConfig.parse(scheme)
+    if parsed.weights is None or parsed != replace(QuantizationConfig(), weights=parsed.weights):
+        raise ConfigError(f"--layer {pattern}={scheme}: name weights alone for a layer, for example w8-rtn")
+    return parsed.weights

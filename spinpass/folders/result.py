@@ -18,7 +18,7 @@ from spinpass.loading import LoadedModel
 from spinpass.pipeline import rotate
 from spinpass.planning import RotationPlan
 from spinpass.progress import Progress, Steps
-from spinpass.quantization import QuantizationReport, Quantized, quantize
+from spinpass.quantization import QuantizationConfig, QuantizationReport, Quantized, quantize
 
 _PACKAGES = ("spinpass", "torch", "transformers", "onnx", "onnxscript", "onnxruntime", "executorch")
 
@@ -92,7 +92,7 @@ def rotated(
 def quantized(
     result: Result,
     loaded: LoadedModel,
-    scheme: str,
+    scheme: QuantizationConfig | str,
     text: Path | None,
     steps: Steps,
     windows: int | None = None,

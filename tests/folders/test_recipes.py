@@ -17,6 +17,7 @@ from spinpass.folders.card import WINDOWS
 from spinpass.formats.pt2 import save_program
 from spinpass.quantization import QuantizationConfig
 from tests.support import folders, programs
+from tests.support.commands import run
 
 
 @pytest.mark.parametrize("to", ["onnx", "executorch", "gptq"])
@@ -57,6 +58,9 @@ def test_what_is_given_counts_more_than_a_recipe() -> None:
         ({"recipe": "plain"}, "--recipe plain is of a number of bits: add --bits"),
         ({"bits": 4, "quantize": "w4-rtn"}, "--bits 4 and --quantize both say how to round"),
         ({"bits": 4, "int4": True}, "--bits 4 and --int4 both say how to round"),
+        ({"keep": ("*",)}, "--keep and --layer are of layers that are quantized: add --bits or --quantize"),
+        ({"bits": 4, "layers": (("*.o_proj.*", "w8-a8"),)}, "--layer *.o_proj.*=w8-a8: name weights alone"),
+        ({"bits": 4, "layers": (("*.o_proj.*", "q8"),)}, "'q8' in 'q8' is not a part of a scheme"),
         ({"bits": 2, "to": "executorch"}, "--to executorch has no kernel for 2 bits: choose one of 8, 4"),
     ],
 )
@@ -87,3 +91,18 @@ def test_a_program_without_a_tokenizer_is_not_scored(tmp_path: Path) -> None:
     save_program(programs.program("llama_tied", "cache", torch.float32), tmp_path / "model.pt2")
     manifest = export(tmp_path / "model.pt2", tmp_path / "out", bits=16).manifest
     assert manifest["card"] == "not scored: there is no tokenizer to read a text with"
+
+
+def test_layers_are_kept_or_rounded_otherwise(tmp_path: Path) -> None:
+    model = folders.model_folder(tmp_path / "model")
+    options = ["--bits", "4", "--recipe", "plain", "--keep", "*.down_proj.*", "--layer", "*.o_proj.*=w8g16-gptq"]
+    made = run("export", model, tmp_path / "out", *options, "--samples", 2)
+    assert made.exit_code == 0, made.stderr
+    told = json.loads((tmp_path / "out" / "spinpass.json").read_text())["quantization"]
+    widths = {name: weight["bits"] for name, weight in told["weights"].items()}
+    assert not [name for name in widths if "down_proj" in name] and "excluded" in told["kept"].values()
+    assert {bits for name, bits in widths.items() if "o_proj" in name} == {8}
+    assert {bits for name, bits in widths.items() if "q_proj" in name} == {4}
+    for wrong, why in (("*.oproj.*=w8", "the nearest is"), ("w8", "is not PATTERN=SCHEME")):
+        refused = run("export", model, tmp_path / "no", "--bits", "4", "--recipe", "plain", "--layer", wrong)
+        assert refused.exit_code == 2 and why in refused.stderr and not (tmp_path / "no").exists()

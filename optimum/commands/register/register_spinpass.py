@@ -33,6 +33,11 @@ _VALUES = {
     "context": ("N", "tokens that the KV cache inside an ExecuTorch program holds"),
     "kv-cache": ("BITS", "keep keys and values as integers, int8 or int4"),
 }
+_LISTS = {
+    "exclude": ("PATTERN", "pattern of spaces or parameters to leave alone"),
+    "keep": ("PATTERN", "pattern of parameters whose layers stay in floats"),
+    "layer": ("PATTERN=SCHEME", "scheme of the weights of some layers, for example *.down_proj.*=w8"),
+}
 _SWITCHES = {
     "no-cache": "export without a KV cache, for whole prompts alone",
     "no-verify": "do not certify the result",
@@ -62,13 +67,9 @@ class SpinpassExportCommand(BaseOptimumCLICommand):  # type: ignore[misc]  # opt
         parser.add_argument("--weights", choices=list(_WEIGHTS), help="what the weights become, fp32 by default")
         for name, (metavar, text) in _VALUES.items():
             parser.add_argument(f"--{name}", metavar=metavar, default=SUPPRESS, help=text)
-        parser.add_argument(
-            "--exclude",
-            metavar="PATTERN",
-            action="append",
-            default=[],
-            help="pattern of spaces or parameters to leave alone; may be repeated",
-        )
+        for name, (metavar, text) in _LISTS.items():
+            text += "; may be repeated"
+            parser.add_argument(f"--{name}", metavar=metavar, action="append", default=[], help=text)
         for name, text in _SWITCHES.items():
             parser.add_argument(f"--{name}", action="store_true", help=text)
         parser.add_argument("-v", "--verbose", action="count", default=0, help="log every pass; -vv: tracebacks too")
@@ -88,7 +89,7 @@ def arguments(given: Mapping[str, Any]) -> list[str]:
     """The parsed options as ``spinpass export`` takes them."""
     line = ["export", *_WEIGHTS[given["weights"] or "fp32"]]
     line += [f"--{name}={given[_key(name)]}" for name in _VALUES if _key(name) in given]
-    line += [f"--exclude={pattern}" for pattern in given["exclude"]]
+    line += [f"--{name}={each}" for name in _LISTS for each in given[name]]
     line += [f"--{name}" for name in _SWITCHES if given[_key(name)]]
     line += ["-v"] * given["verbose"]
     return [*line, "--", given["model"], given["output"]]
