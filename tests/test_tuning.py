@@ -66,7 +66,7 @@ def test_scales_of_what_was_chosen_are_distilled() -> None:
     shown, decisive = windows(16, 0), windows(4, 1)
     configs = {"online": RotationConfig(form="online", verify=False)}
     plain, trained = (
-        tune(program(True), f"w2-rtn{part}", shown, decisive, configs=configs) for part in ("", "-distill4")
+        tune(program(True), f"w2-rtn{part}", shown, decisive, configs=configs) for part in ("", "-distill16")
     )
     assert trained.chosen.name == plain.chosen.name
     assert trained.chosen.comparison.divergence == plain.chosen.comparison.divergence, "trials are made without"

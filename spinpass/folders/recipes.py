@@ -2,8 +2,9 @@
 
     (recipe, bits, runtime)  ->  what is rotated, the scheme of the weights, how many windows calibrate it
 
-``auto`` is the best that was measured for the runtime's kernels, ``quick`` the same on fewer windows, and ``plain``
-rounds the original to nearest, as other tools do. Sixteen bits keep the values as they are loaded.
+``auto`` is the best that was measured for the runtime's kernels, ``quick`` the same on fewer windows without training
+the scales, and ``plain`` rounds the original to nearest, as other tools do. Sixteen bits keep the values as they are
+loaded.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ _WINDOWS = {"auto": 32, "quick": 8}
 # and take a tenth of the divergence away. Three bits are stored as two and four, by rows.
 _ONNX = {
     8: f"w8-gptq-a8-{_TABLES}",
-    4: f"w4g64-asym-gptq-a8-{_TABLES}",
-    3: f"w3.0g64-asym-gptq-rows-a8-{_TABLES}",
-    2: f"w2g64-asym-gptq-a8-{_TABLES}",
+    4: f"w4g64-asym-gptq-a8-distill-{_TABLES}",
+    3: f"w3.0g64-asym-gptq-rows-a8-distill-{_TABLES}",
+    2: f"w2g64-asym-gptq-a8-distill-{_TABLES}",
 }
-_EXECUTORCH = {8: "w8-gptq-a8", 4: "w4g32-gptq-a8"}  # XNNPACK has no other integer products
+_EXECUTORCH = {8: "w8-gptq-a8", 4: "w4g32-gptq-a8-distill"}  # XNNPACK has no other integer products
 _GPTQ = {8: "w8g128-gptq", 4: "w4g128-gptq", 3: "w3g128-gptq", 2: "w2g64-gptq"}
 _SCHEMES = {"onnx": _ONNX, "executorch": _EXECUTORCH, "gptq": _GPTQ}
 
@@ -67,12 +68,17 @@ def recipe_of(name: str, bits: int, to: str) -> Recipe:
     if name == "plain":
         return Recipe(None, _to_nearest(schemes[bits]), None)
     rotated = RotationConfig(rotations=("R1", "R2"), form="offline", tied="untie") if to == "gptq" else _ROTATED
-    return Recipe(rotated, schemes[bits], _WINDOWS[name])
+    scheme = schemes[bits] if name == "auto" else _without(schemes[bits], "distill")
+    return Recipe(rotated, scheme, _WINDOWS[name])
 
 
 def _to_nearest(scheme: str) -> str:
     """Return the scheme as other tools have it: symmetric, to nearest, of one width in blocks of 32."""
-    parts = [part for part in scheme.split("-") if part not in ("asym", "rows")]
+    parts = _without(scheme, "asym", "rows", "distill").split("-")
     width = parts[0].split("g")[0].removesuffix(".0")
     groups = "g32" if "g" in parts[0] else ""
     return "-".join([f"{width}{groups}", *("rtn" if part == "gptq" else part for part in parts[1:])])
+
+
+def _without(scheme: str, *left_out: str) -> str:
+    return "-".join(part for part in scheme.split("-") if part not in left_out)
