@@ -31,7 +31,9 @@ def test_locate_finds_every_kind(folder: Path, gguf: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("name", ["missing.pt2", "missing.gguf", "./missing", "/missing", "a/b/c", "../x", "a b"])
-def test_locate_misses_files(name: str) -> None:
+def test_locate_misses_files(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     with pytest.raises(ConfigError, match="there is no file or folder"):
         locate(name)
 
