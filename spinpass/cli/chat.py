@@ -13,7 +13,7 @@ import typer
 
 from spinpass.errors import ConfigError, ExportError
 from spinpass.formats import model_path
-from spinpass.runtime import ModelFolder, Sampling
+from spinpass.runtime import ModelFolder, Sampling, check_template
 
 from .options import AsJson, Verbose
 from .screen import screen_of
@@ -47,8 +47,7 @@ def chat_command(
     screen = screen_of(ctx, as_json, verbose)
     if not model_path(folder).is_file():
         raise ConfigError(f"there is no model at {folder}: name a folder that spinpass export wrote")
-    if not ModelFolder(model_path(folder).parent).tokenizer.chat_template:  # before the model is loaded
-        raise ConfigError(f"the tokenizer of {folder} has no chat template: use spinpass generate")
+    check_template(ModelFolder(model_path(folder).parent).tokenizer, str(folder))  # before the model is loaded
     if threads is not None and threads < 1:
         raise ConfigError(f"--threads {threads}: choose 1 or more, or leave it out")
     try:

@@ -1,6 +1,6 @@
 """The card of a folder: how the file that was written does on text, beside the model that it was made of.
 
-The text is Python's own help, which no recipe calibrates on or was chosen by.
+The text is Python's own help, which no recipe calibrates on.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def scored_card(loaded: LoadedModel, folder: Path, steps: Steps) -> Card | str:
         decoder = OrtDecoder(folder)
         cut = windows(ids, length, min(WINDOWS, max(1, len(ids) // length)))
         found = compare(before, decoder, cut, steps.start("score the file"))
-        timed = speed({"file": decoder}, cut[0][: length // 2], _NEW, repeats=1)["file"].to_dict()
+        timed = speed({"file": decoder}, cut[0][: length // 2], _NEW, repeats=1)["file"]
     except (ConfigError, ExportError) as error:
         return f"not scored: {error}"
     size = sum(file.stat().st_size for file in folder.glob("*.onnx*"))
@@ -75,8 +75,8 @@ def scored_card(loaded: LoadedModel, folder: Path, steps: Steps) -> Card | str:
         agreement=found.agreement,
         bytes=size,
         bits_per_weight=8 * size / max(1, sum(weights.values())),
-        decode=timed["decode_tokens_per_second"],
-        prefill=timed["prefill_tokens_per_second"],
+        decode=timed.decode,
+        prefill=timed.prefill,
         windows=len(cut),
         length=length,
     )

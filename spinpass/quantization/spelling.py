@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from spinpass.config import nearest_name
@@ -42,9 +42,9 @@ PARTS: tuple[Part, ...] = (
          "the width of activations"),
     Part(r"kv(\d+)", "kv4", "keys and values in 4 or 8 bits, a range for each token and head",
          "simulated; --kv-cache has kernels", "the width of keys and values"),
-    Part(r"(head|embed)(\d+)", "head8", "the last layer in 2, 3, 4 or 8 bits",
+    Part(r"head\d+", "head8", "the last layer in 2, 3, 4 or 8 bits",
          "as weights; one copy with the table where they are one", "the width of the head"),
-    Part(r"(head|embed)(\d+)", "embed8", "the token tables in 2, 4 or 8 bits", "GatherBlockQuantized",
+    Part(r"embed\d+", "embed8", "the token tables in 2, 4 or 8 bits", "GatherBlockQuantized",
          "the width of the token tables"),
     Part(r"distill(\d*)", "distill", "one round of training scales, or as many as follow it", "the same",
          "the rounds of distillation"),
@@ -81,23 +81,18 @@ def parts_of(text: str) -> list[str]:
             shared = "the same" if what == part else what
             raise ConfigError(f"{said[what]!r} and {part!r} in {text!r} both say {shared}: leave one of them out")
         said[what] = part
-    _check_together(text, parts)
+    if {"rtn", "order"} <= set(parts):
+        raise ConfigError(f"'order' in {text!r} is GPTQ's, and 'rtn' rounds without it: leave one of them out")
     return parts
 
 
 def _says(text: str, part: str) -> str:
     """Return what a part says, or the part itself. Raises ConfigError for one that is unknown."""
-    found = [known for known in PARTS if re.fullmatch(known.pattern, part)]
-    if not found:
+    found = next((known for known in PARTS if re.fullmatch(known.pattern, part)), None)
+    if found is None:
         near = nearest_name(part, [*ALIASES, *(known.example for known in PARTS)])
         raise ConfigError(
             f"{part!r} in {text!r} is not a part of a scheme such as w4g128-gptq-a8-kv4{near}; spinpass schemes lists "
             "all"
         )
-    own = next((known for known in found if known.example.rstrip("0123456789") == part.rstrip("0123456789")), found[0])
-    return own.says or part
-
-
-def _check_together(text: str, parts: Sequence[str]) -> None:
-    if {"rtn", "order"} <= set(parts):
-        raise ConfigError(f"'order' in {text!r} is GPTQ's, and 'rtn' rounds without it: leave one of them out")
+    return found.says or part

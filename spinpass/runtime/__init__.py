@@ -6,7 +6,7 @@ No runtime is imported before something of it is asked for.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .conversation import Conversation, chat_tokens
+from .conversation import Conversation, chat_tokens, check_template
 from .decoder import OrtDecoder
 from .genai_session import GENAI_CONFIG, GenaiModel, genai_tokens, special_tokens
 from .model_folder import ModelFolder
@@ -41,6 +41,7 @@ __all__ = [
     "State",
     "Turns",
     "chat_tokens",
+    "check_template",
     "continued",
     "from_ort",
     "genai_tokens",

@@ -39,8 +39,7 @@ class Conversation:
     def __init__(
         self, decoder: OrtDecoder, *, system: str = "", sampling: Sampling | None = None, max_new_tokens: int = 512
     ) -> None:
-        if not decoder.tokenizer.chat_template:
-            raise ConfigError(f"the tokenizer of {decoder.folder} has no chat template: use spinpass generate")
+        check_template(decoder.tokenizer, str(decoder.folder))
         if max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens {max_new_tokens} is less than 1")
         self._decoder, self._sampling, self._limit = decoder, sampling or Sampling(), max_new_tokens
@@ -108,6 +107,12 @@ class Conversation:
                 self._cached.append(chosen)  # it was read to choose this one
             chosen = int(token)
             yield chosen
+
+
+def check_template(tokenizer: Any, where: str) -> None:
+    """Raise ConfigError where a tokenizer has no chat template."""
+    if not tokenizer.chat_template:
+        raise ConfigError(f"the tokenizer of {where} has no chat template: use spinpass generate")
 
 
 def chat_tokens(tokenizer: Any, turns: list[dict[str, str]], where: str) -> list[int]:

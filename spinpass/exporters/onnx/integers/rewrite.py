@@ -109,7 +109,7 @@ class Work:
         if reason or bits is None:
             self.kept.append(f"{table.name}: {reason}")
             return
-        self.shared += self.is_packed(table, bits)
+        self.shared += self.key_of(table, True, bits) in self.packed
         packed = self._pack(table, True, bits)
         flat = ir.node("Reshape", [packed.inputs[0], self.constant("rows", np.array([packed.columns, -1], np.int64))])
         self.graph.insert_before(node, flat)
@@ -132,14 +132,14 @@ class Work:
 
     def _pack(self, constant: ir.Value, by_column: bool, bits: int) -> PackedMatrix:
         """Quantize a constant once, along the contracted axis: rows, or columns where it is used transposed."""
-        key = (str(constant.name), by_column, bits)
+        key = self.key_of(constant, by_column, bits)
         if key not in self.packed:
             self.packed[key] = self.quantized(constant, by_column, bits)
         return self.packed[key]
 
-    def is_packed(self, table: ir.Value, bits: int) -> bool:
-        """Say whether a product reads these integers already."""
-        return (str(table.name), True, bits) in self.packed
+    def key_of(self, constant: ir.Value, by_column: bool, bits: int) -> tuple[str, bool, int]:
+        """Return what is the same for products and lookups that can read one copy of a constant's integers."""
+        return str(constant.name), by_column, bits
 
     def quantized(self, constant: ir.Value, by_column: bool, bits: int) -> PackedMatrix:
         """Return the integers of a constant, as constants of the graph."""

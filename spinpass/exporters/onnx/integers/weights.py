@@ -90,7 +90,7 @@ class _Packing(Work):
     found: set[str] = field(default_factory=set)
     integers: dict[str, tuple[ir.Value, ir.Value, ir.Value]] = field(default_factory=dict)
     products: IntegerProducts = field(default_factory=IntegerProducts)
-    stored: dict[tuple[str, int], PackedMatrix] = field(default_factory=dict)
+    names: dict[tuple[str, bool], str | None] = field(default_factory=dict)
     why_float: str = "the scheme leaves it in floats"
 
     @cached_property
@@ -157,21 +157,15 @@ class _Packing(Work):
         """Say in how many bits the integers of a table are stored; None where none are given."""
         return self.bits_of(constant, True, False)
 
-    def is_packed(self, table: ir.Value, bits: int) -> bool:
-        """Say whether a product reads these integers already."""
-        return (self._name(table, True), bits) in self.stored
+    def key_of(self, constant: ir.Value, by_column: bool, bits: int) -> tuple[str, bool, int]:
+        """Return the weight behind a constant, whatever the constant is called and however it lies."""
+        return self._name(constant, by_column) or str(constant.name), True, bits
 
     def quantized(self, constant: ir.Value, by_column: bool, bits: int) -> PackedMatrix:
         """Return the integers that are given for a constant, as constants of the graph."""
         name = self._name(constant, by_column)
-        assert name is not None  # by its bits
+        assert name is not None and constant.const_value is not None  # by its bits
         self.found.add(name)
-        if (name, bits) not in self.stored:
-            self.stored[name, bits] = self._blocks_of(constant, name, bits)
-        return self.stored[name, bits]
-
-    def _blocks_of(self, constant: ir.Value, name: str, bits: int) -> PackedMatrix:
-        assert constant.const_value is not None
         codes = self.weights[name].codes
         rows, columns = codes.q.shape
         block = block_size(codes, name)
@@ -189,8 +183,11 @@ class _Packing(Work):
     def _name(self, constant: ir.Value, by_column: bool) -> str | None:
         if constant.const_value is None or len(constant.const_value.shape) != 2:
             return None
-        stored = torch.from_numpy(np.array(constant.const_value.numpy()).astype(np.float32))
-        return self.named.get(_digest(stored if by_column else stored.T))
+        key = (str(constant.name), by_column)
+        if key not in self.names:  # hashing a table takes a while
+            stored = torch.from_numpy(np.array(constant.const_value.numpy()).astype(np.float32))
+            self.names[key] = self.named.get(_digest(stored if by_column else stored.T))
+        return self.names[key]
 
 
 def _digest(matrix: Tensor) -> bytes:
