@@ -83,7 +83,7 @@ def _rows(name: str, place: Path, new: int, consumer: Path | None, steps: Steps)
     expected = {case: _expected(model, turns, new, []) for case, turns in cases.items()}
     steps.start(f"{name}: export")
     folder = place / "folder"
-    export(source, folder)
+    export(source, folder, bits=16)
     rows = []
     for runtime in _RUNTIMES:
         steps.start(f"{name}: {runtime}")

@@ -34,7 +34,7 @@ from examples.demo import packaged_model
 from spinpass import evaluation
 from spinpass.cli.screen import Screen
 from spinpass.config import RotationConfig
-from spinpass.evaluation import ProgramScorer, calibration_text, read_text, token_ids
+from spinpass.evaluation import SHIPPED_TEXT, ProgramScorer, needs_text, read_text, token_ids
 from spinpass.folders import Result, onnx_tools, quantized, rotated, write_folder
 from spinpass.formats import drafted
 from spinpass.loading import LoadedModel, load_model
@@ -67,7 +67,7 @@ def main(
     """Measure and print."""
     torch.set_num_threads(1)
     if quantize:
-        calibration = calibration_text(quantize, calibration)
+        calibration = calibration or (SHIPPED_TEXT if needs_text(quantize) else None)
     worker, screen = Worker(python), Screen(as_json=as_json)
     source = gguf or next(Path(packaged_model()).glob("*.gguf"))
     with screen.steps() as steps, TemporaryDirectory() as name:

@@ -63,7 +63,7 @@ def measure(arch: str, place: Path, begin: Begin) -> dict[str, Any]:
     out.parent.mkdir()
     steps = _Told(begin)
     try:
-        export(model, out, steps=steps)
+        export(model, out, steps=steps, bits=16)
     except Exception as error:  # the very thing that is measured
         left = sorted(path.name for path in out.parent.iterdir())
         return _failed(error, steps.last) | {"left": left}

@@ -9,7 +9,7 @@ import typer
 
 from spinpass.config import RotationConfig
 from spinpass.errors import ConfigError
-from spinpass.folders import ExportRequest, card_lines
+from spinpass.folders import ExportRequest, card_lines, carry_out
 from spinpass.formats import GptqReport
 
 from .options import (
@@ -17,6 +17,7 @@ from .options import (
     AsJson,
     Bits,
     CalibrationWindows,
+    Compare,
     Context,
     Dequantize,
     Dtype,
@@ -37,6 +38,7 @@ from .options import (
     rotation_options,
 )
 from .screen import screen_of
+from .settings import Settings
 from .tables import files_table, show_loading, show_result, trial_lines
 
 
@@ -46,27 +48,34 @@ def export_command(
     model: Model,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write the model and its companions to.")],
     config: RotationConfig | None = None,
+    settings: Settings = None,
     dtype: Dtype = "float32",
     no_cache: NoCache = False,
     bits: Bits = None,
     recipe: RecipeOption = "auto",
     keep: Keep = None,
     layer: LayerScheme = None,
+    compare: Compare = False,
     int4: Int4 = False,
     to: To = "onnx",
     context: Context = None,
     dequantize: Dequantize = False,
     trust_remote_code: TrustRemoteCode = False,
-    quantize: Annotated[str, typer.Option(help="Scheme to quantize by, for example w4g128-gptq-a8-head8.")] = "",
+    quantize: Annotated[
+        str, typer.Option(help="Scheme to quantize by in place of a recipe, for example w4g128-gptq-a8-head8.")
+    ] = "",
     calibration: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
-            help="UTF-8 text that GPTQ, static ranges and --kv-cache calibrate on.", show_default="text of this package"
+            help="What GPTQ, static ranges and --kv-cache calibrate on: the file of a UTF-8 text; a dataset, as in "
+            "eval --dataset; or self, text that MODEL writes.",
+            metavar="FILE|DATASET|self",
+            show_default="text of this package",
         ),
     ] = None,
     calibration_windows: CalibrationWindows = None,
     kv_cache: KvCache = None,
-    last_logits: LastLogits = False,
+    last_logits: LastLogits = None,
     no_fuse: NoFuse = False,
     no_verify: NoVerify = False,
     allow_partial: AllowPartial = False,
@@ -76,14 +85,14 @@ def export_command(
 ) -> None:
     """Load MODEL, rotate it, certify it, and write a folder that ONNX Runtime or ExecuTorch runs.
 
-    OUT gets the model, its tokenizer and configuration, and spinpass.json, which
-    says how it was made. With --quantize the weights are integers in the file, and
-    8-bit activations are multiplied as integers; what has no kernel (4-bit
-    activations, caches) is simulated. The certificate is that of the rotation.
-    ExecuTorch takes integers alone, for example 4-bit weights in groups of 32 and
-    8-bit activations (w4g32-gptq-a8).
+    The weights become 4-bit integers by the recipe that was measured to be best for
+    the runtime, unless --bits or --quantize says otherwise; --bits 16 keeps them as
+    they are. OUT gets the model, its tokenizer and configuration, and spinpass.json,
+    which says how it was made and how the written file does on text. 8-bit
+    activations are multiplied as integers; what has no kernel (4-bit activations,
+    caches) is simulated. The certificate is that of the rotation.
 
-    Example: spinpass export ./model out --bits 4
+    Example: spinpass export ./model out
     """
     screen = screen_of(ctx, as_json, verbose)
     request = ExportRequest(
@@ -91,10 +100,10 @@ def export_command(
         cache=not no_cache, context=context, dequantize=dequantize, trust_remote_code=trust_remote_code,
         last_logits=last_logits, fuse=not no_fuse, certify=not no_verify, calibration_windows=calibration_windows,
         force=force, allow_partial=allow_partial, bits=bits, recipe=recipe,
-        keep=tuple(keep or ()), layers=tuple(_layer(each) for each in layer or ()),
+        keep=tuple(keep or ()), layers=tuple(_layer(each) for each in layer or ()), compare=compare,
     )  # fmt: skip
     with screen.steps() as steps:
-        result, written = request.run(steps)
+        result, written = carry_out(request, steps)
     show_loading(screen, written.loading)
     if as_json:
         about = {"ok": True, "out": str(out), "files": written.files, "notes": request.notes, "seconds": steps.seconds}
@@ -102,7 +111,7 @@ def export_command(
         return
     show_result(screen, result)
     tried = trial_lines(written.manifest["trials"])
-    card = card_lines(written.manifest["card"])
+    card = card_lines(written.manifest["card"], written.manifest.get("compared"))
     screen.show(*_report_lines(written.report), *tried, files_table(out, written.files), *request.notes, *card)
 
 

@@ -89,13 +89,14 @@ TrustRemoteCode = Annotated[
 Bits = Annotated[
     int | None,
     typer.Option(
-        help="Bits of the weights, by a recipe: 16 keeps the values; 8, 4, 3, 2. The written file is scored.",
+        help="Bits of the weights, by a recipe: 16 keeps the values; 8, 4, 3, 2.",
         metavar="16|8|4|3|2",
+        show_default="4, without --quantize or --int4",
     ),
 ]
 RecipeOption = Annotated[
     RecipeName,
-    typer.Option(help="With --bits: the best measured, the same on less text, or rounding to nearest unrotated."),
+    typer.Option(help="The best measured for these bits, the same on less text, or rounding to nearest unrotated."),
 ]
 Keep = Annotated[
     list[str] | None,
@@ -118,8 +119,16 @@ NoFuse = Annotated[
     typer.Option("--no-fuse", help="Write standard ONNX operators only, instead of ONNX Runtime's own for attention."),
 ]
 LastLogits = Annotated[
+    bool | None,
+    typer.Option(
+        "--last-logits/--all-logits",
+        help="Compute the logits of a prompt's last token alone, so that it is read faster, or those of every token.",
+        show_default="the last in ONNX, by a recipe of less than 16 bits",
+    ),
+]
+Compare = Annotated[
     bool,
-    typer.Option("--last-logits", help="Compute the logits of the last token alone, so that prompts are read faster."),
+    typer.Option("--compare", help="Make the original by the same scheme as well, and keep which does better on text."),
 ]
 CalibrationWindows = Annotated[
     int | None,

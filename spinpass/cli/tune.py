@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from spinpass.errors import ConfigError
-from spinpass.evaluation import CALIBRATION_LENGTH, CALIBRATION_WINDOWS, check_windows
+from spinpass.evaluation import CALIBRATION_LENGTH, CALIBRATION_WINDOWS, SHIPPED_TEXT, check_windows
 from spinpass.evaluation import windows as cut
 from spinpass.folders import Known, Result, check_target, onnx_tools, write_folder
 from spinpass.formats import drafted
@@ -26,7 +26,15 @@ def tune_command(
     ctx: typer.Context,
     model: Model,
     quantize: Annotated[str, typer.Option(help="Scheme to tune for, for example w4g128-gptq-a8.")],
-    calibration: Annotated[Path, typer.Option(help="UTF-8 text whose first half calibrates and whose second decides.")],
+    calibration: Annotated[
+        Path, typer.Option(help="UTF-8 text that calibrates.", show_default="text of this package")
+    ] = SHIPPED_TEXT,
+    text: Annotated[
+        Path | None,
+        typer.Option(
+            help="UTF-8 text that decides, of another source than the other.", show_default="Python's documentation"
+        ),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write the best model to, for ONNX Runtime.")] = None,
     calibration_windows: Annotated[
         int, typer.Option("--samples", help="Number of calibration windows, of --length tokens.")
@@ -46,12 +54,14 @@ def tune_command(
     With --out the best model is written, quantized, as spinpass export writes it;
     without --out nothing is.
 
-    Example: spinpass tune ./model --quantize w4g128-gptq-a8 --calibration text.txt
+    Example: spinpass tune ./model --quantize w4g128-gptq-a8
     """
     screen = screen_of(ctx, as_json, verbose)
     configs = candidates(_sizes(block_sizes))
     scheme = QuantizationConfig.parse(quantize)
     check_windows(calibration_windows, calibration, length)
+    if text is not None and text.resolve() == calibration.resolve():
+        raise ConfigError(f"{text} calibrates and decides, which finds what fits that text: name two of them")
     if windows < 2:
         raise ConfigError(f"{windows} windows to decide on: choose 2 or more")
     if force and out is None:
@@ -60,10 +70,8 @@ def tune_command(
     if out is not None:
         check_target(out, model, force=force)
     known = Known.of(model, dequantize=dequantize, trust_remote_code=trust_remote_code)
-    ids = known.token_ids(calibration)
-    half = len(ids) // 2
-    shown = cut(ids[:half], length, calibration_windows)
-    decisive = cut(ids[half:], length, windows)
+    shown = cut(known.token_ids(calibration), length, calibration_windows)
+    decisive = cut(known.token_ids(text), length, windows)
     if out is not None:
         bits = None if scheme.weights is None else float(scheme.average_bits or scheme.weights.bits)
         known.check_disk(out, dtype, bits, steps=bits is not None)

@@ -3,22 +3,27 @@
 from .calibration import (
     CALIBRATION_LENGTH,
     CALIBRATION_WINDOWS,
+    SELF,
     SHIPPED_TEXT,
     Tokenize,
     calibration_inputs,
-    calibration_text,
     calibration_windows,
     check_windows,
+    cut_windows,
+    named_dataset,
+    needs_text,
 )
 from .comparison import Change, Comparison, Perplexity, Scorer, change, compare, compare_each, paired, perplexity
+from .own_text import own_tokens
 from .request import EvalRequest, Evaluated, RotateAs
 from .scoring import OnnxScorer, Opened, ProgramScorer, is_onnx, open_scorer, open_tokenizer, token_ids
-from .texts import Windows, read_dataset, read_text, windows
+from .texts import Windows, library_docs, read_dataset, read_text, windows
 from .timing import Speed, speed
 
 __all__ = [
     "CALIBRATION_LENGTH",
     "CALIBRATION_WINDOWS",
+    "SELF",
     "SHIPPED_TEXT",
     "Change",
     "Comparison",
@@ -34,15 +39,19 @@ __all__ = [
     "Tokenize",
     "Windows",
     "calibration_inputs",
-    "calibration_text",
     "calibration_windows",
     "change",
     "check_windows",
     "compare",
     "compare_each",
+    "cut_windows",
     "is_onnx",
+    "library_docs",
+    "named_dataset",
+    "needs_text",
     "open_scorer",
     "open_tokenizer",
+    "own_tokens",
     "paired",
     "perplexity",
     "read_dataset",

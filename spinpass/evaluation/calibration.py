@@ -19,18 +19,25 @@ CALIBRATION_WINDOWS = 16  # windows to calibrate on
 CALIBRATION_LENGTH = 512  # tokens of each
 SHIPPED_TEXT = Path(__file__).with_name("calibration.txt")
 """Stories, articles, dialogues, documentation and code in seventeen languages, written for this package."""
+SELF = "self"
+"""In place of a text: what the model itself writes."""
 
 
-def calibration_text(scheme: QuantizationConfig | str, path: Path | None) -> Path | None:
-    """The text that a scheme calibrates on: the one that is given, else :data:`SHIPPED_TEXT` where it needs one.
-
-    Raises ConfigError where the scheme cannot be read.
-    """
-    needed = (QuantizationConfig.parse(scheme) if isinstance(scheme, str) else scheme).needs_calibration
-    return SHIPPED_TEXT if path is None and needed else path
+def needs_text(scheme: QuantizationConfig | str) -> bool:
+    """Whether a scheme calibrates. Raises ConfigError where it cannot be read."""
+    return (QuantizationConfig.parse(scheme) if isinstance(scheme, str) else scheme).needs_calibration
 
 
-def check_windows(count: int | None, path: Path | None = None, length: int | None = None) -> None:
+def named_dataset(calibration: str | Path | None) -> str:
+    """The dataset that is named in place of a file, as :func:`.read_dataset` takes it; empty where a file is, or
+    :data:`SELF`. A name with a suffix or from the root on is a file's, though none is there."""
+    if not isinstance(calibration, str) or calibration == SELF:
+        return ""
+    path = Path(calibration)
+    return "" if path.exists() or path.suffix or path.is_absolute() else calibration
+
+
+def check_windows(count: int | None, path: str | Path | None = None, length: int | None = None) -> None:
     """Raise ConfigError where a count was given that is no number of calibration windows, or is given without a text to
     cut them from, or where ``length`` is none of a window."""
     if count is not None and count < 1:
@@ -67,7 +74,11 @@ def calibration_windows(
 ) -> list[list[int]]:
     """The token ids of ``count`` windows of a text; without a count as many as it holds, at most
     :data:`CALIBRATION_WINDOWS`. Raises ConfigError as :func:`calibration_inputs`."""
-    ids = tokenize(read_text(path))
+    return cut_windows(tokenize(read_text(path)), length, count)
+
+
+def cut_windows(ids: list[int], length: int = CALIBRATION_LENGTH, count: int | None = None) -> list[list[int]]:
+    """The windows of :func:`calibration_windows`, of the tokens of a text."""
     if count is None:
         count = max(1, min(CALIBRATION_WINDOWS, len(ids) // length))
     return [list(window) for window in windows(ids, length, count)]

@@ -16,7 +16,7 @@ from spinpass.progress import Steps
 from spinpass.quantization import QuantizationConfig
 from spinpass.quantization import quantize as quantized
 
-from .calibration import calibration_inputs, calibration_text, calibration_windows, check_windows
+from .calibration import SHIPPED_TEXT, calibration_inputs, calibration_windows, check_windows, needs_text
 from .comparison import Comparison, Perplexity, compare, compare_each, perplexity
 from .scoring import Opened, ProgramScorer, is_onnx, open_scorer, open_tokenizer, token_ids
 from .texts import read_dataset, read_text, windows
@@ -78,7 +78,8 @@ class EvalRequest:
 
     def __post_init__(self) -> None:
         if self.quantize:
-            object.__setattr__(self, "calibration", calibration_text(self.quantize, self.calibration))
+            text = SHIPPED_TEXT if needs_text(self.quantize) else None
+            object.__setattr__(self, "calibration", self.calibration or text)
         check_windows(self.calibration_windows, self.calibration, self.length)
         if self.windows < 1:
             raise ConfigError(f"{self.windows} windows to score on: choose 1 or more")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Sequence
+from importlib import import_module
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -13,6 +15,16 @@ Windows = Sequence[Sequence[int]]
 """Windows of a text, each as its token ids."""
 
 _ENOUGH = 4_000_000  # characters of a dataset
+_SENTENCE = 60  # characters that more is said in than a name
+_MODULES = (
+    "argparse", "ast", "asyncio", "bisect", "calendar", "cmd", "codecs", "collections", "configparser",
+    "contextlib", "copy", "csv", "dataclasses", "datetime", "decimal", "difflib", "doctest", "email", "enum",
+    "fileinput", "fractions", "functools", "gettext", "glob", "heapq", "html", "inspect", "itertools", "json",
+    "locale", "logging", "mailbox", "math", "mimetypes", "operator", "optparse", "os", "pathlib", "pdb", "pickle",
+    "pprint", "random", "sched", "shelve", "shlex", "shutil", "socket", "sqlite3", "statistics", "string", "struct",
+    "subprocess", "tarfile", "tempfile", "textwrap", "threading", "timeit", "tokenize", "trace", "traceback",
+    "typing", "unittest", "uuid", "warnings", "weakref", "zipfile",
+)  # fmt: skip
 
 
 def read_text(path: Path | None) -> str:
@@ -35,6 +47,18 @@ def read_text(path: Path | None) -> str:
     return text
 
 
+def library_docs() -> str:
+    """What the standard library says of its functions and classes: prose of another source than :func:`read_text`'s."""
+    found: dict[str, None] = {}
+    for name in _MODULES:
+        module = import_module(name)
+        for named in [module, *(value for key, value in sorted(vars(module).items()) if not key.startswith("_"))]:
+            text = inspect.getdoc(named) if callable(named) or named is module else None
+            if text and len(text) > _SENTENCE:
+                found[text] = None
+    return "\n\n".join(found)
+
+
 def read_dataset(name: str) -> str:
     """The documents of a dataset, ``NAME[:CONFIG[:SPLIT]]`` as the package datasets knows it, a hub name or a folder.
 
@@ -49,7 +73,8 @@ def read_dataset(name: str) -> str:
         import datasets
     except ModuleNotFoundError as error:
         raise ExportError(
-            f"--dataset needs the package {error.name}: pip install 'spinpass[datasets]', or use --text"
+            f"reading {name} as a dataset needs the package {error.name}: pip install 'spinpass[datasets]', or name "
+            "the file of a text"
         ) from error
     where, config, split = (*name.split(":"), "", "")[:3]
     try:
@@ -63,7 +88,7 @@ def read_dataset(name: str) -> str:
         raise
     except Exception as error:  # files, hub, builders: no common base below Exception
         raise ConfigError(
-            f"the dataset {name} cannot be read: {first_line(error)}; name another, or use --text"
+            f"the dataset {name} cannot be read: {first_line(error)}; name another, or the file of a text"
         ) from error
 
 

@@ -10,12 +10,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from torch.export import ExportedProgram
+
 from spinpass.errors import ConfigError, ExportError
-from spinpass.evaluation import ProgramScorer, compare, read_text, speed, token_ids, windows
+from spinpass.evaluation import ProgramScorer, Speed, compare, read_text, speed, token_ids, windows
 from spinpass.loading import LoadedModel
 from spinpass.progress import Steps
 
 WINDOWS, LENGTH = 8, 512
+_MODELS = ("*.onnx*", "*.pte", "*.safetensors")
 _NEW = 16  # tokens, timed
 
 
@@ -24,24 +27,26 @@ class Card:
     """What a user wants to know of a folder.
 
     Args:
+        runtime: what the file was scored in; ``"torch"`` where no runtime of its is here, and its program was.
         ratio: the perplexity of the file divided by that of the model as it was loaded.
         ratio_error: its standard error, paired over windows; None where there is one window.
         kl: the divergence of the file's predictions from the model's, in nats per token.
         agreement: the share of tokens at which both find the same one the likeliest.
         bytes: of the model's files.
         bits_per_weight: bytes × 8 ÷ the weights of the model, tied ones counted once.
-        decode, prefill: tokens per second in ONNX Runtime, one after the other and of one prompt.
+        decode, prefill: tokens per second in the runtime, one after the other and of one prompt; None in torch.
         windows, length: how much text was scored, in windows of so many tokens.
     """
 
+    runtime: str
     ratio: float
     ratio_error: float | None
     kl: float
     agreement: float
     bytes: int
     bits_per_weight: float
-    decode: float
-    prefill: float
+    decode: float | None
+    prefill: float | None
     windows: int
     length: int
 
@@ -50,46 +55,73 @@ class Card:
         return asdict(self)
 
 
-def scored_card(loaded: LoadedModel, folder: Path, steps: Steps) -> Card | str:
-    """Score the ONNX model of a folder against the model that was loaded; a sentence where that cannot be done."""
-    from spinpass.runtime import OrtDecoder
+def scored_card(loaded: LoadedModel, folder: Path, steps: Steps, program: ExportedProgram | None = None) -> Card | str:
+    """Score the model of a folder against the model that was loaded; a sentence where that cannot be done.
 
+    ``program``: what is scored in place of a file that no runtime here runs.
+    """
     if loaded.companions is None or loaded.companions.tokenizer is None:
         return "not scored: there is no tokenizer to read a text with"
-    ids = token_ids(loaded.companions.tokenizer)(read_text(None))
-    before = ProgramScorer(loaded.program)
-    length = min(LENGTH, before.longest or LENGTH)
     try:
-        decoder = OrtDecoder(folder)
+        ids = token_ids(loaded.companions.tokenizer)(read_text(None))
+        before = ProgramScorer(loaded.program)
+        runtime, decoder, longest = _opened(folder, program)
+        length = min(each for each in (LENGTH, before.longest, longest) if each)
         cut = windows(ids, length, min(WINDOWS, max(1, len(ids) // length)))
         found = compare(before, decoder, cut, steps.start("score the file"))
-        timed = speed({"file": decoder}, cut[0][: length // 2], _NEW, repeats=1)["file"]
+        timed: Speed | None = None
+        if not isinstance(decoder, ProgramScorer):
+            timed = speed({"file": decoder}, cut[0][: length // 2], _NEW, repeats=1)["file"]
     except (ConfigError, ExportError) as error:
         return f"not scored: {error}"
-    size = sum(file.stat().st_size for file in folder.glob("*.onnx*"))
+    size = sum(file.stat().st_size for pattern in _MODELS for file in folder.glob(pattern))
     weights = {tensor.data_ptr(): tensor.numel() for tensor in loaded.program.state_dict.values()}
     return Card(
+        runtime=runtime,
         ratio=found.ratio,
         ratio_error=found.to_dict()["ratio_error"],
         kl=found.divergence,
         agreement=found.agreement,
         bytes=size,
         bits_per_weight=8 * size / max(1, sum(weights.values())),
-        decode=timed.decode,
-        prefill=timed.prefill,
+        decode=None if timed is None else timed.decode,
+        prefill=None if timed is None else timed.prefill,
         windows=len(cut),
         length=length,
     )
 
 
-def card_lines(card: Mapping[str, Any] | str | None) -> list[str]:
-    """Return what a stored card says, in lines for people; none without a card."""
+def _opened(folder: Path, program: ExportedProgram | None) -> tuple[str, Any, int | None]:
+    """Return the name of a runtime, what scores in it, and the longest text it takes; None without a limit."""
+    if program is not None:
+        return "torch", ProgramScorer(program), None
+    if (folder / "model.pte").is_file():
+        from spinpass.runtime import PteDecoder
+
+        pte = PteDecoder(folder)
+        return "executorch", pte, pte.context
+    from spinpass.runtime import OrtDecoder
+
+    return "onnxruntime", OrtDecoder(folder), None
+
+
+def card_lines(card: Mapping[str, Any] | str | None, compared: Mapping[str, Any] | None = None) -> list[str]:
+    """Return what a stored card says, in lines for people; none without a card. ``compared``: of ``--compare``."""
     if card is None or isinstance(card, str):
         return [card] if card else []
     error = "" if card["ratio_error"] is None else f" ± {card['ratio_error']:.4f}"
-    return [
+    speeds = ""
+    if card["decode"] is not None:
+        speeds = f"; decode {card['decode']:.1f}, prefill {card['prefill']:.0f} tokens/s here"
+    lines = [
         f"perplexity × {card['ratio']:.4f}{error}, the same likeliest token at {card['agreement']:.1%}, divergence "
-        f"{card['kl']:.4f} nats ({card['windows']} windows of {card['length']} tokens of Python's help)",
-        f"{card['bytes'] / 1e6:,.1f} MB, {card['bits_per_weight']:.2f} bits per weight; decode {card['decode']:.1f}, "
-        f"prefill {card['prefill']:.0f} tokens/s here",
+        f"{card['kl']:.4f} nats ({card['windows']} windows of {card['length']} tokens of Python's help, in "
+        f"{card['runtime']})",
+        f"{card['bytes'] / 1e6:,.1f} MB, {card['bits_per_weight']:.2f} bits per weight{speeds}",
     ]
+    if compared is None:
+        return lines
+    other, kept = compared["other"], compared["kept"]
+    left = "rotated" if kept == "original" else "the original"
+    how = f"× {other['ratio']:.4f}" if isinstance(other, Mapping) else str(other)
+    return [f"kept: {'the original' if kept == 'original' else 'rotated'}; {left} by the same scheme: {how}", *lines]

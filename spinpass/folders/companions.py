@@ -17,6 +17,7 @@ from spinpass.loading import LoadedModel, LoadingReport
 from .card import Card
 from .judge import FolderTrial
 from .result import Result
+from .settings import SETTINGS, settings_text
 
 
 @dataclass(frozen=True)
@@ -48,15 +49,25 @@ def write_companions(
     written = set(files)
     if loaded.companions is not None:
         written |= {path.name for path in loaded.companions.save(draft.folder)}
+    if result.settings is not None:
+        (draft.folder / SETTINGS).write_text(settings_text(result.settings), encoding="utf-8")
+        written.add(SETTINGS)
     trials: dict[str, Any] = {"trials": [trial.to_dict() for trial in tried()]}
     card = scored()
     trials["card"] = card.to_dict() if isinstance(card, Card) else card
     source = {"files": loaded.files.to_dict()}
     origin = {"model": loaded.source.location, "source": source, "loading": loaded.report.to_dict()}
-    about = sealed(origin | result.to_dict() | dict(made) | trials | {"files": hashes(draft.folder, written)})
-    with staged(draft.folder) as staging:
-        (staging / MANIFEST).write_text(json.dumps(about, indent=2), encoding="utf-8")
+    files_of = {"files": hashes(draft.folder, written)}
+    about = write_manifest(draft.folder, origin | result.to_dict() | dict(made) | trials | files_of)
     return about, sorted(written | {MANIFEST})
+
+
+def write_manifest(folder: Path, about: Mapping[str, Any]) -> dict[str, Any]:
+    """Write ``spinpass.json``, sealed, and return what it holds."""
+    found = sealed(dict(about))
+    with staged(folder) as staging:
+        (staging / MANIFEST).write_text(json.dumps(found, indent=2), encoding="utf-8")
+    return found
 
 
 def check_target(out: Path, model: str, *, force: bool) -> None:

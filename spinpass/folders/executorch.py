@@ -12,6 +12,7 @@ from spinpass.formats import Draft
 from spinpass.loading import LoadedModel
 from spinpass.progress import Steps
 
+from .card import Card, scored_card
 from .companions import Written, write_companions
 from .judge import KERNEL_BOUND
 from .result import Result
@@ -60,7 +61,11 @@ def write_pte_folder(
     program = result.scored or result.program
     bound, why = KERNEL_BOUND if result.rounds_activations else None, unjudged(program, certify=certify)
     tried = partial(try_folder, loaded, program, draft.folder, steps, bound=bound, why=why)
-    about = write_companions(loaded, result, {"executorch": report.to_dict()}, files, draft, tried)
+
+    def scored() -> Card | str | None:
+        return scored_card(loaded, draft.folder, steps) if result.quantization is not None else None
+
+    about = write_companions(loaded, result, {"executorch": report.to_dict()}, files, draft, tried, scored)
     return Written(report, *about, loading=loaded.report)
 
 

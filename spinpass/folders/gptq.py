@@ -20,6 +20,7 @@ from spinpass.loading import LoadedModel
 from spinpass.passes import untie
 from spinpass.progress import Steps
 
+from .card import Card, scored_card
 from .companions import Written, write_companions
 from .judge import FolderTrial
 from .result import Result
@@ -72,7 +73,11 @@ def write_gptq_folder(
     report = write_gptq(draft.folder, made.weights, tensors=tensors)
     files = [path.name for path in report.files]
     described = _described(loaded, result, draft.folder)
-    about = write_companions(described, result, {}, files, draft, lambda: [_NOT_TRIED])
+
+    def scored() -> Card | str:
+        return scored_card(loaded, draft.folder, steps, result.program)
+
+    about = write_companions(described, result, {}, files, draft, lambda: [_NOT_TRIED], scored)
     return Written(draft.in_place(report), *about, loading=loaded.report)
 
 

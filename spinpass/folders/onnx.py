@@ -103,7 +103,6 @@ def write_folder(
     fuse: bool = True,
     cache: CacheBits | None = None,
     certify: bool = True,
-    card: bool = False,
 ) -> Written:
     """Export, pack, quantize the cache, put beside it what belongs to the model, and try the folder.
 
@@ -119,7 +118,6 @@ def write_folder(
         fuse: use ONNX Runtime's own operators.
         cache: how the KV cache is stored; None leaves it in floats.
         certify: compare the file and the folder with the program.
-        card: score the file against the model that was loaded (:mod:`.card`).
 
     Raises:
         ConfigError, ExportError, VerificationError: :func:`spinpass.exporters.onnx.export` raises them, what packs, or
@@ -146,7 +144,8 @@ def write_folder(
         return _tried(onnx, loaded, result, expected, draft.folder, steps, texts)
 
     def scored() -> Card | str | None:
-        return scored_card(loaded, draft.folder, steps) if card else None
+        rounded = pack is not None or cache is not None or result.rounds_activations
+        return scored_card(loaded, draft.folder, steps) if rounded else None
 
     later: dict[str, _Step] = {} if pack is None else {"pack": pack}
     if cache is not None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from spinpass.errors import ConfigError, ExportError
-from spinpass.evaluation import calibration_windows, read_text, token_ids
+from spinpass.evaluation import SELF, cut_windows, library_docs, read_text, token_ids
 from spinpass.formats import check_free
 from spinpass.loading import Source, check_context, count_values, load_config, load_tokenizer, locate
 
@@ -40,20 +40,31 @@ class Known:
         """The tokenizer, None where there is none."""
         return load_tokenizer(self.source, trust_remote_code=self.trust_remote_code)
 
-    def token_ids(self, text: Path) -> list[int]:
-        """The tokens of a text. Raises ConfigError where it cannot be read, or there is no tokenizer for it."""
-        found = read_text(text)
-        if self.tokenizer is None:
-            raise ConfigError(
-                f"{self.source.location} has no tokenizer to read {text} with: save one there with "
-                "tokenizer.save_pretrained, or quantize with -rtn, without a text"
-            )
+    def token_ids(self, text: Path | None) -> list[int]:
+        """The tokens of a text, of Python's documentation for None. Raises ConfigError where it cannot be read, or
+        there is no tokenizer for it."""
+        found = library_docs() if text is None else read_text(text)
+        self._check_tokenizer(text or "a text")
         return token_ids(self.tokenizer)(found)
 
-    def check_text(self, text: Path, length: int, count: int | None) -> None:
-        """Raise ConfigError where calibration windows cannot be cut from a text."""
-        ids = self.token_ids(text)
-        calibration_windows(lambda _: ids, text, length, count)
+    def check_text(self, named: str | Path, read: str, length: int, count: int | None) -> None:
+        """Raise ConfigError where calibration windows cannot be cut from a text, or there is no tokenizer for it.
+
+        ``named``: its file, or what stands in place of one; ``read``: the text where it was read already.
+        """
+        if not read and named != SELF:
+            read = read_text(Path(named))
+        self._check_tokenizer(named)
+        if named != SELF:
+            cut_windows(token_ids(self.tokenizer)(read), length, count)
+
+    def _check_tokenizer(self, named: str | Path) -> None:
+        if self.tokenizer is None:
+            raise ConfigError(
+                f"{self.source.location} has no tokenizer to read {named} with: save one there with "
+                "tokenizer.save_pretrained, round without a text (--recipe plain, or a scheme with -rtn), or keep the "
+                "values with --bits 16"
+            )
 
     def check_context(self, context: int) -> None:
         """Raise ConfigError where the model takes no cache of so many tokens."""
@@ -85,7 +96,7 @@ class Known:
         if self._named(dtype).endswith("bfloat16"):
             raise ConfigError(
                 "ONNX Runtime has no kernel for integer weights beside bfloat16 (MatMulNBits on a CPU): choose --dtype "
-                "float32 or float16"
+                "float32 or float16, or keep the values with --bits 16"
             )
 
     def _named(self, dtype: str) -> str:

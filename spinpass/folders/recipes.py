@@ -17,6 +17,7 @@ from spinpass.errors import ConfigError
 
 RecipeName = Literal["auto", "quick", "plain"]
 BITS = (16, 8, 4, 3, 2)
+DEFAULT_BITS = 4
 
 _ROTATED = RotationConfig(form="online", rotations=ROLES)
 _TABLES = "head8-embed8"  # of one copy where they are one; eight bits cost a thousandth of perplexity

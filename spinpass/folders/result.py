@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -28,13 +29,15 @@ class Result:
     """A program and how it came about.
 
     ``plan`` is None where no rotation was asked for, ``quantization`` where nothing was rounded. ``scored`` computes
-    the logits of every token where the program has those of the last one alone; else it is None.
+    the logits of every token where the program has those of the last one alone; else it is None. ``settings`` are the
+    options that make it again, None where options cannot say it.
     """
 
     program: ExportedProgram
     plan: RotationPlan | None = None
     quantization: QuantizationReport | None = None
     scored: ExportedProgram | None = None
+    settings: Mapping[str, Any] | None = None
 
     @property
     def rounds_activations(self) -> bool:

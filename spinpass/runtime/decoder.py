@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -74,16 +75,22 @@ class Decoder:
 
         Raises:
             ConfigError: the sequence is empty.
-            ExportError: the file returns the logits of the last position alone.
+            ExportError: the file returns the logits of the last position alone, and cannot be read otherwise.
         """
-        state = self.graph.start(1)
+        graph = self._scored
+        state = graph.start(1)
         parts = torch.split(_tensor(ids), decoding.PROMPT_CHUNK, 1)
-        found = torch.cat([self.graph.step(part, state)[0] for part in parts]).float()
+        found = torch.cat([graph.step(part, state)[0] for part in parts]).float()
         if len(found) != len(ids):
             raise ExportError(
-                f"{self.path} returns the logits of the last token alone: export it without --last-logits to score it"
+                f"{self.path} returns the logits of the last token alone: export it with --all-logits to score it"
             )
         return found
+
+    @property
+    def _scored(self) -> decoding.Graph:
+        """What returns the logits of every token."""
+        return self.graph
 
     def generate(
         self,
@@ -157,7 +164,12 @@ class OrtDecoder(Decoder):
         self, folder: str | Path, *, provider: str = "CPUExecutionProvider", threads: int | None = None
     ) -> None:
         path = model_path(folder)
-        super().__init__(path, DecoderGraph.open(path, provider, threads))
+        self._opened = DecoderGraph.open(path, provider, threads)
+        super().__init__(path, self._opened)
+
+    @cached_property
+    def _scored(self) -> decoding.Graph:
+        return self._opened.of_every_token(self.path) if self._opened.last_alone else self._opened
 
 
 def _tensor(ids: Sequence[int]) -> Tensor:

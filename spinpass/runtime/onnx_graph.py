@@ -52,6 +52,7 @@ class DecoderGraph:
         cache: the inputs of the cache.
         one_by_one: the graph takes one token of each sequence at a call.
         reads_padding: padding changes what it makes of a text, though a mask closes it.
+        last_alone: the logits are those of the last token, however many it reads.
     """
 
     session: Any
@@ -61,6 +62,7 @@ class DecoderGraph:
     cache: tuple[_Slot, ...]
     one_by_one: bool = False
     reads_padding: bool = False
+    last_alone: bool = False
 
     @staticmethod
     def open(path: Path, provider: str = "CPUExecutionProvider", threads: int | None = None) -> DecoderGraph:
@@ -86,6 +88,20 @@ class DecoderGraph:
         about = session.get_modelmeta().custom_metadata_map
         check_loaded(path, about)
         return replace(DecoderGraph.of(session, path), reads_padding=READS_PADDING in about)
+
+    def of_every_token(self, path: Path) -> DecoderGraph:
+        """The graph of the same file with the logits of every token, see :mod:`.every_token`.
+
+        Raises ExportError where the file has no step that picks the last one.
+        """
+        from .every_token import every_token_model
+        from .onnx_session import open_session
+
+        logits = self.session.get_outputs()[self.logits].name
+        threads = self.session.get_session_options().intra_op_num_threads
+        whole = every_token_model(path, logits)
+        session = open_session(path, self.session.get_providers()[0], threads, model=whole)
+        return replace(self, session=session, last_alone=False)
 
     @staticmethod
     def of(session: Any, path: Path) -> DecoderGraph:
@@ -119,7 +135,9 @@ class DecoderGraph:
         if isinstance(length, int) and length != 1:
             raise ExportError(f"{path} was exported for {length} tokens at a call: export it with a dynamic length")
         slots = (_Slot(i.name, _empty_shape(i, batch, path), DTYPES[i.type], continued[i.name]) for i in stored)
-        return DecoderGraph(session, ids[0], plain, logits, tuple(slots), length == 1)
+        returned = outputs[logits].shape
+        last_alone = length != 1 and len(returned) == 3 and _size(returned[1]) == 1
+        return DecoderGraph(session, ids[0], plain, logits, tuple(slots), length == 1, last_alone=last_alone)
 
     def start(self, batch: int) -> State:
         """The state with an empty cache for so many sequences."""
@@ -167,7 +185,6 @@ class DecoderGraph:
         results = run_session(self.session, feed | state.cache)
         state.cache = {slot.name: results[slot.output] for slot in self.cache}
         return from_ort(results[self.logits])
-
 
     def rewind(self, state: State, length: int) -> bool:
         """Forget all but the first ``length`` tokens.

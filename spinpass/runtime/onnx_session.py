@@ -16,6 +16,7 @@ from spinpass.formats import check_opened
 if TYPE_CHECKING:  # what needs no ONNX Runtime can be imported without it
     import onnxruntime as ort
 
+_DATA_FOLDER = "session.model_external_initializers_file_folder_path"
 _BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16, which numpy has no type for
 
 DTYPES = {
@@ -37,7 +38,7 @@ class NoKernelError(ExportError):
 
 
 def open_session(
-    path: Path, provider: str = "CPUExecutionProvider", threads: int | None = None
+    path: Path, provider: str = "CPUExecutionProvider", threads: int | None = None, *, model: bytes | None = None
 ) -> ort.InferenceSession:
     """A session with the default optimisations that prints nothing by itself.
 
@@ -45,6 +46,7 @@ def open_session(
         path: of the file.
         provider: ONNX Runtime's name of what computes.
         threads: how many of the CPU. None leaves the number to ONNX Runtime.
+        model: what is run in place of the file, a model that was made of it and reads its data.
 
     Raises:
         ConfigError: this build of ONNX Runtime does not have ``provider``.
@@ -64,8 +66,10 @@ def open_session(
     options.log_severity_level = 4  # its errors are raised too; printed, they hold names of the file as they are
     if threads is not None:
         options.intra_op_num_threads = threads
+    if model is not None:
+        options.add_session_config_entry(_DATA_FOLDER, str(path.parent.resolve()))
     try:
-        return ort.InferenceSession(str(path), options, providers=[provider])
+        return ort.InferenceSession(str(path) if model is None else model, options, providers=[provider])
     except MissingKernel as error:
         raise NoKernelError(f"ONNX Runtime {ort.__version__} lacks a kernel on {provider}: {error}") from error
     except Exception as error:  # ONNX Runtime's exceptions have no common base below Exception

@@ -350,7 +350,7 @@ def test_one_sentence_and_the_right_code(
     line, code, why = ROWS[number]
     monkeypatch.chdir(tmp_path)
     if ROWS[number] in (*TEXTS, *COMBINATIONS):  # said before a model is loaded
-        for place in ("folders.request", "cli.tune", "evaluation.scoring"):
+        for place in ("folders.making", "cli.tune", "evaluation.scoring"):
             monkeypatch.setattr(f"spinpass.{place}.load_model", loaded)
     before = {path: path.stat().st_mtime_ns for path in places["model"].parent.rglob("*")}
     arguments = split(line, places | {"out": tmp_path / "out"})

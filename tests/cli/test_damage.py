@@ -15,7 +15,7 @@ from tests.support.damage import Bomb, copied, flips, members, saved, zipped
 @pytest.fixture(scope="module")
 def out(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("out") / "out"
-    result = run("export", folder, target, "--rotations", "none", "--no-verify")
+    result = run("export", folder, target, "--bits", 16, "--rotations", "none", "--no-verify")
     assert result.exit_code == 0, result.stderr
     return target
 

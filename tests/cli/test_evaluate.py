@@ -28,7 +28,7 @@ def test_eval_compares_a_rotated_and_quantized_model_with_what_it_was(folder: Pa
 
 
 def test_eval_scores_what_onnx_runtime_runs(folder: Path, text: Path, tmp_path: Path) -> None:
-    assert run("export", folder, tmp_path / "out").exit_code == 0
+    assert run("export", folder, tmp_path / "out", "--bits", 16).exit_code == 0
     result = run(
         "eval", tmp_path / "out", "--against", folder, "--text", text, "--windows", 2, "--length", 16, "--json"
     )

@@ -30,7 +30,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def folder(original: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Rotated and fused."""
     out = tmp_path_factory.mktemp("out")
-    result = run("export", original, out)
+    result = run("export", original, out, "--bits", 16)
     assert result.exit_code == 0, result.stderr
     return out
 
@@ -162,7 +162,7 @@ def test_a_cache_of_integers_on_the_command_line(original: Path, model: OrtModel
     text = tmp_path / "text.txt"
     text.write_text(f"{TEXT} if it is on " * 80)
     out = tmp_path / "out"
-    made = run("export", original, out, "--kv-cache", "int8", "--calibration", text)
+    made = run("export", original, out, "--bits", 16, "--kv-cache", "int8", "--calibration", text)
     assert made.exit_code == 0, made.stderr
     assert json.loads((out / "spinpass.json").read_text())["cache"]["bits"] == 8
     quantized = OrtModel.from_pretrained(out, threads=1)
@@ -171,10 +171,10 @@ def test_a_cache_of_integers_on_the_command_line(original: Path, model: OrtModel
     a, b = (m.generate(ids, max_new_tokens=NEW, eos_token_id=[]) for m in (model, quantized))
     assert (a == b).float().mean() > 0.5  # eight bits change little of a tiny random model's text
     for options, why in ((("--no-fuse",), "leave out --no-fuse"), (("--no-cache",), "leave out --no-fuse and")):
-        refused = run("export", original, tmp_path / "no", "--kv-cache", "int8", "--calibration", text, *options)
+        refused = run("export", original, tmp_path / "no", "--bits", 16, "--kv-cache", "int8", "--calibration", text, *options)
         assert refused.exit_code == 2 and why in refused.stderr
     odd = folders.model_folder(tmp_path / "odd", "llama_tied")
-    refused = run("export", odd, tmp_path / "no", "--kv-cache", "int8", "--calibration", text)
+    refused = run("export", odd, tmp_path / "no", "--bits", 16, "--kv-cache", "int8", "--calibration", text)
     assert refused.exit_code == 1 and "and this is not it: " in refused.stderr and "12" in refused.stderr
 
 
@@ -189,15 +189,16 @@ def test_packed_weights_generate(original: Path, tmp_path: Path) -> None:
 
 
 def test_the_logits_of_the_last_token_alone(original: Path, model: OrtModel, tmp_path: Path) -> None:
-    made = run("export", original, tmp_path / "out", "--last-logits")
+    made = run("export", original, tmp_path / "out", "--bits", 16, "--last-logits")
     assert made.exit_code == 0 and "equivalent" in made.stdout, made.stderr
     short = OrtModel.from_pretrained(tmp_path / "out", threads=1)
     ids, mask = padded("left")
     a, b = (m.generate(ids, mask, max_new_tokens=NEW, eos_token_id=[]) for m in (model, short))
     assert torch.equal(a, b)
     assert short.graph.step(ids[:1], short.graph.start(1)).shape[1] == 1
-    scored = run("eval", tmp_path / "out", "--windows", 1, "--length", 8)
-    assert scored.exit_code == 1 and "export it without --last-logits to score it" in scored.stderr
+    score = ["eval", original, "--file", tmp_path / "out", "--windows", 2, "--length", 8, "--json"]
+    scored = json.loads(run(*score).stdout)["files"][str(tmp_path / "out")]
+    assert scored["kl"] < 1e-6 and scored["agreement"] == 1
     refused = run("export", original, tmp_path / "no", "--last-logits", "--to", "gptq", "--quantize", "w8-rtn")
     assert refused.exit_code == 2 and "a checkpoint has no logits" in refused.stderr
 

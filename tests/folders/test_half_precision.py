@@ -43,7 +43,7 @@ def own_tokens(path: Path, dtype: torch.dtype) -> list[int]:
 @pytest.mark.parametrize("how", quick(FAMILIES, only=["fused attention"]))
 def test_float16_folders_write_the_programs_own_text(how: str, tmp_path: Path) -> None:
     path, out = source(how, tmp_path / "model"), tmp_path / "out"
-    written = export(path, out, RotationConfig(), dtype="float16")
+    written = export(path, out, RotationConfig(), dtype="float16", bits=16)
     certificate = written.report.certificate
     assert certificate is not None and certificate.ok and not written.report.uncertified
     assert written.report.hadamards > 0, "R3 and R4 in float16 are what this is about"
@@ -60,7 +60,7 @@ def test_float16_folders_write_the_programs_own_text(how: str, tmp_path: Path) -
 def test_genai_runs_a_float16_folder(tmp_path: Path) -> None:
     genai = pytest.importorskip("onnxruntime_genai")
     path, out = source("fused attention", tmp_path / "model"), tmp_path / "out"
-    export(path, out, RotationConfig(), dtype="float16")
+    export(path, out, RotationConfig(), dtype="float16", bits=16)
     model = genai.Model(str(out))
     parameters = genai.GeneratorParams(model)
     parameters.set_search_options(do_sample=False, max_length=IDS.shape[1] + NEW, min_length=IDS.shape[1] + NEW)
@@ -80,14 +80,14 @@ def test_bfloat16_is_refused_by_name_before_the_work(tmp_path: Path, monkeypatch
     path, out = source("fused attention", tmp_path / "model"), tmp_path / "out"
     monkeypatch.setattr(request, "rotated", lambda *a, **k: pytest.fail("it was rotated first"))
     with pytest.raises(ExportError, match="no kernel for MatMul in bfloat16 on a CPU.*--dtype float32 or float16.*--no-verify"):
-        export(path, out, RotationConfig(), dtype="bfloat16")
+        export(path, out, RotationConfig(), dtype="bfloat16", bits=16)
     assert not out.exists()
 
 
 @pytest.mark.slow
 def test_bfloat16_is_written_for_who_insists(tmp_path: Path) -> None:
     path, out = source("fused attention", tmp_path / "model"), tmp_path / "out"
-    written = export(path, out, RotationConfig(), dtype="bfloat16", certify=False)
+    written = export(path, out, RotationConfig(), dtype="bfloat16", certify=False, bits=16)
     assert written.report.certificate is None
     with pytest.raises(NoKernelError, match="lacks a kernel on CPUExecutionProvider"):
         OrtDecoder(out)

@@ -36,7 +36,7 @@ def counting(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_rows_are_run_one_by_one(counting: Path, tmp_path: Path) -> None:
     assert load_model(counting).reads_padding
-    export(counting, tmp_path / "out", None)
+    export(counting, tmp_path / "out", None, bits=16)
     about = json.loads((tmp_path / "out" / "spinpass.json").read_text())
     assert any(WHY in note for note in about["loading"]["notes"])
     batch = {t["runtime"]: t for t in about["trials"] if t["case"] == "padded batch"}

@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file
 
 from spinpass.errors import ConfigError, ExportError
-from spinpass.folders import ExportRequest, Known, check_space
+from spinpass.folders import ExportRequest, Known, carry_out, check_space
 from spinpass.loading import Source, count_values, locate
 from spinpass.progress import Silent
 from tests.support import folders
@@ -79,14 +79,14 @@ def test_the_disk_is_asked_for_what_will_be_written(model: Path, tmp_path: Path,
 
 
 def asked(model: Path, out: Path, **options: Any) -> Any:
-    return lambda: ExportRequest(str(model), out, None, **options).run(Silent())
+    return lambda: carry_out(ExportRequest(str(model), out, None, **options), Silent())
 
 
 def test_it_is_all_said_before_the_model_is_loaded(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def loaded(*_: object, **__: object) -> None:
         raise AssertionError("the model is loaded")
 
-    monkeypatch.setattr("spinpass.folders.request.load_model", loaded)
+    monkeypatch.setattr("spinpass.folders.making.load_model", loaded)
     text, short = tmp_path / "text.txt", tmp_path / "short.txt"
     text.write_text("what is the weather like " * 400)
     short.write_text("what is it")
@@ -98,19 +98,21 @@ def test_it_is_all_said_before_the_model_is_loaded(model: Path, tmp_path: Path, 
         (calibrated | {"calibration": tmp_path / "none.txt"}, ConfigError, "no such file"),
         (calibrated | {"calibration": short}, ConfigError, "the text has 3"),
         (calibrated | {"calibration_windows": 5}, ConfigError, "5 windows of 512 tokens need 2,560 tokens"),
-        (dict(kv_cache="int8", calibration=text, dtype="float16"), ConfigError, "float32"),
+        (dict(bits=16, kv_cache="int8", calibration=text, dtype="float16"), ConfigError, "float32"),
     ]
     for options, kind, why in wrong:
         with pytest.raises(kind, match=why):
             asked(model, out, **options)()
     monkeypatch.setattr(shutil, "disk_usage", free(20_000))
     with pytest.raises(ExportError, match="the disk is full"):
-        asked(model, out)()
+        asked(model, out, bits=16)()
     assert not out.exists()
 
 
 def test_windows_that_are_asked_for_are_all_taken_for_the_cache_too(model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from spinpass.folders import making
     from spinpass.folders.onnx import CacheBits
 
-    request = ExportRequest(str(model), tmp_path, None, kv_cache="int8", calibration=tmp_path / "t", calibration_windows=3)
-    assert request._writer().keywords["cache"] == CacheBits(8, tmp_path / "t", 3)  # type: ignore[attr-defined]
+    text = tmp_path / "t"
+    request = ExportRequest(str(model), tmp_path, None, bits=16, kv_cache="int8", calibration=text, calibration_windows=3)
+    assert making._cache_bits(request, text) == CacheBits(8, text, 3)

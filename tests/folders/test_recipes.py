@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
-from spinpass import RotationConfig
+from spinpass import Override, RotationConfig
 from spinpass.errors import ConfigError
-from spinpass.evaluation import SHIPPED_TEXT
-from spinpass.folders import BITS, ExportRequest, card_lines, export, recipe_of
+from spinpass.evaluation import SHIPPED_TEXT, ProgramScorer, own_tokens
+from spinpass.folders import BITS, ExportRequest, card_lines, export, making, recipe_of, result
+from spinpass.folders import card as folder_card
+from spinpass.folders import onnx as folder_onnx
 from spinpass.folders.card import WINDOWS
+from spinpass.folders.recipes import DEFAULT_BITS
+from spinpass.folders.settings import settings_of
 from spinpass.formats.pt2 import save_program
 from spinpass.quantization import QuantizationConfig
 from tests.support import folders, programs
@@ -55,10 +61,12 @@ def test_what_is_given_counts_more_than_a_recipe() -> None:
     [
         ({"bits": 5}, "bits=5 is not one of 16, 8, 4, 3, 2"),
         ({"bits": 4, "recipe": "best"}, "recipe='best' is not one of auto, quick, plain"),
-        ({"recipe": "plain"}, "--recipe plain is of a number of bits: add --bits"),
+        ({"recipe": "plain", "quantize": "w4-rtn"}, "--recipe plain and --quantize both say how to round"),
+        ({"compare": True, "recipe": "plain"}, "--compare is of a rotated model and its original, both rounded, and this is the original"),
+        ({"compare": True, "bits": 16}, "and this is in floats"),
         ({"bits": 4, "quantize": "w4-rtn"}, "--bits 4 and --quantize both say how to round"),
         ({"bits": 4, "int4": True}, "--bits 4 and --int4 both say how to round"),
-        ({"keep": ("*",)}, "--keep and --layer are of layers that are quantized: add --bits or --quantize"),
+        ({"bits": 16, "keep": ("*",)}, "--keep and --layer are of layers that are quantized: add --bits or --quantize"),
         ({"bits": 4, "layers": (("*.o_proj.*", "w8-a8"),)}, "--layer *.o_proj.*=w8-a8: name weights alone"),
         ({"bits": 4, "layers": (("*.o_proj.*", "q8"),)}, "'q8' in 'q8' is not a part of a scheme"),
         ({"bits": 2, "to": "executorch"}, "--to executorch has no kernel for 2 bits: choose one of 8, 4"),
@@ -89,7 +97,7 @@ def test_the_written_file_is_scored(tmp_path: Path) -> None:
 
 def test_a_program_without_a_tokenizer_is_not_scored(tmp_path: Path) -> None:
     save_program(programs.program("llama_tied", "cache", torch.float32), tmp_path / "model.pt2")
-    manifest = export(tmp_path / "model.pt2", tmp_path / "out", bits=16).manifest
+    manifest = export(tmp_path / "model.pt2", tmp_path / "out", recipe="plain").manifest
     assert manifest["card"] == "not scored: there is no tokenizer to read a text with"
 
 
@@ -106,3 +114,113 @@ def test_layers_are_kept_or_rounded_otherwise(tmp_path: Path) -> None:
     for wrong, why in (("*.oproj.*=w8", "the nearest is"), ("w8", "is not PATTERN=SCHEME")):
         refused = run("export", model, tmp_path / "no", "--bits", "4", "--recipe", "plain", "--layer", wrong)
         assert refused.exit_code == 2 and why in refused.stderr and not (tmp_path / "no").exists()
+
+
+# -- the default, what it leaves to the user, and what it saves --------------------------------------------------------
+
+
+def test_four_bits_are_the_default_and_a_scheme_stands_in_their_place() -> None:
+    request = ExportRequest("m", Path("out"), RotationConfig())
+    assert request.bits == DEFAULT_BITS == 4 and request.quantize == recipe_of("auto", 4, "onnx").scheme
+    given = ExportRequest("m", Path("out"), RotationConfig(), quantize="w8-rtn")
+    assert given.bits is None and given.config == RotationConfig()
+
+
+def test_a_folder_is_made_again_by_its_own_settings(tmp_path: Path) -> None:
+    """Byte for byte; and what the command line says counts more."""
+    model = folders.model_folder(tmp_path / "model")
+    first = run("export", model, tmp_path / "a", "--recipe", "quick", "--samples", 2, "--keep", "*.o_proj.*", "--seed", 3, "--kind", "random-hadamard")
+    assert first.exit_code == 0, first.stderr
+    settings = tmp_path / "a" / "recipe.yaml"
+    told = yaml.safe_load(settings.read_text())
+    assert told == {
+        "rotations": "R1,R2,R3,R4,latent", "form": "auto", "kind": "random-hadamard", "seed": 3, "samples": 2,
+        "quantize": recipe_of("quick", 4, "onnx").scheme, "keep": ["*.o_proj.*"], "last-logits": True,
+    }
+    again = run("export", model, tmp_path / "b", "--config", settings)
+    assert again.exit_code == 0, again.stderr
+    assert (tmp_path / "a" / "model.onnx").read_bytes() == (tmp_path / "b" / "model.onnx").read_bytes()
+    other = run("export", model, tmp_path / "c", "--config", settings, "--quantize", "w8-rtn", "--all-logits", "--rotations", "R2")
+    assert other.exit_code == 2 and "--samples 2 are windows of a text" in other.stderr
+    settings.write_text(settings.read_text().replace("samples: 2\n", ""))
+    other = run("export", model, tmp_path / "c", "--config", settings, "--quantize", "w8-rtn", "--all-logits", "--rotations", "R2")
+    assert other.exit_code == 0, other.stderr
+    told = yaml.safe_load((tmp_path / "c" / "recipe.yaml").read_text())
+    assert (told["quantize"], told["rotations"], told["seed"]) == ("w8-rtn", "R2", 3) and "last-logits" not in told
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("bits: 4\nforn: online\n", "forn is no option; did you mean form?"),
+        ("force: true\n", "force is given on the command line alone"),
+        ("trust-remote-code: true\n", "trust-remote-code is given on the command line alone"),
+        ("bits: [4]\n", "bits is [4]: a text or a number is expected"),
+        ("no-cache: 3\n", "no-cache is 3: true or false is expected"),
+        ("keep: [1]\n", "keep is [1]: a list of texts is expected"),
+        ("bits: five\n", "Invalid value for '--bits'"),
+        ("- bits\n", "holds a list: options are expected"),
+        ("bits: 'x\n", "is no YAML"),
+        ("\n", "holds no text"),
+    ],
+)
+def test_settings_that_mean_nothing(tmp_path: Path, text: str, why: str) -> None:
+    (tmp_path / "mine.yaml").write_text(text)
+    refused = run("export", tmp_path / "model", tmp_path / "out", "--config", tmp_path / "mine.yaml")
+    assert refused.exit_code == 2 and why in " ".join(refused.stderr.split()), refused.stderr
+
+
+def test_settings_of_matrices_are_not_options() -> None:
+    request = ExportRequest("m", Path("out"), RotationConfig(overrides={"R2": Override(seed=1)}))
+    assert settings_of(request, request.config, last_logits=True) is None
+    assert settings_of(request, None, last_logits=False)["rotations"] == "none"  # type: ignore[index]
+
+
+@pytest.mark.parametrize("better", ["rotated", "original"])
+def test_the_better_of_two_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, better: str) -> None:
+    model = folders.model_folder(tmp_path / "model")
+    scored, ratios = folder_card.scored_card, iter([1.5, 1.25] if better == "original" else [1.25, 1.5])
+    monkeypatch.setattr(folder_onnx, "scored_card", lambda *given: replace(scored(*given), ratio=next(ratios)))  # type: ignore[type-var]
+    made = run("export", model, tmp_path / "out", "--recipe", "quick", "--samples", 2, "--compare", "--no-verify")
+    assert made.exit_code == 0, made.stderr
+    manifest = json.loads((tmp_path / "out" / "spinpass.json").read_text())
+    assert manifest["card"]["ratio"] == 1.25 and manifest["compared"]["kept"] == better
+    assert manifest["compared"]["other"]["ratio"] == 1.5 and (manifest["plan"] is None) == (better == "original")
+    left = "rotated" if better == "original" else "the original"
+    assert f"{left} by the same scheme: × 1.5000" in " ".join(made.stdout.split())
+    assert run("inspect", tmp_path / "out").exit_code == 0
+    told = yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())
+    assert (told["rotations"] == "none") == (better == "original")
+
+
+def test_a_model_writes_what_it_is_calibrated_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, texts = folders.model_folder(tmp_path / "model"), []
+    inputs = result.calibration_inputs
+    monkeypatch.setattr(result, "calibration_inputs", lambda program, tokens, text, **more: (texts.append(text.read_text()), inputs(program, tokens, text, **more))[1])
+    for name in ("a", "b"):
+        made = run("export", model, tmp_path / name, "--recipe", "quick", "--samples", 1, "--calibration", "self", "--no-verify")
+        assert made.exit_code == 0, made.stderr
+    assert texts[0] == texts[1] and len(set(texts[0].split())) > 5
+    assert yaml.safe_load((tmp_path / "a" / "recipe.yaml").read_text())["calibration"] == "self"
+    assert not list(tmp_path.rglob("calibration.txt"))
+
+
+def test_own_tokens_are_the_programs() -> None:
+    """The first ones after the start are its likeliest; draws come from its probabilities."""
+    program = programs.program("llama_tied", "cache", torch.float32)
+    rows = own_tokens(program, 3, 9, seed=1)
+    assert rows.shape == (3, 9) and torch.equal(rows, own_tokens(program, 3, 9, seed=1))
+    scorer = ProgramScorer(program)
+    for row in rows:
+        assert torch.equal(scorer.logits(row.tolist())[:4].argmax(-1), row[1:5])
+    with pytest.raises(ConfigError, match="hands on no cache"):
+        own_tokens(programs.program("llama_tied", "plain", torch.float32), 1, 4)
+
+
+def test_a_dataset_is_calibrated_on_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = folders.model_folder(tmp_path / "model")
+    monkeypatch.setattr(making, "read_dataset", lambda name: {"some/texts:plain": "what is the weather like " * 400}[name])
+    made = run("export", model, tmp_path / "out", "--recipe", "quick", "--samples", 2, "--calibration", "some/texts:plain", "--no-verify")
+    assert made.exit_code == 0, made.stderr
+    refused = run("export", model, tmp_path / "no", "--calibration", "none.txt")
+    assert refused.exit_code == 2 and "no such file" in refused.stderr

@@ -14,7 +14,7 @@ import spinpass
 from spinpass import RotationConfig
 from spinpass.errors import ConfigError
 from spinpass.evaluation import SHIPPED_TEXT
-from spinpass.folders.request import ExportRequest, export
+from spinpass.folders import ExportRequest, export
 from spinpass.progress import Silent
 from spinpass.runtime.decoder import OrtDecoder
 from tests.support import folders
@@ -37,7 +37,7 @@ def test_a_folder_that_runs(model: Path, tmp_path: Path) -> None:
 
 
 def test_caches_have_one_name_in_the_file_the_record_and_the_certificates(model: Path, tmp_path: Path) -> None:
-    manifest = export(model, tmp_path / "out").manifest
+    manifest = export(model, tmp_path / "out", bits=16).manifest
     record, file = manifest["record"], manifest["onnx"]
     assert {"past_key_values.0.key", "past_key_values.1.value"} < set(file["inputs"])
     assert record["inputs"] and set(record["inputs"]) <= set(file["inputs"])
@@ -47,7 +47,7 @@ def test_caches_have_one_name_in_the_file_the_record_and_the_certificates(model:
 
 
 def test_the_original_without_a_rotation(model: Path, tmp_path: Path) -> None:
-    written = export(model, tmp_path / "out", None)
+    written = export(model, tmp_path / "out", None, bits=16)
     assert written.manifest["plan"] is None and written.report.hadamards == 0
 
 
@@ -66,10 +66,10 @@ def test_what_means_nothing_is_refused_before_the_work(model: Path, tmp_path: Pa
 
 
 def test_what_needs_a_text_has_that_of_the_package(model: Path, tmp_path: Path) -> None:
-    def text(**options: Any) -> Path | None:
+    def text(**options: Any) -> str | Path | None:
         return ExportRequest(str(model), tmp_path, None, **options).calibration
 
-    assert text(quantize="w4") == text(kv_cache="int8") == SHIPPED_TEXT and text(quantize="w4-rtn") is None
+    assert text(quantize="w4") == text(bits=16, kv_cache="int8") == text() == SHIPPED_TEXT and text(quantize="w4-rtn") is None
     assert text(quantize="w4", calibration=Path("mine.txt")) == Path("mine.txt")
     assert len(SHIPPED_TEXT.read_text(encoding="utf-8")) > 200_000
 

@@ -106,7 +106,7 @@ def test_a_wrong_attention_is_seen_behind_a_rounded_cache(
 ) -> None:
     changed("quantize_cache", sharper)
     with pytest.raises(VerificationError, match="does not compute what the program does"):
-        export(source, tmp_path / "out", None, kv_cache="int8", calibration=text, calibration_windows=4)
+        export(source, tmp_path / "out", None, kv_cache="int8", calibration=text, calibration_windows=4, bits=16)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -115,7 +115,7 @@ def test_a_text_that_shows_too_little_is_named(
 ) -> None:
     monkeypatch.setattr("spinpass.folders.onnx.KERNEL_BOUND", 1e-9)
     with pytest.raises(VerificationError, match=r"Calibrate with text .* or leave out --kv-cache"):
-        export(source, tmp_path / "out", None, kv_cache="int8", calibration=text, calibration_windows=4)
+        export(source, tmp_path / "out", None, kv_cache="int8", calibration=text, calibration_windows=4, bits=16)
 
 
 @pytest.mark.parametrize("change", [0.0, 0.5], ids=["as it rounds", "otherwise"])

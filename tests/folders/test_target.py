@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from spinpass.errors import ConfigError
-from spinpass.folders import ExportRequest, check_target
+from spinpass.folders import ExportRequest, carry_out, check_target
 from spinpass.progress import Silent
 from tests.support.commands import run
 
@@ -51,7 +51,7 @@ def test_the_model_itself(tmp_path: Path, out: str) -> None:
 def test_it_is_asked_before_anything_is_loaded(tmp_path: Path) -> None:
     (tmp_path / "keep.txt").write_text("kept")
     with pytest.raises(ConfigError, match=r"holds keep.txt"):
-        ExportRequest("no/such", tmp_path, None).run(Silent())
+        carry_out(ExportRequest("no/such", tmp_path, None), Silent())
     for command in (
         ("export", "no/such", tmp_path),
         ("tune", "no/such", "--quantize", "w4-rtn", "--calibration", tmp_path / "keep.txt", "--out", tmp_path),

@@ -45,7 +45,7 @@ def loaded(source: Path) -> LoadedModel:
 @pytest.fixture(scope="module")
 def written(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("written") / "out"
-    export(source, out, None)
+    export(source, out, None, bits=16)
     return out
 
 
@@ -136,7 +136,7 @@ def test_a_window_that_is_not_kept_is_seen(loaded: LoadedModel, source: Path, fo
     config = json.loads((source / "config.json").read_text())
     shutil.copytree(source, tmp_path / "wide")
     (tmp_path / "wide" / "config.json").write_text(json.dumps(config | {"sliding_window": None}))
-    export(tmp_path / "wide", tmp_path / "other", None)
+    export(tmp_path / "wide", tmp_path / "other", None, bits=16)
     with pytest.raises(VerificationError, match=rf"\(onnxruntime, (next turn|past {WINDOW} tokens)\)"):
         tried(loaded, tmp_path / "other")
 
@@ -170,18 +170,18 @@ def test_a_failed_trial_leaves_nothing(source: Path, tmp_path: Path, monkeypatch
     out = tmp_path / "out"
     monkeypatch.setattr(folders_onnx, "try_folder", broken)
     with pytest.raises(VerificationError, match="written folder"):
-        export(source, out, RotationConfig(), certify=False)
+        export(source, out, RotationConfig(), certify=False, bits=16)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_without_a_certificate_the_folder_is_run_all_the_same(source: Path, tmp_path: Path) -> None:
-    export(source, tmp_path / "out", None, certify=False)
+    export(source, tmp_path / "out", None, certify=False, bits=16)
     found = trials(tmp_path / "out")
     assert {t["reason"] for t in found} == {"switched off"} and all(t["tokens"] for t in found)
 
 
 def test_a_program_without_a_cache_is_called_once(tmp_path: Path) -> None:
-    export(program_folder(tmp_path) / "model.pt2", tmp_path / "out", None)
+    export(program_folder(tmp_path) / "model.pt2", tmp_path / "out", None, bits=16)
     (found,) = trials(tmp_path / "out")
     assert (found["runtime"], found["case"], found["reason"]) == ("onnxruntime", "one call", "")
     assert found["error"] < found["bound"]
@@ -205,7 +205,7 @@ def test_integers_of_another_weight_never_appear(source: Path, tmp_path: Path, m
 
 
 def test_the_last_logits_are_those_of_the_last_token(source: Path, tmp_path: Path) -> None:
-    export(source, tmp_path / "out", None, last_logits=True)
+    export(source, tmp_path / "out", None, last_logits=True, bits=16)
     found = trials(tmp_path / "out")
     assert all(not t["reason"] and t["error"] < 1e-3 for t in found)
 
@@ -219,7 +219,7 @@ def test_a_short_model_is_tried_with_what_it_holds(source: Path, tmp_path: Path,
     shutil.copytree(source, tmp_path / "model")
     config = json.loads((source / "config.json").read_text()) | {"max_position_embeddings": positions}
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
-    export(tmp_path / "model", tmp_path / "out", None)
+    export(tmp_path / "model", tmp_path / "out", None, bits=16)
     judged = {t["case"] for t in trials(tmp_path / "out") if not t["reason"]}
     left = {t["case"]: t["reason"] for t in trials(tmp_path / "out") if t["reason"]}
     assert judged | set(left) == set(CASES) and "prompt" in judged and "next turn" in left
@@ -227,7 +227,7 @@ def test_a_short_model_is_tried_with_what_it_holds(source: Path, tmp_path: Path,
 
 
 def test_positions_that_are_rows_of_a_table_are_no_tokens(tmp_path: Path) -> None:
-    export(model_folder(tmp_path / "model", "gpt2"), tmp_path / "out", RotationConfig())
+    export(model_folder(tmp_path / "model", "gpt2"), tmp_path / "out", RotationConfig(), bits=16)
     found = trials(tmp_path / "out")
     assert {"prompt", "padded batch", "next turn"} <= {t["case"] for t in found if t["tokens"]}
     assert all(t["error"] < 1e-5 for t in found)
@@ -239,7 +239,7 @@ def test_an_end_token_that_no_logit_stands_for_keeps_genai_out(source: Path, tmp
     for name in ("config.json", "generation_config.json"):
         values = json.loads((source / name).read_text()) | {"eos_token_id": [2, 1000]}
         (tmp_path / "model" / name).write_text(json.dumps(values))
-    export(tmp_path / "model", tmp_path / "out", None)
+    export(tmp_path / "model", tmp_path / "out", None, bits=16)
     about = json.loads((tmp_path / "out" / "spinpass.json").read_text())
     assert about["genai"]["file"] is None and "token 1000" in about["genai"]["reason"]
     assert {t["runtime"] for t in about["trials"]} == {"onnxruntime", "OrtModel"}

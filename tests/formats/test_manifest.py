@@ -40,7 +40,7 @@ def seeded(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def exported(model: Path, folder: Path, *options: str) -> Path:
-    result = RUN.invoke(app, ["export", str(model), str(folder), *options])
+    result = RUN.invoke(app, ["export", str(model), str(folder), "--bits", "16", *options])
     assert result.exit_code == 0, result.stderr
     return folder
 

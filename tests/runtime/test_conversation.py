@@ -20,7 +20,7 @@ TURNS = ("what is the", "weather like", "if it is on")
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("chat")
-    export(folders.model_folder(root / "model"), root / "out")
+    export(folders.model_folder(root / "model"), root / "out", bits=16)
     return root / "out"
 
 

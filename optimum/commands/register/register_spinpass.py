@@ -14,7 +14,7 @@ from typing import Any
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 from optimum.commands.export.base import ExportCommand
 
-_WEIGHTS: dict[str, list[str]] = {"fp32": [], "int8": ["--quantize", "w8-rtn-head8-embed8"], "int4": ["--int4"]}
+_WEIGHTS = {"fp32": ["--bits", "16"], "int8": ["--quantize", "w8-rtn-head8-embed8"], "int4": ["--int4"]}
 _VALUES = {
     "rotations": ("R1,R2,R3,R4", "rotations to make, separated by commas; none writes the original, to compare with"),
     "kind": ("KIND", "kind of the rotation matrices: hadamard, random-hadamard or random-matrix"),
@@ -24,10 +24,11 @@ _VALUES = {
     "form": ("FORM", "place of R1: auto, offline (in the residual stream) or online (at the linear layers' inputs)"),
     "cache": ("CACHE", "let the KV cache be stored rotated, or leave out the rotations that need it: rotated or plain"),
     "dtype": ("DTYPE", "dtype of the weights: float32, float16, bfloat16, or auto for the one they are stored in"),
-    "quantize": ("SCHEME", "scheme to quantize by, for example w4g128-gptq-a8-head8, instead of --weights"),
-    "bits": ("N", "bits of the weights, by a recipe: 16, 8, 4, 3 or 2; the written file is scored"),
-    "recipe": ("NAME", "with --bits: auto, the best measured, quick, on less text, or plain, to nearest unrotated"),
-    "calibration": ("FILE", "UTF-8 text that GPTQ, static ranges and --kv-cache calibrate on"),
+    "quantize": ("SCHEME", "scheme to quantize by in place of a recipe, for example w4g128-gptq-a8-head8"),
+    "bits": ("N", "bits of the weights, by a recipe: 16, 8, 4, 3 or 2; 4 by default"),
+    "recipe": ("NAME", "auto, the best measured, quick, on less text, or plain, to nearest unrotated"),
+    "calibration": ("FILE", "what GPTQ, static ranges and --kv-cache calibrate on: a text, a dataset, or self"),
+    "config": ("FILE", "YAML file with options, such as the recipe.yaml of a folder"),
     "samples": ("N", "number of calibration windows, of 512 tokens"),
     "to": ("TARGET", "runtime that the folder is for, onnx or executorch, or gptq for a checkpoint"),
     "context": ("N", "tokens that the KV cache inside an ExecuTorch program holds"),
@@ -42,7 +43,9 @@ _SWITCHES = {
     "no-cache": "export without a KV cache, for whole prompts alone",
     "no-verify": "do not certify the result",
     "allow-partial": "where the certificate fails, leave out the spaces to blame",
-    "last-logits": "compute the logits of the last token alone, so that prompts are read faster",
+    "last-logits": "compute the logits of a prompt's last token alone, so that it is read faster",
+    "all-logits": "compute the logits of every token",
+    "compare": "make the original by the same scheme as well, and keep which does better on text",
     "no-fuse": "write standard ONNX operators only, instead of ONNX Runtime's own for attention",
     "dequantize": "where MODEL is quantized (GPTQ, FP8, MXFP4), take the values of its codes",
     "trust-remote-code": "run the modelling code that comes with MODEL",
@@ -64,7 +67,7 @@ class SpinpassExportCommand(BaseOptimumCLICommand):  # type: ignore[misc]  # opt
             "-m", "--model", required=True, help="a model folder, a name on the hub, a GGUF file or a .pt2 file"
         )
         parser.add_argument("output", metavar="OUT", help="folder to write the model and its companions to")
-        parser.add_argument("--weights", choices=list(_WEIGHTS), help="what the weights become, fp32 by default")
+        parser.add_argument("--weights", choices=list(_WEIGHTS), help="what the weights become, in place of --bits")
         for name, (metavar, text) in _VALUES.items():
             parser.add_argument(f"--{name}", metavar=metavar, default=SUPPRESS, help=text)
         for name, (metavar, text) in _LISTS.items():
@@ -77,8 +80,9 @@ class SpinpassExportCommand(BaseOptimumCLICommand):  # type: ignore[misc]  # opt
     def run(self) -> None:
         """Exits as the command line does: 0 done, 1 refused or failed, 2 bad usage; one line says why."""
         given = vars(self.args)
-        if given["weights"] is not None and "quantize" in given:
-            self.parser.error("--weights and --quantize both say what the weights become: give one of them")
+        for other in ("quantize", "bits", "recipe"):
+            if given["weights"] is not None and other in given:
+                self.parser.error(f"--weights and --{other} both say what the weights become: give one of them")
         from spinpass.cli import main
 
         main(arguments(given))
@@ -87,7 +91,7 @@ class SpinpassExportCommand(BaseOptimumCLICommand):  # type: ignore[misc]  # opt
 
 def arguments(given: Mapping[str, Any]) -> list[str]:
     """The parsed options as ``spinpass export`` takes them."""
-    line = ["export", *_WEIGHTS[given["weights"] or "fp32"]]
+    line = ["export", *_WEIGHTS.get(given["weights"], [])]
     line += [f"--{name}={given[_key(name)]}" for name in _VALUES if _key(name) in given]
     line += [f"--{name}={each}" for name in _LISTS for each in given[name]]
     line += [f"--{name}" for name in _SWITCHES if given[_key(name)]]

@@ -1,0 +1,84 @@
+"""``--config``: options from a file, in place of the defaults that a command has for them."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml  # type: ignore[import-untyped]
+
+from spinpass.errors import ConfigError, first_line
+from spinpass.evaluation import read_text
+
+_NEVER = ("config", "help", "force", "trust-remote-code", "json", "verbose")  # of one run, and of who gives it
+
+
+def _take(ctx: typer.Context, path: Path | None) -> Path | None:
+    """Let the options of a file stand in for the defaults of a command; what the command line gives counts more."""
+    if path is not None:
+        ctx.default_map = _defaults(_options(ctx), _read(path), path)
+    return path
+
+
+Settings = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        help="YAML file with options, such as the recipe.yaml of a folder; options given beside it count more.",
+        metavar="FILE",
+        is_eager=True,
+        callback=_take,
+    ),
+]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Return what a file says. Raises ConfigError where that is no mapping."""
+    try:
+        found = yaml.safe_load(read_text(path))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is no YAML: {first_line(error)}") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path} holds a {type(found).__name__}: options are expected, a line each, as bits: 4")
+    return {str(name): value for name, value in found.items()}
+
+
+def _options(ctx: typer.Context) -> dict[str, Any]:
+    """The options of a command that a file may give, by name."""
+    found = {}
+    for parameter in ctx.command.params:
+        for option in (*parameter.opts, *parameter.secondary_opts):
+            name = option.removeprefix("--")
+            if option.startswith("--") and name not in _NEVER:
+                found[name] = parameter
+    return found
+
+
+def _defaults(options: dict[str, Any], given: dict[str, Any], path: Path) -> dict[str, Any]:
+    found = {}
+    for name, value in given.items():
+        parameter = options.get(name)
+        if parameter is None:
+            near = difflib.get_close_matches(name, options, 1)
+            why = "is given on the command line alone" if name in _NEVER else "is no option"
+            raise ConfigError(f"{path}: {name} {why}" + (f"; did you mean {near[0]}?" if near else ""))
+        found[parameter.name] = _checked(name, parameter, value, path)
+    return found
+
+
+def _checked(name: str, parameter: Any, value: Any, path: Path) -> Any:
+    """Return a value as the option takes it. Raises ConfigError where it is of another kind."""
+    if parameter.is_flag:
+        if not isinstance(value, bool):
+            raise ConfigError(f"{path}: {name} is {value!r}: true or false is expected")
+        return value if f"--{name}" in parameter.opts else not value
+    if parameter.multiple:
+        listed = value if isinstance(value, list) else [value]
+        if all(isinstance(each, str) for each in listed):
+            return listed
+    elif isinstance(value, (str, int)) and not isinstance(value, bool):
+        return str(value)
+    expected = "a list of texts" if parameter.multiple else "a text or a number"
+    raise ConfigError(f"{path}: {name} is {value!r}: {expected} is expected")

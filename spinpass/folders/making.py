@@ -1,0 +1,290 @@
+"""How an export is carried out: load, rotate, certify, quantize, write, try, score.
+
+model  ->  program  ->  rotated  ->  rounded  ->  a folder that was run and scored
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from spinpass.config import RotationConfig
+from spinpass.errors import ConfigError
+from spinpass.evaluation import (
+    CALIBRATION_LENGTH,
+    CALIBRATION_WINDOWS,
+    SELF,
+    named_dataset,
+    own_tokens,
+    read_dataset,
+    token_ids,
+)
+from spinpass.formats import Draft, drafted
+from spinpass.loading import LoadedModel, check_program_options, load_model
+from spinpass.passes import last_token
+from spinpass.progress import Silent, Steps
+
+from .companions import Written, check_target
+from .compared import Made, the_better
+from .executorch import executorch_tools, write_pte_folder
+from .gptq import check_rotation, write_gptq_folder
+from .onnx import CacheBits, onnx_tools, write_folder
+from .preflight import Known
+from .recipes import RecipeName
+from .request import ExportRequest, IntegerCache, Target
+from .result import Result, quantized, rotated
+from .settings import settings_of
+
+CONTEXT = 1024
+"""Tokens of the cache inside an ExecuTorch program where none are asked for."""
+
+_EXPERTS = {"onnx": "grouped_mm", "executorch": "batched_mm"}
+"""The implementation of a mixture's experts, as transformers calls it, whose operators the target has.
+
+``batched_mm`` gathers the weights of every token's experts: 151 MB for each token in each layer of a model of width
+2048 with eight experts of width 768 at a time. The grouped product reads a weight once, however many tokens go to it.
+"""
+_ROWS = 16  # texts that a model writes at once
+_DEFAULT = RotationConfig()
+
+
+def export(
+    model: str | Path,
+    out: str | Path,
+    config: RotationConfig | None = _DEFAULT,
+    *,
+    to: Target = "onnx",
+    bits: int | None = None,
+    recipe: RecipeName = "auto",
+    quantize: str = "",
+    keep: Sequence[str] = (),
+    layers: Sequence[tuple[str, str]] = (),
+    compare: bool = False,
+    calibration: str | Path | None = None,
+    calibration_windows: int | None = None,
+    int4: bool = False,
+    kv_cache: IntegerCache | None = None,
+    dtype: str = "float32",
+    cache: bool = True,
+    context: int | None = None,
+    dequantize: bool = False,
+    trust_remote_code: bool = False,
+    last_logits: bool | None = None,
+    fuse: bool = True,
+    certify: bool = True,
+    allow_partial: bool = False,
+    force: bool = False,
+    steps: Steps | None = None,
+) -> Written:
+    """Load a model, rotate it, certify it, and write a folder that a runtime runs: ``spinpass export`` from Python.
+
+    Args:
+        model: a model folder, a name on the hub, a GGUF file or a .pt2 file.
+        out: the folder that is written: the model, its tokenizer and configuration, ``spinpass.json``.
+        config: what is rotated; None writes the original, to compare with.
+        to: the runtime that the folder is for, or ``"gptq"`` for a checkpoint.
+        bits: of the weights: 16 keeps the values, 8, 4, 3 and 2 take what :mod:`.recipes` says for the runtime. None is
+            4, unless ``quantize`` or ``int4`` says how to round.
+        recipe: ``auto``, the best that was measured for these bits, ``quick``, the same on less text, or ``plain``,
+            rounding to nearest without rotation. A ``config`` of yours is rotated by in its place.
+        quantize: a scheme in place of a recipe, for example ``"w4g128-gptq-a8"``.
+        keep: patterns of parameter names whose layers are left in floats; one that matches nothing is an error.
+        layers: pairs of a pattern of parameter names and a scheme of weights for their layers; the first match counts.
+        compare: make the original by the same scheme as well, and keep which does better on text.
+        calibration: the file of a UTF-8 text for GPTQ, static ranges and ``kv_cache``; or a dataset, as
+            :func:`spinpass.evaluation.read_dataset` takes it; or ``"self"``, text that the model writes. By default,
+            where one is needed, the text of this package.
+        calibration_windows: how many windows of 512 tokens of the text are read; by default what it holds, at most 16.
+        int4: pack the weights to 4 bits (MatMulNBits), without a scheme.
+        kv_cache: keep keys and values as integers of this width (ONNX Runtime).
+        dtype: that of the weights, float32, float16 or bfloat16; ``"auto"`` takes the dtype they are stored in.
+        cache: export with a KV cache; without one the program takes whole prompts alone.
+        context: how many tokens the KV cache inside an ExecuTorch program holds, 1024 by default.
+        dequantize: where the model is quantized (GPTQ, FP8, MXFP4), take the values of its codes.
+        trust_remote_code: run the modelling code that comes with the model.
+        last_logits: compute the logits of a prompt's last token alone, which is all that generation reads. None does so
+            where an ONNX folder has a cache and follows a recipe of less than 16 bits, if its head allows it.
+        fuse: use ONNX Runtime's own operators for attention.
+        certify: prove the rotated program, and the file, equivalent before anything stays on the disk.
+        allow_partial: where that proof fails, leave out the rotations to blame instead of raising.
+        force: write into a folder that holds files of others, too.
+        steps: told what begins.
+
+    Returns:
+        The exporter's report, what ``spinpass.json`` holds (plan, certificates, hashes), and the names of all files.
+
+    Raises:
+        ConfigError: a combination that means nothing, a model or text that cannot be read.
+        ExportError: the runtime's packages are missing, or the folder cannot be written.
+        RefusedError: nothing can be rotated.
+        VerificationError: the rotated program, or the file, is not equivalent.
+    """
+    request = ExportRequest(
+        str(model), Path(out), config, to, quantize=quantize, calibration=calibration, int4=int4, kv_cache=kv_cache,
+        dtype=dtype, cache=cache, context=context, dequantize=dequantize, bits=bits, recipe=recipe,
+        keep=tuple(keep), layers=tuple(layers), compare=compare,
+        trust_remote_code=trust_remote_code, last_logits=last_logits, fuse=fuse, certify=certify,
+        calibration_windows=calibration_windows, force=force, allow_partial=allow_partial,
+    )  # fmt: skip
+    steps = steps or Silent()
+    try:
+        return carry_out(request, steps)[1]
+    finally:
+        steps.finish()
+
+
+def carry_out(request: ExportRequest, steps: Steps) -> tuple[Result, Written]:
+    """Load, rotate, certify, quantize, write. What is missing is said before the minutes of work.
+
+    Raises ConfigError, ExportError, RefusedError and VerificationError, as :func:`export`.
+    """
+    check_target(request.out, request.model, force=request.force)
+    write = _writer(request)
+    with drafted(request.out) as draft:
+        calibrated = preflight(request)
+        return _Run(request, write, calibrated, draft, steps).made()
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One export under way. ``dataset`` is the text of the dataset that is calibrated on, if one is."""
+
+    request: ExportRequest
+    write: Callable[..., Written]
+    dataset: str
+    draft: Draft
+    steps: Steps
+
+    def made(self) -> tuple[Result, Written]:
+        """Make the folder; with ``compare``, that of the original as well, and keep the better."""
+        loaded = self._loaded(cache=self.request.cache and self.request.to != "gptq")
+        text = self._text(loaded)
+        made = self._of(loaded, self.request.config, text, self.draft)
+        if self.request.compare:
+            beside = Draft(self.draft.out, self.draft.folder.parent / "original")
+            beside.folder.mkdir()
+            made = the_better(made, self._of(loaded, None, text, beside), self.draft, beside)
+        return made.result, made.written
+
+    def _of(self, loaded: LoadedModel, config: RotationConfig | None, text: Path | None, draft: Draft) -> Made:
+        asked, steps = self.request, self.steps
+        result = rotated(loaded.program, config, steps, certify=asked.certify, allow_partial=asked.allow_partial)
+        if asked.to == "gptq":
+            check_rotation(loaded, result)
+        if asked.scheme is not None:
+            result = quantized(result, loaded, asked.scheme, text, steps, asked.calibration_windows)
+        options = {} if asked.kv_cache is None or text is None else {"cache": _cache_bits(asked, text)}
+        result = self._headed(result)
+        result = replace(result, settings=settings_of(asked, config, last_logits=result.scored is not None))
+        return Made(result, self.write(loaded, result, draft, steps, certify=asked.certify, **options))
+
+    def _headed(self, result: Result) -> Result:
+        """Return the result with the logits that are asked for. Raises ConfigError where those of the last token alone
+        are, and the head does not allow it."""
+        asked = self.request
+        by_default = asked.to == "onnx" and asked.cache and asked.bits not in (None, 16)
+        if not (by_default if asked.last_logits is None else asked.last_logits):
+            return result
+        try:
+            return replace(result, program=last_token(result.program), scored=result.program)
+        except ConfigError:
+            if asked.last_logits:
+                raise
+            return result
+
+    def _loaded(self, *, cache: bool) -> LoadedModel:
+        asked = self.request
+        loaded = load_model(
+            asked.model,
+            dtype=asked.dtype,
+            cache=cache,
+            context=_context(asked),
+            dequantize=asked.dequantize,
+            trust_remote_code=asked.trust_remote_code,
+            experts=_EXPERTS.get(asked.to),
+            progress=self.steps.begin,
+        )
+        if asked.to == "onnx":
+            onnx_tools().check_operators(loaded.program)
+            if asked.certify:
+                onnx_tools().check_kernels(loaded.program)
+        return loaded
+
+    def _text(self, loaded: LoadedModel) -> Path | None:
+        """Return the file that is calibrated on. What is in none is written to one that goes with the draft."""
+        given = self.request.calibration
+        if given is None or not (self.dataset or given == SELF):
+            return None if given is None else Path(given)
+        path = self.draft.folder.parent / "calibration.txt"
+        path.write_text(self.dataset or self._own_text(loaded), encoding="utf-8")
+        return path
+
+    def _own_text(self, loaded: LoadedModel) -> str:
+        """Let the model write what its calibration windows are cut from."""
+        if loaded.companions is None or loaded.companions.tokenizer is None:
+            raise ConfigError(f"{loaded.source.location} has no tokenizer to write text with: name a text in a file")
+        program = loaded.program
+        if self.request.to == "gptq" or not self.request.cache:
+            program = self._loaded(cache=True).program
+        tokenizer, found = loaded.companions.tokenizer, ""
+        needed = (self.request.calibration_windows or CALIBRATION_WINDOWS) * CALIBRATION_LENGTH
+        longest = min(CALIBRATION_LENGTH, _context(self.request) or CALIBRATION_LENGTH)
+        seed = 0
+        while len(token_ids(tokenizer)(found)) < needed:  # a text has other tokens than it was written in
+            progress = self.steps.start(f"write text {seed + 1}")
+            rows = own_tokens(program, _ROWS, longest, seed=seed, progress=progress)
+            found += "\n\n".join(tokenizer.batch_decode(rows.tolist(), skip_special_tokens=True)) + "\n\n"
+            seed += 1
+        return found
+
+
+def preflight(request: ExportRequest) -> str:
+    """Say what can be said before the weights are read: model, text, tokenizer, tokens, kernels, disk.
+
+    Returns the text of the dataset that is calibrated on, empty where none is. Raises ConfigError and ExportError, as
+    :func:`export`.
+    """
+    known = Known.of(request.model, dequantize=request.dequantize, trust_remote_code=request.trust_remote_code)
+    check_program_options(
+        known.source,
+        dtype=request.dtype in ("float16", "bfloat16"),
+        no_cache=not request.cache,
+        context=request.context is not None,
+        dequantize=request.dequantize,
+        trust_remote_code=request.trust_remote_code,
+    )
+    dataset = named_dataset(request.calibration)
+    read = read_dataset(dataset) if dataset else ""
+    if request.calibration is not None:
+        longest = min(CALIBRATION_LENGTH, _context(request) or CALIBRATION_LENGTH)
+        known.check_text(request.calibration, read, longest, request.calibration_windows)
+    if _context(request) is not None:
+        known.check_context(_context(request) or CONTEXT)
+    if request.kv_cache is not None:
+        known.check_integer_cache(request.kv_cache, request.dtype)
+    if request.to == "onnx" and request.stored_bits is not None:
+        known.check_integer_kernels(request.dtype)
+    if request.to == "onnx" and request.certify and request.dtype in ("float16", "bfloat16"):
+        onnx_tools().check_dtypes({request.dtype})
+    copies = request.to == "onnx" and (request.stored_bits is not None or request.kv_cache is not None)
+    known.check_disk(request.out, request.dtype, request.stored_bits, steps=copies)
+    return read
+
+
+def _context(request: ExportRequest) -> int | None:
+    return (request.context or CONTEXT) if request.to == "executorch" else None
+
+
+def _cache_bits(request: ExportRequest, text: Path) -> CacheBits:
+    return CacheBits(int(str(request.kv_cache).removeprefix("int")), text, request.calibration_windows)
+
+
+def _writer(request: ExportRequest) -> Callable[..., Written]:
+    """The function that writes the folder, with its packages imported. Raises ExportError where one is missing."""
+    if request.to == "gptq":
+        return write_gptq_folder
+    if request.to == "executorch":
+        return partial(write_pte_folder, executorch_tools())
+    return partial(write_folder, onnx_tools(), int4=request.int4, fuse=request.fuse)
