@@ -51,7 +51,8 @@ def test_it_writes_what_the_command_line_writes(folder: Path, tmp_path: Path) ->
 
 def test_every_option_of_the_export_is_there() -> None:
     export: Any = typer.main.get_command(commands.app).commands["export"]  # type: ignore[attr-defined]
-    theirs = {name for option in export.params for name in option.opts if name.startswith("--")}
+    spelled = [name for option in export.params for name in (*option.opts, *option.secondary_opts)]
+    theirs = {name for name in spelled if name.startswith("--")}
     parser = ArgumentParser()
     register.SpinpassExportCommand.parse_args(parser)
     ours = {name for name in parser._option_string_actions if name.startswith("--")}
@@ -69,6 +70,7 @@ def test_options_become_those_of_the_export() -> None:
         "--", "a", "b",
     ]  # fmt: skip
     assert parsed("-m", "a", "b", "--weights", "int4")[1] == "--int4"
+    assert parsed("-m", "a", "b", "--weights", "fp32")[1:3] == ["--bits", "16"]
     assert parsed("-m", "a", "b", "--weights", "int8")[1:3] == ["--quantize", "w8-rtn-head8-embed8"]
 
 

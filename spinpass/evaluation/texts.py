@@ -23,7 +23,7 @@ _MODULES = (
     "locale", "logging", "mailbox", "math", "mimetypes", "operator", "optparse", "os", "pathlib", "pdb", "pickle",
     "pprint", "random", "sched", "shelve", "shlex", "shutil", "socket", "sqlite3", "statistics", "string", "struct",
     "subprocess", "tarfile", "tempfile", "textwrap", "threading", "timeit", "tokenize", "trace", "traceback",
-    "typing", "unittest", "uuid", "warnings", "weakref", "zipfile",
+    "unittest", "uuid", "warnings", "weakref", "zipfile",
 )  # fmt: skip
 
 

@@ -3,14 +3,13 @@ all.
 """
 
 from .card import Card, card_lines
-from .companions import Written, check_target, check_writable
+from .companions import SETTINGS, Written, check_target, check_writable
 from .making import carry_out, export
 from .onnx import onnx_tools, write_folder
 from .preflight import Known, check_space
 from .recipes import BITS, Recipe, RecipeName, recipe_of
 from .request import ExportRequest, IntegerCache, Target
 from .result import Result, quantized, rotated, version_of
-from .settings import SETTINGS
 
 __all__ = [
     "BITS",

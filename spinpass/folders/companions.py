@@ -17,7 +17,9 @@ from spinpass.loading import LoadedModel, LoadingReport
 from .card import Card
 from .judge import FolderTrial
 from .result import Result
-from .settings import SETTINGS, settings_text
+
+SETTINGS = "recipe.yaml"
+"""In each folder: the options of ``spinpass export`` that make it again."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,13 @@ def write_companions(
     files_of = {"files": hashes(draft.folder, written)}
     about = write_manifest(draft.folder, origin | result.to_dict() | dict(made) | trials | files_of)
     return about, sorted(written | {MANIFEST})
+
+
+def settings_text(settings: Mapping[str, Any]) -> str:
+    """Return the YAML of settings, one line each."""
+    lines = ["# spinpass export MODEL OUT --config recipe.yaml"]
+    lines += [f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in settings.items()]
+    return "\n".join(lines) + "\n"
 
 
 def write_manifest(folder: Path, about: Mapping[str, Any]) -> dict[str, Any]:

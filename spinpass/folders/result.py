@@ -14,7 +14,7 @@ from torch.export import ExportedProgram
 from spinpass import record
 from spinpass.config import RotationConfig
 from spinpass.errors import ConfigError
-from spinpass.evaluation import calibration_inputs, token_ids
+from spinpass.evaluation import CALIBRATION_LENGTH, calibration_inputs, token_ids
 from spinpass.loading import LoadedModel
 from spinpass.pipeline import rotate
 from spinpass.planning import RotationPlan
@@ -101,12 +101,18 @@ def quantized(
     windows: int | None = None,
 ) -> Result:
     """Calibrate on windows of the text where there is one, and quantize. Raises ConfigError if it cannot be read."""
+    asked = QuantizationConfig.parse(scheme) if isinstance(scheme, str) else scheme
     inputs: list[Any] = []
+    training: list[Any] | None = None
     if text is not None:
         if loaded.companions is None or loaded.companions.tokenizer is None:
             raise ConfigError(f"{loaded.source.location} has no tokenizer to read {text} with: quantize with -rtn")
-        inputs = calibration_inputs(result.program, token_ids(loaded.companions.tokenizer), text, count=windows)
-    made = quantize(result.program, scheme, inputs, progress=steps.start("quantize"))
+        tokenize = token_ids(loaded.companions.tokenizer)
+        inputs = calibration_inputs(result.program, tokenize, text, count=windows)
+        if asked.distill:  # half as long and twice as many: a backward pass holds what lies between all layers
+            half = CALIBRATION_LENGTH // 2
+            training = calibration_inputs(result.program, tokenize, text, half, 2 * len(inputs))
+    made = quantize(result.program, asked, inputs, training=training, progress=steps.start("quantize"))
     return replace(result, program=made.program, quantization=made.report)
 
 

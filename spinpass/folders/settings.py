@@ -7,17 +7,12 @@ What a recipe stands for may be another thing in a later version; what is saved 
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from spinpass.config import RotationConfig
 from spinpass.evaluation import SHIPPED_TEXT
 
-if TYPE_CHECKING:
-    from .request import ExportRequest
-
-SETTINGS = "recipe.yaml"
+from .request import ExportRequest
 
 
 def settings_of(request: ExportRequest, config: RotationConfig | None, *, last_logits: bool) -> dict[str, Any] | None:
@@ -56,13 +51,6 @@ def settings_of(request: ExportRequest, config: RotationConfig | None, *, last_l
         "allow-partial": request.allow_partial,
     }
     return {name: value for name, value in found.items() if value not in (None, False, "", [])}
-
-
-def settings_text(settings: Mapping[str, Any]) -> str:
-    """Return the YAML of settings, one line each."""
-    lines = ["# spinpass export MODEL OUT --config recipe.yaml"]
-    lines += [f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in settings.items()]
-    return "\n".join(lines) + "\n"
 
 
 def _rotations(config: RotationConfig | None) -> dict[str, Any]:

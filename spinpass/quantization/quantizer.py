@@ -32,6 +32,7 @@ def quantize(
     config: QuantizationConfig | str,
     calibration: Sequence[object] = (),
     *,
+    training: Sequence[object] | None = None,
     progress: Progress | None = None,
 ) -> Quantized:
     """Quantize a floating-point program, rotated or not. The program is not changed.
@@ -41,6 +42,7 @@ def quantize(
         config: what to quantize. A string is parsed by :meth:`QuantizationConfig.parse`.
         calibration: inputs of the program, each as ``program.example_inputs`` has them or a mapping by name. GPTQ and
             static ranges are made on all of them together.
+        training: inputs to distill on; by default those of the calibration. Shorter ones need less memory.
         progress: called with (steps done, all steps) while weights are rounded.
 
     Returns:
@@ -59,6 +61,17 @@ def quantize(
         )
     if chosen.average_bits is not None:
         chosen = allocated(program, chosen, calibration, progress)
+    made = _rounded(program, chosen, calibration, progress)
+    if chosen.distill:
+        shown = calibration if training is None else training
+        made = distilled(program, made, shown, epochs=chosen.distill, progress=progress)
+    return made
+
+
+def _rounded(
+    program: ExportedProgram, chosen: QuantizationConfig, calibration: Sequence[object], progress: Progress | None
+) -> Quantized:
+    """Round what is chosen. What only that needs is let go with the return."""
     editor = open_program(program)
     sites = ChosenSites(editor, chosen)
     if not (sites.weights or sites.tables or sites.activations or sites.caches):
@@ -75,10 +88,7 @@ def quantize(
         result.queue(by_name[name], lambda _, new=compute: new().double())  # type: ignore[misc]
     for name in sites.static:
         _drop_limit(result, by_name[name])
-    made = split_rows(Quantized(result.finish(), calibrator.report(program)))
-    if chosen.distill:
-        made = distilled(program, made, calibration, epochs=chosen.distill, progress=progress)
-    return made
+    return split_rows(Quantized(result.finish(), calibrator.report(program)))
 
 
 def _drop_limit(editor: ProgramEditor, node: Node) -> None:

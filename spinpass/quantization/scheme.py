@@ -237,8 +237,9 @@ class QuantizationConfig:
                 found["activations"] = Activations(int(match[1]), static, per_channel=per_channel)
             elif match := re.fullmatch(r"kv(\d+)", part):
                 found["cache"] = Cache(int(match[1]))
-            elif match := re.fullmatch(r"(head|embed)(\d+)", part):
-                found["head" if match[1] == "head" else "embedding"] = Weights(int(match[2]), method="rtn")
+            elif match := re.fullmatch(r"(head|embed)(\d+)(?:g(\d+))?", part):
+                role, group_size = "head" if match[1] == "head" else "embedding", int(match[3]) if match[3] else None
+                found[role] = Weights(int(match[2]), group_size=group_size, method="rtn")
         if (weights or "distill" in found) and "bits" not in weights:
             raise ConfigError(f"{text!r} says how to round weights but not to how many bits: add a width such as w4")
         if found.get("distill") == 0:

@@ -11,6 +11,9 @@ from spinpass.quantization import ALIASES, PARTS, Activations, Cache, Quantizati
 
 
 def test_a_scheme_is_spelled_in_parts() -> None:
+    grouped = QuantizationConfig.parse("w4-head8g64-embed4g32")
+    assert grouped.head == Weights(8, group_size=64, method="rtn")
+    assert grouped.embedding == Weights(4, group_size=32, method="rtn")
     config = QuantizationConfig.parse("W4G128-asym-order-a8static-kv4-head8-embed4")
     assert config.weights == Weights(4, 128, symmetric=False, act_order=True)
     assert config.activations == Activations(8, static=True) and not config.activations.is_symmetric
