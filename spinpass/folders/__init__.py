@@ -7,12 +7,13 @@ from .companions import SETTINGS, Written, check_target, check_writable
 from .making import carry_out, export
 from .onnx import onnx_tools, write_folder
 from .preflight import Known, check_space
-from .recipes import BITS, Recipe, RecipeName, recipe_of
+from .recipes import BITS, MEASURED, Recipe, RecipeName, measured, recipe_of
 from .request import ExportRequest, IntegerCache, Target
 from .result import Result, quantized, rotated, version_of
 
 __all__ = [
     "BITS",
+    "MEASURED",
     "SETTINGS",
     "Card",
     "ExportRequest",
@@ -29,6 +30,7 @@ __all__ = [
     "check_target",
     "check_writable",
     "export",
+    "measured",
     "onnx_tools",
     "quantized",
     "recipe_of",

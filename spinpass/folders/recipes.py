@@ -9,8 +9,10 @@ loaded.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
-from typing import Literal, get_args
+from pathlib import Path
+from typing import Any, Literal, get_args
 
 from spinpass.config import ROLES, RotationConfig
 from spinpass.errors import ConfigError
@@ -18,6 +20,7 @@ from spinpass.errors import ConfigError
 RecipeName = Literal["auto", "quick", "plain"]
 BITS = (16, 8, 4, 3, 2)
 DEFAULT_BITS = 4
+MEASURED = Path(__file__).with_name("measured.json")
 
 _ROTATED = RotationConfig(form="online", rotations=ROLES)
 _TABLES = "head8g64-embed8g64"  # of one copy where they are one; a scale for each row alone costs 0.3 % of perplexity
@@ -71,6 +74,17 @@ def recipe_of(name: str, bits: int, to: str) -> Recipe:
     rotated = RotationConfig(rotations=("R1", "R2"), form="offline", tied="untie") if to == "gptq" else _ROTATED
     scheme = schemes[bits] if name == "auto" else _without(schemes[bits], "distill")
     return Recipe(rotated, scheme, _WINDOWS[name])
+
+
+def measured() -> dict[str, Any]:
+    """Return what ``python -m benchmarks.yardstick --save`` found of the recipes for ONNX Runtime.
+
+    ``about`` says of what; ``rows`` has, by bits, MB and perplexity ÷ that of the floats, the mean and the worst of all
+    texts. Only schemes that are still those of the recipes are in it.
+    """
+    found: dict[str, Any] = json.loads(MEASURED.read_text(encoding="utf-8"))
+    current = {bits: row for bits, row in found["rows"].items() if row["scheme"] == _ONNX.get(int(bits))}
+    return found | {"rows": current}
 
 
 def _to_nearest(scheme: str) -> str:

@@ -44,8 +44,8 @@ PARTS: tuple[Part, ...] = (
          "simulated; --kv-cache has kernels", "the width of keys and values"),
     Part(r"head(\d+)(?:g(\d+))?", "head8", "the last layer in 2, 3, 4 or 8 bits; in groups, head8g64",
          "as weights; one copy with the table where they are one", "the width of the head"),
-    Part(r"embed(\d+)(?:g(\d+))?", "embed8", "the token tables in 2, 4 or 8 bits; in groups, embed8g64", "GatherBlockQuantized",
-         "the width of the token tables"),
+    Part(r"embed(\d+)(?:g(\d+))?", "embed8", "the token tables in 2, 4 or 8 bits; in groups, embed8g64",
+         "GatherBlockQuantized", "the width of the token tables"),
     Part(r"distill(\d*)", "distill", "one round of training scales, or as many as follow it", "the same",
          "the rounds of distillation"),
 )  # fmt: skip

@@ -14,6 +14,9 @@ def test_schemes_lists_parts_names_and_recipes() -> None:
     for bits, scheme in found["bits"].items():
         if bits != "16":
             assert QuantizationConfig.parse(scheme).weights is not None
+    assert set(found["measured"]["rows"]) <= set(found["bits"])
+    for bits, row in found["measured"]["rows"].items():
+        assert row["scheme"] == found["bits"][bits] and row["mb"] > 0 and 0.9 < row["mean"] <= row["worst"]
     shown = run("schemes")
     assert shown.exit_code == 0
     for word in ("w4g64", "distill", "w4a8", "q4_0", "MatMulNBits", "--bits"):
