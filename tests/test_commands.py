@@ -186,7 +186,7 @@ def test_a_command_that_there_is_not_is_seen(command: str, why: str) -> None:
 
 def test_every_option_that_a_message_names_is_there() -> None:
     known: Any = typer.main.get_command(commands.app).commands  # type: ignore[attr-defined]
-    there = {name for command in known.values() for param in command.params for name in param.opts}
+    there = {name for command in known.values() for param in command.params for name in (*param.opts, *param.secondary_opts)}
     there |= {"--help", "--version", "--model", "--weights", "--no-deps"}
     named = {
         (option, path.name) for path in (ROOT / "spinpass").rglob("*.py") for text in strings(path)
@@ -220,6 +220,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "OTHER").symlink_to("OUT")
     for name in ("TEXT", "text.txt"):
         (root / name).write_text("what is the weather like if it is on and not in a " * 3000)
+    (root / "recipe.yaml").write_text("rotations: none\nquantize: w4-rtn\n")
     for name in ("IN.pt2", "A.pt2", "B.pt2", "model.pt2", "rotated.pt2"):
         (root / name).write_text("no program")
     return root
@@ -234,7 +235,7 @@ def test_what_is_whole_begins_to_work(number: int, desk: Path, monkeypatch: pyte
         words = [*_as_export(words), "--force"]
     if words[0] != "spinpass" or words[1:] == ["schemes"]:  # which opens nothing
         return
-    for place in ("folders.request", "cli.plan", "cli.tune", "evaluation.scoring"):
+    for place in ("folders.making", "cli.plan", "cli.tune", "evaluation.scoring"):
         monkeypatch.setattr(f"spinpass.{place}.load_model", reach)
     for place in ("verify", "rotate"):
         monkeypatch.setattr(f"spinpass.cli.{place}.load_program", reach)
