@@ -2,31 +2,26 @@
 
     off-grid weights  ->  spinpass export, llama.cpp's kinds  ->  MB, perplexity ÷ float on texts of several sources
 
-The weights are those of :mod:`benchmarks.offgrid`, so that no kind of block is at home on them. Every row is a command
-that anyone can give; the file that it writes is scored, in ONNX Runtime or in llama.cpp. Nothing here is calibrated on
-what is reported: ``spinpass export`` reads the text of its package, and scored are Python's help texts, the source of
-its standard library, and what ``--text NAME=FILE`` names. ``--python`` names an interpreter with llama-cpp-python, see
+The weights are those of :mod:`benchmarks.offgrid`, so that no kind of block is at home on them, or with ``--gguf FILE
+--spread 1`` those of a file as they are, for example one of :mod:`benchmarks.trained`. Every row is a command that
+anyone can give; the file that it writes is scored, in ONNX Runtime or in llama.cpp. Nothing here is calibrated on what
+is reported: ``spinpass export`` reads the text of its package, and scored are those of :mod:`benchmarks.texts` and what
+``--text NAME=FILE`` names. ``--python`` names an interpreter with llama-cpp-python, see
 :mod:`benchmarks.llama_cpp`; without one its rows are left out, and the table says so. CPU minutes and peak memory are
 those of the whole command, certificate, trial and card included.
 """
 
 from __future__ import annotations
 
-import argparse as _argparse
-import csv
-import difflib
 import json
 import math
 import os
 import statistics
 import subprocess
 import sys
-import tarfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from inspect import getsource
 from pathlib import Path
-from pydoc_data.topics import topics
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
@@ -37,16 +32,16 @@ from rich.table import Table
 from benchmarks.imports import ROOT
 from benchmarks.llama_cpp import Worker
 from benchmarks.offgrid import SPREADS, packaged_gguf, write
+from benchmarks.texts import texts
 from spinpass import evaluation
 from spinpass.cli.screen import Screen
-from spinpass.evaluation import ProgramScorer, read_text, token_ids
+from spinpass.evaluation import ProgramScorer, token_ids
 from spinpass.loading import load_model
 from spinpass.progress import Steps
 from spinpass.runtime import OrtDecoder
 
 ROWS = ("4", "4/plain", "8", "3", "2")
 KINDS = ("Q4_0", "Q4_K_M", "Q8_0")
-MODULES = (csv, difflib, statistics, _argparse, tarfile)  # code to predict
 Windows = list[list[int]]
 
 
@@ -94,7 +89,7 @@ def main(
         loaded = load_model(str(source), cache=False, progress=steps.begin)
         assert loaded.companions is not None
         tokenize = token_ids(loaded.companions.tokenizer)
-        cut = {name: evaluation.windows(tokenize(t), length, windows) for name, t in _texts(text or ()).items()}
+        cut = {name: evaluation.windows(tokenize(t), length, windows) for name, t in texts(text or ()).items()}
         scorer = ProgramScorer(loaded.program)
         reference = {n: evaluation.perplexity(scorer, w, steps.start(f"score float, {n}")) for n, w in cut.items()}
         weights = sum({t.data_ptr(): t.numel() for t in loaded.program.state_dict.values()}.values())
@@ -108,16 +103,6 @@ def main(
         screen.document({"spread": spread, "windows": windows, "length": length, "float": plain, "rows": listed})
     left = "" if worker else "; llama.cpp left out: name an interpreter with --python"
     screen.show(_table(listed, f"spread {spread}; {windows} windows of {length} tokens of each text{left}"))
-
-
-def _texts(named: Sequence[str]) -> dict[str, str]:
-    found = {"help": "\n\n".join(topics.values()), "code": "\n\n".join(map(getsource, MODULES))}
-    for each in named:
-        name, _, path = each.partition("=")
-        if not path:
-            raise typer.BadParameter(f"{each!r} is not NAME=FILE", param_hint="--text")
-        found[name] = read_text(Path(path))
-    return found
 
 
 def _ours(row: str, source: Path, out: Path, cut: Mapping[str, Windows], steps: Steps) -> Row:
@@ -153,11 +138,11 @@ def _llama(kind: str, source: Path, worker: Worker, cut: Mapping[str, Windows], 
 
 
 def _table(rows: Sequence[Mapping[str, Any]], caption: str) -> Table:
-    texts = list(rows[0]["ratios"]) if rows else []
-    table = Table("", "MB", "bits/weight", *texts, "mean", "worst", "CPU minutes", "peak GB", title_justify="left")
+    names = list(rows[0]["ratios"]) if rows else []
+    table = Table("", "MB", "bits/weight", *names, "mean", "worst", "CPU minutes", "peak GB", title_justify="left")
     table.title, table.caption, table.caption_justify = "Perplexity ÷ float", caption, "left"
     for row in rows:
-        cells = [f"{row['ratios'][t]:.4f} ± {row['errors'][t]:.4f}" for t in texts]
+        cells = [f"{row['ratios'][t]:.4f} ± {row['errors'][t]:.4f}" for t in names]
         made = ["", ""]
         if row["cpu_minutes"] is not None:
             made = [f"{row['cpu_minutes']:.1f}", f"{row['peak_bytes'] / 1e9:.1f}"]
