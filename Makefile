@@ -89,10 +89,11 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.planning
 	$(BIN)/python benchmarks/hadamard.py
 
-# ACCURACY="--text FILE --calibration FILE --model FOLDER" reads other texts, another model
+# YARDSTICK="--gguf out/trained.gguf --spread 1" measures on what `python -m benchmarks.trained out/trained.gguf` trained
 yardstick: $(READY)
 	$(BIN)/python -m benchmarks.yardstick $(YARDSTICK)
 
+# ACCURACY="--text FILE --calibration FILE --model FOLDER" reads other texts, another model
 accuracy: $(READY)
 	$(BIN)/python -m benchmarks.accuracy $(ACCURACY)
 

@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.texts import texts
+from benchmarks.texts import scored_texts
 
 SHARED = 8  # words in a row that two texts do not have in common by chance
 HELD_OUT = 50
@@ -41,7 +41,7 @@ class Corpus:
 
 def read(total: int = TOTAL) -> Corpus:
     """Documents of ``total`` characters, of which a share is held out."""
-    scored, seen = set(runs("\n\n".join(texts().values()))), set[str]()
+    scored, seen = set(runs("\n\n".join(scored_texts().values()))), set[str]()
     shares: Counter[str] = Counter()
     learned, held_out, length = list[str](), list[str](), 0
     for package, path in _files():

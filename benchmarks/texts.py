@@ -36,7 +36,7 @@ _SENTENCES = re.compile(r"[A-Z][a-z' ].{118,}[.!?]")  # long enough for a paragr
 _MARKUP = re.compile(r"https?:|::|\*\*|`_|[|<>{}\[\]=#\\]")
 
 
-def texts(named: Sequence[str] = ()) -> dict[str, str]:
+def scored_texts(named: Sequence[str] = ()) -> dict[str, str]:
     """The texts by name, and those of the files that ``NAME=FILE`` names.
 
     Raises BadParameter where one is spelled otherwise, ConfigError where a file cannot be read.
@@ -57,9 +57,9 @@ def texts(named: Sequence[str] = ()) -> dict[str, str]:
 
 def _paragraphs() -> Iterator[str]:
     """Paragraphs of sentences without markup, from the descriptions of all packages but this one."""
-    described = {(d.metadata["Name"] or "").lower(): str(d.metadata.get_payload()) for d in distributions()}
+    described = {d.name.lower(): d.metadata.get_all("Description") or [""] for d in distributions() if d.name}
     described.pop("spinpass", None)
-    for _, text in sorted(described.items()):
+    for _, (text, *_) in sorted(described.items()):
         for paragraph in re.split(r"\n\s*\n", text):
             line = _LINK.sub(r"\1", " ".join(paragraph.split()))
             if _SENTENCES.fullmatch(line) and not _MARKUP.search(line):

@@ -163,8 +163,8 @@ def trained(ids: Tensor, settings: Settings, minutes: float, tick: Progress) -> 
             eos_token_id=0,
         )
     )
-    flat = [p for p in model.parameters() if p.ndim < 2]
-    groups = [{"params": [p for p in model.parameters() if p.ndim > 1]}, {"params": flat, "weight_decay": 0.0}]
+    matrices, flat = ([p for p in model.parameters() if (p.ndim > 1) == wide] for wide in (True, False))
+    groups: list[dict[str, Any]] = [{"params": matrices}, {"params": flat, "weight_decay": 0.0}]
     learner = torch.optim.AdamW(groups, lr=settings.rate, betas=(0.9, 0.95), weight_decay=settings.decay)
     windows = ids[: len(ids) // settings.context * settings.context].view(-1, settings.context)
     rounds = settings.steps * settings.batch // len(windows) + 1

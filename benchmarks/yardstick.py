@@ -32,7 +32,7 @@ from rich.table import Table
 from benchmarks.imports import ROOT
 from benchmarks.llama_cpp import Worker
 from benchmarks.offgrid import SPREADS, packaged_gguf, write
-from benchmarks.texts import texts
+from benchmarks.texts import scored_texts
 from spinpass import evaluation
 from spinpass.cli.screen import Screen
 from spinpass.evaluation import ProgramScorer, token_ids
@@ -89,7 +89,7 @@ def main(
         loaded = load_model(str(source), cache=False, progress=steps.begin)
         assert loaded.companions is not None
         tokenize = token_ids(loaded.companions.tokenizer)
-        cut = {name: evaluation.windows(tokenize(t), length, windows) for name, t in texts(text or ()).items()}
+        cut = {name: evaluation.windows(tokenize(t), length, windows) for name, t in scored_texts(text or ()).items()}
         scorer = ProgramScorer(loaded.program)
         reference = {n: evaluation.perplexity(scorer, w, steps.start(f"score float, {n}")) for n, w in cut.items()}
         weights = sum({t.data_ptr(): t.numel() for t in loaded.program.state_dict.values()}.values())

@@ -6,12 +6,14 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import typer
+from gguf import GGUFReader
 
 from benchmarks import corpus, offgrid, trained
-from benchmarks.texts import texts
+from benchmarks.texts import scored_texts
 from spinpass.evaluation import SHIPPED_TEXT, ProgramScorer, token_ids
 from spinpass.loading import load_model
 
@@ -28,6 +30,12 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[torch.nn.Module, obj
     out = tmp_path_factory.mktemp("trained") / "tiny.gguf"
     trained.write(model, tokenizer, TINY, out, "{}")
     return model, tokenizer, out
+
+
+def equal(before: Path, after: Path) -> bool:
+    """Whether two files have the same tensors."""
+    mine, theirs = ({t.name: t.data for t in GGUFReader(path).tensors} for path in (before, after))
+    return mine.keys() == theirs.keys() and all(np.array_equal(mine[name], theirs[name]) for name in mine)
 
 
 def test_the_file_holds_the_decoder_and_its_tokenizer(made: tuple[torch.nn.Module, object, Path]) -> None:
@@ -61,14 +69,17 @@ def test_time_that_runs_out_fades_the_training_out(made: tuple[torch.nn.Module, 
 def test_a_decoder_of_the_family_is_put_off_the_grid(made: tuple[torch.nn.Module, object, Path]) -> None:
     out = made[2].with_name("off.gguf")
     offgrid.write(made[2], out, 0.8)
+    assert not equal(made[2], out)
     before, after = (ProgramScorer(load_model(str(path), cache=False).program) for path in (made[2], out))
     ids = list(range(20))
     torch.testing.assert_close(after.logits(ids), before.logits(ids), rtol=1e-4, atol=1e-4)
+    offgrid.write(made[2], out, 1.0)
+    assert equal(made[2], out)
 
 
 def test_what_is_learned_from_has_nothing_that_is_scored() -> None:
     found = corpus.read(400_000)
-    scored = set(corpus.runs("\n\n".join(texts().values())))
+    scored = set(corpus.runs("\n\n".join(scored_texts().values())))
     documents = (*found.learned, *found.held_out)
     assert len(found.learned) > 10
     assert found.held_out
@@ -82,7 +93,7 @@ def test_texts_are_long_and_are_not_what_calibrates() -> None:
     def paragraphs(text: str) -> set[str]:
         return {" ".join(p.split()) for p in re.split(r"\n\s*\n", text) if len(p.split()) > 3}
 
-    found, calibrating = texts(), SHIPPED_TEXT.read_text(encoding="utf-8")
+    found, calibrating = scored_texts(), SHIPPED_TEXT.read_text(encoding="utf-8")
     assert list(found) == ["help", "code", "prose", "german"]
     for name, text in found.items():
         assert len(text) > 20_000, name  # eight windows of 512 tokens, of five characters each
@@ -92,6 +103,6 @@ def test_texts_are_long_and_are_not_what_calibrates() -> None:
 
 def test_a_text_of_ones_own_is_named(tmp_path: Path) -> None:
     (tmp_path / "own.txt").write_text("Some words.")
-    assert texts([f"own={tmp_path / 'own.txt'}"])["own"] == "Some words."
+    assert scored_texts([f"own={tmp_path / 'own.txt'}"])["own"] == "Some words."
     with pytest.raises(typer.BadParameter, match="'own.txt' is not NAME=FILE"):
-        texts(["own.txt"])
+        scored_texts(["own.txt"])
