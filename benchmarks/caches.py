@@ -21,7 +21,7 @@ import typer
 from rich.table import Table
 
 from benchmarks.offgrid import SPREADS, packaged_gguf, write
-from benchmarks.yardstick import scored_texts
+from benchmarks.texts import scored_texts
 from spinpass import RotationConfig, evaluation
 from spinpass.cli.screen import Screen
 from spinpass.evaluation import ProgramScorer, Scorer, token_ids

@@ -36,6 +36,7 @@ from benchmarks.texts import scored_texts
 from spinpass import evaluation
 from spinpass.cli.screen import Screen
 from spinpass.evaluation import ProgramScorer, token_ids
+from spinpass.folders import MEASURED, recipe_of
 from spinpass.loading import load_model
 from spinpass.progress import Steps
 from spinpass.runtime import OrtDecoder
@@ -76,6 +77,7 @@ def main(
     windows: Annotated[int, typer.Option(help="Windows of each text.")] = 8,
     length: Annotated[int, typer.Option(help="Tokens of each window.")] = 512,
     out: Annotated[Path, typer.Option(help="Where the models are kept.")] = Path("out/yardstick"),
+    save: Annotated[bool, typer.Option("--save", help="Keep the recipes' rows for spinpass schemes.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Measure and print."""
@@ -98,11 +100,26 @@ def main(
         if worker is not None:
             found += [_llama(kind.strip(), source, worker, cut, steps) for kind in kinds.split(",") if kind.strip()]
     listed = [row.to_dict(reference, weights) for row in found]
+    if save:
+        MEASURED.write_text(json.dumps(_kept(listed, f"SmolLM2-135M off the grid, spread {spread}" if gguf is None else gguf.name, list(cut)), indent=2) + "\n", encoding="utf-8")
     if as_json:
         plain = {name: each.to_dict() for name, each in reference.items()}
         screen.document({"spread": spread, "windows": windows, "length": length, "float": plain, "rows": listed})
     left = "" if worker else "; llama.cpp left out: name an interpreter with --python"
     screen.show(_table(listed, f"spread {spread}; {windows} windows of {length} tokens of each text{left}"))
+
+
+def _kept(rows: Sequence[Mapping[str, Any]], model: str, texts: Sequence[str]) -> dict[str, Any]:
+    """What :func:`spinpass.folders.measured` returns, of the rows by ``--recipe auto``."""
+    found = {}
+    for row in rows:
+        bits = row["row"].removeprefix("spinpass, --bits ")
+        if bits.isdecimal():
+            scheme = recipe_of("auto", int(bits), "onnx").scheme
+            figures = {key: round(row[key], 4) for key in ("mean", "worst")}
+            found[bits] = {"scheme": scheme, "mb": round(row["bytes"] / 1e6, 1), **figures}
+    about = f"{model}, benchmarks.yardstick, texts {', '.join(texts)}"
+    return {"about": about, "rows": found}
 
 
 def _ours(row: str, source: Path, out: Path, cut: Mapping[str, Windows], steps: Steps) -> Row:
