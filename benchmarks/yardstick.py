@@ -101,7 +101,8 @@ def main(
             found += [_llama(kind.strip(), source, worker, cut, steps) for kind in kinds.split(",") if kind.strip()]
     listed = [row.to_dict(reference, weights) for row in found]
     if save:
-        MEASURED.write_text(json.dumps(_kept(listed, f"SmolLM2-135M off the grid, spread {spread}" if gguf is None else gguf.name, list(cut)), indent=2) + "\n", encoding="utf-8")
+        model = f"SmolLM2-135M off the grid, spread {spread}" if gguf is None else gguf.name
+        MEASURED.write_text(json.dumps(_kept(listed, model, list(cut)), indent=2) + "\n", encoding="utf-8")
     if as_json:
         plain = {name: each.to_dict() for name, each in reference.items()}
         screen.document({"spread": spread, "windows": windows, "length": length, "float": plain, "rows": listed})
