@@ -77,7 +77,7 @@ def recipe_of(name: str, bits: int, to: str) -> Recipe:
 
 
 def measured() -> dict[str, Any]:
-    """Return what ``python -m benchmarks.yardstick --save`` found of the recipes for ONNX Runtime.
+    """Return what ``python -m benchmarks.yardstick`` has kept of the recipes for ONNX Runtime.
 
     ``about`` says of what; ``rows`` has, by bits, MB and perplexity ÷ that of the floats, the mean and the worst of all
     texts. Only schemes that are still those of the recipes are in it.
