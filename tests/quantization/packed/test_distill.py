@@ -107,3 +107,10 @@ def test_refusals() -> None:
         quantize(program(), "w4-rtn-distill")
     with pytest.raises(ConfigError, match="-1 rounds of distillation"):
         QuantizationConfig(distill=-1)
+
+
+def test_it_is_trained_on_inputs_of_its_own_where_there_are_some() -> None:
+    scheme = "w2g16-rtn-asym-a8-distill"
+    for training, held_out in ((None, 1), (inputs(40), 2)):
+        said = quantize(program(), scheme, inputs(), training=training).report.distillation
+        assert said is not None and said.inputs == held_out
