@@ -129,7 +129,7 @@ def _ort_decoder(runtime: str, case: Case) -> Row:
 
 def _ort_model(runtime: str, case: Case) -> Row:
     """Generate for all prompts in one call, padded on the left."""
-    model = OrtModel.from_pretrained(_ort_folder(case), threads=1)
+    model = OrtModel.from_pretrained(_ort_folder(case), threads=1, generation_config={})
     longest = max(len(a["ids"]) for a in case.expected)
     padding = [longest - len(a["ids"]) for a in case.expected]
     ids = torch.tensor([[0] * pad + a["ids"] for pad, a in zip(padding, case.expected)])

@@ -69,7 +69,7 @@ def measure(arch: str, place: Path, begin: Begin) -> dict[str, Any]:
         return _failed(error, steps.last) | {"left": left}
     begin("open")
     try:
-        opened = OrtModel.from_pretrained(out, threads=1)
+        opened = OrtModel.from_pretrained(out, threads=1, generation_config={})
     except Exception as error:  # see above
         return {"written": True, **_broken(error), "status": states.WRITTEN}
     begin("generate")

@@ -12,9 +12,11 @@ from .genai_session import GENAI_CONFIG, GenaiModel, genai_tokens, special_token
 from .model_folder import ModelFolder
 from .onnx_graph import DecoderGraph, State
 from .openvino_session import CompiledModel, generate_openvino, import_openvino, openvino_reason
-from .ort_model import OrtModel
+from .ort_model import GeneratedTokens, OrtModel, Past
+from .penalties import Penalties
 from .sampling import Sampling
-from .text_pieces import Pieces
+from .search import SearchOptions
+from .text_pieces import Pieces, StopText
 from .trial import Answer, Turns, continued, outputs
 
 if TYPE_CHECKING:
@@ -30,15 +32,20 @@ __all__ = [
     "Conversation",
     "DecoderGraph",
     "GenaiModel",
+    "GeneratedTokens",
     "ModelFolder",
     "NoKernelError",
     "OrtDecoder",
     "OrtModel",
+    "Past",
+    "Penalties",
     "Pieces",
     "PteDecoder",
     "PteMethod",
     "Sampling",
+    "SearchOptions",
     "State",
+    "StopText",
     "Turns",
     "chat_tokens",
     "check_template",

@@ -6,7 +6,7 @@ turns in another way by then, and text that a model wrote may be cut into tokens
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from spinpass.errors import ConfigError, ExportError, first_line
 from . import decoding
 from .decoder import OrtDecoder
 from .sampling import Sampling
-from .text_pieces import Pieces
+from .text_pieces import Pieces, StopText
 
 
 class Conversation:
@@ -27,6 +27,7 @@ class Conversation:
         system: what the model is told before the first turn; empty tells it nothing.
         sampling: how each token is chosen. None takes the likeliest.
         max_new_tokens: of each answer, at most.
+        stop: texts that end an answer, and are no part of it.
 
     Attributes:
         turns: what has been said, as chat templates take it.
@@ -37,12 +38,19 @@ class Conversation:
     """
 
     def __init__(
-        self, decoder: OrtDecoder, *, system: str = "", sampling: Sampling | None = None, max_new_tokens: int = 512
+        self,
+        decoder: OrtDecoder,
+        *,
+        system: str = "",
+        sampling: Sampling | None = None,
+        max_new_tokens: int = 512,
+        stop: Collection[str] = (),
     ) -> None:
         check_template(decoder.tokenizer, str(decoder.folder))
         if max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens {max_new_tokens} is less than 1")
         self._decoder, self._sampling, self._limit = decoder, sampling or Sampling(), max_new_tokens
+        self._stop = tuple(stop)
         self._system = [{"role": "system", "content": system}] if system else []
         self.clear()
 
@@ -50,8 +58,7 @@ class Conversation:
         """Forget what has been said."""
         self.turns: list[dict[str, str]] = list(self._system)
         self.read = 0
-        self._cached: list[int] = []
-        self._state: Any = None
+        self._reading: decoding.Reading | None = None
 
     def answer(self, text: str, stopped: Callable[[], bool] = lambda: False) -> Iterator[str]:
         """Return the answer to ``text``, piece by piece, up to an end token, the limit, or when ``stopped`` says so.
@@ -66,47 +73,35 @@ class Conversation:
         turns = [*self.turns, {"role": "user", "content": text}]
         ids = chat_tokens(tokenizer, turns, str(self._decoder.folder))
         self._decoder.check_length(len(ids), self._limit)
-        self._go_back(ids)
-        self.read = len(self._cached)
+        reading = self._go_back(ids)
+        self.read = reading.ids.shape[1]
         self.turns = turns
-        pieces, said = Pieces(tokenizer), list[str]()
+        pieces, said = StopText(Pieces(tokenizer), self._stop), list[str]()
+        prompt, ends = torch.tensor([ids[self.read :]], dtype=torch.int64), self._decoder.end_tokens
         try:
-            for token in self._tokens(ids[len(self._cached) :]):
-                if token in self._decoder.end_tokens or stopped():
+            for token in decoding.new_tokens(
+                self._decoder.graph, prompt, self._limit, self._sampling, ends, reading=reading
+            ):
+                if int(token) in ends or stopped():
                     break
-                for piece in pieces.add(token):
+                for piece in pieces.add(int(token)):
                     said.append(piece)
                     yield piece
+                if pieces.ended:
+                    break
             for piece in pieces.rest():
                 said.append(piece)
                 yield piece
         finally:
             self.turns = [*turns, {"role": "assistant", "content": "".join(said)}]
 
-    def _go_back(self, ids: list[int]) -> None:
+    def _go_back(self, ids: list[int]) -> decoding.Reading:
         """Keep of the cache what the tokens begin with, but for the last of them, which is read in any case."""
         graph: Any = self._decoder.graph
-        pairs = zip(self._cached, ids[:-1], strict=False)
-        common = next((k for k, (a, b) in enumerate(pairs) if a != b), min(len(self._cached), len(ids) - 1))
-        kept = self._state is not None and (common == len(self._cached) or graph.rewind(self._state, common))
-        if kept:
-            self._cached = self._cached[:common]
-        else:
-            self._state, self._cached = graph.start(1), []
-
-    def _tokens(self, new: list[int]) -> Iterator[int]:
-        """Read these tokens on top of the cache and go on, keeping count of what the cache holds."""
-        prompt = torch.tensor([new], dtype=torch.int64)
-        self._cached += new
-        found = decoding.new_tokens(
-            self._decoder.graph, prompt, self._limit, self._sampling, self._decoder.end_tokens, state=self._state
-        )
-        chosen: int | None = None
-        for token in found:
-            if chosen is not None:
-                self._cached.append(chosen)  # it was read to choose this one
-            chosen = int(token)
-            yield chosen
+        reading = self._reading
+        if reading is None or not reading.go_back(graph, torch.tensor([ids])):
+            reading = self._reading = decoding.Reading.begun(graph, 1)
+        return reading
 
 
 def check_template(tokenizer: Any, where: str) -> None:

@@ -35,7 +35,7 @@ class Generation:
         prefill_seconds: the wall-clock time until the first new token.
         decoded: how many calls of one token each followed.
         decode_seconds: their wall-clock time.
-        finished: an end token came.
+        finished: an end token came, or it was stopped.
     """
 
     tokens: tuple[int, ...]
@@ -99,7 +99,8 @@ class Decoder:
         *,
         sampling: Sampling | None = None,
         end: Collection[int] | None = None,
-        on_token: Callable[[int], None] | None = None,
+        on_token: Callable[[int], object] | None = None,
+        stopped: Callable[[], bool] = lambda: False,
     ) -> Generation:
         """Continue a prompt up to an end token, which is part of the result, or the limit.
 
@@ -109,9 +110,10 @@ class Decoder:
             sampling: how each token is chosen. None takes the likeliest.
             end: the end tokens. None takes :attr:`end_tokens`.
             on_token: called with every new token as it comes.
+            stopped: asked after every token whether it was the last.
 
         Raises:
-            ConfigError: the prompt is empty, or the limit is below 1.
+            ConfigError: the prompt is empty, the limit is below 1, or the penalties leave no token to choose.
         """
         if max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens {max_new_tokens} is less than 1")
@@ -125,8 +127,11 @@ class Decoder:
             tokens.append(int(token))
             if on_token is not None:
                 on_token(tokens[-1])
+            if ended := stopped():
+                break
         seconds = time.perf_counter() - started
-        return Generation(tuple(tokens), len(ids), started - began, len(tokens) - 1, seconds, tokens[-1] in stop)
+        finished = ended or tokens[-1] in stop
+        return Generation(tuple(tokens), len(ids), started - began, len(tokens) - 1, seconds, finished)
 
     @property
     def tokenizer(self) -> Any:

@@ -1,4 +1,4 @@
-"""What lies beside a model in its folder: tokenizer, end tokens, the longest sequence."""
+"""What lies beside a model in its folder: tokenizer, end tokens, how texts go on, the longest sequence."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from spinpass.errors import ConfigError, ExportError, first_line
 from spinpass.formats import check_companions, read_object
 
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+_TOKENS = ("eos_token_id", "pad_token_id")
 _POSITIONS = ("max_position_embeddings", "n_positions")
 
 
@@ -62,6 +63,12 @@ class ModelFolder:
         """The ``pad_token_id`` of generation_config.json or else of config.json, None where neither names one."""
         named = (self._read(name).get("pad_token_id") for name in ("generation_config.json", "config.json"))
         return next((token for token in named if isinstance(token, int) and token >= 0), None)
+
+    @cached_property
+    def search_defaults(self) -> dict[str, Any]:
+        """What generation_config.json says of how a text goes on, without the tokens that have a property here."""
+        found = self._read("generation_config.json")
+        return {name: value for name, value in found.items() if name not in _TOKENS and value is not None}
 
     @cached_property
     def positions(self) -> int | None:

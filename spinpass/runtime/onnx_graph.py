@@ -29,6 +29,10 @@ class State:
     mask: Tensor
     cache: dict[str, Any]
 
+    def copied(self) -> State:
+        """The same, to go on from twice: no step and no rewinding of the one changes the other."""
+        return State(self.mask, dict(self.cache))
+
 
 @dataclass(frozen=True)
 class _Slot:

@@ -189,7 +189,7 @@ def _step_by_step(path: Path, threads: int) -> _Run:
 
 
 def _generated(path: Path, threads: int) -> _Run:
-    model = OrtModel.from_pretrained(path, threads=threads)
+    model = OrtModel.from_pretrained(path, threads=threads, generation_config={})  # the likeliest tokens are judged
 
     def run(turns: Turns, new: int) -> _Answer:
         rows: list[list[int]] = [[] for _ in turns[0]]

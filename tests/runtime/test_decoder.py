@@ -18,6 +18,7 @@ from spinpass.exporters import names as onnx_names
 from spinpass.exporters.onnx import writer as exporter
 from spinpass.runtime import ModelFolder, decoding
 from spinpass.runtime.decoder import OrtDecoder
+from spinpass.runtime.penalties import Said
 from spinpass.runtime.sampling import Sampling
 from tests.support import models
 
@@ -126,15 +127,17 @@ def test_sampling_follows_its_seed(decoder: OrtDecoder) -> None:
 
 
 def test_sampling_keeps_to_top_k_and_top_p() -> None:
-    logits = torch.tensor([0.5, 0.2, 0.15, 0.1, 0.05]).log()
+    logits = torch.tensor([[0.5, 0.2, 0.15, 0.1, 0.05]]).log().expand(300, -1)
     generator = torch.Generator().manual_seed(0)
+    nothing = Said(torch.zeros(300, 0, dtype=torch.int64), torch.zeros(300, 0, dtype=torch.bool))
 
     def drawn(**options: Any) -> set[int]:
-        return {Sampling(temperature=1.0, **options).choose(logits, generator) for _ in range(300)}
+        return set(Sampling(temperature=1.0, **options).choose(logits, nothing, generator).tolist())
 
     assert drawn() == {0, 1, 2, 3, 4}
     assert drawn(top_k=2) == {0, 1}
     assert drawn(top_p=0.6) == {0, 1}
+    assert drawn(min_p=0.35) == {0, 1} and drawn(min_p=0.25) == {0, 1, 2}
     assert drawn(top_k=3, top_p=0.55) == {0}  # of the three that are kept, the first holds 0.59 of the mass
 
 
@@ -144,6 +147,8 @@ def test_sampling_keeps_to_top_k_and_top_p() -> None:
         ({"temperature": -1.0}, "temperature -1.0 is negative"),
         ({"top_k": -1}, "top_k -1 is negative; 0 keeps all"),
         ({"top_p": 0.0}, r"top_p 0.0 is not in \(0, 1\]"),
+        ({"min_p": 1.5}, r"min_p 1.5 is not in \[0, 1\]"),
+        ({"min_p": 0.5}, "min_p 0.5 is of draws, and temperature 0 draws nothing"),
     ],
 )
 def test_sampling_out_of_range(options: dict[str, Any], message: str) -> None:
