@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor
 
-from spinpass.errors import ConfigError, ExportError
+from spinpass.errors import ConfigError, ExportError, first_line
 from spinpass.formats import model_path
 
 from .decoding import Reading, new_tokens
@@ -271,7 +271,13 @@ class OrtModel:
                     f"stop_strings needs the package {error.name}: pip install transformers, or give eos_token_id"
                 ) from error
             reader = self.tokenizer if tokenizer is None else tokenizer
-            criteria.append(StopStringCriteria(reader, list(search.stop_strings)))
+            try:
+                criteria.append(StopStringCriteria(reader, list(search.stop_strings)))
+            except ValueError as error:
+                raise ExportError(
+                    f"stop_strings {list(search.stop_strings)} cannot be looked for with a {type(reader).__name__} "
+                    f"({first_line(error)}): give eos_token_id, or a criterion in stopping_criteria"
+                ) from error
         if not criteria:
             return None
 
