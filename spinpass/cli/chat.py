@@ -6,15 +6,30 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from spinpass.errors import ConfigError, ExportError
-from spinpass.formats import model_path
-from spinpass.runtime import ModelFolder, Sampling, check_template
+from spinpass.errors import ConfigError
+from spinpass.runtime import Conversation, check_template
 
+from .decoders import (
+    CPU,
+    DrawSeed,
+    Exported,
+    MinP,
+    Provider,
+    RepetitionPenalty,
+    Stop,
+    Temperature,
+    Threads,
+    TopK,
+    TopP,
+    beside_model,
+    check_stops,
+    open_decoder,
+    sampling_of,
+)
 from .options import AsJson, Verbose
 from .screen import screen_of
 
@@ -23,41 +38,34 @@ _CLEAR, _END = ("/clear", "/new"), ("/exit", "/quit")
 
 def chat_command(
     ctx: typer.Context,
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder that spinpass export wrote.")],
+    folder: Exported,
     system: Annotated[str, typer.Option(help="What the model is told before the first turn.")] = "",
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 512,
-    temperature: Annotated[float, typer.Option(help="Temperature to draw at; 0 takes the likeliest token.")] = 0.0,
-    top_p: Annotated[
-        float, typer.Option(help="Draw from the likeliest tokens that have this share of the probability.")
-    ] = 1.0,
-    seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
-    threads: Annotated[
-        int | None, typer.Option(help="Threads of ONNX Runtime, which chooses by itself by default.")
-    ] = None,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    seed: DrawSeed = None,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    stop: Stop = None,
+    threads: Threads = None,
+    provider: Provider = CPU,
     as_json: AsJson = False,
     verbose: Verbose = 0,
 ) -> None:
     """Talk to a model in ONNX Runtime: a line is a turn, and the cache keeps what has been said.
 
     Ctrl-C stops an answer, and at the prompt ends the program, as /exit does;
-    /clear begins anew. Lines may come from a pipe. No file is written.
+    /clear begins anew. Lines may come from a pipe. No file is written. The
+    likeliest token is taken unless --temperature asks for draws.
 
     Example: spinpass chat out
     """
     screen = screen_of(ctx, as_json, verbose)
-    if not model_path(folder).is_file():
-        raise ConfigError(f"there is no model at {folder}: name a folder that spinpass export wrote")
-    check_template(ModelFolder(model_path(folder).parent).tokenizer, str(folder))  # before the model is loaded
-    if threads is not None and threads < 1:
-        raise ConfigError(f"--threads {threads}: choose 1 or more, or leave it out")
-    try:
-        from spinpass.runtime import Conversation, OrtDecoder
-
-        decoder = OrtDecoder(folder, threads=threads)
-    except ModuleNotFoundError as error:
-        raise ExportError(f"running ONNX needs {error.name}: pip install 'spinpass[onnx]'") from error
-    sampling = Sampling(temperature, 0, top_p, seed)
-    talk = Conversation(decoder, system=system, sampling=sampling, max_new_tokens=max_new_tokens)
+    sampling, stops = sampling_of(temperature, top_k, top_p, min_p, seed, repetition_penalty), check_stops(stop)
+    check_template(beside_model(folder, threads).tokenizer, str(folder))  # before the model is loaded
+    decoder = open_decoder(folder, provider, threads)
+    talk = Conversation(decoder, system=system, sampling=sampling, max_new_tokens=max_new_tokens, stop=stops)
     told: list[dict[str, Any]] = []
     for line in _lines(interactive=sys.stdin.isatty() and not as_json):
         if line in _END:

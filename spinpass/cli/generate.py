@@ -9,33 +9,48 @@ from typing import Annotated, Any
 
 import typer
 
-from spinpass.errors import ConfigError, ExportError
-from spinpass.formats import model_path
-from spinpass.runtime import ModelFolder, Sampling, chat_tokens
+from spinpass.errors import ConfigError
+from spinpass.runtime import Pieces, Sampling, StopText, chat_tokens
 
+from .decoders import (
+    CPU,
+    DrawSeed,
+    Exported,
+    MinP,
+    Provider,
+    RepetitionPenalty,
+    Stop,
+    Temperature,
+    Threads,
+    TopK,
+    TopP,
+    beside_model,
+    check_stops,
+    open_decoder,
+    sampling_of,
+)
 from .options import AsJson, Verbose
 from .screen import screen_of
 
 
 def generate_command(
     ctx: typer.Context,
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder that spinpass export wrote.")],
+    folder: Exported,
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="Text to continue.")],
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 128,
     raw: Annotated[
         bool,
         typer.Option("--raw", help="Continue PROMPT as it is, though the tokenizer has a chat template for a turn."),
     ] = False,
-    temperature: Annotated[float, typer.Option(help="Temperature to draw at; 0 takes the likeliest token.")] = 0.0,
-    top_k: Annotated[int, typer.Option(help="Draw from so many of the likeliest tokens; 0 draws from all.")] = 0,
-    top_p: Annotated[
-        float, typer.Option(help="Draw from the likeliest tokens that have this share of the probability.")
-    ] = 1.0,
-    seed: Annotated[int | None, typer.Option(help="Seed of the draws, which --temperature asks for.")] = None,
-    threads: Annotated[
-        int | None, typer.Option(help="Threads of ONNX Runtime, which chooses by itself by default.")
-    ] = None,
-    provider: Annotated[str, typer.Option(help="Execution provider of ONNX Runtime.")] = "CPUExecutionProvider",
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    seed: DrawSeed = None,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    stop: Stop = None,
+    threads: Threads = None,
+    provider: Provider = CPU,
     as_json: AsJson = False,
     verbose: Verbose = 0,
 ) -> None:
@@ -43,16 +58,14 @@ def generate_command(
 
     PROMPT is a user's turn in the tokenizer's chat template, where there is one.
     The text goes to stdout as it comes, the rates go to stderr; no file is written.
+    The likeliest token is taken unless --temperature asks for draws, whatever
+    generation_config.json says.
 
     Example: spinpass generate out "Why is the sky blue?"
     """
     screen = screen_of(ctx, as_json, verbose)
-    if seed is not None and temperature == 0:
-        raise ConfigError(
-            f"--seed {seed} is of draws, and temperature 0 draws nothing: add --temperature, or leave it out"
-        )
-    sampling = Sampling(temperature, top_k, top_p, seed or 0)
-    request = GenerateRequest(folder, prompt, max_new_tokens, raw, sampling, threads, provider)
+    sampling = sampling_of(temperature, top_k, top_p, min_p, seed, repetition_penalty)
+    request = GenerateRequest(folder, prompt, max_new_tokens, raw, sampling, threads, provider, check_stops(stop))
     found = request.run(screen.piece)
     if as_json:
         screen.document({"ok": True, "folder": str(folder)} | found)
@@ -73,6 +86,7 @@ class GenerateRequest:
     sampling: Sampling
     threads: int | None
     provider: str
+    stop: tuple[str, ...] = ()
 
     def run(self, write: Callable[[str], None]) -> dict[str, Any]:
         """Generate, giving every piece of text to ``write``. Returns the answer and the rates as JSON-able values.
@@ -82,13 +96,8 @@ class GenerateRequest:
             ExportError: no model or tokenizer in the folder, ONNX Runtime missing or unable to run the model.
         """
         ids = self._preflight()
-        try:
-            from spinpass.runtime import OrtDecoder, Pieces
-
-            decoder = OrtDecoder(self.folder, provider=self.provider, threads=self.threads)
-        except ModuleNotFoundError as error:
-            raise ExportError(f"running ONNX needs {error.name}: pip install 'spinpass[onnx]'") from error
-        pieces = Pieces(decoder.tokenizer)
+        decoder = open_decoder(self.folder, self.provider, self.threads)
+        pieces = StopText(Pieces(decoder.tokenizer), self.stop)
         text: list[str] = []
 
         def show(piece: str) -> None:
@@ -100,7 +109,9 @@ class GenerateRequest:
                 for piece in pieces.add(token):
                     show(piece)
 
-        made = decoder.generate(ids, self.max_new_tokens, sampling=self.sampling, on_token=on_token)
+        made = decoder.generate(
+            ids, self.max_new_tokens, sampling=self.sampling, on_token=on_token, stopped=lambda: pieces.ended
+        )
         for piece in pieces.rest():
             show(piece)
         return {
@@ -114,18 +125,9 @@ class GenerateRequest:
 
     def _preflight(self) -> list[int]:
         """Return the tokens of the prompt. What can be said before the model is loaded is said here."""
-        if not model_path(self.folder).is_file():
-            if (self.folder / "config.json").is_file():
-                raise ConfigError(
-                    f"{self.folder} is a model of transformers, and ONNX Runtime runs what is exported from it: "
-                    f"spinpass export {self.folder} OUT, then name OUT"
-                )
-            raise ConfigError(f"there is no model at {self.folder}: name a folder that spinpass export wrote")
-        if self.threads is not None and self.threads < 1:
-            raise ConfigError(f"--threads {self.threads}: choose 1 or more, or leave it out")
+        beside = beside_model(self.folder, self.threads)
         if self.max_new_tokens < 1:
             raise ConfigError(f"--max-new-tokens {self.max_new_tokens}: choose 1 or more")
-        beside = ModelFolder(model_path(self.folder).parent)
         ids = self._ids(beside.tokenizer)
         if not ids:
             raise ConfigError("the prompt has no tokens to start from: write at least a word")

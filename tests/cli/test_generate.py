@@ -141,6 +141,50 @@ def test_the_command_line_writes_the_answer_and_the_rates(folder: Path, model: O
     assert chat["prompt_tokens"] == len(TEXT.split())  # the template of the tiny tokenizer adds nothing
 
 
+def test_an_answer_that_stops_at_a_text_and_does_not_repeat(folder: Path, model: OrtModel) -> None:
+    def said(*options: object) -> dict[str, Any]:
+        shown = run("generate", folder, TEXT, "--raw", "--max-new-tokens", 30, "--threads", 1, "--json", *options)
+        assert shown.exit_code == 0, shown.stderr
+        return dict(json.loads(shown.stdout))
+
+    plain = said()
+    changed = said("--repetition-penalty", 1.8)
+    assert changed["text"] == "".join(model.stream(TEXT, max_new_tokens=30, repetition_penalty=1.8)) != plain["text"]
+    words = plain["text"].split()
+    stopped = said("--stop", words[2], "--stop", "never said")
+    assert stopped["text"] == plain["text"][: plain["text"].index(words[2])] and stopped["finished"]
+    assert stopped["new_tokens"] < plain["new_tokens"]
+    drawn = said("--temperature", 3, "--min-p", 0.8, "--seed", 4)
+    options: dict[str, Any] = dict(max_new_tokens=30, do_sample=True, temperature=3, top_k=0, min_p=0.8, seed=4)
+    assert drawn["text"] == "".join(model.stream(TEXT, **options)) != "".join(model.stream(TEXT, **options | {"min_p": 0}))
+
+
+@pytest.mark.parametrize("command", [("generate", TEXT), ("chat",)])
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        (("--seed", 0), "--seed 0 is of draws, and temperature 0 draws nothing"),
+        (("--min-p", 0.5), "min_p 0.5 is of draws"),
+        (("--min-p", 7, "--temperature", 1), "min_p 7.0 is not in [0, 1]"),
+        (("--repetition-penalty", 0), "repetition_penalty 0.0 is not above 0"),
+        (("--stop", ""), "--stop '' would end every answer before it begins"),
+        (("--threads", 0), "--threads 0: choose 1 or more"),
+        (("--provider", "NoSuchProvider"), "no provider 'NoSuchProvider' here"),
+    ],
+)
+def test_both_commands_refuse_alike(folder: Path, command: tuple[str, ...], options: tuple[object, ...], why: str) -> None:
+    refused = run(command[0], folder, *command[1:], "--max-new-tokens", 5, *options)
+    assert refused.exit_code == 2 and why in refused.stderr
+
+
+def test_both_commands_name_what_is_to_be_exported_first(original: Path, tmp_path: Path) -> None:
+    for command in (("generate", original, TEXT), ("chat", original)):
+        refused = run(*command)
+        assert refused.exit_code == 2 and "is a model of transformers" in refused.stderr
+    refused = run("chat", tmp_path)
+    assert refused.exit_code == 2 and "there is no model at" in refused.stderr
+
+
 def test_folders_that_cannot_generate_say_why(folder: Path, tmp_path: Path) -> None:
     bare = tmp_path / "bare"
     bare.mkdir()

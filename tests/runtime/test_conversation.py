@@ -9,7 +9,7 @@ import pytest
 
 from spinpass.errors import ConfigError
 from spinpass.folders import export
-from spinpass.runtime import Conversation, OrtDecoder
+from spinpass.runtime import Conversation, OrtDecoder, Penalties, Sampling
 from tests.support import folders
 from tests.support.commands import run
 
@@ -72,3 +72,24 @@ def test_the_command_reads_lines(folder: Path, monkeypatch: pytest.MonkeyPatch) 
     assert [turn["user"].split()[0] for turn in told] == ["what", "weather", "if", "what", "what"]
     assert "positions" in told[3]["error"] and told[4]["tokens_in_cache"] == 0 < told[1]["tokens_in_cache"]
     assert told[4]["answer"] == told[0]["answer"]
+
+
+def test_an_answer_ends_at_a_text_and_repeats_less(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = OrtDecoder(folder, threads=1)
+    answers = {text: "".join(Conversation(decoder, max_new_tokens=50).answer(text)) for text in folders.WORDS}
+    text, whole = max(answers.items(), key=lambda pair: len(set(pair[1].split())))  # most tokens are no words
+    stop = whole.split()[1]
+    talk = Conversation(decoder, max_new_tokens=50, stop=(stop,))
+    assert "".join(talk.answer(text)) == whole[: whole.index(stop)] == talk.turns[-1]["content"]
+    lines = iter([text, "/exit"])
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    told = json.loads(run("chat", folder, "--max-new-tokens", 50, "--stop", stop, "--json").stdout)
+    assert told["turns"][0]["answer"] == talk.turns[-1]["content"]
+    penalised = Sampling(penalties=Penalties(repetition=1.8))
+    talk = Conversation(decoder, max_new_tokens=9, sampling=penalised)
+    for text in TURNS:  # what stands in the cache has been said, too
+        said = "".join(talk.answer(text))
+        ids = decoder.tokenizer.apply_chat_template(talk.turns[:-1], add_generation_prompt=True, return_dict=False)
+        made = decoder.generate(ids, 9, sampling=penalised).tokens
+        kept = [token for token in made if token not in decoder.end_tokens]
+        assert said == decoder.tokenizer.decode(kept, skip_special_tokens=True)
