@@ -5,17 +5,30 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from spinpass.errors import ConfigError
-from spinpass.formats import MANIFEST, PREFIX, Draft, finish, hashes, listed_files, sealed, staged
+from spinpass.formats import (
+    MANIFEST,
+    PREFIX,
+    README,
+    Draft,
+    finish,
+    hashes,
+    is_for_people,
+    listed_files,
+    sealed,
+    staged,
+)
 from spinpass.loading import LoadedModel, LoadingReport
 
 from .card import Card
 from .judge import FolderTrial
+from .model_card import model_card
 from .result import Result
 
 SETTINGS = "recipe.yaml"
@@ -42,11 +55,22 @@ def write_companions(
     tried: Callable[[], Sequence[FolderTrial]],
     scored: Callable[[], Card | str | None] = lambda: None,
 ) -> tuple[dict[str, Any], list[str]]:
-    """Put the tokenizer, the configuration and ``spinpass.json`` beside the ``files`` of an export.
+    """Put the tokenizer, the configuration, ``README.md``, the licence and ``spinpass.json`` beside the ``files`` of an
+    export.
 
-    ``made``: the reports of the export and of what followed, by name. ``tried`` runs the folder when all but
-    ``spinpass.json`` is there, which lists what it returns; ``scored`` makes the card after that. Returns what
-    ``spinpass.json`` holds, and the names of all files.
+    A README or a licence that somebody else has put into the folder stays as it is.
+
+    Args:
+        loaded: the model that was exported.
+        result: what was made of it.
+        made: the reports of the export and of what followed, by name.
+        files: what is in the draft.
+        draft: of the folder.
+        tried: runs the folder when all that a runtime reads is there; ``spinpass.json`` lists what it returns.
+        scored: makes the card after that.
+
+    Returns:
+        What ``spinpass.json`` holds, and the names of all files.
     """
     written = set(files)
     if loaded.companions is not None:
@@ -59,9 +83,23 @@ def write_companions(
     trials["card"] = card.to_dict() if isinstance(card, Card) else card
     source = {"files": loaded.files.to_dict()}
     origin = {"model": loaded.source.location, "source": source, "loading": loaded.report.to_dict()}
-    files_of = {"files": hashes(draft.folder, written)}
-    about = write_manifest(draft.folder, origin | result.to_dict() | dict(made) | trials | files_of)
+    about = origin | result.to_dict() | dict(made) | trials
+    written |= _for_people(loaded, result, about, draft)
+    about = write_manifest(draft.folder, about | {"files": hashes(draft.folder, written)})
     return about, sorted(written | {MANIFEST})
+
+
+def _for_people(loaded: LoadedModel, result: Result, about: Mapping[str, Any], draft: Draft) -> set[str]:
+    """Write the model card and the texts that go with the model, of a program nothing. Returns their names."""
+    if loaded.companions is None:
+        return set()
+    texts = {**loaded.papers.texts, README: model_card(loaded, about, result.settings).encode()}
+    own = listed_files(draft.out)
+    made = {name: text for name, text in texts.items() if name in own or not os.path.lexists(draft.out / name)}
+    with staged(draft.folder) as staging:
+        for name, text in made.items():
+            (staging / name).write_bytes(text)
+    return set(made)
 
 
 def settings_text(settings: Mapping[str, Any]) -> str:
@@ -100,10 +138,11 @@ def check_target(out: Path, model: str, *, force: bool) -> None:
     here = {path.name for path in target.iterdir() if not path.name.startswith(PREFIX)}  # of a run cut short
     others = sorted(here - listed_files(target))
     if others:
+        edited = " as it is" if is_for_people(others[0]) else ""
         more = f" and {len(others) - 1} more" if len(others) > 1 else ""
         raise ConfigError(
-            f"{out} holds {others[0]}{more}, which no export of spinpass has put there: name another folder, or add "
-            "--force (force=True) to write into it"
+            f"{out} holds {others[0]}{more}, which no export of spinpass has put there{edited}: name another folder, "
+            "or add --force (force=True) to write into it"
         )
 
 

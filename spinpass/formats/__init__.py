@@ -21,6 +21,7 @@ from .manifest import (
     sealed,
 )
 from .paths import PROTOBUF_LIMIT, data_name, model_path, pte_path, remove_stale_data
+from .people import README, is_for_people
 from .pt2 import load_program, save_program
 from .recorded import FileHash, check_recorded
 from .safetensors_header import check_safetensors, safetensors_header
@@ -31,6 +32,7 @@ __all__ = [
     "PREFIX",
     "PROTOBUF_LIMIT",
     "QUANTIZE_CONFIG",
+    "README",
     "READS_PADDING",
     "Artefact",
     "Draft",
@@ -52,6 +54,7 @@ __all__ = [
     "drafted",
     "finish",
     "hashes",
+    "is_for_people",
     "is_plain_name",
     "listed_files",
     "load_program",

@@ -21,6 +21,7 @@ from spinpass.errors import ConfigError, DamageError, ExportError, VerificationE
 from spinpass.record import Carried
 
 from .documents import digest, parsed
+from .people import is_for_people
 from .pt2 import load_program
 from .staging import finish, is_plain_name
 
@@ -51,11 +52,13 @@ class Artefact:
     def check(self, *, files: bool = False) -> None:
         """Check that the model is the one that the manifest describes, and every rotation the one that its hash says.
 
-        The model file is read whole and its hash compared, of other files the size; ``files`` reads those as well.
-        Raises VerificationError, naming what differs.
+        The model file is read whole and its hash compared, of other files the size; ``files`` reads those as well, and
+        what is for people, who may have edited it. Raises VerificationError, naming what differs.
         """
         self.check_rotations()
-        _compare(self.path.parent, self.manifest.get("files", {}), lambda name: files or name == self.path.name)
+        listed = self.manifest.get("files", {})
+        listed = listed if files else {name: stated for name, stated in listed.items() if not is_for_people(name)}
+        _compare(self.path.parent, listed, lambda name: files or name == self.path.name)
 
     def check_rotations(self) -> None:
         """Check the rotations as :meth:`check` does, whatever became of the other files."""
@@ -153,14 +156,16 @@ def check_companions(folder: Path, *names: str) -> None:
     listed = {
         name: stated
         for name, stated in read_manifest(folder).get("files", {}).items()
-        if (name in names if names else Path(name).suffix not in _WEIGHTS)
+        if (name in names if names else Path(name).suffix not in _WEIGHTS and not is_for_people(name))
     }
     _compare(folder, listed, lambda name: True)
 
 
 def check_checkpoint(folder: Path) -> None:
-    """Compare every file of an exported folder, as :func:`check_opened`; nothing where there is no manifest."""
-    _compare(folder, read_manifest(folder).get("files", {}), lambda name: True)
+    """Compare every file of an exported folder but those for people, as :func:`check_opened`; nothing where there is no
+    manifest."""
+    listed = read_manifest(folder).get("files", {})
+    _compare(folder, {name: stated for name, stated in listed.items() if not is_for_people(name)}, lambda name: True)
 
 
 def check_made_of(exported: Path, source: Path) -> None:
@@ -207,12 +212,22 @@ def hashes(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
 
 
 def listed_files(folder: Path) -> set[str]:
-    """Return the names that the ``spinpass.json`` of a folder lists, and its own; none where there is none."""
+    """Return the names that the ``spinpass.json`` of a folder lists, and its own; none where there is none.
+
+    A file for people that is no longer what is listed is somebody's own, and left out.
+    """
     try:
         listed = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-        return {MANIFEST, *filter(is_plain_name, listed)}
+        return {MANIFEST, *(name for name in listed if is_plain_name(name) and not _was_edited(folder, name, listed))}
     except (OSError, ValueError, KeyError, TypeError):
         return set()
+
+
+def _was_edited(folder: Path, name: str, listed: Mapping[str, Any]) -> bool:
+    file = folder / name
+    if not is_for_people(name) or not _is_file_entry(listed[name]) or not file.is_file():
+        return False
+    return bool(sha256(file) != listed[name]["sha256"])
 
 
 def inside(folder: Path, name: str) -> Path:

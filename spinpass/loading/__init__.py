@@ -4,6 +4,7 @@ from .dequantize import dequantize_checkpoint, quantized_checkpoint
 from .faithful import LOGIT_BOUNDS, LONGEST_TEXT, text_limits
 from .files import SourceFiles
 from .models import Companions, LoadedModel, check_dtype, load_config, load_model, load_tokenizer
+from .papers import Papers, papers_of
 from .sources import Source, check_program_options, locate
 from .static_cache import check_context, export_static_cache
 from .stored_size import count_values
@@ -15,6 +16,7 @@ __all__ = [
     "Companions",
     "LoadedModel",
     "LoadingReport",
+    "Papers",
     "Source",
     "SourceFiles",
     "check_context",
@@ -27,6 +29,7 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "locate",
+    "papers_of",
     "quantized_checkpoint",
     "text_limits",
 ]

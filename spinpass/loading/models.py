@@ -37,6 +37,7 @@ from .files import (
 )
 from .gptq import skeleton, with_values
 from .older_transformers import add_older_words
+from .papers import Papers, papers_of
 from .quantized import check_quantization, dequantized_config, gguf_types
 from .sources import Source, locate
 from .static_cache import export_static_cache
@@ -61,9 +62,11 @@ class Companions:
         """
         folder = Path(folder)
         with staged(folder) as staging, _quiet():
-            for part in (self.config, self.generation_config, self.tokenizer):
+            for part in (self.config, self.tokenizer):
                 if part is not None:
                     part.save_pretrained(staging)
+            if self.generation_config is not None:  # as it came: save_pretrained refuses a top_p without do_sample
+                self.generation_config.to_json_file(staging / "generation_config.json")
             add_older_words(staging)
             names = sorted(path.name for path in staging.iterdir() if path.is_file())
         return tuple(folder / name for name in names)
@@ -76,7 +79,7 @@ _PADDING = "padding changes what the model makes of a text: rows of different le
 class LoadedModel:
     """This is an exported program and where it came from; ``companions`` is None for a ``.pt2`` file. ``report`` says
     what loading did beyond taking every tensor as it was saved, ``files`` what it was loaded from. ``reads_padding``:
-    padding in front of a text changes what the model makes of it."""
+    padding in front of a text changes what the model makes of it. ``papers``: its licence."""
 
     source: Source
     program: ExportedProgram
@@ -84,6 +87,7 @@ class LoadedModel:
     report: LoadingReport = field(default_factory=LoadingReport)
     files: SourceFiles = field(default_factory=SourceFiles)
     reads_padding: bool = False
+    papers: Papers = field(default_factory=Papers)
 
 
 def load_model(
@@ -143,7 +147,8 @@ def load_model(
         report("dequantize")
         program = with_values(program, source.location)
     beside = Companions(loaded.config, loaded.generation_config, tokenizer)
-    return LoadedModel(source, program, beside, done, files, padding)
+    papers = papers_of(source, _module("transformers", f"loading {source.location}"))
+    return LoadedModel(source, program, beside, done, files, padding, papers)
 
 
 def check_dtype(dtype: str) -> None:
