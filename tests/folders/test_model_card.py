@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,8 @@ import pytest
 import yaml
 
 from spinpass import Override, RotationConfig
-from spinpass.cli import export as command_line
 from spinpass.errors import ConfigError
-from spinpass.folders import ExportRequest, export
+from spinpass.folders import export
 from spinpass.folders.command import command_of
 from spinpass.folders.model_card import hub_name
 from spinpass.loading import Source
@@ -69,10 +69,13 @@ def test_the_card_says_what_spinpass_json_says_and_no_place(source: Path, out: P
         f"| {card['bits_per_weight']:.2f} |",
     ):
         assert value in text
-    assert "14 of 4 bits in groups of 32; 2 of 8 bits per channel" in text and "# tiny for ONNX Runtime" in text
+    assert (
+        "Weights of linear layers: 14 of 4 bits in groups of 32; 2 of 8 bits" in text
+        and "# tiny for ONNX Runtime" in text
+    )
     assert "not certified: it rounds activations" in text and "cases are as the program has them" in text
-    assert "$ spinpass export MODEL OUT --bits 4 --recipe plain\n" in text
-    assert about["command"] == "spinpass export MODEL OUT --bits 4 --recipe plain"
+    command = "$ spinpass export MODEL OUT --rotations none --quantize w4g32-rtn-a8-head8"
+    assert command in text and "--last-logits\n" in text and "in onnxruntime." in text
     assert "That of the model: apache-2.0." in text and "`LICENSE`, `NOTICE.txt`" in text
     assert str(source.parent) not in text and str(out.parent) not in text and "private" not in text
 
@@ -113,9 +116,9 @@ def test_what_belongs_to_the_model_lies_beside_it(source: Path, out: Path) -> No
 
 def test_an_edited_card_is_its_editors(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    export(source, out, None)
+    export(source, out, None, bits=16)
     ours = (out / "README.md").read_text()
-    export(source, out, None)  # what nobody has edited is replaced
+    export(source, out, None, bits=16)  # what nobody has edited is replaced
     assert (out / "README.md").read_text().split("## Measured")[0] == ours.split("## Measured")[0]
     (out / "README.md").write_text("Mine.")
     (out / "extra.md").write_text("Mine, too.")
@@ -123,8 +126,8 @@ def test_an_edited_card_is_its_editors(source: Path, tmp_path: Path) -> None:
     checked = run("inspect", out, "--check")
     assert checked.exit_code == 1 and "README.md is not the file that spinpass.json lists" in checked.stderr
     with pytest.raises(ConfigError, match="README.md and 1 more, which no export of spinpass has put there as it is"):
-        export(source, out, None)
-    export(source, out, None, force=True)
+        export(source, out, None, bits=16)
+    export(source, out, None, bits=16, force=True)
     assert (out / "README.md").read_text() == "Mine." and (out / "extra.md").read_text() == "Mine, too."
     assert "README.md" not in json.loads((out / "spinpass.json").read_text())["files"]
     assert run("inspect", out, "--check").exit_code == 0
@@ -133,76 +136,44 @@ def test_an_edited_card_is_its_editors(source: Path, tmp_path: Path) -> None:
 def test_a_card_that_was_there_before_stays(source: Path, tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("Mine.")
     with pytest.raises(ConfigError, match="holds README.md, which no export"):
-        export(source, tmp_path, None)
-    export(source, tmp_path, None, force=True)
+        export(source, tmp_path, None, bits=16)
+    export(source, tmp_path, None, bits=16, force=True)
     assert (tmp_path / "README.md").read_text() == "Mine." and (tmp_path / "LICENSE").is_file()
 
 
 def test_a_rotated_folder_without_a_score(source: Path, tmp_path: Path) -> None:
-    export(source, tmp_path / "out", RotationConfig(form="online", exclude=("R4:*.0.*",)))
+    export(source, tmp_path / "out", RotationConfig(form="online", exclude=("R4:*.0.*",)), bits=16)
     text = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert "rotated (R1, R2, R3, R4)" in text and "## Measured" not in text
     assert "- the rotation: equivalent" in text and "- the file: equivalent" in text
-    assert "$ spinpass export MODEL OUT --form online --exclude 'R4:*.0.*'\n" in text
+    assert "$ spinpass export MODEL OUT --rotations R1,R2,R3,R4 --form online --exclude 'R4:*.0.*' --bits 16\n" in text
     assert front_matter(tmp_path / "out")["tags"] == ["spinpass", "onnx", "rotated"]
 
 
-REQUESTS: list[dict[str, Any]] = [
-    {},
-    {"config": None},
-    {"bits": 4},
-    {"bits": 4, "config": None},
-    {"bits": 4, "recipe": "plain"},
-    {"bits": 8, "recipe": "quick", "keep": ("*.down_proj.*", "a b"), "layers": (("*.o_proj.*", "w8"),)},
-    {
-        "bits": 4,
-        "calibration": Path("/home/me/text.txt"),
-        "calibration_windows": 7,
-        "config": RotationConfig(form="online"),
-    },
-    {"quantize": "w4g128-gptq-a8", "calibration_windows": 5, "kv_cache": "int8", "dtype": "auto"},
-    {"int4": True, "last_logits": True, "certify": False, "fuse": False, "allow_partial": True},
-    {"to": "executorch", "quantize": "w4g32-gptq-a8", "context": 512},
-    {"to": "gptq", "bits": 4, "dequantize": True, "trust_remote_code": True},
-    {
-        "cache": False,
-        "config": RotationConfig(
-            rotations=("R1", "R2"),
-            kind="random-hadamard",
-            seed=3,
-            block_size=64,
-            tied="keep",
-            cache="plain",
-            exclude=("R2:*",),
-        ),
-    },
-]
+def test_the_command_is_what_the_settings_say_without_places() -> None:
+    settings = {"rotations": "R1,R2", "quantize": "w4", "keep": ["a b", "*.x"], "int4": True, "samples": 3}
+    assert command_of(settings, "") == (
+        "spinpass export MODEL OUT --rotations R1,R2 --quantize w4 --keep 'a b' --keep '*.x' --int4 --samples 3"
+    )
+    assert (
+        command_of({"calibration": "/home/me/text.txt"}, "org/name")
+        == "spinpass export org/name OUT --calibration TEXT"
+    )
+    assert command_of({"calibration": "self"}, "").endswith("--calibration self")
+    assert command_of({"calibration": "wikitext:wikitext-2-raw-v1:test"}, "").endswith("wikitext-2-raw-v1:test")
 
 
-@pytest.mark.parametrize("asked", REQUESTS, ids=lambda asked: ",".join(asked) or "nothing")
-def test_the_command_asks_for_the_same(asked: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Read by the command line, it becomes the same request but for places of this machine."""
-    import shlex
-
-    made: list[ExportRequest] = []
-
-    class Kept(ExportRequest):
-        def run(self, steps: Any) -> Any:
-            made.append(self)
-            raise ConfigError("enough")
-
-    monkeypatch.setattr(command_line, "ExportRequest", Kept)
-    request = ExportRequest("MODEL", Path("OUT"), **{"config": RotationConfig()} | asked)
-    command = command_of(request, "")
-    assert "/home" not in command and run(*shlex.split(command)[1:]).exit_code == 2
-    given = vars(request) | ({"calibration": Path("TEXT")} if asked.get("calibration") else {})
-    assert vars(made[0]) == given
+def test_the_command_asks_for_the_same_folder(source: Path, out: Path, tmp_path: Path) -> None:
+    found = re.findall(r"^\$ spinpass export MODEL OUT (.*)$", (out / "README.md").read_text(encoding="utf-8"), re.M)
+    again = run("export", source, tmp_path / "again", *shlex.split(found[0]))
+    assert again.exit_code == 0, again.stderr
+    assert (tmp_path / "again" / "model.onnx").read_bytes() == (out / "model.onnx").read_bytes()
 
 
-def test_what_only_python_can_ask_for_is_no_command() -> None:
-    config = RotationConfig(overrides={"R4": Override(block_size=64)})
-    assert command_of(ExportRequest("m", Path("o"), config), "") == ""
-    assert command_of(ExportRequest("m", Path("o"), None), "org/name").startswith("spinpass export org/name OUT")
+def test_what_options_cannot_say_is_no_command(source: Path, tmp_path: Path) -> None:
+    export(source, tmp_path / "out", RotationConfig(overrides={"R4": Override(block_size=16)}), bits=16)
+    text = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "## Made by" not in text and "## Run it" in text
 
 
 def test_a_path_is_no_name_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
