@@ -146,7 +146,7 @@ def test_a_rotated_folder_without_a_score(source: Path, tmp_path: Path) -> None:
     text = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert "rotated (R1, R2, R3, R4)" in text and "## Measured" not in text
     assert "- the rotation: equivalent" in text and "- the file: equivalent" in text
-    assert "$ spinpass export MODEL OUT --rotations R1,R2,R3,R4 --form online --exclude 'R4:*.0.*' --bits 16\n" in text
+    assert " --form online --exclude 'R4:*.0.*' --bits 16\n" in text
     assert front_matter(tmp_path / "out")["tags"] == ["spinpass", "onnx", "rotated"]
 
 
