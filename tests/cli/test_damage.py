@@ -31,7 +31,7 @@ def refused(*arguments: object, mark: Path | None = None, kind: str = "DamageErr
 
 
 COMMANDS = {
-    "plan": (), "export": ("OUT",), "eval": ("--tokenizer", "FOLDER"), "report": ("--tokenizer", "FOLDER"),
+    "plan": (), "export": ("OUT", "--bits", 16), "eval": ("--tokenizer", "FOLDER"), "report": ("--tokenizer", "FOLDER"),
     "rotate": ("OUT.pt2",), "verify": ("SELF",), "inspect": (),
     "tune": ("--quantize", "w4-rtn", "--calibration", "TEXT"),
 }  # fmt: skip

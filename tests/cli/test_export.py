@@ -80,5 +80,5 @@ def test_export_needs_a_tokenizer_for_gptq(folder: Path, pt2: Path, tmp_path: Pa
 def test_export_of_a_program_has_no_tokenizer(pt2: Path, tmp_path: Path) -> None:
     result = run("export", pt2, tmp_path / "out", "--bits", 16, "--rotations", "R2,R4", "--no-verify")
     assert result.exit_code == 0, result.stderr
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"model.onnx", "spinpass.json"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"model.onnx", "spinpass.json", "recipe.yaml"}
     assert "R4:model.layers.*.mlp.down_proj (2×)" in result.stdout and "R1" not in result.stdout

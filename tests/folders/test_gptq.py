@@ -73,7 +73,7 @@ def test_packed_weights_are_refused_in_python_too(checkpoint: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "why"),
     [
-        ((), "add --quantize"),
+        (("--bits", "16"), "add --quantize"),
         (("--quantize", "w4-rtn-a8", *OFFLINE), "holds weights alone"),
         (("--quantize", "w3.5g16-rows", "--calibration", __file__, *OFFLINE), "one width each"),
         (("--quantize", "w4-rtn"), "know no online rotation, such as that of"),
