@@ -24,7 +24,7 @@ from spinpass.execution import constants, log_probabilities
 from spinpass.graph import ProgramEditor
 from spinpass.progress import Progress, Tick
 
-from ..report import Distillation, Quantized
+from ..report import Distillation, Quantized, QuantizedWeight
 from . import training  # noqa: F401  (registers the gradients of roundings)
 from .program import pack, scales_name
 
@@ -82,7 +82,9 @@ def distilled(
             tick()
     after = student.divergence(program, held_out, tick)
     done = Distillation(before, after, len(held_out))
-    found = _with_scales(quantized, student.scales()) if done.kept else quantized
+    scales = student.scales() if done.kept else {}
+    del student, optimizer, schedule  # another program is made now
+    found = _with_scales(quantized, scales) if done.kept else quantized
     return replace(found, report=replace(found.report, distillation=done))
 
 
@@ -131,6 +133,11 @@ class _Student:
         return total / len(inputs)
 
 
+def _value(made: QuantizedWeight) -> Tensor:
+    """What the codes of a weight stand for, in the layout of its constant; it is computed when that is written."""
+    return made.codes.dequantized().movedim(-1, made.dim).contiguous()
+
+
 def _with_scales(quantized: Quantized, scales: Mapping[str, Tensor]) -> Quantized:
     """``quantized`` with these scales (groups, out) in its program and its report."""
     weights = dict(quantized.report.weights)
@@ -140,6 +147,5 @@ def _with_scales(quantized: Quantized, scales: Mapping[str, Tensor]) -> Quantize
         codes = replace(weights[name].codes, scales=trained.detach().T.contiguous())
         codes = codes.in_steps_of(quantized.program.state_dict[name].dtype)
         weights[name] = replace(weights[name], codes=codes)
-        value = codes.dequantized().movedim(-1, weights[name].dim).contiguous()
-        editor.queue(stored[name], lambda _, new=value: new.double())  # type: ignore[misc]
+        editor.queue(stored[name], lambda _, made=weights[name]: _value(made).double())  # type: ignore[misc]
     return Quantized(editor.finish(), replace(quantized.report, weights=weights))
