@@ -20,7 +20,7 @@ from .manifest import (
     read_artefact,
     sealed,
 )
-from .paths import PROTOBUF_LIMIT, data_name, model_path, pte_path, remove_stale_data
+from .paths import PROTOBUF_LIMIT, data_name, model_path, pte_path, remove_stale_data, xml_path
 from .people import README, is_for_people
 from .pt2 import load_program, save_program
 from .recorded import FileHash, check_recorded
@@ -70,4 +70,5 @@ __all__ = [
     "sealed",
     "staged",
     "write_gptq",
+    "xml_path",
 ]

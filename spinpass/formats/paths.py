@@ -1,4 +1,4 @@
-"""Where the files of an ONNX model are, and where an ExecuTorch file is."""
+"""Where the files of a model are, for each runtime."""
 
 from __future__ import annotations
 
@@ -31,3 +31,10 @@ def pte_path(path: str | Path) -> Path:
     """Return ``path`` if it names a ``.pte`` file, else ``model.pte`` in that folder."""
     path = Path(path)
     return path if path.suffix == ".pte" else path / "model.pte"
+
+
+def xml_path(path: str | Path) -> Path:
+    """Return ``path`` if it names an ``.xml`` file, else ``openvino_model.xml`` in that folder, the name that optimum
+    has for it."""
+    path = Path(path)
+    return path if path.suffix == ".xml" else path / "openvino_model.xml"

@@ -118,7 +118,7 @@ class DecoderGraph:
 
         inputs, outputs = session.get_inputs(), session.get_outputs()
         # a counter has no axes, and some states have two, as token ids do
-        stored = [i for i in inputs if len(i.shape) >= 3 or not i.shape or _STATE.search(i.name)]
+        stored = [i for i in inputs if len(i.shape) >= 3 or not i.shape or is_state(i.name)]
         plain = {i.name: DTYPES[i.type] for i in inputs if i not in stored}
         known = {"position_ids", "cache_position", "attention_mask"}
         ids = [name for name in plain if name not in known]
@@ -132,7 +132,7 @@ class DecoderGraph:
             )
         names = [output.name for output in outputs]
         logits = names.index("logits") if "logits" in names else 0
-        continued = _continuations([i.name for i in stored], names, logits, path)
+        continued = continuations([i.name for i in stored], names, logits, path)
         batch, length = map(_size, next(i for i in inputs if i.name == ids[0]).shape)
         if isinstance(batch, int) and batch != 1:
             raise ExportError(f"{path} was exported for batches of {batch}: export it with a dynamic batch axis")
@@ -210,8 +210,16 @@ class DecoderGraph:
         return True
 
 
-def _continuations(stored: list[str], outputs: list[str], logits: int, path: Path) -> dict[str, int]:
-    """By cache input, the index of its output: by name where names agree but for what says in or out, else in order."""
+def is_state(name: str) -> bool:
+    """Whether an input of this name is the state of a layer, whatever its axes."""
+    return bool(_STATE.search(name))
+
+
+def continuations(stored: list[str], outputs: list[str], logits: int, path: Path) -> dict[str, int]:
+    """By cache input, the index of its output: by name where names agree but for what says in or out, else in order.
+
+    Raises ExportError where their numbers differ.
+    """
     rest = [i for i in range(len(outputs)) if i != logits]
     by_suffix = {_PREFIX.sub("", outputs[i]): i for i in rest}
     if len(by_suffix) == len(rest) and all(_PREFIX.sub("", name) in by_suffix for name in stored):
@@ -225,7 +233,7 @@ def _empty_shape(value: Any, batch: int | str, path: Path) -> tuple[int, ...]:
     """The shape of a cache input without tokens, -1 for the batch. Its other dynamic axes are the length, which keys
     and values have. The states of recurrent layers and convolutions have none: they begin as zeros."""
     shape = tuple(-1 if size == batch else 0 if isinstance(size, str) else size for size in map(_size, value.shape))
-    if 0 not in shape and value.shape and not _STATE.search(value.name):
+    if 0 not in shape and value.shape and not is_state(value.name):
         raise ExportError(
             f"{path}: the cache {value.name} of shape {value.shape} has a fixed length: export it with a dynamic one"
         )

@@ -12,6 +12,17 @@ from torch import Tensor
 from spinpass.errors import ConfigError, ExportError
 from spinpass.formats import check_opened
 
+_DTYPES = {
+    "f32": torch.float32,
+    "f16": torch.float16,
+    "f64": torch.float64,
+    "i64": torch.int64,
+    "i32": torch.int32,
+    "i8": torch.int8,
+    "u8": torch.uint8,
+    "boolean": torch.bool,
+}
+
 
 def import_openvino() -> Any:
     """The package ``openvino``.
@@ -32,10 +43,12 @@ class CompiledModel:
     Args:
         path: of the file.
         threads: how many of the CPU. None leaves the number to OpenVINO.
+        rounds: let OpenVINO round what it multiplies by integer weights to 8 bits, in groups, as it does by default.
 
     Attributes:
         inputs: the names of the inputs.
         shapes: their shapes, None for dynamic axes.
+        dtypes: their dtypes, None for those that torch does not have.
         outputs: the names of the outputs.
 
     Raises:
@@ -43,8 +56,10 @@ class CompiledModel:
         VerificationError: the file, or its weights, are not those that ``spinpass.json`` beside it lists.
     """
 
-    def __init__(self, path: str | Path, *, threads: int | None = None) -> None:
+    def __init__(self, path: str | Path, *, threads: int | None = None, rounds: bool = False) -> None:
         options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
+        if not rounds:
+            options["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = 0
         if threads is not None:
             options["INFERENCE_NUM_THREADS"] = threads
         openvino = import_openvino()
@@ -58,6 +73,7 @@ class CompiledModel:
         self._request = self._model.create_infer_request()
         self.inputs = tuple(port.get_any_name() for port in self._model.inputs)
         self.shapes = tuple(_shape(port.get_partial_shape()) for port in self._model.inputs)
+        self.dtypes = tuple(_DTYPES.get(port.get_element_type().get_type_name()) for port in self._model.inputs)
         self.outputs = tuple(port.get_any_name() for port in self._model.outputs)
 
     def run(self, values: Sequence[Tensor]) -> list[Tensor]:

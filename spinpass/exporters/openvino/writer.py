@@ -1,14 +1,16 @@
 """``export``: an exported program becomes an OpenVINO model, ``.xml`` and ``.bin``, online Hadamards as products.
 
-The files are compared with the program, computed by OpenVINO in float32, before they appear under their names.
+Weights of a quantized program are integers there (:mod:`.integers`). The files are compared with the program, computed
+by OpenVINO in float32, before they appear under their names.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.export import ExportedProgram
@@ -16,23 +18,31 @@ from torch.export import ExportedProgram
 from spinpass import record
 from spinpass.certificate import FileCertificate, FileComparison, of_draws
 from spinpass.errors import ConfigError, ExportError, ProgramError
-from spinpass.graph import shape, value
+from spinpass.formats import xml_path
+from spinpass.graph import op_name, shape, value
 from spinpass.passes import lower_hadamards
+from spinpass.quantization import Quantized, QuantizedWeight
 from spinpass.runtime import CompiledModel, import_openvino, openvino_reason
 
-from .certified_file import Clock, FileReport, write_certified
-from .names import GraphNames, Names, renamed, signature_names
-from .refusals import refuse_fake_weights, refuse_mutation
+from ..certified_file import Clock, FileReport, write_certified
+from ..names import GraphNames, Names, renamed, signature_names
+from ..refusals import refuse_fake_weights, refuse_mutation
+from .integers import check_integers, check_written, put_integers
 
 _TYPES = (torch.float16, torch.float32, torch.float64, torch.int8, torch.uint8, torch.int32, torch.int64, torch.bool)
 
 
+@dataclass(frozen=True, kw_only=True)
 class OpenVINOReport(FileReport):
-    """This is what :func:`export` wrote."""
+    """This is what :func:`export` wrote. ``integers`` counts the constants that are integers."""
+
+    integers: int = 0
+
+    KEYS: ClassVar[tuple[str, ...]] = (*FileReport.KEYS[:-1], "integers", "seconds")
 
 
 def export(
-    ep: ExportedProgram,
+    program: ExportedProgram | Quantized,
     path: str | Path,
     *,
     input_names: Names = None,
@@ -41,13 +51,14 @@ def export(
     inputs: object = None,
     progress: Callable[[str], None] | None = None,
 ) -> OpenVINOReport:
-    """Write ``ep`` as an OpenVINO model.
+    """Write a program as an OpenVINO model.
 
     The program is not changed; dynamic axes stay dynamic, a KV cache stays inputs and outputs, weights keep their
-    precision. What a rotated program says about itself is the model's runtime info ``spinpass/record``.
+    precision or are the quantizer's integers. What a rotated program says about itself is the model's runtime info
+    ``spinpass/record``.
 
     Args:
-        ep: an inference program.
+        program: an inference program, or what :func:`spinpass.quantization.quantize` returned, of weights alone.
         path: ``.../name.xml``, or a folder, which then gets ``openvino_model.xml``. Existing files are replaced.
         input_names, output_names: what to rename, as :func:`spinpass.exporters.onnx.export` takes it.
         verify: compare OpenVINO's outputs, computed in float32, with the program's. None does so up to 2 GiB of
@@ -56,24 +67,35 @@ def export(
         progress: it is called with the name of each step before it starts.
 
     Raises:
-        ProgramError: ``ep`` is not an ExportedProgram.
-        QuantizedWeightError: it has quantized weights and online Hadamards.
-        ConfigError: a name does not fit.
+        ProgramError: ``program`` is neither a program nor a quantized one.
+        QuantizedWeightError: it has packed weights and online Hadamards.
+        ConfigError: a name does not fit, or there is no form for the integers of a weight.
         ExportError: OpenVINO is missing or cannot convert or run the program, or nothing can be written there.
-        VerificationError: the files would not compute what the program computes. In every case nothing is left behind.
+        VerificationError: the files would not compute what the program computes, or hold other integers. In every case
+            nothing is left behind.
     """
+    ep = program.program if isinstance(program, Quantized) else program
     if not isinstance(ep, ExportedProgram):
-        raise ProgramError(f"export takes a torch.export.ExportedProgram, got {type(ep).__name__}")
-    target = _xml_path(path)
+        raise ProgramError(
+            f"export takes a torch.export.ExportedProgram or a Quantized one, got {type(program).__name__}"
+        )
+    target = _checked_path(path)
     openvino = import_openvino()
+    integers: Mapping[str, QuantizedWeight] = {}
+    if isinstance(program, Quantized):
+        check_integers(program)
+        integers = program.report.weights
     refuse_fake_weights(ep)
     refuse_mutation(ep, "an OpenVINO model")
     clock = Clock(progress)
     clock.start("translate")
     names = renamed(signature_names(ep), input_names, output_names)
-    model = _convert(openvino, lower_hadamards(ep))
+    lowered = lower_hadamards(ep)
+    _refuse_operators(lowered)
+    model = _convert(openvino, lowered)
     _name_ports(model, names)
     _fix_shapes(openvino, model, ep)
+    count = put_integers(openvino, model, integers) if integers else 0  # last: fixing shapes would rewrite them
     if (found := record.read(ep)) is not None:
         model.set_rt_info(json.dumps(found.to_dict()), ["spinpass", "record"])
     weights = sum(t.nbytes for t in {id(t): t for t in (*ep.state_dict.values(), *_tensors(ep.constants))}.values())
@@ -81,19 +103,32 @@ def export(
     def save(file: Path) -> None:
         clock.start("write")
         openvino.save_model(model, str(file), compress_to_fp16=False)
+        if integers:
+            clock.start("read back")
+            check_written(openvino, file, integers)
 
     def compare(file: Path) -> FileCertificate | str:
         return _compared(ep, file, inputs, insist=bool(verify))
 
     report = write_certified(target, names, clock, save, compare, weights=weights, verify=verify)
-    return OpenVINOReport(**vars(report))
+    return OpenVINOReport(**vars(report), integers=count)
 
 
-def _xml_path(path: str | Path) -> Path:
+def _checked_path(path: str | Path) -> Path:
     path = Path(path)
     if path.suffix and path.suffix != ".xml" and not path.is_dir():
         raise ConfigError(f"{path} does not end in .xml, the name of an OpenVINO model")
-    return path if path.suffix == ".xml" else path / "openvino_model.xml"
+    return xml_path(path)
+
+
+def _refuse_operators(lowered: ExportedProgram) -> None:
+    """Raise ConfigError where the program has operators of spinpass, which are roundings and packed layers."""
+    found = sorted({name for name in map(op_name, lowered.graph.nodes) if name.startswith("spinpass::")})
+    if found:
+        raise ConfigError(
+            f"OpenVINO has no {', '.join(found)}: export what quantize returned for weights alone, for example "
+            "w4g64-asym-gptq, or spinpass.lower(program), which simulates the rest in floats"
+        )
 
 
 def _convert(openvino: Any, program: ExportedProgram) -> Any:
