@@ -83,7 +83,7 @@ def export_command(
     as_json: AsJson = False,
     verbose: Verbose = 0,
 ) -> None:
-    """Load MODEL, rotate it, certify it, and write a folder that ONNX Runtime or ExecuTorch runs.
+    """Load MODEL, rotate it, certify it, and write a folder that ONNX Runtime, OpenVINO or ExecuTorch runs.
 
     The weights become 4-bit integers by the recipe that was measured to be best for
     the runtime, unless --bits or --quantize says otherwise; --bits 16 keeps them as
@@ -130,4 +130,6 @@ def _report_lines(report: Any) -> list[str]:
     proof = report.certificate.verdict if report.certificate is not None else f"not certified: {report.uncertified}"
     if report.path.suffix == ".pte":
         return [f"{report.delegates} delegates, {report.integer_layers} linear layers on integers; {proof}"]
+    if report.path.suffix == ".xml":
+        return [f"{report.integers} constants are integers; {proof}"]
     return [f"ONNX opset {report.opset}, {report.hadamards} online Hadamards; {proof}", *report.fused_lines()]

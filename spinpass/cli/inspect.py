@@ -94,7 +94,7 @@ def _facts(manifest: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "versions", ", ".join(f"{name} {number}" for name, number in manifest.get("versions", {}).items())
     certificate = (manifest.get("record") or {}).get("certificate")
     yield "rotation certified", str(certificate["verdict"]) if certificate else "no"
-    exported = manifest.get("onnx") or manifest.get("executorch") or {}
+    exported = manifest.get("onnx") or manifest.get("openvino") or manifest.get("executorch") or {}
     if exported:
         proof = exported.get("certificate")
         yield "file certified", str(proof["verdict"]) if proof else f"no: {exported.get('uncertified')}"

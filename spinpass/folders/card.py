@@ -14,11 +14,12 @@ from torch.export import ExportedProgram
 
 from spinpass.errors import ConfigError, ExportError
 from spinpass.evaluation import ProgramScorer, Speed, compare, read_text, speed, token_ids, windows
+from spinpass.formats import xml_path
 from spinpass.loading import LoadedModel
 from spinpass.progress import Steps
 
 WINDOWS, LENGTH = 8, 512
-_MODELS = ("*.onnx*", "*.pte", "*.safetensors")
+_MODELS = ("*.onnx*", "openvino_model.*", "*.pte", "*.safetensors")
 _NEW = 16  # tokens, timed
 
 
@@ -100,6 +101,10 @@ def _opened(folder: Path, program: ExportedProgram | None) -> tuple[str, Any, in
 
         pte = PteDecoder(folder)
         return "executorch", pte, pte.context
+    if xml_path(folder).is_file():
+        from spinpass.runtime import OpenVINODecoder
+
+        return "openvino", OpenVINODecoder(folder), None
     from spinpass.runtime import OrtDecoder
 
     return "onnxruntime", OrtDecoder(folder), None

@@ -31,6 +31,7 @@ from .compared import Made, the_better
 from .executorch import executorch_tools, write_pte_folder
 from .gptq import check_rotation, write_gptq_folder
 from .onnx import CacheBits, onnx_tools, write_folder
+from .openvino import openvino_tools, write_openvino_folder
 from .preflight import Known
 from .recipes import RecipeName
 from .request import ExportRequest, IntegerCache, Target
@@ -266,6 +267,8 @@ def preflight(request: ExportRequest) -> str:
         known.check_integer_cache(request.kv_cache, request.dtype)
     if request.to == "onnx" and request.stored_bits is not None:
         known.check_integer_kernels(request.dtype)
+    if request.to == "openvino":
+        known.check_openvino(request.dtype, integers=request.stored_bits is not None)
     if request.to == "onnx" and request.certify and request.dtype in ("float16", "bfloat16"):
         onnx_tools().check_dtypes({request.dtype})
     copies = request.to == "onnx" and (request.stored_bits is not None or request.kv_cache is not None)
@@ -287,4 +290,6 @@ def _writer(request: ExportRequest) -> Callable[..., Written]:
         return write_gptq_folder
     if request.to == "executorch":
         return partial(write_pte_folder, executorch_tools())
+    if request.to == "openvino":
+        return partial(write_openvino_folder, openvino_tools())
     return partial(write_folder, onnx_tools(), int4=request.int4, fuse=request.fuse)

@@ -99,6 +99,14 @@ class Known:
                 "float32 or float16, or keep the values with --bits 16"
             )
 
+    def check_openvino(self, dtype: str, *, integers: bool) -> None:
+        """Raise ConfigError where the weights are stored in a dtype that an OpenVINO folder cannot have."""
+        named = self._named(dtype).removeprefix("torch.")
+        if named == "bfloat16" or (integers and named == "float16"):
+            raise ConfigError(
+                f"the weights are stored in {named}, which --to openvino cannot take: choose --dtype float32"
+            )
+
     def _named(self, dtype: str) -> str:
         """The dtype that the weights will have, of a configuration where it is ``auto``."""
         return str(getattr(self.config, "dtype", None)) if dtype == "auto" else dtype

@@ -35,8 +35,15 @@ _ONNX = {
     2: f"w2g64-asym-gptq-a8-distill-{_TABLES}",
 }
 _EXECUTORCH = {8: "w8-gptq-a8", 4: "w4g32-gptq-a8-distill"}  # XNNPACK has no other integer products
+# OpenVINO rounds activations by itself where it multiplies by integers, so weights alone are rounded here.
+_OPENVINO = {
+    8: f"w8g64-gptq-{_TABLES}",
+    4: f"w4g64-asym-gptq-distill-{_TABLES}",
+    3: f"w3.0g64-asym-gptq-rows-distill-{_TABLES}",
+    2: f"w2g64-asym-gptq-distill-{_TABLES}",
+}
 _GPTQ = {8: "w8g128-gptq", 4: "w4g128-gptq", 3: "w3g128-gptq", 2: "w2g64-gptq"}
-_SCHEMES = {"onnx": _ONNX, "executorch": _EXECUTORCH, "gptq": _GPTQ}
+_SCHEMES = {"onnx": _ONNX, "openvino": _OPENVINO, "executorch": _EXECUTORCH, "gptq": _GPTQ}
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from spinpass.quantization import QuantizationConfig, Weights
 from .gptq import WEIGHTS_ONLY, check_offline
 from .recipes import DEFAULT_BITS, RecipeName, recipe_of
 
-Target = Literal["onnx", "executorch", "gptq"]
+Target = Literal["onnx", "openvino", "executorch", "gptq"]
 IntegerCache = Literal["int8", "int4"]
 
 
@@ -65,6 +65,8 @@ class ExportRequest:
             self._check_checkpoint()
         if self.to == "executorch":
             self._check_executorch()
+        elif self.to == "openvino":
+            self._check_openvino()
         elif self.kv_cache is not None:
             self._check_integer_cache()
 
@@ -148,6 +150,25 @@ class ExportRequest:
             raise ConfigError("--to executorch writes a decoder with its cache inside: leave --no-cache out")
         if self.kv_cache is not None:
             raise ConfigError("--kv-cache is ONNX Runtime's: leave it out with --to executorch")
+
+    def _check_openvino(self) -> None:
+        if self.int4:
+            raise ConfigError("--int4 packs for ONNX Runtime: use --bits 4 with --to openvino")
+        if self.kv_cache is not None:
+            raise ConfigError("--kv-cache is ONNX Runtime's: leave it out with --to openvino")
+        scheme = self.scheme
+        if scheme is not None and (scheme.activations is not None or scheme.cache is not None):
+            raise ConfigError(
+                "OpenVINO rounds activations and caches by itself, as it runs: leave the parts a… and kv… out of "
+                f"--quantize {self.quantize}"
+            )
+        if self.dtype == "bfloat16":
+            raise ConfigError("OpenVINO's Python interface has no bfloat16: choose --dtype float32 or float16")
+        if scheme is not None and self.dtype == "float16":
+            raise ConfigError(
+                "OpenVINO multiplies by integers in float32: leave out --dtype float16, or keep the values with "
+                "--bits 16"
+            )
 
     def _check_integer_cache(self) -> None:
         if self.scheme is not None and self.scheme.cache is not None:

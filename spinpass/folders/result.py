@@ -21,7 +21,7 @@ from spinpass.planning import RotationPlan
 from spinpass.progress import Progress, Steps
 from spinpass.quantization import QuantizationConfig, QuantizationReport, Quantized, quantize
 
-_PACKAGES = ("spinpass", "torch", "transformers", "onnx", "onnxscript", "onnxruntime", "executorch")
+_PACKAGES = ("spinpass", "torch", "transformers", "onnx", "onnxscript", "onnxruntime", "openvino", "executorch")
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from spinpass.errors import ExportError, VerificationError, first_line
 from spinpass.evaluation import token_ids
 from spinpass.execution import InputRole, UserInput, continued_inputs, token_input, user_inputs
 from spinpass.exporters import CERTIFY_BYTES
+from spinpass.formats import pte_path, xml_path
 from spinpass.loading import LONGEST_TEXT, Companions, LoadedModel, text_limits
 from spinpass.progress import Steps
 from spinpass.runtime import (
@@ -48,7 +49,7 @@ _TEXT = (
     "mill and asked: who goes there at this hour? Only a traveller, said the man, and he put his bag down on the wall. "
 )
 _RUNTIMES = {"onnxruntime": "onnxruntime", "OrtModel": "onnxruntime", "genai": "onnxruntime_genai",
-             "executorch": "executorch"}  # fmt: skip
+             "executorch": "executorch", "openvino": "openvino"}  # fmt: skip
 
 
 def try_folder(
@@ -65,7 +66,7 @@ def try_folder(
     Args:
         loaded: the model, whose tokenizer and configuration make the texts.
         program: what the file should compute, logits of every token included.
-        folder: it holds ``model.onnx`` or ``model.pte``, and what lies beside it.
+        folder: it holds ``model.onnx``, ``openvino_model.xml`` or ``model.pte``, and what lies beside it.
         steps: told what begins.
         bound: of :mod:`.judge`, where the file rounds as it runs; None where it does not.
         why: the reason that nothing is compared, though all is run; empty where it is.
@@ -78,15 +79,22 @@ def try_folder(
 
 
 def try_unrounded(
-    loaded: LoadedModel, program: ExportedProgram, file: Path, steps: Steps, *, bound: float | None = None
+    loaded: LoadedModel,
+    program: ExportedProgram,
+    path: Path,
+    steps: Steps,
+    *,
+    bound: float | None = None,
+    runtime: str = "onnxruntime",
 ) -> list[FolderTrial]:
-    """Compare a copy of the folder's model whose operators do not round as they run, see
-    :func:`spinpass.exporters.onnx.unrounded_copy`, in ONNX Runtime alone.
+    """Compare a model without the rounding that its operators do as they run: in ONNX Runtime ``path`` is a copy of the
+    file, see :func:`spinpass.exporters.onnx.unrounded_copy`, and ``"openvino, unrounded"`` is told not to round.
 
     Raises what :func:`try_folder` raises.
     """
-    found = _tried(loaded, program, file, {"onnxruntime": ""}, steps, bound, "")
-    return [replace(each, runtime=f"{each.runtime}, unrounded") for each in found if not each.reason]
+    found = _tried(loaded, program, path, {runtime: ""}, steps, bound, "")
+    name = f"{runtime.partition(',')[0]}, unrounded"
+    return [replace(each, runtime=name) for each in found if not each.reason]
 
 
 def _tried(
@@ -103,7 +111,7 @@ def _tried(
     inputs = user_inputs(program)
     ids = token_input(inputs)
     if "executorch" not in runtimes and (ids is None or not _is_decoder(loaded, program, inputs)):
-        return [_try_outputs(program, path, steps, bound, why)]
+        return [_try_outputs(program, path, next(iter(runtimes)), steps, bound, why)]
     judge = Judge(program, bound)
     cases, left = _cases(loaded, judge.longest, None if ids is None else ids.bound, _padding(folder))
     padded = any(spec.role is InputRole.MASK for spec in inputs) and not loaded.reads_padding
@@ -204,7 +212,11 @@ def _is_decoder(loaded: LoadedModel, program: ExportedProgram, inputs: Sequence[
 
 def _runtimes(folder: Path) -> dict[str, str]:
     """Return the runtimes that the folder is for, and why one cannot be asked; the reason is empty where it can."""
-    names = ["executorch"] if (folder / "model.pte").is_file() else ["onnxruntime", "OrtModel"]
+    names = ["onnxruntime", "OrtModel"]
+    if pte_path(folder).is_file():
+        names = ["executorch"]
+    elif xml_path(folder).is_file():
+        names = ["openvino"]
     if (folder / GENAI_CONFIG).is_file():
         names.append("genai")
     return {name: "" if find_spec(_RUNTIMES[name]) else f"{_RUNTIMES[name]} is not installed" for name in names}
@@ -238,13 +250,15 @@ def _why_not(runtime: str, loaded: LoadedModel) -> str:
     return reads if loaded.reads_padding else "the program takes no attention mask"
 
 
-def _try_outputs(program: ExportedProgram, path: Path, steps: Steps, bound: float | None, why: str) -> FolderTrial:
+def _try_outputs(
+    program: ExportedProgram, path: Path, runtime: str, steps: Steps, bound: float | None, why: str
+) -> FolderTrial:
     """Run a file that is no decoder once, and compare all that it returns."""
-    steps.begin("try in onnxruntime")
+    steps.begin(f"try in {runtime}")
     compared = FileComparison.of(program)
     results = outputs(path, compared.fed, torch.get_num_threads())
     if why:
-        return FolderTrial("onnxruntime", "one call", reason=why)
+        return FolderTrial(runtime, "one call", reason=why)
     if bound is not None:
         pairs = zip(compared.expected, results.values(), strict=True)
         worst = max(distance(a.float(), b.float()) for a, b in pairs if a.is_floating_point())
@@ -253,8 +267,8 @@ def _try_outputs(program: ExportedProgram, path: Path, steps: Steps, bound: floa
                 f"the written folder does not compute what the program does: an output is {worst:.1e} away, allowed "
                 f"{bound:.0e}"
             )
-        return FolderTrial("onnxruntime", "one call", 0, worst, bound)
+        return FolderTrial(runtime, "one call", 0, worst, bound)
     certificate = compared.certificate([""] * len(compared.fed), list(results), results.values(), "written folder")
     certificate.raise_if_failed()
     output = certificate.worst
-    return FolderTrial("onnxruntime", "one call", 0, output.difference.relative, output.bound)
+    return FolderTrial(runtime, "one call", 0, output.difference.relative, output.bound)

@@ -28,9 +28,9 @@ from .staging import finish, is_plain_name
 MANIFEST = "spinpass.json"
 METADATA = "spinpass.record"  # the key of the record among an ONNX file's metadata
 READS_PADDING = "spinpass.reads_padding"  # there where padding changes what the model makes of a text
-_MODELS = ("model.onnx", "model.pte", "model.safetensors")
-_SUFFIXES = {".onnx", ".pte", ".safetensors", ".pt2"}
-_WEIGHTS = _SUFFIXES | {".data", ".bin", ".xml"}
+_MODELS = ("model.onnx", "openvino_model.xml", "model.pte", "model.safetensors")
+_SUFFIXES = {".onnx", ".xml", ".pte", ".safetensors", ".pt2"}
+_WEIGHTS = _SUFFIXES | {".data", ".bin"}
 _CHUNK = 2**20
 _SELF = "sha256"  # the manifest's entry for itself
 

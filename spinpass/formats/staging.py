@@ -30,7 +30,7 @@ PREFIX = ".spinpass-"
 """What the hidden folders are called in which files wait for their names."""
 
 _COMMIT, _NEW, _OLD = "commit", "new", "old"
-_MODELS = (".onnx", ".pte", ".safetensors", ".pt2")
+_MODELS = (".onnx", ".xml", ".pte", ".safetensors", ".pt2")
 _ADVICE = {
     errno.ENOSPC: "the disk is full: free some space or choose a folder on another disk",
     errno.EDQUOT: "the disk quota is used up: free some space or choose a folder on another disk",

@@ -11,6 +11,7 @@ from .decoder import OrtDecoder
 from .genai_session import GENAI_CONFIG, GenaiModel, genai_tokens, special_tokens
 from .model_folder import ModelFolder
 from .onnx_graph import DecoderGraph, State
+from .openvino_decoder import OpenVINODecoder
 from .openvino_session import CompiledModel, generate_openvino, import_openvino, openvino_reason
 from .ort_model import GeneratedTokens, OrtModel, Past
 from .penalties import Penalties
@@ -35,6 +36,7 @@ __all__ = [
     "GeneratedTokens",
     "ModelFolder",
     "NoKernelError",
+    "OpenVINODecoder",
     "OrtDecoder",
     "OrtModel",
     "Past",

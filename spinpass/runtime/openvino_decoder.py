@@ -80,9 +80,10 @@ class _OpenVINOGraph:
         return _State(torch.ones(batch, 0, dtype=torch.int64), {name: self._empty(name, batch) for name in self.cache})
 
     def _empty(self, name: str, batch: int) -> Tensor:
-        """The cache without tokens: its first axis, if dynamic, is the batch, and the others that are the length."""
+        """The cache without tokens: its first axis, if dynamic, is the batch, and others that are have the length."""
         at = self.model.inputs.index(name)
-        sizes = [size if size is not None else (0 if axis else batch) for axis, size in enumerate(self.model.shapes[at])]
+        dynamic = [batch, *[0] * len(self.model.shapes[at])]
+        sizes = [free if size is None else size for size, free in zip(self.model.shapes[at], dynamic, strict=False)]
         return torch.zeros(sizes, dtype=self.model.dtypes[at])
 
     def step(self, ids: Tensor, state: _State, mask: Tensor | None = None) -> Tensor:

@@ -21,10 +21,12 @@ import torch
 from torch import Tensor
 
 from spinpass.errors import ConfigError, DamageError, ExportError, SpinpassError, VerificationError
-from spinpass.formats import model_path
+from spinpass.formats import model_path, xml_path
 
 from .decoding import Graph
 from .onnx_session import NoKernelError
+from .openvino_decoder import OpenVINODecoder
+from .openvino_session import CompiledModel
 from .ort_model import OrtModel
 
 Turns = Sequence[Sequence[Sequence[int]]]
@@ -59,8 +61,8 @@ def continued(
     Args:
         path: the folder, or a model in it.
         cases: by runtime, the turns of each case by name. The runtimes are ``onnxruntime`` (step by step), ``OrtModel``
-            (``generate``; both pad batches on the left), ``genai`` (which pads on the right and chooses no end tokens)
-            and ``executorch``.
+            (``generate``; both pad batches on the left), ``genai`` (which pads on the right and chooses no end tokens),
+            ``openvino`` and ``openvino, unrounded`` (which is told not to round), and ``executorch``.
         new: how many tokens follow each turn.
         threads: how many of the CPU.
 
@@ -77,10 +79,10 @@ def continued(
 
 
 def outputs(path: Path, inputs: Sequence[Tensor], threads: int) -> dict[str, Tensor]:
-    """Run a file that is no decoder in ONNX Runtime, and return its outputs by name.
+    """Run a file that is no decoder in ONNX Runtime, or that of a folder in OpenVINO, and return its outputs by name.
 
     Raises:
-        ExportError: ONNX Runtime cannot load or run it, or dies. VerificationError: see :func:`continued`.
+        ExportError: the runtime cannot load or run it, or dies. VerificationError: see :func:`continued`.
     """
     found: dict[str, Tensor] = _asked({"path": str(path), "inputs": list(inputs), "threads": threads})
     return found
@@ -141,6 +143,9 @@ def _answered(request: dict[str, Any]) -> Any:
 
 
 def _outputs(path: Path, inputs: list[Tensor], threads: int) -> dict[str, Tensor]:
+    if xml_path(path).is_file():
+        model = CompiledModel(xml_path(path), threads=threads)
+        return dict(zip(model.outputs, model.run(inputs), strict=True))
     from .onnx_session import from_ort, open_session, run_session, to_ort
 
     session = open_session(model_path(path), threads=threads)
@@ -220,6 +225,16 @@ def _in_executorch(path: Path, threads: int) -> _Run:
     return lambda turns, new: _stepped(decoder.graph, turns, new)
 
 
+def _in_openvino(path: Path, threads: int) -> _Run:
+    decoder = OpenVINODecoder(path, threads=threads)
+    return lambda turns, new: _stepped(decoder.graph, turns, new)
+
+
+def _in_openvino_unrounded(path: Path, threads: int) -> _Run:
+    decoder = OpenVINODecoder(path, threads=threads, rounds=False)
+    return lambda turns, new: _stepped(decoder.graph, turns, new)
+
+
 def _places(turns: Turns, new: int) -> list[list[int]]:
     """Return where the chosen tokens lie in each row: behind every turn."""
     given = [[len(turn[row]) for turn in turns] for row in range(len(turns[0]))]
@@ -232,4 +247,6 @@ _RUNTIMES: dict[str, Callable[[Path, int], _Run]] = {
     "OrtModel": _generated,
     "genai": _in_genai,
     "executorch": _in_executorch,
+    "openvino": _in_openvino,
+    "openvino, unrounded": _in_openvino_unrounded,
 }

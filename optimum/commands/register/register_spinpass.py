@@ -30,7 +30,7 @@ _VALUES = {
     "calibration": ("FILE", "what GPTQ, static ranges and --kv-cache calibrate on: a text, a dataset, or self"),
     "config": ("FILE", "YAML file with options, such as the recipe.yaml of a folder"),
     "samples": ("N", "number of calibration windows, of 512 tokens"),
-    "to": ("TARGET", "runtime that the folder is for, onnx or executorch, or gptq for a checkpoint"),
+    "to": ("TARGET", "runtime that the folder is for, onnx, openvino or executorch, or gptq for a checkpoint"),
     "context": ("N", "tokens that the KV cache inside an ExecuTorch program holds"),
     "kv-cache": ("BITS", "keep keys and values as integers, int8 or int4"),
 }

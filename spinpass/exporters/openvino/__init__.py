@@ -1,4 +1,4 @@
-"""An exported program becomes an OpenVINO model; writing needs the extra ``openvino``, importing this package does not."""
+"""An exported program becomes an OpenVINO model; writing it needs the extra ``openvino``, importing this does not."""
 
 from .writer import OpenVINOReport, export
 

@@ -2,16 +2,18 @@
 
     Constant W  ->  Reshape(Multiply(Subtract(Convert(q), Convert(z)), s)),   W = (q − z)·s bit for bit
 
-q is u4, u8 or u2 (out, groups, length), z of the same type and s float32 (out, groups, 1); codes of three bits lie in
-four. Symmetric codes are signed, i4 or i8, and have no z. The CPU plugin keeps this form in memory: ``FullyConnected``
-reads it by blocks, and ``Gather`` the rows that are looked up. A program's constants have other names in the model, so
-they are known by their values, and a constant with several readers is replaced once for all of them.
+q is u4, u8 or u2 (out, blocks, length), z of the same type and s float32 (out, blocks, 1); codes of three bits lie in
+four. Symmetric codes are signed, i4 or i8, and have no z. A block is a group, or where groups do not divide the inputs
+the largest part of one that does, with the same scale again. The CPU plugin keeps this form in memory:
+``FullyConnected`` reads it by blocks, and ``Gather`` the rows that are looked up. A program's constants have
+other names in the model, so they are known by their values, and one with several readers is replaced once for all.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from math import gcd
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,8 @@ from spinpass.quantization import Codes, Quantized, QuantizedWeight
 _FLOAT = "f32"
 _TYPES = {(8, True): "i8", (8, False): "u8", (4, True): "i4", (4, False): "u4", (2, False): "u2", (2, True): "u2"}
 _STORED = {2: 2, 3: 4, 4: 4, 8: 8}  # the width that codes lie in
-_ADVICE = "choose groups that divide its inputs, or leave it out with --keep (QuantizationConfig(exclude=...))"
+_SHORTEST = 8  # of a block: its scale takes four bytes
+_ADVICE = "choose another group size, or leave it out with --keep (QuantizationConfig(exclude=...))"
 
 
 def check_integers(quantized: Quantized) -> None:
@@ -47,8 +50,10 @@ def _why_not(codes: Codes) -> str:
     length, columns = codes.group_length, codes.q.shape[1]
     if codes.group_bits is not None:
         return f"its groups have {', '.join(map(str, sorted(set(codes.group_bits))))} bits"
-    if length is None or columns % length:
-        return f"its groups are not equally long over {columns} inputs"
+    if length is None:
+        return "its groups do not lie side by side"
+    if columns % length and gcd(length, columns) < _SHORTEST:
+        return f"groups of {length} of its {columns} inputs"
     return "" if codes.bits in _STORED else f"{codes.bits} bits"
 
 
@@ -101,7 +106,9 @@ def _dequantized(openvino: Any, name: str, weight: QuantizedWeight) -> Any:
     """Return the last of the nodes that make a constant of its integers; the first is called as the parameter is."""
     op, codes = openvino.opset13, weight.codes
     out, columns = codes.q.shape
-    groups = codes.scales.shape[1]
+    assert codes.group_length is not None  # check_integers has looked
+    block = gcd(codes.group_length, columns)
+    group_of = codes.group_of[::block]
     bits = _STORED[codes.bits]
     signed = codes.symmetric and bits > 2
     shift = 2 ** (codes.bits - 1) if signed else 0
@@ -113,10 +120,10 @@ def _dequantized(openvino: Any, name: str, weight: QuantizedWeight) -> Any:
         made.set_friendly_name(f"{name}{suffix}")
         return op.convert(made, _FLOAT)
 
-    made = constant(codes.q.view(out, groups, columns // groups) - shift)
+    made = constant(codes.q.view(out, -1, block) - shift)
     if not signed:
-        made = op.subtract(made, constant(codes.zeros[:, :, None], ".zeros"))
-    scales = op.constant(codes.scales[:, :, None].contiguous().numpy())
+        made = op.subtract(made, constant(codes.zeros[:, group_of, None], ".zeros"))
+    scales = op.constant(codes.scales[:, group_of, None].contiguous().numpy())
     scales.set_friendly_name(f"{name}.scales")
     made = op.reshape(op.multiply(made, scales), [out, columns], False)
     return made if weight.dim == 1 else op.transpose(made, [1, 0])

@@ -93,6 +93,7 @@ def export(
     lowered = lower_hadamards(ep)
     _refuse_operators(lowered)
     model = _convert(openvino, lowered)
+    _close_finitely(openvino, model)
     _name_ports(model, names)
     _fix_shapes(openvino, model, ep)
     count = put_integers(openvino, model, integers) if integers else 0  # last: fixing shapes would rewrite them
@@ -139,6 +140,25 @@ def _convert(openvino: Any, program: ExportedProgram) -> Any:
             f"OpenVINO {openvino.__version__} cannot convert the program: {openvino_reason(error)}; "
             "replace that operator or decompose it before the export"
         ) from error
+
+
+def _close_finitely(openvino: Any, model: Any) -> None:
+    """attention(q, k, v, closed)  ->  attention(q, k, v, where(closed, 0, lowest)), in place.
+
+    OpenVINO makes −∞ of a boolean mask, and of a token that sees nothing, as padding does, a NaN. That would reach the
+    others through the cache; the lowest finite number closes a place as well.
+    """
+    op = openvino.opset13
+    made: dict[str, Any] = {}
+    for node in [each for each in model.get_ordered_ops() if each.get_type_name() == "ScaledDotProductAttention"]:
+        if node.get_input_size() < 4 or node.get_input_element_type(3) != openvino.Type.boolean:
+            continue
+        mask, kind = node.input_value(3), node.get_input_element_type(0)
+        name = f"{mask.get_node().get_name()}.{mask.get_index()}"
+        if name not in made:
+            lowest = torch.finfo(torch.float16 if kind == openvino.Type.f16 else torch.float32).min
+            made[name] = op.select(mask, op.constant(0.0, kind), op.constant(lowest, kind))
+        node.input(3).replace_source_output(made[name].output(0))
 
 
 def _name_ports(model: Any, names: GraphNames) -> None:
