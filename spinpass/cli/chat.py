@@ -53,7 +53,7 @@ def chat_command(
     as_json: AsJson = False,
     verbose: Verbose = 0,
 ) -> None:
-    """Talk to a model in ONNX Runtime: a line is a turn, and the cache keeps what has been said.
+    """Talk to a model in ONNX Runtime or OpenVINO: a line is a turn, and the cache keeps what has been said.
 
     Ctrl-C stops an answer, and at the prompt ends the program, as /exit does;
     /clear begins anew. Lines may come from a pipe. No file is written. The

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from spinpass.errors import ConfigError, ExportError
-from spinpass.formats import model_path
+from spinpass.formats import model_path, xml_path
 from spinpass.runtime import ModelFolder, Penalties, Sampling
 
 if TYPE_CHECKING:
-    from spinpass.runtime import OrtDecoder
+    from spinpass.runtime import OpenVINODecoder, OrtDecoder
 
 Exported = Annotated[Path, typer.Argument(metavar="DIR", help="Folder that spinpass export wrote.")]
 Temperature = Annotated[float, typer.Option(help="Temperature to draw at; 0 takes the likeliest token.")]
@@ -28,7 +28,7 @@ RepetitionPenalty = Annotated[
 Stop = Annotated[
     list[str] | None, typer.Option(help="Text that ends an answer, and is not shown; may be repeated.", metavar="TEXT")
 ]
-Threads = Annotated[int | None, typer.Option(help="Threads of ONNX Runtime, which chooses by itself by default.")]
+Threads = Annotated[int | None, typer.Option(help="Threads of the runtime, which chooses by itself by default.")]
 Provider = Annotated[str, typer.Option(help="Execution provider of ONNX Runtime.")]
 CPU = "CPUExecutionProvider"
 
@@ -53,7 +53,8 @@ def check_stops(stop: list[str] | None) -> tuple[str, ...]:
 
 def beside_model(folder: Path, threads: int | None) -> ModelFolder:
     """What lies beside a model, which is not loaded. Raises ConfigError: there is no model, or threads out of range."""
-    if not model_path(folder).is_file():
+    file = _model_of(folder)
+    if not file.is_file():
         if (folder / "config.json").is_file():
             raise ConfigError(
                 f"{folder} is a model of transformers, and ONNX Runtime runs what is exported from it: "
@@ -62,13 +63,30 @@ def beside_model(folder: Path, threads: int | None) -> ModelFolder:
         raise ConfigError(f"there is no model at {folder}: name a folder that spinpass export wrote")
     if threads is not None and threads < 1:
         raise ConfigError(f"--threads {threads}: choose 1 or more, or leave it out")
-    return ModelFolder(model_path(folder).parent)
+    return ModelFolder(file.parent)
 
 
-def open_decoder(folder: Path, provider: str, threads: int | None) -> OrtDecoder:
-    """The model, loaded. Raises ExportError where ONNX Runtime is missing, and what :class:`.OrtDecoder` raises."""
+def _model_of(folder: Path) -> Path:
+    """The model of a folder, for OpenVINO where there is one, else for ONNX Runtime."""
+    file = xml_path(folder)
+    return file if file.is_file() else model_path(folder)
+
+
+def open_decoder(folder: Path, provider: str, threads: int | None) -> OrtDecoder | OpenVINODecoder:
+    """The model, loaded in the runtime that it is for.
+
+    Raises:
+        ConfigError: a provider is named for OpenVINO.
+        ExportError: the runtime is missing; and what :class:`.OrtDecoder` and :class:`.OpenVINODecoder` raise.
+    """
+    if _model_of(folder).suffix == ".xml":
+        from spinpass.runtime import OpenVINODecoder
+
+        if provider != CPU:
+            raise ConfigError(f"{folder} is for OpenVINO, and --provider {provider} is ONNX Runtime's: leave it out")
+        return OpenVINODecoder(folder, threads=threads)
     try:
-        from spinpass.runtime import OrtDecoder
+        from spinpass.runtime import OpenVINODecoder, OrtDecoder
 
         return OrtDecoder(folder, provider=provider, threads=threads)
     except ModuleNotFoundError as error:

@@ -54,7 +54,7 @@ def generate_command(
     as_json: AsJson = False,
     verbose: Verbose = 0,
 ) -> None:
-    """Answer PROMPT with a model in ONNX Runtime, and say how fast that was.
+    """Answer PROMPT with a model in ONNX Runtime or OpenVINO, and say how fast that was.
 
     PROMPT is a user's turn in the tokenizer's chat template, where there is one.
     The text goes to stdout as it comes, the rates go to stderr; no file is written.
@@ -92,8 +92,8 @@ class GenerateRequest:
         """Generate, giving every piece of text to ``write``. Returns the answer and the rates as JSON-able values.
 
         Raises:
-            ConfigError: options out of range, an unknown provider, more tokens than the model has positions.
-            ExportError: no model or tokenizer in the folder, ONNX Runtime missing or unable to run the model.
+            ConfigError: options out of range, a provider that is not there, more tokens than the model has positions.
+            ExportError: no model or tokenizer in the folder, the runtime missing or unable to run the model.
         """
         ids = self._preflight()
         decoder = open_decoder(self.folder, self.provider, self.threads)

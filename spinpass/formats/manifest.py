@@ -97,7 +97,7 @@ class Artefact:
 def read_artefact(path: str | Path) -> Artefact:
     """Read a folder that was exported, an ``.onnx`` file, or a ``.pt2`` program; no weights of ONNX files are read.
 
-    What neither an ExecuTorch file nor a checkpoint says of itself is taken from ``spinpass.json``. Nothing outside the
+    Of files for OpenVINO and ExecuTorch, and of checkpoints, what ``spinpass.json`` says is taken. Nothing outside the
     folder is opened. An export that was killed while its files were moved there is finished first.
 
     Raises:
@@ -124,7 +124,9 @@ def read_artefact(path: str | Path) -> Artefact:
         except ExportError:
             check_opened(file)  # damage that the manifest knows of is named as that
             raise
-    return Artefact(file, (manifest.get("record") or {}).get("rotations", {}), {}, manifest)
+    stated = manifest.get("record") or {}
+    bases = _bases(file, stated) if file.suffix == ".xml" and stated else {}
+    return Artefact(file, stated.get("rotations", {}), bases, manifest)
 
 
 def check_loaded(file: Path, metadata: Mapping[str, str]) -> None:
@@ -278,10 +280,21 @@ def onnx_record(file: Path, metadata: Mapping[str, str]) -> tuple[dict[str, str]
         return {}, {}
     try:
         data = json.loads(stored)
-        bases = {name: Carried.from_dict(each) for side in ("inputs", "outputs") for name, each in data[side].items()}
-        return dict(data["rotations"]), bases
+        return dict(data["rotations"]), _bases(file, data)
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise ExportError(f"{file} has a record of rotations that cannot be read ({error}): export it again") from error
+        raise ExportError(_unreadable(file, error)) from error
+
+
+def _bases(file: Path, data: Mapping[str, Any]) -> dict[str, Carried]:
+    """Return the basis of each cache input and output that a record has by name. Raises ExportError as above."""
+    try:
+        return {name: Carried.from_dict(each) for side in ("inputs", "outputs") for name, each in data[side].items()}
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise ExportError(_unreadable(file, error)) from error
+
+
+def _unreadable(file: Path, error: Exception) -> str:
+    return f"{file} has a record of rotations that cannot be read ({error}): export it again"
 
 
 def _manifest(model: Path) -> Mapping[str, Any]:

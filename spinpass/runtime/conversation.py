@@ -14,7 +14,7 @@ import torch
 from spinpass.errors import ConfigError, ExportError, first_line
 
 from . import decoding
-from .decoder import OrtDecoder
+from .decoder import Decoder
 from .sampling import Sampling
 from .text_pieces import Pieces, StopText
 
@@ -23,7 +23,7 @@ class Conversation:
     """Turns of a user and a model.
 
     Args:
-        decoder: the folder, whose tokenizer has a chat template.
+        decoder: the folder, whose tokenizer has a chat template, in ONNX Runtime or OpenVINO.
         system: what the model is told before the first turn; empty tells it nothing.
         sampling: how each token is chosen. None takes the likeliest.
         max_new_tokens: of each answer, at most.
@@ -39,7 +39,7 @@ class Conversation:
 
     def __init__(
         self,
-        decoder: OrtDecoder,
+        decoder: Decoder,
         *,
         system: str = "",
         sampling: Sampling | None = None,

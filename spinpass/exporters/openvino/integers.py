@@ -52,9 +52,8 @@ def _why_not(codes: Codes) -> str:
         return f"its groups have {', '.join(map(str, sorted(set(codes.group_bits))))} bits"
     if length is None:
         return "its groups do not lie side by side"
-    if columns % length and gcd(length, columns) < _SHORTEST:
-        return f"groups of {length} of its {columns} inputs"
-    return "" if codes.bits in _STORED else f"{codes.bits} bits"
+    short = columns % length and gcd(length, columns) < _SHORTEST
+    return f"groups of {length} of its {columns} inputs" if short else ""
 
 
 def put_integers(openvino: Any, model: Any, weights: Mapping[str, QuantizedWeight]) -> int:
@@ -68,22 +67,22 @@ def put_integers(openvino: Any, model: Any, weights: Mapping[str, QuantizedWeigh
     Raises:
         ExportError: the model has no constant of what the integers of a weight stand for.
     """
-    named = {_digest(_stored(weight)): name for name, weight in weights.items()}
-    found: set[bytes] = set()
+    named = {_digest(matrix): (name, flip) for name in weights for flip, matrix in enumerate(_both(weights[name]))}
+    found: set[str] = set()
     count = 0
     for node in [op for op in model.get_ordered_ops() if op.get_type_name() == "Constant"]:
         if len(node.shape) != 2 or node.get_element_type() != openvino.Type.f32:
             continue
-        digest = _digest(node.data)
-        if digest not in named:
+        name, transposed = named.get(_digest(node.data), ("", 0))
+        if not name:
             continue
-        name = named[digest]
-        made = _dequantized(openvino, name, weights[name])
+        made = _dequantized(openvino, name, weights[name].codes)
+        made = openvino.opset13.transpose(made, [1, 0]) if transposed else made
         for reader in node.output(0).get_target_inputs():
             reader.replace_source_output(made.output(0))
-        found.add(digest)
+        found.add(name)
         count += 1
-    left = sorted(name for digest, name in named.items() if digest not in found)
+    left = sorted({name for name, _ in named.values()} - found)
     if left:
         raise ExportError(
             f"OpenVINO's model has no constant that the integers of {left[0]} stand for, nor of {len(left) - 1} other "
@@ -92,9 +91,10 @@ def put_integers(openvino: Any, model: Any, weights: Mapping[str, QuantizedWeigh
     return count
 
 
-def _stored(weight: QuantizedWeight) -> Any:
-    """Return the values of a weight as the program keeps them, a float32 array."""
-    return weight.codes.dequantized().movedim(-1, weight.dim).contiguous().numpy()
+def _both(weight: QuantizedWeight) -> tuple[Any, Any]:
+    """Return what the integers stand for, float32 (out, in), and (in, out): the frontend transposes some constants."""
+    matrix = weight.codes.dequantized().contiguous().numpy()
+    return matrix, matrix.T
 
 
 def _digest(matrix: Any) -> bytes:
@@ -102,9 +102,9 @@ def _digest(matrix: Any) -> bytes:
     return hashlib.sha256(str(tuple(matrix.shape)).encode() + matrix.tobytes()).digest()
 
 
-def _dequantized(openvino: Any, name: str, weight: QuantizedWeight) -> Any:
-    """Return the last of the nodes that make a constant of its integers; the first is called as the parameter is."""
-    op, codes = openvino.opset13, weight.codes
+def _dequantized(openvino: Any, name: str, codes: Codes) -> Any:
+    """Return the last of the nodes that make (out, in) of integers; the first is called as the parameter is."""
+    op = openvino.opset13
     out, columns = codes.q.shape
     assert codes.group_length is not None  # check_integers has looked
     block = gcd(codes.group_length, columns)
@@ -125,8 +125,7 @@ def _dequantized(openvino: Any, name: str, weight: QuantizedWeight) -> Any:
         made = op.subtract(made, constant(codes.zeros[:, group_of, None], ".zeros"))
     scales = op.constant(codes.scales[:, group_of, None].contiguous().numpy())
     scales.set_friendly_name(f"{name}.scales")
-    made = op.reshape(op.multiply(made, scales), [out, columns], False)
-    return made if weight.dim == 1 else op.transpose(made, [1, 0])
+    return op.reshape(op.multiply(made, scales), [out, columns], False)
 
 
 def _packed(values: Tensor, bits: int) -> Tensor:
@@ -151,20 +150,19 @@ def check_written(openvino: Any, path: Path, weights: Mapping[str, QuantizedWeig
     core = openvino.Core()
     model = core.read_model(str(path))
     ends = {node.get_friendly_name(): node for node in model.get_ops() if node.get_friendly_name() in weights}
-    names = {_digest(_stored(weight)): name for name, weight in weights.items()}
+    names = {_digest(_both(weight)[0]): name for name, weight in weights.items()}  # of equal ones the last
     for name in names.values():
         if name not in ends or ends[name].get_element_type().is_real():
             raise VerificationError(f"{path.name} has no integers of {name}: export it again")
         made = openvino.Model([_end(ends[name])], [])
         value = core.compile_model(made, "CPU", {"INFERENCE_PRECISION_HINT": _FLOAT})([])[0]
-        if _digest(value) != _digest(_stored(weights[name])):
+        if _digest(value) != _digest(_both(weights[name])[0]):
             raise VerificationError(f"{path.name}: the integers of {name} stand for other values than the program has")
     return len(names)
 
 
 def _end(node: Any) -> Any:
-    """Return the node where integers have become a matrix, from their constant on."""
-    while node.get_type_name() not in ("Reshape", "Transpose"):
+    """Return the node where integers have become a matrix (out, in), from their constant on."""
+    while node.get_type_name() != "Reshape":
         node = next(iter(node.output(0).get_target_inputs())).get_node()
-    readers = [reader.get_node() for reader in node.output(0).get_target_inputs()]
-    return readers[0] if [each.get_type_name() for each in readers] == ["Transpose"] else node
+    return node
