@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +31,19 @@ def values(folder: Path) -> int:
     return sum(tensor.numel() for tensor in load_file(folder / "model.safetensors").values())
 
 
+@pytest.mark.parametrize(("stored", "integers"), [("bfloat16", False), ("bfloat16", True), ("float16", True), ("float16", False)])
+def test_weights_that_openvino_cannot_take_are_named(model: Path, tmp_path: Path, stored: str, integers: bool) -> None:
+    shutil.copytree(model, tmp_path / "model")
+    config = tmp_path / "model" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": stored}))
+    known = Known.of(str(tmp_path / "model"), dequantize=False, trust_remote_code=False)
+    known.check_openvino("float32", integers=integers)
+    if (stored, integers) == ("float16", False):
+        return known.check_openvino("auto", integers=integers)
+    with pytest.raises(ConfigError, match=f"the weights are stored in {stored}, which --to openvino cannot take: choose"):
+        known.check_openvino("auto", integers=integers)
+
+
 def test_values_are_counted_by_the_headers(model: Path, tmp_path: Path) -> None:
     assert count_values(locate(model)) == values(model)
     gguf = folders.gguf_file(tmp_path / "tiny.gguf")
@@ -37,8 +51,6 @@ def test_values_are_counted_by_the_headers(model: Path, tmp_path: Path) -> None:
 
 
 def test_codes_are_counted_by_their_bits(model: Path, tmp_path: Path) -> None:
-    import json
-
     import torch
     from safetensors.torch import save_file
 

@@ -26,7 +26,7 @@ from tests.support import folders, programs
 from tests.support.commands import run
 
 
-@pytest.mark.parametrize("to", ["onnx", "executorch", "gptq"])
+@pytest.mark.parametrize("to", ["onnx", "openvino", "executorch", "gptq"])
 @pytest.mark.parametrize("name", ["auto", "quick", "plain"])
 @pytest.mark.parametrize("bits", BITS)
 def test_every_recipe_is_a_request_that_means_something(to: str, name: str, bits: int) -> None:
@@ -40,6 +40,7 @@ def test_every_recipe_is_a_request_that_means_something(to: str, name: str, bits
         assert not recipe.scheme
         return
     scheme = QuantizationConfig.parse(recipe.scheme)
+    assert (scheme.activations is None) == (to in ("openvino", "gptq"))
     assert scheme.weights is not None and round(scheme.average_bits or scheme.weights.bits) == bits
     assert scheme.needs_calibration == (name != "plain")
     request = ExportRequest("m", Path("out"), RotationConfig(), to=to, bits=bits, recipe=name)  # type: ignore[arg-type]
