@@ -81,6 +81,17 @@ def losses(gguf: str, windows: list[list[int]], threads: int) -> list[float]:
     return found
 
 
+def logits(gguf: str, ids: list[int], target: str, threads: int) -> str:
+    """Write the logits of every position, from an empty cache, as a NumPy file of float32 (length, vocabulary)."""
+    import numpy as np
+
+    model = loaded(gguf, len(ids), threads, True)
+    model.eval(ids)
+    np.save(target, model.scores[: len(ids)].astype(np.float32))
+    model.close()
+    return target
+
+
 def loaded(gguf: str, length: int, threads: int, all_logits: bool) -> Any:
     import llama_cpp
 
@@ -94,7 +105,7 @@ def seconds(model: Any, ids: list[int], clock: Any) -> float:
     return float(clock() - began)
 
 
-TASKS = {"requantize": requantize, "time": time_round, "losses": losses}
+TASKS = {"requantize": requantize, "time": time_round, "losses": losses, "logits": logits}
 
 if __name__ == "__main__":
     main()

@@ -90,7 +90,8 @@ def _filled(graph: DecoderGraph, length: int) -> State:
     """Make a cache of so many tokens that nobody has read."""
     generator = torch.Generator().manual_seed(0)
     shapes = {s: [length if n == 0 else abs(n) for n in s.empty] for s in graph.cache}
-    return State(length, {s.name: to_ort(torch.randn(shapes[s], generator=generator).to(s.dtype)) for s in graph.cache})
+    seen = torch.ones(1, length, dtype=torch.int64)
+    return State(seen, {s.name: to_ort(torch.randn(shapes[s], generator=generator).to(s.dtype)) for s in graph.cache})
 
 
 def measured(contenders: Mapping[str, Contender], work: Work, progress: Progress) -> dict[str, Times]:

@@ -1,0 +1,182 @@
+"""What makes each row: the command that a user of the tool gives, on the same weights.
+
+A row is ``TOOL:WAY``. ``spinpass:float`` is the model itself as an ONNX file, ``spinpass:4`` is ``--bits 4``,
+``spinpass:4/plain`` the same with ``--recipe plain``; ``genai:k_quant`` is the model builder of ONNX Runtime GenAI in
+int4 with that method, ``genai:rtn/128`` in blocks of 128, and ``genai:fp32`` what it makes without rounding;
+``olive:gptq/32`` is Olive's GPTQ in groups of 32, then the builder; ``autoround:w4/32`` AutoRound's W4A16 in groups of
+32, exported as GPTQ and given to the builder; ``llama:Q4_K_M`` llama.cpp's own quantizer.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from benchmarks.llama_cpp import Worker
+
+from .environments import Cost, Environments, PeerError, run
+from .source import PIECES, Source
+
+ITERATIONS = 50  # of AutoRound at each layer: its "light" recipe; 200, its default, take four times as long
+LENGTH = 512  # tokens of a calibration window
+_BLOCK = 32
+_KEYS = ("key", "value")
+
+
+@dataclass(frozen=True)
+class Made:
+    """A folder with ``model.onnx`` or a GGUF file, what it took, and what is to be said of it."""
+
+    path: Path
+    cost: Cost | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """Where files are made: the weights, the tools, and llama.cpp's process, which is started when it is needed."""
+
+    source: Source
+    environments: Environments
+
+    @cached_property
+    def llama(self) -> Worker:
+        """llama.cpp. Raises PeerError where it cannot be started."""
+        try:
+            return Worker(self.environments.python("llama"))
+        except (SystemExit, typer.BadParameter) as error:
+            raise PeerError(str(error)) from error
+
+
+def make(row: str, folder: Path, shop: Workshop) -> Made:
+    """Make the file of a row in ``folder``. Raises PeerError with what its tool said."""
+    tool, _, way = row.partition(":")
+    if tool not in MAKERS:
+        raise PeerError(f"there is no tool {tool!r}: {', '.join(MAKERS)} are known")
+    return MAKERS[tool](way, folder, shop)
+
+
+def tool_of(row: str) -> str:
+    """The name of the environment that a row needs; none for spinpass."""
+    tool = row.partition(":")[0]
+    return "" if tool == "spinpass" else tool
+
+
+def _spinpass(way: str, folder: Path, shop: Workshop) -> Made:
+    bits, _, recipe = way.partition("/")
+    asked = ["--rotations", "none"] if bits == "float" else ["--bits", bits]
+    asked += ["--recipe", recipe] if recipe else []
+    out = folder / "onnx"
+    command = [sys.executable, "-m", "spinpass", "export", str(shop.source.gguf), str(out), *asked, "--force"]
+    return Made(out, run(command, folder / "log.txt"), " ".join(asked))
+
+
+def _genai(way: str, folder: Path, shop: Workshop) -> Made:
+    method, _, block = way.partition("/")
+    asked = [f"algo_config={method}", f"block_size={block or _BLOCK}", "accuracy_level=4"]
+    precision, options = ("fp32", []) if method == "fp32" else ("int4", ["--extra_options", *asked])
+    out = folder / "onnx"
+    cost = _build(shop.environments.python("genai"), shop.source.folder, out, precision, options, folder / "log.txt")
+    return Made(out, cost, " ".join([precision, *options[1:]]))
+
+
+def _olive(way: str, folder: Path, shop: Workshop) -> Made:
+    method, _, group = way.partition("/")
+    if method != "gptq":
+        raise PeerError(f"there is no way {way!r} here: gptq/GROUP is the one")
+    config, out = folder / "olive.json", folder / "olive"
+    config.write_text(json.dumps(olive_config(shop.source, int(group or _BLOCK), folder)), encoding="utf-8")
+    olive = Path(shop.environments.python("olive")).with_name("olive")
+    cost = run([str(olive), "run", "--config", str(config)], folder / "log.txt")
+    found = next(iter(out.rglob("model.onnx")), None)
+    if found is None:
+        raise PeerError("olive run ended well and wrote no model.onnx")
+    return Made(settled(found.parent), cost, f"Gptq, {PIECES} windows, then ModelBuilder int4")
+
+
+def olive_config(source: Source, group: int, folder: Path) -> dict[str, Any]:
+    """What ``olive run`` reads: GPTQ on the text, symmetric, and the builder that takes its result."""
+    cut: dict[str, Any] = {"type": "text_generation_huggingface_pre_process", "strategy": "join", "text_cols": "text"}
+    cut |= {"joiner": "\n", "max_seq_len": LENGTH, "max_samples": PIECES, "add_special_tokens": False}
+    read = {"type": "huggingface_dataset", "data_name": "text", "split": "train", "data_files": [str(source.text)]}
+    data = {"name": "text", "type": "HuggingfaceContainer", "load_dataset_config": read, "pre_process_data_config": cut}
+    gptq = {"type": "Gptq", "bits": 4, "group_size": group, "sym": True, "data_config": "text"}
+    accelerator = {"device": "cpu", "execution_providers": ["CPUExecutionProvider"]}
+    return {
+        "input_model": {"type": "HfModel", "model_path": str(source.folder)},
+        "systems": {"here": {"type": "LocalSystem", "accelerators": [accelerator]}},
+        "data_configs": [data],
+        "passes": {"quantize": gptq, "build": {"type": "ModelBuilder", "precision": "int4"}},
+        "host": "here",
+        "target": "here",
+        "cache_dir": str(folder / "cache"),
+        "output_dir": str(folder / "olive"),
+    }
+
+
+def _autoround(way: str, folder: Path, shop: Workshop) -> Made:
+    _, _, group = way.partition("/")
+    tuned = folder / "tuned"
+    python = shop.environments.python("autoround")
+    options = {"model": shop.source.folder, "scheme": "W4A16", "group_size": group or 128, "format": "auto_gptq"}
+    options |= {"dataset": shop.source.windows, "nsamples": PIECES, "seqlen": LENGTH, "iters": ITERATIONS}
+    options |= {"batch_size": 4, "device": "cpu", "output_dir": tuned}
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    tuning = run([python, "-m", "auto_round", *words], folder / "tuning.txt")
+    found = next(iter(tuned.rglob("config.json")), None)
+    if found is None:
+        raise PeerError("auto-round ended well and wrote no config.json")
+    out = folder / "onnx"
+    built = _build(shop.environments.python("genai"), found.parent, out, "int4", [], folder / "log.txt")
+    cost = Cost(tuning.cpu_minutes + built.cpu_minutes, max(tuning.peak_bytes, built.peak_bytes))
+    return Made(out, cost, f"W4A16, {PIECES} windows, {ITERATIONS} iterations, auto_gptq, then GenAI's builder")
+
+
+def _build(python: str, model: Path, out: Path, precision: str, options: list[str], log: Path) -> Cost:
+    command = [python, "-m", "onnxruntime_genai.models.builder", "-m", str(model), "-o", str(out), "-p", precision]
+    cost = run([*command, "-e", "cpu", "-c", str(out.with_name("cache")), *options], log)
+    settled(out)
+    return cost
+
+
+def settled(folder: Path) -> Path:
+    """Write the size of a head into the shapes of a cache that the builder leaves open. Nothing is computed with it.
+
+    An open size says the same of an axis as an open length, and a cache has to be begun with some size.
+    """
+    import onnx
+
+    size = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))["model"]["decoder"]["head_size"]
+    path = folder / "model.onnx"
+    model = onnx.load(path, load_external_data=False)
+    for value in (*model.graph.input, *model.graph.output):
+        axes = value.type.tensor_type.shape.dim
+        if value.name.endswith(_KEYS) and axes and axes[-1].dim_param:
+            axes[-1].dim_value = size
+    onnx.save(model, path)
+    return folder
+
+
+def _llama(way: str, folder: Path, shop: Workshop) -> Made:
+    target = folder / f"{way}.gguf"
+    try:
+        shop.llama.ask("requantize", source=str(shop.source.gguf), target=str(target), kind=way)
+    except SystemExit as error:
+        raise PeerError(str(error)) from error
+    return Made(target)
+
+
+MAKERS: Mapping[str, Callable[[str, Path, Workshop], Made]] = {
+    "spinpass": _spinpass,
+    "genai": _genai,
+    "olive": _olive,
+    "autoround": _autoround,
+    "llama": _llama,
+}
