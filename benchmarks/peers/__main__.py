@@ -26,7 +26,7 @@ from spinpass.evaluation import SHIPPED_TEXT
 from spinpass.progress import Steps
 
 from .environments import PACKAGES, Environments
-from .makers import Workshop
+from .makers import Tuning, Workshop
 from .rows import Bench
 from .scoring import contender
 from .source import Float, written
@@ -47,8 +47,10 @@ ROWS = (
     "genai:k_quant_mixed",
     "genai:rtn/128",
     "olive:gptq/32",
+    "olive:gptq/32/head8",
     "olive:gptq/128",
     "autoround:w4/32",
+    "autoround:w4/32/head8",
     "autoround:w4/128",
     "llama:Q8_0",
     "llama:Q4_K_M",
@@ -61,12 +63,15 @@ def main(
     gguf: Annotated[Path | None, typer.Option(help="The model, of the Llama family; the demo's if none.")] = None,
     rows: Annotated[str, typer.Option(help="TOOL:WAY, separated by commas.")] = ",".join(ROWS),
     env: Annotated[list[str] | None, typer.Option(help="TOOL=PYTHON of an environment; may be repeated.")] = None,
+    file: Annotated[list[str] | None, typer.Option(help="TOOL:WAY=PATH that is made already; may be repeated.")] = None,
     text: Annotated[list[str] | None, typer.Option(help="NAME=FILE to score on as well; may be repeated.")] = None,
     windows: Annotated[int, typer.Option(help="Windows of each text.")] = 8,
     length: Annotated[int, typer.Option(help="Tokens of each window.")] = 512,
     repeats: Annotated[int, typer.Option(help="Rounds of every timing; 0 times nothing.")] = 5,
     prompt: Annotated[int, typer.Option(help="Tokens of the timed prompt.")] = 256,
     new: Annotated[int, typer.Option(help="Tokens decoded after it.")] = 32,
+    iterations: Annotated[int, typer.Option(help="Of AutoRound at each layer.")] = Tuning.iterations,
+    batch: Annotated[int, typer.Option(help="Windows that AutoRound trains on at a time.")] = Tuning.batch,
     again: Annotated[bool, typer.Option("--again", help="Make rows anew that are kept.")] = False,
     out: Annotated[Path, typer.Option(help="Where environments, models and rows are kept.")] = Path("out/peers"),
     picture: Annotated[Path | None, typer.Option(help="SVG file to draw; in --out if none.")] = None,
@@ -82,12 +87,13 @@ def main(
         shop = Workshop(
             written((gguf or packaged_gguf()).resolve(), out.resolve(), spread, SHIPPED_TEXT),
             Environments(out.resolve() / "environments", interpreters(env or ())),
+            Tuning(iterations, batch),
         )
         cut = {
             name: evaluation.windows(shop.source.tokenize(each), length, windows)
             for name, each in scored_texts(text or ()).items()
         }
-        bench = Bench(shop, Float(shop.source, out / "float"), cut, out / f"rows-{spread}", again)
+        bench = Bench(shop, Float(shop.source, out / "float"), cut, out / f"rows-{spread}", again, there(file or ()))
         about = {"spread": spread, "windows": windows, "length": length, "weights": shop.source.weights}
         with screen.steps() as steps:
             found = [bench.row(row.strip(), steps) for row in rows.split(",") if row.strip()]
@@ -109,6 +115,17 @@ def interpreters(named: Sequence[str]) -> dict[str, str]:
             known = ", ".join(PACKAGES)
             raise typer.BadParameter(f"{each!r} is not TOOL=PYTHON with one of {known}", param_hint="--env")
         found[tool] = python
+    return found
+
+
+def there(named: Sequence[str]) -> dict[str, Path]:
+    """What ``--file`` names, by row. Raises BadParameter where there is no such file or folder."""
+    found = {}
+    for each in named:
+        row, _, path = each.partition("=")
+        if not path or not Path(path).exists():
+            raise typer.BadParameter(f"{each!r} is not TOOL:WAY=PATH of a file that is there", param_hint="--file")
+        found[row] = Path(path).resolve()
     return found
 
 

@@ -4,7 +4,9 @@ A row is ``TOOL:WAY``. ``spinpass:float`` is the model itself as an ONNX file, `
 ``spinpass:4/plain`` the same with ``--recipe plain``; ``genai:k_quant`` is the model builder of ONNX Runtime GenAI in
 int4 with that method, ``genai:rtn/128`` in blocks of 128, and ``genai:fp32`` what it makes without rounding;
 ``olive:gptq/32`` is Olive's GPTQ in groups of 32, then the builder; ``autoround:w4/32`` AutoRound's W4A16 in groups of
-32, exported as GPTQ and given to the builder; ``llama:Q4_K_M`` llama.cpp's own quantizer.
+32, exported as GPTQ and given to the builder; ``llama:Q4_K_M`` llama.cpp's own quantizer. Olive and AutoRound leave a
+head that is the token table to the builder, which rounds it to four bits, and with ``/head8`` to eight, as the
+builder's own methods ``..._last`` do.
 """
 
 from __future__ import annotations
@@ -24,10 +26,10 @@ from benchmarks.llama_cpp import Worker
 from .environments import Cost, Environments, PeerError, run
 from .source import PIECES, Source
 
-ITERATIONS = 50  # of AutoRound at each layer: its "light" recipe; 200, its default, take four times as long
 LENGTH = 512  # tokens of a calibration window
 _BLOCK = 32
 _KEYS = ("key", "value")
+_HEAD8 = "matmul_mixed_precision=last_matmul:int8"
 
 
 @dataclass(frozen=True)
@@ -40,11 +42,20 @@ class Made:
 
 
 @dataclass(frozen=True)
+class Tuning:
+    """What AutoRound trains with at each layer: how often, and on how many windows at a time."""
+
+    iterations: int = 200
+    batch: int = 8
+
+
+@dataclass(frozen=True)
 class Workshop:
     """Where files are made: the weights, the tools, and llama.cpp's process, which is started when it is needed."""
 
     source: Source
     environments: Environments
+    tuning: Tuning = Tuning()
 
     @cached_property
     def llama(self) -> Worker:
@@ -88,32 +99,41 @@ def _genai(way: str, folder: Path, shop: Workshop) -> Made:
 
 
 def _olive(way: str, folder: Path, shop: Workshop) -> Made:
-    method, _, group = way.partition("/")
-    if method != "gptq":
-        raise PeerError(f"there is no way {way!r} here: gptq/GROUP is the one")
+    group, options = _grouped(way, "gptq")
     config, out = folder / "olive.json", folder / "olive"
-    config.write_text(json.dumps(olive_config(shop.source, int(group or _BLOCK), folder)), encoding="utf-8")
+    config.write_text(json.dumps(olive_config(shop.source, group, options, folder)), encoding="utf-8")
     olive = Path(shop.environments.python("olive")).with_name("olive")
     cost = run([str(olive), "run", "--config", str(config)], folder / "log.txt")
     found = next(iter(out.rglob("model.onnx")), None)
     if found is None:
         raise PeerError("olive run ended well and wrote no model.onnx")
-    return Made(settled(found.parent), cost, f"Gptq, {PIECES} windows, then ModelBuilder int4")
+    asked = f"Gptq, {group} in a group, {PIECES} windows, then ModelBuilder int4"
+    return Made(settled(found.parent), cost, " ".join([asked, *options]))
 
 
-def olive_config(source: Source, group: int, folder: Path) -> dict[str, Any]:
+def _grouped(way: str, method: str) -> tuple[int, list[str]]:
+    """The group of ``METHOD/GROUP[/head8]``, and the options of the builder that follows."""
+    asked, group, *more = [*way.split("/"), ""] if "/" not in way else way.split("/")
+    if asked != method or not group.isdecimal() or more not in ([], ["head8"]):
+        raise PeerError(f"there is no way {way!r} here: {method}/GROUP and {method}/GROUP/head8 are known")
+    return int(group), [_HEAD8] if more else []
+
+
+def olive_config(source: Source, group: int, options: list[str], folder: Path) -> dict[str, Any]:
     """What ``olive run`` reads: GPTQ on the text, symmetric, and the builder that takes its result."""
     cut: dict[str, Any] = {"type": "text_generation_huggingface_pre_process", "strategy": "join", "text_cols": "text"}
     cut |= {"joiner": "\n", "max_seq_len": LENGTH, "max_samples": PIECES, "add_special_tokens": False}
     read = {"type": "huggingface_dataset", "data_name": "text", "split": "train", "data_files": [str(source.text)]}
     data = {"name": "text", "type": "HuggingfaceContainer", "load_dataset_config": read, "pre_process_data_config": cut}
     gptq = {"type": "Gptq", "bits": 4, "group_size": group, "sym": True, "data_config": "text"}
+    build: dict[str, Any] = {"type": "ModelBuilder", "precision": "int4"}
+    build |= {"extra_options": dict(option.split("=") for option in options)} if options else {}
     accelerator = {"device": "cpu", "execution_providers": ["CPUExecutionProvider"]}
     return {
         "input_model": {"type": "HfModel", "model_path": str(source.folder)},
         "systems": {"here": {"type": "LocalSystem", "accelerators": [accelerator]}},
         "data_configs": [data],
-        "passes": {"quantize": gptq, "build": {"type": "ModelBuilder", "precision": "int4"}},
+        "passes": {"quantize": gptq, "build": build},
         "host": "here",
         "target": "here",
         "cache_dir": str(folder / "cache"),
@@ -122,25 +142,25 @@ def olive_config(source: Source, group: int, folder: Path) -> dict[str, Any]:
 
 
 def _autoround(way: str, folder: Path, shop: Workshop) -> Made:
-    _, _, group = way.partition("/")
-    tuned = folder / "tuned"
-    python = shop.environments.python("autoround")
-    options = {"model": shop.source.folder, "scheme": "W4A16", "group_size": group or 128, "format": "auto_gptq"}
-    options |= {"dataset": shop.source.windows, "nsamples": PIECES, "seqlen": LENGTH, "iters": ITERATIONS}
-    options |= {"batch_size": 4, "device": "cpu", "output_dir": tuned}
+    group, builder = _grouped(way, "w4")
+    tuned, out, tuning = folder / "tuned", folder / "onnx", shop.tuning
+    options = {"model": shop.source.folder, "scheme": "W4A16", "group_size": group, "format": "auto_gptq"}
+    options |= {"dataset": shop.source.windows, "nsamples": PIECES, "seqlen": LENGTH, "iters": tuning.iterations}
+    options |= {"batch_size": tuning.batch, "device": "cpu", "output_dir": tuned}
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    tuning = run([python, "-m", "auto_round", *words], folder / "tuning.txt")
+    trained = run([shop.environments.python("autoround"), "-m", "auto_round", *words], folder / "tuning.txt")
     found = next(iter(tuned.rglob("config.json")), None)
     if found is None:
-        raise PeerError("auto-round ended well and wrote no config.json")
-    out = folder / "onnx"
-    built = _build(shop.environments.python("genai"), found.parent, out, "int4", [], folder / "log.txt")
-    cost = Cost(tuning.cpu_minutes + built.cpu_minutes, max(tuning.peak_bytes, built.peak_bytes))
-    return Made(out, cost, f"W4A16, {PIECES} windows, {ITERATIONS} iterations, auto_gptq, then GenAI's builder")
+        raise PeerError("auto_round ended well and wrote no config.json")
+    more = ["--extra_options", *builder] if builder else []
+    built = _build(shop.environments.python("genai"), found.parent, out, "int4", more, folder / "log.txt")
+    cost = Cost(trained.cpu_minutes + built.cpu_minutes, max(trained.peak_bytes, built.peak_bytes))
+    asked = f"W4A16, {group} in a group, {PIECES} windows, {tuning.iterations} × {tuning.batch}, then GenAI's int4"
+    return Made(out, cost, " ".join([asked, *builder]))
 
 
 def _build(python: str, model: Path, out: Path, precision: str, options: list[str], log: Path) -> Cost:
-    command = [python, "-m", "onnxruntime_genai.models.builder", "-m", str(model), "-o", str(out), "-p", precision]
+    command = [python, "-m", "onnxruntime_genai.models.builder", "-i", str(model), "-o", str(out), "-p", precision]
     cost = run([*command, "-e", "cpu", "-c", str(out.with_name("cache")), *options], log)
     settled(out)
     return cost

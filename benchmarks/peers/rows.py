@@ -8,7 +8,7 @@ import math
 import shutil
 import statistics
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,7 @@ class Bench:
     """What all rows share: the tools, the model to compare with, the windows of each text, and a place for the files.
 
     A row that is there already is taken as it is, unless ``again``, or the weights, the windows, a version of its tool
-    or, for rows of spinpass, its code are others now.
+    or, for rows of spinpass, its code are others now. ``files``: by row, those that need not be made.
     """
 
     shop: Workshop
@@ -70,6 +70,7 @@ class Bench:
     cut: Mapping[str, Windows]
     folder: Path
     again: bool = False
+    files: Mapping[str, Path] = field(default_factory=dict)
 
     def row(self, name: str, steps: Steps) -> dict[str, Any]:
         """Make, score and keep a row; where that fails, a row with ``error``."""
@@ -86,10 +87,10 @@ class Bench:
         if kept.is_file() and not self.again:
             found: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8"))
             if found["key"] == key:
-                return found
+                return found | {"stored": stored(Path(found["path"]))}
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        made = make(name, folder, self.shop)
+        made = Made(self.files[name]) if name in self.files else make(name, folder, self.shop)
         found = self._scored(name, made, steps).to_dict(self.shop.source.weights) | {"versions": versions, "key": key}
         kept.write_text(json.dumps(found, indent=1), encoding="utf-8")
         return found
@@ -102,7 +103,7 @@ class Bench:
 
     def key(self, name: str, versions: Mapping[str, str]) -> str:
         """Twelve digits that change with what a row depends on."""
-        code = [digest("benchmarks.peers.rows", within=("benchmarks",))]
-        code += [] if tool_of(name) else [digest("spinpass.cli.export", within=("spinpass",))]
-        about = [name, self.shop.source.digest, {n: list(w) for n, w in self.cut.items()}, dict(versions), code]
+        code = "" if tool_of(name) else digest("spinpass.cli.export", within=("spinpass",))
+        file = str(self.files.get(name, ""))
+        about = [name, self.shop.source.digest, {n: list(w) for n, w in self.cut.items()}, dict(versions), code, file]
         return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:12]

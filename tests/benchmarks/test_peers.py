@@ -16,7 +16,7 @@ from onnx import TensorProto, helper
 from torch import Tensor
 
 from benchmarks.peers import makers, rows
-from benchmarks.peers.__main__ import interpreters, tables
+from benchmarks.peers.__main__ import interpreters, tables, there
 from benchmarks.peers.environments import Environments, PeerError, last_words, run
 from benchmarks.peers.makers import Made, Workshop, settled
 from benchmarks.peers.picture import draw, front
@@ -197,11 +197,42 @@ def test_what_does_not_run_is_a_row_with_its_error(bench: Bench, name: str, erro
     assert "error" not in bench.row("spinpass:good", Silent())
 
 
+def test_a_file_that_is_there_is_not_made(bench: Bench, tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_bytes(b"12345")
+    named = there([f"spinpass:good={tmp_path}"])
+    row = Bench(bench.shop, bench.float, bench.cut, bench.folder, files=named).row("spinpass:good", Silent())
+    assert row["bytes"] == 5 and row["path"] == str(tmp_path) and not bench.__dict__["made"]
+    assert bench.row("spinpass:good", Silent())["bytes"] == 2
+    for wrong in ("spinpass:good", f"spinpass:good={tmp_path / 'absent'}"):
+        with pytest.raises(typer.BadParameter, match="is not TOOL:WAY=PATH of a file that is there"):
+            there([wrong])
+
+
 def test_an_interpreter_is_named_by_its_tool() -> None:
     assert interpreters(["genai=a/python", "llama=b=c"]) == {"genai": "a/python", "llama": "b=c"}
     for wrong in ("genai", "genai=", "nobody=python"):
         with pytest.raises(typer.BadParameter, match="is not TOOL=PYTHON with one of genai, olive, autoround, llama"):
             interpreters([wrong])
+
+
+@pytest.mark.parametrize(("way", "found"), [("gptq/32", (32, [])), ("gptq/128/head8", (128, ["matmul_mixed_precision=last_matmul:int8"]))])
+def test_a_group_and_a_head_are_read_off_a_way(way: str, found: tuple[int, list[str]]) -> None:
+    assert makers._grouped(way, "gptq") == found
+
+
+@pytest.mark.parametrize("way", ["", "gptq", "gptq/", "gptq/x", "w4/32", "gptq/32/head4", "gptq/32/head8/more"])
+def test_a_way_that_there_is_not_is_said(way: str) -> None:
+    with pytest.raises(PeerError, match="there is no way .* gptq/GROUP and gptq/GROUP/head8 are known"):
+        makers._grouped(way, "gptq")
+
+
+def test_what_olive_reads_names_no_hub(tmp_path: Path) -> None:
+    source = Source(tmp_path / "m.gguf", tmp_path / "folder", tmp_path / "text", tmp_path / "windows")
+    config = makers.olive_config(source, 32, ["a=b:c"], tmp_path)
+    assert config["passes"]["quantize"]["group_size"] == 32 and config["passes"]["build"]["extra_options"] == {"a": "b:c"}
+    assert config["input_model"]["model_path"] == str(source.folder)
+    assert config["data_configs"][0]["load_dataset_config"]["data_files"] == [str(source.text)]
+    assert "extra_options" not in makers.olive_config(source, 32, [], tmp_path)["passes"]["build"]
 
 
 # -- the picture -------------------------------------------------------------------------------------------------------
