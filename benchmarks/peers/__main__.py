@@ -154,7 +154,7 @@ def tables(document: Mapping[str, Any]) -> list[Table]:
         f"spread {document['spread']}; {windows}; CPU time on one thread, median of {timing['repeats']} rounds in "
         f"turns, {timing['new']} tokens after a prompt of {timing['prompt']}, logits of all its positions"
     )
-    inside = Table("", "stored", "asked for", "versions", "CPU minutes", title="What is in the files")
+    inside = Table("", "stored", "asked for", "version", "CPU minutes", title="What is in the files")
     inside.title_justify = "left"
     for row in rows:
         if "error" in row:
@@ -165,9 +165,9 @@ def tables(document: Mapping[str, Any]) -> list[Table]:
         rates = [f"{row['rates'][p]:.1f}" if p in row.get("rates", {}) else "" for p in PHASES]
         sizes = (f"{row['bytes'] / 1e6:.1f}", f"{row['bits_per_weight']:.2f}")
         worth.add_row(row["row"], *sizes, *ratios, f"{row['kl']:.4f}", f"{row['agreement']:.1%}", *rates)
-        versions = ", ".join(f"{name} {version}" for name, version in row["versions"].items())
+        version = " ".join(next(iter(row["versions"].items()), ()))  # of the tool; the document has those beside it
         minutes = "" if row["cpu_minutes"] is None else f"{row['cpu_minutes']:.1f}"
-        inside.add_row(row["row"], row["stored"], row["asked"], versions, minutes)
+        inside.add_row(row["row"], row["stored"], row["asked"], version, minutes)
     return [worth, inside]
 
 

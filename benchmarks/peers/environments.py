@@ -30,7 +30,6 @@ PACKAGES: Mapping[str, Sequence[str]] = {
     ),
     "olive": (
         "olive-ai==0.13.0",
-        "onnxruntime-genai==0.18.0",
         "onnxruntime==1.31.1",
         "torch==2.13.0",
         "transformers==5.24.0",
@@ -57,6 +56,10 @@ class Cost:
 
     cpu_minutes: float
     peak_bytes: int
+
+    def __add__(self, after: Cost) -> Cost:
+        """That of one command after the other."""
+        return Cost(self.cpu_minutes + after.cpu_minutes, max(self.peak_bytes, after.peak_bytes))
 
 
 @dataclass(frozen=True)

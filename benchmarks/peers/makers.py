@@ -99,16 +99,16 @@ def _genai(way: str, folder: Path, shop: Workshop) -> Made:
 
 
 def _olive(way: str, folder: Path, shop: Workshop) -> Made:
-    group, options = _grouped(way, "gptq")
-    config, out = folder / "olive.json", folder / "olive"
-    config.write_text(json.dumps(olive_config(shop.source, group, options, folder)), encoding="utf-8")
+    group, builder = _grouped(way, "gptq")
+    config, out = folder / "olive.json", folder / "onnx"
+    config.write_text(json.dumps(olive_config(shop.source, group, folder)), encoding="utf-8")
     olive = Path(shop.environments.python("olive")).with_name("olive")
-    cost = run([str(olive), "run", "--config", str(config)], folder / "log.txt")
-    found = next(iter(out.rglob("model.onnx")), None)
-    if found is None:
-        raise PeerError("olive run ended well and wrote no model.onnx")
-    asked = f"Gptq, {group} in a group, {PIECES} windows, then ModelBuilder int4"
-    return Made(settled(found.parent), cost, " ".join([asked, *options]))
+    rounded = run([str(olive), "run", "--config", str(config)], folder / "rounding.txt")
+    options = ["--extra_options", "disable_qkv_fusion=true", *builder]  # which asks for zero points, and there are none
+    saved, genai = _saved(folder / "olive"), shop.environments.python("genai")
+    built = _build(genai, saved, out, "int4", options, folder / "log.txt")
+    asked = f"Gptq, {group} in a group, {PIECES} windows, then GenAI's int4"
+    return Made(out, rounded + built, " ".join([asked, *options[1:]]))
 
 
 def _grouped(way: str, method: str) -> tuple[int, list[str]]:
@@ -119,21 +119,22 @@ def _grouped(way: str, method: str) -> tuple[int, list[str]]:
     return int(group), [_HEAD8] if more else []
 
 
-def olive_config(source: Source, group: int, options: list[str], folder: Path) -> dict[str, Any]:
-    """What ``olive run`` reads: GPTQ on the text, symmetric, and the builder that takes its result."""
+def olive_config(source: Source, group: int, folder: Path) -> dict[str, Any]:
+    """What ``olive run`` reads: GPTQ on the text, symmetric.
+
+    Its own pass for GenAI's builder knows an older one: it looks for a module that GenAI 0.18 does not have.
+    """
     cut: dict[str, Any] = {"type": "text_generation_huggingface_pre_process", "strategy": "join", "text_cols": "text"}
     cut |= {"joiner": "\n", "max_seq_len": LENGTH, "max_samples": PIECES, "add_special_tokens": False}
     read = {"type": "huggingface_dataset", "data_name": "text", "split": "train", "data_files": [str(source.text)]}
     data = {"name": "text", "type": "HuggingfaceContainer", "load_dataset_config": read, "pre_process_data_config": cut}
     gptq = {"type": "Gptq", "bits": 4, "group_size": group, "sym": True, "data_config": "text"}
-    build: dict[str, Any] = {"type": "ModelBuilder", "precision": "int4"}
-    build |= {"extra_options": dict(option.split("=") for option in options)} if options else {}
     accelerator = {"device": "cpu", "execution_providers": ["CPUExecutionProvider"]}
     return {
         "input_model": {"type": "HfModel", "model_path": str(source.folder)},
         "systems": {"here": {"type": "LocalSystem", "accelerators": [accelerator]}},
         "data_configs": [data],
-        "passes": {"quantize": gptq, "build": build},
+        "passes": {"quantize": gptq},
         "host": "here",
         "target": "here",
         "cache_dir": str(folder / "cache"),
@@ -149,14 +150,18 @@ def _autoround(way: str, folder: Path, shop: Workshop) -> Made:
     options |= {"batch_size": tuning.batch, "device": "cpu", "output_dir": tuned}
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     trained = run([shop.environments.python("autoround"), "-m", "auto_round", *words], folder / "tuning.txt")
-    found = next(iter(tuned.rglob("config.json")), None)
-    if found is None:
-        raise PeerError("auto_round ended well and wrote no config.json")
     more = ["--extra_options", *builder] if builder else []
-    built = _build(shop.environments.python("genai"), found.parent, out, "int4", more, folder / "log.txt")
-    cost = Cost(trained.cpu_minutes + built.cpu_minutes, max(trained.peak_bytes, built.peak_bytes))
+    built = _build(shop.environments.python("genai"), _saved(tuned), out, "int4", more, folder / "log.txt")
     asked = f"W4A16, {group} in a group, {PIECES} windows, {tuning.iterations} × {tuning.batch}, then GenAI's int4"
-    return Made(out, cost, " ".join([asked, *builder]))
+    return Made(out, trained + built, " ".join([asked, *builder]))
+
+
+def _saved(folder: Path) -> Path:
+    """The folder of transformers somewhere in what a tool wrote. Raises PeerError where there is none."""
+    found = next((path for path in sorted(folder.rglob("config.json")) if any(path.parent.glob("*.safetensors"))), None)
+    if found is None:
+        raise PeerError("the tool ended well and saved no model")
+    return found.parent
 
 
 def _build(python: str, model: Path, out: Path, precision: str, options: list[str], log: Path) -> Cost:

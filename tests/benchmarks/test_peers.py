@@ -17,7 +17,7 @@ from torch import Tensor
 
 from benchmarks.peers import makers, rows
 from benchmarks.peers.__main__ import interpreters, tables, there
-from benchmarks.peers.environments import Environments, PeerError, last_words, run
+from benchmarks.peers.environments import Cost, Environments, PeerError, last_words, run
 from benchmarks.peers.makers import Made, Workshop, settled
 from benchmarks.peers.picture import draw, front
 from benchmarks.peers.rows import Bench
@@ -228,11 +228,20 @@ def test_a_way_that_there_is_not_is_said(way: str) -> None:
 
 def test_what_olive_reads_names_no_hub(tmp_path: Path) -> None:
     source = Source(tmp_path / "m.gguf", tmp_path / "folder", tmp_path / "text", tmp_path / "windows")
-    config = makers.olive_config(source, 32, ["a=b:c"], tmp_path)
-    assert config["passes"]["quantize"]["group_size"] == 32 and config["passes"]["build"]["extra_options"] == {"a": "b:c"}
+    config = makers.olive_config(source, 32, tmp_path)
+    assert config["passes"]["quantize"]["group_size"] == 32
     assert config["input_model"]["model_path"] == str(source.folder)
     assert config["data_configs"][0]["load_dataset_config"]["data_files"] == [str(source.text)]
-    assert "extra_options" not in makers.olive_config(source, 32, [], tmp_path)["passes"]["build"]
+
+
+def test_what_a_tool_saved_is_found(tmp_path: Path) -> None:
+    for name in ("a/cache/config.json", "b/model/config.json", "b/model/model.safetensors"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert makers._saved(tmp_path) == tmp_path / "b" / "model"
+    with pytest.raises(PeerError, match="the tool ended well and saved no model"):
+        makers._saved(tmp_path / "a")
+    assert Cost(1.0, 3) + Cost(2.0, 2) == Cost(3.0, 3)
 
 
 # -- the picture -------------------------------------------------------------------------------------------------------
