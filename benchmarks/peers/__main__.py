@@ -72,6 +72,7 @@ def main(
     new: Annotated[int, typer.Option(help="Tokens decoded after it.")] = 32,
     iterations: Annotated[int, typer.Option(help="Of AutoRound at each layer.")] = Tuning.iterations,
     batch: Annotated[int, typer.Option(help="Windows that AutoRound trains on at a time.")] = Tuning.batch,
+    samples: Annotated[int, typer.Option(help="Windows that AutoRound calibrates on.")] = Tuning.samples,
     again: Annotated[bool, typer.Option("--again", help="Make rows anew that are kept.")] = False,
     out: Annotated[Path, typer.Option(help="Where environments, models and rows are kept.")] = Path("out/peers"),
     picture: Annotated[Path | None, typer.Option(help="SVG file to draw; in --out if none.")] = None,
@@ -87,7 +88,7 @@ def main(
         shop = Workshop(
             written((gguf or packaged_gguf()).resolve(), out.resolve(), spread, SHIPPED_TEXT),
             Environments(out.resolve() / "environments", interpreters(env or ())),
-            Tuning(iterations, batch),
+            Tuning(iterations, batch, samples),
         )
         cut = {
             name: evaluation.windows(shop.source.tokenize(each), length, windows)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -112,6 +113,8 @@ def run(command: Sequence[str], log: Path) -> Cost:
         started.returncode = os.waitstatus_to_exitcode(status)
     if status:
         said = last_words(log.read_text(encoding="utf-8", errors="replace"))
+        if started.returncode < 0:
+            said = f"ended by {signal.Signals(-started.returncode).name}, having said: {said or 'nothing'}"
         raise PeerError(said or f"exit code {started.returncode}, and nothing was said")
     return Cost((usage.ru_utime + usage.ru_stime) / 60, usage.ru_maxrss * 1024)
 

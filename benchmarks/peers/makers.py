@@ -43,10 +43,11 @@ class Made:
 
 @dataclass(frozen=True)
 class Tuning:
-    """What AutoRound trains with at each layer: how often, and on how many windows at a time."""
+    """What AutoRound trains with at each layer: how often, on how many windows at a time, and of how many in all."""
 
     iterations: int = 200
     batch: int = 8
+    samples: int = PIECES
 
 
 @dataclass(frozen=True)
@@ -82,10 +83,10 @@ def tool_of(row: str) -> str:
 
 def _spinpass(way: str, folder: Path, shop: Workshop) -> Made:
     bits, _, recipe = way.partition("/")
-    asked = ["--rotations", "none"] if bits == "float" else ["--bits", bits]
+    asked = ["--bits", "16", "--rotations", "none"] if bits == "float" else ["--bits", bits]
     asked += ["--recipe", recipe] if recipe else []
     out = folder / "onnx"
-    command = [sys.executable, "-m", "spinpass", "export", str(shop.source.gguf), str(out), *asked, "--force"]
+    command = [sys.executable, "-m", "spinpass", "export", str(shop.source.gguf), str(out), *asked]
     return Made(out, run(command, folder / "log.txt"), " ".join(asked))
 
 
@@ -146,13 +147,15 @@ def _autoround(way: str, folder: Path, shop: Workshop) -> Made:
     group, builder = _grouped(way, "w4")
     tuned, out, tuning = folder / "tuned", folder / "onnx", shop.tuning
     options = {"model": shop.source.folder, "scheme": "W4A16", "group_size": group, "format": "auto_gptq"}
-    options |= {"dataset": shop.source.windows, "nsamples": PIECES, "seqlen": LENGTH, "iters": tuning.iterations}
-    options |= {"batch_size": tuning.batch, "device": "cpu", "output_dir": tuned}
+    options |= {"dataset": shop.source.windows, "nsamples": tuning.samples, "seqlen": LENGTH, "output_dir": tuned}
+    options |= {"iters": tuning.iterations, "batch_size": tuning.batch, "device": "cpu"}
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    words += ["--disable_torch_compile", "--disable_amp"]  # on one thread of a CPU both take longer than they save
     trained = run([shop.environments.python("autoround"), "-m", "auto_round", *words], folder / "tuning.txt")
     more = ["--extra_options", *builder] if builder else []
     built = _build(shop.environments.python("genai"), _saved(tuned), out, "int4", more, folder / "log.txt")
-    asked = f"W4A16, {group} in a group, {PIECES} windows, {tuning.iterations} × {tuning.batch}, then GenAI's int4"
+    trained_on = f"{tuning.samples} windows, {tuning.iterations} × {tuning.batch}"
+    asked = f"W4A16, {group} in a group, {trained_on}, then GenAI's int4"
     return Made(out, trained + built, " ".join([asked, *builder]))
 
 

@@ -124,6 +124,8 @@ def test_a_command_that_fails_says_why_and_one_that_works_what_it_took(tmp_path:
         run([sys.executable, "-c", "raise RuntimeError('no kernel')"], tmp_path / "log.txt")
     with pytest.raises(PeerError, match="exit code 3, and nothing was said"):
         run([sys.executable, "-c", "raise SystemExit(3)"], tmp_path / "log.txt")
+    with pytest.raises(PeerError, match="^ended by SIGKILL, having said: begun$"):
+        run([sys.executable, "-c", "import os; print('begun', flush=True); os.kill(os.getpid(), 9)"], tmp_path / "log.txt")
     with pytest.raises(PeerError, match="cannot be started: No such file"):
         run([str(tmp_path / "absent")], tmp_path / "log.txt")
     cost = run([sys.executable, "-c", "print('done')"], tmp_path / "log.txt")
