@@ -62,14 +62,21 @@ class Contender(Protocol):
 
 @dataclass(frozen=True)
 class OrtContender:
-    """A folder with a graph that decodes in ONNX Runtime, and whether the same graph reads prompts."""
+    """A folder with a graph that decodes in ONNX Runtime, and whether the same graph reads prompts.
+
+    ``all_logits``: a prompt gives the logits of all its tokens, though the file may have those of the last alone.
+    """
 
     folder: Path
     reads_prompt: bool = True
+    all_logits: bool = False
 
     def round(self, work: Work, ids: list[int]) -> dict[str, float]:
         """See :class:`Contender`."""
-        graph, found = DecoderGraph.open(self.folder / "model.onnx", threads=work.threads), dict[str, float]()
+        path, found = self.folder / "model.onnx", dict[str, float]()
+        graph = DecoderGraph.open(path, threads=work.threads)
+        if self.all_logits and graph.last_alone:
+            graph = graph.of_every_token(path)
         tokens, state = torch.tensor([ids]), _filled(graph, work.prompt)
         if self.reads_prompt:
             for _ in ("to warm up", "to measure"):

@@ -1,8 +1,8 @@
 """Other tools beside spinpass, on the same weights, by the bytes of their files: ``python -m benchmarks.peers``.
 
-A row is a command that anyone can give, see :mod:`.makers`; its file is scored in the runtime that it is for, on
-Python's help texts, the source of its standard library, and what ``--text NAME=FILE`` names. No tool is calibrated on
-any of them: one that reads a text is given that of the package. Rows are kept in ``--out`` and taken from there by the
+A row is a command that anyone can give, see :mod:`.makers`; its file is scored in the runtime that it is for, on the
+texts of :mod:`benchmarks.texts` and what ``--text NAME=FILE`` names. No tool is calibrated on any of them: one that
+reads a text is given that of the package. Rows are kept in ``--out`` and taken from there by the
 next run. Speeds are CPU time on one thread, the files in turns, with the logits of all positions of the prompt.
 """
 
@@ -18,8 +18,8 @@ import typer
 from rich.table import Table
 
 from benchmarks.offgrid import SPREADS, packaged_gguf
+from benchmarks.texts import scored_texts
 from benchmarks.timing import PHASES, Work, compared, measured
-from benchmarks.yardstick import scored_texts
 from spinpass import evaluation
 from spinpass.cli.screen import Screen
 from spinpass.evaluation import SHIPPED_TEXT
@@ -65,6 +65,7 @@ def main(
     env: Annotated[list[str] | None, typer.Option(help="TOOL=PYTHON of an environment; may be repeated.")] = None,
     file: Annotated[list[str] | None, typer.Option(help="TOOL:WAY=PATH that is made already; may be repeated.")] = None,
     text: Annotated[list[str] | None, typer.Option(help="NAME=FILE to score on as well; may be repeated.")] = None,
+    texts: Annotated[str, typer.Option(help="Names of the texts to score on; all if none.")] = "",
     windows: Annotated[int, typer.Option(help="Windows of each text.")] = 8,
     length: Annotated[int, typer.Option(help="Tokens of each window.")] = 512,
     repeats: Annotated[int, typer.Option(help="Rounds of every timing; 0 times nothing.")] = 5,
@@ -90,10 +91,8 @@ def main(
             Environments(out.resolve() / "environments", interpreters(env or ())),
             Tuning(iterations, batch, samples),
         )
-        cut = {
-            name: evaluation.windows(shop.source.tokenize(each), length, windows)
-            for name, each in scored_texts(text or ()).items()
-        }
+        scored = chosen(scored_texts(text or ()), texts)
+        cut = {n: evaluation.windows(shop.source.tokenize(each), length, windows) for n, each in scored.items()}
         bench = Bench(shop, Float(shop.source, out / "float"), cut, out / f"rows-{spread}", again, there(file or ()))
         about = {"spread": spread, "windows": windows, "length": length, "weights": shop.source.weights}
         with screen.steps() as steps:
@@ -105,6 +104,14 @@ def main(
         screen.document(document)
     screen.show(*tables(document))
     draw_picture(document, picture or out / "peers.svg")
+
+
+def chosen(texts: Mapping[str, str], names: str) -> dict[str, str]:
+    """The texts that are named, separated by commas; all of them where none is. Raises BadParameter for another."""
+    wanted = [name.strip() for name in names.split(",") if name.strip()] or list(texts)
+    if unknown := [name for name in wanted if name not in texts]:
+        raise typer.BadParameter(f"there is no text {unknown[0]!r}: {', '.join(texts)} are", param_hint="--texts")
+    return {name: texts[name] for name in wanted}
 
 
 def interpreters(named: Sequence[str]) -> dict[str, str]:

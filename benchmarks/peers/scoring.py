@@ -54,7 +54,7 @@ def scorer(path: Path, shop: Workshop) -> Scorer:
 
 def contender(path: Path, shop: Workshop) -> Contender:
     """What times it, every logit of a prompt computed."""
-    return AllLogits(shop.llama, path) if path.suffix == ".gguf" else OrtContender(path)
+    return AllLogits(shop.llama, path) if path.suffix == ".gguf" else OrtContender(path, all_logits=True)
 
 
 def size(path: Path) -> int:

@@ -16,7 +16,7 @@ from onnx import TensorProto, helper
 from torch import Tensor
 
 from benchmarks.peers import makers, rows
-from benchmarks.peers.__main__ import interpreters, tables, there
+from benchmarks.peers.__main__ import chosen, interpreters, tables, there
 from benchmarks.peers.environments import Cost, Environments, PeerError, last_words, run
 from benchmarks.peers.makers import Made, Workshop, settled
 from benchmarks.peers.picture import draw, front
@@ -208,6 +208,13 @@ def test_a_file_that_is_there_is_not_made(bench: Bench, tmp_path: Path) -> None:
     for wrong in ("spinpass:good", f"spinpass:good={tmp_path / 'absent'}"):
         with pytest.raises(typer.BadParameter, match="is not TOOL:WAY=PATH of a file that is there"):
             there([wrong])
+
+
+def test_texts_are_chosen_by_name() -> None:
+    texts = {"help": "a", "code": "b"}
+    assert chosen(texts, "") == texts and list(chosen(texts, "code, help")) == ["code", "help"]
+    with pytest.raises(typer.BadParameter, match="there is no text 'prose': help, code are"):
+        chosen(texts, "code,prose")
 
 
 def test_an_interpreter_is_named_by_its_tool() -> None:
