@@ -29,7 +29,7 @@ from .source import PIECES, Source
 LENGTH = 512  # tokens of a calibration window
 _BLOCK = 32
 _KEYS = ("key", "value")
-_HEAD8 = "matmul_mixed_precision=last_matmul:int8"
+_HEAD8 = "algo_config=rtn_last"
 
 
 @dataclass(frozen=True)

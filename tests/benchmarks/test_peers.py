@@ -224,7 +224,7 @@ def test_an_interpreter_is_named_by_its_tool() -> None:
             interpreters([wrong])
 
 
-@pytest.mark.parametrize(("way", "found"), [("gptq/32", (32, [])), ("gptq/128/head8", (128, ["matmul_mixed_precision=last_matmul:int8"]))])
+@pytest.mark.parametrize(("way", "found"), [("gptq/32", (32, [])), ("gptq/128/head8", (128, ["algo_config=rtn_last"]))])
 def test_a_group_and_a_head_are_read_off_a_way(way: str, found: tuple[int, list[str]]) -> None:
     assert makers._grouped(way, "gptq") == found
 
