@@ -26,6 +26,7 @@ NAMES = {
     "llama": "llama.cpp",
 }
 MARKS = {"spinpass": "o", "genai": "s", "olive": "D", "autoround": "^", "llama": "v"}
+_PLACES = ((6, 5), (6, -6))  # of a point's name beside it, in turns: neighbours lie close
 _LEAST = 1e-3  # of a ratio above 1: what is nearer is drawn there
 
 
@@ -50,11 +51,12 @@ def draw(rows: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
         axes = figure.add_subplot()
         line = [points[name] for name in front(points)]
         axes.step(*zip(*line), where="post", color="#9aa3ad", linewidth=1, zorder=1) if line else None
-        for name, (x, y) in points.items():
+        for number, (name, (x, y)) in enumerate(sorted(points.items(), key=lambda item: item[1])):
             tool, _, way = name.partition(":")
             label = NAMES[tool] if tool not in axes.get_legend_handles_labels()[1] else None
             axes.scatter(x, y, color=COLOURS[tool], marker=MARKS[tool], s=34, zorder=2, label=label)
-            axes.annotate(way, (x, y), xytext=(4, 4), textcoords="offset points", fontsize=7, color=COLOURS[tool])
+            place = dict(xytext=_PLACES[number % len(_PLACES)], textcoords="offset points", va="center")
+            axes.annotate(way, (x, y), **place, fontsize=7, color=COLOURS[tool])
         handles = dict(zip(*reversed(axes.get_legend_handles_labels())))
         axes.legend(handles.values(), handles.keys(), frameon=False)
         axes.set(yscale="log", xlabel="MB", ylabel="perplexity above that of the float model", title=title)
