@@ -11,7 +11,7 @@ is the one beside this module. It needs the package lm-eval, in an environment t
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,7 +26,7 @@ from torch import Tensor
 from spinpass.cli.screen import Screen
 from spinpass.errors import ExportError
 from spinpass.formats import model_path
-from spinpass.runtime import OrtModel, Sampling
+from spinpass.runtime import OrtModel
 
 QUESTIONS = Path(__file__).with_name("questions.jsonl")
 POSITIONS = 2048  # of a folder that names no limit
@@ -113,26 +113,18 @@ class OrtLanguageModel(TemplateLM):  # type: ignore[misc]  # of a package withou
         ids = self.tok_encode(context)
         if len(ids) > self.max_length - new:
             context = self.tokenizer.decode(ids[new - self.max_length :])
-        pieces = self.model.stream(context, max_new_tokens=new, sampling=_sampling(asked))
-        return _until(pieces, stops)
+        given: dict[str, Any] = _drawn(asked) | {"max_new_tokens": new}
+        given |= {"stop_strings": [stop for stop in stops if stop]} if any(stops) else {}
+        return "".join(self.model.stream(context, **given))
 
 
-def _sampling(asked: dict[str, Any]) -> Sampling:
+def _drawn(asked: dict[str, Any]) -> dict[str, Any]:
+    """What a task says of how tokens are chosen; a temperature of 0 takes the likeliest."""
     temperature = float(asked.get("temperature") or 0.0)
     if not asked.get("do_sample", temperature > 0):
-        return Sampling()
-    return Sampling(temperature or 1.0, int(asked.get("top_k", 0)), float(asked.get("top_p", 1.0)))
-
-
-def _until(pieces: Iterator[str], stops: Sequence[str]) -> str:
-    """Join pieces up to the first text of ``stops``, and take no more of them than that needs."""
-    said = ""
-    for piece in pieces:
-        said += piece
-        places = [at for stop in stops if stop and (at := said.find(stop)) >= 0]
-        if places:
-            return said[: min(places)]
-    return said
+        return {"do_sample": False}
+    said = {name: asked[name] for name in ("top_k", "top_p") if name in asked}
+    return said | {"do_sample": True, "temperature": temperature or 1.0}
 
 
 def questions_task(path: Path) -> dict[str, Any]:

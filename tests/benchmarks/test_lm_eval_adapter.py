@@ -20,10 +20,10 @@ CONTEXT, FOLLOWING = "what is the weather", " like if it is on"
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A tiny model as transformers has it, and as an ONNX folder without rotations."""
+    """A tiny model as transformers has it, and as an ONNX folder that keeps its values and returns the logits of the last token."""
     source = folders.model_folder(tmp_path_factory.mktemp("lm") / "model")
     out = source.with_name("out")
-    assert document(run("export", str(source), str(out), "--rotations", "none", "--json"))["ok"]
+    assert document(run("export", str(source), str(out), "--bits", "16", "--last-logits", "--json"))["ok"]
     return source, out
 
 
@@ -76,10 +76,18 @@ def test_texts_end_where_the_task_says(exported: tuple[Path, Path]) -> None:
     assert drawn[0] == drawn[1]  # seeded
 
 
-def test_no_more_pieces_are_taken_than_a_stop_needs() -> None:
-    pieces = iter(["one ", "t", "wo thr", "ee ", "four"])
-    assert adapter._until(pieces, ["", "two"]) == "one " and next(pieces) == "ee "
-    assert adapter._until(iter(["a", "b"]), ["c"]) == "ab"
+@pytest.mark.parametrize(
+    ("asked", "drawn"),
+    [
+        ({}, {"do_sample": False}),
+        ({"do_sample": False, "temperature": 1.0}, {"do_sample": False}),
+        ({"temperature": 0.0}, {"do_sample": False}),
+        ({"temperature": 0.5, "top_p": 0.9}, {"do_sample": True, "temperature": 0.5, "top_p": 0.9}),
+        ({"do_sample": True}, {"do_sample": True, "temperature": 1.0}),
+    ],
+)
+def test_tokens_are_drawn_where_a_task_says_so(asked: dict[str, Any], drawn: dict[str, Any]) -> None:
+    assert adapter._drawn(asked) == drawn
 
 
 def test_a_task_of_ones_own(exported: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
