@@ -17,7 +17,12 @@ from spinpass.loading import LoadedModel, Papers, Source
 
 from .command import command_of
 
-_RUNTIMES = {"onnx": "ONNX Runtime", "executorch": "ExecuTorch", "transformers": "loaders of GPTQ checkpoints"}
+_RUNTIMES = {
+    "onnx": "ONNX Runtime",
+    "openvino": "OpenVINO",
+    "executorch": "ExecuTorch",
+    "transformers": "loaders of GPTQ checkpoints",
+}
 _HOME = "spinpass"
 _PROMPT = "Why is the sky blue?"
 _PYTHON_ORT = f"""```python
@@ -27,10 +32,11 @@ model = OrtModel.from_pretrained(".")
 text = model.tokenizer("{_PROMPT}", return_tensors="pt")
 print(model.tokenizer.decode(model.generate(**text, max_new_tokens=32)[0]))
 ```"""
-_PYTHON_PTE = f"""```python
-from spinpass.runtime import PteDecoder
+_DECODERS = {"openvino": "OpenVINODecoder", "executorch": "PteDecoder"}
+_PYTHON_DECODER = f"""```python
+from spinpass.runtime import DECODER
 
-decoder = PteDecoder(".")
+decoder = DECODER(".")
 ids = decoder.tokenizer("{_PROMPT}")["input_ids"]
 print(decoder.tokenizer.decode(decoder.generate(ids, 32).tokens))
 ```"""
@@ -44,7 +50,7 @@ def model_card(loaded: LoadedModel, about: Mapping[str, Any], settings: Mapping[
         about: what ``spinpass.json`` says of the folder.
         settings: the options that make it again; None where options cannot say it.
     """
-    library = next((name for name in ("onnx", "executorch") if about.get(name)), "transformers")
+    library = next((name for name in ("onnx", "openvino", "executorch") if about.get(name)), "transformers")
     made = about.get("quantization") or {}
     integers = bool(made.get("weights")) or bool(about.get("packed"))
     name, rotated = _name(loaded), bool(about.get("plan"))
@@ -169,15 +175,16 @@ def _command(settings: Mapping[str, Any] | None, model: str, about: Mapping[str,
 def _run(loaded: LoadedModel, about: Mapping[str, Any], library: str) -> Iterator[str]:
     """How to get text out of it; nothing where there is no tokenizer, or no cache to decode with."""
     tokenizer = None if loaded.companions is None else loaded.companions.tokenizer
-    cached = any("past" in name or "cache" in name for name in (about.get("onnx") or {}).get("inputs", ()))
+    cached = any("past" in name or "cache" in name for name in (about.get(library) or {}).get("inputs", ()))
     if library == "transformers":
         yield "A GPTQ checkpoint in safetensors: whatever reads those reads this one, without spinpass."
     elif tokenizer is not None and library == "executorch":
-        yield _PYTHON_PTE
+        yield _PYTHON_DECODER.replace("DECODER", _DECODERS[library])
     elif tokenizer is not None and cached:
         command = "chat ." if tokenizer.chat_template else f'generate . "{_PROMPT}"'
         yield _console(f"spinpass {command}") + "\n"
-        yield _PYTHON_ORT
+        decoder = _DECODERS.get(library)
+        yield _PYTHON_DECODER.replace("DECODER", decoder) if decoder else _PYTHON_ORT
         if (about.get("genai") or {}).get("file"):
             yield '\nONNX Runtime GenAI reads the folder as it is: `onnxruntime_genai.Model(".")`.'
 

@@ -23,7 +23,7 @@ from tests.support.commands import run
 
 openvino = pytest.importorskip("openvino")
 
-from spinpass.runtime import Conversation, OpenVINODecoder, open_decoder  # noqa: E402
+from spinpass.runtime import Conversation, OpenVINODecoder  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +57,9 @@ def test_a_recipe_becomes_a_folder_that_openvino_runs(out: Path) -> None:
     scheme = recipe_of("quick", 4, "openvino").scheme
     assert (settings["to"], settings["quantize"], settings["samples"]) == ("openvino", scheme, 2)
     assert "last-logits" not in settings
+    card = (out / "README.md").read_text()
+    assert "library_name: openvino\n" in card and " for OpenVINO\n" in card and "- the file: equivalent: at worst" in card
+    assert "decoder = OpenVINODecoder" in card and "$ spinpass chat ." in card
 
 
 def test_it_is_tried_and_scored_there(out: Path) -> None:
@@ -80,10 +83,8 @@ def test_it_is_inspected_generates_and_talks(out: Path) -> None:
     made = run("generate", out, "what is the weather", "--max-new-tokens", 5, "--json")
     assert made.exit_code == 0 and json.loads(made.stdout)["new_tokens"] > 0, made.stderr
     refused = run("generate", out, "what", "--max-new-tokens", 5, "--provider", "CUDAExecutionProvider")
-    assert refused.exit_code == 2 and "is for OpenVINO, and the provider CUDAExecutionProvider is ONNX" in refused.stderr
-    decoder = open_decoder(out, threads=1)
-    assert isinstance(decoder, OpenVINODecoder)
-    talk = Conversation(decoder, max_new_tokens=4)
+    assert refused.exit_code == 2 and "is for OpenVINO, and --provider CUDAExecutionProvider is ONNX Runtime" in refused.stderr
+    talk = Conversation(OpenVINODecoder(out, threads=1), max_new_tokens=4)
     list(talk.answer("what is it"))
     list(talk.answer("or is it not"))
     assert talk.read > 0 and len(talk.turns) == 4
