@@ -21,10 +21,14 @@ from spinpass.execution import InputRole, user_inputs
 from spinpass.graph import ProgramEditor, arguments, op_name, shape
 
 _TOKENS = 1  # the axis of the tokens
-_PER_TOKEN = {
+_PER_TOKEN = frozenset({
     "aten::to", "aten::_to_copy", "aten::tanh", "aten::clone", "aten::contiguous", "aten::linear", "aten::mul",
     "aten::div", "aten::add", "aten::sub", "spinpass::hadamard", "spinpass::round_tokens",
-}  # fmt: skip
+})  # fmt: skip
+_IN_FRONT = frozenset({
+    "spinpass::hadamard", "spinpass::round_tokens", "spinpass::round_tensor", "spinpass::round_rows",
+})  # fmt: skip
+"""What belongs to a linear layer and stands in front of it: an exporter knows the two only side by side."""
 _ORIGIN = "last token"
 
 
@@ -89,22 +93,25 @@ def _mask(program: ExportedProgram, editor: ProgramEditor) -> Node | None:
 
 
 def _tail(editor: ProgramEditor, logits: Node) -> list[Node]:
-    """Return the nodes from the linear layer that is met first on the way back, to the logits, in this order.
+    """Return the nodes from the linear layer that is met first on the way back, with what belongs to it in front, to
+    the logits, in this order.
 
     Raises:
         ConfigError: some node between them is not known to act on each token alone.
     """
-    tail = [logits]
+    tail, reached = [logits], False
     while True:
         node = tail[-1]
-        if op_name(node) not in _PER_TOKEN and not _keeps_all(node):
+        if op_name(node) not in (_PER_TOKEN | _IN_FRONT) and not _keeps_all(node):
             raise ConfigError(
                 f"the logits come out of {op_name(node)} ({node.name}), which is not known to act on each token alone: "
                 "export the logits of all tokens"
             )
-        if op_name(node) == "aten::linear":
+        source = _source(editor, node)
+        reached = reached or op_name(node) == "aten::linear"
+        if reached and op_name(source) not in _IN_FRONT:
             return tail[::-1]
-        tail.append(_source(editor, node))
+        tail.append(source)
 
 
 def _source(editor: ProgramEditor, node: Node) -> Node:

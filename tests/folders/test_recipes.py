@@ -7,6 +7,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import onnx
 import pytest
 import torch
 import yaml
@@ -14,6 +15,7 @@ import yaml
 from spinpass import Override, RotationConfig
 from spinpass.errors import ConfigError
 from spinpass.evaluation import SHIPPED_TEXT, ProgramScorer, own_tokens
+from spinpass.exporters.onnx.operators.rounding import TOKENS
 from spinpass.folders import BITS, ExportRequest, card_lines, export, making, recipe_of, result
 from spinpass.folders import card as folder_card
 from spinpass.folders import onnx as folder_onnx
@@ -90,6 +92,8 @@ def test_the_written_file_is_scored(tmp_path: Path) -> None:
         assert made[name]["bytes"] == size and made[name]["windows"] == WINDOWS
         assert math.isfinite(made[name]["ratio"]) and 0 < made[name]["agreement"] <= 1
         assert made[name]["kl"] > 0 and made[name]["decode"] > 0
+        left = [node.op_type for node in onnx.load(tmp_path / name / "model.onnx").graph.node]
+        assert TOKENS not in left and left.count("MatMulNBits") == 15, "the kernels round, of the head too"
         first, second = card_lines(made[name])
         assert f"perplexity × {made[name]['ratio']:.4f}" in first and "bits per weight" in second
     assert made["quick"]["kl"] < made["plain"]["kl"]

@@ -49,6 +49,16 @@ def test_roundings_in_front_of_the_head_stay() -> None:
     assert roundings[0] == roundings[1] > 0
 
 
+def test_what_belongs_to_the_head_stays_beside_it() -> None:
+    """An exporter puts a rounding and the product behind it into one kernel: the token is picked in front of both."""
+    made = quantize(programs.program("llama_tied", "cache", torch.float32), "w4g16-rtn-a8-head8", []).program
+    logits = next(iter(last_token(made).graph.find_nodes(op="output"))).args[0][0]  # type: ignore[index, union-attr]
+    while op_name(logits) != "aten::linear":  # type: ignore[arg-type]
+        logits = logits.args[0]  # type: ignore[union-attr]
+    rounding = logits.args[0]  # type: ignore[union-attr]
+    assert op_name(rounding) == "spinpass::round_tokens" and rounding.meta["val"].shape[1] == 1  # type: ignore[arg-type, union-attr]
+
+
 class Head(nn.Module):
     def __init__(self, behind: Callable[[Tensor, Tensor], Tensor]) -> None:
         super().__init__()
