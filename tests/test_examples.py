@@ -62,7 +62,7 @@ def test_demo_on_a_tiny_model(
     assert [row["recipe"] for row in data["models"]] == ["plain", "plain", "auto"]
     for row in data["models"]:
         assert Path(row["folder"], "model.onnx").is_file() and Path(row["folder"], "tokenizer.json").is_file()
-        assert len(row["answers"]) == 5 and row["decode_tokens_per_second"] > 0 and row["card"]["kl"] >= 0
+        assert len(row["answers"]) == 5 and row["decode_tokens_per_second"] > 0 and (row["card"] is None or row["card"]["kl"] >= 0)
         assert set(row["texts"]) == {"help texts", "code"} and row["texts"]["code"]["perplexity"] > 1
     assert original["texts"]["code"]["mean"] == 0 and nearest["texts"]["code"]["mean"] != 0
     assert max(nearest["bytes"], ours["bytes"]) < original["bytes"]

@@ -189,7 +189,9 @@ class ExportRequest:
         if not self.quantize:
             return None
         overrides = {pattern: _weights_of(pattern, scheme) for pattern, scheme in self.layers}
-        return replace(QuantizationConfig.parse(self.quantize), exclude=self.keep, overrides=overrides)
+        everywhere = self.to != "onnx"  # whose MatMulNBits takes the place of MatMul, and not of Gemm
+        asked = QuantizationConfig.parse(self.quantize)
+        return replace(asked, exclude=self.keep, overrides=overrides, everywhere=everywhere)
 
     @property
     def notes(self) -> list[str]:

@@ -29,7 +29,7 @@ def classifier(tmp_path: Path) -> Path:
 
 
 def test_refused(classifier: Path, tmp_path: Path) -> None:
-    for command in (("rotate", classifier, tmp_path / "x.pt2"), ("export", classifier, tmp_path / "out")):
+    for command in (("rotate", classifier, tmp_path / "x.pt2"), ("export", classifier, tmp_path / "out", "--bits", 16)):
         result = run(*command)
         assert result.exit_code == 1
         assert "spinpass: nothing was rotated: R1: the program has no residual stream" in result.stderr
@@ -78,7 +78,7 @@ def test_bad_usage(arguments: tuple[str, ...], reason: str, pt2: Path, tmp_path:
 def test_a_file_in_the_way_is_no_usage(pt2: Path, tmp_path: Path) -> None:
     notes = tmp_path / "notes.txt"
     notes.write_text("hello")
-    for arguments in (("rotate", pt2, notes / "x.pt2"), ("export", pt2, notes)):
+    for arguments in (("rotate", pt2, notes / "x.pt2"), ("export", pt2, notes, "--bits", 16)):
         result = run(*arguments)
         assert result.exit_code == 1 and "a part of the path is a file" in result.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
@@ -89,7 +89,7 @@ def test_folder_that_cannot_be_written_is_found_before_the_work(pt2: Path, tmp_p
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(files.tempfile, "mkdtemp", refuse)
-    for arguments in (("export", pt2, tmp_path / "out"), ("rotate", pt2, tmp_path / "new" / "x.pt2")):
+    for arguments in (("export", pt2, tmp_path / "out", "--bits", 16), ("rotate", pt2, tmp_path / "new" / "x.pt2")):
         result = run(*arguments)
         assert result.exit_code == 1 and "the folder is not writable" in result.stderr
         assert "load" not in result.stderr
@@ -98,7 +98,7 @@ def test_folder_that_cannot_be_written_is_found_before_the_work(pt2: Path, tmp_p
 
 def test_full_disk(pt2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10_000})())
-    for arguments in (("export", pt2, tmp_path / "out"), ("rotate", pt2, tmp_path / "x.pt2")):
+    for arguments in (("export", pt2, tmp_path / "out", "--bits", 16), ("rotate", pt2, tmp_path / "x.pt2")):
         result = run(*arguments, "--no-verify")
         assert result.exit_code == 1 and "the disk is full" in result.stderr
     assert not list(tmp_path.iterdir())
@@ -120,7 +120,7 @@ def test_without_the_onnx_packages(pt2: Path, tmp_path: Path, monkeypatch: pytes
         monkeypatch.setitem(sys.modules, f"spinpass.exporters.{name}", None)
         monkeypatch.delattr(f"spinpass.exporters.{name}", raising=False)
     (tmp_path / "x.onnx").touch()
-    for arguments in (("export", pt2, tmp_path / "out"), ("verify", pt2, tmp_path / "x.onnx")):
+    for arguments in (("export", pt2, tmp_path / "out", "--bits", 16), ("verify", pt2, tmp_path / "x.onnx")):
         result = run(*arguments)
         assert result.exit_code == 1 and "pip install 'spinpass[onnx]'" in result.stderr
 

@@ -12,7 +12,7 @@ import torch
 
 from spinpass import RotationConfig
 from spinpass.errors import ExportError
-from spinpass.folders import export, request
+from spinpass.folders import export, making
 from spinpass.runtime import NoKernelError, OrtDecoder, OrtModel
 from tests.support import experts
 from tests.support.folders import model_folder, tokenizer
@@ -78,7 +78,7 @@ def test_genai_runs_a_float16_folder(tmp_path: Path) -> None:
 
 def test_bfloat16_is_refused_by_name_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, out = source("fused attention", tmp_path / "model"), tmp_path / "out"
-    monkeypatch.setattr(request, "rotated", lambda *a, **k: pytest.fail("it was rotated first"))
+    monkeypatch.setattr(making, "rotated", lambda *a, **k: pytest.fail("it was rotated first"))
     with pytest.raises(ExportError, match="no kernel for MatMul in bfloat16 on a CPU.*--dtype float32 or float16.*--no-verify"):
         export(path, out, RotationConfig(), dtype="bfloat16", bits=16)
     assert not out.exists()

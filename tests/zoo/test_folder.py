@@ -58,7 +58,7 @@ def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, export: Any) -> di
 def test_a_refusal_counts_by_when_it_comes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, status: str
 ) -> None:
-    def refuse(model: Path, out: Path, *, steps: Any) -> None:
+    def refuse(model: Path, out: Path, *, bits: int, steps: Any) -> None:
         steps.begin("load")
         steps.begin(step)
         raise ExportError("it has no operator")
@@ -69,7 +69,7 @@ def test_a_refusal_counts_by_when_it_comes(
 
 
 def test_what_a_refusal_leaves_on_the_disk_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def leave(model: Path, out: Path, *, steps: Any) -> None:
+    def leave(model: Path, out: Path, *, bits: int, steps: Any) -> None:
         out.mkdir()
         raise VerificationError("not equivalent")
 
@@ -80,7 +80,7 @@ def test_what_a_refusal_leaves_on_the_disk_is_a_failure(tmp_path: Path, monkeypa
 
 
 def test_another_error_is_one_that_nobody_means(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(model: Path, out: Path, *, steps: Any) -> None:
+    def fail(model: Path, out: Path, *, bits: int, steps: Any) -> None:
         raise KeyError("position_ids")
 
     found = measured(tmp_path, monkeypatch, fail)
@@ -88,12 +88,12 @@ def test_another_error_is_one_that_nobody_means(tmp_path: Path, monkeypatch: pyt
 
 
 def test_wrong_logits_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def other(model: Path, out: Path, *, steps: Any) -> None:
+    def other(model: Path, out: Path, *, bits: int, steps: Any) -> None:
         changed = build("llama")[0]
         with torch.no_grad():
             changed.model.layers[1].mlp.down_proj.weight.mul_(1.2)
         changed.save_pretrained(tmp_path / "changed")
-        real(tmp_path / "changed", out, certify=False)
+        real(tmp_path / "changed", out, bits=bits, certify=False)
 
     real = folder.export
     found = measured(tmp_path, monkeypatch, other)

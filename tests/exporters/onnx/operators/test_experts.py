@@ -19,7 +19,7 @@ from spinpass.errors import ExportError
 from spinpass.exporters import cache_names
 from spinpass.exporters.onnx import check_operators, export
 from spinpass.folders import export as export_folder
-from spinpass.folders import request
+from spinpass.folders import making
 from spinpass.runtime import OrtDecoder
 from tests.support import experts
 from tests.support.folders import tokenizer
@@ -89,7 +89,7 @@ def expected(model: Any, ids: list[int], new: int) -> list[int]:
 @pytest.mark.parametrize("family", quick(experts.FAMILIES, only=["softmax first", "shared expert"]))
 def test_folders_write_the_text_that_transformers_writes(family: str, tmp_path: Path) -> None:
     model = folder(family, tmp_path / "model")
-    written = export_folder(tmp_path / "model", tmp_path / "out", RotationConfig())
+    written = export_folder(tmp_path / "model", tmp_path / "out", RotationConfig(), bits=16)
     assert written.report.certificate.ok
     ids = torch.randint(3, 96, (17,), generator=torch.Generator().manual_seed(1)).tolist()
     got = OrtDecoder(tmp_path / "out").generate(ids, 16, end=[])
@@ -102,6 +102,16 @@ def test_folders_write_the_text_that_transformers_writes(family: str, tmp_path: 
         assert not written.report.fused.kept, "a router's Softmax was taken for an attention"
 
 
+def test_four_bits_leave_stacks_of_experts_in_floats_and_say_so(tmp_path: Path) -> None:
+    """There is no product with integers of a stack; everything else has its integers."""
+    model = folder("softmax first", tmp_path / "model")
+    written = export_folder(tmp_path / "model", tmp_path / "out", RotationConfig(), recipe="plain")
+    told = written.manifest["quantization"]
+    assert "the runtime has no product of integers in its place" in told["kept"].values()
+    assert told["weights"] and not [name for name in told["weights"] if "experts" in name]
+    assert written.manifest["packed"]["matmuls"] > 0 and model is not None
+
+
 def test_gathered_weights_would_be_seen(tmp_path: Path) -> None:
     """The product is broken on purpose: with the other implementation the stacks are in the file, to be gathered."""
     report = export(experts.program(2, "batched_mm"), tmp_path, **cache_names(experts.program(2, "batched_mm")), verify=False)
@@ -111,9 +121,9 @@ def test_gathered_weights_would_be_seen(tmp_path: Path) -> None:
 def test_an_operator_without_translation_is_named_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder("softmax first", tmp_path / "model")
     monkeypatch.setattr("spinpass.exporters.onnx.translate.expert_translations", dict)
-    monkeypatch.setattr(request, "rotated", lambda *a, **k: pytest.fail("it was rotated first"))
+    monkeypatch.setattr(making, "rotated", lambda *a, **k: pytest.fail("it was rotated first"))
     with pytest.raises(ExportError, match=r"no translation of transformers::grouped_mm_fallback \(grouped_mm_fallback\): export the model to another runtime"):
-        export_folder(tmp_path / "model", tmp_path / "out", RotationConfig())
+        export_folder(tmp_path / "model", tmp_path / "out", RotationConfig(), bits=16)
     assert not (tmp_path / "out").exists()
 
 
