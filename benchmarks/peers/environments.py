@@ -27,18 +27,18 @@ PACKAGES: Mapping[str, Sequence[str]] = {
         "onnx-ir==1.1.0",
         "torch==2.13.0",
         "transformers==5.23.0",
-        "sentencepiece",
+        "sentencepiece==0.2.3",
     ),
     "olive": (
         "olive-ai==0.13.0",
         "onnxruntime==1.31.1",
         "torch==2.13.0",
         "transformers==5.24.0",
-        "accelerate",
+        "accelerate==1.15.0",
         "datasets==5.2.0",
-        "requests",
+        "requests==2.34.2",
     ),
-    "autoround": ("auto-round==0.16.1", "torch==2.13.0", "transformers==5.24.0", "gguf"),
+    "autoround": ("auto-round==0.16.1", "torch==2.13.0", "transformers==5.24.0", "gguf==0.19.0"),
     "llama": ("llama-cpp-python==0.3.36",),
 }
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
