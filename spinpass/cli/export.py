@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,7 +10,7 @@ import typer
 
 from spinpass.config import RotationConfig
 from spinpass.errors import ConfigError
-from spinpass.folders import ExportRequest, card_lines, carry_out
+from spinpass.folders import ExportRequest, Result, card_lines, carry_out
 from spinpass.formats import GptqReport
 
 from .options import (
@@ -112,7 +113,16 @@ def export_command(
     show_result(screen, result)
     tried = trial_lines(written.manifest["trials"])
     card = card_lines(written.manifest["card"], written.manifest.get("compared"))
-    screen.show(*_report_lines(written.report), *tried, files_table(out, written.files), *request.notes, *card)
+    left = _left_lines(result)
+    screen.show(*_report_lines(written.report), *tried, files_table(out, written.files), *request.notes, *left, *card)
+
+
+def _left_lines(result: Result) -> list[str]:
+    """Which layers a scheme was meant for and could not round, by reason."""
+    if result.quantization is None:
+        return []
+    reasons = Counter(why for why in result.quantization.kept.values() if why not in ("excluded", "not asked for"))
+    return [f"{count} layers stay in floats: {why}" for why, count in reasons.items()]
 
 
 def _layer(given: str) -> tuple[str, str]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch.export import ExportedProgram
 
-from spinpass.errors import ConfigError, ExportError
+from spinpass.errors import ConfigError, ExportError, ProgramError
 from spinpass.evaluation import ProgramScorer, Speed, compare, read_text, speed, token_ids, windows
 from spinpass.formats import xml_path
 from spinpass.loading import LoadedModel
@@ -67,13 +67,14 @@ def scored_card(loaded: LoadedModel, folder: Path, steps: Steps, program: Export
         ids = token_ids(loaded.companions.tokenizer)(read_text(None))
         before = ProgramScorer(loaded.program)
         runtime, decoder, longest = _opened(folder, program)
-        length = min(each for each in (LENGTH, before.longest, longest) if each)
+        positions = getattr(loaded.companions.config.get_text_config(), "max_position_embeddings", None)
+        length = min(each for each in (LENGTH, before.longest, longest, positions) if each)
         cut = windows(ids, length, min(WINDOWS, max(1, len(ids) // length)))
         found = compare(before, decoder, cut, steps.start("score the file"))
         timed: Speed | None = None
         if not isinstance(decoder, ProgramScorer):
             timed = speed({"file": decoder}, cut[0][: length // 2], _NEW, repeats=1)["file"]
-    except (ConfigError, ExportError) as error:
+    except (ConfigError, ExportError, ProgramError) as error:
         return f"not scored: {error}"
     size = sum(file.stat().st_size for pattern in _MODELS for file in folder.glob(pattern))
     weights = {tensor.data_ptr(): tensor.numel() for tensor in loaded.program.state_dict.values()}

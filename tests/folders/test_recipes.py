@@ -121,6 +121,15 @@ def test_layers_are_kept_or_rounded_otherwise(tmp_path: Path) -> None:
         assert refused.exit_code == 2 and why in refused.stderr and not (tmp_path / "no").exists()
 
 
+def test_layers_without_a_product_of_integers_are_named(tmp_path: Path) -> None:
+    """And a model of few positions is scored on windows that it holds."""
+    model = folders.model_folder(tmp_path / "model", "gpt2")
+    made = run("export", model, tmp_path / "out", "--recipe", "plain")
+    assert made.exit_code == 0, made.stderr
+    assert "8 layers stay in floats: the runtime has no product of integers" in " ".join(made.stdout.split())
+    assert json.loads((tmp_path / "out" / "spinpass.json").read_text())["card"]["length"] == 64
+
+
 # -- the default, what it leaves to the user, and what it saves --------------------------------------------------------
 
 
