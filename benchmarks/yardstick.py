@@ -36,7 +36,7 @@ from benchmarks.texts import scored_texts
 from spinpass import evaluation
 from spinpass.cli.screen import Screen
 from spinpass.evaluation import ProgramScorer, token_ids
-from spinpass.folders import MEASURED, recipe_of
+from spinpass.folders import MEASURED, recipe_of, weight_count
 from spinpass.loading import load_model
 from spinpass.progress import Steps
 from spinpass.runtime import OrtDecoder
@@ -94,7 +94,7 @@ def main(
         cut = {name: evaluation.windows(tokenize(t), length, windows) for name, t in scored_texts(text or ()).items()}
         scorer = ProgramScorer(loaded.program)
         reference = {n: evaluation.perplexity(scorer, w, steps.start(f"score float, {n}")) for n, w in cut.items()}
-        weights = sum({t.data_ptr(): t.numel() for t in loaded.program.state_dict.values()}.values())
+        weights = weight_count(loaded.program)
         del loaded, scorer
         found = [_ours(row.strip(), source, out, cut, steps) for row in rows.split(",") if row.strip()]
         if worker is not None:

@@ -86,7 +86,7 @@ def open_decoder(folder: Path, provider: str, threads: int | None) -> OrtDecoder
             raise ConfigError(f"{folder} is for OpenVINO, and --provider {provider} is ONNX Runtime's: leave it out")
         return OpenVINODecoder(folder, threads=threads)
     try:
-        from spinpass.runtime import OpenVINODecoder, OrtDecoder
+        from spinpass.runtime import OrtDecoder
 
         return OrtDecoder(folder, provider=provider, threads=threads)
     except ModuleNotFoundError as error:

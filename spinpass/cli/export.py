@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -121,8 +120,7 @@ def _left_lines(result: Result) -> list[str]:
     """Which layers a scheme was meant for and could not round, by reason."""
     if result.quantization is None:
         return []
-    reasons = Counter(why for why in result.quantization.kept.values() if why not in ("excluded", "not asked for"))
-    return [f"{count} layers stay in floats: {why}" for why, count in reasons.items()]
+    return [f"{count} layers stay in floats: {why}" for why, count in result.quantization.obstacles.items()]
 
 
 def _layer(given: str) -> tuple[str, str]:

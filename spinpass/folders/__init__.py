@@ -2,7 +2,7 @@
 all.
 """
 
-from .card import Card, card_lines
+from .card import Card, card_lines, weight_count
 from .companions import SETTINGS, Written, check_target, check_writable
 from .making import carry_out, export
 from .onnx import onnx_tools, write_folder
@@ -36,5 +36,6 @@ __all__ = [
     "recipe_of",
     "rotated",
     "version_of",
+    "weight_count",
     "write_folder",
 ]

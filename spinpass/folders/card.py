@@ -17,6 +17,7 @@ from spinpass.evaluation import ProgramScorer, Speed, compare, read_text, speed,
 from spinpass.formats import xml_path
 from spinpass.loading import LoadedModel
 from spinpass.progress import Steps
+from spinpass.runtime import ModelFolder
 
 WINDOWS, LENGTH = 8, 512
 _MODELS = ("*.onnx*", "openvino_model.*", "*.pte", "*.safetensors")
@@ -67,7 +68,7 @@ def scored_card(loaded: LoadedModel, folder: Path, steps: Steps, program: Export
         ids = token_ids(loaded.companions.tokenizer)(read_text(None))
         before = ProgramScorer(loaded.program)
         runtime, decoder, longest = _opened(folder, program)
-        positions = getattr(loaded.companions.config.get_text_config(), "max_position_embeddings", None)
+        positions = ModelFolder(folder).positions
         length = min(each for each in (LENGTH, before.longest, longest, positions) if each)
         cut = windows(ids, length, min(WINDOWS, max(1, len(ids) // length)))
         found = compare(before, decoder, cut, steps.start("score the file"))
@@ -77,7 +78,6 @@ def scored_card(loaded: LoadedModel, folder: Path, steps: Steps, program: Export
     except (ConfigError, ExportError, ProgramError) as error:
         return f"not scored: {error}"
     size = sum(file.stat().st_size for pattern in _MODELS for file in folder.glob(pattern))
-    weights = {tensor.data_ptr(): tensor.numel() for tensor in loaded.program.state_dict.values()}
     return Card(
         runtime=runtime,
         ratio=found.ratio,
@@ -85,12 +85,17 @@ def scored_card(loaded: LoadedModel, folder: Path, steps: Steps, program: Export
         kl=found.divergence,
         agreement=found.agreement,
         bytes=size,
-        bits_per_weight=8 * size / max(1, sum(weights.values())),
+        bits_per_weight=8 * size / max(1, weight_count(loaded.program)),
         decode=None if timed is None else timed.decode,
         prefill=None if timed is None else timed.prefill,
         windows=len(cut),
         length=length,
     )
+
+
+def weight_count(program: ExportedProgram) -> int:
+    """Return how many weights a program has, tied ones counted once."""
+    return sum({tensor.data_ptr(): tensor.numel() for tensor in program.state_dict.values()}.values())
 
 
 def _opened(folder: Path, program: ExportedProgram | None) -> tuple[str, Any, int | None]:

@@ -231,11 +231,10 @@ class _Run:
             program = self._loaded(cache=True).program
         tokenizer, found = loaded.companions.tokenizer, ""
         needed = (self.request.calibration_windows or CALIBRATION_WINDOWS) * CALIBRATION_LENGTH
-        longest = min(CALIBRATION_LENGTH, _context(self.request) or CALIBRATION_LENGTH)
         seed = 0
         while len(token_ids(tokenizer)(found)) < needed:  # a text has other tokens than it was written in
             progress = self.steps.start(f"write text {seed + 1}")
-            rows = own_tokens(program, _ROWS, longest, seed=seed, progress=progress)
+            rows = own_tokens(program, _ROWS, _window(self.request), seed=seed, progress=progress)
             found += "\n\n".join(tokenizer.batch_decode(rows.tolist(), skip_special_tokens=True)) + "\n\n"
             seed += 1
         return found
@@ -259,10 +258,10 @@ def preflight(request: ExportRequest) -> str:
     dataset = named_dataset(request.calibration)
     read = read_dataset(dataset) if dataset else ""
     if request.calibration is not None:
-        longest = min(CALIBRATION_LENGTH, _context(request) or CALIBRATION_LENGTH)
-        known.check_text(request.calibration, read, longest, request.calibration_windows)
-    if _context(request) is not None:
-        known.check_context(_context(request) or CONTEXT)
+        known.check_text(request.calibration, read, _window(request), request.calibration_windows)
+    context = _context(request)
+    if context is not None:
+        known.check_context(context)
     if request.kv_cache is not None:
         known.check_integer_cache(request.kv_cache, request.dtype)
     if request.to == "onnx" and request.stored_bits is not None:
@@ -278,6 +277,11 @@ def preflight(request: ExportRequest) -> str:
 
 def _context(request: ExportRequest) -> int | None:
     return (request.context or CONTEXT) if request.to == "executorch" else None
+
+
+def _window(request: ExportRequest) -> int:
+    """Tokens of a calibration window."""
+    return min(CALIBRATION_LENGTH, _context(request) or CALIBRATION_LENGTH)
 
 
 def _cache_bits(request: ExportRequest, text: Path) -> CacheBits:

@@ -94,9 +94,9 @@ class ExportRequest:
                 raise ConfigError(f"--recipe {self.recipe} and {option} both say how to round: leave one of them out")
             if given:
                 return
-        if self.bits is None:
-            object.__setattr__(self, "bits", DEFAULT_BITS)
-        followed = recipe_of(self.recipe, self.bits or DEFAULT_BITS, self.to)
+        bits = DEFAULT_BITS if self.bits is None else self.bits
+        followed = recipe_of(self.recipe, bits, self.to)
+        object.__setattr__(self, "bits", bits)
         if self.config == _DEFAULT:
             object.__setattr__(self, "config", followed.config)
         object.__setattr__(self, "quantize", followed.scheme)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -10,6 +11,9 @@ from torch.export import ExportedProgram
 
 from .rounding import Codes
 from .scheme import Weights
+
+EXCLUDED, NOT_ASKED = "excluded", "not asked for"
+"""Why a weight is kept by the scheme itself, and not because it could not be rounded."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,11 @@ class QuantizationReport:
     bytes_before: int
     bytes_after: int
     distillation: Distillation | None = None
+
+    @property
+    def obstacles(self) -> Counter[str]:
+        """What kept weights from being rounded that the scheme is for, with the number of layers."""
+        return Counter(why for why in self.kept.values() if why not in (EXCLUDED, NOT_ASKED))
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON can hold it: of each weight the scheme, the error and the size, but no codes."""

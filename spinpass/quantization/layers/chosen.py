@@ -17,6 +17,7 @@ from torch.fx import Node
 from spinpass import operators  # noqa: F401  (registers torch.ops.spinpass)
 from spinpass.graph import ProgramEditor, value
 
+from ..report import EXCLUDED, NOT_ASKED
 from ..scheme import QuantizationConfig, Weights
 from .products import ORIGIN
 from .sites import WeightSite, cache_sites, table_sites, weight_sites
@@ -60,7 +61,7 @@ class ChosenSites:
             if scheme is not None:
                 self.weights.append((site, scheme))
             else:
-                self.kept[site.linear.name] = "excluded" if config.excludes(fqn) else "not asked for"
+                self.kept[site.linear.name] = EXCLUDED if config.excludes(fqn) else NOT_ASKED
             if config.activations is None or config.excludes(fqn) or (site.head and config.head is None):
                 continue
             if site.operand not in rounded_already:
