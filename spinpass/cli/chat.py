@@ -11,24 +11,19 @@ from typing import Annotated, Any
 import typer
 
 from spinpass.errors import ConfigError
-from spinpass.runtime import Conversation, check_template
+from spinpass.runtime import Conversation, Sampling, check_template
 
 from .decoders import (
     CPU,
-    DrawSeed,
+    GREEDY,
     Exported,
-    MinP,
     Provider,
-    RepetitionPenalty,
     Stop,
-    Temperature,
     Threads,
-    TopK,
-    TopP,
     beside_model,
     check_stops,
     open_decoder,
-    sampling_of,
+    sampling_options,
 )
 from .options import AsJson, Verbose
 from .screen import screen_of
@@ -36,17 +31,13 @@ from .screen import screen_of
 _CLEAR, _END = ("/clear", "/new"), ("/exit", "/quit")
 
 
+@sampling_options
 def chat_command(
     ctx: typer.Context,
     folder: Exported,
     system: Annotated[str, typer.Option(help="What the model is told before the first turn.")] = "",
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 512,
-    temperature: Temperature = 0.0,
-    top_k: TopK = 0,
-    top_p: TopP = 1.0,
-    min_p: MinP = 0.0,
-    seed: DrawSeed = None,
-    repetition_penalty: RepetitionPenalty = 1.0,
+    sampling: Sampling = GREEDY,
     stop: Stop = None,
     threads: Threads = None,
     provider: Provider = CPU,
@@ -62,7 +53,7 @@ def chat_command(
     Example: spinpass chat out
     """
     screen = screen_of(ctx, as_json, verbose)
-    sampling, stops = sampling_of(temperature, top_k, top_p, min_p, seed, repetition_penalty), check_stops(stop)
+    stops = check_stops(stop)
     check_template(beside_model(folder, threads).tokenizer, str(folder))  # before the model is loaded
     decoder = open_decoder(folder, provider, threads)
     talk = Conversation(decoder, system=system, sampling=sampling, max_new_tokens=max_new_tokens, stop=stops)

@@ -11,6 +11,8 @@ from spinpass.errors import ConfigError, ExportError
 from spinpass.formats import model_path, xml_path
 from spinpass.runtime import ModelFolder, Penalties, Sampling
 
+from .options import spelled_out
+
 if TYPE_CHECKING:
     from spinpass.runtime import OpenVINODecoder, OrtDecoder
 
@@ -31,10 +33,16 @@ Stop = Annotated[
 Threads = Annotated[int | None, typer.Option(help="Threads of the runtime, which chooses by itself by default.")]
 Provider = Annotated[str, typer.Option(help="Execution provider of ONNX Runtime.")]
 CPU = "CPUExecutionProvider"
+GREEDY = Sampling()
 
 
 def sampling_of(
-    temperature: float, top_k: int, top_p: float, min_p: float, seed: int | None, repetition_penalty: float
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    seed: DrawSeed = None,
+    repetition_penalty: RepetitionPenalty = 1.0,
 ) -> Sampling:
     """What the options ask for. Raises ConfigError where one is out of range, or asks for draws that there are not."""
     if seed is not None and temperature == 0:
@@ -42,6 +50,10 @@ def sampling_of(
             f"--seed {seed} is of draws, and temperature 0 draws nothing: add --temperature, or leave it out"
         )
     return Sampling(temperature, top_k, top_p, seed or 0, min_p, Penalties(repetition_penalty))
+
+
+sampling_options = spelled_out("sampling", sampling_of)
+"""Gives a command the options of draws in place of its parameter ``sampling``."""
 
 
 def check_stops(stop: list[str] | None) -> tuple[str, ...]:

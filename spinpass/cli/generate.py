@@ -14,25 +14,21 @@ from spinpass.runtime import Pieces, Sampling, StopText, chat_tokens
 
 from .decoders import (
     CPU,
-    DrawSeed,
+    GREEDY,
     Exported,
-    MinP,
     Provider,
-    RepetitionPenalty,
     Stop,
-    Temperature,
     Threads,
-    TopK,
-    TopP,
     beside_model,
     check_stops,
     open_decoder,
-    sampling_of,
+    sampling_options,
 )
 from .options import AsJson, Verbose
 from .screen import screen_of
 
 
+@sampling_options
 def generate_command(
     ctx: typer.Context,
     folder: Exported,
@@ -42,12 +38,7 @@ def generate_command(
         bool,
         typer.Option("--raw", help="Continue PROMPT as it is, though the tokenizer has a chat template for a turn."),
     ] = False,
-    temperature: Temperature = 0.0,
-    top_k: TopK = 0,
-    top_p: TopP = 1.0,
-    min_p: MinP = 0.0,
-    seed: DrawSeed = None,
-    repetition_penalty: RepetitionPenalty = 1.0,
+    sampling: Sampling = GREEDY,
     stop: Stop = None,
     threads: Threads = None,
     provider: Provider = CPU,
@@ -64,7 +55,6 @@ def generate_command(
     Example: spinpass generate out "Why is the sky blue?"
     """
     screen = screen_of(ctx, as_json, verbose)
-    sampling = sampling_of(temperature, top_k, top_p, min_p, seed, repetition_penalty)
     request = GenerateRequest(folder, prompt, max_new_tokens, raw, sampling, threads, provider, check_stops(stop))
     found = request.run(screen.piece)
     if as_json:

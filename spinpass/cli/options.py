@@ -151,22 +151,26 @@ Model = Annotated[
 ]
 
 
-def rotation_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the options of a rotation in place of its parameter ``config``, which gets what they amount to."""
-    own = inspect.signature(command, eval_str=True)
-    options = inspect.signature(configuration, eval_str=True).parameters
-    listed: list[inspect.Parameter] = []
-    for parameter in own.parameters.values():
-        listed += options.values() if parameter.name == "config" else [parameter]
+def spelled_out(name: str, made: Callable[..., Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the options that ``made`` takes in place of its parameter ``name``, which gets what it returns."""
 
-    @functools.wraps(command)
-    def run(**given: Any) -> None:
-        config = configuration(**{name: given.pop(name) for name in options})
-        command(**given, config=config)
+    def spell_out(command: Callable[..., None]) -> Callable[..., None]:
+        own = inspect.signature(command, eval_str=True)
+        options = inspect.signature(made, eval_str=True).parameters
+        listed: list[inspect.Parameter] = []
+        for parameter in own.parameters.values():
+            listed += options.values() if parameter.name == name else [parameter]
 
-    run.__signature__ = own.replace(parameters=listed)  # type: ignore[attr-defined]
-    run.__annotations__ = {parameter.name: parameter.annotation for parameter in listed}
-    return run
+        @functools.wraps(command)
+        def run(**given: Any) -> None:
+            given[name] = made(**{option: given.pop(option) for option in options})
+            command(**given)
+
+        run.__signature__ = own.replace(parameters=listed)  # type: ignore[attr-defined]
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in listed}
+        return run
+
+    return spell_out
 
 
 def configuration(
@@ -200,3 +204,7 @@ def configuration(
         cache=cache,
         exclude=tuple(exclude or ()),
     )
+
+
+rotation_options = spelled_out("config", configuration)
+"""Gives a command the options of a rotation in place of its parameter ``config``."""
