@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -87,11 +87,12 @@ def _blocks(node: Any) -> str:
     return f"{given.get('bits', 4)} bits/{given.get('block_size', 128)}"
 
 
-def _side_inputs(nodes: Iterable[Any]) -> Iterator[str]:
-    """Scales and zero points."""
+def _side_inputs(nodes: Collection[Any]) -> Iterator[str]:
+    """Scales and zero points, and what scales are cast from."""
+    cast = {node.output[0]: node.input[0] for node in nodes if node.op_type == "Cast"}
     for node in nodes:
         if node.op_type in ("MatMulNBits", "GatherBlockQuantized"):
-            yield from node.input[2:]
+            yield from (cast.get(name, name) for name in node.input[2:])
         elif node.op_type in ("DequantizeLinear", "QuantizeLinear"):
             yield from node.input[1:]
 

@@ -11,10 +11,9 @@ from typing import Annotated, Any
 import typer
 
 from spinpass.errors import ConfigError
-from spinpass.runtime import Conversation, Sampling, check_template
+from spinpass.runtime import CPU, Conversation, Sampling, check_template, open_decoder
 
 from .decoders import (
-    CPU,
     GREEDY,
     Exported,
     Provider,
@@ -22,7 +21,6 @@ from .decoders import (
     Threads,
     beside_model,
     check_stops,
-    open_decoder,
     sampling_options,
 )
 from .options import AsJson, Verbose
@@ -44,7 +42,7 @@ def chat_command(
     as_json: AsJson = False,
     verbose: Verbose = 0,
 ) -> None:
-    """Talk to a model in ONNX Runtime or OpenVINO: a line is a turn, and the cache keeps what has been said.
+    """Talk to a model in ONNX Runtime, OpenVINO or ExecuTorch: a line is a turn, and the cache keeps what has been said.
 
     Ctrl-C stops an answer, and at the prompt ends the program, as /exit does;
     /clear begins anew. Lines may come from a pipe. No file is written. The
@@ -55,7 +53,7 @@ def chat_command(
     screen = screen_of(ctx, as_json, verbose)
     stops = check_stops(stop)
     check_template(beside_model(folder, threads).tokenizer, str(folder))  # before the model is loaded
-    decoder = open_decoder(folder, provider, threads)
+    decoder = open_decoder(folder, provider=provider, threads=threads)
     talk = Conversation(decoder, system=system, sampling=sampling, max_new_tokens=max_new_tokens, stop=stops)
     told: list[dict[str, Any]] = []
     for line in _lines(interactive=sys.stdin.isatty() and not as_json):

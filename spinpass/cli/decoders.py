@@ -1,20 +1,17 @@
-"""A folder that text comes out of, for the commands that write some: what is asked of it, and the model opened."""
+"""A folder that text comes out of, for the commands that write some: what is asked of it."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from spinpass.errors import ConfigError, ExportError
-from spinpass.formats import model_path, xml_path
+from spinpass.errors import ConfigError
+from spinpass.formats import runtime_file
 from spinpass.runtime import ModelFolder, Penalties, Sampling
 
 from .options import spelled_out
-
-if TYPE_CHECKING:
-    from spinpass.runtime import OpenVINODecoder, OrtDecoder
 
 Exported = Annotated[Path, typer.Argument(metavar="DIR", help="Folder that spinpass export wrote.")]
 Temperature = Annotated[float, typer.Option(help="Temperature to draw at; 0 takes the likeliest token.")]
@@ -32,7 +29,6 @@ Stop = Annotated[
 ]
 Threads = Annotated[int | None, typer.Option(help="Threads of the runtime, which chooses by itself by default.")]
 Provider = Annotated[str, typer.Option(help="Execution provider of ONNX Runtime.")]
-CPU = "CPUExecutionProvider"
 GREEDY = Sampling()
 
 
@@ -65,41 +61,14 @@ def check_stops(stop: list[str] | None) -> tuple[str, ...]:
 
 def beside_model(folder: Path, threads: int | None) -> ModelFolder:
     """What lies beside a model, which is not loaded. Raises ConfigError: there is no model, or threads out of range."""
-    file = _model_of(folder)
-    if not file.is_file():
+    file = runtime_file(folder)
+    if file is None or not file.is_file():
         if (folder / "config.json").is_file():
             raise ConfigError(
-                f"{folder} is a model of transformers, and ONNX Runtime runs what is exported from it: "
+                f"{folder} is a model of transformers, and runtimes run what is exported from it: "
                 f"spinpass export {folder} OUT, then name OUT"
             )
         raise ConfigError(f"there is no model at {folder}: name a folder that spinpass export wrote")
     if threads is not None and threads < 1:
         raise ConfigError(f"--threads {threads}: choose 1 or more, or leave it out")
     return ModelFolder(file.parent)
-
-
-def _model_of(folder: Path) -> Path:
-    """The model of a folder, for OpenVINO where there is one, else for ONNX Runtime."""
-    file = xml_path(folder)
-    return file if file.is_file() else model_path(folder)
-
-
-def open_decoder(folder: Path, provider: str, threads: int | None) -> OrtDecoder | OpenVINODecoder:
-    """The model, loaded in the runtime that it is for.
-
-    Raises:
-        ConfigError: a provider is named for OpenVINO.
-        ExportError: the runtime is missing; and what :class:`.OrtDecoder` and :class:`.OpenVINODecoder` raise.
-    """
-    if _model_of(folder).suffix == ".xml":
-        from spinpass.runtime import OpenVINODecoder
-
-        if provider != CPU:
-            raise ConfigError(f"{folder} is for OpenVINO, and --provider {provider} is ONNX Runtime's: leave it out")
-        return OpenVINODecoder(folder, threads=threads)
-    try:
-        from spinpass.runtime import OrtDecoder
-
-        return OrtDecoder(folder, provider=provider, threads=threads)
-    except ModuleNotFoundError as error:
-        raise ExportError(f"running ONNX needs {error.name}: pip install 'spinpass[onnx]'") from error

@@ -10,10 +10,9 @@ from typing import Annotated, Any
 import typer
 
 from spinpass.errors import ConfigError
-from spinpass.runtime import Pieces, Sampling, StopText, chat_tokens
+from spinpass.runtime import CPU, Pieces, Sampling, StopText, chat_tokens, open_decoder
 
 from .decoders import (
-    CPU,
     GREEDY,
     Exported,
     Provider,
@@ -21,7 +20,6 @@ from .decoders import (
     Threads,
     beside_model,
     check_stops,
-    open_decoder,
     sampling_options,
 )
 from .options import AsJson, Verbose
@@ -45,7 +43,7 @@ def generate_command(
     as_json: AsJson = False,
     verbose: Verbose = 0,
 ) -> None:
-    """Answer PROMPT with a model in ONNX Runtime or OpenVINO, and say how fast that was.
+    """Answer PROMPT with a model in ONNX Runtime, OpenVINO or ExecuTorch, and say how fast that was.
 
     PROMPT is a user's turn in the tokenizer's chat template, where there is one.
     The text goes to stdout as it comes, the rates go to stderr; no file is written.
@@ -86,7 +84,7 @@ class GenerateRequest:
             ExportError: no model or tokenizer in the folder, the runtime missing or unable to run the model.
         """
         ids = self._preflight()
-        decoder = open_decoder(self.folder, self.provider, self.threads)
+        decoder = open_decoder(self.folder, provider=self.provider, threads=self.threads)
         pieces = StopText(Pieces(decoder.tokenizer), self.stop)
         text: list[str] = []
 

@@ -16,7 +16,7 @@ from .calibration import (
 from .comparison import Change, Comparison, Perplexity, Scorer, change, compare, compare_each, paired, perplexity
 from .own_text import own_tokens
 from .request import EvalRequest, Evaluated, RotateAs
-from .scoring import OnnxScorer, Opened, ProgramScorer, is_onnx, open_scorer, open_tokenizer, token_ids
+from .scoring import OnnxScorer, Opened, ProgramScorer, is_exported, open_scorer, open_tokenizer, token_ids
 from .texts import Windows, library_docs, read_dataset, read_text, windows
 from .timing import Speed, speed
 
@@ -45,7 +45,7 @@ __all__ = [
     "compare",
     "compare_each",
     "cut_windows",
-    "is_onnx",
+    "is_exported",
     "library_docs",
     "named_dataset",
     "needs_text",

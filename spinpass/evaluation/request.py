@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from spinpass.config import RotationConfig
 from spinpass.errors import ConfigError
-from spinpass.formats import check_made_of, model_path
+from spinpass.formats import check_made_of, runtime_file
 from spinpass.loading import load_config, locate
 from spinpass.pipeline import transform
 from spinpass.progress import Steps
@@ -18,7 +18,7 @@ from spinpass.quantization import quantize as quantized
 
 from .calibration import SHIPPED_TEXT, calibration_inputs, calibration_windows, check_windows, needs_text
 from .comparison import Comparison, Perplexity, compare, compare_each, perplexity
-from .scoring import Opened, ProgramScorer, is_onnx, open_scorer, open_tokenizer, token_ids
+from .scoring import Opened, ProgramScorer, is_exported, open_scorer, open_tokenizer, token_ids
 from .texts import read_dataset, read_text, windows
 
 RotateAs = Literal["no", "auto", "offline", "online"]
@@ -115,21 +115,22 @@ class EvalRequest:
     def _preflight(self) -> list[list[int]]:
         """Return the windows to score on. What can be said before a model is loaded is said here."""
         for model in filter(None, (self.model, self.against, *self.files)):
-            if not is_onnx(model):
+            run = runtime_file(model)
+            if run is None:
                 locate(model)
-            elif not model_path(model).is_file():
+            elif not run.is_file():
                 raise ConfigError(f"there is no file {model}: name a folder that spinpass export wrote")
         for file in self.files:
             check_made_of(Path(file), Path(self.model))
-        if is_onnx(self.model) and (self.quantize or self.rotate != "no"):
+        if is_exported(self.model) and (self.quantize or self.rotate != "no"):
             raise ConfigError(
-                f"{self.model} is an ONNX model; --quantize and --rotate need the program it was made of: name that"
+                f"{self.model} is exported; --quantize and --rotate need the program it was made of: name that"
             )
-        unloaded = [m for m in (self.model, self.against) if m and not is_onnx(m) and locate(m).kind != "program"]
+        unloaded = [m for m in (self.model, self.against) if m and not is_exported(m) and locate(m).kind != "program"]
         for option, given in (("--dequantize", self.dequantize), ("--trust-remote-code", self.trust_remote_code)):
             if given and not unloaded:
                 raise ConfigError(f"{self.model} is taken as it is: leave out {option}")
-        if self.against and not is_onnx(self.against):
+        if self.against and not is_exported(self.against):
             load_config(locate(self.against), dequantize=self.dequantize, trust_remote_code=self.trust_remote_code)
         text = read_dataset(self.dataset) if self.dataset else read_text(self.text)
         read_text(self.calibration)

@@ -23,7 +23,7 @@ from spinpass.execution import (
     token_input,
     user_inputs,
 )
-from spinpass.formats import finish, model_path
+from spinpass.formats import finish, runtime_file
 from spinpass.loading import load_config, load_model, load_tokenizer, locate
 from spinpass.runtime import ModelFolder
 
@@ -128,7 +128,7 @@ def open_scorer(
     dequantize: bool = False,
     trust_remote_code: bool = False,
 ) -> Opened:
-    """Open a folder with ``model.onnx`` in ONNX Runtime, or anything that :func:`spinpass.loading.load_model` takes.
+    """Open a folder of a runtime in it, or anything that :func:`spinpass.loading.load_model` takes.
 
     ``tokenizer`` is a folder, where the model has none of its own; ``progress`` is called with the name of each step;
     the others are those of ``load_model``.
@@ -138,10 +138,10 @@ def open_scorer(
         ExportError: the model cannot be loaded.
     """
     finish(Path(model))
-    if is_onnx(model):
-        from spinpass.runtime import OrtDecoder
+    if is_exported(model):
+        from spinpass.runtime import open_decoder
 
-        decoder = OrtDecoder(Path(model))
+        decoder = open_decoder(model)
         return Opened(decoder, None, _tokenizer(tokenizer) if tokenizer else decoder.tokenizer)
     loaded = load_model(
         model, cache=False, dequantize=dequantize, trust_remote_code=trust_remote_code, progress=progress
@@ -152,10 +152,9 @@ def open_scorer(
     return Opened(ProgramScorer(loaded.program), loaded.program, _tokenizer(tokenizer) if tokenizer else own)
 
 
-def is_onnx(model: str) -> bool:
-    """Whether a model is one that ONNX Runtime runs: an ``.onnx`` file, or a folder with ``model.onnx``."""
-    path = Path(model)
-    return path.suffix == ".onnx" or (path / "model.onnx").is_file()
+def is_exported(model: str) -> bool:
+    """Whether a model is for a runtime: a file of ONNX Runtime, OpenVINO or ExecuTorch, or a folder with one."""
+    return runtime_file(model) is not None
 
 
 def open_tokenizer(
@@ -167,10 +166,11 @@ def open_tokenizer(
         ConfigError: there is no model, or no tokenizer.
         ExportError: transformers is missing, or the model's configuration says that it cannot be loaded.
     """
-    if is_onnx(model):
-        if not model_path(model).is_file():
+    file = runtime_file(model)
+    if file is not None:
+        if not file.is_file():
             raise ConfigError(f"there is no file {model}: name a folder that spinpass export wrote")
-        return _tokenizer(tokenizer) if tokenizer else ModelFolder(model_path(model).parent).tokenizer
+        return _tokenizer(tokenizer) if tokenizer else ModelFolder(file.parent).tokenizer
     source = locate(model)
     load_config(source, dequantize=dequantize, trust_remote_code=trust_remote_code)
     if tokenizer:

@@ -14,12 +14,12 @@ from torch.export import ExportedProgram
 
 from spinpass.errors import ConfigError, ExportError, ProgramError
 from spinpass.evaluation import ProgramScorer, Speed, compare, read_text, speed, token_ids, windows
-from spinpass.formats import xml_path
 from spinpass.loading import LoadedModel
 from spinpass.progress import Steps
-from spinpass.runtime import ModelFolder
+from spinpass.runtime import ModelFolder, open_decoder
 
 WINDOWS, LENGTH = 8, 512
+_RUNTIMES = {".onnx": "onnxruntime", ".xml": "openvino", ".pte": "executorch"}
 _MODELS = ("*.onnx*", "openvino_model.*", "*.pte", "*.safetensors")
 _NEW = 16  # tokens, timed
 
@@ -102,18 +102,8 @@ def _opened(folder: Path, program: ExportedProgram | None) -> tuple[str, Any, in
     """Return the name of a runtime, what scores in it, and the longest text it takes; None without a limit."""
     if program is not None:
         return "torch", ProgramScorer(program), None
-    if (folder / "model.pte").is_file():
-        from spinpass.runtime import PteDecoder
-
-        pte = PteDecoder(folder)
-        return "executorch", pte, pte.context
-    if xml_path(folder).is_file():
-        from spinpass.runtime import OpenVINODecoder
-
-        return "openvino", OpenVINODecoder(folder), None
-    from spinpass.runtime import OrtDecoder
-
-    return "onnxruntime", OrtDecoder(folder), None
+    decoder = open_decoder(folder)
+    return _RUNTIMES[decoder.path.suffix], decoder, getattr(decoder, "context", None)
 
 
 def card_lines(card: Mapping[str, Any] | str | None, compared: Mapping[str, Any] | None = None) -> list[str]:

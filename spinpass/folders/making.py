@@ -230,11 +230,12 @@ class _Run:
         if self.request.to == "gptq" or not self.request.cache:
             program = self._loaded(cache=True).program
         tokenizer, found = loaded.companions.tokenizer, ""
+        length = min(_window(self.request), loaded.companions.positions or CALIBRATION_LENGTH)
         needed = (self.request.calibration_windows or CALIBRATION_WINDOWS) * CALIBRATION_LENGTH
         seed = 0
         while len(token_ids(tokenizer)(found)) < needed:  # a text has other tokens than it was written in
             progress = self.steps.start(f"write text {seed + 1}")
-            rows = own_tokens(program, _ROWS, _window(self.request), seed=seed, progress=progress)
+            rows = own_tokens(program, _ROWS, length, seed=seed, progress=progress)
             found += "\n\n".join(tokenizer.batch_decode(rows.tolist(), skip_special_tokens=True)) + "\n\n"
             seed += 1
         return found

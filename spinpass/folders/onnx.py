@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Protocol
 
 from spinpass.errors import ConfigError, ExportError, VerificationError
-from spinpass.evaluation import calibration_windows, token_ids
+from spinpass.evaluation import CALIBRATION_LENGTH, calibration_windows, token_ids
 from spinpass.exporters import cache_names, named_record
 from spinpass.formats import PREFIX, READS_PADDING, Draft
 from spinpass.graph import with_other_values
@@ -54,6 +54,7 @@ class OnnxTools(Protocol):
         input_names: Mapping[str, str],
         output_names: Mapping[str, str],
         fuse: bool,
+        external_data: bool | None,
         verify: bool | None,
         metadata: Mapping[str, str] | None,
         progress: Callable[[str], None],
@@ -125,12 +126,13 @@ def write_folder(
     """
     pack = _packing(onnx, result.quantization, int4)
 
-    def export(folder: Path) -> OnnxReport:
+    def export(folder: Path, external_data: bool | None = None) -> OnnxReport:
         made = onnx.export(
             result.program,
             folder,
             **cache_names(result.program),
             fuse=fuse,
+            external_data=external_data,
             verify=None if certify and not result.rounds_activations else False,
             metadata={READS_PADDING: "true"} if loaded.reads_padding else None,
             progress=lambda step: steps.begin(f"onnx: {step}"),
@@ -156,7 +158,7 @@ def write_folder(
         return _written(onnx, loaded, result, draft, report, {}, tried, scored)
     made: dict[str, _Made] = {}
     with TemporaryDirectory(dir=draft.folder, prefix=PREFIX) as staging:
-        report = export(Path(staging, "0"))
+        report = export(Path(staging, "0"), external_data=True)  # read again a tensor at a time
         if cache is not None and report.fused is not None and report.fused.kept:
             why = report.fused.kept[0]
             raise ExportError(f"only ONNX Runtime's own attention reads a cache of integers, and this is not it: {why}")
@@ -281,7 +283,8 @@ def _calibration(loaded: LoadedModel, cache: CacheBits) -> list[list[int]]:
     """Return the texts that a cache is calibrated with. Raises ConfigError where no tokenizer can read them."""
     if loaded.companions is None or loaded.companions.tokenizer is None:
         raise ConfigError(f"{loaded.source.location} has no tokenizer to read {cache.text} with")
-    return calibration_windows(token_ids(loaded.companions.tokenizer), cache.text, count=cache.windows)
+    length = min(CALIBRATION_LENGTH, loaded.companions.positions or CALIBRATION_LENGTH)
+    return calibration_windows(token_ids(loaded.companions.tokenizer), cache.text, length, cache.windows)
 
 
 def _packing(onnx: OnnxTools, made: QuantizationReport | None, int4: bool) -> _Step | None:

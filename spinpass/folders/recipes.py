@@ -22,7 +22,8 @@ BITS = (16, 8, 4, 3, 2)
 DEFAULT_BITS = 4
 MEASURED = Path(__file__).with_name("measured.json")
 
-_ROTATED = RotationConfig(form="online", rotations=ROLES)
+_ROTATED = RotationConfig(form="online", rotations=tuple(role for role in ROLES if role != "R3"))
+_CACHED = RotationConfig(form="online", rotations=ROLES)  # R3 costs time, and changes what a rounded cache alone sees
 _TABLES = "head8g64-embed8g64"  # of one copy where they are one; a scale for each row alone costs 0.3 % of perplexity
 _WINDOWS = {"auto": 32, "quick": 8}
 
@@ -56,13 +57,14 @@ class Recipe:
     windows: int | None
 
 
-def recipe_of(name: str, bits: int, to: str) -> Recipe:
+def recipe_of(name: str, bits: int, to: str, *, rounds_cache: bool = False) -> Recipe:
     """Return what a recipe stands for.
 
     Args:
         name: auto, quick or plain.
         bits: of the weights of linear layers, one of :data:`BITS`.
         to: the runtime, as :func:`spinpass.folders.export` calls it.
+        rounds_cache: keys and values are rounded too. OpenVINO does that by itself.
 
     Raises:
         ConfigError: there is no such recipe, or the runtime has no kernel for so many bits.
@@ -78,7 +80,10 @@ def recipe_of(name: str, bits: int, to: str) -> Recipe:
         raise ConfigError(f"--to {to} has no kernel for {bits} bits: choose one of {', '.join(map(str, schemes))}")
     if name == "plain":
         return Recipe(None, _to_nearest(schemes[bits]), None)
-    rotated = RotationConfig(rotations=("R1", "R2"), form="offline", tied="untie") if to == "gptq" else _ROTATED
+    if to == "gptq":
+        rotated = RotationConfig(rotations=("R1", "R2"), form="offline", tied="untie")
+    else:
+        rotated = _CACHED if rounds_cache or to == "openvino" else _ROTATED
     scheme = schemes[bits] if name == "auto" else _without(schemes[bits], "distill")
     return Recipe(rotated, scheme, _WINDOWS[name])
 

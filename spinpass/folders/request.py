@@ -95,7 +95,7 @@ class ExportRequest:
             if given:
                 return
         bits = DEFAULT_BITS if self.bits is None else self.bits
-        followed = recipe_of(self.recipe, bits, self.to)
+        followed = recipe_of(self.recipe, bits, self.to, rounds_cache=self.kv_cache is not None)
         object.__setattr__(self, "bits", bits)
         if self.config == _DEFAULT:
             object.__setattr__(self, "config", followed.config)
@@ -189,9 +189,9 @@ class ExportRequest:
         if not self.quantize:
             return None
         overrides = {pattern: _weights_of(pattern, scheme) for pattern, scheme in self.layers}
-        everywhere = self.to != "onnx"  # whose MatMulNBits takes the place of MatMul, and not of Gemm
+        stacks = self.to != "onnx"  # which multiplies by one matrix of integers at a time
         asked = QuantizationConfig.parse(self.quantize)
-        return replace(asked, exclude=self.keep, overrides=overrides, everywhere=everywhere)
+        return replace(asked, exclude=self.keep, overrides=overrides, stacks=stacks)
 
     @property
     def notes(self) -> list[str]:

@@ -108,10 +108,10 @@ def quantized(
         if loaded.companions is None or loaded.companions.tokenizer is None:
             raise ConfigError(f"{loaded.source.location} has no tokenizer to read {text} with: quantize with -rtn")
         tokenize = token_ids(loaded.companions.tokenizer)
-        inputs = calibration_inputs(result.program, tokenize, text, count=windows)
-        if asked.distill:  # half as long and twice as many: a backward pass holds what lies between all layers
-            half = CALIBRATION_LENGTH // 2
-            training = calibration_inputs(result.program, tokenize, text, half, 2 * len(inputs))
+        length = min(CALIBRATION_LENGTH, loaded.companions.positions or CALIBRATION_LENGTH)
+        inputs = calibration_inputs(result.program, tokenize, text, length, windows)
+        if asked.distill or asked.average_bits:  # half as long: a backward pass holds what lies between all layers
+            training = calibration_inputs(result.program, tokenize, text, length // 2, 2 * len(inputs))
     made = quantize(result.program, asked, inputs, training=training, progress=steps.start("quantize"))
     return replace(result, program=made.program, quantization=made.report)
 

@@ -165,8 +165,8 @@ def _cases(
         pad: a token that no text may have.
     """
     config = None if loaded.companions is None else loaded.companions.config
-    positions = None if config is None else getattr(config.get_text_config(), "max_position_embeddings", None)
-    limit = min((n for n in (positions, longest) if isinstance(n, int)), default=sys.maxsize)
+    positions = None if loaded.companions is None else loaded.companions.positions
+    limit = min((n for n in (positions, longest) if n is not None), default=sys.maxsize)
     wanted = {"prompt": [[_PROMPT]], "padded batch": [list(_ROWS)], "next turn": [[_PROMPT], [_TURN]]}
     wanted |= {f"past {n} tokens": [[n + _BEYOND]] for n in ([] if config is None else text_limits(config))}
     if limit < _PROMPT + NEW:

@@ -20,7 +20,7 @@ from .manifest import (
     read_artefact,
     sealed,
 )
-from .paths import PROTOBUF_LIMIT, data_name, model_path, pte_path, remove_stale_data, xml_path
+from .paths import PROTOBUF_LIMIT, data_name, model_path, pte_path, remove_stale_data, runtime_file, xml_path
 from .people import README, is_for_people
 from .pt2 import load_program, save_program
 from .recorded import FileHash, check_recorded
@@ -65,6 +65,7 @@ __all__ = [
     "read_gptq",
     "read_object",
     "remove_stale_data",
+    "runtime_file",
     "safetensors_header",
     "save_program",
     "sealed",

@@ -8,6 +8,8 @@ from pathlib import Path
 PROTOBUF_LIMIT = 2**31 - 2**26
 """Bytes of weights a single file holds: protobuf ends at 2 GiB, and the graph itself needs room too."""
 
+_RUNTIMES = (".onnx", ".xml", ".pte")
+
 
 def model_path(path: str | Path) -> Path:
     """Return ``path`` if it names an ``.onnx`` file, else ``model.onnx`` in that folder."""
@@ -38,3 +40,13 @@ def xml_path(path: str | Path) -> Path:
     has for it."""
     path = Path(path)
     return path if path.suffix == ".xml" else path / "openvino_model.xml"
+
+
+def runtime_file(path: str | Path) -> Path | None:
+    """Return the file that a runtime runs: ``path`` itself if its name ends so, else that of ONNX Runtime, OpenVINO or
+    ExecuTorch in that folder, the first that is there; None where none is."""
+    path = Path(path)
+    if path.suffix in _RUNTIMES:
+        return path
+    files = (model_path(path), xml_path(path), pte_path(path))
+    return next((file for file in files if file.is_file()), None)

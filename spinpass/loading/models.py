@@ -55,6 +55,13 @@ class Companions:
     generation_config: Any
     tokenizer: Any
 
+    @property
+    def positions(self) -> int | None:
+        """How many tokens the model has positions for; None where the configuration does not say."""
+        config = None if self.config is None else self.config.get_text_config()
+        found = getattr(config, "max_position_embeddings", None)
+        return found if isinstance(found, int) else None
+
     def save(self, folder: str | Path) -> tuple[Path, ...]:
         """Write ``config.json``, ``generation_config.json`` and the tokenizer's files, for transformers 5 and 4.
 

@@ -26,6 +26,8 @@ from .packed import distilled, split_rows
 from .report import Quantized
 from .scheme import QuantizationConfig
 
+_JUDGED_ON = 8  # windows, for the bits of layers: twice as many where they are shorter
+
 
 def quantize(
     program: ExportedProgram,
@@ -42,7 +44,8 @@ def quantize(
         config: what to quantize. A string is parsed by :meth:`QuantizationConfig.parse`.
         calibration: inputs of the program, each as ``program.example_inputs`` has them or a mapping by name. GPTQ and
             static ranges are made on all of them together.
-        training: inputs to distill on; by default those of the calibration. Shorter ones need less memory.
+        training: inputs for what needs gradients, ``distill`` and ``average_bits``; by default those of the
+            calibration. Shorter ones need less memory.
         progress: called with (steps done, all steps) while weights are rounded.
 
     Returns:
@@ -60,12 +63,18 @@ def quantize(
             "GPTQ, static activations, distill and average_bits need calibration inputs; give some, or use method='rtn'"
         )
     if chosen.average_bits is not None:
-        chosen = allocated(program, chosen, calibration, progress)
+        judged = _spread(calibration, _JUDGED_ON) if training is None else _spread(training, 2 * _JUDGED_ON)
+        chosen = allocated(program, chosen, judged, progress)
     made = _rounded(program, chosen, calibration, progress)
     if chosen.distill:
         shown = calibration if training is None else training
         made = distilled(program, made, shown, epochs=chosen.distill, progress=progress)
     return made
+
+
+def _spread(inputs: Sequence[object], count: int) -> list[object]:
+    """So many of the inputs, from the whole of the text."""
+    return [inputs[k * len(inputs) // count] for k in range(count)] if len(inputs) > count else list(inputs)
 
 
 def _rounded(

@@ -175,8 +175,8 @@ class QuantizationConfig:
         exclude: patterns of parameter names whose linear layers keep their weights and inputs.
         average_bits: give every weight 2, 3, 4 or 8 bits by what it loses, so that they have this many on average.
         mixed_rows: let ``average_bits`` give every group of a weight's inputs its own width.
-        everywhere: round also what ONNX Runtime has no product of integers for: stacks of matrices, such as those of
-            experts, and layers that read a matrix (tokens, channels), such as what routes to them.
+        stacks: round also stacks of matrices, such as those of experts, which ONNX Runtime has no product of integers
+            for.
         distill: how many times to go through the calibration inputs to train the scales of the weights by what the
             original program returns (:mod:`.packed.distill`).
 
@@ -194,7 +194,7 @@ class QuantizationConfig:
     average_bits: float | None = None
     mixed_rows: bool = False
     distill: int = 0
-    everywhere: bool = True
+    stacks: bool = True
 
     def __post_init__(self) -> None:
         least, most = min(WEIGHT_BITS), max(WEIGHT_BITS)

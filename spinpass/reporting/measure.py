@@ -18,7 +18,7 @@ from spinpass.evaluation import (
     Tokenize,
     Windows,
     calibration_windows,
-    is_onnx,
+    is_exported,
     open_scorer,
     open_tokenizer,
     read_text,
@@ -65,12 +65,12 @@ class ReportRequest:
         """Cut the windows as :meth:`cut_windows`, and say what can be said before the model is loaded.
 
         Raises:
-            ConfigError: the model is an ONNX model or is not there, an option is not for it, there is no tokenizer, or
+            ConfigError: the model is exported or is not there, an option is not for it, there is no tokenizer, or
                 a text is too short.
             ExportError: its configuration says that it cannot be loaded.
         """
-        if is_onnx(self.model):
-            raise ConfigError(f"{self.model} is an ONNX model; a report needs the program it was made of: name that")
+        if is_exported(self.model):
+            raise ConfigError(f"{self.model} is exported; a report needs the program it was made of: name that")
         asked = {"dequantize": self.dequantize, "trust_remote_code": self.trust_remote_code}
         check_program_options(locate(self.model), **asked)
         return self.cut_windows(token_ids(open_tokenizer(self.model, self.tokenizer or None, **asked)))
@@ -84,7 +84,7 @@ class ReportRequest:
             dequantize=self.dequantize,
             trust_remote_code=self.trust_remote_code,
         )
-        assert opened.program is not None, "an ONNX model is refused before"
+        assert opened.program is not None, "an exported model is refused before"
         return opened.program
 
     def cut_windows(self, tokenize: Tokenize) -> tuple[Windows, Windows]:

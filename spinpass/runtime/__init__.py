@@ -11,6 +11,7 @@ from .decoder import OrtDecoder
 from .genai_session import GENAI_CONFIG, GenaiModel, genai_tokens, special_tokens
 from .model_folder import ModelFolder
 from .onnx_graph import DecoderGraph, State
+from .opened import CPU, open_decoder
 from .openvino_decoder import OpenVINODecoder
 from .openvino_session import CompiledModel, generate_openvino, import_openvino, openvino_reason
 from .ort_model import GeneratedTokens, OrtModel, Past
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from .pte_decoder import PteDecoder
 
 __all__ = [
+    "CPU",
     "DTYPES",
     "GENAI_CONFIG",
     "Answer",
@@ -56,6 +58,7 @@ __all__ = [
     "genai_tokens",
     "generate_openvino",
     "import_openvino",
+    "open_decoder",
     "open_session",
     "openvino_reason",
     "outputs",

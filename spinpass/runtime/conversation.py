@@ -23,7 +23,7 @@ class Conversation:
     """Turns of a user and a model.
 
     Args:
-        decoder: the folder, whose tokenizer has a chat template, in ONNX Runtime or OpenVINO.
+        decoder: the folder, whose tokenizer has a chat template, in ONNX Runtime, OpenVINO or ExecuTorch.
         system: what the model is told before the first turn; empty tells it nothing.
         sampling: how each token is chosen. None takes the likeliest.
         max_new_tokens: of each answer, at most.

@@ -80,3 +80,8 @@ class _PteGraph:
         logits: Tensor = self.method.run([ids, torch.arange(state.length, stop)])[0]
         state.length = stop
         return logits
+
+    def rewind(self, state: _State, length: int) -> bool:
+        """Forget all but the first ``length`` tokens: what comes next is written over them."""
+        state.length = length
+        return True

@@ -101,4 +101,4 @@ def test_a_folder_that_cannot_be_written_is_found_before_the_work(
 def test_an_onnx_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model.onnx").touch()
     result = CliRunner().invoke(commands.app, ["report", str(tmp_path), "-o", str(tmp_path / "page.html")])
-    assert result.exit_code == 2 and "is an ONNX model; a report needs the program it was made of" in result.stderr
+    assert result.exit_code == 2 and "is exported; a report needs the program it was made of" in result.stderr

@@ -83,13 +83,20 @@ def test_it_is_inspected_generates_and_talks(out: Path) -> None:
     made = run("generate", out, "what is the weather", "--max-new-tokens", 5, "--json")
     assert made.exit_code == 0 and json.loads(made.stdout)["new_tokens"] > 0, made.stderr
     refused = run("generate", out, "what", "--max-new-tokens", 5, "--provider", "CUDAExecutionProvider")
-    assert refused.exit_code == 2 and "is for OpenVINO, and --provider CUDAExecutionProvider is ONNX Runtime" in refused.stderr
+    assert refused.exit_code == 2 and "--provider CUDAExecutionProvider is ONNX Runtime's, and openvino_model.xml" in refused.stderr
     talk = Conversation(OpenVINODecoder(out, threads=1), max_new_tokens=4)
     list(talk.answer("what is it"))
     list(talk.answer("or is it not"))
     assert talk.read > 0 and len(talk.turns) == 4
     chat = CliRunner().invoke(app, ["chat", str(out), "--threads", "1", "--json"], input="what is it\n")
     assert chat.exit_code == 0 and json.loads(chat.stdout)["turns"][0]["user"] == "what is it"
+
+
+def test_it_is_evaluated_beside_the_model_that_it_was_made_of(model: Path, out: Path) -> None:
+    found = run("eval", model, "--file", out, "--windows", 1, "--length", 24, "--json")
+    assert found.exit_code == 0, found.stderr
+    (made,) = json.loads(found.stdout)["files"].values()
+    assert 0.8 < made["ratio"] < 1.25 and made["kl"] > 0
 
 
 def test_a_damaged_folder_is_not_opened(out: Path, tmp_path: Path) -> None:

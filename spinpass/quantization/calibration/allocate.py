@@ -25,7 +25,7 @@ from ..packed import splittable
 from ..scheme import WEIGHT_BITS, QuantizationConfig
 from .sensitivity import Layer, sensitivities
 
-_JUDGED_ON = 8  # calibration inputs
+_FEWER = 2  # bits than the average, at most: a layer of fewer would cost more than it frees
 _Hull = list[tuple[int, float]]
 _Key = TypeVar("_Key", str, tuple[str, int])
 
@@ -43,7 +43,7 @@ def allocated(
     Args:
         program: the original, as for :func:`spinpass.quantization.quantize`. It is not changed.
         config: with ``weights`` and ``average_bits``.
-        inputs: as for :func:`spinpass.quantization.quantize`. The costs are measured on the first 8 of them.
+        inputs: as for :func:`spinpass.quantization.quantize`. The costs are measured on them.
         progress: called with (steps done, all steps).
 
     Raises:
@@ -57,7 +57,8 @@ def allocated(
     sites = [s for s in weight_sites(editor)[0] if not s.head and len(shape(s.weight)) == 2]
     free = {fqn for fqn in (editor.fqn(s.weight) for s in sites) if config.weights_of(fqn, head=False) == how}
     by_group = splittable(program) & free if config.mixed_rows else set()
-    costs = sensitivities(program, how, free, inputs[:_JUDGED_ON], by_group=by_group, progress=progress)
+    widths = [bits for bits in WEIGHT_BITS if bits >= budget - _FEWER]
+    costs = sensitivities(program, how, free, inputs, widths=widths, by_group=by_group, progress=progress)
     units = {(fqn, group): layer for fqn, layers in costs.items() for group, layer in enumerate(layers)}
     found: dict[str, list[int]] = {}
     for (fqn, _), bits in allocate(units, budget).items():  # in the order of the groups

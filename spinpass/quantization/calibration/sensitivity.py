@@ -47,6 +47,7 @@ def sensitivities(
     names: Collection[str],
     inputs: Sequence[object],
     *,
+    widths: Sequence[int] = WEIGHT_BITS,
     by_group: Collection[str] = (),
     progress: Progress | None = None,
 ) -> dict[str, list[Layer]]:
@@ -56,9 +57,11 @@ def sensitivities(
 
     Args:
         program: of a language model, whose first output are logits (…, vocabulary). It is not changed.
-        how: the scheme that rounds the weights, at each of ``WEIGHT_BITS``. GPTQ runs on the first half of the inputs.
+        how: the scheme that rounds the weights, at each of ``widths``. GPTQ runs on the first half of the inputs, and
+            without the descent that follows it: layers keep their order, and it takes half of the time.
         names: of the weights, which have two axes.
         inputs: as for :func:`spinpass.quantization.quantize`. The costs are measured on the second half.
+        widths: in bits.
         by_group: the names of those weights whose groups are told apart.
         progress: called with (steps done, all steps).
 
@@ -86,7 +89,7 @@ def sensitivities(
             if fqn not in found:  # a weight that is used twice is judged by both uses
                 matrix = stored[site.weight.name].detach().movedim(site.dim, -1).float()
                 size = how.group_size if fqn in by_group else None
-                found[fqn] = _layers(matrix, Moments.of(values, values).own, weighted.pop(fqn), how, size)
+                found[fqn] = _layers(matrix, Moments.of(values, values).own, weighted.pop(fqn), how, size, widths)
             return {}
 
         return measure
@@ -96,7 +99,9 @@ def sensitivities(
     return found
 
 
-def _layers(matrix: Tensor, hessian: Tensor, weighted: Tensor, how: Weights, size: int | None) -> list[Layer]:
+def _layers(
+    matrix: Tensor, hessian: Tensor, weighted: Tensor, how: Weights, size: int | None, widths: Sequence[int]
+) -> list[Layer]:
     """The costs of a matrix (out, in), split into parts of ``size`` columns unless that is None.
 
     ``hessian`` and ``weighted`` are its second moments (in, in), without and with the curvature. GPTQ makes up across
@@ -106,8 +111,8 @@ def _layers(matrix: Tensor, hessian: Tensor, weighted: Tensor, how: Weights, siz
     rows, columns = matrix.shape
     parts = [slice(start, min(start + (size or columns), columns)) for start in range(0, columns, size or columns)]
     costs: list[dict[int, float]] = [{} for _ in parts]
-    for bits in WEIGHT_BITS:
-        scheme = replace(how, bits=bits, group_bits=None)
+    for bits in widths:
+        scheme = replace(how, bits=bits, group_bits=None, sweeps=0)
         by_descent = how.method == "gptq" and bits < max(WEIGHT_BITS)  # the most bits cost nothing either way
         shares = [1.0]
         if len(parts) > 1 or not by_descent:

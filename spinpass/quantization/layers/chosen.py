@@ -54,7 +54,7 @@ class ChosenSites:
         rounded_already: dict[Node, Node] = {}
         for site in sites:
             fqn = self.fqns[site.weight.name]
-            if not config.everywhere and (value(site.weight).ndim > 2 or value(site.operand).ndim < 3):
+            if not config.stacks and value(site.weight).ndim > 2:
                 self.kept[site.linear.name] = "the runtime has no product of integers in its place"
                 continue
             scheme = config.weights_of(fqn, head=site.head)

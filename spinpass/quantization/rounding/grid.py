@@ -68,8 +68,21 @@ class Codes:
         return (self.q.to(self.scales.dtype) - self.zeros.to(self.scales.dtype)[:, at]) * self.scales[:, at]
 
     def in_steps_of(self, dtype: torch.dtype) -> Codes:
-        """The codes with scales that are numbers of a dtype too, which kernels in that dtype read; theirs is kept."""
-        return replace(self, scales=self.scales.to(dtype).to(self.scales.dtype))
+        """The codes with scales that are numbers of a dtype too, which kernels in that dtype read; theirs is kept.
+
+        Where float16 holds all of them at its full precision, they are numbers of float16 as well, so that a file can
+        store two bytes for each.
+        """
+        scales = self.scales.to(dtype)
+        if dtype.itemsize > 2 and _fits_half(scales):
+            scales = scales.half()
+        return replace(self, scales=scales.to(self.scales.dtype))
+
+    @property
+    def stored_scales(self) -> Tensor:
+        """The scales as a file needs them: float16 where they are numbers of it, else as they are."""
+        halves = self.scales.half()
+        return halves if torch.equal(halves.to(self.scales.dtype), self.scales) else self.scales
 
     @property
     def nbytes(self) -> int:
@@ -77,7 +90,7 @@ class Codes:
         if self.group_bits is not None:
             return sum(codes.nbytes for _, codes in self.parts().values())
         zeros = 0 if self.symmetric else self.zeros.numel() * self.bits // 8
-        return self.q.numel() * self.bits // 8 + self.scales.nbytes + zeros
+        return self.q.numel() * self.bits // 8 + self.stored_scales.nbytes + zeros
 
     def parts(self) -> dict[int, tuple[Tensor, Codes]]:
         """By width, ascending: the columns whose groups have it, int64 (n,), and their codes, all of this width."""
@@ -153,6 +166,12 @@ def chosen_range(part: Tensor, scheme: Weights) -> tuple[Tensor, Tensor]:
 def to_codes(values: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
     """The codes 0 … 2^bits − 1 of values (rows, size), as floats, for a scale and zero point (rows,) of each row."""
     return (values / scale[:, None] + zero[:, None]).round_().clamp_(0, 2**bits - 1)
+
+
+def _fits_half(scales: Tensor) -> bool:
+    """Whether all of them are in the range in which float16 has eleven bits."""
+    limits = torch.finfo(torch.float16)
+    return bool(((scales >= limits.tiny) & (scales <= limits.max)).all())
 
 
 def _grid(low: Tensor, high: Tensor, levels: int, symmetric: bool) -> tuple[Tensor, Tensor]:

@@ -304,6 +304,16 @@ def test_the_command_line_writes_a_folder(tmp_path: Path) -> None:
     decoder = PteDecoder(tmp_path / "out")
     prompt = decoder.tokenizer("what is the")["input_ids"]
     assert len(decoder.generate(prompt, 4, end=()).tokens) == 4
+    out = str(tmp_path / "out")
+    made = CliRunner().invoke(app, ["generate", out, "what is the", "--max-new-tokens", "4", "--json"])
+    assert made.exit_code == 0 and json.loads(made.stdout)["new_tokens"] > 0, made.stderr
+    talked = CliRunner().invoke(app, ["chat", out, "--max-new-tokens", "2", "--json"], input="is it\nit is\n")
+    assert talked.exit_code == 0 and len(json.loads(talked.stdout)["turns"]) == 2, talked.stderr
+    windows = ["--windows", "1", "--length", "16", "--text", str(tmp_path / "text"), "--json"]
+    scored = CliRunner().invoke(app, ["eval", str(tmp_path / "model"), "--file", out, *windows])
+    assert scored.exit_code == 0 and json.loads(scored.stdout)["files"][out]["kl"] > 0, scored.stderr
+    refused = CliRunner().invoke(app, ["generate", out, "what is the", "--max-new-tokens", "4", "--threads", "2"])
+    assert refused.exit_code == 2 and "is for ExecuTorch, which takes all cores" in " ".join(refused.stderr.split())
 
 
 @pytest.mark.parametrize("option, message", [("--int4", "packs for ONNX Runtime"), ("--no-cache", "its cache inside")])

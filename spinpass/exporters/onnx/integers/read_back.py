@@ -242,6 +242,11 @@ def _at(node: ir.Node, index: int) -> ir.Value | None:
 
 
 def _array(value: ir.Value | None) -> _Array:
+    """Return a constant, or a constant of half floats in the type that it is cast to."""
+    node = None if value is None else value.producer()
+    if node is not None and node.op_type == "Cast" and node.inputs[0] is not None:
+        wide: _Array = _array(node.inputs[0]).astype(ir.DataType(node.attributes["to"].as_int()).numpy())
+        return wide
     if value is None or value.const_value is None:
         raise ValueError("a part is no constant")
     found: _Array = value.const_value.numpy()

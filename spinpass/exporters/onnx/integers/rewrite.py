@@ -1,6 +1,7 @@
-"""Integers in the place of constants:  MatMul  ->  MatMulNBits,   Gather  ->  GatherBlockQuantized.
+"""Integers in the place of constants:  MatMul, Gemm  ->  MatMulNBits,   Gather  ->  GatherBlockQuantized.
 
 A transpose in front of a product is folded into the packing; a table that is read from the head's constant shares it.
+A Gemm that multiplies by a constant becomes a product and a sum first:  x Wᵀ + b.
 """
 
 from __future__ import annotations
@@ -53,6 +54,8 @@ class Work:
 
     def run(self) -> None:
         """Replace what can be replaced, in place."""
+        for node in [node for node in self.graph if node.op_type == "Gemm" and node.domain in ("", "ai.onnx")]:
+            self._split(node)
         nodes = [node for node in self.graph if node.domain in ("", "ai.onnx")]
         for node in nodes:
             if node.op_type == "MatMul":
@@ -60,6 +63,24 @@ class Work:
         for node in nodes:  # after the heads, to share with them
             if node.op_type == "Gather":
                 self._gather(node)
+
+    def _split(self, node: ir.Node) -> None:
+        """Make MatMul and Add of a Gemm whose matrix gets integers. Others stay: one node computes faster than two."""
+        a, b, *rest = node.inputs
+        given = {name: attribute.value for name, attribute in node.attributes.items()}
+        plain = not given.get("transA") and given.get("alpha", 1.0) == given.get("beta", 1.0) == 1.0
+        if a is None or b is None or not b.is_initializer() or not plain:
+            return
+        by_column = bool(given.get("transB"))
+        bits = self.bits_of(b, by_column, _is_head(node))
+        if bits is None or self._why_keep(b, bits, rank=2):
+            return
+        turned = [ir.node("Transpose", [b], {"perm": [1, 0]})] if by_column else []
+        product = ir.node("MatMul", [a, turned[0].outputs[0] if turned else b], name=node.name)
+        result, bias = product.outputs[0], rest[0] if rest else None
+        result.type, result.shape = node.outputs[0].type, node.outputs[0].shape
+        made = [*turned, product] + ([] if bias is None else [ir.node("Add", [result, bias])])
+        ir.convenience.replace_nodes_and_values(self.graph, node, [node], made, node.outputs, made[-1].outputs)
 
     def _matmul(self, node: ir.Node) -> None:
         x, matrix = node.inputs[0], constant_matrix(node.inputs[1])
@@ -149,7 +170,7 @@ class Work:
         data, scales, zero_points = _round_to_nearest(matrix, self.block_size, self.symmetric, bits)
         kind = ml_dtypes.bfloat16 if constant.dtype == ir.DataType.BFLOAT16 else array.dtype
         name = f"{constant.name}{'.T' if by_column else ''}.q{bits}"
-        inputs = [self.constant(name, data), self.constant(f"{name}.scales", scales.astype(kind))]
+        inputs = [self.constant(name, data), self.scales(f"{name}.scales", scales.astype(kind))]
         if not self.symmetric:
             inputs.append(self.constant(f"{name}.zero_points", zero_points))
         return PackedMatrix(matrix.shape[0], matrix.shape[1], bits, self.block_size, tuple(inputs))
@@ -163,6 +184,22 @@ class Work:
         value = ir.Value(name=unique, const_value=tensor, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype))
         self.graph.register_initializer(value)
         return value
+
+    def scales(self, name: str, array: np.ndarray[Any, Any]) -> ir.Value:
+        """Add scales to the graph as the constant that an operator reads: of two bytes each where nothing is lost.
+
+        float32 scales that are numbers of float16 are stored as those, with a Cast behind, which ONNX Runtime computes
+        when it loads the file.
+        """
+        with np.errstate(over="ignore"):
+            halves = array.astype(np.float16)
+        if array.dtype != np.float32 or not np.array_equal(halves.astype(np.float32), array):
+            return self.constant(name, array)
+        cast = ir.node("Cast", [self.constant(name, halves)], {"to": ir.DataType.FLOAT.value})
+        whole = cast.outputs[0]
+        whole.name, whole.type, whole.shape = f"{name}.float", ir.TensorType(ir.DataType.FLOAT), ir.Shape(array.shape)
+        self.graph.insert_before(self.graph[0], cast)
+        return whole
 
     def _replace(self, node: ir.Node, op: str, inputs: tuple[ir.Value | None, ...], attributes: dict[str, int]) -> None:
         listed = [ir.AttrInt64(key, value) for key, value in attributes.items()]

@@ -174,7 +174,7 @@ class _Packing(Work):
         label = f"{name}.q{bits}"
         inputs = [
             self.constant(label, packed_bits(q, bits).reshape(rows, q.shape[1] // block, -1)),
-            self.constant(f"{label}.scales", scales.float().numpy().astype(kind)),
+            self.scales(f"{label}.scales", scales.float().numpy().astype(kind)),
         ]
         if bool((zeros != 2 ** (bits - 1)).any()):
             inputs.append(self.constant(f"{label}.zero_points", packed_bits(zeros, bits)))
