@@ -21,6 +21,8 @@ from spinpass.progress import Progress
 
 from .texts import Windows
 
+_ROWS = 64  # of logits that are float64 at a time: a vocabulary is large
+
 
 class Scorer(Protocol):
     """Anything that gives logits (length, vocabulary) for token ids, from an empty cache."""
@@ -127,8 +129,7 @@ def perplexity(decoder: Scorer, windows: Windows, progress: Progress | None = No
         raise ConfigError("there are no windows to evaluate on")
     losses: list[float] = []
     for ids in windows:
-        logits = decoder.logits(ids)[:-1].double()
-        losses.append(float(functional.cross_entropy(logits, torch.tensor(list(ids[1:])))))
+        losses.append(_loss(decoder.logits(ids)[:-1], torch.tensor(list(ids[1:]))))
         if progress is not None:
             progress(len(losses), len(windows))
     return Perplexity(tuple(losses), sum(len(ids) - 1 for ids in windows))
@@ -150,13 +151,13 @@ def compare_each(
     equal = [0] * len(others)
     for done, ids in enumerate(windows):
         following = torch.tensor(list(ids[1:]))
-        expected = _log_probabilities(before, ids)
-        losses[0].append(float(functional.nll_loss(expected, following)))
+        expected = before.logits(ids)[:-1]
+        losses[0].append(_loss(expected, following))
         for k, other in enumerate(others):
-            found = _log_probabilities(other, ids)
-            losses[k + 1].append(float(functional.nll_loss(found, following)))
+            found = other.logits(ids)[:-1]
+            losses[k + 1].append(_loss(found, following))
             equal[k] += int((expected.argmax(-1) == found.argmax(-1)).sum())
-            divergences[k].append(float((expected.exp() * (expected - found)).sum(-1).mean()))
+            divergences[k].append(_divergence(expected, found))
         if progress is not None:
             progress(done + 1, len(windows))
     tokens = sum(len(ids) - 1 for ids in windows)
@@ -164,8 +165,19 @@ def compare_each(
     return [Comparison(first, e, n / tokens, tuple(d)) for e, n, d in zip(rest, equal, divergences)]
 
 
-def _log_probabilities(decoder: Scorer, ids: Sequence[int]) -> Tensor:
-    return decoder.logits(ids)[:-1].double().log_softmax(-1)
+def _loss(logits: Tensor, following: Tensor) -> float:
+    """The mean negative log-likelihood of the tokens that follow, of logits (length, vocabulary)."""
+    parts = zip(torch.split(logits, _ROWS), torch.split(following, _ROWS), strict=True)
+    return sum(float(functional.cross_entropy(x.double(), y, reduction="sum")) for x, y in parts) / len(following)
+
+
+def _divergence(expected: Tensor, found: Tensor) -> float:
+    """The mean of KL(expected ‖ found) over the rows of logits (length, vocabulary)."""
+    total = 0.0
+    for p, q in zip(torch.split(expected, _ROWS), torch.split(found, _ROWS), strict=True):
+        wanted, made = (x.double().log_softmax(-1) for x in (p, q))
+        total += float((wanted.exp() * (wanted - made)).sum())
+    return total / len(expected)
 
 
 def change(before: Perplexity, after: Perplexity) -> Change:

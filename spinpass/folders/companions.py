@@ -89,6 +89,12 @@ def write_companions(
     return about, sorted(written | {MANIFEST})
 
 
+def write_again(loaded: LoadedModel, result: Result, about: Mapping[str, Any], draft: Draft) -> dict[str, Any]:
+    """Write ``README.md`` and ``spinpass.json`` anew, for what is said of the folder by now. Returns the latter."""
+    written = {*about["files"], *_for_people(loaded, result, about, draft)}
+    return write_manifest(draft.folder, dict(about) | {"files": hashes(draft.folder, written)})
+
+
 def _for_people(loaded: LoadedModel, result: Result, about: Mapping[str, Any], draft: Draft) -> set[str]:
     """Write the model card and the texts that go with the model, of a program nothing. Returns their names."""
     if loaded.companions is None:

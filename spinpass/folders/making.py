@@ -166,7 +166,7 @@ class _Run:
         if self.request.compare:
             beside = Draft(self.draft.out, self.draft.folder.parent / "original")
             beside.folder.mkdir()
-            made = the_better(made, self._of(loaded, None, text, beside), self.draft, beside)
+            made = the_better(loaded, made, self._of(loaded, None, text, beside), self.draft, beside)
         return made.result, made.written
 
     def _of(self, loaded: LoadedModel, config: RotationConfig | None, text: Path | None, draft: Draft) -> Made:

@@ -58,7 +58,7 @@ def model_card(loaded: LoadedModel, about: Mapping[str, Any], settings: Mapping[
         "\n".join(_front_matter(loaded.papers, library, rotated=rotated, quantized=integers)),
         f"# {name} for {_RUNTIMES[library]}",
         _what(about, name, library),
-        *_section("Measured", _measured(about.get("card"))),
+        *_section("Measured", _measured(about.get("card"), about.get("compared"))),
         *_section("Proved", _proved(about, library)),
         *_section("Made by", _command(settings, hub_name(loaded.source), about)),
         *_section("Run it", _run(loaded, about, library)),
@@ -127,13 +127,16 @@ def _section(title: str, lines: Iterator[str]) -> list[str]:
     return [f"## {title}", found] if found else []
 
 
-def _measured(card: Mapping[str, Any] | str | None) -> Iterator[str]:
+def _measured(card: Mapping[str, Any] | str | None, compared: Mapping[str, Any] | None) -> Iterator[str]:
     if not isinstance(card, Mapping):
         return
-    error = "" if card["ratio_error"] is None else f" ± {card['ratio_error']:.4f}"
     yield "| of the file, beside the model it was made of | |"
     yield "|---|---|"
-    yield f"| perplexity ÷ the model's | {card['ratio']:.4f}{error} |"
+    yield f"| perplexity ÷ the model's | {_ratio(card)} |"
+    if compared is not None:
+        left = "not rotated" if compared["kept"] == "rotated" else "rotated"
+        other = compared["other"]
+        yield f"| the same scheme, {left} | {_ratio(other) if isinstance(other, Mapping) else other} |"
     yield f"| divergence of its predictions (KL) | {card['kl']:.4f} nats per token |"
     yield f"| the same likeliest token | {card['agreement']:.1%} |"
     yield f"| size | {card['bytes'] / 1e6:,.1f} MB |"
@@ -143,6 +146,10 @@ def _measured(card: Mapping[str, Any] | str | None) -> Iterator[str]:
         yield f"| decode, prefill | {speeds} on the machine that made it |"
     yield ""
     yield f"On {card['windows']} windows of {card['length']} tokens of Python's own help, in {card['runtime']}."
+
+
+def _ratio(card: Mapping[str, Any]) -> str:
+    return f"{card['ratio']:.4f}" + ("" if card["ratio_error"] is None else f" ± {card['ratio_error']:.4f}")
 
 
 def _proved(about: Mapping[str, Any], library: str) -> Iterator[str]:
@@ -178,9 +185,7 @@ def _run(loaded: LoadedModel, about: Mapping[str, Any], library: str) -> Iterato
     cached = any("past" in name or "cache" in name for name in (about.get(library) or {}).get("inputs", ()))
     if library == "transformers":
         yield "A GPTQ checkpoint in safetensors: whatever reads those reads this one, without spinpass."
-    elif tokenizer is not None and library == "executorch":
-        yield _PYTHON_DECODER.replace("DECODER", _DECODERS[library])
-    elif tokenizer is not None and cached:
+    elif tokenizer is not None and (cached or library == "executorch"):
         command = "chat ." if tokenizer.chat_template else f'generate . "{_PROMPT}"'
         yield _console(f"spinpass {command}") + "\n"
         decoder = _DECODERS.get(library)

@@ -205,7 +205,9 @@ def test_the_better_of_two_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert manifest["compared"]["other"]["ratio"] == 1.5 and (manifest["plan"] is None) == (better == "original")
     left = "rotated" if better == "original" else "the original"
     assert f"{left} by the same scheme: × 1.5000" in " ".join(made.stdout.split())
-    assert run("inspect", tmp_path / "out").exit_code == 0
+    assert run("inspect", tmp_path / "out", "--check").exit_code == 0
+    other = "rotated" if better == "original" else "not rotated"
+    assert f"| the same scheme, {other} | 1.5000" in (tmp_path / "out" / "README.md").read_text()
     told = yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())
     assert (told["rotations"] == "none") == (better == "original")
 

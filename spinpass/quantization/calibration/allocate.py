@@ -25,7 +25,7 @@ from ..packed import splittable
 from ..scheme import WEIGHT_BITS, QuantizationConfig
 from .sensitivity import Layer, sensitivities
 
-_FEWER = 2  # bits than the average, at most: a layer of fewer would cost more than it frees
+_ENOUGH = 4  # bits: nothing gets fewer where the average has as many, for what that frees is less than it may cost
 _Hull = list[tuple[int, float]]
 _Key = TypeVar("_Key", str, tuple[str, int])
 
@@ -57,7 +57,7 @@ def allocated(
     sites = [s for s in weight_sites(editor)[0] if not s.head and len(shape(s.weight)) == 2]
     free = {fqn for fqn in (editor.fqn(s.weight) for s in sites) if config.weights_of(fqn, head=False) == how}
     by_group = splittable(program) & free if config.mixed_rows else set()
-    widths = [bits for bits in WEIGHT_BITS if bits >= budget - _FEWER]
+    widths = [bits for bits in WEIGHT_BITS if bits >= _ENOUGH or budget < _ENOUGH]
     costs = sensitivities(program, how, free, inputs, widths=widths, by_group=by_group, progress=progress)
     units = {(fqn, group): layer for fqn, layers in costs.items() for group, layer in enumerate(layers)}
     found: dict[str, list[int]] = {}
