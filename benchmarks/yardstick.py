@@ -36,7 +36,7 @@ from benchmarks.texts import scored_texts
 from spinpass import evaluation
 from spinpass.cli.screen import Screen
 from spinpass.evaluation import ProgramScorer, token_ids
-from spinpass.folders import MEASURED, recipe_of, weight_count
+from spinpass.folders import MEASURED, measured, recipe_of, weight_count
 from spinpass.loading import load_model
 from spinpass.progress import Steps
 from spinpass.runtime import OrtDecoder
@@ -111,15 +111,16 @@ def main(
 
 
 def _kept(rows: Sequence[Mapping[str, Any]], model: str, texts: Sequence[str]) -> dict[str, Any]:
-    """What :func:`spinpass.folders.measured` returns, of the rows by ``--recipe auto``."""
-    found = {}
+    """What :func:`spinpass.folders.measured` returns, of the rows by ``--recipe auto``, beside what it has of others."""
+    about = f"{model}, benchmarks.yardstick, texts {', '.join(texts)}"
+    before = measured()
+    found = dict(before["rows"]) if before["about"] == about else {}
     for row in rows:
         bits = row["row"].removeprefix("spinpass, --bits ")
         if bits.isdecimal():
             scheme = recipe_of("auto", int(bits), "onnx").scheme
             figures = {key: round(row[key], 4) for key in ("mean", "worst")}
             found[bits] = {"scheme": scheme, "mb": round(row["bytes"] / 1e6, 1), **figures}
-    about = f"{model}, benchmarks.yardstick, texts {', '.join(texts)}"
     return {"about": about, "rows": found}
 
 

@@ -12,13 +12,16 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
+from onnx import numpy_helper
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from spinpass.errors import ConfigError, ExportError
 from spinpass.execution.interpreter import run
 from spinpass.exporters.onnx import writer as exporter
+from spinpass.exporters.onnx.integers.read_back import check_packed
 from spinpass.exporters.onnx.integers.weights import pack_weights
+from spinpass.graph import with_other_values
 from spinpass.quantization import QuantizationConfig, Quantized, Weights, quantize
 from tests.support.decoders import Decoder, exported
 from tests.support.decoders import made as made_decoder
@@ -41,6 +44,24 @@ def folder(tmp_path: Path, quantized: Quantized) -> Path:
 def outputs(path: Path) -> Any:
     session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
     return session.run(None, {session.get_inputs()[0].name: IDS.numpy()})[0]
+
+
+def test_scales_take_two_bytes_where_nothing_is_lost(tmp_path: Path, source: ExportedProgram) -> None:
+    """The values of the file are those of the program either way; one weight here is too small for float16."""
+    small = next(name for name, t in source.state_dict.items() if t.ndim == 2 and len(t) != ROWS)
+    values = {small: source.state_dict[small] * 1e-5}
+    made = quantize(with_other_values(source, values), "w4g32-rtn-head8-embed8")
+    halves = {name for name, w in made.report.weights.items() if w.codes.stored_scales.dtype == torch.float16}
+    assert halves == set(made.report.weights) - {small} != set()
+    path = pack_weights(folder(tmp_path, made), tmp_path / "packed", made.report.weights).path
+    assert check_packed(path, made.report.weights) == len(made.report.weights)
+    stored = {t.name.split(".q")[0]: t.data_type for t in onnx.load(path).graph.initializer if t.name.endswith(".scales")}
+    wide = onnx.TensorProto.FLOAT
+    assert {name for name, kind in stored.items() if kind == wide} == {small}
+    expected = run(made.program, (IDS,))[0].numpy()
+    assert np.abs(outputs(path) - expected).max() < 2e-5 * np.abs(expected).max()
+    nearest = numpy_helper.to_array(next(t for t in onnx.load(path).graph.initializer if t.name.endswith(".scales") and t.data_type != wide))
+    assert nearest.dtype == np.float16 and not np.array_equal(nearest, np.round(nearest, 2)), "not by luck"
 
 
 @pytest.mark.parametrize(
