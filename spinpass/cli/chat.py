@@ -42,9 +42,9 @@ def chat_command(
     as_json: AsJson = False,
     verbose: Verbose = 0,
 ) -> None:
-    """Talk to a model in ONNX Runtime, OpenVINO or ExecuTorch: a line is a turn, and the cache keeps what has been said.
+    """Talk to a model in ONNX Runtime, OpenVINO or ExecuTorch.
 
-    Ctrl-C stops an answer, and at the prompt ends the program, as /exit does;
+    A line is a turn, and the cache keeps what has been said. Ctrl-C stops an answer, and at the prompt ends the program, as /exit does;
     /clear begins anew. Lines may come from a pipe. No file is written. The
     likeliest token is taken unless --temperature asks for draws.
 

@@ -3,8 +3,8 @@
     (recipe, bits, runtime)  ->  what is rotated, the scheme of the weights, how many windows calibrate it
 
 ``auto`` is the best that was measured for the runtime's kernels, ``quick`` the same on fewer windows, without training
-the scales or choosing bits by layer, and ``plain`` rounds the original to nearest, as other tools do. Sixteen bits keep the values as they are
-loaded.
+the scales or choosing bits by layer, and ``plain`` rounds the original to nearest, as other tools do. Sixteen bits keep
+the values as they are loaded.
 """
 
 from __future__ import annotations
