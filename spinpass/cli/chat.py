@@ -44,9 +44,10 @@ def chat_command(
 ) -> None:
     """Talk to a model in ONNX Runtime, OpenVINO or ExecuTorch.
 
-    A line is a turn, and the cache keeps what has been said. Ctrl-C stops an answer, and at the prompt ends the program, as /exit does;
-    /clear begins anew. Lines may come from a pipe. No file is written. The
-    likeliest token is taken unless --temperature asks for draws.
+    A line is a turn, and the cache keeps what has been said. Ctrl-C stops an
+    answer, and at the prompt ends the program, as /exit does; /clear begins
+    anew. Lines may come from a pipe. No file is written. The likeliest token is
+    taken unless --temperature asks for draws.
 
     Example: spinpass chat out
     """
