@@ -111,7 +111,7 @@ def main(
 
 
 def _kept(rows: Sequence[Mapping[str, Any]], model: str, texts: Sequence[str]) -> dict[str, Any]:
-    """What :func:`spinpass.folders.measured` returns, of the rows by ``--recipe auto``, beside what it has of others."""
+    """What :func:`spinpass.folders.measured` returns: the rows by ``--recipe auto``, beside those that it has."""
     about = f"{model}, benchmarks.yardstick, texts {', '.join(texts)}"
     before = measured()
     found = dict(before["rows"]) if before["about"] == about else {}
