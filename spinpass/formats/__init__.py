@@ -6,6 +6,7 @@ from .draft import Draft, drafted
 from .gguf_header import GgufHeader, check_gguf
 from .gptq import QUANTIZE_CONFIG, GptqCheckpoint, GptqReport, read_gptq, write_gptq
 from .manifest import (
+    CACHE_BUFFERS,
     MANIFEST,
     READS_PADDING,
     Artefact,
@@ -28,6 +29,7 @@ from .safetensors_header import check_safetensors, safetensors_header
 from .staging import PREFIX, check_free, finish, is_plain_name, staged
 
 __all__ = [
+    "CACHE_BUFFERS",
     "MANIFEST",
     "PREFIX",
     "PROTOBUF_LIMIT",

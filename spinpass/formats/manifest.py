@@ -28,6 +28,7 @@ from .staging import finish, is_plain_name
 MANIFEST = "spinpass.json"
 METADATA = "spinpass.record"  # the key of the record among an ONNX file's metadata
 READS_PADDING = "spinpass.reads_padding"  # there where padding changes what the model makes of a text
+CACHE_BUFFERS = "spinpass.cache_buffers"  # there where a cache may be longer than what is in it
 _MODELS = ("model.onnx", "openvino_model.xml", "model.pte", "model.safetensors")
 _SUFFIXES = {".onnx", ".xml", ".pte", ".safetensors", ".pt2"}
 _WEIGHTS = _SUFFIXES | {".data", ".bin"}

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from spinpass.errors import ExportError
-from spinpass.formats import READS_PADDING, check_loaded, finish
+from spinpass.formats import CACHE_BUFFERS, READS_PADDING, check_loaded, finish
 
+_CPU = "CPUExecutionProvider"
+_ROOM = 256  # tokens that a cache has room for at first
 _STATE = re.compile(r"\.state(\.\d+)?$")
 _PREFIX = re.compile(r"^(input\.|output\.)?(past_key_values|present_key_values|past|present)?")
 
@@ -24,14 +26,16 @@ _PREFIX = re.compile(r"^(input\.|output\.)?(past_key_values|present_key_values|p
 @dataclass
 class State:
     """What lies between two calls: which tokens were read, int64 (batch, length) with 0 for padding, and the cache as
-    ONNX Runtime returned it."""
+    ONNX Runtime has it, which may be longer than what was read (:meth:`DecoderGraph.held`)."""
 
     mask: Tensor
     cache: dict[str, Any]
 
     def copied(self) -> State:
         """The same, to go on from twice: no step and no rewinding of the one changes the other."""
-        return State(self.mask, dict(self.cache))
+        from .onnx_session import from_ort, to_ort
+
+        return State(self.mask, {name: to_ort(from_ort(value).clone()) for name, value in self.cache.items()})
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,11 @@ class _Slot:
     empty: tuple[int, ...]
     dtype: torch.dtype
     output: int
+
+    @property
+    def axis(self) -> int | None:
+        """That of the tokens; None for a state that does not grow."""
+        return self.empty.index(0) if 0 in self.empty else None
 
 
 @dataclass(frozen=True)
@@ -57,6 +66,7 @@ class DecoderGraph:
         one_by_one: the graph takes one token of each sequence at a call.
         reads_padding: padding changes what it makes of a text, though a mask closes it.
         last_alone: the logits are those of the last token, however many it reads.
+        in_place: a cache may be longer than what is in it, and attention writes into it.
     """
 
     session: Any
@@ -67,6 +77,7 @@ class DecoderGraph:
     one_by_one: bool = False
     reads_padding: bool = False
     last_alone: bool = False
+    in_place: bool = False
 
     @staticmethod
     def open(path: Path, provider: str = "CPUExecutionProvider", threads: int | None = None) -> DecoderGraph:
@@ -91,7 +102,8 @@ class DecoderGraph:
         session = open_session(path, provider, threads)
         about = session.get_modelmeta().custom_metadata_map
         check_loaded(path, about)
-        return replace(DecoderGraph.of(session, path), reads_padding=READS_PADDING in about)
+        in_place = CACHE_BUFFERS in about and provider == _CPU  # other devices would copy it to and fro
+        return replace(DecoderGraph.of(session, path), reads_padding=READS_PADDING in about, in_place=in_place)
 
     def of_every_token(self, path: Path) -> DecoderGraph:
         """The graph of the same file with the logits of every token, see :mod:`.every_token`.
@@ -160,7 +172,7 @@ class DecoderGraph:
     def step(self, ids: Tensor, state: State, mask: Tensor | None = None) -> Tensor:
         """Read new tokens (batch, length) and advance ``state``. Returns logits (batch, length, vocabulary).
 
-        The cache goes from call to call as ONNX Runtime made it, without a copy.
+        The cache goes from call to call as ONNX Runtime made it, without a copy, or is written to where it lies.
 
         Args:
             ids: int64 (batch, length).
@@ -171,7 +183,7 @@ class DecoderGraph:
         Raises:
             ExportError: ONNX Runtime fails.
         """
-        from .onnx_session import from_ort, run_session, to_ort
+        from .onnx_session import from_ort, run_in_place, run_session, to_ort
 
         if self.one_by_one and ids.shape[1] > 1:
             marks = torch.ones_like(ids) if mask is None else mask
@@ -186,9 +198,40 @@ class DecoderGraph:
             "attention_mask": state.mask,
         }
         feed = {name: to_ort(given[name].to(dtype)) for name, dtype in self.plain.items()}
+        if self.in_place:
+            self._make_room(state, start)
+            names = [output.name for output in self.session.get_outputs()]
+            written = {names[slot.output]: state.cache[slot.name] for slot in self.cache}
+            return from_ort(run_in_place(self.session, feed | state.cache, written))
         results = run_session(self.session, feed | state.cache)
         state.cache = {slot.name: results[slot.output] for slot in self.cache}
         return from_ort(results[self.logits])
+
+    def _make_room(self, state: State, known: int) -> None:
+        """Put caches that are too short for all tokens of the mask into longer ones; ``known`` tokens are in them."""
+        from .onnx_session import from_ort, to_ort
+
+        needed = state.mask.shape[1]
+        for slot in self.cache:
+            assert slot.axis is not None  # a cache that grows
+            shape = list(state.cache[slot.name].shape())
+            room = shape[slot.axis]
+            if room >= needed:
+                continue
+            shape[slot.axis] = max(needed, 2 * room, _ROOM)
+            longer = torch.zeros(shape, dtype=slot.dtype)
+            before = from_ort(state.cache[slot.name])
+            longer.narrow(slot.axis, 0, known).copy_(before.narrow(slot.axis, 0, known))
+            state.cache[slot.name] = to_ort(longer)
+
+    def held(self, state: State) -> dict[str, Tensor]:
+        """What a cache holds, by the name of its input, without the room behind it."""
+        from .onnx_session import from_ort
+
+        found = {slot: from_ort(state.cache[slot.name]) for slot in self.cache}
+        if not self.in_place:
+            return {slot.name: value for slot, value in found.items()}
+        return {slot.name: value.narrow(slot.axis or 0, 0, state.mask.shape[1]) for slot, value in found.items()}
 
     def rewind(self, state: State, length: int) -> bool:
         """Forget all but the first ``length`` tokens.
@@ -199,8 +242,11 @@ class DecoderGraph:
         from .onnx_session import from_ort, to_ort
 
         known = state.mask.shape[1]
+        if self.in_place:  # what comes next is written over it
+            state.mask = state.mask[:, :length]
+            return True
         values = {slot.name: from_ort(state.cache[slot.name]) for slot in self.cache}
-        axes = {slot.name: slot.empty.index(0) if 0 in slot.empty else None for slot in self.cache}
+        axes = {slot.name: slot.axis for slot in self.cache}
         if any(axis is None or values[name].shape[axis] != known for name, axis in axes.items()):
             return False
         for name, axis in axes.items():

@@ -88,6 +88,36 @@ def run_session(session: ort.InferenceSession, inputs: Mapping[str, ort.OrtValue
         raise ExportError(f"ONNX Runtime {_version()} cannot run the model: {error}") from error
 
 
+def run_in_place(
+    session: ort.InferenceSession, inputs: Mapping[str, ort.OrtValue], written: Mapping[str, ort.OrtValue]
+) -> ort.OrtValue:
+    """Run with outputs that are written into values of the caller, which may be inputs too.
+
+    Args:
+        session: of the graph.
+        inputs: by name.
+        written: by name all outputs but one.
+
+    Returns:
+        The output that is left.
+
+    Raises:
+        ExportError: ONNX Runtime fails.
+    """
+    try:
+        binding = session.io_binding()
+        for name, value in inputs.items():
+            binding.bind_ortvalue_input(name, value)
+        for name, value in written.items():
+            binding.bind_ortvalue_output(name, value)
+        (left,) = {output.name for output in session.get_outputs()} - set(written)
+        binding.bind_output(left)
+        session.run_with_iobinding(binding)
+        return binding.get_outputs()[-1]
+    except Exception as error:  # see open_session
+        raise ExportError(f"ONNX Runtime {_version()} cannot run the model: {error}") from error
+
+
 def _version() -> str:
     import onnxruntime as ort
 

@@ -18,7 +18,7 @@ from torch.export import ExportedProgram
 
 from spinpass.certificate import FileCertificate
 from spinpass.errors import ConfigError, ProgramError
-from spinpass.formats import PROTOBUF_LIMIT, data_name, model_path, remove_stale_data
+from spinpass.formats import CACHE_BUFFERS, PROTOBUF_LIMIT, data_name, model_path, remove_stale_data
 from spinpass.runtime import NoKernelError
 
 from ..certified_file import Clock, FileReport, write_certified
@@ -107,6 +107,7 @@ def export(
     model = translate(ep, opset)
     fused = fuse_model(model) if fuse else None
     about = {} if fused is None else {"spinpass.fused": json.dumps(fused.to_dict())}
+    about |= {CACHE_BUFFERS: "true"} if fused is not None and fused.caches else {}
     name_axes(model, ep, {name: names.inputs[index] for name, index in names.input_index.items()})
     parameters = frozenset((*ep.state_dict, *ep.constants))
     hadamards = _finish(model, names, parameters, _record(ep, names) | about | dict(metadata or {}))

@@ -15,19 +15,22 @@ from onnx_ir.passes import common
 
 from .attention import GQA, fuse_attention
 from .builder import CONTRIB, Builder
+from .lengths import free_caches
 from .norm import NORM, SKIP, fuse_norms, fuse_skips
 from .rotary import ROTARY, fuse_rotary
 
 
 @dataclass(frozen=True)
 class Fused:
-    """It says how many nodes of each kind the graph got, and in ``kept`` why some attention stayed as it was."""
+    """It says how many nodes of each kind the graph got, in ``kept`` why some attention stayed as it was, and whether
+    its ``caches`` may be longer than what is in them."""
 
     attention: int
     rotary: int
     norms: int
     skip_norms: int
     kept: tuple[str, ...]
+    caches: bool
 
     @property
     def summary(self) -> str:
@@ -51,8 +54,9 @@ def fuse_model(model: ir.Model) -> Fused:
     common.RemoveUnusedNodesPass()(model)
     fuse_skips(model.graph, builder)
     common.RemoveUnusedNodesPass()(model)
+    caches = free_caches(model.graph, builder)
     common.CommonSubexpressionEliminationPass()(model)
     counts = {op: sum(node.op_type == op for node in model.graph) for op in (GQA, ROTARY, NORM, SKIP)}
     if counts[GQA] or counts[ROTARY] or counts[SKIP]:
         model.opset_imports[CONTRIB] = 1
-    return Fused(counts[GQA], counts[ROTARY], counts[NORM], counts[SKIP], kept)
+    return Fused(counts[GQA], counts[ROTARY], counts[NORM], counts[SKIP], kept, caches)

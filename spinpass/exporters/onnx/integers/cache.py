@@ -19,7 +19,7 @@ import torch
 
 from spinpass.errors import ConfigError, ExportError, VerificationError
 from spinpass.formats import model_path
-from spinpass.runtime import DecoderGraph, from_ort
+from spinpass.runtime import DecoderGraph
 
 from ..fusion.attention import GQA
 from ..fusion.builder import Builder
@@ -152,8 +152,8 @@ def _scales(
         if len(text):
             state = graph.start(1)
             graph.step(torch.tensor([list(text)]), state)
-            for name, held in state.cache.items():
-                peak = from_ort(held).abs().amax((0, 2)).flatten()
+            for name, held in graph.held(state).items():
+                peak = held.abs().amax((0, 2)).flatten()
                 peaks[name] = torch.maximum(peaks.get(name, peak), peak)
         if progress is not None:
             progress(done + 1, len(texts))

@@ -44,7 +44,7 @@ def test_a_rotated_decoder(program: ExportedProgram, tmp_path: Path, form: Any) 
     plain = exporter.export(rotated, tmp_path / "plain.onnx")
     report = exporter.export(rotated, tmp_path / "fused.onnx", fuse=True)
     assert report.fused is not None and report.certificate is not None and report.certificate.ok
-    assert report.fused.to_dict() == {"attention": 2, "rotary": 4, "norms": 1, "skip_norms": 4, "kept": []}
+    assert report.fused.to_dict() == {"attention": 2, "rotary": 4, "norms": 1, "skip_norms": 4, "kept": [], "caches": False}
     assert report.hadamards == plain.hadamards  # R3 between rotary and attention, R4, R1
     found = ops(report.path)
     assert found["Softmax"] == found["Transpose"] == found["Pow"] == 0

@@ -23,7 +23,6 @@ from spinpass.exporters.onnx import writer as exporter
 from spinpass.exporters.onnx.integers.cache import quantize_cache
 from spinpass.runtime.decoder import OrtDecoder
 from spinpass.runtime.onnx_graph import DecoderGraph
-from spinpass.runtime.onnx_session import from_ort
 from tests.support import models
 
 TEXTS = [[5, 9, 17, 4, 33, 12, 71, 8], [22, 60, 3, 90, 14, 41]]
@@ -96,7 +95,7 @@ def test_the_kernel_computes_what_is_simulated(
     logits = graph.step(IDS, state)
     expected, *caches = simulate(program, scale, bits)
     for name, want, s in zip(state.cache, caches, scale, strict=True):
-        found = from_ort(state.cache[name])
+        found = graph.held(state)[name]
         assert found.dtype == (torch.int8 if bits == 8 else torch.uint8)
         torch.testing.assert_close(values(found, s, bits), want, atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
@@ -108,7 +107,7 @@ def test_scales_are_the_largest_values_of_the_texts(fused: Path, tmp_path: Path)
     for text in TEXTS:
         state = graph.start(1)
         graph.step(torch.tensor([text]), state)
-        peaks.append(from_ort(state.cache[graph.cache[0].name]).abs().amax((0, 2), keepdim=True))
+        peaks.append(graph.held(state)[graph.cache[0].name].abs().amax((0, 2), keepdim=True))
     found = scales(quantize_cache(fused, tmp_path, 8, TEXTS).path)[0]
     torch.testing.assert_close(found, torch.maximum(*peaks) / 127)
 
