@@ -32,9 +32,9 @@ _WINDOWS = {"auto": 32, "quick": 8}
 # Groups of 64 divide the widths of every model but a few, and no kernel pads them. Zero points cost 0.06 bits a weight
 # and take a tenth of the divergence away. A tenth of the weights in eight bits, where the predictions depend on them
 # most, takes as much as groups of 32 everywhere would, is better, and faster. Three bits are stored as two and four, by
-# rows.
+# rows. Eight bits in groups of 32 are smaller than Q8_0 still, and the kernel rounds what it multiplies by group, too.
 _ONNX = {
-    8: f"w8g64-gptq-a8-{_TABLES}",
+    8: f"w8g32-gptq-a8-{_TABLES}",
     4: f"w4.4g64-asym-gptq-a8-distill-{_TABLES}",
     3: f"w3.0g64-asym-gptq-rows-a8-distill-{_TABLES}",
     2: f"w2g64-asym-gptq-a8-distill-{_TABLES}",

@@ -7,8 +7,10 @@ which tries every pattern on every node.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import torch
 from onnx_ir.passes import common
@@ -48,12 +50,13 @@ def optimise(model: ir.Model) -> None:
     """Fold constants, simplify and deduplicate, in place.
 
     A weight's transpose is folded where nothing else reads the weight, whatever its size; a tied table, shared first,
-    stays one.
+    stays one. It is computed when it is read, so that no weight stands twice in memory.
     """
     common.InlinePass()(model)
     _settle_sizes(model.graph)
     _share_initializers(model.graph)
     transposed = transposed_weights(model.graph)
+    _fold_transposes(model.graph)
     for _ in range(_ROUNDS):
         optimizer.fold_constants(model, onnx_shape_inference=True)
         rewriter.rewrite(model, _RULES)
@@ -68,6 +71,31 @@ def optimise(model: ir.Model) -> None:
     for simplify in finish:
         simplify(model)
     name_transposed(model.graph, transposed)
+
+
+def _fold_transposes(graph: ir.Graph) -> None:
+    """Transpose(weight) -> a constant that is computed whenever it is read."""
+    for node in [n for n in graph if n.op_type == "Transpose" and n.domain == ""]:
+        weight, result = node.inputs[0], node.outputs[0]
+        held = None if weight is None or not weight.is_initializer() else weight.const_value
+        if weight is None or held is None or len(weight.uses()) != 1 or weight.is_graph_output():
+            continue
+        if result.is_graph_output():
+            continue
+        given = node.attributes.get("perm")
+        order = list(reversed(range(len(held.shape)))) if given is None else list(given.as_ints())
+        shape = ir.Shape([held.shape.numpy()[axis] for axis in order])
+        name = str(result.name)
+        turned = ir.LazyTensor(partial(_turned, held, order, name), dtype=held.dtype, shape=shape, name=name)
+        made = ir.Value(name=name, const_value=turned, shape=shape, type=ir.TensorType(held.dtype))
+        ir.convenience.replace_all_uses_with(result, made)
+        graph.remove(node, safe=True)
+        del graph.initializers[str(weight.name)]
+        graph.register_initializer(made)
+
+
+def _turned(held: ir.TensorProtocol, order: Sequence[int], name: str) -> ir.TensorProtocol:
+    return ir.tensor(np.ascontiguousarray(held.numpy().transpose(order)), name=name)
 
 
 def _settle_sizes(graph: ir.Graph) -> None:

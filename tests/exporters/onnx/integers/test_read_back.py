@@ -155,7 +155,7 @@ def test_a_second_product_of_the_same_integers_is_read_too(
     second.CopyFrom(first)
     second.name, second.output[0] = "second", "second"
     if kind == "other scales":
-        scales = next(t for t in model.graph.initializer if first.input[2].startswith(t.name))  # .float is the cast's
+        scales = next(t for t in model.graph.initializer if t.name == first.input[2].removesuffix(".float"))  # of the cast
         second.input[2] = "doubled"
         model.graph.initializer.append(numpy_helper.from_array(numpy_helper.to_array(scales) * 2, "doubled"))
     else:
