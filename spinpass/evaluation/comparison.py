@@ -53,8 +53,8 @@ class Perplexity:
 
     @property
     def value(self) -> float:
-        """exp(loss)."""
-        return math.exp(self.loss)
+        """exp(loss), infinite where no float is as large."""
+        return _exp(self.loss)
 
     @property
     def error(self) -> float:
@@ -77,7 +77,7 @@ class Change:
     @property
     def percent(self) -> float:
         """The change of the perplexity, in percent."""
-        return 100 * math.expm1(self.mean)
+        return 100 * (_exp(self.mean) - 1 if self.mean > 1 else math.expm1(self.mean))
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Comparison:
     @property
     def ratio(self) -> float:
         """The perplexity after divided by that before."""
-        return math.exp(self.change.mean)
+        return _exp(self.change.mean)
 
     @property
     def divergence(self) -> float:
@@ -194,4 +194,13 @@ def paired(before: Sequence[float], after: Sequence[float]) -> Change:
 
 
 def _standard_error(values: Sequence[float]) -> float:
-    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    if len(values) < 2 or not all(map(math.isfinite, values)):
+        return math.nan
+    return statistics.stdev(values) / math.sqrt(len(values))
+
+
+def _exp(x: float) -> float:
+    try:
+        return math.exp(x)
+    except OverflowError:
+        return math.inf

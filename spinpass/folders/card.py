@@ -5,6 +5,7 @@ The text is Python's own help, which no recipe calibrates on.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,8 +13,8 @@ from typing import Any
 
 from torch.export import ExportedProgram
 
-from spinpass.errors import ConfigError, ExportError, ProgramError
-from spinpass.evaluation import ProgramScorer, Speed, compare, read_text, speed, token_ids, windows
+from spinpass.errors import ConfigError, ExportError, ProgramError, VerificationError
+from spinpass.evaluation import Comparison, ProgramScorer, Speed, compare, read_text, speed, token_ids, windows
 from spinpass.loading import LoadedModel
 from spinpass.progress import Steps
 from spinpass.runtime import ModelFolder, open_decoder
@@ -72,6 +73,7 @@ def scored_card(loaded: LoadedModel, folder: Path, steps: Steps, program: Export
         length = min(each for each in (LENGTH, before.longest, longest, positions) if each)
         cut = windows(ids, length, min(WINDOWS, max(1, len(ids) // length)))
         found = compare(before, decoder, cut, steps.start("score the file"))
+        _check_numbers(found, runtime)
         timed: Speed | None = None
         if not isinstance(decoder, ProgramScorer):
             timed = speed({"file": decoder}, cut[0][: length // 2], _NEW, repeats=1)["file"]
@@ -91,6 +93,20 @@ def scored_card(loaded: LoadedModel, folder: Path, steps: Steps, program: Export
         windows=len(cut),
         length=length,
     )
+
+
+def _check_numbers(found: Comparison, runtime: str) -> None:
+    """Raise VerificationError where the file predicts what is no number, ConfigError where the model does, or what is
+    too large to be compared."""
+    if not all(map(math.isfinite, found.before.losses)):
+        raise ConfigError("the model's own predictions of Python's help texts are no numbers")
+    if not all(map(math.isfinite, found.after.losses)):
+        raise VerificationError(
+            f"in {runtime} the file's predictions of Python's help texts are no numbers, and those of the model are: "
+            "its dtype may be too narrow for it (--dtype float32)"
+        )
+    if not math.isfinite(found.ratio):
+        raise ConfigError("its perplexity is too many times the model's for a number")
 
 
 def weight_count(program: ExportedProgram) -> int:

@@ -2,15 +2,14 @@
 
     (recipe, bits, runtime)  ->  what is rotated, the scheme of the weights, how many windows calibrate it
 
-``auto`` is the best that was measured for the runtime's kernels, ``quick`` the same on fewer windows, without training
-the scales or choosing bits by layer, and ``plain`` rounds the original to nearest, as other tools do. Sixteen bits keep
-the values as they are loaded.
+``auto`` is the best that was measured for the runtime's kernels, ``quick`` the same on fewer windows without training
+the scales, and ``plain`` rounds the original to nearest, as other tools do. Sixteen bits keep the values as they are
+loaded.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -29,13 +28,14 @@ _CACHED = RotationConfig(form="online")
 _TABLES = "head8g64-embed8g64"  # of one copy where they are one; a scale for each row alone costs 0.3 % of perplexity
 _WINDOWS = {"auto": 32, "quick": 8}
 
-# Groups of 64 divide the widths of every model but a few, and no kernel pads them. Zero points cost 0.06 bits a weight
-# and take a tenth of the divergence away. A tenth of the weights in eight bits, where the predictions depend on them
-# most, takes as much as groups of 32 everywhere would, is better, and faster. Three bits are stored as two and four, by
-# rows. Eight bits in groups of 32 are smaller than Q8_0 still, and the kernel rounds what it multiplies by group, too.
+# Groups of 32 and 64 divide the widths of every model but a few, and no kernel pads them. Groups of 32 with scales of
+# two bytes take what groups of 64 take with scales of four, and the kernel rounds what it multiplies by group as well.
+# Zero points cost 0.13 bits a weight and take a tenth of the divergence away. Eight bits for a tenth of the weights in
+# groups of 64 take as much again: predictions then lie nearer to the model's, and texts are predicted less well. Three
+# bits are stored as two and four, by rows.
 _ONNX = {
     8: f"w8g32-gptq-a8-{_TABLES}",
-    4: f"w4.4g64-asym-gptq-a8-distill-{_TABLES}",
+    4: f"w4g32-asym-gptq-a8-distill-{_TABLES}",
     3: f"w3.0g64-asym-gptq-rows-a8-distill-{_TABLES}",
     2: f"w2g64-asym-gptq-a8-distill-{_TABLES}",
 }
@@ -88,7 +88,7 @@ def recipe_of(name: str, bits: int, to: str, *, rounds_cache: bool = False) -> R
         rotated = RotationConfig(rotations=("R1", "R2"), form="offline", tied="untie")
     else:
         rotated = _CACHED if rounds_cache or to == "openvino" else _ROTATED
-    scheme = schemes[bits] if name == "auto" else _quick(schemes[bits])
+    scheme = schemes[bits] if name == "auto" else _without(schemes[bits], "distill")
     return Recipe(rotated, scheme, _WINDOWS[name])
 
 
@@ -101,11 +101,6 @@ def measured() -> dict[str, Any]:
     found: dict[str, Any] = json.loads(MEASURED.read_text(encoding="utf-8"))
     current = {bits: row for bits, row in found["rows"].items() if row["scheme"] == _ONNX.get(int(bits))}
     return found | {"rows": current}
-
-
-def _quick(scheme: str) -> str:
-    """Return the scheme without what takes most of the minutes: training, and choosing which layers get eight bits."""
-    return re.sub(r"^w4\.\d+", "w4", _without(scheme, "distill"))
 
 
 def _to_nearest(scheme: str) -> str:

@@ -65,11 +65,13 @@ def quantize(
     if chosen.average_bits is not None:
         judged = _spread(calibration, _JUDGED_ON) if training is None else _spread(training, 2 * _JUDGED_ON)
         chosen = allocated(program, chosen, judged, progress)
-    made = _rounded(program, chosen, calibration, progress)
-    if chosen.distill:
-        shown = calibration if training is None else training
-        made = distilled(program, made, shown, epochs=chosen.distill, progress=progress)
-    return made
+    if not chosen.distill:
+        return _rounded(program, chosen, calibration, progress)
+    shown = calibration if training is None else training
+    # no name here holds on to what was rounded: its weights are let go while the scales are trained
+    return distilled(
+        program, _rounded(program, chosen, calibration, progress), shown, epochs=chosen.distill, progress=progress
+    )
 
 
 def _spread(inputs: Sequence[object], count: int) -> list[object]:

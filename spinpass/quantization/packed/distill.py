@@ -11,7 +11,7 @@ text. Here the original program teaches.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch.export import ExportedProgram
 
 from spinpass.errors import ConfigError
 from spinpass.execution import constants, log_probabilities
-from spinpass.graph import ProgramEditor
+from spinpass.graph import with_other_values
 from spinpass.progress import Progress, Tick
 
 from ..report import Distillation, Quantized, QuantizedWeight
@@ -68,6 +68,9 @@ def distilled(
     if not inputs:
         raise ConfigError("distilling needs calibration inputs; give some")
     student = _Student(pack(quantized).program, quantized)
+    names, report = _names(quantized.program, student.moves), quantized.report
+    emptied = _emptied(quantized.program, names)
+    del quantized  # its weights are made again of the codes, which are kept
     shown, held_out = _parted(inputs)
     tick = _counter(progress, epochs * len(shown) + 2 * len(held_out))
     before = student.divergence(program, held_out, tick)
@@ -83,10 +86,12 @@ def distilled(
             tick()
     after = student.divergence(program, held_out, tick)
     done = Distillation(before, after, len(held_out))
-    scales = student.scales() if done.kept else {}
-    del student, optimizer, schedule  # another program is made now
-    found = _with_scales(quantized, scales) if done.kept else quantized
-    return replace(found, report=replace(found.report, distillation=done))
+    weights = dict(report.weights)
+    for name, trained in student.scales().items() if done.kept else ():
+        codes = replace(weights[name].codes, scales=trained.detach().T.contiguous())
+        weights[name] = replace(weights[name], codes=codes.in_steps_of(emptied.state_dict[name].dtype))
+    filled = _filled(emptied, weights, names)
+    return Quantized(filled, replace(report, weights=weights, distillation=done))
 
 
 def _parted(inputs: Sequence[object]) -> tuple[list[object], list[object]]:
@@ -156,19 +161,29 @@ class _Student:
         return total / len(inputs)
 
 
-def _value(made: QuantizedWeight) -> Tensor:
-    """What the codes of a weight stand for, in the layout of its constant; it is computed when that is written."""
-    return made.codes.dequantized().movedim(-1, made.dim).contiguous()
+def _names(program: ExportedProgram, weights: Iterable[str]) -> dict[str, list[str]]:
+    """By name of a weight all names under which the program has it."""
+    at: dict[int, list[str]] = {}
+    for name, tensor in program.state_dict.items():
+        at.setdefault(tensor.data_ptr(), []).append(name)
+    return {name: at[program.state_dict[name].data_ptr()] for name in weights}
 
 
-def _with_scales(quantized: Quantized, scales: Mapping[str, Tensor]) -> Quantized:
-    """``quantized`` with these scales (groups, out) in its program and its report."""
-    weights = dict(quantized.report.weights)
-    editor = ProgramEditor(quantized.program)
-    stored = {editor.fqn(n): n for n in editor.nodes if editor.is_stored(n)}
-    for name, trained in scales.items():
-        codes = replace(weights[name].codes, scales=trained.detach().T.contiguous())
-        codes = codes.in_steps_of(quantized.program.state_dict[name].dtype)
-        weights[name] = replace(weights[name], codes=codes)
-        editor.queue(stored[name], lambda _, made=weights[name]: _value(made).double())  # type: ignore[misc]
-    return Quantized(editor.finish(), replace(quantized.report, weights=weights))
+def _emptied(program: ExportedProgram, names: Mapping[str, Sequence[str]]) -> ExportedProgram:
+    """The program with weights that take no memory: zeros of their shape and dtype."""
+    empty: dict[str, Tensor] = {}
+    for name, each in names.items():
+        tensor = program.state_dict[name]
+        empty |= dict.fromkeys(each, torch.zeros((), dtype=tensor.dtype).expand(tensor.shape))
+    return with_other_values(program, empty)
+
+
+def _filled(
+    program: ExportedProgram, weights: Mapping[str, QuantizedWeight], names: Mapping[str, Sequence[str]]
+) -> ExportedProgram:
+    """The program with what the codes of weights stand for, in the layouts and dtypes of its constants."""
+    values: dict[str, Tensor] = {}
+    for name, each in names.items():
+        whole = weights[name].codes.dequantized().movedim(-1, weights[name].dim).contiguous()
+        values |= dict.fromkeys(each, whole.to(program.state_dict[name].dtype))
+    return with_other_values(program, values)

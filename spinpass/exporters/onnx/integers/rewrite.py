@@ -136,8 +136,21 @@ class Work:
         self.graph.insert_before(node, flat)
         attributes = {"bits": bits, "block_size": packed.block_size, "gather_axis": 0, "quantize_axis": 1}
         inputs = (flat.outputs[0], indices, *packed.inputs[1:])
+        if packed.rows % packed.block_size:
+            self._cut(node, packed.rows)
         self._replace(node, "GatherBlockQuantized", inputs, attributes)
         self.tables += 1
+
+    def _cut(self, node: ir.Node, columns: int) -> None:
+        """Put a Slice behind a lookup: the kernel returns rows of whole blocks."""
+        result, columns_of = node.outputs[0], {"start": 0, "end": columns, "axis": -1}
+        ends = [self.constant(f"columns.{name}", np.array([n], np.int64)) for name, n in columns_of.items()]
+        cut = ir.node("Slice", [None, *ends])
+        cut.outputs[0].type, cut.outputs[0].shape = result.type, result.shape
+        ir.convenience.replace_all_uses_with(result, cut.outputs[0], replace_graph_outputs=True)
+        cut.replace_input_with(0, result)
+        result.shape = None  # of rows padded to blocks
+        self.graph.insert_after(node, cut)
 
     def _why_keep(self, constant: ir.Value, bits: int | None, rank: int) -> str:
         if constant.name in self.keep:

@@ -64,15 +64,19 @@ def pack_weights(
         raise ConfigError(f"accuracy_level {accuracy_level} is not one of 0, 1, 2, 3, 4")
     model = load(model_path(source))
     kinds = {v.dtype for v in model.graph.initializers.values() if v.dtype in FLOATS}
-    named = {_digest(w.codes.dequantized().to(_DTYPES[kind])): name for kind in kinds for name, w in weights.items()}
+    named: dict[bytes, list[str]] = {}
+    for name, weight in weights.items():
+        for digest in {_digest(weight.codes.dequantized().to(_DTYPES[kind])) for kind in kinds}:
+            named.setdefault(digest, []).append(name)
     work = _Packing(model.graph, 0, True, accuracy_level, None, None, frozenset(), weights=weights, named=named)
     work.run()
-    left = sorted(set(weights) - work.found)
+    # an exporter makes one constant of weights that are equal: the integers of the first stand for all of them
+    found = {name for equal in named.values() if not work.found.isdisjoint(equal) for name in equal}
+    left = sorted(set(weights) - found)
     if left:
-        where, name = model_path(source), left[0]
         raise ExportError(
-            f"no matrix product or table lookup of {where} has the constant that the integers of {name} stand for; "
-            "export the program that quantize returned"
+            f"no matrix product or table lookup of {model_path(source).name} has the constant that the integers of "
+            f"{left[0]} stand for; export the program that quantize returned"
         )
     return write_quantized(model, work, source, model_path(destination), external_data)
 
@@ -82,11 +86,11 @@ class _Packing(Work):
     """This pass replaces the products and lookups of constants whose integers are given.
 
     Exporters rename and transpose constants, so they are known by their values: ``named`` has the weights by a digest
-    of those.
+    of those, several where they are equal.
     """
 
     weights: Mapping[str, QuantizedWeight] = field(default_factory=dict)
-    named: Mapping[bytes, str] = field(default_factory=dict)
+    named: Mapping[bytes, list[str]] = field(default_factory=dict)
     found: set[str] = field(default_factory=set)
     integers: dict[str, tuple[ir.Value, ir.Value, ir.Value]] = field(default_factory=dict)
     products: IntegerProducts = field(default_factory=IntegerProducts)
@@ -164,13 +168,13 @@ class _Packing(Work):
     def quantized(self, constant: ir.Value, by_column: bool, bits: int) -> PackedMatrix:
         """Return the integers that are given for a constant, as constants of the graph."""
         name = self._name(constant, by_column)
-        assert name is not None and constant.const_value is not None  # by its bits
+        assert name is not None and constant.dtype is not None  # by its bits
         self.found.add(name)
         codes = self.weights[name].codes
         rows, columns = codes.q.shape
         block = block_size(codes, name)
         q, scales, zeros = blocks(codes, block)
-        kind = ml_dtypes.bfloat16 if constant.dtype == ir.DataType.BFLOAT16 else constant.const_value.numpy().dtype
+        kind = ml_dtypes.bfloat16 if constant.dtype == ir.DataType.BFLOAT16 else constant.dtype.numpy()
         label = f"{name}.q{bits}"
         inputs = [
             self.constant(label, packed_bits(q, bits).reshape(rows, q.shape[1] // block, -1)),
@@ -186,7 +190,9 @@ class _Packing(Work):
         key = (str(constant.name), by_column)
         if key not in self.names:  # hashing a table takes a while
             stored = torch.from_numpy(np.array(constant.const_value.numpy()).astype(np.float32))
-            self.names[key] = self.named.get(_digest(stored if by_column else stored.T))
+            self.names[key] = next(iter(self.named.get(_digest(stored if by_column else stored.T), ())), None)
+            if isinstance(constant.const_value, ir.ExternalTensor):
+                constant.const_value.release()  # a file that stays mapped counts as memory
         return self.names[key]
 
 
