@@ -215,7 +215,7 @@ def test_the_better_of_two_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_a_model_writes_what_it_is_calibrated_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, texts = folders.model_folder(tmp_path / "model"), []
     inputs = result.calibration_inputs
-    monkeypatch.setattr(result, "calibration_inputs", lambda program, tokens, text, **more: (texts.append(text.read_text()), inputs(program, tokens, text, **more))[1])
+    monkeypatch.setattr(result, "calibration_inputs", lambda program, tokens, text, *more: (texts.append(text.read_text()), inputs(program, tokens, text, *more))[1])
     for name in ("a", "b"):
         made = run("export", model, tmp_path / name, "--recipe", "quick", "--samples", 1, "--calibration", "self", "--no-verify")
         assert made.exit_code == 0, made.stderr
