@@ -69,8 +69,8 @@ def chat_command(
                 for piece in talk.answer(line, lambda: bool(stopped)):
                     answer.append(piece)
                     screen.piece(piece)
-        except ConfigError as error:  # it has grown too long
-            screen.note(f"{error}; /clear begins anew")
+        except ConfigError as error:  # it has grown too long, or is no text
+            screen.note(f"{error}; /clear begins anew" if talk.turns else str(error))
             told.append({"user": line, "error": str(error)})
             continue
         screen.piece("\n")

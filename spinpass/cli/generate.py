@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from spinpass.errors import ConfigError
-from spinpass.runtime import CPU, Pieces, Sampling, StopText, chat_tokens, open_decoder
+from spinpass.runtime import CPU, Pieces, Sampling, StopText, chat_tokens, check_characters, open_decoder
 
 from .decoders import (
     GREEDY,
@@ -123,6 +123,7 @@ class GenerateRequest:
         return ids
 
     def _ids(self, tokenizer: Any) -> list[int]:
+        check_characters(self.prompt)
         if self.raw or not tokenizer.chat_template or not self.prompt:
             return list(tokenizer(self.prompt)["input_ids"])
         return chat_tokens(tokenizer, [{"role": "user", "content": self.prompt}], str(self.folder))

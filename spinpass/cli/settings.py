@@ -34,10 +34,23 @@ Settings = Annotated[
 ]
 
 
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]
+    """Reads plain values, and no option twice."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        names = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise ConfigError(f"{twice} stands there twice: leave one of them out")
+        return dict(super().construct_mapping(node, deep))
+
+
 def _read(path: Path) -> dict[str, Any]:
     """Return what a file says. Raises ConfigError where that is no mapping."""
     try:
-        found = yaml.safe_load(read_text(path))
+        found = yaml.load(read_text(path), Loader=_Loader)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is no YAML: {first_line(error)}") from error
     if not isinstance(found, dict):

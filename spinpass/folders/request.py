@@ -59,6 +59,8 @@ class ExportRequest:
         scheme = self.scheme
         if self.calibration is None and ((scheme and scheme.needs_calibration) or self.kv_cache is not None):
             object.__setattr__(self, "calibration", SHIPPED_TEXT)
+        if self.calibration_windows is not None and self.calibration is None and self.bits is not None:
+            raise ConfigError(f"--samples {self.calibration_windows}: nothing here reads a text: leave it out")
         check_windows(self.calibration_windows, self.calibration)
         self._check_used()
         if self.to == "gptq":
@@ -78,6 +80,8 @@ class ExportRequest:
             if value not in allowed:
                 raise ConfigError(f"{name}={value!r} is not one of {', '.join(map(str, allowed))}")
         check_dtype(self.dtype)
+        if self.calibration == "":
+            raise ConfigError("--calibration '' names no text: name a file, a dataset or self, or leave it out")
         if self.config is not None and not isinstance(self.config, RotationConfig):
             raise ConfigError(f"config is a {type(self.config).__name__}: give a spinpass.RotationConfig or None")
         if self.config is not None and self.config.verify not in (None, self.certify):
@@ -95,6 +99,8 @@ class ExportRequest:
             if given:
                 return
         bits = DEFAULT_BITS if self.bits is None else self.bits
+        if bits == 16 and self.recipe == "quick":
+            raise ConfigError("--recipe quick is a way to round, and --bits 16 keeps the values: leave one of them out")
         followed = recipe_of(self.recipe, bits, self.to, rounds_cache=self.kv_cache is not None)
         object.__setattr__(self, "bits", bits)
         if self.config == _DEFAULT:
@@ -112,6 +118,10 @@ class ExportRequest:
         if self.compare and (self.config is None or not (scheme or self.int4)):
             why = "the original" if self.config is None else "in floats"
             raise ConfigError(f"--compare is of a rotated model and its original, both rounded, and this is {why}")
+        patterns = [pattern for pattern, _ in self.layers]
+        twice = next((pattern for pattern in patterns if patterns.count(pattern) > 1), None)
+        if twice is not None:
+            raise ConfigError(f"--layer {twice}=… is given twice: leave one of them out")
         if (self.keep or self.layers) and scheme is None:
             raise ConfigError("--keep and --layer are of layers that are quantized: add --bits or --quantize")
         unread = scheme is not None and not scheme.uses_calibration and self.kv_cache is None

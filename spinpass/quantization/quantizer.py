@@ -86,7 +86,8 @@ def _rounded(
     editor = open_program(program)
     sites = ChosenSites(editor, chosen)
     if not (sites.weights or sites.tables or sites.activations or sites.caches):
-        raise ConfigError("there is nothing to quantize: " + "; ".join(sites.kept.values() or ["no linear layers"]))
+        reasons = dict.fromkeys(sites.kept.values()) or ["no linear layers"]
+        raise ConfigError("there is nothing to quantize: " + "; ".join(reasons))
     prepared = editor.finish()
     calibrator = Calibrator(prepared, sites)
     if calibration:

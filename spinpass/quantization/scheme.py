@@ -275,19 +275,37 @@ class QuantizationConfig:
         """How the weight ``fqn`` of a linear layer, which may be a head, is quantized, or None if it is not."""
         if self.excludes(fqn):
             return None
-        chosen = next((w for pattern, w in self.overrides.items() if fnmatchcase(fqn, pattern)), None)
+        chosen = self._named(fqn)
         return chosen or (self.head if head else self.weights)
 
-    def check_used(self, parameters: Collection[str]) -> None:
-        """Make sure that every pattern matches a parameter of the program that is quantized.
+    def table_of(self, fqn: str) -> Weights | None:
+        """How the table ``fqn`` that is looked up by token is quantized, or None if it is not."""
+        return None if self.excludes(fqn) else self._named(fqn) or self.embedding
 
-        Raises ConfigError where one matches none; the nearest name is told.
+    def names(self, fqn: str) -> bool:
+        """Whether ``overrides`` say how a parameter is quantized."""
+        return self._named(fqn) is not None
+
+    def _named(self, fqn: str) -> Weights | None:
+        return next((w for pattern, w in self.overrides.items() if fnmatchcase(fqn, pattern)), None)
+
+    def check_used(self, parameters: Collection[str]) -> None:
+        """Make sure that every pattern says something of a parameter that can be rounded.
+
+        Raises ConfigError where one matches none, and tells the nearest name, or where others say all that it does.
         """
-        for name, patterns in (("overrides", tuple(self.overrides)), ("exclude", self.exclude)):
-            for pattern in patterns:
-                if not any(fnmatchcase(fqn, pattern) for fqn in parameters):
-                    near = nearest_name(pattern, parameters)
-                    raise ConfigError(f"{name} has {pattern!r}, which is no parameter of this program{near}")
+        for pattern in (*self.overrides, *self.exclude):
+            if not any(fnmatchcase(fqn, pattern) for fqn in parameters):
+                near = nearest_name(pattern, parameters)
+                raise ConfigError(f"{pattern!r} is no linear layer or table of this program that can be rounded{near}")
+        first = {fqn: next((p for p in self.overrides if fnmatchcase(fqn, p)), None) for fqn in parameters}
+        used = {pattern for fqn, pattern in first.items() if not self.excludes(fqn)}
+        unused = [pattern for pattern in self.overrides if pattern not in used]
+        if unused:
+            raise ConfigError(
+                f"the scheme for {unused[0]!r} changes nothing: all that it matches is kept, or named by a pattern "
+                "before it"
+            )
 
     def excludes(self, fqn: str) -> bool:
         """Whether the name of a parameter matches a pattern of ``exclude``."""

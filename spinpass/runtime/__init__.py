@@ -6,7 +6,7 @@ No runtime is imported before something of it is asked for.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .conversation import Conversation, chat_tokens, check_template
+from .conversation import Conversation, chat_tokens, check_characters, check_template
 from .decoder import OrtDecoder
 from .genai_session import GENAI_CONFIG, GenaiModel, genai_tokens, special_tokens
 from .model_folder import ModelFolder
@@ -52,6 +52,7 @@ __all__ = [
     "StopText",
     "Turns",
     "chat_tokens",
+    "check_characters",
     "check_template",
     "continued",
     "from_ort",

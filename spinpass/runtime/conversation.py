@@ -110,11 +110,21 @@ def check_template(tokenizer: Any, where: str) -> None:
         raise ConfigError(f"the tokenizer of {where} has no chat template: use spinpass generate")
 
 
+def check_characters(text: str) -> None:
+    """Raise ConfigError where bytes that are no UTF-8 were read as text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError("the text holds bytes that are no UTF-8: type it again, or write it as UTF-8") from error
+
+
 def chat_tokens(tokenizer: Any, turns: list[dict[str, str]], where: str) -> list[int]:
     """Return the tokens of turns in the chat template, up to where the model's answer begins.
 
-    Raises ExportError: the template cannot be used.
+    Raises ConfigError: a turn is no text. Raises ExportError: the template cannot be used.
     """
+    for turn in turns:
+        check_characters(turn["content"])
     try:
         return list(tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False))
     except Exception as error:  # the template is run in Jinja's sandbox, and raises whatever it raises there

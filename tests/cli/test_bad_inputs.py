@@ -385,7 +385,7 @@ CALLS: dict[str, tuple[Call, str]] = {
     "export certified and not": (lambda p: export(p["model"], p["out"], spinpass.RotationConfig(verify=False)), "disagree: leave one out"),
     "export with a context": (lambda p: export(p["model"], p["out"], context=64), "leave it out with --to onnx"),
     "export with an idle text": (lambda p: export(p["model"], p["out"], int4=True, calibration=p["text"]), "leave out --calibration"),
-    "export with idle windows": (lambda p: export(p["model"], p["out"], bits=16, calibration_windows=4), "add --calibration FILE"),
+    "export with idle windows": (lambda p: export(p["model"], p["out"], bits=16, calibration_windows=4), "nothing here reads a text: leave it out"),
     "export of a program in a dtype": (lambda p: export(p["pt2"], p["out"], dtype="float16"), "leave out --dtype"),
     "eval of too few windows": (lambda p: EvalRequest(str(p["model"]), windows=0), "choose 1 or more"),
     "eval with an idle text": (lambda p: EvalRequest(str(p["model"]), calibration=p["text"]), "leave out --calibration"),

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
@@ -13,7 +15,7 @@ import torch
 import yaml
 
 from spinpass import Override, RotationConfig
-from spinpass.errors import ConfigError
+from spinpass.errors import ConfigError, VerificationError
 from spinpass.evaluation import SHIPPED_TEXT, ProgramScorer, own_tokens
 from spinpass.exporters.onnx.operators.rounding import TOKENS
 from spinpass.folders import BITS, ExportRequest, card_lines, export, making, recipe_of, result
@@ -24,7 +26,7 @@ from spinpass.folders.recipes import DEFAULT_BITS
 from spinpass.folders.settings import settings_of
 from spinpass.formats.pt2 import save_program
 from spinpass.quantization import QuantizationConfig
-from tests.support import folders, programs
+from tests.support import folders, models, programs
 from tests.support.commands import run
 
 
@@ -67,6 +69,9 @@ def test_what_is_given_counts_more_than_a_recipe() -> None:
         ({"recipe": "plain", "quantize": "w4-rtn"}, "--recipe plain and --quantize both say how to round"),
         ({"compare": True, "recipe": "plain"}, "--compare is of a rotated model and its original, both rounded, and this is the original"),
         ({"compare": True, "bits": 16}, "and this is in floats"),
+        ({"bits": 16, "recipe": "quick"}, "--recipe quick is a way to round, and --bits 16 keeps the values"),
+        ({"recipe": "plain", "calibration_windows": 4}, "--samples 4: nothing here reads a text: leave it out"),
+        ({"calibration": ""}, "--calibration '' names no text"),
         ({"bits": 4, "quantize": "w4-rtn"}, "--bits 4 and --quantize both say how to round"),
         ({"bits": 4, "int4": True}, "--bits 4 and --int4 both say how to round"),
         ({"bits": 16, "keep": ("*",)}, "--keep and --layer are of layers that are quantized: add --bits or --quantize"),
@@ -119,6 +124,95 @@ def test_layers_are_kept_or_rounded_otherwise(tmp_path: Path) -> None:
     for wrong, why in (("*.oproj.*=w8", "the nearest is"), ("w8", "is not PATTERN=SCHEME")):
         refused = run("export", model, tmp_path / "no", "--bits", "4", "--recipe", "plain", "--layer", wrong)
         assert refused.exit_code == 2 and why in refused.stderr and not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--layer", "model.norm.weight=w8"],
+        ["--keep", "model.norm.weight"],
+        ["--keep", "*down_proj*", "--layer", "*down_proj*=w8"],
+        ["--layer", "*lm_head*=w8", "--layer", "*lm_head*=w4"],
+    ],
+)
+def test_patterns_that_change_nothing_are_refused(tmp_path: Path, options: list[str]) -> None:
+    model = folders.model_folder(tmp_path / "model")
+    refused = run("export", model, tmp_path / "out", "--recipe", "plain", "--no-verify", *options)
+    said = " ".join(refused.stderr.split())
+    assert refused.exit_code == 2 and ("can be rounded; the nearest is" in said or "changes nothing" in said or "is given twice" in said), said
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_table_is_kept_or_rounded_otherwise(tmp_path: Path) -> None:
+    model = folders.model_folder(tmp_path / "model", "llama")
+    widths = {}
+    for name, options in (("kept", ["--keep", "*embed_tokens*"]), ("four", ["--layer", "*embed_tokens*=w4g16-rtn"])):
+        assert run("export", model, tmp_path / name, "--recipe", "plain", *options).exit_code == 0
+        told = json.loads((tmp_path / name / "spinpass.json").read_text())["quantization"]["weights"]
+        widths[name] = told.get("model.embed_tokens.weight", {}).get("bits")
+    assert widths == {"kept": None, "four": 4}
+
+
+@pytest.mark.parametrize("recipe", ["plain", "quick"])
+@pytest.mark.parametrize("name", ["llama", "llama_tied"])
+def test_widths_that_blocks_do_not_divide(name: str, recipe: str, tmp_path: Path) -> None:
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16}
+    model = folders.model_folder(tmp_path / "model", name, hidden_size=50, intermediate_size=77, **heads)
+    made = export(model, tmp_path / "out", recipe=recipe, calibration_windows=2 if recipe == "quick" else None)  # type: ignore[arg-type]
+    assert made.manifest["card"]["kl"] < 0.2 and made.manifest["packed"]["tables"] == 1
+
+
+def equal(part: str) -> Callable[[torch.nn.Module], None]:
+    def change(model: Any) -> None:
+        layers, parts = model.model.layers, model.model.layers[0].self_attn
+        if part == "layers":
+            layers[1].load_state_dict(layers[0].state_dict())
+        elif part == "head and table":
+            model.lm_head.weight.copy_(model.model.embed_tokens.weight)
+        elif part == "keys and values":
+            parts.v_proj.weight.copy_(parts.k_proj.weight)
+        else:
+            for layer in layers:
+                layer.mlp.down_proj.weight.zero_()
+
+    return change
+
+
+@pytest.mark.parametrize("part", ["layers", "head and table", "keys and values", "zeros"])
+def test_weights_that_are_equal(tmp_path: Path, part: str) -> None:
+    """An exporter makes one constant of them."""
+    model: Any = models.build("llama")
+    with torch.no_grad():
+        equal(part)(model)
+    model.save_pretrained(tmp_path / "model")
+    folders.tokenizer().save_pretrained(tmp_path / "model")
+    made = export(tmp_path / "model", tmp_path / "out", recipe="plain")
+    assert made.manifest["card"]["ratio"] > 0 and made.manifest["quantization"]["weights"].keys() >= {
+        "lm_head.weight", "model.layers.0.mlp.down_proj.weight", "model.layers.1.mlp.down_proj.weight"
+    }  # fmt: skip
+
+
+def test_logits_that_no_exponential_holds(tmp_path: Path) -> None:
+    model: Any = models.build("llama")
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e6)
+    model.save_pretrained(tmp_path / "model")
+    folders.tokenizer().save_pretrained(tmp_path / "model")
+    card = export(tmp_path / "model", tmp_path / "out", recipe="plain").manifest["card"]
+    assert (isinstance(card, str) and card.startswith("not scored: ")) or math.isfinite(card["ratio"])
+
+
+def test_a_file_whose_predictions_are_no_numbers_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compared = folder_card.compare
+
+    def broken(*given: Any) -> Any:
+        found = compared(*given)
+        return replace(found, after=replace(found.after, losses=(math.nan, *found.after.losses[1:])))
+
+    monkeypatch.setattr(folder_card, "compare", broken)
+    with pytest.raises(VerificationError, match="predictions of Python's help texts are no numbers"):
+        export(folders.model_folder(tmp_path / "model"), tmp_path / "out", recipe="plain")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("recipe", ["plain", "quick"])
@@ -179,6 +273,7 @@ def test_a_folder_is_made_again_by_its_own_settings(tmp_path: Path) -> None:
         ("- bits\n", "holds a list: options are expected"),
         ("bits: 'x\n", "is no YAML"),
         ("\n", "holds no text"),
+        ("bits: 4\nbits: 16\n", "bits stands there twice"),
     ],
 )
 def test_settings_that_mean_nothing(tmp_path: Path, text: str, why: str) -> None:

@@ -54,7 +54,7 @@ def allocated(
     if budget is None or how is None:
         raise ConfigError("bits are allocated to weights within average_bits: name both")
     editor = open_program(program)
-    sites = [s for s in weight_sites(editor)[0] if not s.head and len(shape(s.weight)) == 2]
+    sites = [s for s in weight_sites(editor)[0] if not (s.head or s.router) and len(shape(s.weight)) == 2]
     free = {fqn for fqn in (editor.fqn(s.weight) for s in sites) if config.weights_of(fqn, head=False) == how}
     by_group = splittable(program) & free if config.mixed_rows else set()
     widths = [bits for bits in WEIGHT_BITS if bits >= _ENOUGH or budget < _ENOUGH]

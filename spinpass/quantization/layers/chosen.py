@@ -52,11 +52,16 @@ class ChosenSites:
         self.fqns = {site.weight.name: editor.fqn(site.weight) for site in sites}
         self.caches = [self._round_cache(node) for node in cache_sites(editor)] if config.cache else []
         rounded_already: dict[Node, Node] = {}
+        roundable: set[str] = set()
         for site in sites:
             fqn = self.fqns[site.weight.name]
             if not config.stacks and value(site.weight).ndim > 2:
                 self.kept[site.linear.name] = "the runtime has no product of integers in its place"
                 continue
+            if site.router and not config.names(fqn):
+                self.kept[site.linear.name] = "it picks what comes next, and rounding would change which"
+                continue
+            roundable.add(fqn)
             scheme = config.weights_of(fqn, head=site.head)
             if scheme is not None:
                 self.weights.append((site, scheme))
@@ -68,9 +73,11 @@ class ChosenSites:
                 rounded_already[site.operand] = self._round_activation(site.operand)
             site.linear.replace_input_with(site.operand, rounded_already[site.operand])
         self.inputs = {s.linear.name: rounded_already.get(s.operand, s.operand).name for s in sites}
-        config.check_used(editor.parameter_names())
-        self.tables = [] if config.embedding is None else [(t, config.embedding) for t in table_sites(editor)]
-        self.fqns |= {table.name: editor.fqn(table) for table, _ in self.tables}
+        tables = {table: editor.fqn(table) for table in table_sites(editor)}
+        config.check_used(roundable | set(tables.values()))
+        schemes = {table: config.table_of(fqn) for table, fqn in tables.items()}
+        self.tables = [(table, scheme) for table, scheme in schemes.items() if scheme is not None]
+        self.fqns |= {table.name: tables[table] for table, _ in self.tables}
 
     def _round_activation(self, node: Node) -> Node:
         scheme = self.config.activations

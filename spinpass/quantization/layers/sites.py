@@ -11,6 +11,14 @@ from spinpass.analysis import Concatenate, Movement, Multilinear, find_attention
 from spinpass.graph import Layout, LayoutError, ProgramEditor, is_float, op_name, shape
 
 _OWN = "spinpass."  # what the names of constants begin with that the passes add
+_PICKING = {"aten::topk", "aten::sort", "aten::argsort"}
+_SCORING = {
+    f"aten::{name}"
+    for name in (
+        "softmax", "_softmax", "log_softmax", "sigmoid", "tanh", "softplus", "sqrt", "add", "sub", "mul", "div", "to",
+        "_to_copy", "view", "reshape", "flatten", "squeeze", "unsqueeze", "clone", "alias", "slice", "masked_fill",
+    )
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -23,6 +31,7 @@ class WeightSite:
         weight: the placeholder of the stored weight.
         dim: the axis of the weight that is contracted.
         head: no other linear layer is behind this one.
+        router: the largest of what it returns are picked, as a router picks experts: rounding changes which.
     """
 
     linear: Node
@@ -30,6 +39,7 @@ class WeightSite:
     weight: Node
     dim: int
     head: bool
+    router: bool = False
 
 
 def weight_sites(editor: ProgramEditor) -> tuple[list[WeightSite], dict[str, str]]:
@@ -46,8 +56,16 @@ def weight_sites(editor: ProgramEditor) -> tuple[list[WeightSite], dict[str, str
         elif editor.fqn(stored[0]).startswith(_OWN):
             left[linear.node.name] = "it is a rotation"
         else:
-            found.append(WeightSite(linear.node, linear.operand, *stored, linear.node not in leading))
+            head = linear.node not in leading
+            found.append(WeightSite(linear.node, linear.operand, *stored, head, _is_picked_from(linear.node)))
     return found, left
+
+
+def _is_picked_from(node: Node) -> bool:
+    """Whether the largest values of a node are picked, itself or what scales them alike."""
+    return any(
+        op_name(user) in _PICKING or (op_name(user) in _SCORING and _is_picked_from(user)) for user in node.users
+    )
 
 
 def table_sites(editor: ProgramEditor) -> Iterator[Node]:
