@@ -19,6 +19,9 @@ import onnx_ir as ir
 from ..fusion.builder import CONTRIB
 
 FLOATS = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
+_PICKS = "it picks what comes next, and rounding would change which"
+_SCORING = {"Softmax", "LogSoftmax", "Sigmoid", "Tanh", "Softplus", "Sqrt", "Add", "Sub", "Mul", "Div", "Cast", "Where"}
+_SCORING |= {"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Slice"}
 _ELEMENTWISE = {"Identity", "Cast", "Add", "Sub", "Mul", "Div", "Tanh", "Clip"}
 
 
@@ -75,6 +78,9 @@ class Work:
         bits = self.bits_of(b, by_column, _is_head(node))
         if bits is None or self._why_keep(b, bits, rank=2):
             return
+        if self.picks(node):
+            self.kept.append(f"{b.name}: {_PICKS}")
+            return
         turned = [ir.node("Transpose", [b], {"perm": [1, 0]})] if by_column else []
         product = ir.node("MatMul", [a, turned[0].outputs[0] if turned else b], name=node.name)
         result, bias = product.outputs[0], rest[0] if rest else None
@@ -89,7 +95,7 @@ class Work:
         constant, by_column = matrix
         head = _is_head(node)
         bits = self.bits_of(constant, by_column, head)
-        reason = self._why_keep(constant, bits, rank=2)
+        reason = self._why_keep(constant, bits, rank=2) or (_PICKS if self.picks(node) else "")
         if reason or bits is None:
             self.kept.append(f"{constant.name}: {reason}")
             return
@@ -103,6 +109,10 @@ class Work:
             self.heads += 1
         else:
             self.matmuls += 1
+
+    def picks(self, node: ir.Node) -> bool:
+        """Say whether the largest values of a product are picked, as a router picks experts."""
+        return _is_picked_from(node.outputs[0])
 
     def level_of(self, x: ir.Value) -> int:
         """Say how a product with this operand is computed."""
@@ -257,6 +267,13 @@ def constant_matrix(value: ir.Value | None) -> tuple[ir.Value, bool] | None:
     if constant is None or not constant.is_initializer() or (order is not None and list(order.as_ints()) != [1, 0]):
         return None
     return constant, True
+
+
+def _is_picked_from(value: ir.Value) -> bool:
+    users = list(value.consumers())
+    return any(
+        user.op_type == "TopK" or (user.op_type in _SCORING and _is_picked_from(user.outputs[0])) for user in users
+    )
 
 
 def _static(value: ir.Value) -> tuple[int, ...]:

@@ -116,6 +116,10 @@ class _Packing(Work):
             node.replace_input_with(0, self._before_rounding(x))
         return super()._matmul(node)
 
+    def picks(self, node: ir.Node) -> bool:
+        """Say whether the largest values of a product are picked. Whose integers are given is rounded all the same."""
+        return False
+
     def level_of(self, x: ir.Value) -> int:
         """Say how a product with this operand is computed: in floats where it is coarser than the kernel's codes."""
         node = x.producer()
