@@ -240,7 +240,8 @@ def test_what_is_whole_begins_to_work(number: int, desk: Path, monkeypatch: pyte
     for place in ("verify", "rotate"):
         monkeypatch.setattr(f"spinpass.cli.{place}.load_program", reach)
     monkeypatch.setattr("spinpass.cli.inspect.read_artefact", reach)
-    monkeypatch.setattr("spinpass.runtime.OrtDecoder", reach)
+    for place in ("cli.chat", "cli.generate"):
+        monkeypatch.setattr(f"spinpass.{place}.open_decoder", reach)
     monkeypatch.setattr("spinpass.evaluation.request.read_dataset", lambda _: "what is the weather like " * 4000)
     monkeypatch.chdir(desk)
     result = run(*words[1:], "--json")
