@@ -1,8 +1,9 @@
 """A KV cache of 8 or 4 bits in GroupQueryAttention:  k ≈ q·s, one scale for every head and channel.
 
 The kernel rounds keys and values as they come, keeps the integers in the cache, and attends to what they stand for. The
-scales are constants of the file: the largest value of each channel over texts that the model itself is run on, divided
-by the largest integer. A rotation of the heads (R2, R3) spreads outliers over the channels of a head before that.
+scales are constants of the file, from texts that the model itself is run on: the largest value of each channel divided
+by the largest integer, or with four bits the scale of least squared error. A rotation of the heads (R2, R3) spreads
+outliers over the channels of a head before that.
 """
 
 from __future__ import annotations
@@ -29,6 +30,10 @@ from .copies import load, write_copy
 _STORED = {8: ir.DataType.INT8, 4: ir.DataType.UINT8}  # two codes of four bits, plus 8 each, the first in the low half
 SCALES = 12
 """From which input on the kernel takes the scales, of keys and of values."""
+
+_WIDE = 127  # codes up to here cover the largest value; fewer are better spent on the others, which are clipped
+_SHRUNK, _SMALLEST = 24, 0.25  # ranges that are tried, down to this share of the largest value
+_JUDGED = 2048  # tokens of all texts
 
 _FITTING = 1.25  # how far a scale may be from that of a run whose products round otherwise
 Scales = dict[str, torch.Tensor]
@@ -148,6 +153,8 @@ def _scales(
 ) -> Scales:
     """Return a scale per channel of every cache input, (heads · size,) float32; a channel that stays 0 has scale 1."""
     peaks: Scales = {}
+    seen: dict[str, list[torch.Tensor]] = {}
+    step = max(1, sum(map(len, texts)) // _JUDGED)
     for done, text in enumerate(texts):
         if len(text):
             state = graph.start(1)
@@ -155,9 +162,22 @@ def _scales(
             for name, held in graph.held(state).items():
                 peak = held.abs().amax((0, 2)).flatten()
                 peaks[name] = torch.maximum(peaks.get(name, peak), peak)
+                if top < _WIDE:
+                    seen.setdefault(name, []).append(held[0, :, ::step].transpose(0, 1).flatten(1).clone())
         if progress is not None:
             progress(done + 1, len(texts))
-    return {name: torch.where(peak > 0, peak / top, 1.0).float() for name, peak in peaks.items()}
+    scales = {name: torch.where(peak > 0, peak / top, 1.0).float() for name, peak in peaks.items()}
+    return {name: _clipped(torch.cat(seen[name]), scale, top) if seen else scale for name, scale in scales.items()}
+
+
+def _clipped(values: torch.Tensor, whole: torch.Tensor, top: int) -> torch.Tensor:
+    """Return for every channel of values (tokens, channels) the scale of least squared error, at most ``whole``."""
+    best, least = whole, torch.full_like(whole, torch.inf)
+    for step in range(_SHRUNK):
+        scale = whole * (1 - (1 - _SMALLEST) * step / _SHRUNK)
+        error = ((values / scale).round_().clamp_(-top - 1, top).mul_(scale) - values).square_().sum(0)
+        best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
+    return best
 
 
 def _requantize(graph: ir.Graph, builder: Builder, node: ir.Node, bits: int, scales: Scales) -> None:
