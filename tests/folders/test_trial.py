@@ -144,7 +144,7 @@ def test_a_window_that_is_not_kept_is_seen(loaded: LoadedModel, source: Path, fo
 @pytest.mark.skipif(not GENAI, reason="onnxruntime-genai is not installed")
 def test_what_only_genai_reads_is_seen(loaded: LoadedModel, folder: Path) -> None:
     config = json.loads((folder / GENAI_CONFIG).read_text())
-    config["model"]["decoder"]["head_size"] += 1
+    config["model"]["decoder"]["inputs"]["past_key_names"] = "past.%d.key"
     (folder / GENAI_CONFIG).write_text(json.dumps(config))
     with pytest.raises(ExportError, match="ONNX Runtime GenAI .* cannot"):
         tried(loaded, folder)

@@ -165,7 +165,7 @@ def test_bad_input_says_what_to_do() -> None:
     with pytest.raises(ConfigError, match="nothing to quantize"):
         quantize(program(), QuantizationConfig(weights=Weights(method="rtn"), exclude=("*",)))
     for settings in (dict(exclude=("blocks.9.*",)), dict(overrides={"blocks.9.*": Weights(2, method="rtn")})):
-        with pytest.raises(ConfigError, match=r"has 'blocks.9.\*', which is no parameter of this program; the nearest is 'blocks"):
+        with pytest.raises(ConfigError, match=r"'blocks.9.\*' is no linear layer or table of this program that can be rounded; the nearest is 'blocks"):
             quantize(program(), QuantizationConfig(weights=Weights(method="rtn"), **settings))  # type: ignore[arg-type]
     with pytest.raises(ConfigError):
         quantize(program(), "a8static", [(torch.zeros(1), 1, 2)])
