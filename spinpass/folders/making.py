@@ -35,7 +35,7 @@ from .openvino import openvino_tools, write_openvino_folder
 from .preflight import Known
 from .recipes import RecipeName
 from .request import ExportRequest, IntegerCache, Target
-from .result import Result, quantized, rotated
+from .result import Result, quantized, rotated, window_length
 from .settings import settings_of
 
 CONTEXT = 1024
@@ -230,7 +230,7 @@ class _Run:
         if self.request.to == "gptq" or not self.request.cache:
             program = self._loaded(cache=True).program
         tokenizer, found = loaded.companions.tokenizer, ""
-        length = min(_window(self.request), loaded.companions.positions or CALIBRATION_LENGTH)
+        length = min(_window(self.request), window_length(loaded.companions))
         needed = (self.request.calibration_windows or CALIBRATION_WINDOWS) * CALIBRATION_LENGTH
         seed = 0
         while len(token_ids(tokenizer)(found)) < needed:  # a text has other tokens than it was written in

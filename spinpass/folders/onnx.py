@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Protocol
 
 from spinpass.errors import ConfigError, ExportError, VerificationError
-from spinpass.evaluation import CALIBRATION_LENGTH, calibration_windows, token_ids
+from spinpass.evaluation import calibration_windows, token_ids
 from spinpass.exporters import cache_names, named_record
 from spinpass.formats import PREFIX, READS_PADDING, Draft
 from spinpass.graph import with_other_values
@@ -20,7 +20,7 @@ from spinpass.quantization import QuantizationReport, QuantizedWeight, unrounded
 from .card import Card, scored_card
 from .companions import Written, write_companions
 from .judge import KERNEL_BOUND, TIE_BOUND, FolderTrial
-from .result import Result
+from .result import Result, window_length
 from .trial import try_folder, try_unrounded, unjudged
 
 if TYPE_CHECKING:
@@ -283,7 +283,7 @@ def _calibration(loaded: LoadedModel, cache: CacheBits) -> list[list[int]]:
     """Return the texts that a cache is calibrated with. Raises ConfigError where no tokenizer can read them."""
     if loaded.companions is None or loaded.companions.tokenizer is None:
         raise ConfigError(f"{loaded.source.location} has no tokenizer to read {cache.text} with")
-    length = min(CALIBRATION_LENGTH, loaded.companions.positions or CALIBRATION_LENGTH)
+    length = window_length(loaded.companions)
     return calibration_windows(token_ids(loaded.companions.tokenizer), cache.text, length, cache.windows)
 
 

@@ -15,7 +15,7 @@ from spinpass import record
 from spinpass.config import RotationConfig
 from spinpass.errors import ConfigError
 from spinpass.evaluation import CALIBRATION_LENGTH, calibration_inputs, token_ids
-from spinpass.loading import LoadedModel
+from spinpass.loading import Companions, LoadedModel
 from spinpass.pipeline import rotate
 from spinpass.planning import RotationPlan
 from spinpass.progress import Progress, Steps
@@ -108,12 +108,17 @@ def quantized(
         if loaded.companions is None or loaded.companions.tokenizer is None:
             raise ConfigError(f"{loaded.source.location} has no tokenizer to read {text} with: quantize with -rtn")
         tokenize = token_ids(loaded.companions.tokenizer)
-        length = min(CALIBRATION_LENGTH, loaded.companions.positions or CALIBRATION_LENGTH)
+        length = window_length(loaded.companions)
         inputs = calibration_inputs(result.program, tokenize, text, length, windows)
         if asked.distill or asked.average_bits:  # half as long: a backward pass holds what lies between all layers
             training = calibration_inputs(result.program, tokenize, text, length // 2, 2 * len(inputs))
     made = quantize(result.program, asked, inputs, training=training, progress=steps.start("quantize"))
     return replace(result, program=made.program, quantization=made.report)
+
+
+def window_length(companions: Companions) -> int:
+    """The tokens of a calibration window: no more than the model has positions for."""
+    return min(CALIBRATION_LENGTH, companions.positions or CALIBRATION_LENGTH)
 
 
 def version_of(package: str) -> str:

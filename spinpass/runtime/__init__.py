@@ -10,8 +10,8 @@ from .conversation import Conversation, chat_tokens, check_characters, check_tem
 from .decoder import OrtDecoder
 from .genai_session import GENAI_CONFIG, GenaiModel, genai_tokens, special_tokens
 from .model_folder import ModelFolder
-from .onnx_graph import DecoderGraph, State
-from .opened import CPU, open_decoder
+from .onnx_graph import CPU, DecoderGraph, State
+from .opened import open_decoder
 from .openvino_decoder import OpenVINODecoder
 from .openvino_session import CompiledModel, generate_openvino, import_openvino, openvino_reason
 from .ort_model import GeneratedTokens, OrtModel, Past

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from spinpass.errors import ExportError
 from spinpass.formats import CACHE_BUFFERS, READS_PADDING, check_loaded, finish
 
-_CPU = "CPUExecutionProvider"
+CPU = "CPUExecutionProvider"
 _ROOM = 256  # tokens that a cache has room for at first
 _STATE = re.compile(r"\.state(\.\d+)?$")
 _PREFIX = re.compile(r"^(input\.|output\.)?(past_key_values|present_key_values|past|present)?")
@@ -80,7 +81,7 @@ class DecoderGraph:
     in_place: bool = False
 
     @staticmethod
-    def open(path: Path, provider: str = "CPUExecutionProvider", threads: int | None = None) -> DecoderGraph:
+    def open(path: Path, provider: str = CPU, threads: int | None = None) -> DecoderGraph:
         """Load a file.
 
         Args:
@@ -102,7 +103,7 @@ class DecoderGraph:
         session = open_session(path, provider, threads)
         about = session.get_modelmeta().custom_metadata_map
         check_loaded(path, about)
-        in_place = CACHE_BUFFERS in about and provider == _CPU  # other devices would copy it to and fro
+        in_place = CACHE_BUFFERS in about and provider == CPU  # other devices would copy it to and fro
         return replace(DecoderGraph.of(session, path), reads_padding=READS_PADDING in about, in_place=in_place)
 
     def of_every_token(self, path: Path) -> DecoderGraph:
@@ -200,12 +201,17 @@ class DecoderGraph:
         feed = {name: to_ort(given[name].to(dtype)) for name, dtype in self.plain.items()}
         if self.in_place:
             self._make_room(state, start)
-            names = [output.name for output in self.session.get_outputs()]
+            names = self._outputs
             written = {names[slot.output]: state.cache[slot.name] for slot in self.cache}
-            return from_ort(run_in_place(self.session, feed | state.cache, written))
+            return from_ort(run_in_place(self.session, feed | state.cache, written, names[self.logits]))
         results = run_session(self.session, feed | state.cache)
         state.cache = {slot.name: results[slot.output] for slot in self.cache}
         return from_ort(results[self.logits])
+
+    @cached_property
+    def _outputs(self) -> list[str]:
+        """The names of the outputs, which are asked for at every step."""
+        return [output.name for output in self.session.get_outputs()]
 
     def _make_room(self, state: State, known: int) -> None:
         """Put caches that are too short for all tokens of the mask into longer ones; ``known`` tokens are in them."""

@@ -89,7 +89,7 @@ def run_session(session: ort.InferenceSession, inputs: Mapping[str, ort.OrtValue
 
 
 def run_in_place(
-    session: ort.InferenceSession, inputs: Mapping[str, ort.OrtValue], written: Mapping[str, ort.OrtValue]
+    session: ort.InferenceSession, inputs: Mapping[str, ort.OrtValue], written: Mapping[str, ort.OrtValue], wanted: str
 ) -> ort.OrtValue:
     """Run with outputs that are written into values of the caller, which may be inputs too.
 
@@ -97,9 +97,10 @@ def run_in_place(
         session: of the graph.
         inputs: by name.
         written: by name all outputs but one.
+        wanted: the name of that one.
 
     Returns:
-        The output that is left.
+        The output ``wanted``.
 
     Raises:
         ExportError: ONNX Runtime fails.
@@ -110,8 +111,7 @@ def run_in_place(
             binding.bind_ortvalue_input(name, value)
         for name, value in written.items():
             binding.bind_ortvalue_output(name, value)
-        (left,) = {output.name for output in session.get_outputs()} - set(written)
-        binding.bind_output(left)
+        binding.bind_output(wanted)
         session.run_with_iobinding(binding)
         return binding.get_outputs()[-1]
     except Exception as error:  # see open_session

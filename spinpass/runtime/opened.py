@@ -8,9 +8,8 @@ from spinpass.errors import ConfigError, ExportError
 from spinpass.formats import model_path, runtime_file
 
 from .decoder import Decoder, OrtDecoder
+from .onnx_graph import CPU
 from .openvino_decoder import OpenVINODecoder
-
-CPU = "CPUExecutionProvider"
 
 
 def open_decoder(path: str | Path, *, provider: str = CPU, threads: int | None = None) -> Decoder:
