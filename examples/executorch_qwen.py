@@ -48,7 +48,7 @@ program = export_static_cache(model, CONTEXT)
 rotated = spinpass.transform(program, spinpass.RotationConfig(form="online"))
 generator = torch.Generator().manual_seed(1)
 windows = [torch.randint(3, 128, (CONTEXT,), generator=generator).tolist() for _ in range(4)]
-quantized = quantize(rotated, "w4g32-gptq-a8", [ProgramScorer(rotated).inputs(window) for window in windows])
+quantized = quantize(rotated, "w4g32-bf16-gptq-a8asym", [ProgramScorer(rotated).inputs(window) for window in windows])
 
 with tempfile.TemporaryDirectory() as folder:
     report = executorch.export(quantized, folder)

@@ -39,7 +39,8 @@ _ONNX = {
     3: f"w3.0g64-asym-gptq-rows-a8-distill-{_TABLES}",
     2: f"w2g64-asym-gptq-a8-distill-{_TABLES}",
 }
-_EXECUTORCH = {8: "w8-gptq-a8", 4: "w4g32-gptq-a8-distill"}  # XNNPACK has no other integer products
+# XNNPACK has no other integer products. Its tokens have zero points, and its scales of groups are bfloat16.
+_EXECUTORCH = {8: "w8-gptq-a8asym", 4: "w4g32-bf16-gptq-a8asym-distill"}
 # OpenVINO rounds activations by itself where it multiplies by integers, so weights alone are rounded here.
 _OPENVINO = {
     8: f"w8g64-gptq-{_TABLES}",

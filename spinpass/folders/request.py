@@ -155,7 +155,9 @@ class ExportRequest:
 
     def _check_executorch(self) -> None:
         if self.int4:
-            raise ConfigError("--int4 packs for ONNX Runtime: use --quantize w4g32-gptq-a8 with --to executorch")
+            raise ConfigError(
+                "--int4 packs for ONNX Runtime: leave it out, or name a scheme with --quantize, for --to executorch"
+            )
         if not self.cache:
             raise ConfigError("--to executorch writes a decoder with its cache inside: leave --no-cache out")
         if self.kv_cache is not None:

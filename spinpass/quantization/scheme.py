@@ -15,6 +15,7 @@ from .spelling import parts_of
 
 Method = Literal["rtn", "gptq"]
 Calibration = Literal["mse", "percentile", "minmax"]
+ScaleDtype = Literal["float16", "bfloat16"]
 WEIGHT_BITS, GROUP_SIZES = (2, 3, 4, 8), (16, 32, 64, 128, 256)
 
 
@@ -37,6 +38,8 @@ class Weights:
             behind the layers that are quantized already.
         group_bits: the widths of the groups, in their order, where they differ within the weight (mixed rows). Groups
             beyond its end have ``bits``.
+        scales: of which dtype scales are numbers, so that a file can store two bytes for each. XNNPACK reads those of
+            groups in ``bfloat16``. Scales beyond the range of ``float16`` stay as they are.
 
     Raises:
         ConfigError: a value out of range, one that would change nothing, or ``group_bits`` without a ``group_size``.
@@ -52,6 +55,7 @@ class Weights:
     sweeps: int = 1
     follow: bool = False
     group_bits: tuple[int, ...] | None = None
+    scales: ScaleDtype = "float16"
 
     def __post_init__(self) -> None:
         for bits in (self.bits, *(self.group_bits or ())):
@@ -63,6 +67,8 @@ class Weights:
             raise ConfigError(f"group_size {self.group_size} is not one of {', '.join(map(str, GROUP_SIZES))} or None")
         if self.method not in get_args(Method):
             raise ConfigError(f"method {self.method!r} is not one of {', '.join(get_args(Method))}")
+        if self.scales not in get_args(ScaleDtype):
+            raise ConfigError(f"scales {self.scales!r} is not one of {', '.join(get_args(ScaleDtype))}")
         unused = [name for name in ("act_order", "follow") if getattr(self, name)] if self.method == "rtn" else []
         if unused:
             raise ConfigError(f"{unused[0]}=True is GPTQ's, and method='rtn' rounds without it: leave one of them out")
@@ -235,9 +241,14 @@ class QuantizationConfig:
                 found["distill"] = int(match[1] or 1)
             elif part in ("asym", "order"):
                 weights |= {"symmetric": False} if part == "asym" else {"act_order": True}
-            elif match := re.fullmatch(r"a(\d+)(static|channel)?", part):
-                static, per_channel = match[2] is not None, match[2] == "channel"
-                found["activations"] = Activations(int(match[1]), static, per_channel=per_channel)
+            elif part == "bf16":
+                weights["scales"] = "bfloat16"
+            elif match := re.fullmatch(r"a(\d+)(static|channel|asym)?", part):
+                static, per_channel = match[2] in ("static", "channel"), match[2] == "channel"
+                symmetric = False if match[2] == "asym" else None
+                if symmetric is False and not Activations(int(match[1])).is_symmetric:
+                    raise ConfigError(f"{part!r} in {text!r}: a{match[1]} has zero points already, leave 'asym' out")
+                found["activations"] = Activations(int(match[1]), static, symmetric, per_channel=per_channel)
             elif match := re.fullmatch(r"kv(\d+)", part):
                 found["cache"] = Cache(int(match[1]))
             elif match := re.fullmatch(r"(head|embed)(\d+)(?:g(\d+))?", part):

@@ -20,6 +20,9 @@ def test_a_scheme_is_spelled_in_parts() -> None:
     assert config.cache == Cache(4)
     assert config.head == Weights(8, method="rtn") and config.embedding == Weights(4, method="rtn")
     assert QuantizationConfig.parse("kv8").weights is None
+    narrow = QuantizationConfig.parse("w4g32-bf16-a8asym")
+    assert narrow.weights == Weights(4, 32, scales="bfloat16")
+    assert narrow.activations == Activations(8, symmetric=False) and not narrow.activations.is_symmetric
     assert Activations(8).is_symmetric and not Activations(4).is_symmetric
 
 
@@ -29,6 +32,8 @@ def test_a_scheme_is_spelled_in_parts() -> None:
         ("w5", "weights of 5 bits"),
         ("w4g48", "group_size 48"),
         ("a6", "activations of 6 bits"),
+        ("w4-a4asym", "'a4asym' in 'w4-a4asym': a4 has zero points already"),
+        ("bf16-a8", "add a width such as w4"),
         ("kv2", "KV cache of 2 bits"),
         ("gptq", "add a width such as w4"),
         ("w4-nf4", "'nf4'"),
@@ -96,6 +101,6 @@ def test_a_name_is_the_scheme_that_it_stands_for(name: str) -> None:
 
 def test_every_part_that_is_listed_is_understood() -> None:
     for part in PARTS:
-        alone = part.example in ("rows", "order", "asym", "gptq", "distill")
+        alone = part.example in ("rows", "order", "asym", "bf16", "gptq", "distill")
         given = {"rows": "w3.5g64-rows"}.get(part.example, f"w4-{part.example}" if alone else part.example)
         assert QuantizationConfig.parse(given) != QuantizationConfig(weights=None), part

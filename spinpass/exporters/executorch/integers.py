@@ -4,7 +4,8 @@
 
 Each token is rounded to int8 with a scale and a zero point found as it comes; weights are the integers of the
 quantizer, less their zero point, and are not rounded again. XNNPACK keeps the scales of groups in bfloat16, so they are
-in the graph as well (per channel: float32), and its tokens are rounded asymmetrically, the simulation's symmetrically.
+in the graph as well (per channel: float32), and its tokens have zero points: the scheme ``w4g32-bf16-gptq-a8asym``
+simulates both, and with any other the simulation's rounding differs a little from the kernel's.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ _ROUNDING = "spinpass::round_tokens"
 _GROUP_MULTIPLE = 32  # XNNPACK's block-wise kernel
 _TOKEN = (torch.int8, -128, 127)
 _ADVICE = (
-    "choose w4g32 (groups of a multiple of 32), w4 or w8 per channel, symmetric, with a8, or leave the layer out with "
-    "QuantizationConfig(exclude=...)"
+    "choose w4g32 (groups of a multiple of 32), w4 or w8 per channel, symmetric, with a8 or a8asym, or leave the layer "
+    "out with QuantizationConfig(exclude=...)"
 )
 
 

@@ -168,7 +168,7 @@ def _check_operators(program: ExportedProgram) -> None:
     if own:
         raise ExportError(
             f"ExecuTorch has no {', '.join(own)}: caches, 4-bit and static activations are simulated only; quantize "
-            "weights and 8-bit activations, for example w4g32-gptq-a8, and export what quantize returned"
+            "weights and 8-bit activations, for example w4g32-bf16-gptq-a8asym, and export what quantize returned"
         )
 
 

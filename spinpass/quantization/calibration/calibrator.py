@@ -104,7 +104,7 @@ class Calibrator:
             codes = rounded_by_gptq(target, moments.own, scheme, moments.factors)
         else:
             codes = rounded(matrix, scheme)
-        codes = codes.in_steps_of(stored.dtype)
+        codes = codes.in_steps_of(stored.dtype, scheme.scales)
         result = codes.dequantized()
         # the codes are kept, a quarter of what they stand for
         self.changed[name] = lambda: codes.dequantized().reshape(moved.shape).movedim(-1, dim).to(stored.dtype)

@@ -89,7 +89,8 @@ def distilled(
     weights = dict(report.weights)
     for name, trained in student.scales().items() if done.kept else ():
         codes = replace(weights[name].codes, scales=trained.detach().T.contiguous())
-        weights[name] = replace(weights[name], codes=codes.in_steps_of(emptied.state_dict[name].dtype))
+        narrow = weights[name].scheme.scales
+        weights[name] = replace(weights[name], codes=codes.in_steps_of(emptied.state_dict[name].dtype, narrow))
     filled = _filled(emptied, weights, names)
     return Quantized(filled, replace(report, weights=weights, distillation=done))
 

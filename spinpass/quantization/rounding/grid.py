@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..scheme import Weights
+from ..scheme import ScaleDtype, Weights
 
 _SHRUNK = 40  # ranges that are tried, from 100% of the largest weight downwards
 _SMALLEST = 0.25  # of it: 2-bit grids cut deep
@@ -67,14 +67,16 @@ class Codes:
         at = self.group_of
         return (self.q.to(self.scales.dtype) - self.zeros.to(self.scales.dtype)[:, at]) * self.scales[:, at]
 
-    def in_steps_of(self, dtype: torch.dtype) -> Codes:
+    def in_steps_of(self, dtype: torch.dtype, narrow: ScaleDtype) -> Codes:
         """The codes with scales that are numbers of a dtype too, which kernels in that dtype read; theirs is kept.
 
-        Where float16 holds all of them at its full precision, they are numbers of float16 as well, so that a file can
-        store two bytes for each.
+        They are numbers of ``narrow`` as well, so that a file can store two bytes for each, unless that is float16 and
+        does not hold all of them at its full precision.
         """
         scales = self.scales.to(dtype)
-        if dtype.itemsize > 2 and _fits_half(scales):
+        if narrow == "bfloat16":
+            scales = scales.bfloat16()
+        elif dtype.itemsize > 2 and _fits_half(scales):
             scales = scales.half()
         return replace(self, scales=scales.to(self.scales.dtype))
 

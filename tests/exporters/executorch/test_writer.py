@@ -287,6 +287,20 @@ def test_the_model_is_left_as_it_was(model: Any) -> None:
     assert model.generation_config is settings and not [n for n, _ in model.named_buffers() if "cache" in n]
 
 
+@pytest.mark.parametrize("scheme", ["w4g32-bf16-rtn-a8asym", "w8-rtn-a8asym"])
+def test_the_kernels_round_as_the_simulation_does(scheme: str, tmp_path: Path) -> None:
+    """Zero points of tokens and scales in bfloat16: what is left is the order of sums."""
+    quantized = integers(scheme)
+    report = executorch.export(quantized, tmp_path)
+    assert report.scale_error == 0
+    (x,) = (torch.randn(1, 5, 64, generator=torch.Generator().manual_seed(4)),)
+    (result,) = PteMethod(report.path).run([x])
+    (expected,) = run(quantized.program, (x,))
+    assert (result - expected).abs().max() < 1e-5 * expected.abs().max()
+    symmetric = run(integers(scheme.replace("a8asym", "a8")).program, (x,))[0]
+    assert (result - symmetric).abs().max() > 1e-3 * expected.abs().max()
+
+
 # -- the command line -------------------------------------------------------------------------------------------------
 
 
