@@ -2,7 +2,7 @@
 
 An error at (row, column) is relative to the smaller of the usual values in its row and in its column: the medians, of
 all and of those that are not the same in both, so that neither some massive values nor a number that fills places hides
-the rest.
+the rest. Where the first is 0, most places are not written, and the second counts alone.
 Where a value is tiny because large ones have cancelled, rounding alone exceeds that; how much of it there is, is
 measured: the original runs again with every value shaken by its last bits. The floor that follows never exceeds what is
 allowed relative to the largest value of the whole output.
@@ -54,7 +54,8 @@ def vector_error(reference: Any, result: Any, bound: float, noise: Noise) -> flo
     size = torch.where(a.isfinite(), a.abs(), math.nan)
     scale = _around(size, _usual)
     unequal = _around(torch.where(equal, math.nan, size), _usual)
-    scale = torch.where(unequal > 0, torch.minimum(scale, unequal), scale)
+    # most places of a cache that is not full hold zeros: their median says nothing of those that are written
+    scale = torch.where(unequal > 0, torch.where(scale > 0, torch.minimum(scale, unequal), unequal), scale)
     found = _worst(error, scale)
     if found <= bound or not bound > 0:
         return found

@@ -1,8 +1,8 @@
 """The constants of a program, and the float64 arithmetic that is queued on them until the program is finished.
 
 A pass queues steps and nothing is computed until :meth:`Constants.store` applies the whole queue to one constant at a
-time, with a single cast at the end. So a plan costs no weight arithmetic, many folds that meet in one constant round
-once, and memory stays near one constant above the result.
+time (:mod:`.folding`), with a single cast at the end. So a plan costs no weight arithmetic, many folds that meet in one
+constant round once, and memory stays near one constant above the result.
 """
 
 from __future__ import annotations
@@ -17,38 +17,14 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec
 from torch.fx import Node
 
-from spinpass.errors import InvariantError, ProgramError
+from spinpass.errors import ProgramError
 from spinpass.progress import Progress
 
+from .folding import QueuedStep, folded, folded_float64
 from .nodes import KNOWN, is_check
 
-Step = Callable[[Tensor], Tensor]
 _KINDS = {InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR}
 _SMALL = 4096  # elements up to which the values of an integer constant are shown to the analysis
-
-
-@dataclass(frozen=True)
-class QueuedStep:
-    """This is a step and the pass that has queued it, for the one who looks for what went wrong."""
-
-    step: Step
-    by: str
-
-    def __call__(self, tensor: Tensor) -> Tensor:
-        """Return what the step makes of the tensor.
-
-        Raises:
-            InvariantError: it fails, or changes the shape.
-        """
-        try:
-            result = self.step(tensor)
-        except Exception as error:  # whatever a step runs into is a bug in the pass
-            raise InvariantError(f"what {self.by} has queued fails: {type(error).__name__}: {error}") from error
-        if result.shape != tensor.shape:
-            raise InvariantError(
-                f"what {self.by} has queued changes a shape from {tuple(tensor.shape)} to {tuple(result.shape)}"
-            )
-        return result
 
 
 @dataclass
@@ -57,34 +33,23 @@ class Constant:
 
     fqn: str
     tensor: Tensor
-    steps: list[Step] = field(default_factory=list)
+    steps: list[QueuedStep] = field(default_factory=list)
 
     def compute(self) -> Tensor:
         """Apply the queue in float64 and cast the result once, to the stored dtype.
 
         Raises:
-            InvariantError: the steps change the shape.
+            InvariantError: a step fails, or changes the shape.
         """
-        if not self.steps:
-            return self.tensor
-        with torch.no_grad():
-            result = self.compute_float64().to(self.tensor.dtype).contiguous()
-        if result.shape != self.tensor.shape:
-            raise InvariantError(
-                f"{self.fqn}: a fold changed its shape from {tuple(self.tensor.shape)} to {tuple(result.shape)}"
-            )
-        return result
+        return folded(self.tensor, self.steps) if self.steps else self.tensor
 
     def compute_float64(self) -> Tensor:
-        """Apply the queue in float64; what is not floating point is returned as it is stored."""
-        result = self.tensor.detach()
-        if not result.is_floating_point():
-            return result
-        with torch.no_grad():
-            result = result.to(torch.float64, copy=bool(self.steps))  # a step may write into what it gets
-            for step in self.steps:
-                result = step(result)
-        return result
+        """Apply the queue in float64; what is not floating point is returned as it is stored.
+
+        Raises:
+            InvariantError: a step fails, or changes the shape.
+        """
+        return folded_float64(self.tensor, self.steps)
 
 
 class Constants:
@@ -150,13 +115,13 @@ class Constants:
             unused, k = f"{name}_{k}", k + 1
         return unused
 
-    def add(self, node: Node, fqn: str, tensor: Tensor, steps: Iterable[Step]) -> None:
+    def add(self, node: Node, fqn: str, tensor: Tensor, steps: Iterable[QueuedStep]) -> None:
         """Let ``node`` stand for a new constant."""
         constant = self._all[node] = Constant(fqn, tensor, list(steps))
         self.log += [node] * len(constant.steps)
         self.nbytes += tensor.nbytes
 
-    def queue(self, node: Node, step: Step) -> None:
+    def queue(self, node: Node, step: QueuedStep) -> None:
         """Apply ``step`` to the constant when the program is finished."""
         self._all[node].steps.append(step)
         self.log.append(node)

@@ -26,8 +26,9 @@ from spinpass.errors import InvariantError, ProgramError, QuantizedWeightError
 from spinpass.progress import Progress
 
 from .checks import PACKED_TYPES, check_program
-from .constants import Constants, QueuedStep, Step
+from .constants import Constants
 from .expressions import Expressions
+from .folding import Step, queued
 from .nodes import is_check, is_composed, mutates, value
 
 
@@ -171,7 +172,7 @@ class ProgramEditor:
         return sum(s.kind == OutputKind.USER_OUTPUT for s in self.outputs[:index])
 
     def queued(self) -> Sequence[Node]:
-        """Return the constant of every step that was queued, in the order in which they were."""
+        """Return the constant of every step that was queued, in that order."""
         return self._constants.log
 
     # -- editing the graph --------------------------------------------------------------------------------------------
@@ -240,9 +241,12 @@ class ProgramEditor:
 
     # -- editing constants --------------------------------------------------------------------------------------------
 
-    def queue(self, node: Node, step: Step) -> None:
-        """Apply ``step`` to the constant, in float64, when the program is finished. It must keep the shape."""
-        self._constants.queue(node, QueuedStep(step, self.under_way) if self.under_way else step)
+    def queue(self, node: Node, step: Step, mixes: Iterable[int] | None = None) -> None:
+        """Apply ``step`` to the constant, in float64, when the program is finished. It must keep the shape.
+
+        It is given pieces cut along other axes than those that it ``mixes``; None: the whole.
+        """
+        self._constants.queue(node, queued(step, self.under_way, mixes))
 
     def add_constant(self, name: str, tensor: Tensor, *, steps: Iterable[Step] = ()) -> Node:
         """Add a parameter behind all others, stored under ``name``, which is made unique; return its placeholder."""
@@ -259,7 +263,7 @@ class ProgramEditor:
         with self.fake_mode() as mode:
             node.meta["val"] = mode.from_tensor(torch.nn.Parameter(tensor, requires_grad=False), static_shapes=True)
         self.inputs.insert(at, InputSpec(InputKind.PARAMETER, TensorArgument(name=node.name), fqn))
-        self._constants.add(node, fqn, tensor, steps)
+        self._constants.add(node, fqn, tensor, [queued(step, self.under_way) for step in steps])
         return node
 
     def materialize(self, node: Node) -> Node:
@@ -321,7 +325,7 @@ class ProgramEditor:
         self.cleanup()
         self.graph.lint()
         state_dict, constants = self._constants.store(self.inputs, progress)
-        self._check_interface()
+        _check_interface(self)
         subgraphs = {
             str(n.target): getattr(self._source.graph_module, str(n.target))
             for n in self.graph.nodes
@@ -341,16 +345,18 @@ class ProgramEditor:
             verifiers=self._source.verifiers,
         )
 
-    def _check_interface(self) -> None:
-        placeholders = [n.name for n in self.graph.nodes if n.op == "placeholder"]
-        if placeholders != [s.arg.name for s in self.inputs]:
-            raise InvariantError("the placeholders are no longer in the order of the signature")
-        for spec, node in zip(self.outputs, self.output_node.args[0]):  # type: ignore[arg-type]
-            if isinstance(node, Node) and not isinstance(spec.arg, ConstantArgument):
-                spec.arg.name = node.name
-        for node in self.graph.nodes:
-            if node.op == "call_function" and "val" not in node.meta and node.users:
-                raise InvariantError(f"{node.name} has no recorded value")
+
+def _check_interface(editor: ProgramEditor) -> None:
+    """Let the signature name the outputs as they are by now. Raise InvariantError where it fits the graph no more."""
+    placeholders = [n.name for n in editor.nodes if n.op == "placeholder"]
+    if placeholders != [s.arg.name for s in editor.inputs]:
+        raise InvariantError("the placeholders are no longer in the order of the signature")
+    for spec, node in zip(editor.outputs, editor.output_node.args[0]):  # type: ignore[arg-type]
+        if isinstance(node, Node) and not isinstance(spec.arg, ConstantArgument):
+            spec.arg.name = node.name
+    for node in editor.nodes:
+        if node.op == "call_function" and "val" not in node.meta and node.users:
+            raise InvariantError(f"{node.name} has no recorded value")
 
 
 def shares_memory(editor: ProgramEditor, node: Node, source: Node) -> bool:

@@ -28,7 +28,7 @@ def center(editor: ProgramEditor, space: Space, origin: str) -> Space:
     for use in space.constants:
         if not use.type.centred:
             layout = use.type.layout
-            editor.queue(editor.current(use.node), lambda tensor, at=layout: _centred(tensor, at))  # type: ignore[misc]
+            editor.queue(editor.current(use.node), lambda tensor, at=layout: _centred(tensor, at), layout.dims)  # type: ignore[misc]
     for node in space.centrings:
         _stop_centring(editor, node, origin)
     return space

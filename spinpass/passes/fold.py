@@ -28,7 +28,9 @@ def fold_rotation(editor: ProgramEditor, space: Space, rotation: Rotation) -> Sp
 
 def rotate_constant(editor: ProgramEditor, node: Node, layout: Layout, rotation: Rotation) -> None:
     """Queue ``v -> v R`` for the vectors of ``layout`` in the stored constant ``node``."""
-    editor.queue(node, lambda tensor: layout.apply(tensor, lambda vectors, dim: rotation.apply(vectors, dim)))
+    editor.queue(
+        node, lambda tensor: layout.apply(tensor, lambda vectors, dim: rotation.apply(vectors, dim)), layout.dims
+    )
 
 
 def _broken(editor: ProgramEditor, space: Space, rotation: Rotation, changes: Changes) -> str | None:

@@ -50,11 +50,13 @@ def _scale(editor: ProgramEditor, node: Node, axis: AxisType) -> None:
     assert axis.pending is not None and axis.pending.scale is not None
     scale = editor.deferred(axis.pending.scale)
     layout = axis.layout
+    alike = value(axis.pending.scale).numel() == layout.width  # all vectors are scaled alike
     editor.queue(
         node,
         lambda tensor: layout.apply(
             tensor, lambda vectors, dim: vectors * _along(scale(), layout.width, dim, vectors.ndim)
         ),
+        layout.dims if alike else None,
     )
 
 

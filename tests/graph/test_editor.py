@@ -15,6 +15,7 @@ from spinpass.certificate.programs import run
 from spinpass.errors import InvariantError, ProgramError, QuantizedWeightError
 from spinpass.graph import ProgramEditor, arguments, check_program, is_op, known_integers, op_name, shape
 from spinpass.graph.constants import Constant
+from spinpass.graph.folding import QueuedStep
 from spinpass.graph.nodes import lifted
 from tests.support.decoders import Decoder, exported, made, snapshot, tokens
 
@@ -134,19 +135,19 @@ def test_nothing_is_computed_before_the_end(program: ExportedProgram) -> None:
 
 def test_folds_round_once() -> None:
     """A thousand small steps in bfloat16 would lose everything."""
-    value = Constant("w", torch.tensor([1.0], dtype=torch.bfloat16), [lambda t: t * 1.0001] * 1000)
+    value = Constant("w", torch.tensor([1.0], dtype=torch.bfloat16), [QueuedStep(lambda t: t * 1.0001)] * 1000)
     assert float(value.compute()) == float(torch.tensor(1.0001**1000).bfloat16())
 
 
 def test_a_fold_may_not_change_the_shape() -> None:
-    with pytest.raises(InvariantError, match=r"w: a fold changed its shape from \(2,\) to \(4,\)"):
-        Constant("w", torch.ones(2), [lambda t: torch.cat([t, t])]).compute()
+    with pytest.raises(InvariantError, match=r"what Twice has queued changes a shape from \(2,\) to \(4,\)"):
+        Constant("w", torch.ones(2), [QueuedStep(lambda t: torch.cat([t, t]), "Twice")]).compute()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_step_that_writes_in_place_leaves_the_stored_tensor_as_it_is(dtype: torch.dtype) -> None:
     stored = torch.ones(2, dtype=dtype)
-    assert Constant("w", stored, [lambda t: t.add_(1.0)]).compute().tolist() == [2.0, 2.0]
+    assert Constant("w", stored, [QueuedStep(lambda t: t.add_(1.0))]).compute().tolist() == [2.0, 2.0]
     assert stored.tolist() == [1.0, 1.0]
 
 

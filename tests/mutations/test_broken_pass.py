@@ -60,9 +60,9 @@ def queue_unless(skip: Callable[[str], bool]) -> Patch:
     def patch(m: pytest.MonkeyPatch) -> None:
         real = ProgramEditor.queue
 
-        def queue(self: ProgramEditor, node: Any, step: Any) -> None:
+        def queue(self: ProgramEditor, node: Any, step: Any, mixes: Any = None) -> None:
             if not skip(self.fqn(node)):
-                real(self, node, step)
+                real(self, node, step, mixes)
 
         m.setattr(ProgramEditor, "queue", queue)
 
@@ -353,7 +353,7 @@ def changed_constants(kind: str) -> list[str]:
     real = ProgramEditor.queue
     with pytest.MonkeyPatch.context() as m:
         m.setattr(
-            ProgramEditor, "queue", lambda self, node, step: (names.add(self.fqn(node)), real(self, node, step))[1]
+            ProgramEditor, "queue", lambda self, node, *step: (names.add(self.fqn(node)), real(self, node, *step))[1]
         )
         spinpass.plan(program(kind), settings("offline"))
     return sorted(names)

@@ -66,14 +66,15 @@ def rows_kept(first: int) -> Patch:
     def patch(m: pytest.MonkeyPatch) -> None:
         real = ProgramEditor.queue
 
-        def queue(self: ProgramEditor, node: Any, step: Any) -> None:
+        def queue(self: ProgramEditor, node: Any, step: Any, mixes: Any = None) -> None:
             def partly(tensor: Tensor) -> Tensor:
                 old = tensor[first:].clone()
                 result = step(tensor).clone()
                 result[first:] = old
                 return result
 
-            real(self, node, partly if self.fqn(node) == "table.weight" else step)
+            table = self.fqn(node) == "table.weight"
+            real(self, node, partly if table else step, None if table else mixes)
 
         m.setattr(ProgramEditor, "queue", queue)
 

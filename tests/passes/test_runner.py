@@ -204,7 +204,7 @@ def test_what_a_pass_forgets_is_named(module: Any, name: str, text: str, monkeyp
 
 def test_a_writer_that_is_not_centred(monkeypatch: pytest.MonkeyPatch) -> None:
     real = ProgramEditor.queue
-    monkeypatch.setattr(ProgramEditor, "queue", lambda self, node, step: None if "embed" in node.name else real(self, node, step))
+    monkeypatch.setattr(ProgramEditor, "queue", lambda self, node, *step: None if "embed" in node.name else real(self, node, *step))
     with pytest.raises(InvariantError, match="Center broke the program at R1:residual: embed.weight writes into the stream"):
         spinpass.plan(program())
 
