@@ -12,6 +12,7 @@ from spinpass.errors import (
     SpinpassError,
     VerificationError,
 )
+from spinpass.graph import materialize
 from spinpass.passes import lower
 from spinpass.pipeline import Rotated, plan, rotate, transform
 from spinpass.planning import RotationPlan
@@ -33,6 +34,7 @@ __all__ = [
     "SpinpassError",
     "VerificationError",
     "lower",
+    "materialize",
     "plan",
     "rotate",
     "transform",

@@ -337,6 +337,7 @@ def test_the_public_api() -> None:
         "SpinpassError",
         "VerificationError",
         "lower",
+        "materialize",
         "plan",
         "rotate",
         "transform",

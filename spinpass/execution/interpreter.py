@@ -21,7 +21,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.node import map_aggregate
 
 from spinpass.errors import ConfigError, ProgramError
-from spinpass.graph import is_op, mutates, op_name
+from spinpass.graph import Handle, is_op, mutates, op_name, values_of
 from spinpass.progress import Tick
 
 _Lifted = dict[int, tuple[Any, Any]]  # by the identity of a value: itself and what it is lifted
@@ -255,6 +255,8 @@ def _split_outputs(ep: ExportedProgram, results: Sequence[Any], state: dict[str,
 def lift(value: Any) -> Any:
     """Return a tensor or dtype of a narrower float as float64 (complex128 if it is complex), anything else as it is."""
     value = _computed(value)
+    if isinstance(value, Handle):
+        return value if value.dtype == torch.float64 else value.lifted()
     if isinstance(value, Tensor):
         wider = _WIDER.get(value.dtype)
         return value if wider is None else value.detach().to(wider)
@@ -359,9 +361,11 @@ class Runner(Interpreter):
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call an operator, with lifted arguments in a lifted run."""
-        if not self.float64:
-            return super().call_function(target, args, kwargs)
         name = str(target)
+        if not self.float64:
+            if name not in _LOOKUPS and any(isinstance(value, Handle) for value in args):
+                args = tuple(map(self._read, args))
+            return super().call_function(target, args, kwargs)
         if name == _DTYPE_ASSERTION:
             return None
         if name in _LOOKUPS:
@@ -375,6 +379,9 @@ class Runner(Interpreter):
 
     def _lift(self, value: Any) -> Any:
         return _Body(value) if isinstance(value, GraphModule) else self._once(value, lift)
+
+    def _read(self, value: Any) -> Any:
+        return self._once(value, values_of) if isinstance(value, Handle) and not value.is_large else value
 
     def _compute(self, value: Any) -> Any:
         return self._once(value, _computed) if isinstance(value, Deferred) else value

@@ -6,12 +6,13 @@ import torch
 from torch.export import ExportedProgram
 
 from spinpass.errors import ExportError
+from spinpass.graph import Handle
 
 
 def refuse_fake_weights(ep: ExportedProgram) -> None:
     """Raise ExportError where a weight has no values."""
     for name, tensor in (*ep.state_dict.items(), *ep.constants.items()):
-        if isinstance(tensor, torch.Tensor) and type(tensor.data) is not torch.Tensor:
+        if isinstance(tensor, torch.Tensor) and type(tensor.data) not in (torch.Tensor, Handle):
             raise ExportError(
                 f"{name} is a {type(tensor.data).__name__}, not a tensor with values:"
                 " load the weights into the program first"

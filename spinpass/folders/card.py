@@ -15,6 +15,7 @@ from torch.export import ExportedProgram
 
 from spinpass.errors import ConfigError, ExportError, ProgramError, VerificationError
 from spinpass.evaluation import Comparison, ProgramScorer, Speed, compare, read_text, speed, token_ids, windows
+from spinpass.graph import storage_key
 from spinpass.loading import LoadedModel
 from spinpass.progress import Steps
 from spinpass.runtime import ModelFolder, open_decoder
@@ -111,7 +112,7 @@ def _check_numbers(found: Comparison, runtime: str) -> None:
 
 def weight_count(program: ExportedProgram) -> int:
     """Return how many weights a program has, tied ones counted once."""
-    return sum({tensor.data_ptr(): tensor.numel() for tensor in program.state_dict.values()}.values())
+    return sum({storage_key(tensor): tensor.numel() for tensor in program.state_dict.values()}.values())
 
 
 def _opened(folder: Path, program: ExportedProgram | None) -> tuple[str, Any, int | None]:

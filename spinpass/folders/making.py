@@ -5,10 +5,13 @@ model  ->  program  ->  rotated  ->  rounded  ->  a folder that was run and scor
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+
+from torch.export import ExportedProgram
 
 from spinpass.config import RotationConfig
 from spinpass.errors import ConfigError
@@ -22,6 +25,7 @@ from spinpass.evaluation import (
     token_ids,
 )
 from spinpass.formats import Draft, drafted
+from spinpass.graph import spooled
 from spinpass.loading import LoadedModel, check_program_options, load_model
 from spinpass.passes import last_token
 from spinpass.progress import Silent, Steps
@@ -48,6 +52,7 @@ _EXPERTS = {"onnx": "grouped_mm", "executorch": "batched_mm"}
 2048 with eight experts of width 768 at a time. The grouped product reads a weight once, however many tokens go to it.
 """
 _ROWS = 16  # texts that a model writes at once
+_SPOOLED_SHARE = 4  # of the free disk, what is computed from the weights is kept in one of so many parts
 _DEFAULT = RotationConfig()
 
 
@@ -172,14 +177,21 @@ class _Run:
     def _of(self, loaded: LoadedModel, config: RotationConfig | None, text: Path | None, draft: Draft) -> Made:
         asked, steps = self.request, self.steps
         result = rotated(loaded.program, config, steps, certify=asked.certify, allow_partial=asked.allow_partial)
+        result = replace(result, program=self._kept(result.program))
         if asked.to == "gptq":
             check_rotation(loaded, result)
         if asked.scheme is not None:
             result = quantized(result, loaded, asked.scheme, text, steps, asked.calibration_windows)
+            result = replace(result, program=self._kept(result.program))
         options = {} if asked.kv_cache is None or text is None else {"cache": _cache_bits(asked, text)}
         result = self._headed(result)
         result = replace(result, settings=settings_of(asked, config, last_logits=result.scored is not None))
         return Made(result, self.write(loaded, result, draft, steps, certify=asked.certify, **options))
+
+    def _kept(self, program: ExportedProgram) -> ExportedProgram:
+        """Return the program with what is read again and again kept on the disk, if there is room for it."""
+        folder = self.draft.folder.parent
+        return spooled(program, folder, shutil.disk_usage(folder).free // _SPOOLED_SHARE)
 
     def _headed(self, result: Result) -> Result:
         """Return the result with the logits that are asked for. Raises ConfigError where those of the last token alone
@@ -205,6 +217,7 @@ class _Run:
             dequantize=asked.dequantize,
             trust_remote_code=asked.trust_remote_code,
             experts=_EXPERTS.get(asked.to),
+            streamed=asked.to == "onnx",
             progress=self.steps.begin,
         )
         if asked.to == "onnx":

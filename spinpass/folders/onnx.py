@@ -12,7 +12,7 @@ from spinpass.errors import ConfigError, ExportError, VerificationError
 from spinpass.evaluation import calibration_windows, token_ids
 from spinpass.exporters import cache_names, named_record
 from spinpass.formats import PREFIX, READS_PADDING, Draft
-from spinpass.graph import with_other_values
+from spinpass.graph import storage_key, with_other_values
 from spinpass.loading import Companions, LoadedModel
 from spinpass.progress import Steps
 from spinpass.quantization import QuantizationReport, QuantizedWeight, unrounded_operands
@@ -157,7 +157,7 @@ def write_folder(
         report = export(draft.folder)
         return _written(onnx, loaded, result, draft, report, {}, tried, scored)
     made: dict[str, _Made] = {}
-    with TemporaryDirectory(dir=draft.folder, prefix=PREFIX) as staging:
+    with TemporaryDirectory(dir=draft.folder.parent, prefix=PREFIX) as staging:  # in the draft's it would be cleared up
         report = export(Path(staging, "0"), external_data=True)  # read again a tensor at a time
         if cache is not None and report.fused is not None and report.fused.kept:
             why = report.fused.kept[0]
@@ -222,8 +222,8 @@ def _expected(onnx: OnnxTools, result: Result, folder: Path, *, int4: bool, cert
     stored = onnx.dequantized_constants(folder, program.state_dict)
     if not stored.whole:
         return _Expected(program, why or "a packed matrix is computed from several parameters")
-    at = {program.state_dict[name].data_ptr(): tensor for name, tensor in stored.values.items()}  # tied ones share it
-    state = {name: at.get(tensor.data_ptr()) for name, tensor in program.state_dict.items()}
+    at = {storage_key(program.state_dict[name]): tensor for name, tensor in stored.values.items()}  # tied ones share it
+    state = {name: at.get(storage_key(tensor)) for name, tensor in program.state_dict.items()}
     rounded = with_other_values(program, {name: tensor for name, tensor in state.items() if tensor is not None})
     return _Expected(rounded, why, f"{stored.mixed[0]} is rounded for one of its uses alone" if stored.mixed else "")
 

@@ -21,7 +21,16 @@ from .manifest import (
     read_artefact,
     sealed,
 )
-from .paths import PROTOBUF_LIMIT, data_name, model_path, pte_path, remove_stale_data, runtime_file, xml_path
+from .paths import (
+    EXTERNAL_BYTES,
+    PROTOBUF_LIMIT,
+    data_name,
+    model_path,
+    pte_path,
+    remove_stale_data,
+    runtime_file,
+    xml_path,
+)
 from .people import README, is_for_people
 from .pt2 import load_program, save_program
 from .recorded import FileHash, check_recorded
@@ -30,6 +39,7 @@ from .staging import PREFIX, check_free, finish, is_plain_name, staged
 
 __all__ = [
     "CACHE_BUFFERS",
+    "EXTERNAL_BYTES",
     "MANIFEST",
     "PREFIX",
     "PROTOBUF_LIMIT",

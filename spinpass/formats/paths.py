@@ -8,6 +8,10 @@ from pathlib import Path
 PROTOBUF_LIMIT = 2**31 - 2**26
 """Bytes of weights a single file holds: protobuf ends at 2 GiB, and the graph itself needs room too."""
 
+EXTERNAL_BYTES = 100 << 20
+"""Bytes of weights from which on they lie beside the file: a protobuf stands several times in memory when it is read or
+written."""
+
 _RUNTIMES = (".onnx", ".xml", ".pte")
 
 

@@ -18,6 +18,7 @@ from torch.export import ExportedProgram
 
 from spinpass import operators  # noqa: F401  # registers what rotated, quantized and packed programs call
 from spinpass.errors import ConfigError, DamageError, ExportError, ProgramError, SpinpassError, first_line
+from spinpass.graph import materialize, storage_key
 
 from .staging import staged
 from .untrusted import cache_class, check_members
@@ -74,7 +75,8 @@ def save_program(program: ExportedProgram, path: str | Path) -> None:
         raise ConfigError(f"{path} does not end in .pt2, the name of an exported program")
     if not isinstance(program, ExportedProgram):
         raise ProgramError(f"a .pt2 file holds a torch.export.ExportedProgram, not a {type(program).__name__}")
-    distinct = {t.data_ptr(): t for t in program.state_dict.values()}
+    program = materialize(program)
+    distinct = {storage_key(t): t for t in program.state_dict.values()}
     size = sum(t.numel() * t.element_size() for t in distinct.values())
     with staged(path.parent, size) as staging, open(staging / path.name, "wb") as file:
         sink = _Sink(file)

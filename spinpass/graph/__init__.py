@@ -4,6 +4,7 @@ from .checks import assume, check_program, is_size_class
 from .concrete import ConcreteSizes, called, drawn
 from .decomposition import decomposed, splice
 from .editor import ProgramEditor, copied_graph, shares_memory
+from .handles import Handle, materialize, spooled, storage_key, values_of
 from .invariants import Changes, Invariants
 from .layout import Layout, LayoutError, Size
 from .listing import listing
@@ -29,14 +30,19 @@ from .nodes import (
     value,
 )
 from .signature import integers_as_buffers, integers_as_parameters, with_constants, with_other_values, without_constants
+from .sources import ConstantSource, Held, Rows, row_blocks
 
 __all__ = [
     "Changes",
     "ConcreteSizes",
+    "ConstantSource",
+    "Handle",
+    "Held",
     "Invariants",
     "Layout",
     "LayoutError",
     "ProgramEditor",
+    "Rows",
     "Size",
     "arguments",
     "assume",
@@ -61,14 +67,19 @@ __all__ = [
     "known_integers",
     "lifted",
     "listing",
+    "materialize",
     "mutates",
     "op_name",
     "reachable",
     "remembered",
+    "row_blocks",
     "shape",
     "shares_memory",
     "splice",
+    "spooled",
+    "storage_key",
     "value",
+    "values_of",
     "with_constants",
     "with_other_values",
     "without_constants",

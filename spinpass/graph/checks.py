@@ -11,6 +11,7 @@ from torch.fx import Node
 
 from spinpass.errors import ProgramError, QuantizedWeightError
 
+from .handles import Handle
 from .nodes import arguments, is_op, op_name
 
 PACKED_TYPES = {torch.int8, torch.uint8, torch.int16, torch.int32}
@@ -56,7 +57,7 @@ def check_program(program: object) -> None:
 def _is_packed(tensor: Tensor) -> bool:
     if isinstance(tensor, torch._subclasses.FakeTensor):
         return False
-    if tensor.is_quantized or type(tensor) not in (Tensor, torch.nn.Parameter, torch.nn.Buffer):
+    if tensor.is_quantized or type(tensor) not in (Tensor, torch.nn.Parameter, torch.nn.Buffer, Handle):
         return True
     return isinstance(tensor, torch.nn.Parameter) and not (tensor.is_floating_point() or tensor.is_complex())
 

@@ -21,6 +21,7 @@ from spinpass.errors import ProgramError
 from spinpass.progress import Progress
 
 from .folding import QueuedStep, folded, folded_float64
+from .handles import Handle, storage_key
 from .nodes import KNOWN, is_check
 
 _KINDS = {InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR}
@@ -36,12 +37,16 @@ class Constant:
     steps: list[QueuedStep] = field(default_factory=list)
 
     def compute(self) -> Tensor:
-        """Apply the queue in float64 and cast the result once, to the stored dtype.
+        """Apply the queue in float64 and cast the result once, to the stored dtype; of a handle, when that is read.
 
         Raises:
             InvariantError: a step fails, or changes the shape.
         """
-        return folded(self.tensor, self.steps) if self.steps else self.tensor
+        if not self.steps:
+            return self.tensor
+        if isinstance(self.tensor, Handle):
+            return self.tensor.folded(self.steps)
+        return folded(self.tensor, self.steps)
 
     def compute_float64(self) -> Tensor:
         """Apply the queue in float64; what is not floating point is returned as it is stored.
@@ -49,6 +54,8 @@ class Constant:
         Raises:
             InvariantError: a step fails, or changes the shape.
         """
+        if isinstance(self.tensor, Handle):
+            return self.tensor.folded(self.steps).lifted(unrounded=bool(self.steps))
         return folded_float64(self.tensor, self.steps)
 
 
@@ -83,7 +90,7 @@ class Constants:
                 continue
             if _is_index(tensor):
                 node.meta[KNOWN] = tensor
-            first = stored.setdefault(_storage_key(tensor), node)
+            first = stored.setdefault(storage_key(tensor), node)
             if first is not node:
                 self._aliases[node] = first
         self.updated = {n for n, c in self._all.items() if c.fqn in updated}
@@ -212,10 +219,4 @@ class Constants:
 def _is_index(tensor: Tensor) -> bool:
     """Return whether the tensor is a small one of int64, whose values are shown to the analysis."""
     small = tensor.dtype == torch.int64 and tensor.numel() <= _SMALL
-    return small and not isinstance(tensor, torch._subclasses.FakeTensor)
-
-
-def _storage_key(tensor: Tensor) -> tuple[Any, ...]:
-    if isinstance(tensor, torch._subclasses.FakeTensor) or tensor.numel() == 0:
-        return (id(tensor),)
-    return (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device)
+    return small and not isinstance(tensor, (torch._subclasses.FakeTensor, Handle))

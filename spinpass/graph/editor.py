@@ -29,6 +29,7 @@ from .checks import PACKED_TYPES, check_program
 from .constants import Constants
 from .expressions import Expressions
 from .folding import Step, queued
+from .handles import fake_parameter
 from .nodes import is_check, is_composed, mutates, value
 
 
@@ -261,7 +262,7 @@ class ProgramEditor:
         ):
             node = self.graph.placeholder("p_" + fqn.replace(".", "_"))
         with self.fake_mode() as mode:
-            node.meta["val"] = mode.from_tensor(torch.nn.Parameter(tensor, requires_grad=False), static_shapes=True)
+            node.meta["val"] = fake_parameter(mode, tensor)
         self.inputs.insert(at, InputSpec(InputKind.PARAMETER, TensorArgument(name=node.name), fqn))
         self._constants.add(node, fqn, tensor, [queued(step, self.under_way) for step in steps])
         return node

@@ -88,6 +88,11 @@ def folded_float64(tensor: Tensor, steps: Sequence[QueuedStep]) -> Tensor:
     return wide
 
 
+def sliceable(shape: Sequence[int], steps: Sequence[QueuedStep]) -> bool:
+    """Return whether the steps can be applied to any rows of the first axis by themselves."""
+    return bool(shape) and all(step.axes is not None and 0 not in {d % len(shape) for d in step.axes} for step in steps)
+
+
 def _through(piece: Tensor, steps: Sequence[QueuedStep]) -> Tensor:
     wide = piece.to(torch.float64, copy=True)
     for step in steps:

@@ -10,7 +10,7 @@ import importlib
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ from .papers import Papers, papers_of
 from .quantized import check_quantization, dequantized_config, gguf_types
 from .sources import Source, locate
 from .static_cache import export_static_cache
+from .streamed import Streamed, can_stream
 from .tensors import LoadingReport, check_loaded_tensors, renamings, stored_tensors, wrappers
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "auto": "auto"}
@@ -106,6 +107,7 @@ def load_model(
     dequantize: bool = False,
     trust_remote_code: bool = False,
     experts: str | None = None,
+    streamed: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> LoadedModel:
     """Load and export ``model``. A ``.pt2`` file is taken as it is.
@@ -122,6 +124,8 @@ def load_model(
         experts: which of transformers' implementations of a mixture's experts goes into the graph, for a target that
             has not all of their operators (``grouped_mm``, ``batched_mm``). None leaves the model's own, and so do
             models that have but one.
+        streamed: leave large weights of a folder in its files: the program's constants are read when they are used
+            (:class:`spinpass.graph.Handle`). Small models are loaded all the same.
         progress: it is called with the name of each step before it starts.
 
     Raises:
@@ -139,15 +143,16 @@ def load_model(
         program, files = load_program(source.location), check_program_file(Path(source.location))
         return LoadedModel(source, program, None, LoadingReport(notes=files.notes), files)
     with _quiet():
-        loaded, tokenizer, done, files = _load(source, _DTYPES[dtype], dequantize, trust_remote_code)
+        given, tokenizer, done, files = _load(source, _DTYPES[dtype], dequantize, trust_remote_code, streamed)
+        loaded = given.traced if isinstance(given, Streamed) else given
         if experts is not None and loaded._can_set_experts_implementation():  # noqa: SLF001  as their exporters ask
             loaded.set_experts_implementation(experts)
         report("export")
         padding = False
-        program = _exported(loaded, cache, source.location, context)
+        program = _with_values(given, _exported(loaded, cache, source.location, context))
         if cache and context is None and done.dequantized != "gptq":  # whose values are filled in below
             report("compare")
-            program, notes = _faithful(loaded, program, source.location)
+            program, notes = _faithful(given, program, source.location)
             padding = reads_padding(loaded, program)
             done = replace(done, notes=(*done.notes, *notes, *([_PADDING] if padding else ())))
     if done.dequantized == "gptq":
@@ -205,8 +210,13 @@ def _loading_error(source: Source, error: Exception) -> SpinpassError:
     return ExportError(f"{why}; check that it is whole, as save_pretrained writes it")
 
 
-def _load(source: Source, dtype: Any, dequantize: bool, trust: bool) -> tuple[Any, Any, LoadingReport, SourceFiles]:
-    """Return the model, its tokenizer (None where it has none), what loading did, and the files it read."""
+def _load(
+    source: Source, dtype: Any, dequantize: bool, trust: bool, streamed: bool
+) -> tuple[Any, Any, LoadingReport, SourceFiles]:
+    """Return the model, its tokenizer (None where it has none), what loading did, and the files it read.
+
+    A model whose weights stay in their files is :class:`.streamed.Streamed`.
+    """
     transformers = _module("transformers", f"loading {source.location}")
     try:
         if source.gguf:
@@ -215,13 +225,18 @@ def _load(source: Source, dtype: Any, dequantize: bool, trust: bool) -> tuple[An
             model, done = _of_gguf(transformers, source, dtype)
         else:
             files = check_folder(transformers, source.location)
-            model, done = _of_folder(transformers, source.location, files, dtype, dequantize, trust)
+            later = streamed and not (dequantize or trust) and can_stream(files.weights, dtype)
+            model, done = _of_folder(
+                transformers, source.location, files, "auto" if later else dtype, dequantize, trust
+            )
+            if later and done.dequantized is None:
+                model = Streamed(transformers, model, dtype)
     except SpinpassError:
         raise
     except Exception as error:  # hub, file, configuration and import errors: no common base below Exception
         raise _loading_error(source, error) from error
     tokenizer, missed = _tokenizer(transformers, source, files.tokenizer, trust)
-    notes = (*files.notes, *missed, *_table_notes(model, tokenizer))
+    notes = (*files.notes, *missed, *_table_notes(getattr(model, "traced", model), tokenizer))
     return model, tokenizer, replace(done, notes=notes), files
 
 
@@ -338,17 +353,27 @@ def _exported(model: Any, cache: bool, name: str, context: int | None) -> Export
         raise ExportError(f"{name} cannot be exported: {_summary(error)}") from error
 
 
-def _faithful(model: Any, program: ExportedProgram, name: str) -> tuple[ExportedProgram, tuple[str, ...]]:
+def _with_values(given: Any, program: ExportedProgram) -> ExportedProgram:
+    return given.with_values(program) if isinstance(given, Streamed) else program
+
+
+def _faithful(given: Any, program: ExportedProgram, name: str) -> tuple[ExportedProgram, tuple[str, ...]]:
     """Return the decoder, or where that is not the model the one that takes single tokens, with a note of it.
 
     Raises ExportError where neither is the model.
     """
+    model = given.traced if isinstance(given, Streamed) else given
+
+    def check(made: ExportedProgram) -> None:
+        with given.filled() if isinstance(given, Streamed) else nullcontext():
+            check_faithful(model, made, name)
+
     try:
-        check_faithful(model, program, name)
+        check(program)
     except ExportError as refusal:
         try:
-            program = export_decoder(model, one_by_one=True)
-            check_faithful(model, program, name)
+            program = _with_values(given, export_decoder(model, one_by_one=True))
+            check(program)
         except Exception as error:  # whatever tracing a model's own code raises: what was said first is about more
             raise refusal from error
         return program, ("its program takes one token at a call, so that prompts are read token by token",)

@@ -12,7 +12,7 @@ from spinpass.rotations import Rotation
 from .site_pass import SitePass
 
 
-def materialize(editor: ProgramEditor, space: Space) -> Space:
+def materialize_expressions(editor: ProgramEditor, space: Space) -> Space:
     """Give every computed constant of the space a stored tensor of its own, and return the space.
 
     Its value is the one before anything is queued for this space.
@@ -32,6 +32,6 @@ def _broken(editor: ProgramEditor, space: Space, rotation: Rotation, changes: Ch
 MATERIALIZE = SitePass(
     "Materialize",
     applies=lambda space: any(use.node.op != "placeholder" for use in space.constants),
-    run=lambda editor, space, rotation, name: materialize(editor, space),
+    run=lambda editor, space, rotation, name: materialize_expressions(editor, space),
     broken=_broken,
 )

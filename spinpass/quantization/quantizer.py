@@ -11,12 +11,14 @@ import math
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import Node
 
 from spinpass import operators  # noqa: F401  (registers torch.ops.spinpass)
 from spinpass.errors import ConfigError
-from spinpass.graph import ProgramEditor, arguments
+from spinpass.execution import constants
+from spinpass.graph import Handle, ProgramEditor, arguments, with_other_values
 from spinpass.passes import open_program
 from spinpass.progress import Progress
 
@@ -95,12 +97,17 @@ def _rounded(
         run_in_lockstep(prepared, calibration, calibrator.watches(), reference, progress)
     calibrator.rest(progress if not calibration else None)
     result = ProgramEditor(prepared)
-    by_name = {n.name: n for n in result.nodes}
+    by_name, held = {n.name: n for n in result.nodes}, constants(prepared)
+    later: dict[str, Tensor] = {}
     for name, compute in calibrator.changed.items():
-        result.queue(by_name[name], lambda _, new=compute: new().double())  # type: ignore[misc]
+        if isinstance(held[name], Handle):
+            later |= dict.fromkeys(result.fqns(by_name[name]), compute())
+        else:
+            result.queue(by_name[name], lambda _, new=compute: new().double())  # type: ignore[misc]
     for name in sites.static:
         _drop_limit(result, by_name[name])
-    return split_rows(Quantized(result.finish(), calibrator.report(program)))
+    finished = with_other_values(result.finish(), later) if later else result.finish()
+    return split_rows(Quantized(finished, calibrator.report(program)))
 
 
 def _drop_limit(editor: ProgramEditor, node: Node) -> None:

@@ -38,7 +38,12 @@ class NoKernelError(ExportError):
 
 
 def open_session(
-    path: Path, provider: str = "CPUExecutionProvider", threads: int | None = None, *, model: bytes | None = None
+    path: Path,
+    provider: str = "CPUExecutionProvider",
+    threads: int | None = None,
+    *,
+    model: bytes | None = None,
+    prepack: bool = True,
 ) -> ort.InferenceSession:
     """A session with the default optimisations that prints nothing by itself.
 
@@ -47,6 +52,8 @@ def open_session(
         provider: ONNX Runtime's name of what computes.
         threads: how many of the CPU. None leaves the number to ONNX Runtime.
         model: what is run in place of the file, a model that was made of it and reads its data.
+        prepack: keep a copy of the weights in the order in which kernels read them. Without one a large model's weights
+            stay in their file, and are slower to multiply by.
 
     Raises:
         ConfigError: this build of ONNX Runtime does not have ``provider``.
@@ -66,6 +73,8 @@ def open_session(
     options.log_severity_level = 4  # its errors are raised too; printed, they hold names of the file as they are
     if threads is not None:
         options.intra_op_num_threads = threads
+    if not prepack:
+        options.add_session_config_entry("session.disable_prepacking", "1")
     if model is not None:
         options.add_session_config_entry(_DATA_FOLDER, str(path.parent.resolve()))
     try:

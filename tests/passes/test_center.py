@@ -6,7 +6,7 @@ import pytest
 
 import spinpass
 from spinpass.graph import ProgramEditor
-from spinpass.passes.materialize import materialize
+from spinpass.passes.materialize import materialize_expressions
 from tests.support.decoders import Decoder, exported, made
 from tests.support.passes import centred, error, finished, fuse, stream, targets
 
@@ -18,7 +18,7 @@ def test_centring_moves_into_the_writers(norm: str, positions: bool) -> None:
     editor = ProgramEditor(before)
     space = stream(editor)
     assert space.centred
-    after, _ = finished(editor, space, materialize, fuse, centred)
+    after, _ = finished(editor, space, materialize_expressions, fuse, centred)
     assert error(before, after) <= 1e-12
     assert targets(after, "layer_norm") == 0 and targets(after, "mean") <= 3
     for name in ("embed.weight", "blocks.0.attn.o.bias", "blocks.0.mlp.down.bias"):

@@ -6,7 +6,7 @@ import torch
 
 from spinpass.graph import ProgramEditor
 from spinpass.passes.fold import fold_rotation
-from spinpass.passes.materialize import materialize
+from spinpass.passes.materialize import materialize_expressions
 from spinpass.rotations import Rotation
 from tests.support.decoders import Decoder, exported, made
 from tests.support.passes import finished, stream
@@ -16,7 +16,7 @@ def test_a_fold_is_the_rotation_of_rows_or_columns() -> None:
     before = exported(made(Decoder(norm="rms_plain", bias=True)))
     editor = ProgramEditor(before)
     rotation = Rotation.create("random-hadamard", 24, seed=1, identity="x")
-    after, _ = finished(editor, stream(editor), materialize, lambda e, s: fold_rotation(e, s, rotation))
+    after, _ = finished(editor, stream(editor), materialize_expressions, lambda e, s: fold_rotation(e, s, rotation))
     r = rotation.matrix()
     old, new = before.state_dict, after.state_dict
     for name, expected in {

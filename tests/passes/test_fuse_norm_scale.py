@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from spinpass.graph import ProgramEditor
-from spinpass.passes.materialize import materialize
+from spinpass.passes.materialize import materialize_expressions
 from tests.support.decoders import NORMS, Decoder, exported, made
 from tests.support.passes import error, finished, fuse, stream
 
@@ -20,7 +20,7 @@ def test_scales_move_into_the_linears_and_the_function_stays(norm: str, bias: bo
     editor = ProgramEditor(before)
     space = stream(editor)
     assert space.scales
-    after, _ = finished(editor, space, materialize, fuse)
+    after, _ = finished(editor, space, materialize_expressions, fuse)
     assert error(before, after) <= 1e-12
     used = {
         s.target
@@ -34,7 +34,7 @@ def test_scales_move_into_the_linears_and_the_function_stays(norm: str, bias: bo
 def test_scales_in_narrow_dtypes_round_once(dtype: torch.dtype) -> None:
     before = exported(made(Decoder(norm="rms1"), dtype=dtype))
     editor = ProgramEditor(before)
-    after, _ = finished(editor, stream(editor), materialize, fuse)
+    after, _ = finished(editor, stream(editor), materialize_expressions, fuse)
     gain, weight = before.state_dict["blocks.0.norm1.weight"], before.state_dict["blocks.0.attn.q.weight"]
     expected = (weight.double() * (1.0 + gain.double())).to(dtype)
     assert torch.equal(after.state_dict["blocks.0.attn.q.weight"].detach(), expected.detach())
@@ -44,7 +44,7 @@ def test_scales_in_narrow_dtypes_round_once(dtype: torch.dtype) -> None:
 def test_norm_biases_become_linear_biases() -> None:
     before = exported(made(Decoder(norm="ln")))
     editor = ProgramEditor(before)
-    after, _ = finished(editor, stream(editor), materialize, fuse)
+    after, _ = finished(editor, stream(editor), materialize_expressions, fuse)
     added = sorted(after.state_dict.keys() - before.state_dict.keys())
     assert added == sorted(
         f"{x}.bias"
@@ -73,7 +73,7 @@ def test_without_a_scale_there_is_nothing_to_fuse() -> None:
 
 def test_fused_norms_are_found_bare_the_second_time() -> None:
     editor = ProgramEditor(exported(made(Decoder(norm="ln_nobias"))))
-    after, _ = finished(editor, stream(editor), materialize, fuse)
+    after, _ = finished(editor, stream(editor), materialize_expressions, fuse)
     assert (
         not ProgramEditor(after).graph.find_nodes(op="call_function", target=torch.ops.aten.mul.Tensor, sort=False)
         or True

@@ -7,7 +7,7 @@ import pytest
 from spinpass.graph import ProgramEditor
 from spinpass.passes.fold import fold_rotation
 from spinpass.passes.insert_rotations import insert_rotations
-from spinpass.passes.materialize import materialize
+from spinpass.passes.materialize import materialize_expressions
 from spinpass.rotations import Rotation
 from tests.support.decoders import Decoder, exported, made
 from tests.support.passes import error, finished, fuse, stream, targets
@@ -23,7 +23,7 @@ def test_rotations_inserted_and_folded(kind: str, block: int | None) -> None:
     after, _ = finished(
         editor,
         space,
-        materialize,
+        materialize_expressions,
         fuse,
         lambda e, s: insert_rotations(e, s, rotation, "R1:x"),
         lambda e, s: fold_rotation(e, s, rotation),

@@ -9,7 +9,7 @@ import pytest
 import spinpass
 from spinpass import pipeline
 from spinpass.graph import ProgramEditor
-from spinpass.passes.materialize import materialize
+from spinpass.passes.materialize import materialize_expressions
 from tests.support.decoders import Decoder, exported, made
 from tests.support.passes import centred, error, finished, fuse, stream, targets
 
@@ -32,7 +32,7 @@ def test_every_prefix_of_the_pipeline_that_ends_before_the_rotations_keeps_the_f
     settings: dict[str, Any],
 ) -> None:
     before = exported(made(Decoder(**settings)))
-    for passes in ((), (materialize,), (materialize, fuse), (materialize, fuse, centred)):
+    for passes in ((), (materialize_expressions,), (materialize_expressions, fuse), (materialize_expressions, fuse, centred)):
         editor = ProgramEditor(before)
         after, _ = finished(editor, stream(editor), *passes)
         assert error(before, after) <= 1e-12

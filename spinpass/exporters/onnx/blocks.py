@@ -54,7 +54,10 @@ def blocks(codes: Codes, block: int) -> tuple[Tensor, Tensor, Tensor]:
 def packed_bits(q: Tensor, bits: int) -> np.ndarray[Any, Any]:
     """Pack uint8 values below 2^bits along the last axis, the first in the lowest bits; rows are padded with zeros."""
     per = 8 // bits
-    short = -q.shape[-1] % per
-    padded = torch.nn.functional.pad(q, (0, short)).reshape(*q.shape[:-1], -1, per).to(torch.int32)
-    shifted = padded << (torch.arange(per, dtype=torch.int32) * bits)
-    return np.asarray(shifted.sum(-1).to(torch.uint8))
+    if per == 1:
+        return np.asarray(q)
+    packed = torch.zeros(*q.shape[:-1], -(-q.shape[-1] // per), dtype=torch.uint8)
+    for k in range(min(per, q.shape[-1])):
+        every = q[..., k::per]
+        packed[..., : every.shape[-1]] |= every << (k * bits)
+    return np.asarray(packed)

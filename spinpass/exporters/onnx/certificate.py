@@ -25,18 +25,21 @@ _CACHE_RANK = 4
 _MASK_RANK = 2
 
 
-def certify_onnx(ep: ExportedProgram, path: Path, inputs: object = None, *, fused: bool = False) -> FileCertificate:
+def certify_onnx(
+    ep: ExportedProgram, path: Path, inputs: object = None, *, fused: bool = False, prepack: bool = True
+) -> FileCertificate:
     """Run the file at ``path`` (CPU, default optimisations) and ``ep`` on ``inputs`` and compare.
 
     ``inputs`` are what :func:`spinpass.execution.flat_inputs` takes; None draws several from the program's own specs.
     Inputs and outputs of the file are matched to the program's by position. A ``fused`` file is compared on several
-    parts of them, which :func:`fused_cases` cuts. Of each output the worst is kept.
+    parts of them, which :func:`fused_cases` cuts. Of each output the worst is kept. ``prepack`` is that of
+    :func:`spinpass.runtime.open_session`.
 
     Raises:
         ExportError: ONNX Runtime cannot load or run the file.
         ConfigError: the inputs do not fit the program.
     """
-    session = open_session(path)
+    session = open_session(path, prepack=prepack)
     cases = partial(fused_cases, ep) if fused else lambda values: [values]
     drawn = FileComparison.drawn(ep, inputs, cases, _one_size(ep, session))
     return of_draws([[_certify(comparison, session) for comparison in cases] for cases in drawn])

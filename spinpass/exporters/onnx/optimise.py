@@ -17,6 +17,8 @@ from onnx_ir.passes import common
 from onnxscript import optimizer, rewriter
 from onnxscript.rewriter.rules import common as rules
 
+from spinpass.graph import storage_key
+
 from .naming import name_transposed, transposed_weights
 
 _RULES = (
@@ -125,7 +127,7 @@ def _share_initializers(graph: ir.Graph) -> None:
         raw = value.const_value.raw if isinstance(value.const_value, ir.Tensor) else None
         if not isinstance(raw, torch.Tensor) or raw.numel() == 0:
             continue
-        kept = first.setdefault((raw.data_ptr(), raw.dtype, tuple(raw.shape), raw.stride()), value)
+        kept = first.setdefault(storage_key(raw), value)
         if kept is not value and not value.is_graph_output():
             ir.convenience.replace_all_uses_with(value, kept)
             del graph.initializers[str(value.name)]

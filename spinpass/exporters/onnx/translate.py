@@ -34,6 +34,7 @@ from .operators.hadamard import hadamard_translation
 from .operators.packed_linear import packed_linear_translation
 from .operators.rounding import round_rows_translation, round_tokens_translation, translate_round_tensor
 from .optimise import optimise
+from .streamed import read_when_written
 
 
 def translate(ep: ExportedProgram, opset: int | None) -> ir.Model:
@@ -51,6 +52,7 @@ def translate(ep: ExportedProgram, opset: int | None) -> ir.Model:
     with _quiet():
         program = _convert(_Program(ep), opset, table) or _convert(_Program(ep, decompose=True), opset, table)
     model: ir.Model = program.model
+    read_when_written(model.graph)
     optimise(model)
     return model
 

@@ -18,7 +18,7 @@ from torch.export import ExportedProgram
 
 from spinpass.certificate import FileCertificate
 from spinpass.errors import ConfigError, ProgramError
-from spinpass.formats import CACHE_BUFFERS, PROTOBUF_LIMIT, data_name, model_path, remove_stale_data
+from spinpass.formats import CACHE_BUFFERS, EXTERNAL_BYTES, PROTOBUF_LIMIT, data_name, model_path, remove_stale_data
 from spinpass.runtime import NoKernelError
 
 from ..certified_file import Clock, FileReport, write_certified
@@ -64,7 +64,7 @@ def export(
     opset: int | None = None,
     fuse: bool = False,
     external_data: bool | None = None,
-    external_threshold: int = PROTOBUF_LIMIT,
+    external_threshold: int = EXTERNAL_BYTES,
     verify: bool | None = None,
     inputs: object = None,
     metadata: Mapping[str, str] | None = None,
@@ -124,7 +124,8 @@ def export(
 
     def compare(path: Path) -> FileCertificate | str:
         try:
-            return certify_onnx(ep, path, inputs, fused=fused is not None and fused.attention > 0)
+            attention = fused is not None and fused.attention > 0
+            return certify_onnx(ep, path, inputs, fused=attention, prepack=not external or _has_integers(model))
         except NoKernelError as error:
             if verify:
                 raise
@@ -154,3 +155,8 @@ def _finish(model: ir.Model, names: GraphNames, parameters: frozenset[str], meta
 def _record(ep: ExportedProgram, names: GraphNames) -> dict[str, str]:
     found = named_record(ep, names.inputs, names.outputs)
     return {} if found is None else {"spinpass.record": json.dumps(found)}
+
+
+def _has_integers(model: ir.Model) -> bool:
+    """Say whether there are products with packed integers, whose kernels need them in their own order."""
+    return any(node.op_type == "MatMulNBits" for node in model.graph.all_nodes())

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
 from torch.export import ExportedProgram
 
 from spinpass.execution import constants
-from spinpass.graph import arguments, shape
+from spinpass.graph import Handle, arguments, shape, values_of
 from spinpass.progress import Progress
 
 from ..layers import ChosenSites, WeightSite
 from ..report import QuantizationReport, QuantizedWeight
-from ..rounding import Moments, rounded, rounded_by_gptq, static_range, token_clip
+from ..rounding import Coded, Moments, rounded, rounded_by_gptq, stacked, static_range, token_clip
 from ..scheme import Weights
 from .lockstep import OperandWatch
 
@@ -97,23 +98,22 @@ class Calibrator:
 
     def _round(self, name: str, dim: int, scheme: Weights, moments: Moments | None) -> Tensor:
         stored = self._constants[name].detach()
-        moved = stored.movedim(dim, -1)
-        matrix = moved.reshape(-1, moved.shape[-1]).float()
-        if scheme.method == "gptq" and moments is not None:
-            target = moments.target(matrix, scheme.damping) if scheme.follow else matrix
-            codes = rounded_by_gptq(target, moments.own, scheme, moments.factors)
-        else:
-            codes = rounded(matrix, scheme)
-        codes = codes.in_steps_of(stored.dtype, scheme.scales)
-        result = codes.dequantized()
+        parts, errors = [], []
+        for matrix in _matrices(stored, dim, whole=moments is not None):
+            if scheme.method == "gptq" and moments is not None:
+                target = moments.target(matrix, scheme.damping) if scheme.follow else matrix
+                part = rounded_by_gptq(target, moments.own, scheme, moments.factors)
+            else:
+                part = rounded(matrix, scheme)
+            parts.append(part.in_steps_of(stored.dtype, scheme.scales))
+            errors.append(_error(matrix, parts[-1].dequantized(), moments))
+        codes = stacked(parts)
+        source = Coded(codes, dim, stored.shape, stored.dtype)
         # the codes are kept, a quarter of what they stand for
-        self.changed[name] = lambda: codes.dequantized().reshape(moved.shape).movedim(-1, dim).to(stored.dtype)
-        if moments is None:
-            error = float((result - matrix).square().sum() / matrix.square().sum().clamp_min(1e-30))
-        else:
-            error = moments.error(matrix, result)
-        self.done[self.sites.fqns[name]] = QuantizedWeight(codes, dim, scheme, error)
-        return result.reshape(moved.shape).movedim(-1, dim).to(stored.dtype).contiguous()
+        self.changed[name] = lambda: Handle(source) if isinstance(stored, Handle) else source.read(slice(None))
+        lost, size = (math.fsum(each) for each in zip(*errors, strict=True))
+        self.done[self.sites.fqns[name]] = QuantizedWeight(codes, dim, scheme, lost / max(size, 1e-30))
+        return self.changed[name]()
 
     def _clip(self, values: list[Tensor], name: str) -> Mapping[str, Tensor]:
         node = self._nodes[name]
@@ -129,3 +129,21 @@ class Calibrator:
         numbers = dict(zip((n.name for n in node.all_input_nodes[1:]), (found.scale, found.zero)))
         self.changed |= {name: lambda value=value: value for name, value in numbers.items()}
         return numbers
+
+
+def _matrices(stored: Tensor, dim: int, *, whole: bool) -> Iterator[Tensor]:
+    """Yield a constant as float matrices (out, in) whose columns lie along ``dim``: one, or a block of rows at a time
+    where it is large and read when it is used."""
+    if isinstance(stored, Handle) and not whole and dim % stored.ndim == stored.ndim - 1:
+        for block in stored.blocks():
+            yield block.reshape(-1, block.shape[-1]).float()
+        return
+    moved = values_of(stored).movedim(dim, -1)
+    yield moved.reshape(-1, moved.shape[-1]).float()
+
+
+def _error(matrix: Tensor, result: Tensor, moments: Moments | None) -> tuple[float, float]:
+    """Return the squared error, and what it is relative to."""
+    if moments is not None:
+        return moments.error(matrix, result), 1.0
+    return float((result - matrix).square().sum()), float(matrix.square().sum())

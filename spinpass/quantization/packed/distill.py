@@ -21,7 +21,7 @@ from torch.export import ExportedProgram
 
 from spinpass.errors import ConfigError
 from spinpass.execution import constants, log_probabilities
-from spinpass.graph import with_other_values
+from spinpass.graph import storage_key, with_other_values
 from spinpass.progress import Progress, Tick
 
 from ..report import Distillation, Quantized, QuantizedWeight
@@ -164,10 +164,10 @@ class _Student:
 
 def _names(program: ExportedProgram, weights: Iterable[str]) -> dict[str, list[str]]:
     """By name of a weight all names under which the program has it."""
-    at: dict[int, list[str]] = {}
+    at: dict[tuple[Any, ...], list[str]] = {}
     for name, tensor in program.state_dict.items():
-        at.setdefault(tensor.data_ptr(), []).append(name)
-    return {name: at[program.state_dict[name].data_ptr()] for name in weights}
+        at.setdefault(storage_key(tensor), []).append(name)
+    return {name: at[storage_key(program.state_dict[name])] for name in weights}
 
 
 def _emptied(program: ExportedProgram, names: Mapping[str, Sequence[str]]) -> ExportedProgram:

@@ -22,7 +22,7 @@ from torch.fx import Node
 
 from spinpass import operators
 from spinpass.errors import ConfigError
-from spinpass.graph import ProgramEditor, arguments, integers_as_buffers, shape, value, with_constants
+from spinpass.graph import ProgramEditor, arguments, integers_as_buffers, shape, storage_key, value, with_constants
 from spinpass.operators import nearest, pack_words
 
 from ..layers import ORIGIN
@@ -104,7 +104,7 @@ def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _identity(tensor: Tensor) -> tuple[Any, ...]:
-    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, _is_parameter(tensor)
+    return *storage_key(tensor), _is_parameter(tensor)
 
 
 def _is_parameter(tensor: Tensor) -> bool:

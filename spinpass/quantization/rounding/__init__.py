@@ -1,17 +1,20 @@
 """A matrix becomes codes with scales and zero points, and values get the range in which they are rounded."""
 
+from .coded import Coded
 from .double import round_statistics
 from .gptq import rounded_by_gptq
-from .grid import Codes, rounded
+from .grid import Codes, rounded, stacked
 from .moments import Moments
 from .ranges import static_range, token_clip
 
 __all__ = [
+    "Coded",
     "Codes",
     "Moments",
     "round_statistics",
     "rounded",
     "rounded_by_gptq",
+    "stacked",
     "static_range",
     "token_clip",
 ]

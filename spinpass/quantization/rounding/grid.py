@@ -7,6 +7,7 @@ is exact.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -86,6 +87,10 @@ class Codes:
         halves = self.scales.half()
         return halves if torch.equal(halves.to(self.scales.dtype), self.scales) else self.scales
 
+    def rows(self, rows: slice | Tensor) -> Codes:
+        """The codes of some rows of the matrix."""
+        return replace(self, q=self.q[rows], scales=self.scales[rows], zeros=self.zeros[rows])
+
     @property
     def nbytes(self) -> int:
         """The size when packed: ``bits`` for each weight and each zero point that is stored, and the scales."""
@@ -106,6 +111,15 @@ class Codes:
             kept = (self.q[:, columns], self.scales[:, groups], self.zeros[:, groups])
             found[bits] = (columns, Codes(*kept, bits, self.symmetric, index))
         return found
+
+
+def stacked(parts: Sequence[Codes]) -> Codes:
+    """The codes of the rows of all parts, which are of one scheme and width."""
+    first, *others = parts
+    if not others:
+        return first
+    q, scales, zeros = (torch.cat([getattr(part, name) for part in parts]) for name in ("q", "scales", "zeros"))
+    return replace(first, q=q, scales=scales, zeros=zeros)
 
 
 def rounded(matrix: Tensor, scheme: Weights) -> Codes:

@@ -12,7 +12,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from spinpass.errors import ExportError
-from spinpass.formats import PROTOBUF_LIMIT, data_name, model_path, remove_stale_data, staged
+from spinpass.formats import EXTERNAL_BYTES, data_name, model_path, remove_stale_data, staged
 from spinpass.runtime import open_session
 
 from ..fusion.builder import CONTRIB
@@ -74,7 +74,7 @@ def write_copy(
     """
     origin = model_path(source)
     weights = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
-    external = weights > PROTOBUF_LIMIT if external_data is None else external_data
+    external = weights > EXTERNAL_BYTES if external_data is None else external_data
     if not external:  # else the tensors that stayed would go on naming the source's data file
         ir.external_data.load_to_model(model)
     with staged(target.parent, weights) as staging:

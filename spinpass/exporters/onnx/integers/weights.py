@@ -11,7 +11,8 @@ The values (q − z)·s are those of the simulated program, bit for bit.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from spinpass.errors import ConfigError, ExportError
 from spinpass.formats import model_path
-from spinpass.quantization import QuantizedWeight
+from spinpass.quantization import Codes, QuantizedWeight
 
 from ..blocks import STORED_BITS, block_size, blocks, packed_bits
 from ..operators.hadamard import Body
@@ -33,6 +34,7 @@ from .copies import QuantizeReport, load, write_quantized
 from .kernels import IntegerProducts, arrays, has_integer_kernel, is_rounded_per_token
 from .rewrite import FLOATS, PackedMatrix, Work, constant_matrix
 
+_ROWS = 1024  # that are hashed at once
 _DTYPES = {ir.DataType.FLOAT: torch.float32, ir.DataType.FLOAT16: torch.float16, ir.DataType.BFLOAT16: torch.bfloat16}
 
 
@@ -66,7 +68,7 @@ def pack_weights(
     kinds = {v.dtype for v in model.graph.initializers.values() if v.dtype in FLOATS}
     named: dict[bytes, list[str]] = {}
     for name, weight in weights.items():
-        for digest in {_digest(weight.codes.dequantized().to(_DTYPES[kind])) for kind in kinds}:
+        for digest in {_digest_of_codes(weight.codes, _DTYPES[kind]) for kind in kinds}:
             named.setdefault(digest, []).append(name)
     work = _Packing(model.graph, 0, True, accuracy_level, None, None, frozenset(), weights=weights, named=named)
     work.run()
@@ -193,13 +195,35 @@ class _Packing(Work):
             return None
         key = (str(constant.name), by_column)
         if key not in self.names:  # hashing a table takes a while
-            stored = torch.from_numpy(np.array(constant.const_value.numpy()).astype(np.float32))
-            self.names[key] = next(iter(self.named.get(_digest(stored if by_column else stored.T), ())), None)
+            digest = _digest_of_stored(constant.const_value, by_column)
+            self.names[key] = next(iter(self.named.get(digest, ())), None)
             if isinstance(constant.const_value, ir.ExternalTensor):
                 constant.const_value.release()  # a file that stays mapped counts as memory
         return self.names[key]
 
 
+def _digest_of_stored(held: ir.TensorProtocol, by_column: bool) -> bytes:
+    """Hash the values of a stored matrix, which may lie in a mapped file: nothing holds on to it afterwards."""
+    array = held.numpy()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of memory that may not be written: nothing is
+        stored = torch.from_numpy(array if array.dtype == np.float32 else array.astype(np.float32))
+    return _digest(stored if by_column else stored.T)
+
+
 def _digest(matrix: Tensor) -> bytes:
     """Hash the values of a matrix (out, in), in float32."""
-    return hashlib.sha256(str(tuple(matrix.shape)).encode() + matrix.float().contiguous().numpy().tobytes()).digest()
+    return _digest_of_rows(matrix.shape, torch.split(matrix, _ROWS))
+
+
+def _digest_of_codes(codes: Codes, dtype: torch.dtype) -> bytes:
+    """Hash what codes stand for in a dtype, as :func:`_digest` does."""
+    starts = range(0, len(codes.q), _ROWS)
+    return _digest_of_rows(codes.q.shape, (codes.rows(slice(k, k + _ROWS)).dequantized().to(dtype) for k in starts))
+
+
+def _digest_of_rows(shape: torch.Size, parts: Iterable[Tensor]) -> bytes:
+    found = hashlib.sha256(str(tuple(shape)).encode())
+    for part in parts:
+        found.update(part.float().contiguous().numpy().view(np.uint8))
+    return found.digest()

@@ -1,0 +1,221 @@
+"""Constants that are read when something is computed of them, and let go of afterwards.
+
+    handle  =  shape, dtype, device, read(rows)          a program's state dict may hold one in place of a tensor
+
+torch's operators take a handle for the tensor that it stands for: they read it, and what they return is an ordinary
+tensor. A lookup reads the rows that are looked up, and a product with a large matrix is computed a block of rows at a
+time, so that no table has to stand in memory. Nothing can be written into a handle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.utils._pytree import tree_map_only
+
+from spinpass.errors import ProgramError
+
+from .folding import QueuedStep
+from .signature import with_constants, with_other_values
+from .sources import EVERY_ROW, LARGE, ConstantSource, FoldedSource, Held, Rows, Spooled, Wide, row_blocks
+
+
+class Handle(Tensor):
+    """A constant that is read where it is used; see this module.
+
+    Args:
+        source: what is read.
+        turned: stand for the transpose of the source, which is a matrix.
+    """
+
+    source: ConstantSource
+    turned: bool
+
+    @staticmethod
+    def __new__(cls, source: ConstantSource, turned: bool = False) -> Handle:
+        """Make a tensor without memory."""
+        shape = tuple(reversed(source.shape)) if turned else source.shape
+        return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=source.dtype, device=source.device)
+
+    def __init__(self, source: ConstantSource, turned: bool = False) -> None:
+        super().__init__()
+        self.source = source
+        self.turned = turned
+
+    def read(self, rows: Rows = EVERY_ROW) -> Tensor:
+        """Return the values, or these rows of the source."""
+        found = self.source.read(rows)
+        return found.t() if self.turned else found
+
+    def folded(self, steps: Sequence[QueuedStep]) -> Handle:
+        """Return a handle of what steps make of the values, each time they are read."""
+        if not steps:
+            return self
+        if self.turned:
+            raise ProgramError("a transposed constant has no steps of its own: its source has")
+        return Handle(FoldedSource(self.source, tuple(steps)))
+
+    def lifted(self, *, unrounded: bool = False) -> Tensor:
+        """Return the float64 values, on demand as they were before they were rounded; a handle where they are many.
+
+        What is not floating point is returned as it is.
+        """
+        if not self.dtype.is_floating_point:
+            return self.read()
+        wide = Handle(Wide(self.source, unrounded), self.turned)
+        return wide if wide.is_large else wide.read()
+
+    @property
+    def is_large(self) -> bool:
+        """Whether it is better read in parts."""
+        return self.nbytes > LARGE
+
+    def blocks(self) -> Iterator[Tensor]:
+        """Yield the values in the order of the source, a block of rows at a time."""
+        for rows in row_blocks(self.source):
+            yield self.source.read(rows)
+
+    def numpy(self, *, force: bool = False) -> Any:
+        """Return the values as an array; see :meth:`torch.Tensor.numpy`."""
+        return self.read().numpy(force=force)
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        """Say what is read."""
+        return f"Handle({type(self.source).__name__}, {tuple(self.shape)}, {self.dtype})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        """Return a handle of the same values."""
+        made = Handle(self.source, self.turned)
+        return torch.nn.Parameter(made, requires_grad=False) if isinstance(self, torch.nn.Parameter) else made
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Raise ProgramError: what is read elsewhere cannot be stored."""
+        raise ProgramError("a constant that is read when it is used cannot be stored: call spinpass.materialize first")
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Call an operator on what the handles stand for."""
+        kwargs = dict(kwargs or {})
+        first = args[0] if args else None
+        if isinstance(first, Handle):
+            if func in _SAME:
+                return Handle(first.source, first.turned)
+            if func is torch.ops.aten.t.default and first.ndim == 2:
+                return Handle(first.source, not first.turned)
+            if func in _LOOKUPS and not first.turned and len(args) > 1:
+                found = _looked_up(func, first, args)
+                if found is not None:
+                    return found
+        last = args[-1] if args else None
+        if func in _PRODUCTS and isinstance(last, Handle) and last.turned and last.is_large and not kwargs:
+            return torch.cat([func(*_cut(args[:-1], rows), last.read(rows)) for rows in row_blocks(last.source)], -1)
+        if func._schema.is_mutable:
+            pairs = zip((*args, *kwargs.values()), func._schema.arguments, strict=False)
+            if "out" in kwargs or any(
+                isinstance(v, Handle) and a.alias_info and a.alias_info.is_write for v, a in pairs
+            ):
+                raise ProgramError(
+                    f"{func} writes into a constant that is read when it is used: call spinpass.materialize first"
+                )
+        args, kwargs = tree_map_only(Handle, _values, args), tree_map_only(Handle, _values, kwargs)
+        return func(*args, **kwargs)
+
+
+def _values(handle: Handle) -> Tensor:
+    return handle.read()
+
+
+def _cut(operands: tuple[Any, ...], rows: slice) -> tuple[Any, ...]:
+    """Return the operands before a matrix, of which a bias is cut as the matrix is."""
+    *bias, x = operands
+    return (*(b[..., rows] if b.ndim and b.shape[-1] > 1 else b for b in bias), x)
+
+
+def _looked_up(func: Any, table: Handle, args: tuple[Any, ...]) -> Tensor | None:
+    """Return what a lookup finds, reading the rows that it names."""
+    if func is torch.ops.aten.embedding.default:
+        ids = args[1]
+    elif args[1] == 0:
+        ids = args[2]
+    else:
+        return None
+    if not isinstance(ids, Tensor) or isinstance(ids, Handle):
+        return None
+    names, places = torch.unique(ids, return_inverse=True)
+    if names.numel() and (int(names[0]) < 0 or int(names[-1]) >= table.shape[0]):
+        raise IndexError(f"index out of range in a table of {table.shape[0]} rows")
+    return table.read(names)[places]
+
+
+_SAME = {torch.ops.aten.detach.default, torch.ops.aten.alias.default}
+_LOOKUPS = {torch.ops.aten.embedding.default, torch.ops.aten.index_select.default}
+_PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
+
+
+def values_of(tensor: Tensor) -> Tensor:
+    """Return the values of a constant: those that a handle stands for, or the tensor itself."""
+    held = tensor.detach()
+    return held.read() if isinstance(held, Handle) else held
+
+
+def fake_parameter(mode: Any, tensor: Tensor) -> Tensor:
+    """Return the fake value, under a mode of fake tensors, of a parameter that holds a tensor or handle."""
+    if isinstance(tensor, Handle):
+        return torch.nn.Parameter(
+            torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device), requires_grad=False
+        )
+    found: Tensor = mode.from_tensor(torch.nn.Parameter(tensor, requires_grad=False), static_shapes=True)
+    return found
+
+
+def storage_key(tensor: Tensor) -> tuple[Any, ...]:
+    """Return what two constants have in common if and only if they are the same values in the same memory."""
+    held = tensor.detach()
+    if isinstance(held, Handle):
+        return id(held.source), held.turned
+    if isinstance(held, torch._subclasses.FakeTensor) or held.numel() == 0:
+        return (id(tensor),)
+    return held.data_ptr(), tuple(held.shape), held.stride(), held.dtype, held.device
+
+
+def spooled(program: ExportedProgram, folder: Path, most: int) -> ExportedProgram:
+    """Return the program with every handle's values kept in files of ``folder`` once they have been read.
+
+    At most so many bytes are kept; handles beyond them are read as before. Constants that are tied stay tied.
+    """
+    made: dict[tuple[Any, ...], Handle] = {}
+    for tensor in program.state_dict.values():
+        if isinstance(tensor, Handle) and storage_key(tensor) not in made and tensor.device.type == "cpu":
+            if isinstance(tensor.source, (Held, Spooled)) or tensor.nbytes > most:
+                continue
+            most -= tensor.nbytes
+            made[storage_key(tensor)] = Handle(Spooled(tensor.source, folder), tensor.turned)
+    values = {name: made.get(storage_key(tensor)) for name, tensor in program.state_dict.items()}
+    return with_other_values(program, {name: value for name, value in values.items() if value is not None})
+
+
+def materialize(program: ExportedProgram) -> ExportedProgram:
+    """Return the program with ordinary tensors in place of constants that are read when they are used.
+
+    Constants that are tied stay tied. A program without any is returned as it is.
+    """
+    state = dict(program.state_dict)
+    lazy = [name for name, tensor in state.items() if isinstance(tensor, Handle)]
+    if not lazy:
+        return program
+    made: dict[tuple[Any, ...], Tensor] = {}
+    for name in lazy:
+        key = storage_key(state[name])
+        if key not in made:
+            made[key] = values_of(state[name]).contiguous()
+        old = state[name]
+        parameter = isinstance(old, torch.nn.Parameter)
+        state[name] = torch.nn.Parameter(made[key], requires_grad=False) if parameter else made[key]
+    return with_constants(program, state)

@@ -1,0 +1,46 @@
+"""A constant that is stored as codes:  (q − z)·s, computed when it is read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from spinpass.graph import Rows
+
+from .grid import Codes
+
+
+@dataclass(frozen=True, eq=False)
+class Coded:
+    """What the codes of a matrix stand for, in the layout of a constant (:class:`spinpass.graph.ConstantSource`).
+
+    Args:
+        codes: of the constant as a matrix whose columns lie along ``dim``.
+        dim: the axis that its layer contracts.
+        shape: of the constant.
+        dtype: of the constant.
+    """
+
+    codes: Codes
+    dim: int
+    shape: torch.Size
+    dtype: torch.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """That of the codes."""
+        return self.codes.q.device
+
+    def read(self, rows: Rows) -> Tensor:
+        """Return the values of some rows of the first axis."""
+        if len(self.shape) == 2 and self.dim % 2 == 1:
+            return self.codes.rows(rows).dequantized().to(self.dtype)
+        moved = [size for axis, size in enumerate(self.shape) if axis != self.dim % len(self.shape)]
+        whole = self.codes.dequantized().reshape(*moved, -1).movedim(-1, self.dim)
+        return whole.to(self.dtype).contiguous()[rows]
+
+    def exact(self, rows: Rows) -> Tensor:
+        """Return the same in float64."""
+        return self.read(rows).double()
