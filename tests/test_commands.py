@@ -235,7 +235,7 @@ def test_what_is_whole_begins_to_work(number: int, desk: Path, monkeypatch: pyte
         words = [*_as_export(words), "--force"]
     if words[0] != "spinpass" or words[1:] == ["schemes"]:  # which opens nothing
         return
-    for place in ("folders.making", "cli.plan", "cli.tune", "evaluation.scoring"):
+    for place in ("folders.making", "folders.checkpoint", "cli.plan", "cli.tune", "evaluation.scoring"):
         monkeypatch.setattr(f"spinpass.{place}.load_model", reach)
     for place in ("verify", "rotate"):
         monkeypatch.setattr(f"spinpass.cli.{place}.load_program", reach)

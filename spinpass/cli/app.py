@@ -27,6 +27,7 @@ from .plain import plain_streams
 from .plan import plan_command
 from .report import report_command
 from .rotate import rotate_command
+from .rotate_checkpoint import rotate_checkpoint_command
 from .schemes import schemes_command
 from .screen import CommandState
 from .tune import tune_command
@@ -95,6 +96,7 @@ def _root(version: Version = False) -> None:
 
 app.command("export")(export_command)
 app.command("rotate")(rotate_command)
+app.command("rotate-checkpoint")(rotate_checkpoint_command)
 app.command("plan")(plan_command)
 app.command("verify")(verify_command)
 app.command("tune")(tune_command)

@@ -3,6 +3,7 @@ all.
 """
 
 from .card import Card, card_lines, weight_count
+from .checkpoint import FOLDED, CheckpointReport, rotate_checkpoint
 from .companions import SETTINGS, Written, check_target, check_writable
 from .making import carry_out, export
 from .onnx import onnx_tools, write_folder
@@ -13,9 +14,11 @@ from .result import Result, quantized, rotated, version_of
 
 __all__ = [
     "BITS",
+    "FOLDED",
     "MEASURED",
     "SETTINGS",
     "Card",
+    "CheckpointReport",
     "ExportRequest",
     "IntegerCache",
     "Known",
@@ -34,6 +37,7 @@ __all__ = [
     "onnx_tools",
     "quantized",
     "recipe_of",
+    "rotate_checkpoint",
     "rotated",
     "version_of",
     "weight_count",

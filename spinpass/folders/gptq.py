@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
+from typing import Any
 
 from spinpass.certificate import verify
 from spinpass.config import RotationConfig
@@ -67,21 +68,26 @@ def write_gptq_folder(
         raise ConfigError(WEIGHTS_ONLY)
     if certify:
         steps.start("certify the checkpoint")
-        _check_architecture(loaded, result)
+        check_same_architecture(loaded, result)
     steps.start("write")
     tensors = {name: t for name, t in result.program.state_dict.items() if name not in made.weights}
     report = write_gptq(draft.folder, made.weights, tensors=tensors)
     files = [path.name for path in report.files]
-    described = _described(loaded, result, draft.folder)
+    quantization = json.loads((draft.folder / QUANTIZE_CONFIG).read_text(encoding="utf-8"))
+    about_model = described(loaded, result, quantization)
 
     def scored() -> Card | str:
         return scored_card(loaded, draft.folder, steps, result.program)
 
-    about = write_companions(described, result, {}, files, draft, lambda: [_NOT_TRIED], scored)
+    about = write_companions(about_model, result, {}, files, draft, lambda: [_NOT_TRIED], scored)
     return Written(draft.in_place(report), *about, loading=loaded.report)
 
 
-def _check_architecture(loaded: LoadedModel, result: Result) -> None:
+def check_same_architecture(loaded: LoadedModel, result: Result) -> None:
+    """Prove that the program as it was exported, with the rotated weights, is the rotated one.
+
+    Raises VerificationError where it is another function, as where a norm had to become one of another kind.
+    """
     editor = ProgramEditor(loaded.program)
     if _unties(result):
         untie(editor, [node for node in editor.nodes if editor.has_alias(node)])
@@ -99,13 +105,14 @@ def _unties(result: Result) -> bool:
     return result.plan is not None and result.plan.config.tied == "untie"
 
 
-def _described(loaded: LoadedModel, result: Result, folder: Path) -> LoadedModel:
+def described(loaded: LoadedModel, result: Result, quantization: Mapping[str, Any] | None = None) -> LoadedModel:
     """Return the model with a configuration that says how the weights are stored, and that the head has its own where
     it has now."""
     if loaded.companions is None:
         return loaded
     config = copy.deepcopy(loaded.companions.config)
-    config.quantization_config = json.loads((folder / QUANTIZE_CONFIG).read_text(encoding="utf-8"))
+    if quantization is not None:
+        config.quantization_config = dict(quantization)
     if _unties(result):
         config.tie_word_embeddings = False
     return replace(loaded, companions=replace(loaded.companions, config=config))

@@ -35,6 +35,7 @@ from .people import README, is_for_people
 from .pt2 import load_program, save_program
 from .recorded import FileHash, check_recorded
 from .safetensors_header import check_safetensors, safetensors_header
+from .shards import write_shards
 from .staging import PREFIX, check_free, finish, is_plain_name, staged
 
 __all__ = [
@@ -83,5 +84,6 @@ __all__ = [
     "sealed",
     "staged",
     "write_gptq",
+    "write_shards",
     "xml_path",
 ]

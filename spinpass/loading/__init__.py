@@ -5,6 +5,7 @@ from .faithful import LOGIT_BOUNDS, LONGEST_TEXT, text_limits
 from .files import SourceFiles
 from .models import Companions, LoadedModel, check_dtype, load_config, load_model, load_tokenizer
 from .papers import Papers, papers_of
+from .reloaded import reloaded_logits
 from .sources import Source, check_program_options, locate
 from .static_cache import check_context, export_static_cache
 from .stored_size import count_values
@@ -31,5 +32,6 @@ __all__ = [
     "locate",
     "papers_of",
     "quantized_checkpoint",
+    "reloaded_logits",
     "text_limits",
 ]

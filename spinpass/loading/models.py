@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import logging
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -39,6 +38,7 @@ from .gptq import skeleton, with_values
 from .older_transformers import add_older_words
 from .papers import Papers, papers_of
 from .quantized import check_quantization, dequantized_config, gguf_types
+from .quiet import quietly
 from .sources import Source, locate
 from .static_cache import export_static_cache
 from .streamed import Streamed, can_stream
@@ -69,7 +69,7 @@ class Companions:
         Returns their paths. Raises ExportError where they cannot be written; nothing is left half written.
         """
         folder = Path(folder)
-        with staged(folder) as staging, _quiet():
+        with staged(folder) as staging, quietly():
             for part in (self.config, self.tokenizer):
                 if part is not None:
                     part.save_pretrained(staging)
@@ -142,7 +142,7 @@ def load_model(
     if source.kind == "program":
         program, files = load_program(source.location), check_program_file(Path(source.location))
         return LoadedModel(source, program, None, LoadingReport(notes=files.notes), files)
-    with _quiet():
+    with quietly():
         given, tokenizer, done, files = _load(source, _DTYPES[dtype], dequantize, trust_remote_code, streamed)
         loaded = given.traced if isinstance(given, Streamed) else given
         if experts is not None and loaded._can_set_experts_implementation():  # noqa: SLF001  as their exporters ask
@@ -178,7 +178,7 @@ def load_config(source: Source, *, dequantize: bool = False, trust_remote_code: 
         return None
     transformers = _module("transformers", f"loading {source.location}")
     try:
-        with _quiet():
+        with quietly():
             check_documents(transformers, source.location)
             _checked_config(transformers, source.location, dequantize, trust_remote_code)
             return transformers.AutoConfig.from_pretrained(source.location, trust_remote_code=trust_remote_code)
@@ -196,7 +196,7 @@ def load_tokenizer(source: Source, *, trust_remote_code: bool = False) -> Any:
     if source.kind == "program":
         return None
     transformers = _module("transformers", f"loading {source.location}")
-    with _quiet():
+    with quietly():
         here = has_tokenizer(transformers, source.location)
         return _tokenizer(transformers, source, here, trust_remote_code)[0]
 
@@ -225,12 +225,15 @@ def _load(
             model, done = _of_gguf(transformers, source, dtype)
         else:
             files = check_folder(transformers, source.location)
-            later = streamed and not (dequantize or trust) and can_stream(files.weights, dtype)
+            later = streamed and not (dequantize or trust) and can_stream(files.weights)
             model, done = _of_folder(
                 transformers, source.location, files, "auto" if later else dtype, dequantize, trust
             )
             if later and done.dequantized is None:
-                model = Streamed(transformers, model, dtype)
+                model = (
+                    Streamed.of(model, dtype)
+                    or _of_folder(transformers, source.location, files, dtype, dequantize, trust)[0]
+                )
     except SpinpassError:
         raise
     except Exception as error:  # hub, file, configuration and import errors: no common base below Exception
@@ -394,37 +397,3 @@ def _summary(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = lines[0] if lines else type(error).__name__
     return text if len(text) <= 300 else text[:297] + "..."
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence the progress bars and warnings of the packages behind; loggers and settings are put back."""
-    from_below = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), _no_bars():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(from_below)
-
-
-@contextmanager
-def _no_bars() -> Iterator[None]:
-    try:
-        gguf: Any = importlib.import_module("transformers.modeling_gguf_pytorch_utils")
-        theirs: Any = importlib.import_module("transformers.utils.logging")
-    except ImportError:
-        yield
-        return
-    shown, bar = theirs.is_progress_bar_enabled(), getattr(gguf, "tqdm", None)
-    theirs.disable_progress_bar()
-    if bar is not None:  # the one bar that does not ask
-        gguf.tqdm = lambda items, **_: items
-    try:
-        yield
-    finally:
-        if shown:
-            theirs.enable_progress_bar()
-        if bar is not None:
-            gguf.tqdm = bar

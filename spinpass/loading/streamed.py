@@ -29,12 +29,11 @@ class Streamed:
     """The model that is traced, and where its values are.
 
     Args:
-        transformers: the package.
         loaded: the model in the dtype of its files.
         dtype: that of the program.
     """
 
-    def __init__(self, transformers: Any, loaded: Any, dtype: torch.dtype) -> None:
+    def __init__(self, loaded: Any, dtype: torch.dtype) -> None:
         initialization = importlib.import_module("transformers.initialization")
         with initialization.no_init_weights():
             traced = type(loaded)._from_config(loaded.config, dtype=dtype).eval()  # noqa: SLF001  as AutoModel does
@@ -43,6 +42,17 @@ class Streamed:
         traced.config.dtype = dtype
         self.traced = traced
         self._values = self._handles(loaded)
+
+    @classmethod
+    def of(cls, loaded: Any, dtype: Any) -> Streamed | None:
+        """Return a model to be traced in a dtype, ``"auto"`` for that of the files.
+
+        Return None where it would hold some weights in less precision than a load in that dtype has them, as models
+        do that keep some of their layers in float32.
+        """
+        asked = loaded.dtype if dtype == "auto" else dtype
+        kept = any(getattr(loaded, f"_keep_in_fp32_modules{kind}", None) for kind in ("", "_strict"))
+        return None if kept and asked.itemsize < torch.float32.itemsize else cls(loaded, asked)
 
     def _handles(self, loaded: Any) -> dict[tuple[Any, ...], Tensor]:
         """Return by the memory that the traced model has for them the values of all parameters and stored buffers."""
@@ -80,8 +90,8 @@ class Streamed:
                 module.register_parameter(name, parameter)
 
 
-def can_stream(weights: Sequence[Path], dtype: Any) -> bool:
-    """Return whether a folder is better read as it is needed: of large safetensors files, in a dtype that is named."""
-    if not isinstance(dtype, torch.dtype) or any(path.suffix != ".safetensors" for path in weights):
+def can_stream(weights: Sequence[Path]) -> bool:
+    """Return whether a folder is better read as it is needed: of large safetensors files."""
+    if any(path.suffix != ".safetensors" for path in weights):
         return False
     return sum(path.stat().st_size for path in weights) >= STREAMED_BYTES

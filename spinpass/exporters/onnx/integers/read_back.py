@@ -7,8 +7,9 @@ scales, zero points or attributes that went wrong on the way to the disk give ot
 from __future__ import annotations
 
 import hashlib
+import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,36 +27,51 @@ from .copies import load
 
 _SUFFIX = re.compile(r"(\.T)?\.q\d_*$")
 _Array = np.ndarray[Any, Any]
+_ROWS = 1024  # that are read at once
 
 
 @dataclass(frozen=True)
-class StoredMatrix:
-    """This is a matrix (out, in) in a file: ``name`` is that of its constant without what says that it is packed.
+class StoredRows:
+    """These are some rows of a matrix (out, in) in a file: the ``codes`` of their elements, and ``zeros`` and
+    ``scales``, what is taken from each and what it is multiplied by; ``bits`` is the width of a code."""
 
-    ``codes`` are those of its elements, ``zeros`` and ``scales`` what is taken from each and what it is multiplied by,
-    all (out, in); ``bits`` is the width of a code, and ``block`` codes side by side share a scale.
-    """
-
-    name: str
     codes: _Array
     zeros: _Array
     scales: _Array
     bits: int
-    block: int
 
     @property
     def values(self) -> Tensor:
-        """Return what the integers stand for, float32 (out, in)."""
+        """Return what the integers stand for, float32 (rows, in)."""
         exact = (self.codes.astype(np.float32) - self.zeros.astype(np.float32)) * self.scales.astype(np.float32)
         return torch.from_numpy(exact)
 
     @property
     def slack(self) -> Tensor:
         """Return how far a value may be from what was rounded to it: half a step, and a step at the ends of the grid,
-        where a value outside is clipped; float32 (out, in)."""
+        where a value outside is clipped; float32 (rows, in)."""
         ends = (self.codes == 0) | (self.codes == 2**self.bits - 1)
         steps = np.abs(self.scales.astype(np.float32))
         return torch.from_numpy(np.where(ends, steps, steps / 2))
+
+
+@dataclass(frozen=True)
+class StoredMatrix:
+    """This is a matrix (out, in) in a file: ``name`` is that of its constant without what says that it is packed.
+
+    ``block`` codes side by side share a scale. ``read`` returns rows of it, ``length`` is how many there are.
+    """
+
+    name: str
+    length: int
+    block: int
+    read: Callable[[slice], StoredRows]
+
+    def parts(self) -> Iterator[tuple[slice, StoredRows]]:
+        """Yield all rows, some at a time: what they stand for takes many times the memory of the integers."""
+        for start in range(0, self.length, _ROWS):
+            rows = slice(start, min(start + _ROWS, self.length))
+            yield rows, self.read(rows)
 
 
 def stored_matrices(path: str | Path) -> Iterator[StoredMatrix]:
@@ -72,7 +88,9 @@ def stored_matrices(path: str | Path) -> Iterator[StoredMatrix]:
         if found is None or codes is None:
             continue
         try:
-            yield found[1](node, codes)
+            stored = found[1](node, codes)
+            _ = stored.read(slice(0, 1)).values  # the shapes of its parts are looked at here
+            yield stored
         except (AttributeError, IndexError, KeyError, ValueError) as error:
             raise VerificationError(f"{file.name}: the parts of {codes.name} do not fit together: {error}") from error
 
@@ -93,8 +111,7 @@ def check_packed(path: str | Path, weights: Mapping[str, QuantizedWeight]) -> in
     for stored in stored_matrices(path):
         if stored.name not in weights:
             raise VerificationError(f"the file holds integers of {stored.name}, which the program does not have")
-        wanted, found = weights[stored.name].codes.dequantized().float(), stored.values
-        if not torch.equal(found[:, : wanted.shape[1]], wanted) or bool(found[:, wanted.shape[1] :].any()):
+        if not _is_of(stored, weights[stored.name]):
             raise VerificationError(
                 f"the integers that the file holds for {stored.name} stand for other values than those of the program"
             )
@@ -104,10 +121,23 @@ def check_packed(path: str | Path, weights: Mapping[str, QuantizedWeight]) -> in
     return len(weights)
 
 
+def _is_of(stored: StoredMatrix, weight: QuantizedWeight) -> bool:
+    """Say whether a matrix stands for the values of a weight, and for zeros beyond its columns."""
+    columns = weight.codes.q.shape[1]
+    for rows, part in stored.parts():
+        wanted, found = weight.codes.rows(rows).dequantized().float(), part.values
+        if not torch.equal(found[:, :columns], wanted) or bool(found[:, columns:].any()):
+            return False
+    return stored.length == len(weight.codes.q)
+
+
 def _digest(weight: QuantizedWeight) -> tuple[tuple[int, ...], str]:
     """Return what tells the values of a weight from those of others."""
-    values = weight.codes.dequantized().float().contiguous()
-    return tuple(values.shape), hashlib.sha256(values.numpy().tobytes()).hexdigest()
+    found, codes = hashlib.sha256(), weight.codes
+    for start in range(0, len(codes.q), _ROWS):
+        values = codes.rows(slice(start, start + _ROWS)).dequantized().float().contiguous()
+        found.update(values.numpy().tobytes())
+    return tuple(codes.q.shape), found.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -137,31 +167,40 @@ def dequantized_constants(path: str | Path, constants: Mapping[str, Tensor]) -> 
     for stored in stored_matrices(path):
         name = next((name for name in _parameters(stored.name) if name in constants), None)
         original = None if name is None else constants[name]
-        values = stored.values
-        if name is None or original is None or original.ndim != 2 or original.shape[0] != len(values):
+        if name is None or original is None or original.ndim != 2 or original.shape[0] != stored.length:
             whole = False
             continue
-        original = original.detach().float()
-        values, slack = values[:, : original.shape[1]], stored.slack[:, : original.shape[1]]
-        # scales are kept in the file's dtype: half a step of the exact scale is a little more than half of that
-        if not _is_fine(stored, original):
-            raise VerificationError(f"the grid that the file has for {name} is coarser than the program's values need")
-        worst = ((original - values).abs() - slack * 1.01).max()
-        if not float(worst) <= 1e-7 * float(original.abs().max()):
-            raise VerificationError(
-                f"the integers that the file holds for {name} are not those nearest to the program's values"
-            )
-        found[name] = values.to(constants[name].dtype)
+        found[name] = _rounded_from(stored, original.detach(), name)
     floats = {name for value in load(model_path(path)).graph.initializers for name in _parameters(value)}
     return StoredConstants(found, whole, tuple(sorted(floats & set(found))))
 
 
-def _is_fine(stored: StoredMatrix, original: Tensor) -> bool:
+def _rounded_from(stored: StoredMatrix, original: Tensor, name: str) -> Tensor:
+    """Return the values of a matrix, in the dtype of what was rounded to it. Raises VerificationError where they are
+    not those nearest to it."""
+    parts, columns, worst, largest = [], original.shape[1], 0.0, 0.0
+    for rows, part in stored.parts():
+        exact = original[rows].float()
+        values, slack = part.values[:, :columns], part.slack[:, :columns]
+        if not _is_fine(part, stored.block, exact):
+            raise VerificationError(f"the grid that the file has for {name} is coarser than the program's values need")
+        # scales are kept in the file's dtype: half a step of the exact scale is a little more than half of that
+        worst = max(worst, float(((exact - values).abs() - slack * 1.01).max().nan_to_num(nan=math.inf)))
+        largest = max(largest, float(exact.abs().max()))
+        parts.append(values.to(original.dtype))
+    if not worst <= 1e-7 * largest:
+        raise VerificationError(
+            f"the integers that the file holds for {name} are not those nearest to the program's values"
+        )
+    return torch.cat(parts)
+
+
+def _is_fine(part: StoredRows, block: int, original: Tensor) -> bool:
     """Say whether no step is longer than a grid over the largest value of its block, on both sides of zero, has."""
-    short = -original.shape[1] % stored.block
-    blocks = torch.nn.functional.pad(original.abs(), (0, short)).reshape(len(original), -1, stored.block).amax(-1)
-    longest = blocks.repeat_interleave(stored.block, 1)[:, : original.shape[1]] * 2 / (2**stored.bits - 1)
-    steps = torch.from_numpy(np.abs(stored.scales.astype(np.float32)))[:, : original.shape[1]]
+    short = -original.shape[1] % block
+    blocks = torch.nn.functional.pad(original.abs(), (0, short)).reshape(len(original), -1, block).amax(-1)
+    longest = blocks.repeat_interleave(block, 1)[:, : original.shape[1]] * 2 / (2**part.bits - 1)
+    steps = torch.from_numpy(np.abs(part.scales.astype(np.float32)))[:, : original.shape[1]]
     return bool(((steps <= longest * 1.02) | (longest == 0)).all())
 
 
@@ -194,13 +233,17 @@ def _blockwise(
     codes: ir.Value, scales: ir.Value | None, zeros: ir.Value | None, bits: int, block: int, rows: int, columns: int
 ) -> StoredMatrix:
     count = -(-columns // block)
-    q = _unpacked(_array(codes).reshape(rows, -1), bits)[:, : count * block]
-    s = np.repeat(_array(scales).reshape(rows, count), block, 1)
-    if zeros is None:
-        z = np.full_like(q, 2 ** (bits - 1))
-    else:
-        z = np.repeat(_unpacked(_array(zeros).reshape(rows, -1), bits)[:, :count], block, 1)
-    return StoredMatrix(_name(codes), q[:, :columns], z[:, :columns], s[:, :columns], bits, block)
+    packed, steps = _array(codes).reshape(rows, -1), _array(scales).reshape(rows, count)
+    middles = None if zeros is None else _array(zeros).reshape(rows, -1)
+
+    def read(at: slice) -> StoredRows:
+        q = _unpacked(packed[at], bits)[:, :columns]
+        s = np.repeat(steps[at], block, 1)[:, :columns]
+        if middles is None:
+            return StoredRows(q, np.full_like(q, 2 ** (bits - 1)), s, bits)
+        return StoredRows(q, np.repeat(_unpacked(middles[at], bits)[:, :count], block, 1)[:, :columns], s, bits)
+
+    return StoredMatrix(_name(codes), rows, block, read)
 
 
 def _unpacked(array: _Array, bits: int) -> _Array:
@@ -225,7 +268,7 @@ def _dequantized(node: ir.Node, codes: ir.Value) -> StoredMatrix:
 def _by_column(codes: ir.Value, scales: ir.Value | None, zeros: ir.Value | None) -> StoredMatrix:
     q = np.ascontiguousarray(_array(codes).T)
     s, z = (np.broadcast_to(_array(value).reshape(-1, 1), q.shape) for value in (scales, zeros))
-    return StoredMatrix(_name(codes), q, z, s, 8, q.shape[1])
+    return StoredMatrix(_name(codes), len(q), q.shape[1], lambda at: StoredRows(q[at], z[at], s[at], 8))
 
 
 _READERS = {

@@ -225,5 +225,5 @@ def _digest_of_codes(codes: Codes, dtype: torch.dtype) -> bytes:
 def _digest_of_rows(shape: torch.Size, parts: Iterable[Tensor]) -> bytes:
     found = hashlib.sha256(str(tuple(shape)).encode())
     for part in parts:
-        found.update(part.float().contiguous().numpy().view(np.uint8))
+        found.update(part.float().contiguous().numpy().tobytes())
     return found.digest()

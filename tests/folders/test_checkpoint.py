@@ -1,0 +1,162 @@
+"""Checkpoints of transformers with rotations folded in: what transformers computes, bit for bit what transform folds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import spinpass
+from spinpass.cli.app import app
+from spinpass.errors import ConfigError, VerificationError
+from spinpass.folders import checkpoint, rotate_checkpoint
+from spinpass.formats import write_shards
+from spinpass.formats.safetensors_header import safetensors_header
+from spinpass.graph import Handle, Held, values_of
+from spinpass.loading import load_model, reloaded_logits, streamed
+from tests.support import folders
+
+
+@pytest.fixture
+def always_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the weights of tiny models stay in their files as well."""
+    monkeypatch.setattr(streamed, "STREAMED_BYTES", 0)
+    monkeypatch.setattr(streamed, "_SMALL", 8)
+
+
+def weights_in(folder: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+# -- files ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shard_bytes", [10**9, 100])
+def test_shards_hold_what_they_are_given(tmp_path: Path, shard_bytes: int) -> None:
+    from safetensors.torch import load_file
+
+    whole = {
+        "a.weight": torch.randn(5, 3).bfloat16(),
+        "b": torch.arange(4),
+        "c": torch.randn(7, 9).t(),
+        "none": torch.zeros(0, 3),
+        "scalar": torch.tensor(2.5, dtype=torch.float64),
+    }
+    lazy = whole | {"a.weight": Handle(Held(whole["a.weight"], torch.float32))}
+    files = write_shards(tmp_path, lazy, shard_bytes=shard_bytes)
+    assert sorted(files) == sorted(tmp_path.iterdir())
+    read = {name: t for file in files if file.suffix == ".safetensors" for name, t in load_file(file).items()}
+    assert read.keys() == whole.keys()
+    for name, tensor in lazy.items():
+        assert read[name].dtype == tensor.dtype and torch.equal(read[name], values_of(tensor)), name
+    if shard_bytes == 100:
+        index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+        assert index["weight_map"].keys() == whole.keys() and len(files) > 2
+        for name, file in index["weight_map"].items():
+            assert name in safetensors_header(tmp_path / file)
+
+
+def test_a_dtype_that_the_format_has_not(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="x: safetensors files are written of BOOL"):
+        write_shards(tmp_path, {"x": torch.zeros(2, dtype=torch.complex64)})
+    assert not list(tmp_path.iterdir())
+
+
+# -- streamed loading -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama_tied", "qwen3", "gemma3_text", "phi3", "gpt2", "granite", "gpt_neox"])
+@pytest.mark.parametrize("stored, dtype", [(torch.bfloat16, "float32"), (torch.float32, "float32")])
+def test_a_streamed_program_has_the_values_of_a_loaded_one(
+    always_streamed: None, tmp_path: Path, name: str, stored: torch.dtype, dtype: str
+) -> None:
+    from tests.support import models
+
+    model: Any = models.build(name)
+    model.to(stored).save_pretrained(tmp_path)
+    folders.tokenizer().save_pretrained(tmp_path)
+    lazy, plain = (load_model(tmp_path, dtype=dtype, streamed=s).program for s in (True, False))
+    assert any(isinstance(tensor, Handle) for tensor in lazy.state_dict.values())
+    assert lazy.state_dict.keys() == plain.state_dict.keys() and lazy.constants.keys() == plain.constants.keys()
+    for held in ("state_dict", "constants"):
+        for key, tensor in getattr(plain, held).items():
+            assert tensor.dtype == getattr(lazy, held)[key].dtype
+            assert torch.equal(values_of(getattr(lazy, held)[key]), tensor), key
+    assert [str(n) for n in lazy.graph.nodes] == [str(n) for n in plain.graph.nodes]
+
+
+def test_small_models_and_other_files_are_loaded(tmp_path: Path) -> None:
+    folders.model_folder(tmp_path)
+    program = load_model(tmp_path, streamed=True).program
+    assert not any(isinstance(tensor, Handle) for tensor in program.state_dict.values())
+    assert not streamed.can_stream([tmp_path / "pytorch_model.bin"])
+
+
+# -- checkpoint to checkpoint -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["llama_tied", "qwen3"])
+def test_a_rotated_checkpoint_is_the_same_model(
+    always_streamed: None, tmp_path: Path, name: str, stored: torch.dtype
+) -> None:
+    from tests.support import models
+
+    model: Any = models.build(name)
+    model.to(stored).save_pretrained(tmp_path / "in")
+    folders.tokenizer().save_pretrained(tmp_path / "in")
+    result, written = rotate_checkpoint(tmp_path / "in", tmp_path / "out")
+    assert written.manifest["trials"][0]["tokens"] == 20 and result.certificate is not None
+    ids = list(range(3, 23))
+    before, after = reloaded_logits(tmp_path / "in", ids), reloaded_logits(tmp_path / "out", ids)
+    assert (before - after).abs().max() < (1e-4 if stored == torch.float32 else 0.1) * before.abs().max()
+    found, given = weights_in(tmp_path / "out"), weights_in(tmp_path / "in")
+    assert found.keys() - {"lm_head.weight"} == given.keys() - {"lm_head.weight"}
+    changed = [key for key in given if not torch.equal(found[key], given[key])]
+    assert any("embed" in key for key in changed) and any("v_proj" in key for key in changed)
+    in_memory = spinpass.transform(load_model(tmp_path / "in", dtype="auto", cache=False).program, checkpoint.FOLDED)
+    for key, tensor in in_memory.state_dict.items():
+        assert torch.equal(found[key], tensor) and tensor.dtype == stored, key
+
+
+def test_what_a_checkpoint_cannot_hold(tmp_path: Path) -> None:
+    folders.model_folder(tmp_path / "in")
+    with pytest.raises(ConfigError, match="R4"):
+        rotate_checkpoint(tmp_path / "in", tmp_path / "out", spinpass.RotationConfig())
+    with pytest.raises(ConfigError, match="no file or folder"):
+        rotate_checkpoint(tmp_path / "missing", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_wrong_file_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders.model_folder(tmp_path / "in")
+
+    def wrong(folder: Path, tensors: dict[str, torch.Tensor]) -> Any:
+        return write_shards(folder, {k: t * 1.01 if "v_proj" in k else t for k, t in tensors.items()})
+
+    monkeypatch.setattr(checkpoint, "write_shards", wrong)
+    with pytest.raises(VerificationError, match="computes other logits from what was written"):
+        rotate_checkpoint(tmp_path / "in", tmp_path / "out")
+    monkeypatch.setattr(checkpoint, "write_shards", lambda f, t: write_shards(f, dict(list(t.items())[1:])))
+    with pytest.raises(VerificationError, match="does not load what was written as it is; missing keys"):
+        rotate_checkpoint(tmp_path / "in", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command(tmp_path: Path) -> None:
+    folders.model_folder(tmp_path / "in")
+    arguments = ["rotate-checkpoint", str(tmp_path / "in"), str(tmp_path / "out")]
+    made = CliRunner().invoke(app, [*arguments, "--json"])
+    assert made.exit_code == 0, made.stderr
+    data = json.loads(made.stdout)
+    assert data["ok"] and "model.safetensors" in data["files"]
+    assert not json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"]
+    again = CliRunner().invoke(app, [*arguments, "--rotations", "R2", "--tied", "keep"])
+    assert again.exit_code == 0 and "checkpoint of" in again.stdout, again.stderr
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"]
