@@ -78,8 +78,9 @@ newest:
 goldens: $(READY)
 	SPINPASS_WRITE_GOLDENS=1 $(BIN)/python -m pytest tests/test_goldens.py
 
+# threads that wait for each other give the core away: beside other work they would take ten times as long
 demo: $(READY)
-	$(BIN)/python examples/demo.py
+	OMP_WAIT_POLICY=passive $(BIN)/python examples/demo.py
 
 slow: $(READY)
 	$(BIN)/python -m pytest -n $(WORKERS) -m slow $(TESTS)

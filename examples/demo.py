@@ -17,7 +17,6 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.table import Table
 
@@ -66,7 +65,6 @@ def main(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")] = False,
 ) -> None:
     """Make a language model small and compare it with the original."""
-    torch.set_num_threads(1)  # the folds are many small products: threads would mostly wait for each other
     screen = Screen(as_json=as_json)
     with screen.steps() as steps:
         written = {made.name: build(made, model or packaged_model(), out, steps) for made in MODELS}

@@ -21,8 +21,9 @@ def rotate_checkpoint_command(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write the checkpoint to.")],
     rotations: Annotated[str, typer.Option(help="R1, R2 or both, separated by a comma.")] = ",".join(FOLDED.rotations),
     tied: Annotated[
-        str, typer.Option(help="untie gives a head that is the table its own; keep leaves out R1.")
-    ] = FOLDED.tied,
+        str | None,
+        typer.Option(help="untie, the default, gives a head that is the table its own; keep leaves out R1."),
+    ] = None,
     dtype: Annotated[str, typer.Option(help="Of the weights; auto keeps that of the files.")] = "auto",
     no_verify: NoVerify = False,
     force: Force = False,
@@ -39,8 +40,8 @@ def rotate_checkpoint_command(
     """
     screen = screen_of(ctx, as_json, verbose)
     chosen = tuple(part.strip() for part in rotations.split(","))
-    offline = {"form": FOLDED.form} if "R1" in chosen else {}
-    config = RotationConfig(rotations=chosen, tied=tied, **offline)  # type: ignore[arg-type]
+    table = {"form": FOLDED.form, "tied": tied or FOLDED.tied} if "R1" in chosen else {"tied": tied} if tied else {}
+    config = RotationConfig(rotations=chosen, **table)  # type: ignore[arg-type]
     with screen.steps() as steps:
         result, written = rotate_checkpoint(
             model, out, config, dtype=dtype, certify=not no_verify, force=force, steps=steps

@@ -26,7 +26,7 @@ from spinpass.loading import LOGIT_BOUNDS, LoadedModel, load_model, reloaded_log
 from spinpass.progress import Silent, Steps
 
 from .companions import Written, check_target, write_companions
-from .gptq import check_same_architecture, check_offline, check_rotation, described
+from .gptq import check_offline, check_rotation, check_same_architecture, described
 from .judge import FolderTrial
 from .result import Result, rotated
 
