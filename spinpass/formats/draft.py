@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Collection, Iterator
@@ -35,6 +36,7 @@ _STALE = (
     "model.onnx.data",
     "genai_config.json",
 )  # of an export without a manifest: they would be read with the new model
+_WEIGHTS = re.compile(r"(pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
 
 
 class _Report(Protocol):
@@ -133,7 +135,14 @@ def _appear(folder: Path, out: Path) -> None:
         return
     own = listed_files(out)
     if not (_is_its_own(out, own) and _changed_places(folder, out, own)):
-        _move_in(folder, out, own | set(_STALE))
+        _move_in(folder, out, own | set(_STALE) | _other_weights(folder, out))
+
+
+def _other_weights(folder: Path, out: Path) -> set[str]:
+    """Return the files of weights that transformers would read in place of a new checkpoint's, or beside them."""
+    if not any(_WEIGHTS.fullmatch(name) for name in os.listdir(folder)):
+        return set()
+    return {name for name in os.listdir(out) if _WEIGHTS.fullmatch(name)} - set(os.listdir(folder))
 
 
 def _is_its_own(out: Path, own: Collection[str]) -> bool:

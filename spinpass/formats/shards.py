@@ -30,7 +30,7 @@ def write_shards(folder: str | Path, tensors: Mapping[str, Tensor], *, shard_byt
     """Write ``model.safetensors``, or several of them and an index where they have more bytes than one takes.
 
     Args:
-        folder: where they are written; files of these names are replaced.
+        folder: where they are written; files of such names are replaced, or deleted where they are not written again.
         tensors: by name; a :class:`spinpass.graph.Handle` is read a block of rows at a time.
         shard_bytes: how many bytes of tensors a file holds at most, but for a single tensor that has more.
 
@@ -55,7 +55,8 @@ def write_shards(folder: str | Path, tensors: Mapping[str, Tensor], *, shard_byt
     total, count = sum(t.nbytes for t in tensors.values()), len(shards)
     names = [f"model-{k + 1:05}-of-{count:05}.safetensors" for k in range(count)] if count > 1 else [_ALONE]
     folder = Path(folder)
-    with staged(folder, total) as staging:
+    before = [path.name for path in folder.glob("model*.safetensors*")] if folder.is_dir() else []
+    with staged(folder, total, gone=before) as staging:
         for file, shard in zip(names, shards, strict=True):
             _write(staging / file, shard)
         if count > 1:

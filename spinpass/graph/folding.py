@@ -58,7 +58,7 @@ def folded(tensor: Tensor, steps: Sequence[QueuedStep]) -> Tensor:
 
     Raises InvariantError as :class:`QueuedStep`.
     """
-    axis = _free_axis(tensor, steps)
+    axis = _free_axis(tensor, steps) if tensor.is_floating_point() else None
     with torch.no_grad():
         if axis is None:
             return folded_float64(tensor, steps).to(tensor.dtype).contiguous()

@@ -4,7 +4,8 @@
 
 torch's operators take a handle for the tensor that it stands for: they read it, and what they return is an ordinary
 tensor. A lookup reads the rows that are looked up, and a product with a large matrix is computed a block of rows at a
-time, so that no table has to stand in memory. Nothing can be written into a handle.
+time, so that no table has to stand in memory. An operator that writes into a handle is refused; what it returns may be
+a view of a file, and is not to be written to either.
 """
 
 from __future__ import annotations
@@ -76,7 +77,10 @@ class Handle(Tensor):
         return self.nbytes > LARGE
 
     def blocks(self) -> Iterator[Tensor]:
-        """Yield the values in the order of the source, a block of rows at a time."""
+        """Yield the values in order, a block of rows at a time; a transpose as a whole."""
+        if self.turned:
+            yield self.read()
+            return
         for rows in row_blocks(self.source):
             yield self.source.read(rows)
 
@@ -118,18 +122,23 @@ class Handle(Tensor):
             return torch.cat([func(*_cut(args[:-1], rows), last.read(rows)) for rows in row_blocks(last.source)], -1)
         if func._schema.is_mutable:
             pairs = zip((*args, *kwargs.values()), func._schema.arguments, strict=False)
-            if "out" in kwargs or any(
+            if isinstance(kwargs.get("out"), Handle) or any(
                 isinstance(v, Handle) and a.alias_info and a.alias_info.is_write for v, a in pairs
             ):
                 raise ProgramError(
                     f"{func} writes into a constant that is read when it is used: call spinpass.materialize first"
                 )
-        args, kwargs = tree_map_only(Handle, _values, args), tree_map_only(Handle, _values, kwargs)
+        values = _as_read if func in _PRODUCTS else _values
+        args, kwargs = tree_map_only(Handle, values, args), tree_map_only(Handle, values, kwargs)
         return func(*args, **kwargs)
 
 
-def _values(handle: Handle) -> Tensor:
+def _as_read(handle: Handle) -> Tensor:
     return handle.read()
+
+
+def _values(handle: Handle) -> Tensor:
+    return handle.read().contiguous()  # as its strides say
 
 
 def _cut(operands: tuple[Any, ...], rows: slice) -> tuple[Any, ...]:
@@ -142,8 +151,8 @@ def _looked_up(func: Any, table: Handle, args: tuple[Any, ...]) -> Tensor | None
     """Return what a lookup finds, reading the rows that it names."""
     if func is torch.ops.aten.embedding.default:
         ids = args[1]
-    elif args[1] == 0:
-        ids = args[2]
+    elif args[1] == 0 and isinstance(args[2], Tensor):
+        ids = args[2].reshape(-1)
     else:
         return None
     if not isinstance(ids, Tensor) or isinstance(ids, Handle):

@@ -18,6 +18,7 @@ import copy
 import functools
 import importlib
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -39,11 +40,14 @@ _WHOLE = {
 _SAMPLE = (2, 16)  # a batch of one would be specialised to one
 
 
-def export_decoder(model: Any, *, one_by_one: bool = False) -> ExportedProgram:
+def export_decoder(
+    model: Any, *, one_by_one: bool = False, running: Callable[[], AbstractContextManager[Any]] = nullcontext
+) -> ExportedProgram:
     """Export ``model`` (in eval mode, not changed) with its cache as inputs and outputs.
 
     ``one_by_one``: for models that go through the tokens of a call in a loop of Python, which a trace makes as long as
-    its example. The program takes one token of each sequence at a call.
+    its example. The program takes one token of each sequence at a call. ``running`` lets the model compute, where its
+    weights are not in memory; what it computes are the inputs of the example.
 
     Raises whatever tracing the model's own code raises.
     """
@@ -52,7 +56,8 @@ def export_decoder(model: Any, *, one_by_one: bool = False) -> ExportedProgram:
     mask[0, 0] = 0
     stages = importlib.import_module("transformers.exporters.utils")
     asked = {"input_ids": ids, "attention_mask": mask, "use_cache": True}  # whatever the model was trained with
-    captured = stages.decompose_for_generation(model, asked, multi_token_decode=not one_by_one)
+    with running():
+        captured = stages.decompose_for_generation(model, asked, multi_token_decode=not one_by_one)
     traced, inputs = captured["decode"]
     traced.forward = _with_known_mask(traced.forward, inputs)
     return return_states(traced_program(traced, {name: _whole(value) for name, value in inputs.items()}))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -149,7 +149,7 @@ def load_model(
             loaded.set_experts_implementation(experts)
         report("export")
         padding = False
-        program = _with_values(given, _exported(loaded, cache, source.location, context))
+        program = _with_values(given, _exported(given, cache, source.location, context))
         if cache and context is None and done.dequantized != "gptq":  # whose values are filled in below
             report("compare")
             program, notes = _faithful(given, program, source.location)
@@ -231,7 +231,7 @@ def _load(
             )
             if later and done.dequantized is None:
                 model = (
-                    Streamed.of(model, dtype)
+                    Streamed.of(model, dtype, stored_tensors(files.weights))
                     or _of_folder(transformers, source.location, files, dtype, dequantize, trust)[0]
                 )
     except SpinpassError:
@@ -341,19 +341,24 @@ def _table_notes(model: Any, tokenizer: Any) -> tuple[str, ...]:
     return (f"the tokenizer has {tokens} tokens, the model's table {rows} rows: text with the others cannot be read",)
 
 
-def _exported(model: Any, cache: bool, name: str, context: int | None) -> ExportedProgram:
+def _exported(given: Any, cache: bool, name: str, context: int | None) -> ExportedProgram:
+    model = given.traced if isinstance(given, Streamed) else given
     _module("transformers.exporters", f"exporting {name}")
     try:
         if context is not None:
             return export_static_cache(model, context)
         if cache:
-            return export_decoder(model)
+            return export_decoder(model, running=_running(given))
         ids = sample_ids(model)
         return traced_program(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False})
     except ConfigError:
         raise
     except Exception as error:  # whatever tracing a model's own code raises
         raise ExportError(f"{name} cannot be exported: {_summary(error)}") from error
+
+
+def _running(given: Any) -> Callable[[], AbstractContextManager[Any]]:
+    return given.filled if isinstance(given, Streamed) else nullcontext
 
 
 def _with_values(given: Any, program: ExportedProgram) -> ExportedProgram:
@@ -368,14 +373,14 @@ def _faithful(given: Any, program: ExportedProgram, name: str) -> tuple[Exported
     model = given.traced if isinstance(given, Streamed) else given
 
     def check(made: ExportedProgram) -> None:
-        with given.filled() if isinstance(given, Streamed) else nullcontext():
+        with _running(given)():
             check_faithful(model, made, name)
 
     try:
         check(program)
     except ExportError as refusal:
         try:
-            program = _with_values(given, export_decoder(model, one_by_one=True))
+            program = _with_values(given, export_decoder(model, one_by_one=True, running=_running(given)))
             check(program)
         except Exception as error:  # whatever tracing a model's own code raises: what was said first is about more
             raise refusal from error

@@ -8,7 +8,7 @@ constants then become handles of the first one's (:class:`spinpass.graph.Handle`
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from spinpass.graph import Handle, Held, storage_key, with_other_values
 STREAMED_BYTES = 100 << 20
 """Folders of so many bytes of weights and more are read as they are needed."""
 
+_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _SMALL = 1 << 16  # elements up to which a constant is held in memory
 
 
@@ -44,15 +45,30 @@ class Streamed:
         self._values = self._handles(loaded)
 
     @classmethod
-    def of(cls, loaded: Any, dtype: Any) -> Streamed | None:
+    def of(cls, loaded: Any, dtype: Any, stored: Mapping[str, torch.dtype | str]) -> Streamed | None:
         """Return a model to be traced in a dtype, ``"auto"`` for that of the files.
 
-        Return None where it would hold some weights in less precision than a load in that dtype has them, as models
-        do that keep some of their layers in float32.
+        Return None where the weights are better loaded: their files, whose dtypes are ``stored``, hold others than the
+        model was loaded in, it keeps some of its layers in float32, or what its configuration ties are two tensors.
         """
         asked = loaded.dtype if dtype == "auto" else dtype
         kept = any(getattr(loaded, f"_keep_in_fp32_modules{kind}", None) for kind in ("", "_strict"))
-        return None if kept and asked.itemsize < torch.float32.itemsize else cls(loaded, asked)
+        if kept and asked.itemsize < torch.float32.itemsize:
+            return None
+        if any(_FLOATS.get(_spelled(kind), loaded.dtype) != loaded.dtype for kind in stored.values()):
+            return None
+        made = cls(loaded, asked)
+        return made if made._is_tied_as(loaded) else None
+
+    def _is_tied_as(self, loaded: Any) -> bool:
+        """Say whether weights that are one in the traced model are one in the files, too."""
+        stored = loaded.state_dict()
+        first: dict[tuple[Any, ...], tuple[Any, ...]] = {}
+        for name, place in self.traced.state_dict().items():
+            key = storage_key(stored[name])
+            if place.numel() and first.setdefault(storage_key(place), key) != key:
+                return False
+        return True
 
     def _handles(self, loaded: Any) -> dict[tuple[Any, ...], Tensor]:
         """Return by the memory that the traced model has for them the values of all parameters and stored buffers."""
@@ -76,18 +92,26 @@ class Streamed:
     @contextmanager
     def filled(self) -> Iterator[Any]:
         """Let the traced model compute with the values of the files, for as long as it is asked."""
-        before: list[tuple[Any, str, nn.Parameter]] = []
+        before: list[tuple[dict[str, Any], str, Any]] = []
         for module in self.traced.modules():
-            for name, parameter in list(module.named_parameters(recurse=False)):
-                value = self._values.get(storage_key(parameter))
-                if value is not None:
-                    before.append((module, name, parameter))
-                    module.register_parameter(name, nn.Parameter(value, requires_grad=False))
+            for held in (module._parameters, module._buffers):  # noqa: SLF001  to register is to forget what is stored
+                for name, tensor in held.items():
+                    value = None if tensor is None else self._values.get(storage_key(tensor))
+                    if value is not None:
+                        before.append((held, name, tensor))
+                        parameter = isinstance(tensor, nn.Parameter)
+                        held[name] = nn.Parameter(value, requires_grad=False) if parameter else value
         try:
             yield self.traced
         finally:
-            for module, name, parameter in before:
-                module.register_parameter(name, parameter)
+            for held, name, tensor in before:
+                held[name] = tensor
+
+
+def _spelled(dtype: torch.dtype | str) -> str:
+    """Return the name of a dtype as safetensors files spell it."""
+    name = str(dtype).removeprefix("torch.").upper()
+    return {"FLOAT64": "F64", "FLOAT32": "F32", "FLOAT16": "F16", "BFLOAT16": "BF16"}.get(name, name)
 
 
 def can_stream(weights: Sequence[Path]) -> bool:

@@ -160,3 +160,85 @@ def test_the_command(tmp_path: Path) -> None:
     again = CliRunner().invoke(app, [*arguments, "--rotations", "R2"])
     assert again.exit_code == 0 and "checkpoint of" in again.stdout, again.stderr
     assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"]
+
+
+# -- what an adversary found ------------------------------------------------------------------------------------------
+
+
+def saved(folder: Path, name: str = "llama_tied", dtype: torch.dtype = torch.float32) -> Path:
+    from tests.support import models
+
+    models.build(name).to(dtype).save_pretrained(folder)
+    folders.tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_examples_are_computed_with_the_weights(always_streamed: None, tmp_path: Path) -> None:
+    """The certificate draws from what was traced with: memory that nobody has written to says nothing."""
+    saved(tmp_path)
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[assignment]
+    torch.use_deterministic_algorithms(True)
+    try:
+        lazy, plain = (load_model(tmp_path, streamed=streaming).program for streaming in (True, False))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    flat = [torch.utils._pytree.tree_flatten(program.example_inputs)[0] for program in (lazy, plain)]
+    for ours, theirs in zip(*flat, strict=True):
+        assert not isinstance(ours, torch.Tensor) or torch.allclose(ours, theirs, atol=1e-6)
+
+
+def test_a_head_of_its_own_although_it_is_tied_by_the_configuration(always_streamed: None, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    saved(tmp_path / "in")
+    tensors = weights_in(tmp_path / "in")
+    table = next(tensor for name, tensor in tensors.items() if "embed" in name)
+    save_file(tensors | {"lm_head.weight": torch.randn_like(table)}, tmp_path / "in" / "model.safetensors", {"format": "pt"})
+    lazy, plain = (load_model(tmp_path / "in", streamed=s, cache=False).program.state_dict for s in (True, False))
+    for name, tensor in plain.items():
+        assert torch.equal(values_of(lazy[name]), tensor), name
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_weights_are_not_rounded_on_the_way(always_streamed: None, tmp_path: Path, mixed: bool) -> None:
+    """The configuration says bfloat16, and files hold float32: all of them, or some."""
+    from safetensors.torch import save_file
+
+    saved(tmp_path)
+    tensors = {k: t.bfloat16() if mixed and "q_proj" not in k else t for k, t in weights_in(tmp_path).items()}
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+    lazy, plain = (load_model(tmp_path, streamed=s, cache=False).program.state_dict for s in (True, False))
+    for name, tensor in plain.items():
+        assert torch.equal(values_of(lazy[name]), tensor), name
+
+
+def test_files_of_an_older_checkpoint_are_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved(tmp_path / "in")
+    saved(tmp_path / "out", "qwen3")
+    monkeypatch.setattr(checkpoint, "write_shards", lambda f, t: write_shards(f, t, shard_bytes=20_000))
+    rotate_checkpoint(tmp_path / "in", tmp_path / "out", force=True)
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+    ids = list(range(3, 23))
+    before, after = reloaded_logits(tmp_path / "in", ids), reloaded_logits(tmp_path / "out", ids)
+    assert (before - after).abs().max() < 1e-4 * before.abs().max()
+    rotate_checkpoint(tmp_path / "in", tmp_path / "out")
+    write_shards(tmp_path / "out", weights_in(tmp_path / "in"))
+    assert sorted(p.name for p in (tmp_path / "out").glob("*.safetensors*")) == ["model.safetensors"]
+
+
+def test_another_model_than_the_one_that_was_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved(tmp_path / "in")
+    real = checkpoint.load_model
+
+    def other(*args: Any, **options: Any) -> Any:
+        loaded = real(*args, **options)
+        for name, tensor in loaded.program.state_dict.items():
+            if "down_proj" in name:
+                tensor.data.mul_(1.5)
+        return loaded
+
+    monkeypatch.setattr(checkpoint, "load_model", other)
+    with pytest.raises(VerificationError, match="than .*in gives"):
+        rotate_checkpoint(tmp_path / "in", tmp_path / "out")
