@@ -21,7 +21,8 @@ _RUNTIMES = {
     "onnx": "ONNX Runtime",
     "openvino": "OpenVINO",
     "executorch": "ExecuTorch",
-    "transformers": "loaders of GPTQ checkpoints",
+    "gptq": "loaders of GPTQ checkpoints",
+    "transformers": "transformers",
 }
 _HOME = "spinpass"
 _PROMPT = "Why is the sky blue?"
@@ -56,8 +57,8 @@ def model_card(loaded: LoadedModel, about: Mapping[str, Any], settings: Mapping[
     name, rotated = _name(loaded), bool(about.get("plan"))
     parts = [
         "\n".join(_front_matter(loaded.papers, library, rotated=rotated, quantized=integers)),
-        f"# {name} for {_RUNTIMES[library]}",
-        _what(about, name, library),
+        f"# {name} for {_reader(library, integers)}",
+        _what(about, name, _reader(library, integers)),
         *_section("Measured", _measured(about.get("card"), about.get("compared"))),
         *_section("Proved", _proved(about, library)),
         *_section("Made by", _command(settings, hub_name(loaded.source), about)),
@@ -96,9 +97,14 @@ def _front_matter(papers: Papers, library: str, *, rotated: bool, quantized: boo
     yield "---"
 
 
-def _what(about: Mapping[str, Any], name: str, library: str) -> str:
+def _reader(library: str, integers: bool) -> str:
+    """What reads the folder, for people."""
+    return _RUNTIMES["gptq" if library == "transformers" and integers else library]
+
+
+def _what(about: Mapping[str, Any], name: str, reader: str) -> str:
     version = about.get("versions", {}).get(_HOME, "")
-    said = [f"{name}, written for {_RUNTIMES[library]} by {_HOME} {version}".rstrip() + "."]
+    said = [f"{name}, written for {reader} by {_HOME} {version}".rstrip() + "."]
     plan, made = about.get("plan"), about.get("quantization") or {}
     if plan:
         roles = ", ".join(sorted({space["rotation"] for space in plan["spaces"]}))
@@ -184,7 +190,8 @@ def _run(loaded: LoadedModel, about: Mapping[str, Any], library: str) -> Iterato
     tokenizer = None if loaded.companions is None else loaded.companions.tokenizer
     cached = any("past" in name or "cache" in name for name in (about.get(library) or {}).get("inputs", ()))
     if library == "transformers":
-        yield "A GPTQ checkpoint in safetensors: whatever reads those reads this one, without spinpass."
+        kind = "GPTQ checkpoint" if (about.get("quantization") or {}).get("weights") else "checkpoint of transformers"
+        yield f"A {kind} in safetensors: whatever reads those reads this one, without spinpass."
     elif tokenizer is not None and (cached or library == "executorch"):
         command = "chat ." if tokenizer.chat_template else f'generate . "{_PROMPT}"'
         yield _console(f"spinpass {command}") + "\n"

@@ -157,6 +157,8 @@ def test_the_command(tmp_path: Path) -> None:
     data = json.loads(made.stdout)
     assert data["ok"] and "model.safetensors" in data["files"]
     assert not json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "A checkpoint of transformers in safetensors" in card and "GPTQ" not in card
     again = CliRunner().invoke(app, [*arguments, "--rotations", "R2"])
     assert again.exit_code == 0 and "checkpoint of" in again.stdout, again.stderr
     assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"]
