@@ -40,8 +40,9 @@ def rotate_checkpoint_command(
     """
     screen = screen_of(ctx, as_json, verbose)
     chosen = tuple(part.strip() for part in rotations.split(","))
-    table = {"form": FOLDED.form, "tied": tied or FOLDED.tied} if "R1" in chosen else {"tied": tied} if tied else {}
-    config = RotationConfig(rotations=chosen, **table)  # type: ignore[arg-type]
+    of_r1 = {"form": FOLDED.form, "tied": FOLDED.tied} if "R1" in chosen else {}
+    given = {} if tied is None else {"tied": tied}
+    config = RotationConfig(rotations=chosen, **(of_r1 | given))  # type: ignore[arg-type]
     with screen.steps() as steps:
         result, written = rotate_checkpoint(
             model, out, config, dtype=dtype, certify=not no_verify, force=force, steps=steps

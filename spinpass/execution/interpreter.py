@@ -361,11 +361,11 @@ class Runner(Interpreter):
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call an operator, with lifted arguments in a lifted run."""
-        name = str(target)
         if not self.float64:
-            if name not in _LOOKUPS and any(isinstance(value, Handle) for value in args):
+            if any(isinstance(value, Handle) for value in args) and str(target) not in _LOOKUPS:
                 args = tuple(map(self._read, args))
             return super().call_function(target, args, kwargs)
+        name = str(target)
         if name == _DTYPE_ASSERTION:
             return None
         if name in _LOOKUPS:

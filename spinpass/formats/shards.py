@@ -22,6 +22,7 @@ _NAMES = {
     torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.int32: "I32",
     torch.int64: "I64", torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64",
 }  # fmt: skip
+_ALONE = "model.safetensors"
 _SHARD = 5_000_000_000  # bytes, as transformers has it
 _ALIGNED = 8  # the header ends at a multiple of so many bytes
 
@@ -65,9 +66,6 @@ def write_shards(folder: str | Path, tensors: Mapping[str, Tensor], *, shard_byt
             (staging / f"{_ALONE}.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         written = sorted(path.name for path in staging.iterdir())
     return tuple(folder / name for name in written)
-
-
-_ALONE = "model.safetensors"
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_map_only
 from spinpass.errors import ProgramError
 
 from .folding import QueuedStep
-from .signature import with_constants, with_other_values
+from .signature import with_other_values
 from .sources import EVERY_ROW, LARGE, ConstantSource, FoldedSource, Held, Rows, Spooled, Wide, row_blocks
 
 
@@ -128,13 +128,9 @@ class Handle(Tensor):
                 raise ProgramError(
                     f"{func} writes into a constant that is read when it is used: call spinpass.materialize first"
                 )
-        values = _as_read if func in _PRODUCTS else _values
+        values = Handle.read if func in _PRODUCTS else _values
         args, kwargs = tree_map_only(Handle, values, args), tree_map_only(Handle, values, kwargs)
         return func(*args, **kwargs)
-
-
-def _as_read(handle: Handle) -> Tensor:
-    return handle.read()
 
 
 def _values(handle: Handle) -> Tensor:
@@ -215,16 +211,9 @@ def materialize(program: ExportedProgram) -> ExportedProgram:
 
     Constants that are tied stay tied. A program without any is returned as it is.
     """
-    state = dict(program.state_dict)
-    lazy = [name for name, tensor in state.items() if isinstance(tensor, Handle)]
+    lazy = {name: tensor for name, tensor in program.state_dict.items() if isinstance(tensor, Handle)}
     if not lazy:
         return program
-    made: dict[tuple[Any, ...], Tensor] = {}
-    for name in lazy:
-        key = storage_key(state[name])
-        if key not in made:
-            made[key] = values_of(state[name]).contiguous()
-        old = state[name]
-        parameter = isinstance(old, torch.nn.Parameter)
-        state[name] = torch.nn.Parameter(made[key], requires_grad=False) if parameter else made[key]
-    return with_constants(program, state)
+    held = {storage_key(tensor): tensor for tensor in lazy.values()}
+    made = {key: values_of(tensor).contiguous() for key, tensor in held.items()}
+    return with_other_values(program, {name: made[storage_key(tensor)] for name, tensor in lazy.items()})

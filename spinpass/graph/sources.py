@@ -70,16 +70,14 @@ class Held:
         return found.double() if found.is_floating_point() else found
 
 
-@dataclass(frozen=True, eq=False)
-class FoldedSource:
-    """What steps make of another source, each time it is read."""
+class _Derived:
+    """What is made of another source, in its shape and dtype and on its device."""
 
     source: ConstantSource
-    steps: tuple[QueuedStep, ...]
 
     @property
     def shape(self) -> torch.Size:
-        """That of the source, which steps keep."""
+        """That of the source."""
         return self.source.shape
 
     @property
@@ -91,6 +89,14 @@ class FoldedSource:
     def device(self) -> torch.device:
         """That of the source."""
         return self.source.device
+
+
+@dataclass(frozen=True, eq=False)
+class FoldedSource(_Derived):
+    """What steps make of another source, each time it is read."""
+
+    source: ConstantSource
+    steps: tuple[QueuedStep, ...]
 
     def read(self, rows: Rows) -> Tensor:
         """Return the rows, folded and rounded once; see :class:`ConstantSource`."""
@@ -106,7 +112,7 @@ class FoldedSource:
 
 
 @dataclass(eq=False)
-class Spooled:
+class Spooled(_Derived):
     """Another source, computed once: what is read first is kept in a file without a name, and read from it later.
 
     Args:
@@ -117,21 +123,6 @@ class Spooled:
     source: ConstantSource
     folder: Path
     _kept: Tensor | None = field(default=None, init=False)
-
-    @property
-    def shape(self) -> torch.Size:
-        """That of the source."""
-        return self.source.shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """That of the source."""
-        return self.source.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """That of the source."""
-        return self.source.device
 
     def read(self, rows: Rows) -> Tensor:
         """Return the rows, as a view of the file for a slice; see :class:`ConstantSource`."""
@@ -153,20 +144,16 @@ class Spooled:
 
 
 @dataclass(frozen=True, eq=False)
-class Wide:
+class Wide(_Derived):
     """The float64 values of a source, as they were before they were rounded or after it."""
 
     source: ConstantSource
     unrounded: bool
-    dtype: torch.dtype = torch.float64
 
     @property
-    def shape(self) -> torch.Size:
-        return self.source.shape
-
-    @property
-    def device(self) -> torch.device:
-        return self.source.device
+    def dtype(self) -> torch.dtype:
+        """It is float64."""
+        return torch.float64
 
     def read(self, rows: Rows) -> Tensor:
         return self.source.exact(rows) if self.unrounded else self.source.read(rows).double()

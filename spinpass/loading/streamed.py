@@ -40,7 +40,6 @@ class Streamed:
             traced = type(loaded)._from_config(loaded.config, dtype=dtype).eval()  # noqa: SLF001  as AutoModel does
         traced.tie_weights()
         traced.generation_config = loaded.generation_config
-        traced.config.dtype = dtype
         self.traced = traced
         self._values = self._handles(loaded)
 
@@ -55,7 +54,7 @@ class Streamed:
         kept = any(getattr(loaded, f"_keep_in_fp32_modules{kind}", None) for kind in ("", "_strict"))
         if kept and asked.itemsize < torch.float32.itemsize:
             return None
-        if any(_FLOATS.get(_spelled(kind), loaded.dtype) != loaded.dtype for kind in stored.values()):
+        if any(_FLOATS.get(str(kind), loaded.dtype) != loaded.dtype for kind in stored.values()):
             return None
         made = cls(loaded, asked)
         return made if made._is_tied_as(loaded) else None
@@ -106,12 +105,6 @@ class Streamed:
         finally:
             for held, name, tensor in before:
                 held[name] = tensor
-
-
-def _spelled(dtype: torch.dtype | str) -> str:
-    """Return the name of a dtype as safetensors files spell it."""
-    name = str(dtype).removeprefix("torch.").upper()
-    return {"FLOAT64": "F64", "FLOAT32": "F32", "FLOAT16": "F16", "BFLOAT16": "BF16"}.get(name, name)
 
 
 def can_stream(weights: Sequence[Path]) -> bool:
