@@ -30,6 +30,7 @@ from .rotate import rotate_command
 from .rotate_checkpoint import rotate_checkpoint_command
 from .schemes import schemes_command
 from .screen import CommandState
+from .settings import SettledCommand
 from .tune import tune_command
 from .verify import verify_command
 
@@ -94,7 +95,7 @@ def _root(version: Version = False) -> None:
     """Take the options before the command."""
 
 
-app.command("export")(export_command)
+app.command("export", cls=SettledCommand)(export_command)
 app.command("rotate")(rotate_command)
 app.command("rotate-checkpoint")(rotate_checkpoint_command)
 app.command("plan")(plan_command)

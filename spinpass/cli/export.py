@@ -117,10 +117,11 @@ def export_command(
 
 
 def _left_lines(result: Result) -> list[str]:
-    """Which layers a scheme was meant for and could not round, by reason."""
+    """Which layers a scheme was meant for and could not round, by reason; and by what those of experts were."""
     if result.quantization is None:
         return []
-    return [f"{count} layers stay in floats: {why}" for why, count in result.quantization.obstacles.items()]
+    kept = [f"{count} layers stay in floats: {why}" for why, count in result.quantization.obstacles.items()]
+    return [*kept, *filter(None, [result.quantization.experts])]
 
 
 def _layer(given: str) -> tuple[str, str]:

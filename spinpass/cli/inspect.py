@@ -92,8 +92,12 @@ def _facts(manifest: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         return
     yield "model", str(manifest.get("model", "unknown"))
     yield "versions", ", ".join(f"{name} {number}" for name, number in manifest.get("versions", {}).items())
-    certificate = (manifest.get("record") or {}).get("certificate")
-    yield "rotation certified", str(certificate["verdict"]) if certificate else "no"
+    made = manifest.get("record")
+    if made:
+        certificate = made.get("certificate")
+        yield "rotation certified", str(certificate["verdict"]) if certificate else "no, as --no-verify asked"
+    else:
+        yield "rotation", "none: the original"
     exported = manifest.get("onnx") or manifest.get("openvino") or manifest.get("executorch") or {}
     if exported:
         proof = exported.get("certificate")

@@ -7,18 +7,38 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+import typer.core
 import yaml  # type: ignore[import-untyped]
 
 from spinpass.errors import ConfigError, first_line
 from spinpass.evaluation import read_text
+from spinpass.quantization import QuantizationConfig
 
+_GIVEN = "spinpass.given"
 _NEVER = ("config", "help", "force", "trust-remote-code", "json", "verbose")  # of one run, and of who gives it
+
+
+_ROUNDING = frozenset({"bits", "recipe", "quantize", "int4"})  # ways to round, of which one counts
+_OF_ROTATIONS = frozenset({"kind", "block-size", "seed", "tied", "form", "cache", "exclude"})
+_TEXT = frozenset({"samples", "calibration"})
+_RECIPE = _ROUNDING | {"samples", "rotations", "form"}  # what a recipe stands for
+
+
+class SettledCommand(typer.core.TyperCommand):
+    """A command with ``--config``, whose file gives way to what stands beside it."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Take down which options are given before the first of them is read, which is ``--config``."""
+        ctx.meta[_GIVEN] = self.make_parser(ctx).parse_args(list(args))[0]
+        return super().parse_args(ctx, args)
 
 
 def _take(ctx: typer.Context, path: Path | None) -> Path | None:
     """Let the options of a file stand in for the defaults of a command; what the command line gives counts more."""
     if path is not None:
-        ctx.default_map = _defaults(_options(ctx), _read(path), path)
+        found = _read(path)
+        left = _superseded(ctx.meta.get(_GIVEN, {}), found)
+        ctx.default_map = _defaults(_options(ctx), {name: found[name] for name in found if name not in left}, path)
     return path
 
 
@@ -32,6 +52,28 @@ Settings = Annotated[
         callback=_take,
     ),
 ]
+
+
+def _superseded(given: dict[str, Any], found: dict[str, Any]) -> frozenset[str]:
+    """Return the options of a file that do not count beside those of the command line.
+
+    Other rotations take the place of the file's, another recipe or way to round that of the file's, and no text is read
+    that it has no use for. Raises ConfigError where the scheme of the command line cannot be read.
+    """
+    rotations = {name.strip() for name in given.get("rotations", "R1").split(",")}
+    idle = _OF_ROTATIONS if rotations == {"none"} else frozenset() if "R1" in rotations else frozenset({"form"})
+    return idle | _rounded_otherwise(given, found)
+
+
+def _rounded_otherwise(given: dict[str, Any], found: dict[str, Any]) -> frozenset[str]:
+    if not given.keys() & _ROUNDING:
+        return frozenset()
+    left = _RECIPE if given.keys() & {"bits", "recipe"} else _ROUNDING
+    scheme = given.get("quantize")
+    reads = QuantizationConfig.parse(scheme).uses_calibration if scheme else not given.get("int4")
+    unread = not reads or given.get("recipe") == "plain" or str(given.get("bits")) == "16"
+    cached = "kv_cache" in given or "kv-cache" in found
+    return left | _TEXT if unread and not cached else left
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]

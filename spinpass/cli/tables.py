@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from spinpass.evaluation import Comparison, Perplexity
-from spinpass.folders import Result
+from spinpass.folders import Result, plural
 from spinpass.loading import LoadingReport
 from spinpass.planning import RotationPlan, grouped_refusals, grouped_spaces, online_parts
 from spinpass.tuning import Tuned
@@ -137,7 +137,7 @@ def trial_lines(trials: Iterable[Mapping[str, Any]]) -> list[str]:
     run = [trial for trial in trials if trial["error"] is not None]
     names = ", ".join(dict.fromkeys(trial["runtime"] for trial in run))
     tokens, cases = sum(trial["tokens"] for trial in run), len(run)
-    found = [f"tried in {names}: {tokens} tokens in {cases} cases, as the program has them"] if run else []
+    found = [f"tried in {names}: {tokens} tokens in {plural(cases, 'case')}, as the program has them"] if run else []
     left = dict.fromkeys(f"{t['runtime']}, {t['case']}: {t['reason']}" for t in trials if t["reason"])
     return [*found, *(f"not compared: {each}" for each in left)]
 

@@ -74,7 +74,7 @@ def tune_command(
     decisive = cut(known.token_ids(text), length, windows)
     if out is not None:
         bits = None if scheme.weights is None else float(scheme.average_bits or scheme.weights.bits)
-        known.check_disk(out, dtype, bits, steps=bits is not None)
+        known.check_disk(out, dtype, bits, floats=False, codes=False)
     with ExitStack() as stack:
         draft = None if out is None else stack.enter_context(drafted(out))
         steps = stack.enter_context(screen.steps())

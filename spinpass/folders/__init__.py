@@ -2,7 +2,7 @@
 all.
 """
 
-from .card import Card, card_lines, weight_count
+from .card import Card, card_lines, plural, weight_count
 from .checkpoint import FOLDED, CheckpointReport, rotate_checkpoint
 from .companions import SETTINGS, Written, check_target, check_writable
 from .making import carry_out, export
@@ -35,6 +35,7 @@ __all__ = [
     "export",
     "measured",
     "onnx_tools",
+    "plural",
     "quantized",
     "recipe_of",
     "rotate_checkpoint",

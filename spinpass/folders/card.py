@@ -26,6 +26,11 @@ _MODELS = ("*.onnx*", "openvino_model.*", "*.pte", "*.safetensors")
 _NEW = 16  # tokens, timed
 
 
+def plural(count: int, noun: str) -> str:
+    """Return a count of things."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 @dataclass(frozen=True)
 class Card:
     """What a user wants to know of a folder.

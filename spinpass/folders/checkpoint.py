@@ -25,6 +25,7 @@ from spinpass.graph import storage_key
 from spinpass.loading import LOGIT_BOUNDS, LoadedModel, load_model, reloaded_logits
 from spinpass.progress import Silent, Steps
 
+from .card import plural
 from .companions import Written, check_target, write_companions
 from .gptq import check_offline, check_rotation, check_same_architecture, described
 from .judge import FolderTrial
@@ -45,11 +46,13 @@ class CheckpointReport:
     path: Path
     files: tuple[Path, ...]
     bytes: int
+    untied: bool
 
     @property
     def summary(self) -> str:
         """Say it in one line."""
-        return f"checkpoint of {self.bytes / 1e6:.1f} MB in {len(self.files)} files"
+        size = f"checkpoint of {self.bytes / 1e6:.1f} MB in {plural(len(self.files), 'file')}"
+        return f"{size}; its head shared the token table, and has one of its own now" if self.untied else size
 
 
 def rotate_checkpoint(
@@ -98,8 +101,8 @@ def rotate_checkpoint(
         steps.start("write")
         files = write_shards(draft.folder, _once(result.program.state_dict))
         size = sum(path.stat().st_size for path in files)
-        report = CheckpointReport(draft.folder, files, size)
         made = described(loaded, result)
+        report = CheckpointReport(draft.folder, files, size, _is_tied(loaded) and not _is_tied(made))
 
         def tried() -> list[FolderTrial]:
             if not certify:
@@ -110,6 +113,12 @@ def rotate_checkpoint(
         about = write_companions(made, result, {}, [path.name for path in files], draft, tried)
         steps.finish()
         return result, Written(draft.in_place(report), *about, loading=loaded.report)
+
+
+def _is_tied(loaded: LoadedModel) -> bool:
+    """Whether the configuration says that head and token table are one."""
+    assert loaded.companions is not None
+    return bool(loaded.companions.config.get_text_config().tie_word_embeddings)
 
 
 def _once(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

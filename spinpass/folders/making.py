@@ -17,7 +17,6 @@ from spinpass.config import RotationConfig
 from spinpass.errors import ConfigError
 from spinpass.evaluation import (
     CALIBRATION_LENGTH,
-    CALIBRATION_WINDOWS,
     SELF,
     named_dataset,
     own_tokens,
@@ -149,17 +148,23 @@ def carry_out(request: ExportRequest, steps: Steps) -> tuple[Result, Written]:
     check_target(request.out, request.model, force=request.force)
     write = _writer(request)
     with drafted(request.out) as draft:
-        calibrated = preflight(request)
-        return _Run(request, write, calibrated, draft, steps).made()
+        dataset, windows = preflight(request)
+        return _Run(request, write, dataset, windows, draft, steps).made()
 
 
 @dataclass(frozen=True)
 class _Run:
-    """One export under way. ``dataset`` is the text of the dataset that is calibrated on, if one is."""
+    """One export under way.
+
+    Attributes:
+        dataset: the text of the dataset that is calibrated on, empty where none is.
+        windows: how many windows calibrate, None where nothing does.
+    """
 
     request: ExportRequest
     write: Callable[..., Written]
     dataset: str
+    windows: int | None
     draft: Draft
     steps: Steps
 
@@ -181,11 +186,13 @@ class _Run:
         if asked.to == "gptq":
             check_rotation(loaded, result)
         if asked.scheme is not None:
-            result = quantized(result, loaded, asked.scheme, text, steps, asked.calibration_windows)
+            result = quantized(result, loaded, asked.scheme, text, steps, self.windows, self.draft.folder.parent)
             result = replace(result, program=self._kept(result.program))
-        options = {} if asked.kv_cache is None or text is None else {"cache": _cache_bits(asked, text)}
+        options = {} if asked.kv_cache is None or text is None else {"cache": self._cache_bits(text)}
         result = self._headed(result)
-        result = replace(result, settings=settings_of(asked, config, last_logits=result.scored is not None))
+        result = replace(
+            result, settings=settings_of(asked, config, windows=self.windows, last_logits=result.scored is not None)
+        )
         return Made(result, self.write(loaded, result, draft, steps, certify=asked.certify, **options))
 
     def _kept(self, program: ExportedProgram) -> ExportedProgram:
@@ -226,6 +233,9 @@ class _Run:
                 onnx_tools().check_kernels(loaded.program)
         return loaded
 
+    def _cache_bits(self, text: Path) -> CacheBits:
+        return CacheBits(int(str(self.request.kv_cache).removeprefix("int")), text, self.windows)
+
     def _text(self, loaded: LoadedModel) -> Path | None:
         """Return the file that is calibrated on. What is in none is written to one that goes with the draft."""
         given = self.request.calibration
@@ -244,7 +254,7 @@ class _Run:
             program = self._loaded(cache=True).program
         tokenizer, found = loaded.companions.tokenizer, ""
         length = min(_window(self.request), window_length(loaded.companions))
-        needed = (self.request.calibration_windows or CALIBRATION_WINDOWS) * CALIBRATION_LENGTH
+        needed = (self.windows or 0) * CALIBRATION_LENGTH
         seed = 0
         while len(token_ids(tokenizer)(found)) < needed:  # a text has other tokens than it was written in
             progress = self.steps.start(f"write text {seed + 1}")
@@ -254,10 +264,11 @@ class _Run:
         return found
 
 
-def preflight(request: ExportRequest) -> str:
+def preflight(request: ExportRequest) -> tuple[str, int | None]:
     """Say what can be said before the weights are read: model, text, tokenizer, tokens, kernels, disk.
 
-    Returns the text of the dataset that is calibrated on, empty where none is. Raises ConfigError and ExportError, as
+    Returns the text of the dataset that is calibrated on, empty where none is, and how many windows calibrate. Raises
+    ConfigError and ExportError, as
     :func:`export`.
     """
     known = Known.of(request.model, dequantize=request.dequantize, trust_remote_code=request.trust_remote_code)
@@ -271,8 +282,10 @@ def preflight(request: ExportRequest) -> str:
     )
     dataset = named_dataset(request.calibration)
     read = read_dataset(dataset) if dataset else ""
+    windows = None
     if request.calibration is not None:
-        known.check_text(request.calibration, read, _window(request), request.calibration_windows)
+        count, most = request.calibration_windows, request.most_windows
+        windows = known.windows_of(request.calibration, read, _window(request), count, most)
     context = _context(request)
     if context is not None:
         known.check_context(context)
@@ -284,9 +297,10 @@ def preflight(request: ExportRequest) -> str:
         known.check_openvino(request.dtype, integers=request.stored_bits is not None)
     if request.to == "onnx" and request.certify and request.dtype in ("float16", "bfloat16"):
         onnx_tools().check_dtypes({request.dtype})
-    copies = request.to == "onnx" and (request.stored_bits is not None or request.kv_cache is not None)
-    known.check_disk(request.out, request.dtype, request.stored_bits, steps=copies)
-    return read
+    copies = request.int4 or (request.to == "onnx" and request.kv_cache is not None)
+    codes = request.to == "onnx" and request.scheme is not None
+    known.check_disk(request.out, request.dtype, request.stored_bits, floats=copies, codes=codes)
+    return read, windows
 
 
 def _context(request: ExportRequest) -> int | None:
@@ -296,10 +310,6 @@ def _context(request: ExportRequest) -> int | None:
 def _window(request: ExportRequest) -> int:
     """Tokens of a calibration window."""
     return min(CALIBRATION_LENGTH, _context(request) or CALIBRATION_LENGTH)
-
-
-def _cache_bits(request: ExportRequest, text: Path) -> CacheBits:
-    return CacheBits(int(str(request.kv_cache).removeprefix("int")), text, request.calibration_windows)
 
 
 def _writer(request: ExportRequest) -> Callable[..., Written]:

@@ -15,6 +15,7 @@ from typing import Any
 from spinpass.formats import MANIFEST
 from spinpass.loading import LoadedModel, Papers, Source
 
+from .card import plural
 from .command import command_of
 
 _RUNTIMES = {
@@ -170,7 +171,7 @@ def _proved(about: Mapping[str, Any], library: str) -> Iterator[str]:
     if run:
         names = ", ".join(dict.fromkeys(trial["runtime"] for trial in run))
         tokens = sum(trial["tokens"] for trial in run)
-        yield f"- the folder: {tokens} tokens in {len(run)} cases are as the program has them ({names})"
+        yield f"- the folder: {tokens} tokens in {plural(len(run), 'case')} are as the program has them ({names})"
     yield f"- `{MANIFEST}` holds the plan, the proofs, and the hash of every file: `spinpass inspect . --check`"
 
 

@@ -15,7 +15,7 @@ from spinpass.formats import PREFIX, READS_PADDING, Draft
 from spinpass.graph import storage_key, with_other_values
 from spinpass.loading import Companions, LoadedModel
 from spinpass.progress import Steps
-from spinpass.quantization import QuantizationReport, QuantizedWeight, unrounded_operands
+from spinpass.quantization import QuantizedWeight, unrounded_operands
 
 from .card import Card, scored_card
 from .companions import Written, write_companions
@@ -57,12 +57,10 @@ class OnnxTools(Protocol):
         external_data: bool | None,
         verify: bool | None,
         metadata: Mapping[str, str] | None,
+        weights: Mapping[str, QuantizedWeight] | None,
+        accuracy_level: int,
         progress: Callable[[str], None],
     ) -> OnnxReport: ...
-
-    def pack_weights(
-        self, source: Path, destination: Path, weights: Mapping[str, QuantizedWeight], /, *, accuracy_level: int
-    ) -> QuantizeReport: ...
 
     def quantize_4bit(self, source: Path, destination: Path, /) -> QuantizeReport: ...
 
@@ -124,7 +122,7 @@ def write_folder(
         ConfigError, ExportError, VerificationError: :func:`spinpass.exporters.onnx.export` raises them, what packs, or
             :func:`.trial.try_folder`.
     """
-    pack = _packing(onnx, result.quantization, int4)
+    quantized = None if int4 else result.quantization
 
     def export(folder: Path, external_data: bool | None = None) -> OnnxReport:
         made = onnx.export(
@@ -135,6 +133,8 @@ def write_folder(
             external_data=external_data,
             verify=None if certify and not result.rounds_activations else False,
             metadata={READS_PADDING: "true"} if loaded.reads_padding else None,
+            weights=None if quantized is None else quantized.weights,
+            accuracy_level=4 if quantized is not None and quantized.activations else 0,
             progress=lambda step: steps.begin(f"onnx: {step}"),
         )
         return replace(made, uncertified=_AT_A_TIE) if certify and result.rounds_activations else made
@@ -146,16 +146,17 @@ def write_folder(
         return _tried(onnx, loaded, result, expected, draft.folder, steps, texts)
 
     def scored() -> Card | str | None:
-        rounded = pack is not None or cache is not None or result.rounds_activations
+        packed = int4 or bool(quantized is not None and quantized.weights)
+        rounded = packed or cache is not None or result.rounds_activations
         return scored_card(loaded, draft.folder, steps) if rounded else None
 
-    later: dict[str, _Step] = {} if pack is None else {"pack": pack}
+    later: dict[str, _Step] = {"pack": onnx.quantize_4bit} if int4 else {}
     if cache is not None:
         bits = cache.bits
         later["cache"] = lambda source, target: onnx.quantize_cache(source, target, bits, texts)
     if not later:
         report = export(draft.folder)
-        return _written(onnx, loaded, result, draft, report, {}, tried, scored)
+        return _written(onnx, loaded, result, draft, report, _packed(report), tried, scored)
     made: dict[str, _Made] = {}
     with TemporaryDirectory(dir=draft.folder.parent, prefix=PREFIX) as staging:  # in the draft's it would be cleared up
         report = export(Path(staging, "0"), external_data=True)  # read again a tensor at a time
@@ -167,8 +168,13 @@ def write_folder(
             steps.start(step)
             made[step] = write(source, draft.folder if step == list(later)[-1] else Path(staging, step))
             source = made[step].path
+    made = _packed(report) | made
     report = replace(report, path=source, files=made[step].files)
     return _written(onnx, loaded, result, draft, report, made, tried, scored)
+
+
+def _packed(report: OnnxReport) -> dict[str, _Made]:
+    return {} if report.packed is None else {"pack": report.packed}
 
 
 def _written(
@@ -285,16 +291,6 @@ def _calibration(loaded: LoadedModel, cache: CacheBits) -> list[list[int]]:
         raise ConfigError(f"{loaded.source.location} has no tokenizer to read {cache.text} with")
     length = window_length(loaded.companions)
     return calibration_windows(token_ids(loaded.companions.tokenizer), cache.text, length, cache.windows)
-
-
-def _packing(onnx: OnnxTools, made: QuantizationReport | None, int4: bool) -> _Step | None:
-    """Return what makes integers of the exported file; None where nothing is to be."""
-    if int4:
-        return lambda source, target: onnx.quantize_4bit(source, target)
-    if made is None or not made.weights:
-        return None
-    level = 4 if made.activations else 0
-    return lambda source, target: onnx.pack_weights(source, target, made.weights, accuracy_level=level)
 
 
 def _write_genai_config(onnx: OnnxTools, companions: Companions, folder: Path) -> dict[str, str | None]:

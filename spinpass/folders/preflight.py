@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from spinpass.errors import ConfigError, ExportError
-from spinpass.evaluation import SELF, cut_windows, library_docs, read_text, token_ids
+from spinpass.evaluation import SELF, library_docs, read_text, token_ids
 from spinpass.formats import check_free
-from spinpass.loading import Source, check_context, count_values, load_config, load_tokenizer, locate
+from spinpass.loading import STREAMED_BYTES, Source, check_context, count_values, load_config, load_tokenizer, locate
 
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "torch.float32": 4, "torch.float16": 2, "torch.bfloat16": 2}
 _HEAD_STEP = 8  # GroupQueryAttention's heads are multiples of this
@@ -47,16 +47,32 @@ class Known:
         self._check_tokenizer(text or "a text")
         return token_ids(self.tokenizer)(found)
 
-    def check_text(self, named: str | Path, read: str, length: int, count: int | None) -> None:
-        """Raise ConfigError where calibration windows cannot be cut from a text, or there is no tokenizer for it.
+    def windows_of(self, named: str | Path, read: str, length: int, count: int | None, most: int) -> int:
+        """Return how many calibration windows are cut from a text.
 
-        ``named``: its file, or what stands in place of one; ``read``: the text where it was read already.
+        Args:
+            named: its file, or what stands in place of one.
+            read: the text, where it was read already.
+            length: tokens of a window.
+            count: how many windows are asked for; None for what the text holds, at most ``most``.
+
+        Raises ConfigError: the text is too short, cannot be read, or there is no tokenizer for it.
         """
         if not read and named != SELF:
             read = read_text(Path(named))
         self._check_tokenizer(named)
-        if named != SELF:
-            cut_windows(token_ids(self.tokenizer)(read), length, count)
+        if named == SELF:
+            return count or most
+        tokens = len(token_ids(self.tokenizer)(read))
+        held = tokens // length
+        if held < (count or 1):
+            asked = f"--samples {count}" if count else "one window to calibrate on"
+            fewer = f", --samples {held} at most" if held else ""
+            raise ConfigError(
+                f"{asked} needs {(count or 1) * length:,} tokens of {named}, which has {tokens:,}: choose a longer "
+                f"text with --calibration{fewer}"
+            )
+        return count or min(most, held)
 
     def _check_tokenizer(self, named: str | Path) -> None:
         if self.tokenizer is None:
@@ -115,28 +131,30 @@ class Known:
         """Bytes of a weight in the program."""
         return _BYTES.get(self._named(dtype), 2)
 
-    def check_disk(self, out: Path, dtype: str, bits: float | None, *, steps: bool) -> None:
+    def check_disk(self, out: Path, dtype: str, bits: float | None, *, floats: bool, codes: bool) -> None:
         """Make sure that the disk holds what is written, which is estimated from below.
 
         Args:
             out: the folder that is to be written, and beside which intermediate files lie.
             dtype: of the weights.
             bits: of a weight in the result; None for those of the dtype.
-            steps: a file in the dtype is written first.
+            floats: a file in the dtype is written first.
+            codes: where the weights are read from their files, their integers are kept beside it, a byte for each.
 
         Raises ExportError: there is too little space.
         """
         if self.source.kind == "program":
-            floats = Path(self.source.location).stat().st_size
-            values = floats // 4
+            whole = Path(self.source.location).stat().st_size
+            values = whole // 4
         else:
             values = count_values(self.source) or 0
-            floats = values * self.dtype_bytes(dtype)
-        result = floats if bits is None else int(values * bits / 8)
-        check_space(out, result, floats if steps else 0)
+            whole = values * self.dtype_bytes(dtype)
+        result = whole if bits is None else int(values * bits / 8)
+        kept = values if codes and whole > STREAMED_BYTES else 0
+        check_space(out, result, (whole if floats else 0) + kept)
 
 
 def check_space(out: Path, result: int, intermediate: int = 0) -> None:
     """Raise ExportError where the disk of a folder, which need not be there yet, does not hold so many bytes."""
-    also = f" and {intermediate:,} for the file that it is made of" if intermediate else ""
+    also = f" and {intermediate:,} for what it is made of" if intermediate else ""
     check_free(out, result + intermediate, f"the result needs about {result:,} bytes{also},")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, get_args
 
 from spinpass.config import RotationConfig
 from spinpass.errors import ConfigError
-from spinpass.evaluation import SHIPPED_TEXT, check_windows
+from spinpass.evaluation import CALIBRATION_WINDOWS, SHIPPED_TEXT, check_windows
 from spinpass.loading import check_dtype
 from spinpass.quantization import QuantizationConfig, Weights
 
@@ -50,6 +50,7 @@ class ExportRequest:
     keep: tuple[str, ...] = ()
     layers: tuple[tuple[str, str], ...] = ()
     compare: bool = False
+    most_windows: int = field(default=CALIBRATION_WINDOWS, init=False)  # where the text holds so many
 
     def __post_init__(self) -> None:
         self._check_values()
@@ -106,8 +107,8 @@ class ExportRequest:
         if self.config == _DEFAULT:
             object.__setattr__(self, "config", followed.config)
         object.__setattr__(self, "quantize", followed.scheme)
-        if self.calibration_windows is None and self.calibration is None:
-            object.__setattr__(self, "calibration_windows", followed.windows)
+        if self.calibration is None and followed.windows is not None:
+            object.__setattr__(self, "most_windows", followed.windows)
 
     def _check_used(self) -> None:
         """Raise ConfigError where an option is given that nothing would read."""

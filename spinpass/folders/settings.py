@@ -15,12 +15,15 @@ from spinpass.evaluation import SHIPPED_TEXT
 from .request import ExportRequest
 
 
-def settings_of(request: ExportRequest, config: RotationConfig | None, *, last_logits: bool) -> dict[str, Any] | None:
+def settings_of(
+    request: ExportRequest, config: RotationConfig | None, *, windows: int | None, last_logits: bool
+) -> dict[str, Any] | None:
     """Return options of ``spinpass export`` by name, without dashes in front; what is at its default is left out.
 
     Args:
         request: what was asked for.
         config: what was rotated.
+        windows: how many windows calibrated; None where none did.
         last_logits: whether the logits are those of the last token alone.
 
     Returns:
@@ -39,7 +42,7 @@ def settings_of(request: ExportRequest, config: RotationConfig | None, *, last_l
         "keep": list(request.keep),
         "layer": [f"{pattern}={scheme}" for pattern, scheme in request.layers],
         "calibration": None if text is None or text == SHIPPED_TEXT else str(text),
-        "samples": request.calibration_windows,
+        "samples": windows,
         "kv-cache": request.kv_cache,
         "dtype": None if request.dtype == "float32" else request.dtype,
         "no-cache": not request.cache,

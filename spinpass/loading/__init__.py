@@ -9,11 +9,13 @@ from .reloaded import reloaded_logits
 from .sources import Source, check_program_options, locate
 from .static_cache import check_context, export_static_cache
 from .stored_size import count_values
+from .streamed import STREAMED_BYTES
 from .tensors import LoadingReport
 
 __all__ = [
     "LOGIT_BOUNDS",
     "LONGEST_TEXT",
+    "STREAMED_BYTES",
     "Companions",
     "LoadedModel",
     "LoadingReport",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -37,6 +38,7 @@ def quantize(
     calibration: Sequence[object] = (),
     *,
     training: Sequence[object] | None = None,
+    folder: Path | None = None,
     progress: Progress | None = None,
 ) -> Quantized:
     """Quantize a floating-point program, rotated or not. The program is not changed.
@@ -48,6 +50,8 @@ def quantize(
             static ranges are made on all of them together.
         training: inputs for what needs gradients, ``distill`` and ``average_bits``; by default those of the
             calibration. Shorter ones need less memory.
+        folder: where the codes are kept, in files without a name whose space is free when nothing reads them any more;
+            None keeps them in memory, a byte for each.
         progress: called with (steps done, all steps) while weights are rounded.
 
     Returns:
@@ -68,11 +72,15 @@ def quantize(
         judged = _spread(calibration, _JUDGED_ON) if training is None else _spread(training, 2 * _JUDGED_ON)
         chosen = allocated(program, chosen, judged, progress)
     if not chosen.distill:
-        return _rounded(program, chosen, calibration, progress)
+        return _rounded(program, chosen, calibration, folder, progress)
     shown = calibration if training is None else training
     # no name here holds on to what was rounded: its weights are let go while the scales are trained
     return distilled(
-        program, _rounded(program, chosen, calibration, progress), shown, epochs=chosen.distill, progress=progress
+        program,
+        _rounded(program, chosen, calibration, folder, progress),
+        shown,
+        epochs=chosen.distill,
+        progress=progress,
     )
 
 
@@ -82,7 +90,11 @@ def _spread(inputs: Sequence[object], count: int) -> list[object]:
 
 
 def _rounded(
-    program: ExportedProgram, chosen: QuantizationConfig, calibration: Sequence[object], progress: Progress | None
+    program: ExportedProgram,
+    chosen: QuantizationConfig,
+    calibration: Sequence[object],
+    folder: Path | None,
+    progress: Progress | None,
 ) -> Quantized:
     """Round what is chosen. What only that needs is let go with the return."""
     editor = open_program(program)
@@ -91,7 +103,7 @@ def _rounded(
         reasons = dict.fromkeys(sites.kept.values()) or ["no linear layers"]
         raise ConfigError("there is nothing to quantize: " + "; ".join(reasons))
     prepared = editor.finish()
-    calibrator = Calibrator(prepared, sites)
+    calibrator = Calibrator(prepared, sites, folder)
     if calibration:
         reference = {*sites.activations, *sites.caches} if chosen.follows else None
         run_in_lockstep(prepared, calibration, calibrator.watches(), reference, progress)

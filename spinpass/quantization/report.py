@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -27,12 +28,24 @@ class QuantizedWeight:
         error: relative, ‖X Wᵀ − X̂ Ŵᵀ‖² / ‖X Wᵀ‖² on the calibration inputs. X̂ are the layer's inputs behind the layers
             that are quantized already. X are those in the original program where the scheme follows it, else X = X̂.
             Without calibration inputs the error is ‖W − Ŵ‖² / ‖W‖².
+        stack: how many matrices it is, whose rows lie one after the other in the codes.
+        tokens: how many of the calibration's tokens each matrix of a stack was multiplied by, where GPTQ rounded it by
+            those; empty elsewhere.
     """
 
     codes: Codes
     dim: int
     scheme: Weights
     error: float
+    stack: int = 1
+    tokens: tuple[int, ...] = ()
+
+    def matrices(self, name: str) -> dict[str, Codes]:
+        """Return the codes of every matrix by the name of the weight, behind which a stack has their numbers."""
+        if self.stack == 1:
+            return {name: self.codes}
+        rows = len(self.codes.q) // self.stack
+        return {f"{name}.{i}": self.codes.rows(slice(i * rows, (i + 1) * rows)) for i in range(self.stack)}
 
 
 @dataclass(frozen=True)
@@ -84,10 +97,24 @@ class QuantizationReport:
         """What kept weights from being rounded that the scheme is for, with the number of layers."""
         return Counter(why for why in self.kept.values() if why not in (EXCLUDED, NOT_ASKED))
 
+    @property
+    def experts(self) -> str:
+        """Say by how many tokens the matrices of stacks were rounded; empty where none were."""
+        tokens = sorted(count for weight in self.weights.values() for count in weight.tokens)
+        if not tokens:
+            return ""
+        none = bisect.bisect_right(tokens, 0)
+        alone = f"; {none} saw none, and are rounded by those of all" if none else ""
+        return (
+            f"{len(tokens)} matrices of experts were rounded by {tokens[0]:,} to {tokens[-1]:,} tokens each, "
+            f"{tokens[len(tokens) // 2]:,} in the median{alone}"
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON can hold it: of each weight the scheme, the error and the size, but no codes."""
         weights = {
-            name: asdict(w.scheme) | {"error": w.error, "bytes": w.codes.nbytes} for name, w in self.weights.items()
+            name: asdict(w.scheme) | {"error": w.error, "bytes": w.codes.nbytes, "tokens": list(w.tokens)}
+            for name, w in self.weights.items()
         }
         return {
             "weights": weights,

@@ -181,8 +181,8 @@ class QuantizationConfig:
         exclude: patterns of parameter names whose linear layers keep their weights and inputs.
         average_bits: give every weight 2, 3, 4 or 8 bits by what it loses, so that they have this many on average.
         mixed_rows: let ``average_bits`` give every group of a weight's inputs its own width.
-        stacks: round also stacks of matrices, such as those of experts, which ONNX Runtime has no product of integers
-            for.
+        stacks: round also stacks of matrices that are multiplied by as a whole, which ONNX Runtime has no product of
+            integers for. Those of experts whose tokens are sorted are rounded in any case.
         distill: how many times to go through the calibration inputs to train the scales of the weights by what the
             original program returns (:mod:`.packed.distill`).
 

@@ -81,12 +81,12 @@ def test_the_disk_is_asked_for_what_will_be_written(model: Path, tmp_path: Path,
         ("float32", 4.0, False, count // 2),
     ):
         monkeypatch.setattr(shutil, "disk_usage", free(needed))
-        known.check_disk(tmp_path / "new" / "out", dtype, bits, steps=steps)
+        known.check_disk(tmp_path / "new" / "out", dtype, bits, floats=steps, codes=not steps)
         monkeypatch.setattr(shutil, "disk_usage", free(needed - 1))
         with pytest.raises(ExportError, match=rf"and {needed - 1:,} are free \(the disk is full"):
-            known.check_disk(tmp_path / "new" / "out", dtype, bits, steps=steps)
+            known.check_disk(tmp_path / "new" / "out", dtype, bits, floats=steps, codes=not steps)
     monkeypatch.setattr(shutil, "disk_usage", free(1000))
-    with pytest.raises(ExportError, match="about 900 bytes and 400 for the file that it is made of"):
+    with pytest.raises(ExportError, match="about 900 bytes and 400 for what it is made of"):
         check_space(tmp_path, 900, 400)
 
 
@@ -108,8 +108,8 @@ def test_it_is_all_said_before_the_model_is_loaded(model: Path, tmp_path: Path, 
         asked(model, out, **calibrated)()
     wrong: list[tuple[dict[str, Any], type[Exception], str]] = [
         (calibrated | {"calibration": tmp_path / "none.txt"}, ConfigError, "no such file"),
-        (calibrated | {"calibration": short}, ConfigError, "the text has 3"),
-        (calibrated | {"calibration_windows": 5}, ConfigError, "5 windows of 512 tokens need 2,560 tokens"),
+        (calibrated | {"calibration": short}, ConfigError, "one window to calibrate on needs 512 tokens of .*, which has 3: choose a longer text with --calibration$"),
+        (calibrated | {"calibration_windows": 5}, ConfigError, "--samples 5 needs 2,560 tokens"),
         (dict(bits=16, kv_cache="int8", calibration=text, dtype="float16"), ConfigError, "float32"),
     ]
     for options, kind, why in wrong:
@@ -127,4 +127,5 @@ def test_windows_that_are_asked_for_are_all_taken_for_the_cache_too(model: Path,
 
     text = tmp_path / "t"
     request = ExportRequest(str(model), tmp_path, None, bits=16, kv_cache="int8", calibration=text, calibration_windows=3)
-    assert making._cache_bits(request, text) == CacheBits(8, text, 3)
+    asked = making._Run(request, lambda: None, "", 3, None, None)._cache_bits(text)  # type: ignore[arg-type, return-value]
+    assert asked == CacheBits(8, text, 3)

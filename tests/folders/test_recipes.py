@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,13 @@ import yaml
 
 from spinpass import Override, RotationConfig
 from spinpass.errors import ConfigError, VerificationError
-from spinpass.evaluation import SHIPPED_TEXT, ProgramScorer, own_tokens
+from spinpass.evaluation import CALIBRATION_WINDOWS, SHIPPED_TEXT, ProgramScorer, own_tokens
 from spinpass.exporters.onnx.operators.rounding import TOKENS
 from spinpass.folders import BITS, ExportRequest, card_lines, export, making, recipe_of, result
 from spinpass.folders import card as folder_card
 from spinpass.folders import onnx as folder_onnx
 from spinpass.folders.card import WINDOWS
+from spinpass.folders.making import preflight
 from spinpass.folders.recipes import DEFAULT_BITS
 from spinpass.folders.settings import settings_of
 from spinpass.formats.pt2 import save_program
@@ -50,7 +51,7 @@ def test_every_recipe_is_a_request_that_means_something(to: str, name: str, bits
     request = ExportRequest("m", Path("out"), RotationConfig(), to=to, bits=bits, recipe=name)  # type: ignore[arg-type]
     assert request.quantize == recipe.scheme and request.config == recipe.config
     assert request.calibration == (SHIPPED_TEXT if name != "plain" else None)
-    assert request.calibration_windows == recipe.windows
+    assert request.most_windows == (recipe.windows or CALIBRATION_WINDOWS) and request.calibration_windows is None
 
 
 def test_what_is_given_counts_more_than_a_recipe() -> None:
@@ -252,12 +253,46 @@ def test_a_folder_is_made_again_by_its_own_settings(tmp_path: Path) -> None:
     assert again.exit_code == 0, again.stderr
     assert (tmp_path / "a" / "model.onnx").read_bytes() == (tmp_path / "b" / "model.onnx").read_bytes()
     other = run("export", model, tmp_path / "c", "--config", settings, "--quantize", "w8-rtn", "--all-logits", "--rotations", "R2")
-    assert other.exit_code == 2 and "--samples 2 are windows of a text" in other.stderr
-    settings.write_text(settings.read_text().replace("samples: 2\n", ""))
-    other = run("export", model, tmp_path / "c", "--config", settings, "--quantize", "w8-rtn", "--all-logits", "--rotations", "R2")
     assert other.exit_code == 0, other.stderr
     told = yaml.safe_load((tmp_path / "c" / "recipe.yaml").read_text())
     assert (told["quantize"], told["rotations"], told["seed"]) == ("w8-rtn", "R2", 3) and "last-logits" not in told
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (("--recipe", "plain"), {"rotations": "none", "quantize": recipe_of("plain", 4, "onnx").scheme}),
+        (("--int4", "--rotations", "none"), {"rotations": "none", "int4": True}),
+        (("--bits", 16), {"rotations": "R1,R2,R3,R4,latent", "form": "auto", "bits": 16}),
+        (("--int4", "--rotations", "R2"), {"rotations": "R2", "int4": True}),
+        (("--quantize", "w8-gptq-a8"), {"rotations": "R1,R2", "form": "online", "quantize": "w8-gptq-a8", "samples": 2}),
+        (("--recipe", "plain", "--kv-cache", "int8"), {"rotations": "none", "samples": 1, "kv-cache": "int8"}),
+    ],
+)
+def test_another_way_to_round_beside_settings(tmp_path: Path, given: Sequence[object], expected: dict[str, object]) -> None:
+    """Takes the place of the one in the file, with what belongs to it: a recipe its rotations, no text its windows."""
+    model = folders.model_folder(tmp_path / "model", head_dim=16)
+    text = tmp_path / "text.txt"
+    text.write_text("the cat sat on the mat " * 200)
+    settings = tmp_path / "mine.yaml"
+    settings.write_text(f"rotations: R1,R2\nform: online\nquantize: w4g16-gptq-a8\nsamples: 2\ncalibration: {text}\nno-verify: true\n")
+    made = run("export", model, tmp_path / "out", "--config", settings, *given)
+    assert made.exit_code == 0, made.stderr
+    told = yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())
+    assert told.items() >= (expected | {"no-verify": True}).items()
+    assert ("calibration" in told) == ("samples" in told) == ("samples" in expected)
+
+
+def test_a_recipe_takes_what_its_text_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And as many windows as are asked for, or none."""
+    text = tmp_path / "text.txt"
+    text.write_text("the cat sat on the mat " * 300)
+    monkeypatch.setattr("spinpass.folders.request.SHIPPED_TEXT", text)
+    model = folders.model_folder(tmp_path / "model")
+    request = ExportRequest(str(model), tmp_path / "out", RotationConfig(), recipe="quick")
+    assert preflight(request)[1] == 3
+    with pytest.raises(ConfigError, match="--samples 4 needs 2,048 tokens of .*: choose a longer text with --calibration, --samples 3 at most"):
+        preflight(ExportRequest(str(model), tmp_path / "out", RotationConfig(), recipe="quick", calibration_windows=4))
 
 
 @pytest.mark.parametrize(
@@ -284,8 +319,8 @@ def test_settings_that_mean_nothing(tmp_path: Path, text: str, why: str) -> None
 
 def test_settings_of_matrices_are_not_options() -> None:
     request = ExportRequest("m", Path("out"), RotationConfig(overrides={"R2": Override(seed=1)}))
-    assert settings_of(request, request.config, last_logits=True) is None
-    assert settings_of(request, None, last_logits=False)["rotations"] == "none"  # type: ignore[index]
+    assert settings_of(request, request.config, windows=None, last_logits=True) is None
+    assert settings_of(request, None, windows=None, last_logits=False)["rotations"] == "none"  # type: ignore[index]
 
 
 @pytest.mark.parametrize("better", ["rotated", "original"])

@@ -53,7 +53,7 @@ def test_the_original_without_a_rotation(model: Path, tmp_path: Path) -> None:
 
 def test_the_function_takes_what_the_request_holds() -> None:
     parameters = inspect.signature(export).parameters
-    held = {field.name: field.default for field in fields(ExportRequest) if field.name not in ("model", "out", "config")}
+    held = {field.name: field.default for field in fields(ExportRequest) if field.init and field.name not in ("model", "out", "config")}
     assert {name: p.default for name, p in parameters.items() if name in held} == held
     assert parameters.keys() - held.keys() == {"model", "out", "config", "steps"}
     assert parameters["config"].default == spinpass.RotationConfig(), "rotated unless told otherwise"

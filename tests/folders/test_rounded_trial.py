@@ -95,7 +95,7 @@ def test_a_wrong_attention_is_seen_behind_rounded_activations(source: Path, tmp_
     export(source, tmp_path / "right", None, quantize="w4g32-rtn-a8-head8")
     found = trials(tmp_path / "right")
     assert found["onnxruntime, unrounded", "prompt"]["error"] < 0.01 < found["onnxruntime", "prompt"]["bound"]
-    changed("pack_weights", sharper)
+    changed("export", sharper)
     with pytest.raises(VerificationError, match="does not compute what the program does"):
         export(source, tmp_path / "out", None, quantize="w4g32-rtn-a8-head8")
     assert [each.name for each in tmp_path.iterdir()] == ["right"]

@@ -194,13 +194,20 @@ def test_integers_are_judged_by_the_simulated_program(source: Path, tmp_path: Pa
     assert all(t["error"] < 1e-3 for t in found if t["runtime"] == "onnxruntime")
 
 
-def test_integers_of_another_weight_never_appear(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("scheme", "why"),
+    [("w4g16-rtn", "does not compute what the program computes"), ("w4g16-rtn-a8", "stand for other values")],
+    ids=["the file is compared", "its integers are"],
+)
+def test_integers_of_another_weight_never_appear(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheme: str, why: str
+) -> None:
     from spinpass.exporters.onnx.integers import weights
 
     packed_bits = weights.packed_bits
     monkeypatch.setattr(weights, "packed_bits", lambda q, bits: packed_bits(q, bits) ^ 16)
-    with pytest.raises(VerificationError, match="stand for other values"):
-        export(source, tmp_path / "out", None, quantize="w4g16-rtn")
+    with pytest.raises(VerificationError, match=why):
+        export(source, tmp_path / "out", None, quantize=scheme)
     assert not (tmp_path / "out").exists()
 
 

@@ -43,12 +43,19 @@ def blocks(codes: Codes, block: int) -> tuple[Tensor, Tensor, Tensor]:
 
     The padding stands for zero.
     """
-    columns = codes.q.shape[1]
-    count = -(-columns // block)
-    at = codes.group_of[torch.arange(count) * block]
-    scales, zeros = codes.scales[:, at], codes.zeros[:, at]
-    q = torch.cat([codes.q, zeros[:, -1:].expand(-1, count * block - columns)], 1)
-    return q, scales, zeros
+    return padded(codes, block), by_block(codes, codes.scales, block), by_block(codes, codes.zeros, block)
+
+
+def padded(codes: Codes, block: int) -> Tensor:
+    """Return the codes, uint8 (out, in padded to blocks). The padding stands for zero."""
+    short = -codes.q.shape[1] % block
+    return torch.cat([codes.q, codes.zeros[:, -1:].expand(-1, short)], 1) if short else codes.q
+
+
+def by_block(codes: Codes, groups: Tensor, block: int) -> Tensor:
+    """Return what each group has (out, groups), scales or zero points, for every block (out, blocks)."""
+    count = -(-codes.q.shape[1] // block)
+    return groups if count == groups.shape[1] else groups[:, codes.group_of[torch.arange(count) * block]]
 
 
 def packed_bits(q: Tensor, bits: int) -> np.ndarray[Any, Any]:

@@ -20,6 +20,7 @@ from onnxscript.rewriter.rules import common as rules
 from spinpass.graph import storage_key
 
 from .naming import name_transposed, transposed_weights
+from .streamed import part_of
 
 _RULES = (
     rules.add_0_rule,
@@ -87,8 +88,11 @@ def _fold_transposes(graph: ir.Graph) -> None:
         given = node.attributes.get("perm")
         order = list(reversed(range(len(held.shape)))) if given is None else list(given.as_ints())
         shape = ir.Shape([held.shape.numpy()[axis] for axis in order])
-        name = str(result.name)
-        turned = ir.LazyTensor(partial(_turned, held, order, name), dtype=held.dtype, shape=shape, name=name)
+        name, part = str(result.name), part_of(held)
+        if part is None:
+            turned = ir.LazyTensor(partial(_turned, held, order, name), dtype=held.dtype, shape=shape, name=name)
+        else:
+            turned = part.permuted(order).tensor(name, held.dtype)
         made = ir.Value(name=name, const_value=turned, shape=shape, type=ir.TensorType(held.dtype))
         ir.convenience.replace_all_uses_with(result, made)
         graph.remove(node, safe=True)

@@ -1,13 +1,23 @@
-"""Initializers that are read while the file is written: a handle goes into it a block of rows at a time."""
+"""Initializers that are read while the file is written:  constant  ->  its axes in order, one matrix of a stack, rows.
+
+A handle goes into the file a block of rows at a time; what is a view of a constant of the program remembers of which,
+so that it can be replaced by integers that are known for that constant.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
+from torch import Tensor
 from torch.onnx._internal.exporter._core import TorchTensor
 
 from spinpass.graph import Handle, values_of
+
+_ROWS = 1024  # that are computed at once
 
 
 class HandleTensor(TorchTensor):
@@ -35,3 +45,90 @@ def read_when_written(graph: ir.Graph) -> None:
         held = value.const_value
         if isinstance(held, TorchTensor) and isinstance(held.raw, Handle):
             value.const_value = HandleTensor(held.raw, name=held.name)
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """What an initializer is of a constant of the program.
+
+    Args:
+        constant: a tensor or handle.
+        order: the axes of the constant, in the order in which they lie in the initializer.
+        index: which matrix of a stack it is, along the first axis; None for all of the constant.
+    """
+
+    constant: Tensor
+    order: tuple[int, ...]
+    index: int | None = None
+
+    @property
+    def axes(self) -> tuple[int, ...]:
+        """The axis of the constant behind each axis of the initializer."""
+        return self.order if self.index is None else self.order[1:]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the initializer."""
+        return tuple(self.constant.shape[axis] for axis in self.axes)
+
+    def permuted(self, order: Sequence[int]) -> Part:
+        """Return what a Transpose makes of it."""
+        return Part(self.constant, tuple(self.order[axis] for axis in order))
+
+    def matrices(self) -> list[Part]:
+        """Return the matrices of a stack; none where its first axis is not that of the constant."""
+        whole = self.index is None and self.order[:1] == (0,)
+        return [Part(self.constant, self.order, i) for i in range(self.constant.shape[0])] if whole else []
+
+    def read(self) -> Tensor:
+        """Return the values."""
+        if self.index is None:
+            return values_of(self.constant).permute(self.order).contiguous()
+        rows = slice(self.index, self.index + 1)
+        held = self.constant.detach()
+        found = held.read(rows) if isinstance(held, Handle) and not held.turned else values_of(held)[rows]
+        return found.permute(self.order)[0].contiguous()
+
+    def tensor(self, name: str, dtype: ir.DataType) -> PartTensor:
+        """Return the tensor of the initializer, which reads the values when it is written."""
+        return PartTensor(self, name, dtype)
+
+
+class PartTensor(ir.LazyTensor):
+    """The tensor of an initializer that is a part of a constant."""
+
+    def __init__(self, part: Part, name: str, dtype: ir.DataType) -> None:
+        super().__init__(lambda: TorchTensor(part.read(), name=name), dtype, ir.Shape(part.shape), name=name)
+        self.part = part
+
+
+def part_of(held: ir.TensorProtocol | None) -> Part | None:
+    """Return which part of a constant of the program an initializer is; None for what was computed of constants."""
+    if isinstance(held, PartTensor):
+        return held.part
+    if isinstance(held, TorchTensor) and isinstance(held.raw, Tensor):
+        return Part(held.raw, tuple(range(held.raw.ndim)))
+    return None
+
+
+class RowsTensor(ir.LazyTensor):
+    """The tensor of an initializer that is computed when it is written, some rows at a time.
+
+    Args:
+        read: returns rows of the first axis as an array.
+        dtype: of these.
+        shape: of the whole.
+        name: of the initializer.
+    """
+
+    def __init__(
+        self, read: Callable[[slice], np.ndarray[Any, Any]], dtype: ir.DataType, shape: Sequence[int], name: str
+    ) -> None:
+        super().__init__(lambda: ir.tensor(read(slice(None)), name=name), dtype, ir.Shape(shape), name=name)
+        self._read = read
+
+    def tofile(self, file: Any) -> None:
+        """Write the bytes, some rows at a time."""
+        length = self.shape.numpy()[0]
+        for start in range(0, length, _ROWS):
+            file.write(ir.tensor(self._read(slice(start, min(start + _ROWS, length)))).tobytes())

@@ -19,12 +19,15 @@ from torch.export import ExportedProgram
 from spinpass.certificate import FileCertificate
 from spinpass.errors import ConfigError, ProgramError
 from spinpass.formats import CACHE_BUFFERS, EXTERNAL_BYTES, PROTOBUF_LIMIT, data_name, model_path, remove_stale_data
+from spinpass.quantization import QuantizedWeight
 from spinpass.runtime import NoKernelError
 
 from ..certified_file import Clock, FileReport, write_certified
 from ..names import GraphNames, Names, named_record, renamed, signature_names
 from .certificate import certify_onnx
 from .fusion.fuse import Fused, fuse_model
+from .integers.copies import QuantizeReport
+from .integers.weights import pack_translated
 from .naming import name_axes, name_by_module
 from .operators.experts import lower_grouped_products
 from .operators.hadamard import attach_hadamards
@@ -38,12 +41,14 @@ class OnnxReport(FileReport):
     """This is what :func:`export` wrote.
 
     ``opset`` is the model's, ``hadamards`` the number of online Hadamards in the graph. ``fused`` is what became of
-    attention and norms, None where it was not asked for.
+    attention and norms, None where it was not asked for. ``packed`` is what became of weights whose integers were
+    given.
     """
 
     opset: int
     hadamards: int
     fused: Fused | None = None
+    packed: QuantizeReport | None = None
 
     KEYS: ClassVar[tuple[str, ...]] = (
         "path", "files", "bytes", "opset", "inputs", "outputs", "hadamards", "certificate", "uncertified", "seconds",
@@ -68,6 +73,8 @@ def export(
     verify: bool | None = None,
     inputs: object = None,
     metadata: Mapping[str, str] | None = None,
+    weights: Mapping[str, QuantizedWeight] | None = None,
+    accuracy_level: int = 0,
     progress: Callable[[str], None] | None = None,
 ) -> OnnxReport:
     """Write ``ep`` as ONNX. The program is not changed; dynamic axes stay dynamic.
@@ -89,6 +96,9 @@ def export(
             Runtime has the kernels on a CPU; True insists.
         inputs: what to compare on; None draws small inputs from the program's own specs, several times.
         metadata: further ``metadata_props`` of the model.
+        weights: constants of the program that become integers in the file, with their codes: what the report of
+            :func:`spinpass.quantization.quantize` holds, by parameter name.
+        accuracy_level: how products with such integers are computed, see :func:`.integers.weights.pack_weights`.
         progress: it is called with the name of each step before it starts.
 
     Raises:
@@ -111,11 +121,14 @@ def export(
     name_axes(model, ep, {name: names.inputs[index] for name, index in names.input_index.items()})
     parameters = frozenset((*ep.state_dict, *ep.constants))
     hadamards = _finish(model, names, parameters, _record(ep, names) | about | dict(metadata or {}))
-    weights = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
-    external = weights > external_threshold if external_data is None else external_data
-    if not external and weights > PROTOBUF_LIMIT:
+    counts = None
+    if weights:
+        counts = pack_translated(model, ep.state_dict, weights, accuracy_level=accuracy_level)
+    size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+    external = size > external_threshold if external_data is None else external_data
+    if not external and size > PROTOBUF_LIMIT:
         raise ConfigError(
-            f"one ONNX file cannot hold {weights:,} bytes of weights: leave external_data at None or set it to True"
+            f"one ONNX file cannot hold {size:,} bytes of weights: leave external_data at None or set it to True"
         )
 
     def save(path: Path) -> None:
@@ -131,9 +144,10 @@ def export(
                 raise
             return str(error)
 
-    report = write_certified(target, names, clock, save, compare, weights=weights, verify=verify)
+    report = write_certified(target, names, clock, save, compare, weights=size, verify=verify)
     remove_stale_data(target, report.files)
-    return OnnxReport(**vars(report), opset=model.opset_imports[""], hadamards=hadamards, fused=fused)
+    packed = None if counts is None else counts.report(report)
+    return OnnxReport(**vars(report), opset=model.opset_imports[""], hadamards=hadamards, fused=fused, packed=packed)
 
 
 def _finish(model: ir.Model, names: GraphNames, parameters: frozenset[str], metadata: Mapping[str, str]) -> int:

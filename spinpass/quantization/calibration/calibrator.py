@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from torch import Tensor
 from torch.export import ExportedProgram
@@ -15,12 +16,24 @@ from spinpass.progress import Progress
 
 from ..layers import ChosenSites, WeightSite
 from ..report import QuantizationReport, QuantizedWeight
-from ..rounding import Coded, Moments, rounded, rounded_by_gptq, stacked, static_range, token_clip
+from ..rounding import (
+    Coded,
+    Codes,
+    ExpertMoments,
+    Moments,
+    experts_moments,
+    rounded,
+    rounded_by_gptq,
+    stacked,
+    static_range,
+    token_clip,
+)
 from ..scheme import Weights
-from .lockstep import OperandWatch
+from .lockstep import Watch
 
 _LIMIT = 3  # of the arguments of round_rows
 _CLIP = 3  # of those of round_tokens
+_STACK = 3  # axes of a stack of matrices
 
 
 @dataclass
@@ -30,6 +43,7 @@ class Calibrator:
     Args:
         program: with the roundings of its ``sites`` in the graph. The arguments of these are set in place.
         sites: what is to be rounded.
+        folder: where the codes are kept; None keeps them in memory.
 
     Attributes:
         changed: by name of a placeholder, what computes the constant that it becomes.
@@ -38,6 +52,7 @@ class Calibrator:
 
     program: ExportedProgram
     sites: ChosenSites
+    folder: Path | None = None
     changed: dict[str, Callable[[], Tensor]] = field(default_factory=dict, init=False)
     done: dict[str, QuantizedWeight] = field(default_factory=dict, init=False)
     _seen: dict[str, Moments] = field(default_factory=dict, init=False)
@@ -46,18 +61,25 @@ class Calibrator:
         self._constants = constants(self.program)
         self._nodes = {n.name: n for n in self.program.graph.nodes}
 
-    def watches(self) -> dict[str, tuple[str, OperandWatch]]:
+    def watches(self) -> dict[str, Watch]:
         """What to do at which node, as :func:`.lockstep.run_in_lockstep` takes it."""
-        found: dict[str, tuple[str, OperandWatch]] = {}
+        found: dict[str, Watch] = {}
         for name, operand in self.sites.static.items():
-            found[name] = (operand, lambda values, _, node=name: self._static(values, node))  # type: ignore[misc]
+            found[name] = (operand, lambda values, _, node=name: self._static(values, node))
         for name, operand in self.sites.clipped.items():
-            found[name] = (operand, lambda values, _, node=name: self._clip(values, node))  # type: ignore[misc]
+            found[name] = (operand, lambda values, _, node=name: self._clip(values, node))
         for site, scheme in self.sites.weights:
             operand = self.sites.inputs[site.linear.name]
+            if site.ends is not None:
+                found[site.linear.name] = (
+                    operand,
+                    lambda values, ends, s=site, how=scheme: self._experts(s, how, values, ends),  # type: ignore[misc]
+                    site.ends.name,
+                )
+                continue
             found[site.linear.name] = (
                 operand,
-                lambda values, originals, s=site, how=scheme, x=operand: self._weight(  # type: ignore[misc]
+                lambda values, originals, s=site, how=scheme, x=operand: self._weight(
                     s, how, self._moments(x, values, originals, s)
                 ),
             )
@@ -90,29 +112,44 @@ class Calibrator:
             self._seen[operand] = Moments.of(values, originals)
         return self._seen[operand]
 
+    def _experts(
+        self, site: WeightSite, scheme: Weights, values: list[Tensor], ends: list[Tensor]
+    ) -> Mapping[str, Tensor]:
+        name = site.weight.name
+        if self.sites.fqns[name] in self.done:
+            return {}
+        return {name: self._round(name, site.dim, scheme, experts_moments(values, ends))}
+
     def _weight(self, site: WeightSite, scheme: Weights, moments: Moments | None) -> Mapping[str, Tensor]:
         name = site.weight.name
         if self.sites.fqns[name] in self.done:  # read before, by another layer
             return {}
         return {name: self._round(name, site.dim, scheme, moments)}
 
-    def _round(self, name: str, dim: int, scheme: Weights, moments: Moments | None) -> Tensor:
+    def _round(self, name: str, dim: int, scheme: Weights, moments: Moments | Iterable[ExpertMoments] | None) -> Tensor:
         stored = self._constants[name].detach()
-        parts, errors = [], []
-        for matrix in _matrices(stored, dim, whole=moments is not None):
-            if scheme.method == "gptq" and moments is not None:
-                target = moments.target(matrix, scheme.damping) if scheme.follow else matrix
-                part = rounded_by_gptq(target, moments.own, scheme, moments.factors)
-            else:
-                part = rounded(matrix, scheme)
+        parts, errors, tokens = [], [], []
+        if isinstance(moments, Moments):
+            pairs: Iterable[tuple[Tensor, Moments | ExpertMoments | None]] = [(_matrix(stored, dim), moments)]
+        elif moments is None:
+            pairs = ((matrix, None) for matrix in _matrices(stored, dim))
+        else:
+            pairs = zip(_stack(stored, dim), moments, strict=True)
+        for matrix, known in pairs:
+            part = _part(matrix, scheme, known)
             parts.append(part.in_steps_of(stored.dtype, scheme.scales))
-            errors.append(_error(matrix, parts[-1].dequantized(), moments))
+            errors.append(_error(matrix, parts[-1].dequantized(), known))
+            tokens += [] if known is None or isinstance(known, Moments) else [known.tokens]
         codes = stacked(parts)
+        if self.folder is not None:
+            codes = codes.kept_in(self.folder)
         source = Coded(codes, dim, stored.shape, stored.dtype)
         # the codes are kept, a quarter of what they stand for
         self.changed[name] = lambda: Handle(source) if isinstance(stored, Handle) else source.read(slice(None))
         lost, size = (math.fsum(each) for each in zip(*errors, strict=True))
-        self.done[self.sites.fqns[name]] = QuantizedWeight(codes, dim, scheme, lost / max(size, 1e-30))
+        stack = stored.shape[0] if stored.ndim == _STACK and dim % _STACK else 1
+        error = lost / max(size, 1e-30)
+        self.done[self.sites.fqns[name]] = QuantizedWeight(codes, dim, scheme, error, stack, tuple(tokens))
         return self.changed[name]()
 
     def _clip(self, values: list[Tensor], name: str) -> Mapping[str, Tensor]:
@@ -131,19 +168,43 @@ class Calibrator:
         return numbers
 
 
-def _matrices(stored: Tensor, dim: int, *, whole: bool) -> Iterator[Tensor]:
-    """Yield a constant as float matrices (out, in) whose columns lie along ``dim``: one, or a block of rows at a time
-    where it is large and read when it is used."""
-    if isinstance(stored, Handle) and not whole and dim % stored.ndim == stored.ndim - 1:
+def _part(matrix: Tensor, scheme: Weights, moments: Moments | ExpertMoments | None) -> Codes:
+    """Return the codes of one matrix."""
+    if scheme.method != "gptq" or moments is None:
+        return rounded(matrix, scheme)
+    if isinstance(moments, ExpertMoments):
+        return rounded_by_gptq(matrix, moments.own, scheme)
+    target = moments.target(matrix, scheme.damping) if scheme.follow else matrix
+    return rounded_by_gptq(target, moments.own, scheme, moments.factors)
+
+
+def _matrix(stored: Tensor, dim: int) -> Tensor:
+    """Return a constant as one float matrix (out, in) whose columns lie along ``dim``."""
+    moved = values_of(stored).movedim(dim, -1)
+    return moved.reshape(-1, moved.shape[-1]).float()
+
+
+def _matrices(stored: Tensor, dim: int) -> Iterator[Tensor]:
+    """Yield that matrix, or a block of its rows at a time where it is large and read when it is used."""
+    if isinstance(stored, Handle) and dim % stored.ndim == stored.ndim - 1:
         for block in stored.blocks():
             yield block.reshape(-1, block.shape[-1]).float()
         return
-    moved = values_of(stored).movedim(dim, -1)
-    yield moved.reshape(-1, moved.shape[-1]).float()
+    yield _matrix(stored, dim)
 
 
-def _error(matrix: Tensor, result: Tensor, moments: Moments | None) -> tuple[float, float]:
+def _stack(stored: Tensor, dim: int) -> Iterator[Tensor]:
+    """Yield the float matrices (out, in) of a stack, one at a time where it is read when it is used."""
+    for i in range(stored.shape[0]):
+        rows = slice(i, i + 1)
+        lazy = isinstance(stored, Handle) and not stored.turned
+        yield _matrix(stored.read(rows) if lazy else values_of(stored)[rows], dim)  # type: ignore[attr-defined]
+
+
+def _error(matrix: Tensor, result: Tensor, moments: Moments | ExpertMoments | None) -> tuple[float, float]:
     """Return the squared error, and what it is relative to."""
-    if moments is not None:
+    if isinstance(moments, Moments):
         return moments.error(matrix, result), 1.0
+    if moments is not None:
+        return moments.lost(matrix, result)
     return float((result - matrix).square().sum()), float(matrix.square().sum())

@@ -24,11 +24,15 @@ from ..layers import leading_to
 OperandWatch = Callable[[list[Tensor], list[Tensor]], Mapping[str, Tensor]]
 """The values of one operand, one per input, and those in the original program -> constants by placeholder name."""
 
+Watch = tuple[str, OperandWatch] | tuple[str, OperandWatch, str]
+"""The name of an operand and what to do with its values. With a third name, the values of that operand are given in
+place of those in the original program."""
+
 
 def run_in_lockstep(
     program: ExportedProgram,
     inputs: Sequence[object],
-    watched: Mapping[str, tuple[str, OperandWatch]],
+    watched: Mapping[str, Watch],
     reference: Collection[str] | None = None,
     progress: Progress | None = None,
 ) -> None:
@@ -37,8 +41,7 @@ def run_in_lockstep(
     Args:
         program: its constants may be replaced on the way, for this run only.
         inputs: as for :func:`spinpass.quantization.quantize`.
-        watched: by name of a node, the name of the operand whose values are wanted, and what to do with them before the
-            node is run.
+        watched: by name of a node, what to do before the node is run.
         reference: the names of the roundings that the original program does not have. It runs beside ``program``, with
             the first operand of these nodes in their place and all constants left alone. None runs no original:
             watches are given the same values twice.
@@ -72,9 +75,11 @@ def run_in_lockstep(
                 for runner in references:
                     _advance(runner, ahead, finished, skipped)
                 ahead = []
-                operand, watch = watched[node.name]
-                seen, originals = ([r.env[nodes[operand]] for r in side] for side in (runners, references))
-                for name, tensor in watch(seen, originals or seen).items():
+                operand, watch, *beside = watched[node.name]
+                seen = [r.env[nodes[operand]] for r in runners]
+                sides = [(runners, other) for other in beside] or [(references, operand)]
+                others = [r.env[nodes[other]] for side, other in sides for r in side]
+                for name, tensor in watch(seen, others or seen).items():
                     for runner in runners:
                         runner.env[nodes[name]] = tensor
                 done += 1

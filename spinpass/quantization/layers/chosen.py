@@ -55,11 +55,11 @@ class ChosenSites:
         roundable: set[str] = set()
         for site in sites:
             fqn = self.fqns[site.weight.name]
-            if not config.stacks and value(site.weight).ndim > 2:
-                self.kept[site.linear.name] = "the runtime has no product of integers in its place"
-                continue
             if site.router and not config.names(fqn):
                 self.kept[site.linear.name] = "it picks what comes next, and rounding would change which"
+                continue
+            if not config.stacks and value(site.weight).ndim > 2 and site.ends is None:
+                self.kept[site.linear.name] = "the runtime has no product of integers in its place"
                 continue
             roundable.add(fqn)
             scheme = config.weights_of(fqn, head=site.head)

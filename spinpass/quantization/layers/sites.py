@@ -12,6 +12,7 @@ from spinpass.graph import Layout, LayoutError, ProgramEditor, is_float, op_name
 
 _OWN = "spinpass."  # what the names of constants begin with that the passes add
 _PICKING = {"aten::topk", "aten::sort", "aten::argsort"}
+_GROUPED = {"aten::_grouped_mm", "transformers::grouped_mm_fallback"}
 _SCORING = {
     f"aten::{name}"
     for name in (
@@ -32,6 +33,8 @@ class WeightSite:
         dim: the axis of the weight that is contracted.
         head: no other linear layer is behind this one.
         router: the largest of what it returns are picked, as a router picks experts: rounding changes which.
+        ends: where the layer is a stack of matrices and the tokens are sorted by them, the node that says up to which
+            token each matrix goes, int32 (matrices,).
     """
 
     linear: Node
@@ -40,6 +43,7 @@ class WeightSite:
     dim: int
     head: bool
     router: bool = False
+    ends: Node | None = None
 
 
 def weight_sites(editor: ProgramEditor) -> tuple[list[WeightSite], dict[str, str]]:
@@ -57,8 +61,14 @@ def weight_sites(editor: ProgramEditor) -> tuple[list[WeightSite], dict[str, str
             left[linear.node.name] = "it is a rotation"
         else:
             head = linear.node not in leading
-            found.append(WeightSite(linear.node, linear.operand, *stored, head, _is_picked_from(linear.node)))
+            picked, ends = _is_picked_from(linear.node), _ends(linear.node)
+            found.append(WeightSite(linear.node, linear.operand, *stored, head, picked, ends))
     return found, left
+
+
+def _ends(linear: Node) -> Node | None:
+    """Return what says where the tokens of each matrix end, of a product with tokens that are sorted by matrix."""
+    return linear.args[2] if op_name(linear) in _GROUPED and isinstance(linear.args[2], Node) else None
 
 
 def _is_picked_from(node: Node) -> bool:

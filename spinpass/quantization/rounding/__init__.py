@@ -4,13 +4,15 @@ from .coded import Coded
 from .double import round_statistics
 from .gptq import rounded_by_gptq
 from .grid import Codes, rounded, stacked
-from .moments import Moments
+from .moments import ExpertMoments, Moments, experts_moments
 from .ranges import static_range, token_clip
 
 __all__ = [
     "Coded",
     "Codes",
+    "ExpertMoments",
     "Moments",
+    "experts_moments",
     "round_statistics",
     "rounded",
     "rounded_by_gptq",

@@ -8,7 +8,7 @@ layer's weight should be is not W but what makes up best for their difference:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -61,6 +61,45 @@ class Moments:
         power = ((w @ self.original) * w).sum()
         off = power - 2 * ((w @ self.cross) * q).sum() + ((q @ self.own) * q).sum()
         return float(off.clamp_min(0) / power.clamp_min(_TINY))
+
+
+@dataclass(frozen=True)
+class ExpertMoments:
+    """Sums over the tokens that are sent to one expert, float64 (in, in).
+
+    Args:
+        own: of these tokens, and, as if it had as many more as inputs, of the average token of the layer: an expert
+            with few tokens of its own is not fitted to them alone.
+        seen: of these tokens.
+        tokens: how many there are.
+    """
+
+    own: Tensor
+    seen: Tensor
+    tokens: int
+
+    def lost(self, matrix: Tensor, quantized: Tensor) -> tuple[float, float]:
+        """‖X Wᵀ − X Ŵᵀ‖² and ‖X Wᵀ‖² on the expert's tokens, for W = ``matrix`` and Ŵ = ``quantized``."""
+        seen, wide, left = self.seen.float(), matrix.float(), (matrix - quantized).float()
+        return tuple(float(((m @ seen) * m).sum().double().clamp_min(0)) for m in (left, wide))  # type: ignore[return-value]
+
+
+def experts_moments(values: Sequence[Tensor], ends: Sequence[Tensor]) -> Iterator[ExpertMoments]:
+    """Yield the moments of every expert in turn.
+
+    Args:
+        values: of each input the rows (tokens, in), sorted by expert.
+        ends: of each input up to which row every expert goes, integers (experts,).
+    """
+    bounds = [[0, *each.tolist()] for each in ends]
+    # rows behind the last expert are of none
+    everything = [rows[: bound[-1]] for rows, bound in zip(values, bounds, strict=True)]
+    width, count = values[0].shape[-1], max(1, sum(len(rows) for rows in everything))
+    average = _product(everything, everything) * (width / count)
+    for i in range(len(bounds[0]) - 1):
+        own = [rows[bound[i] : bound[i + 1]] for rows, bound in zip(values, bounds, strict=True)]
+        seen = _product(own, own)
+        yield ExpertMoments(average + seen, seen, sum(len(rows) for rows in own))
 
 
 def _product(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:

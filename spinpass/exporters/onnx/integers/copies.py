@@ -15,6 +15,7 @@ from spinpass.errors import ExportError
 from spinpass.formats import EXTERNAL_BYTES, data_name, model_path, remove_stale_data, staged
 from spinpass.runtime import open_session
 
+from ...certified_file import FileReport
 from ..fusion.builder import CONTRIB
 from .rewrite import Work
 
@@ -43,6 +44,23 @@ class QuantizeReport:
         return self.__dict__ | {"path": str(self.path), "files": [str(f) for f in self.files], "kept": list(self.kept)}
 
 
+@dataclass(frozen=True)
+class PackedCounts:
+    """This is what :class:`QuantizeReport` says of a model that is not written yet."""
+
+    bytes_before: int
+    matmuls: int
+    heads: int
+    tables: int
+    shared: int
+    kept: tuple[str, ...]
+
+    def report(self, files: FileReport) -> QuantizeReport:
+        """Return the report on the files."""
+        counts = (self.matmuls, self.heads, self.tables, self.shared, self.kept)
+        return QuantizeReport(files.path, files.files, self.bytes_before, files.bytes, *counts)
+
+
 def write_quantized(
     model: ir.Model, work: Work, source: str | Path, target: Path, external_data: bool | None
 ) -> QuantizeReport:
@@ -51,16 +69,21 @@ def write_quantized(
     Raises ExportError where nothing was replaced, or where :func:`write_copy` does.
     """
     origin = model_path(source)
-    if not (work.matmuls or work.heads or work.tables):
-        reasons = "; ".join(work.kept) or "it multiplies by no constant matrix"
-        raise ExportError(f"there is nothing to quantize in {origin}: {reasons}")
-    model.opset_imports[CONTRIB] = 1
-    common.RemoveUnusedNodesPass()(model)
+    check_replaced(model, work, str(origin))
     before = _size(origin, model)
     files, after = write_copy(model, source, target, external_data)
     return QuantizeReport(
         target, files, before, after, work.matmuls, work.heads, work.tables, work.shared, tuple(work.kept)
     )
+
+
+def check_replaced(model: ir.Model, work: Work, where: str) -> None:
+    """Drop what the replaced nodes alone read, in place. Raises ExportError where nothing was replaced."""
+    if not (work.matmuls or work.heads or work.tables):
+        reasons = "; ".join(work.kept) or "it multiplies by no constant matrix"
+        raise ExportError(f"there is nothing to quantize in {where}: {reasons}")
+    model.opset_imports[CONTRIB] = 1
+    common.RemoveUnusedNodesPass()(model)
 
 
 def write_copy(

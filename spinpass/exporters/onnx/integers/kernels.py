@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from spinpass.quantization import QuantizedWeight
+from spinpass.quantization import Codes
 
 from ..operators.hadamard import Body
 from ..operators.rounding import ROWS, TOKENS, codes_of, factor_of, is_rounding, rounding_arguments
@@ -43,15 +43,14 @@ def is_static(x: ir.Value) -> bool:
     return scale is not None and scale.shape is not None and scale.shape.rank() == 0
 
 
-def has_integer_kernel(x: ir.Value, weight: QuantizedWeight) -> bool:
+def has_integer_kernel(x: ir.Value, codes: Codes) -> bool:
     """Say whether both sides have 8 bits, the weight one scale per output, and the result is float32."""
-    fits = weight.codes.bits == 8 and weight.codes.scales.shape[1] == 1 and x.dtype == _FLOAT
+    fits = codes.bits == 8 and codes.scales.shape[1] == 1 and x.dtype == _FLOAT
     return fits and (is_rounded_per_token(x) or is_static(x))
 
 
-def arrays(weight: QuantizedWeight) -> dict[str, np.ndarray[Any, Any]]:
+def arrays(codes: Codes) -> dict[str, np.ndarray[Any, Any]]:
     """Return codes (in, out) uint8, scales (out,) float32 and zero points (out,) uint8 by the suffix of their names."""
-    codes = weight.codes
     found = {"q8": codes.q.T, "q8.scales": codes.scales[:, 0].float(), "q8.zero_points": codes.zeros[:, 0]}
     return {suffix: np.ascontiguousarray(tensor.numpy()) for suffix, tensor in found.items()}
 

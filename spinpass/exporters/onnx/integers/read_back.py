@@ -21,7 +21,7 @@ from torch import Tensor
 
 from spinpass.errors import VerificationError
 from spinpass.formats import model_path
-from spinpass.quantization import QuantizedWeight
+from spinpass.quantization import Codes, QuantizedWeight
 
 from .copies import load
 
@@ -106,34 +106,39 @@ def check_packed(path: str | Path, weights: Mapping[str, QuantizedWeight]) -> in
         VerificationError: a weight is not in the file, or stands for other values there, be it in one bit.
         ExportError: there is no readable ONNX model.
     """
-    left = set(weights)
-    values = {name: _digest(weight) for name, weight in weights.items()}
+    expected = {label: codes for name, weight in weights.items() for label, codes in weight.matrices(name).items()}
+    seen: set[str] = set()
     for stored in stored_matrices(path):
-        if stored.name not in weights:
+        if stored.name not in expected:
             raise VerificationError(f"the file holds integers of {stored.name}, which the program does not have")
-        if not _is_of(stored, weights[stored.name]):
+        if not _is_of(stored, expected[stored.name]):
             raise VerificationError(
                 f"the integers that the file holds for {stored.name} stand for other values than those of the program"
             )
-        left -= {name for name, known in values.items() if known == values[stored.name]}  # equal weights are one
+        seen.add(stored.name)
+    left = set(expected) - seen
+    if left:  # equal weights are one
+        shapes = {expected[name].q.shape for name in left}
+        known = {_digest(expected[name]) for name in seen if expected[name].q.shape in shapes}
+        left = {name for name in left if _digest(expected[name]) not in known}
     if left:
         raise VerificationError(f"the file has no integers of {min(left)}, which the program rounds")
-    return len(weights)
+    return len(expected)
 
 
-def _is_of(stored: StoredMatrix, weight: QuantizedWeight) -> bool:
-    """Say whether a matrix stands for the values of a weight, and for zeros beyond its columns."""
-    columns = weight.codes.q.shape[1]
+def _is_of(stored: StoredMatrix, codes: Codes) -> bool:
+    """Say whether a matrix stands for the values of codes, and for zeros beyond its columns."""
+    columns = codes.q.shape[1]
     for rows, part in stored.parts():
-        wanted, found = weight.codes.rows(rows).dequantized().float(), part.values
+        wanted, found = codes.rows(rows).dequantized().float(), part.values
         if not torch.equal(found[:, :columns], wanted) or bool(found[:, columns:].any()):
             return False
-    return stored.length == len(weight.codes.q)
+    return stored.length == len(codes.q)
 
 
-def _digest(weight: QuantizedWeight) -> tuple[tuple[int, ...], str]:
-    """Return what tells the values of a weight from those of others."""
-    found, codes = hashlib.sha256(), weight.codes
+def _digest(codes: Codes) -> tuple[tuple[int, ...], str]:
+    """Return what tells the values of a matrix from those of others."""
+    found = hashlib.sha256()
     for start in range(0, len(codes.q), _ROWS):
         values = codes.rows(slice(start, start + _ROWS)).dequantized().float().contiguous()
         found.update(values.numpy().tobytes())

@@ -7,7 +7,7 @@ A Gemm that multiplies by a constant becomes a product and a sum first:  x Wᵀ 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,11 +17,14 @@ import numpy as np
 import onnx_ir as ir
 
 from ..fusion.builder import CONTRIB
+from ..streamed import RowsTensor
 
+Array = np.ndarray[Any, Any]
 FLOATS = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
 _PICKS = "it picks what comes next, and rounding would change which"
 _SCORING = {"Softmax", "LogSoftmax", "Sigmoid", "Tanh", "Softplus", "Sqrt", "Add", "Sub", "Mul", "Div", "Cast", "Where"}
 _SCORING |= {"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Slice"}
+_ROWS = 1024  # of scales that are looked at at once
 _ELEMENTWISE = {"Identity", "Cast", "Add", "Sub", "Mul", "Div", "Tanh", "Clip"}
 
 
@@ -193,7 +196,7 @@ class Work:
         data, scales, zero_points = _round_to_nearest(matrix, self.block_size, self.symmetric, bits)
         kind = ml_dtypes.bfloat16 if constant.dtype == ir.DataType.BFLOAT16 else array.dtype
         name = f"{constant.name}{'.T' if by_column else ''}.q{bits}"
-        inputs = [self.constant(name, data), self.scales(f"{name}.scales", scales.astype(kind))]
+        inputs = [self.constant(name, data), self.scales(f"{name}.scales", scales.shape, kind, lambda at: scales[at])]
         if not self.symmetric:
             inputs.append(self.constant(f"{name}.zero_points", zero_points))
         return PackedMatrix(matrix.shape[0], matrix.shape[1], bits, self.block_size, tuple(inputs))
@@ -203,24 +206,35 @@ class Work:
         unique = name
         while unique in self.graph.initializers:
             unique += "_"
-        tensor = ir.tensor(array, name=unique)
-        value = ir.Value(name=unique, const_value=tensor, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype))
+        return self.lazy(ir.tensor(array, name=unique))
+
+    def lazy(self, tensor: ir.TensorProtocol) -> ir.Value:
+        """Add a tensor to the graph under its own name, which is free."""
+        shape = ir.Shape(tensor.shape.numpy())
+        value = ir.Value(name=tensor.name, const_value=tensor, shape=shape, type=ir.TensorType(tensor.dtype))
         self.graph.register_initializer(value)
         return value
 
-    def scales(self, name: str, array: np.ndarray[Any, Any]) -> ir.Value:
+    def scales(self, name: str, shape: Sequence[int], kind: Any, read: Callable[[slice], Array]) -> ir.Value:
         """Add scales to the graph as the constant that an operator reads: of two bytes each where nothing is lost.
 
         float32 scales that are numbers of float16 are stored as those, with a Cast behind, which ONNX Runtime computes
         when it loads the file.
+
+        Args:
+            name: of the constant.
+            shape: of the scales.
+            kind: their dtype in the model.
+            read: returns rows of them, in whatever dtype they are known in.
         """
-        with np.errstate(over="ignore"):
-            halves = array.astype(np.float16)
-        if array.dtype != np.float32 or not np.array_equal(halves.astype(np.float32), array):
-            return self.constant(name, array)
-        cast = ir.node("Cast", [self.constant(name, halves)], {"to": ir.DataType.FLOAT.value})
+        dtype = np.dtype(kind)
+        if dtype != np.float32 or not _fit_half(shape[0], read):
+            stored = ir.DataType.from_numpy(dtype)
+            return self.lazy(RowsTensor(lambda at: read(at).astype(dtype), stored, shape, name))
+        halves = RowsTensor(lambda at: read(at).astype(np.float16), ir.DataType.FLOAT16, shape, name)
+        cast = ir.node("Cast", [self.lazy(halves)], {"to": ir.DataType.FLOAT.value})
         whole = cast.outputs[0]
-        whole.name, whole.type, whole.shape = f"{name}.float", ir.TensorType(ir.DataType.FLOAT), ir.Shape(array.shape)
+        whole.name, whole.type, whole.shape = f"{name}.float", ir.TensorType(ir.DataType.FLOAT), ir.Shape(shape)
         self.graph.insert_before(self.graph[0], cast)
         return whole
 
@@ -228,6 +242,16 @@ class Work:
         listed = [ir.AttrInt64(key, value) for key, value in attributes.items()]
         new = ir.Node(CONTRIB, op, inputs, listed, name=node.name)
         ir.convenience.replace_nodes_and_values(self.graph, node, [node], [new], node.outputs, new.outputs)
+
+
+def _fit_half(rows: int, read: Callable[[slice], Array]) -> bool:
+    """Say whether values are numbers of float16, some rows at a time."""
+    for start in range(0, rows, _ROWS):
+        part = read(slice(start, start + _ROWS)).astype(np.float32)
+        with np.errstate(over="ignore"):
+            if not np.array_equal(part.astype(np.float16).astype(np.float32), part):
+                return False
+    return True
 
 
 def _round_to_nearest(

@@ -18,6 +18,7 @@ import onnxscript
 import torch
 from onnxscript import opset18
 
+from ..streamed import part_of
 from .hadamard import DOMAIN, VERSION
 
 _op: Any = opset18  # its stubs want to know the type of every value
@@ -101,10 +102,13 @@ def _slices(graph: ir.Graph, matrices: ir.Value) -> list[ir.Value]:
     """Return the matrices of a stored stack as constants, without a copy; none where the stack is computed."""
     if matrices.const_value is None or not matrices.is_initializer():
         return []
-    made = []
-    for i, matrix in enumerate(matrices.const_value.numpy()):
+    made, held = [], matrices.const_value
+    whole = part_of(held)
+    parts = [] if whole is None else whole.matrices()
+    arrays: Any = [] if parts else held.numpy()
+    for i in range(len(parts) or len(arrays)):
         name = f"{matrices.name}.{i}"
-        tensor = ir.Tensor(matrix, name=name, dtype=matrices.const_value.dtype)
+        tensor = parts[i].tensor(name, held.dtype) if parts else ir.Tensor(arrays[i], name=name, dtype=held.dtype)
         value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
         graph.register_initializer(value)
         made.append(value)

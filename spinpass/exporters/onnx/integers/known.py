@@ -1,0 +1,153 @@
+"""Which constant of a model has integers that are known:  initializer  ->  name of a weight  ->  its codes.
+
+A model that was just translated says which constants of the program it was made of (:class:`..streamed.Part`). A model
+that is read from a file has names that another exporter may have given: there a constant is known by its values.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from spinpass.graph import storage_key
+from spinpass.quantization import Codes, QuantizedWeight
+
+from ..streamed import Part, part_of
+from .rewrite import FLOATS
+
+_ROWS = 1024  # that are hashed at once
+_DTYPES = {ir.DataType.FLOAT: torch.float32, ir.DataType.FLOAT16: torch.float16, ir.DataType.BFLOAT16: torch.bfloat16}
+
+
+class KnownCodes(Protocol):
+    """The codes of a model's constants."""
+
+    codes: Mapping[str, Codes]
+    """Of every matrix, by name."""
+
+    def name(self, constant: ir.Value, by_column: bool) -> str | None:
+        """Return the name of the matrix (out, in) that a constant is, or its transpose is unless ``by_column``; None
+        where it has no integers."""
+
+    def left(self, found: set[str]) -> list[str]:
+        """Return the matrices that are none of those found, and not equal to one of them."""
+
+
+class ByValue:
+    """The codes of constants that are what they stand for, value for value.
+
+    Args:
+        graph: whose constants they are.
+        weights: by parameter name. Several may be equal.
+    """
+
+    def __init__(self, graph: ir.Graph, weights: Mapping[str, QuantizedWeight]) -> None:
+        self.codes: Mapping[str, Codes] = _matrices(weights)
+        kinds = {v.dtype for v in graph.initializers.values() if v.dtype in FLOATS}
+        self._named: dict[bytes, list[str]] = {}
+        for name, codes in self.codes.items():
+            for digest in {_digest_of_codes(codes, _DTYPES[kind]) for kind in kinds if kind is not None}:
+                self._named.setdefault(digest, []).append(name)
+        self._names: dict[tuple[str, bool], str | None] = {}
+
+    def name(self, constant: ir.Value, by_column: bool) -> str | None:
+        """See :class:`KnownCodes`."""
+        held = constant.const_value
+        if held is None or len(held.shape) != 2:
+            return None
+        key = (str(constant.name), by_column)
+        if key not in self._names:  # hashing a table takes a while
+            digest = _digest_of_stored(held, by_column)
+            self._names[key] = next(iter(self._named.get(digest, ())), None)
+            if isinstance(held, ir.ExternalTensor):
+                held.release()  # a file that stays mapped counts as memory
+        return self._names[key]
+
+    def left(self, found: set[str]) -> list[str]:
+        """See :class:`KnownCodes`. An exporter makes one constant of weights that are equal."""
+        equal = {name for names in self._named.values() if not found.isdisjoint(names) for name in names}
+        return sorted(set(self.codes) - equal)
+
+
+class ByOrigin:
+    """The codes of constants that are parts of a program's.
+
+    Args:
+        graph: the translated program.
+        constants: of the program, by name.
+        weights: by names of these.
+    """
+
+    def __init__(
+        self, graph: ir.Graph, constants: Mapping[str, Tensor], weights: Mapping[str, QuantizedWeight]
+    ) -> None:
+        self.codes: Mapping[str, Codes] = _matrices(weights)
+        self._weights = weights
+        self._names = {storage_key(constants[name]): name for name in weights}
+        parts = (part_of(value.const_value) for value in graph.initializers.values())
+        here = {storage_key(part.constant) for part in parts if part is not None}
+        folded = {name: weight for name, weight in weights.items() if storage_key(constants[name]) not in here}
+        self._folded = ByValue(graph, folded)
+        self._shapes = {codes.q.shape for codes in self._folded.codes.values()}
+
+    def name(self, constant: ir.Value, by_column: bool) -> str | None:
+        """See :class:`KnownCodes`."""
+        held = constant.const_value
+        part = part_of(held)
+        if part is not None:
+            found = self._name_of(part, by_column)
+            if found is not None:
+                return found
+        shape = () if held is None else tuple(held.shape.numpy())
+        turned = shape if by_column else shape[::-1]
+        return self._folded.name(constant, by_column) if turned in self._shapes else None
+
+    def _name_of(self, part: Part, by_column: bool) -> str | None:
+        name = self._names.get(storage_key(part.constant))
+        axes = part.axes
+        if name is None or len(axes) != 2 or axes[1 if by_column else 0] != self._weights[name].dim % len(part.order):
+            return None
+        return name if part.index is None else f"{name}.{part.index}"
+
+    def left(self, found: set[str]) -> list[str]:
+        """See :class:`KnownCodes`."""
+        folded = set(self._folded.left(found))
+        return sorted(name for name in set(self.codes) - found if name in folded or name not in self._folded.codes)
+
+
+def _matrices(weights: Mapping[str, QuantizedWeight]) -> dict[str, Codes]:
+    return {label: codes for name, weight in weights.items() for label, codes in weight.matrices(name).items()}
+
+
+def _digest_of_stored(held: ir.TensorProtocol, by_column: bool) -> bytes:
+    """Hash the values of a stored matrix, which may lie in a mapped file: nothing holds on to it afterwards."""
+    array = held.numpy()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of memory that may not be written: nothing is
+        stored = torch.from_numpy(array if array.dtype == np.float32 else array.astype(np.float32))
+    return _digest(stored if by_column else stored.T)
+
+
+def _digest(matrix: Tensor) -> bytes:
+    """Hash the values of a matrix (out, in), in float32."""
+    return _digest_of_rows(matrix.shape, torch.split(matrix, _ROWS))
+
+
+def _digest_of_codes(codes: Codes, dtype: torch.dtype) -> bytes:
+    """Hash what codes stand for in a dtype, as :func:`_digest` does."""
+    starts = range(0, len(codes.q), _ROWS)
+    return _digest_of_rows(codes.q.shape, (codes.rows(slice(k, k + _ROWS)).dequantized().to(dtype) for k in starts))
+
+
+def _digest_of_rows(shape: Any, parts: Iterable[Tensor]) -> bytes:
+    found = hashlib.sha256(str(tuple(shape)).encode())
+    for part in parts:
+        found.update(part.float().contiguous().numpy().tobytes())
+    return found.digest()
