@@ -21,7 +21,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.node import map_aggregate
 
 from spinpass.errors import ConfigError, ProgramError
-from spinpass.graph import Handle, is_op, mutates, op_name, values_of
+from spinpass.graph import Handle, is_op, mutates, op_name, trim, values_of
 from spinpass.progress import Tick
 
 _Lifted = dict[int, tuple[Any, Any]]  # by the identity of a value: itself and what it is lifted
@@ -36,6 +36,7 @@ _WIDER = {
     torch.complex64: torch.complex128,
 }
 _CONSTANTS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR, InputKind.CUSTOM_OBJ)
+_LARGE = 1 << 21  # bytes of a constant that was read, after which memory is given back
 _DTYPE_ASSERTION = "aten._assert_tensor_metadata.default"
 # A lookup commutes with a cast; to look up first avoids a float64 copy of the whole table.
 _LOOKUPS = frozenset({"aten.embedding.default", "aten.index_select.default"})
@@ -204,7 +205,10 @@ def execute_together(
                     except ProgramError as error:
                         ended[i] = error
                         runner.env.clear()
+            read = any(isinstance(constant, Handle) and constant.nbytes > _LARGE for constant, _ in lifted.values())
             lifted.clear()
+            if read:
+                trim()
     return [
         result if isinstance(result, ProgramError) else _split_outputs(ep, result, _changed(ep, feed, written, values))
         for result, feed, values in zip(ended, feeds, each, strict=True)

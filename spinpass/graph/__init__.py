@@ -29,6 +29,7 @@ from .nodes import (
     shape,
     value,
 )
+from .memory import trim
 from .signature import integers_as_buffers, integers_as_parameters, with_constants, with_other_values, without_constants
 from .sources import ConstantSource, Held, Rows, mapped, row_blocks
 
@@ -79,6 +80,7 @@ __all__ = [
     "splice",
     "spooled",
     "storage_key",
+    "trim",
     "value",
     "values_of",
     "with_constants",

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from spinpass.execution import constants
-from spinpass.graph import Handle, arguments, shape, values_of
+from spinpass.graph import Handle, arguments, shape, trim, values_of
 from spinpass.progress import Progress
 
 from ..layers import ChosenSites, WeightSite
@@ -143,6 +143,7 @@ class Calibrator:
         codes = stacked(parts)
         if self.folder is not None:
             codes = codes.kept_in(self.folder)
+            trim()
         source = Coded(codes, dim, stored.shape, stored.dtype)
         # the codes are kept, a quarter of what they stand for
         self.changed[name] = lambda: Handle(source) if isinstance(stored, Handle) else source.read(slice(None))
