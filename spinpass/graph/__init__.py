@@ -8,6 +8,7 @@ from .handles import Handle, materialize, spooled, storage_key, values_of
 from .invariants import Changes, Invariants
 from .layout import Layout, LayoutError, Size
 from .listing import listing
+from .memory import trim
 from .nodes import (
     arguments,
     differing,
@@ -29,7 +30,6 @@ from .nodes import (
     shape,
     value,
 )
-from .memory import trim
 from .signature import integers_as_buffers, integers_as_parameters, with_constants, with_other_values, without_constants
 from .sources import ConstantSource, Held, Rows, mapped, row_blocks
 

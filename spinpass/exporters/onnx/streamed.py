@@ -48,7 +48,7 @@ def read_when_written(graph: ir.Graph) -> None:
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
+class ConstantPart:
     """What an initializer is of a constant of the program.
 
     Args:
@@ -71,14 +71,14 @@ class Part:
         """That of the initializer."""
         return tuple(self.constant.shape[axis] for axis in self.axes)
 
-    def permuted(self, order: Sequence[int]) -> Part:
+    def permuted(self, order: Sequence[int]) -> ConstantPart:
         """Return what a Transpose makes of it."""
-        return Part(self.constant, tuple(self.order[axis] for axis in order))
+        return ConstantPart(self.constant, tuple(self.order[axis] for axis in order))
 
-    def matrices(self) -> list[Part]:
+    def matrices(self) -> list[ConstantPart]:
         """Return the matrices of a stack; none where its first axis is not that of the constant."""
         whole = self.index is None and self.order[:1] == (0,)
-        return [Part(self.constant, self.order, i) for i in range(self.constant.shape[0])] if whole else []
+        return [ConstantPart(self.constant, self.order, i) for i in range(self.constant.shape[0])] if whole else []
 
     def read(self) -> Tensor:
         """Return the values."""
@@ -97,17 +97,17 @@ class Part:
 class PartTensor(ir.LazyTensor):
     """The tensor of an initializer that is a part of a constant."""
 
-    def __init__(self, part: Part, name: str, dtype: ir.DataType) -> None:
+    def __init__(self, part: ConstantPart, name: str, dtype: ir.DataType) -> None:
         super().__init__(lambda: TorchTensor(part.read(), name=name), dtype, ir.Shape(part.shape), name=name)
         self.part = part
 
 
-def part_of(held: ir.TensorProtocol | None) -> Part | None:
+def part_of(held: ir.TensorProtocol | None) -> ConstantPart | None:
     """Return which part of a constant of the program an initializer is; None for what was computed of constants."""
     if isinstance(held, PartTensor):
         return held.part
     if isinstance(held, TorchTensor) and isinstance(held.raw, Tensor):
-        return Part(held.raw, tuple(range(held.raw.ndim)))
+        return ConstantPart(held.raw, tuple(range(held.raw.ndim)))
     return None
 
 

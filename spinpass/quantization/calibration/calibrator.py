@@ -29,7 +29,7 @@ from ..rounding import (
     token_clip,
 )
 from ..scheme import Weights
-from .lockstep import Watch
+from .lockstep import SiteWatch
 
 _LIMIT = 3  # of the arguments of round_rows
 _CLIP = 3  # of those of round_tokens
@@ -61,9 +61,9 @@ class Calibrator:
         self._constants = constants(self.program)
         self._nodes = {n.name: n for n in self.program.graph.nodes}
 
-    def watches(self) -> dict[str, Watch]:
+    def watches(self) -> dict[str, SiteWatch]:
         """What to do at which node, as :func:`.lockstep.run_in_lockstep` takes it."""
-        found: dict[str, Watch] = {}
+        found: dict[str, SiteWatch] = {}
         for name, operand in self.sites.static.items():
             found[name] = (operand, lambda values, _, node=name: self._static(values, node))
         for name, operand in self.sites.clipped.items():

@@ -24,7 +24,7 @@ from ..layers import leading_to
 OperandWatch = Callable[[list[Tensor], list[Tensor]], Mapping[str, Tensor]]
 """The values of one operand, one per input, and those in the original program -> constants by placeholder name."""
 
-Watch = tuple[str, OperandWatch] | tuple[str, OperandWatch, str]
+SiteWatch = tuple[str, OperandWatch] | tuple[str, OperandWatch, str]
 """The name of an operand and what to do with its values. With a third name, the values of that operand are given in
 place of those in the original program."""
 
@@ -32,7 +32,7 @@ place of those in the original program."""
 def run_in_lockstep(
     program: ExportedProgram,
     inputs: Sequence[object],
-    watched: Mapping[str, Watch],
+    watched: Mapping[str, SiteWatch],
     reference: Collection[str] | None = None,
     progress: Progress | None = None,
 ) -> None:

@@ -1,6 +1,6 @@
 """Which constant of a model has integers that are known:  initializer  ->  name of a weight  ->  its codes.
 
-A model that was just translated says which constants of the program it was made of (:class:`..streamed.Part`). A model
+A model that was just translated says which constants of the program it was made of (:class:`..streamed.ConstantPart`). A model
 that is read from a file has names that another exporter may have given: there a constant is known by its values.
 """
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from spinpass.graph import storage_key
 from spinpass.quantization import Codes, QuantizedWeight
 
-from ..streamed import Part, part_of
+from ..streamed import ConstantPart, part_of
 from .rewrite import FLOATS
 
 _ROWS = 1024  # that are hashed at once
@@ -109,7 +109,7 @@ class ByOrigin:
         turned = shape if by_column else shape[::-1]
         return self._folded.name(constant, by_column) if turned in self._shapes else None
 
-    def _name_of(self, part: Part, by_column: bool) -> str | None:
+    def _name_of(self, part: ConstantPart, by_column: bool) -> str | None:
         name = self._names.get(storage_key(part.constant))
         axes = part.axes
         if name is None or len(axes) != 2 or axes[1 if by_column else 0] != self._weights[name].dim % len(part.order):
