@@ -1,7 +1,8 @@
 """Which constant of a model has integers that are known:  initializer  ->  name of a weight  ->  its codes.
 
-A model that was just translated says which constants of the program it was made of (:class:`..streamed.ConstantPart`). A model
-that is read from a file has names that another exporter may have given: there a constant is known by its values.
+A model that was just translated says which constants of the program it was made of
+(:class:`..streamed.ConstantPart`). A model that is read from a file has names that another exporter may have given:
+there a constant is known by its values.
 """
 
 from __future__ import annotations
