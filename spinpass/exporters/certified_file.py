@@ -13,13 +13,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from torch.export import ExportedProgram
+
 from spinpass.certificate import FileCertificate
 from spinpass.formats import staged
+from spinpass.graph import Handle, storage_key
 
 from .names import GraphNames
 
 CERTIFY_BYTES = 2**31
-"""Above this many bytes of weights ``verify=None`` does not certify: both the program and the runtime would be run."""
+"""Above this many bytes of weights in memory ``verify=None`` does not certify: both the program and the runtime would
+be run. Constants that are read when they are used do not count."""
+
+
+def resident_bytes(ep: ExportedProgram) -> int:
+    """Return how many bytes of a program's constants stand in memory while it is run."""
+    held = {storage_key(tensor): tensor for tensor in ep.state_dict.values()}
+    return sum(tensor.nbytes for tensor in held.values() if not isinstance(tensor, Handle))
+
 
 SWITCHED_OFF = "switched off"
 """Why a file has no certificate where the caller wanted none."""
@@ -82,6 +93,7 @@ def write_certified(
     compare: Callable[[Path], FileCertificate | str] | None,
     *,
     weights: int = 0,
+    resident: int | None = None,
     verify: bool | None = None,
 ) -> FileReport:
     """Write the file ``target``, and whatever lies beside it, and compare it with the program.
@@ -93,7 +105,9 @@ def write_certified(
         save: it writes to the path that it is given, and names its own steps.
         compare: it returns the certificate of the file at the path that it is given, or why there can be none. Where it
             is None nothing is compared, and there is no such step.
-        weights: how many bytes the disk has to hold; ``verify=None`` goes by them.
+        weights: how many bytes the disk has to hold.
+        resident: how many bytes of weights the comparison holds in memory, ``weights`` for None; ``verify=None`` goes
+            by them.
         verify: False does not compare, None compares up to :data:`CERTIFY_BYTES`, True always.
 
     Raises:
@@ -107,7 +121,7 @@ def write_certified(
         found: FileCertificate | str = SWITCHED_OFF
         if compare is not None:
             clock.start("certify")
-            found = _unwanted(verify, weights) or compare(staging / target.name)
+            found = _unwanted(verify, weights if resident is None else resident) or compare(staging / target.name)
         if isinstance(found, FileCertificate):
             found.raise_if_failed()
     clock.stop()

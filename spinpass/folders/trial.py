@@ -23,7 +23,7 @@ from spinpass.certificate import FileComparison
 from spinpass.errors import ExportError, VerificationError, first_line
 from spinpass.evaluation import token_ids
 from spinpass.execution import InputRole, UserInput, continued_inputs, token_input, user_inputs
-from spinpass.exporters import CERTIFY_BYTES
+from spinpass.exporters import CERTIFY_BYTES, resident_bytes
 from spinpass.formats import pte_path, xml_path
 from spinpass.loading import LONGEST_TEXT, Companions, LoadedModel, text_limits
 from spinpass.progress import Steps
@@ -146,8 +146,10 @@ def unjudged(program: ExportedProgram, *, certify: bool) -> str:
     """Return why a folder is run but not compared with its program; it is empty where it is."""
     if not certify:
         return "switched off"
-    size = sum(tensor.nbytes for tensor in program.state_dict.values())
-    return f"{size:,} bytes of weights are above the limit of {CERTIFY_BYTES:,}" if size > CERTIFY_BYTES else ""
+    size = resident_bytes(program)
+    return (
+        f"{size:,} bytes of weights in memory are above the limit of {CERTIFY_BYTES:,}" if size > CERTIFY_BYTES else ""
+    )
 
 
 # -- what is tried -----------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from spinpass.formats import CACHE_BUFFERS, EXTERNAL_BYTES, PROTOBUF_LIMIT, data
 from spinpass.quantization import QuantizedWeight
 from spinpass.runtime import NoKernelError
 
-from ..certified_file import Clock, FileReport, write_certified
+from ..certified_file import Clock, FileReport, resident_bytes, write_certified
 from ..names import GraphNames, Names, named_record, renamed, signature_names
 from .certificate import certify_onnx
 from .fusion.fuse import Fused, fuse_model
@@ -92,8 +92,8 @@ def export(
             sequence at a time; prompts and single tokens in batches.
         external_data: put the weights into ``name.onnx.data`` beside the file; None does that above
             ``external_threshold`` bytes.
-        verify: compare ONNX Runtime's outputs with the program's. None does so up to 2 GiB of weights and where ONNX
-            Runtime has the kernels on a CPU; True insists.
+        verify: compare ONNX Runtime's outputs with the program's. None does so up to 2 GiB of weights in memory and
+            where ONNX Runtime has the kernels on a CPU; True insists.
         inputs: what to compare on; None draws small inputs from the program's own specs, several times.
         metadata: further ``metadata_props`` of the model.
         weights: constants of the program that become integers in the file, with their codes: what the report of
@@ -144,7 +144,8 @@ def export(
                 raise
             return str(error)
 
-    report = write_certified(target, names, clock, save, compare, weights=size, verify=verify)
+    resident = min(size, resident_bytes(ep)) if external else size
+    report = write_certified(target, names, clock, save, compare, weights=size, resident=resident, verify=verify)
     remove_stale_data(target, report.files)
     packed = None if counts is None else counts.report(report)
     return OnnxReport(**vars(report), opset=model.opset_imports[""], hadamards=hadamards, fused=fused, packed=packed)
