@@ -44,6 +44,7 @@ def plan_command(
             cache=not no_cache,
             dequantize=dequantize,
             trust_remote_code=trust_remote_code,
+            streamed=True,
             progress=steps.begin,
         )
         steps.start("plan")

@@ -14,7 +14,7 @@ from pathlib import Path
 from torch.export import ExportedProgram
 
 from spinpass.config import RotationConfig
-from spinpass.errors import ConfigError
+from spinpass.errors import ConfigError, ExportError, SpinpassError
 from spinpass.evaluation import (
     CALIBRATION_LENGTH,
     SELF,
@@ -147,9 +147,35 @@ def carry_out(request: ExportRequest, steps: Steps) -> tuple[Result, Written]:
     """
     check_target(request.out, request.model, force=request.force)
     write = _writer(request)
-    with drafted(request.out) as draft:
-        dataset, windows = preflight(request)
-        return _Run(request, write, dataset, windows, draft, steps).made()
+    try:
+        with drafted(request.out) as draft:
+            dataset, windows = preflight(request)
+            return _Run(request, write, dataset, windows, draft, steps).made()
+    except (MemoryError, RuntimeError, SpinpassError) as error:
+        if not _out_of_memory(error):
+            raise
+        raise ExportError(f"this machine's memory is not enough: {_cheaper(request)}") from error
+
+
+def _out_of_memory(error: BaseException | None) -> bool:
+    """Whether there was no memory for something, by what Python and torch raise."""
+    while error is not None:
+        if isinstance(error, MemoryError) or "DefaultCPUAllocator: can't allocate" in str(error):
+            return True
+        error = error.__cause__
+    return False
+
+
+def _cheaper(request: ExportRequest) -> str:
+    """What takes less memory than a request."""
+    scheme = request.scheme
+    if scheme is not None and scheme.distill:
+        return "leave the training of scales out (--recipe quick), or read a shorter text (--samples 8)"
+    if scheme is not None and scheme.needs_calibration:
+        return "read a shorter text (--samples 4), or round to nearest (--recipe plain)"
+    if request.dtype == "float32":
+        return "keep the dtype of the files (--dtype auto), or close what else runs"
+    return "close what else runs, or take a machine with more"
 
 
 @dataclass(frozen=True)

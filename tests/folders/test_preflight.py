@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from spinpass.errors import ConfigError, ExportError
-from spinpass.folders import ExportRequest, Known, carry_out, check_space
+from spinpass.errors import ConfigError, ExportError, ProgramError
+from spinpass.folders import ExportRequest, Known, carry_out, check_space, making
 from spinpass.loading import Source, count_values, locate
 from spinpass.progress import Silent
 from tests.support import folders
@@ -88,6 +88,30 @@ def test_the_disk_is_asked_for_what_will_be_written(model: Path, tmp_path: Path,
     monkeypatch.setattr(shutil, "disk_usage", free(1000))
     with pytest.raises(ExportError, match="about 900 bytes and 400 for what it is made of"):
         check_space(tmp_path, 900, 400)
+
+
+@pytest.mark.parametrize(
+    ("error", "options", "advice"),
+    [
+        (MemoryError(), {}, "--recipe quick"),
+        (RuntimeError("err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."), {"recipe": "quick"}, "--samples 4"),
+        (MemoryError(), {"bits": 16}, "--dtype auto"),
+        (MemoryError(), {"bits": 16, "dtype": "auto"}, "take a machine with more"),
+    ],
+)
+def test_too_little_memory_is_one_sentence_with_what_to_try(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, options: dict[str, Any], advice: str
+) -> None:
+    def met(*_: object, **__: object) -> None:
+        raise ProgramError("node mm could not be run") from error
+
+    monkeypatch.setattr(making, "load_model", met)
+    with pytest.raises(ExportError, match=f"this machine's memory is not enough: .*{advice}"):
+        asked(model, tmp_path / "out", **options)()
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(making, "load_model", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("another")))
+    with pytest.raises(RuntimeError, match="another"):
+        asked(model, tmp_path / "out", **options)()
 
 
 def asked(model: Path, out: Path, **options: Any) -> Any:
