@@ -5,6 +5,8 @@ model  ->  program  ->  rotated  ->  rounded  ->  a folder that was run and scor
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -23,7 +25,7 @@ from spinpass.evaluation import (
     read_dataset,
     token_ids,
 )
-from spinpass.formats import Draft, drafted
+from spinpass.formats import Draft, KeptWork, drafted
 from spinpass.graph import spooled
 from spinpass.loading import LoadedModel, check_program_options, load_model
 from spinpass.passes import last_token
@@ -38,7 +40,7 @@ from .openvino import openvino_tools, write_openvino_folder
 from .preflight import Known
 from .recipes import RecipeName
 from .request import ExportRequest, IntegerCache, Target
-from .result import Result, quantized, rotated, window_length
+from .result import Result, quantized, rotated, version_of, window_length
 from .settings import settings_of
 
 CONTEXT = 1024
@@ -157,6 +159,14 @@ def carry_out(request: ExportRequest, steps: Steps) -> tuple[Result, Written]:
         raise ExportError(f"this machine's memory is not enough: {_cheaper(request)}") from error
 
 
+def _told(config: RotationConfig | None) -> str:
+    """All of a configuration, its matrices by their hashes."""
+    if config is None or not config.matrices:
+        return repr(config)
+    digests = {name: hashlib.sha256(m.double().numpy().tobytes()).hexdigest() for name, m in config.matrices.items()}
+    return f"{replace(config, matrices={})!r} {digests}"
+
+
 def _out_of_memory(error: BaseException | None) -> bool:
     """Whether there was no memory for something, by what Python and torch raise."""
     while error is not None:
@@ -212,7 +222,8 @@ class _Run:
         if asked.to == "gptq":
             check_rotation(loaded, result)
         if asked.scheme is not None:
-            result = quantized(result, loaded, asked.scheme, text, steps, self.windows, self.draft.folder.parent)
+            work = self._work(loaded, text).of_kind("original" if config is None else "rotated")
+            result = quantized(result, loaded, asked.scheme, text, steps, self.windows, work)
             result = replace(result, program=self._kept(result.program))
         options = {} if asked.kv_cache is None or text is None else {"cache": self._cache_bits(text)}
         result = self._headed(result)
@@ -258,6 +269,23 @@ class _Run:
             if asked.certify:
                 onnx_tools().check_kernels(loaded.program)
         return loaded
+
+    def _work(self, loaded: LoadedModel, text: Path | None) -> KeptWork:
+        """Return what this run has rounded, or one before it that was stopped. Raises ConfigError where that was
+        another."""
+        asked = self.request
+        run = {
+            "model": json.dumps(loaded.files.to_dict(), sort_keys=True),
+            "configuration": _told(asked.config),
+            "scheme": repr(asked.scheme),
+            "text": "" if text is None else f"{self.windows} of {hashlib.sha256(text.read_bytes()).hexdigest()}",
+            "target": f"{asked.to}, {asked.dtype}, {asked.cache}, {asked.context}, {asked.dequantize}",
+            "version": ", ".join(f"{name} {version_of(name)}" for name in ("spinpass", "torch", "transformers")),
+        }
+        kept = KeptWork.of(self.draft.work, run)
+        if kept.count:
+            self.steps.begin(f"go on from {kept.count} weights that are rounded")
+        return kept
 
     def _cache_bits(self, text: Path) -> CacheBits:
         return CacheBits(int(str(self.request.kv_cache).removeprefix("int")), text, self.windows)

@@ -15,12 +15,11 @@ from spinpass import record
 from spinpass.config import RotationConfig
 from spinpass.errors import ConfigError
 from spinpass.evaluation import CALIBRATION_LENGTH, calibration_inputs, token_ids
-from spinpass.graph import Handle
 from spinpass.loading import Companions, LoadedModel
 from spinpass.pipeline import rotate
 from spinpass.planning import RotationPlan
 from spinpass.progress import Progress, Steps
-from spinpass.quantization import QuantizationConfig, QuantizationReport, Quantized, quantize
+from spinpass.quantization import CodesStore, QuantizationConfig, QuantizationReport, Quantized, quantize
 
 _PACKAGES = ("spinpass", "torch", "transformers", "onnx", "onnxscript", "onnxruntime", "openvino", "executorch")
 
@@ -100,12 +99,11 @@ def quantized(
     text: Path | None,
     steps: Steps,
     windows: int | None = None,
-    folder: Path | None = None,
+    store: CodesStore | None = None,
 ) -> Result:
-    """Calibrate on windows of the text where there is one, and quantize.
+    """Calibrate on windows of the text where there is one, and quantize; ``store`` keeps the codes.
 
-    The codes of a program whose constants are read when they are used are kept in the folder. Raises ConfigError if the
-    text cannot be read.
+    Raises ConfigError if the text cannot be read.
     """
     asked = QuantizationConfig.parse(scheme) if isinstance(scheme, str) else scheme
     inputs: list[Any] = []
@@ -118,9 +116,7 @@ def quantized(
         inputs = calibration_inputs(result.program, tokenize, text, length, windows)
         if asked.distill or asked.average_bits:  # half as long: a backward pass holds what lies between all layers
             training = calibration_inputs(result.program, tokenize, text, length // 2, 2 * len(inputs))
-    streamed = any(isinstance(tensor, Handle) for tensor in result.program.state_dict.values())
-    kept = folder if streamed else None
-    made = quantize(result.program, asked, inputs, training=training, folder=kept, progress=steps.start("quantize"))
+    made = quantize(result.program, asked, inputs, training=training, store=store, progress=steps.start("quantize"))
     return replace(result, program=made.program, quantization=made.report)
 
 

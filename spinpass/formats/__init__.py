@@ -37,6 +37,7 @@ from .recorded import FileHash, check_recorded
 from .safetensors_header import check_safetensors, safetensors_header
 from .shards import write_shards
 from .staging import PREFIX, check_free, finish, is_plain_name, staged
+from .work import KeptWork
 
 __all__ = [
     "CACHE_BUFFERS",
@@ -53,6 +54,7 @@ __all__ = [
     "GgufHeader",
     "GptqCheckpoint",
     "GptqReport",
+    "KeptWork",
     "check_archive",
     "check_checkpoint",
     "check_companions",

@@ -30,8 +30,10 @@ from spinpass.errors import ExportError, SpinpassError
 from .disk import exchange, sync_file, sync_folder
 from .manifest import listed_files
 from .staging import PREFIX, parents_of, refusals, staged
+from .work import OtherWorkError
 from .workplace import Workplace, occupy
 
+WORK = "work"
 _STALE = (
     "model.onnx.data",
     "genai_config.json",
@@ -57,6 +59,12 @@ class Draft:
 
     out: Path
     folder: Path
+
+    @property
+    def work(self) -> Path:
+        """The folder that outlives a run that is killed, for what the next one can go on from. It goes with a run that
+        ends, be it with an error."""
+        return self.folder.parent.parent / WORK
 
     def in_place(self, report: _R) -> _R:
         """Return the report of a writer with the paths that its files have in the end."""
@@ -106,10 +114,16 @@ def _reserved(out: Path, real: Path) -> Iterator[Path]:
             except BlockingIOError as error:
                 why = f"another run of spinpass is writing {out}: wait for it, or name another folder"
                 raise ExportError(why) from error
-            stack.callback(place.close)
+            stack.push(lambda kind, *_: place.close(keep=_kept(kind)))
         if place.alone:
-            place.clear()
+            place.clear(keep=WORK)
         yield place.path
+
+
+def _kept(error: type[BaseException] | None) -> str:
+    """What stays of a workplace: the work of a run that was interrupted, and of another than this one."""
+    stays = error is not None and (issubclass(error, OtherWorkError) or not issubclass(error, Exception))
+    return WORK if stays else ""
 
 
 def _occupied(real: Path) -> Workplace:

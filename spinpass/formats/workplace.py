@@ -30,20 +30,25 @@ class Workplace:
     alone: bool
     _lock: int
 
-    def clear(self) -> None:
-        """Delete everything but the lock."""
+    def clear(self, keep: str = "") -> None:
+        """Delete everything but the lock and what has this name."""
         for entry in os.scandir(self.path):
+            if entry.name == keep:
+                continue
             if entry.is_dir(follow_symlinks=False):
                 shutil.rmtree(entry.path, ignore_errors=True)
             elif entry.name != _LOCK:
                 with suppress(OSError):
                     os.unlink(entry.path)
 
-    def close(self) -> None:
-        """Delete the folder and give the lock back: in this order, so that whoever waits for it finds it gone."""
+    def close(self, keep: str = "") -> None:
+        """Delete the folder and give the lock back: in this order, so that whoever waits for it finds it gone.
+
+        What has the name ``keep`` stays, and the folder with it.
+        """
         try:
             if self.alone:
-                self.clear()
+                self.clear(keep)
                 with suppress(OSError):
                     os.unlink(self.path / _LOCK)
             with suppress(OSError):  # of others, where there are no locks; or what may not be deleted

@@ -14,7 +14,7 @@ from .packed import (
     weight_name,
 )
 from .quantizer import quantize
-from .report import Distillation, QuantizationReport, Quantized, QuantizedWeight
+from .report import CodesStore, Distillation, QuantizationReport, Quantized, QuantizedWeight
 from .rounding import Codes
 from .scheme import GROUP_SIZES, WEIGHT_BITS, Activations, Cache, QuantizationConfig, Weights
 from .spelling import ALIASES, PARTS
@@ -27,6 +27,7 @@ __all__ = [
     "Activations",
     "Cache",
     "Codes",
+    "CodesStore",
     "Distillation",
     "Packed",
     "QuantizationConfig",

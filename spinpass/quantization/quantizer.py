@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -26,7 +25,7 @@ from spinpass.progress import Progress
 from .calibration import Calibrator, allocated, run_in_lockstep
 from .layers import ORIGIN, ChosenSites
 from .packed import distilled, split_rows
-from .report import Quantized
+from .report import CodesStore, Quantized
 from .scheme import QuantizationConfig
 
 _JUDGED_ON = 8  # windows, for the bits of layers: twice as many where they are shorter
@@ -38,7 +37,7 @@ def quantize(
     calibration: Sequence[object] = (),
     *,
     training: Sequence[object] | None = None,
-    folder: Path | None = None,
+    store: CodesStore | None = None,
     progress: Progress | None = None,
 ) -> Quantized:
     """Quantize a floating-point program, rotated or not. The program is not changed.
@@ -50,8 +49,8 @@ def quantize(
             static ranges are made on all of them together.
         training: inputs for what needs gradients, ``distill`` and ``average_bits``; by default those of the
             calibration. Shorter ones need less memory.
-        folder: where the codes are kept, in files without a name whose space is free when nothing reads them any more;
-            None keeps them in memory, a byte for each.
+        store: where codes are kept, and found that a run of the same program, configuration and inputs has left; None
+            keeps them in memory, a byte for each.
         progress: called with (steps done, all steps) while weights are rounded.
 
     Returns:
@@ -72,12 +71,12 @@ def quantize(
         judged = _spread(calibration, _JUDGED_ON) if training is None else _spread(training, 2 * _JUDGED_ON)
         chosen = allocated(program, chosen, judged, progress)
     if not chosen.distill:
-        return _rounded(program, chosen, calibration, folder, progress)
+        return _rounded(program, chosen, calibration, store, progress)
     shown = calibration if training is None else training
     # no name here holds on to what was rounded: its weights are let go while the scales are trained
     return distilled(
         program,
-        _rounded(program, chosen, calibration, folder, progress),
+        _rounded(program, chosen, calibration, store, progress),
         shown,
         epochs=chosen.distill,
         progress=progress,
@@ -93,7 +92,7 @@ def _rounded(
     program: ExportedProgram,
     chosen: QuantizationConfig,
     calibration: Sequence[object],
-    folder: Path | None,
+    store: CodesStore | None,
     progress: Progress | None,
 ) -> Quantized:
     """Round what is chosen. What only that needs is let go with the return."""
@@ -103,7 +102,7 @@ def _rounded(
         reasons = dict.fromkeys(sites.kept.values()) or ["no linear layers"]
         raise ConfigError("there is nothing to quantize: " + "; ".join(reasons))
     prepared = editor.finish()
-    calibrator = Calibrator(prepared, sites, folder)
+    calibrator = Calibrator(prepared, sites, store)
     if calibration:
         reference = {*sites.activations, *sites.caches} if chosen.follows else None
         run_in_lockstep(prepared, calibration, calibrator.watches(), reference, progress)

@@ -6,7 +6,7 @@ import bisect
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from torch.export import ExportedProgram
 
@@ -46,6 +46,16 @@ class QuantizedWeight:
             return {name: self.codes}
         rows = len(self.codes.q) // self.stack
         return {f"{name}.{i}": self.codes.rows(slice(i * rows, (i + 1) * rows)) for i in range(self.stack)}
+
+
+class CodesStore(Protocol):
+    """Where codes are kept, so that a run that was stopped can go on from them."""
+
+    def get(self, name: str, scheme: Weights) -> QuantizedWeight | None:
+        """Return what a weight was rounded to by a scheme, None where it was not."""
+
+    def put(self, name: str, weight: QuantizedWeight) -> QuantizedWeight:
+        """Keep a weight, and return it as it is read from there."""
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from torch import Tensor
 from torch.export import ExportedProgram
@@ -15,7 +14,7 @@ from spinpass.graph import Handle, arguments, shape, trim, values_of
 from spinpass.progress import Progress
 
 from ..layers import ChosenSites, WeightSite
-from ..report import QuantizationReport, QuantizedWeight
+from ..report import CodesStore, QuantizationReport, QuantizedWeight
 from ..rounding import (
     Coded,
     Codes,
@@ -34,6 +33,7 @@ from .lockstep import SiteWatch
 _LIMIT = 3  # of the arguments of round_rows
 _CLIP = 3  # of those of round_tokens
 _STACK = 3  # axes of a stack of matrices
+_Known = Moments | Iterable[ExpertMoments] | None
 
 
 @dataclass
@@ -43,7 +43,7 @@ class Calibrator:
     Args:
         program: with the roundings of its ``sites`` in the graph. The arguments of these are set in place.
         sites: what is to be rounded.
-        folder: where the codes are kept; None keeps them in memory.
+        store: where the codes are kept, and found that another run has left; None keeps them in memory.
 
     Attributes:
         changed: by name of a placeholder, what computes the constant that it becomes.
@@ -52,7 +52,7 @@ class Calibrator:
 
     program: ExportedProgram
     sites: ChosenSites
-    folder: Path | None = None
+    store: CodesStore | None = None
     changed: dict[str, Callable[[], Tensor]] = field(default_factory=dict, init=False)
     done: dict[str, QuantizedWeight] = field(default_factory=dict, init=False)
     _seen: dict[str, Moments] = field(default_factory=dict, init=False)
@@ -73,14 +73,16 @@ class Calibrator:
             if site.ends is not None:
                 found[site.linear.name] = (
                     operand,
-                    lambda values, ends, s=site, how=scheme: self._experts(s, how, values, ends),  # type: ignore[misc]
+                    lambda values, ends, s=site, how=scheme: self._weight(
+                        s, how, lambda: experts_moments(values, ends)
+                    ),  # type: ignore[misc]
                     site.ends.name,
                 )
                 continue
             found[site.linear.name] = (
                 operand,
                 lambda values, originals, s=site, how=scheme, x=operand: self._weight(
-                    s, how, self._moments(x, values, originals, s)
+                    s, how, lambda: self._moments(x, values, originals, s)
                 ),
             )
         return found
@@ -91,7 +93,7 @@ class Calibrator:
         todo += [(table.name, 1, how) for table, how in self.sites.tables]
         for k, (name, dim, scheme) in enumerate(todo):
             if self.sites.fqns[name] not in self.done:
-                self._round(name, dim, scheme, None)
+                self._round(name, dim, scheme, lambda: None)
             if progress is not None:
                 progress(k + 1, len(todo))
 
@@ -112,45 +114,25 @@ class Calibrator:
             self._seen[operand] = Moments.of(values, originals)
         return self._seen[operand]
 
-    def _experts(
-        self, site: WeightSite, scheme: Weights, values: list[Tensor], ends: list[Tensor]
-    ) -> Mapping[str, Tensor]:
-        name = site.weight.name
-        if self.sites.fqns[name] in self.done:
-            return {}
-        return {name: self._round(name, site.dim, scheme, experts_moments(values, ends))}
-
-    def _weight(self, site: WeightSite, scheme: Weights, moments: Moments | None) -> Mapping[str, Tensor]:
+    def _weight(self, site: WeightSite, scheme: Weights, moments: Callable[[], _Known]) -> Mapping[str, Tensor]:
         name = site.weight.name
         if self.sites.fqns[name] in self.done:  # read before, by another layer
             return {}
         return {name: self._round(name, site.dim, scheme, moments)}
 
-    def _round(self, name: str, dim: int, scheme: Weights, moments: Moments | Iterable[ExpertMoments] | None) -> Tensor:
-        stored = self._constants[name].detach()
-        parts, errors, tokens = [], [], []
-        if isinstance(moments, Moments):
-            pairs: Iterable[tuple[Tensor, Moments | ExpertMoments | None]] = [(_matrix(stored, dim), moments)]
-        elif moments is None:
-            pairs = ((matrix, None) for matrix in _matrices(stored, dim))
-        else:
-            pairs = zip(_stack(stored, dim), moments, strict=True)
-        for matrix, known in pairs:
-            part = _part(matrix, scheme, known)
-            parts.append(part.in_steps_of(stored.dtype, scheme.scales))
-            errors.append(_error(matrix, parts[-1].dequantized(), known))
-            tokens += [] if known is None or isinstance(known, Moments) else [known.tokens]
-        codes = stacked(parts)
-        if self.folder is not None:
-            codes = codes.kept_in(self.folder)
-            trim()
-        source = Coded(codes, dim, stored.shape, stored.dtype)
+    def _round(self, name: str, dim: int, scheme: Weights, moments: Callable[[], _Known]) -> Tensor:
+        """Round a weight unless that was done, and return what it has become."""
+        fqn, stored = self.sites.fqns[name], self._constants[name].detach()
+        weight = None if self.store is None else self.store.get(fqn, scheme)
+        if weight is None:
+            weight = _rounded(stored, dim, scheme, moments())
+            if self.store is not None:
+                weight = self.store.put(fqn, weight)
+                trim()
+        source = Coded(weight.codes, dim, stored.shape, stored.dtype)
         # the codes are kept, a quarter of what they stand for
         self.changed[name] = lambda: Handle(source) if isinstance(stored, Handle) else source.read(slice(None))
-        lost, size = (math.fsum(each) for each in zip(*errors, strict=True))
-        stack = stored.shape[0] if stored.ndim == _STACK and dim % _STACK else 1
-        error = lost / max(size, 1e-30)
-        self.done[self.sites.fqns[name]] = QuantizedWeight(codes, dim, scheme, error, stack, tuple(tokens))
+        self.done[fqn] = weight
         return self.changed[name]()
 
     def _clip(self, values: list[Tensor], name: str) -> Mapping[str, Tensor]:
@@ -167,6 +149,25 @@ class Calibrator:
         numbers = dict(zip((n.name for n in node.all_input_nodes[1:]), (found.scale, found.zero)))
         self.changed |= {name: lambda value=value: value for name, value in numbers.items()}
         return numbers
+
+
+def _rounded(stored: Tensor, dim: int, scheme: Weights, moments: _Known) -> QuantizedWeight:
+    """Round a constant whose columns lie along ``dim``."""
+    parts, errors, tokens = [], [], []
+    if isinstance(moments, Moments):
+        pairs: Iterable[tuple[Tensor, Moments | ExpertMoments | None]] = [(_matrix(stored, dim), moments)]
+    elif moments is None:
+        pairs = ((matrix, None) for matrix in _matrices(stored, dim))
+    else:
+        pairs = zip(_stack(stored, dim), moments, strict=True)
+    for matrix, known in pairs:
+        part = _part(matrix, scheme, known)
+        parts.append(part.in_steps_of(stored.dtype, scheme.scales))
+        errors.append(_error(matrix, parts[-1].dequantized(), known))
+        tokens += [] if known is None or isinstance(known, Moments) else [known.tokens]
+    lost, size = (math.fsum(each) for each in zip(*errors, strict=True))
+    stack = stored.shape[0] if stored.ndim == _STACK and dim % _STACK else 1
+    return QuantizedWeight(stacked(parts), dim, scheme, lost / max(size, 1e-30), stack, tuple(tokens))
 
 
 def _part(matrix: Tensor, scheme: Weights, moments: Moments | ExpertMoments | None) -> Codes:

@@ -9,12 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
-
-from spinpass.graph import mapped
 
 from ..scheme import ScaleDtype, Weights
 
@@ -89,13 +86,6 @@ class Codes:
         """The scales as a file needs them: float16 where they are numbers of it, else as they are."""
         halves = self.scales.half()
         return halves if torch.equal(halves.to(self.scales.dtype), self.scales) else self.scales
-
-    def kept_in(self, folder: Path) -> Codes:
-        """The same, read from files of a folder (:func:`spinpass.graph.mapped`)."""
-        q, scales, zeros = (
-            mapped(folder, part.shape, part.dtype).copy_(part) for part in (self.q, self.scales, self.zeros)
-        )
-        return replace(self, q=q, scales=scales, zeros=zeros)
 
     def rows(self, rows: slice | Tensor) -> Codes:
         """The codes of some rows of the matrix."""

@@ -1,0 +1,154 @@
+"""What a run has rounded, kept until its folder is there:  OUT is killed  ->  the same command goes on from it.
+
+    in the run's hidden folder:  what it is of (run.json);  of every weight its codes (N.codes) and what they are (N.json)
+
+A weight's codes are there when its JSON is, which comes last and has their hash. They are read from the file by whoever
+needs them, so that memory holds none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spinpass.errors import ConfigError
+from spinpass.quantization import Codes, QuantizedWeight, Weights
+
+_RUN = "run.json"
+_ALIGNED = 64  # bytes, which every tensor begins at a multiple of
+_TENSORS = ("q", "scales", "zeros", "index")
+_DTYPES = {str(dtype): dtype for dtype in (torch.uint8, torch.int64, torch.float16, torch.float32, torch.float64)}
+
+
+class OtherWorkError(ConfigError):
+    """Another run has left its work, which stays."""
+
+
+@dataclass(frozen=True)
+class KeptWork:
+    """The weights that were rounded, in a folder.
+
+    Args:
+        folder: it is there.
+        kind: of what they are, where a run rounds several programs.
+    """
+
+    folder: Path
+    kind: str = ""
+
+    @classmethod
+    def of(cls, folder: Path, run: Mapping[str, str]) -> KeptWork:
+        """Open the work of a run, or begin it.
+
+        Args:
+            folder: where it is, or will be.
+            run: all that the codes depend on: what it is, by what it is called.
+
+        Raises OtherWorkError: another run has left its work there.
+        """
+        folder.mkdir(exist_ok=True)
+        file = folder / _RUN
+        if file.exists():
+            try:
+                before = json.loads(file.read_text(encoding="utf-8"))
+            except ValueError:
+                before = {}
+            differing = sorted(name for name in {*before, *run} if before.get(name) != run.get(name))
+            if differing:
+                raise OtherWorkError(
+                    f"{folder} holds the work of a run that was stopped, of another {', another '.join(differing)}: "
+                    "run that again to finish it, or delete the folder to begin anew"
+                )
+        else:
+            _write(file, json.dumps(run).encode())
+        return cls(folder)
+
+    def of_kind(self, kind: str) -> KeptWork:
+        """Return the work on another program of the run."""
+        return replace(self, kind=kind)
+
+    @property
+    def count(self) -> int:
+        """How many weights there are, of all kinds."""
+        return sum(1 for file in self.folder.glob("*.json") if file.name != _RUN)
+
+    def get(self, name: str, scheme: Weights) -> QuantizedWeight | None:
+        """Return what a weight was rounded to by a scheme, None where it was not, or its file is damaged."""
+        about_file, file = self._files(name)
+        try:
+            about = json.loads(about_file.read_text(encoding="utf-8"))
+            if about["scheme"] != repr(scheme):
+                return None
+            held = torch.from_file(str(file), shared=False, size=about["bytes"], dtype=torch.uint8)
+            if about["sha256"] != hashlib.sha256(held.numpy().data).hexdigest():
+                return None
+            tensors = {part: _cut(held, entry) for part, entry in about["tensors"].items()}
+        except (OSError, RuntimeError, ValueError, KeyError, TypeError):
+            return None
+        group_bits = about["group_bits"]
+        codes = Codes(
+            tensors["q"],
+            tensors["scales"],
+            tensors["zeros"],
+            about["bits"],
+            about["symmetric"],
+            tensors.get("index"),
+            None if group_bits is None else tuple(group_bits),
+        )
+        return QuantizedWeight(
+            codes, about["dim"], scheme, float.fromhex(about["error"]), about["stack"], tuple(about["tokens"])
+        )
+
+    def put(self, name: str, weight: QuantizedWeight) -> QuantizedWeight:
+        """Keep a weight, and return it as it is read from its file."""
+        about_file, file = self._files(name)
+        codes, tensors, size = weight.codes, dict[str, Any](), 0
+        digest = hashlib.sha256()
+        staging = file.with_suffix(".new")
+        with staging.open("wb") as out:
+            for part in _TENSORS:
+                tensor = getattr(codes, part)
+                if tensor is None:
+                    continue
+                data = tensor.detach().cpu().contiguous()
+                tensors[part] = {"at": size, "shape": list(data.shape), "dtype": str(data.dtype)}
+                content = data.view(-1).view(torch.uint8).numpy().tobytes() if data.numel() else b""
+                content += bytes(-len(content) % _ALIGNED)
+                out.write(content)
+                digest.update(content)
+                size += len(content)
+        os.replace(staging, file)
+        about = {
+            "name": name, "scheme": repr(weight.scheme), "dim": weight.dim, "error": weight.error.hex(),
+            "stack": weight.stack, "tokens": list(weight.tokens), "bits": codes.bits, "symmetric": codes.symmetric,
+            "group_bits": codes.group_bits, "tensors": tensors, "bytes": size, "sha256": digest.hexdigest(),
+        }  # fmt: skip
+        _write(about_file, json.dumps(about).encode())
+        kept = self.get(name, weight.scheme)
+        return weight if kept is None else kept
+
+    def _files(self, name: str) -> tuple[Path, Path]:
+        stem = hashlib.sha256(f"{self.kind}\0{name}".encode()).hexdigest()[:32]
+        return self.folder / f"{stem}.json", self.folder / f"{stem}.codes"
+
+
+def _cut(held: Tensor, entry: Mapping[str, Any]) -> Tensor:
+    dtype, count = _DTYPES[entry["dtype"]], math.prod(entry["shape"])
+    if not count:
+        return torch.empty(entry["shape"], dtype=dtype)
+    return held[entry["at"] : entry["at"] + count * dtype.itemsize].view(dtype).view(entry["shape"])
+
+
+def _write(file: Path, content: bytes) -> None:
+    staging = file.with_suffix(".tmp")
+    staging.write_bytes(content)
+    os.replace(staging, file)
