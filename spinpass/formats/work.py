@@ -1,6 +1,6 @@
 """What a run has rounded, kept until its folder is there:  OUT is killed  ->  the same command goes on from it.
 
-    in the run's hidden folder:  what it is of (run.json);  of every weight its codes (N.codes) and what they are (N.json)
+    in the run's hidden folder:  what it is of (run.json);  of each weight its codes (N.codes), what they are (N.json)
 
 A weight's codes are there when its JSON is, which comes last and has their hash. They are read from the file by whoever
 needs them, so that memory holds none.
