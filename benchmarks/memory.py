@@ -63,6 +63,9 @@ SHAPES = {
 COMMANDS = {
     "export --bits 16": ["export", "{model}", "{out}", "--bits", "16"],
     "export --bits 4 --recipe plain": ["export", "{model}", "{out}", "--bits", "4", "--recipe", "plain"],
+    "export w4g128-gptq": [  # 8 windows of 512 tokens
+        "export", "{model}", "{out}", "--quantize", "w4g128-gptq-a8-head8g64-embed8g64", "--samples", "8",
+    ],
     "rotate-checkpoint": ["rotate-checkpoint", "{model}", "{out}"],
 }
 

@@ -280,6 +280,7 @@ class _Run:
             "scheme": repr(asked.scheme),
             "text": "" if text is None else f"{self.windows} of {hashlib.sha256(text.read_bytes()).hexdigest()}",
             "target": f"{asked.to}, {asked.dtype}, {asked.cache}, {asked.context}, {asked.dequantize}",
+            "rotation": f"{asked.certify}, {asked.allow_partial}",
             "version": ", ".join(f"{name} {version_of(name)}" for name in ("spinpass", "torch", "transformers")),
         }
         kept = KeptWork.of(self.draft.work, run)

@@ -109,10 +109,12 @@ class QuantizationReport:
 
     @property
     def experts(self) -> str:
-        """Say by how many tokens the matrices of stacks were rounded; empty where none were."""
-        tokens = sorted(count for weight in self.weights.values() for count in weight.tokens)
+        """Say by how many tokens the matrices of stacks were rounded; empty where GPTQ was asked for none."""
+        asked = [weight for weight in self.weights.values() if weight.stack > 1 and weight.scheme.method == "gptq"]
+        tokens = sorted(count for weight in asked for count in weight.tokens)
         if not tokens:
-            return ""
+            why = "the program does not sort tokens by expert, or no text was read"
+            return f"{len(asked)} stacks of experts were rounded to nearest: {why}" if asked else ""
         none = bisect.bisect_right(tokens, 0)
         alone = f"; {none} saw none, and are rounded by those of all" if none else ""
         return (
