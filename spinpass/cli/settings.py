@@ -21,7 +21,8 @@ _NEVER = ("config", "help", "force", "trust-remote-code", "json", "verbose")  # 
 _ROUNDING = frozenset({"bits", "recipe", "quantize", "int4"})  # ways to round, of which one counts
 _OF_ROTATIONS = frozenset({"kind", "block-size", "seed", "tied", "form", "cache", "exclude"})
 _TEXT = frozenset({"samples", "calibration"})
-_RECIPE = _ROUNDING | {"samples", "rotations", "form"}  # what a recipe stands for
+_RECIPE = _ROUNDING | _OF_ROTATIONS | {"samples", "rotations"}  # what a recipe stands for
+_LAYERS = frozenset({"keep", "layer"})  # of a scheme
 
 
 class SettledCommand(typer.core.TyperCommand):
@@ -61,7 +62,7 @@ def _superseded(given: dict[str, Any], found: dict[str, Any]) -> frozenset[str]:
     that it has no use for. Raises ConfigError where the scheme of the command line cannot be read.
     """
     rotations = {name.strip() for name in given.get("rotations", "R1").split(",")}
-    idle = _OF_ROTATIONS if rotations == {"none"} else frozenset() if "R1" in rotations else frozenset({"form"})
+    idle = _OF_ROTATIONS if rotations == {"none"} else frozenset() if "R1" in rotations else frozenset({"form", "tied"})
     return idle | _rounded_otherwise(given, found)
 
 
@@ -73,7 +74,8 @@ def _rounded_otherwise(given: dict[str, Any], found: dict[str, Any]) -> frozense
     reads = QuantizationConfig.parse(scheme).uses_calibration if scheme else not given.get("int4")
     unread = not reads or given.get("recipe") == "plain" or str(given.get("bits")) == "16"
     cached = "kv_cache" in given or "kv-cache" in found
-    return left | _TEXT if unread and not cached else left
+    without = given.get("int4") or str(given.get("bits")) == "16"
+    return left | (_TEXT if unread and not cached else frozenset()) | (_LAYERS if without else frozenset())
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]

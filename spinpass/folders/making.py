@@ -9,7 +9,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from spinpass.evaluation import (
     read_dataset,
     token_ids,
 )
-from spinpass.formats import Draft, KeptWork, drafted
+from spinpass.formats import Draft, KeptWork, OtherWorkError, drafted
 from spinpass.graph import spooled
 from spinpass.loading import LoadedModel, check_program_options, load_model
 from spinpass.passes import last_token
@@ -52,6 +52,7 @@ _EXPERTS = {"onnx": "grouped_mm", "executorch": "batched_mm"}
 ``batched_mm`` gathers the weights of every token's experts: 151 MB for each token in each layer of a model of width
 2048 with eight experts of width 768 at a time. The grouped product reads a weight once, however many tokens go to it.
 """
+_NO_MEMORY = ("DefaultCPUAllocator: can't allocate", "Cannot allocate memory")
 _ROWS = 16  # texts that a model writes at once
 _SPOOLED_SHARE = 4  # of the free disk, what is computed from the weights is kept in one of so many parts
 _DEFAULT = RotationConfig()
@@ -152,8 +153,14 @@ def carry_out(request: ExportRequest, steps: Steps) -> tuple[Result, Written]:
     try:
         with drafted(request.out) as draft:
             dataset, windows = preflight(request)
-            return _Run(request, write, dataset, windows, draft, steps).made()
-    except (MemoryError, RuntimeError, SpinpassError) as error:
+            run = _Run(request, write, dataset, windows, draft, steps)
+            try:
+                return run.made()
+            except SpinpassError as error:
+                if run.owns_work and not _of_the_machine(error):
+                    shutil.rmtree(draft.work, ignore_errors=True)  # the same again would end in the same way
+                raise
+    except (MemoryError, OSError, RuntimeError, SpinpassError) as error:
         if not _out_of_memory(error):
             raise
         raise ExportError(f"this machine's memory is not enough: {_cheaper(request)}") from error
@@ -170,7 +177,16 @@ def _told(config: RotationConfig | None) -> str:
 def _out_of_memory(error: BaseException | None) -> bool:
     """Whether there was no memory for something, by what Python and torch raise."""
     while error is not None:
-        if isinstance(error, MemoryError) or "DefaultCPUAllocator: can't allocate" in str(error):
+        if isinstance(error, MemoryError) or any(said in str(error) for said in _NO_MEMORY):
+            return True
+        error = error.__cause__
+    return False
+
+
+def _of_the_machine(error: BaseException | None) -> bool:
+    """Whether an error is of a disk or a memory, which may be another the next time; or of the work of another run."""
+    while error is not None:
+        if isinstance(error, (OSError, OtherWorkError)) or _out_of_memory(error):
             return True
         error = error.__cause__
     return False
@@ -203,11 +219,19 @@ class _Run:
     windows: int | None
     draft: Draft
     steps: Steps
+    _work: list[KeptWork] = field(default_factory=list, init=False)
+
+    @property
+    def owns_work(self) -> bool:
+        """Whether what is kept beside OUT is of this run."""
+        return bool(self._work)
 
     def made(self) -> tuple[Result, Written]:
         """Make the folder; with ``compare``, that of the original as well, and keep the better."""
         loaded = self._loaded(cache=self.request.cache and self.request.to != "gptq")
         text = self._text(loaded)
+        if self.request.scheme is not None or self.draft.work.exists():
+            self._work.append(self._opened_work(loaded, text))
         made = self._of(loaded, self.request.config, text, self.draft)
         if self.request.compare:
             beside = Draft(self.draft.out, self.draft.folder.parent / "original")
@@ -222,7 +246,7 @@ class _Run:
         if asked.to == "gptq":
             check_rotation(loaded, result)
         if asked.scheme is not None:
-            work = self._work(loaded, text).of_kind("original" if config is None else "rotated")
+            work = self._work[0].of_kind("original" if config is None else "rotated")
             result = quantized(result, loaded, asked.scheme, text, steps, self.windows, work)
             result = replace(result, program=self._kept(result.program))
         options = {} if asked.kv_cache is None or text is None else {"cache": self._cache_bits(text)}
@@ -270,14 +294,15 @@ class _Run:
                 onnx_tools().check_kernels(loaded.program)
         return loaded
 
-    def _work(self, loaded: LoadedModel, text: Path | None) -> KeptWork:
+    def _opened_work(self, loaded: LoadedModel, text: Path | None) -> KeptWork:
         """Return what this run has rounded, or one before it that was stopped. Raises ConfigError where that was
         another."""
         asked = self.request
         run = {
             "model": json.dumps(loaded.files.to_dict(), sort_keys=True),
             "configuration": _told(asked.config),
-            "scheme": repr(asked.scheme),
+            # which training begins with, whether there is to be any
+            "scheme": repr(None if asked.scheme is None else replace(asked.scheme, distill=0)),
             "text": "" if text is None else f"{self.windows} of {hashlib.sha256(text.read_bytes()).hexdigest()}",
             "target": f"{asked.to}, {asked.dtype}, {asked.cache}, {asked.context}, {asked.dequantize}",
             "rotation": f"{asked.certify}, {asked.allow_partial}",

@@ -30,7 +30,6 @@ from spinpass.errors import ExportError, SpinpassError
 from .disk import exchange, sync_file, sync_folder
 from .manifest import listed_files
 from .staging import PREFIX, parents_of, refusals, staged
-from .work import OtherWorkError
 from .workplace import Workplace, occupy
 
 WORK = "work"
@@ -62,8 +61,7 @@ class Draft:
 
     @property
     def work(self) -> Path:
-        """The folder that outlives a run that is killed, for what the next one can go on from. It goes with a run that
-        ends, be it with an error."""
+        """The folder that outlives a run that does not end well, for what the next one can go on from."""
         return self.folder.parent.parent / WORK
 
     def in_place(self, report: _R) -> _R:
@@ -114,16 +112,10 @@ def _reserved(out: Path, real: Path) -> Iterator[Path]:
             except BlockingIOError as error:
                 why = f"another run of spinpass is writing {out}: wait for it, or name another folder"
                 raise ExportError(why) from error
-            stack.push(lambda kind, *_: place.close(keep=_kept(kind)))
+            stack.push(lambda error, *_: place.close(keep="" if error is None else WORK))
         if place.alone:
             place.clear(keep=WORK)
         yield place.path
-
-
-def _kept(error: type[BaseException] | None) -> str:
-    """What stays of a workplace: the work of a run that was interrupted, and of another than this one."""
-    stays = error is not None and (issubclass(error, OtherWorkError) or not issubclass(error, Exception))
-    return WORK if stays else ""
 
 
 def _occupied(real: Path) -> Workplace:

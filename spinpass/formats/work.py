@@ -23,6 +23,8 @@ from torch import Tensor
 from spinpass.errors import ConfigError
 from spinpass.quantization import Codes, QuantizedWeight, Weights
 
+from .staging import refusals
+
 _RUN = "run.json"
 _ALIGNED = 64  # bytes, which every tensor begins at a multiple of
 _TENSORS = ("q", "scales", "zeros", "index")
@@ -55,13 +57,12 @@ class KeptWork:
 
         Raises OtherWorkError: another run has left its work there.
         """
+        if folder.exists() and not folder.is_dir():
+            folder.unlink()
         folder.mkdir(exist_ok=True)
         file = folder / _RUN
-        if file.exists():
-            try:
-                before = json.loads(file.read_text(encoding="utf-8"))
-            except ValueError:
-                before = {}
+        before = _read_run(file)
+        if before is not None:
             differing = sorted(name for name in {*before, *run} if before.get(name) != run.get(name))
             if differing:
                 raise OtherWorkError(
@@ -69,6 +70,8 @@ class KeptWork:
                     "run that again to finish it, or delete the folder to begin anew"
                 )
         else:
+            for entry in folder.iterdir():  # of nobody knows what
+                entry.unlink()
             _write(file, json.dumps(run).encode())
         return cls(folder)
 
@@ -85,14 +88,17 @@ class KeptWork:
         """Return what a weight was rounded to by a scheme, None where it was not, or its file is damaged."""
         about_file, file = self._files(name)
         try:
-            about = json.loads(about_file.read_text(encoding="utf-8"))
+            stored = json.loads(about_file.read_text(encoding="utf-8"))
+            about = stored["about"]
+            if stored["sha256"] != _digest(about):
+                return None
             if about["scheme"] != repr(scheme):
                 return None
             held = torch.from_file(str(file), shared=False, size=about["bytes"], dtype=torch.uint8)
             if about["sha256"] != hashlib.sha256(held.numpy().data).hexdigest():
                 return None
             tensors = {part: _cut(held, entry) for part, entry in about["tensors"].items()}
-        except (OSError, RuntimeError, ValueError, KeyError, TypeError):
+        except (AttributeError, IndexError, KeyError, OSError, RuntimeError, TypeError, ValueError):
             return None
         group_bits = about["group_bits"]
         codes = Codes(
@@ -109,7 +115,13 @@ class KeptWork:
         )
 
     def put(self, name: str, weight: QuantizedWeight) -> QuantizedWeight:
-        """Keep a weight, and return it as it is read from its file."""
+        """Keep a weight, and return it as it is read from its file. Raises ExportError where the disk takes no more."""
+        with refusals(self.folder):
+            self._put(name, weight)
+        kept = self.get(name, weight.scheme)
+        return weight if kept is None else kept
+
+    def _put(self, name: str, weight: QuantizedWeight) -> None:
         about_file, file = self._files(name)
         codes, tensors, size = weight.codes, dict[str, Any](), 0
         digest = hashlib.sha256()
@@ -132,13 +144,24 @@ class KeptWork:
             "stack": weight.stack, "tokens": list(weight.tokens), "bits": codes.bits, "symmetric": codes.symmetric,
             "group_bits": codes.group_bits, "tensors": tensors, "bytes": size, "sha256": digest.hexdigest(),
         }  # fmt: skip
-        _write(about_file, json.dumps(about).encode())
-        kept = self.get(name, weight.scheme)
-        return weight if kept is None else kept
+        _write(about_file, json.dumps({"about": about, "sha256": _digest(about)}).encode())
 
     def _files(self, name: str) -> tuple[Path, Path]:
         stem = hashlib.sha256(f"{self.kind}\0{name}".encode()).hexdigest()[:32]
         return self.folder / f"{stem}.json", self.folder / f"{stem}.codes"
+
+
+def _read_run(file: Path) -> dict[str, str] | None:
+    """Return what the work in a folder is of; None where there is none that can be read."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) and found else None
+
+
+def _digest(about: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
 
 
 def _cut(held: Tensor, entry: Mapping[str, Any]) -> Tensor:

@@ -264,9 +264,10 @@ def test_a_folder_is_made_again_by_its_own_settings(tmp_path: Path) -> None:
         (("--recipe", "plain"), {"rotations": "none", "quantize": recipe_of("plain", 4, "onnx").scheme}),
         (("--int4", "--rotations", "none"), {"rotations": "none", "int4": True}),
         (("--bits", 16), {"rotations": "R1,R2,R3,R4,latent", "form": "auto", "bits": 16}),
+        (("--recipe", "quick", "--samples", 1), {"rotations": "R1,R2,R4,latent,heads", "form": "online", "samples": 1}),
         (("--int4", "--rotations", "R2"), {"rotations": "R2", "int4": True}),
         (("--quantize", "w8-gptq-a8"), {"rotations": "R1,R2", "form": "online", "quantize": "w8-gptq-a8", "samples": 2}),
-        (("--recipe", "plain", "--kv-cache", "int8"), {"rotations": "none", "samples": 1, "kv-cache": "int8"}),
+        (("--recipe", "plain", "--kv-cache", "int8"), {"rotations": "none", "samples": 2, "kv-cache": "int8"}),
     ],
 )
 def test_another_way_to_round_beside_settings(tmp_path: Path, given: Sequence[object], expected: dict[str, object]) -> None:
@@ -275,11 +276,13 @@ def test_another_way_to_round_beside_settings(tmp_path: Path, given: Sequence[ob
     text = tmp_path / "text.txt"
     text.write_text("the cat sat on the mat " * 200)
     settings = tmp_path / "mine.yaml"
-    settings.write_text(f"rotations: R1,R2\nform: online\nquantize: w4g16-gptq-a8\nsamples: 2\ncalibration: {text}\nno-verify: true\n")
+    settings.write_text(f"rotations: R1,R2\nform: online\nquantize: w4g16-gptq-a8\nsamples: 2\ncalibration: {text}\nno-verify: true\nkind: random-hadamard\nseed: 3\nkeep: '*.o_proj.*'\n")
     made = run("export", model, tmp_path / "out", "--config", settings, *given)
     assert made.exit_code == 0, made.stderr
     told = yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())
-    assert told.items() >= (expected | {"no-verify": True}).items()
+    expected = expected | {"no-verify": True}
+    assert {name: told.get(name) for name in expected} == expected
+    assert ("seed" in told) == ("--quantize" in given or "R2" in given), "a recipe has no rotation of the file"
     assert ("calibration" in told) == ("samples" in told) == ("samples" in expected)
 
 

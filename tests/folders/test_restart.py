@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -79,7 +80,7 @@ def test_it_goes_on_from_what_is_rounded(
             export(model, out, RotationConfig(form="online"), **OPTIONS)
     assert not out.exists() and KeptWork(work(out)).count == after
     rounded = list[Any]()
-    monkeypatch.setattr(calibrator, "_rounded", lambda *args, made=calibrator._rounded: (rounded.append(args), made(*args))[1])
+    monkeypatch.setattr(calibrator, "_rounded", lambda *args, made=calibrator._rounded, **how: (rounded.append(args), made(*args, **how))[1])
     told = Told()
     carry_out(ExportRequest(str(model), out, RotationConfig(form="online"), **OPTIONS), told)
     assert contents(out) == unbroken
@@ -139,6 +140,48 @@ def test_the_work_of_another_run_is_refused(
         with pytest.raises(ExportError):
             export(model, tmp_path / "other", RotationConfig(form="online"), **OPTIONS)
     assert os.listdir(tmp_path) == ["out"]
+
+
+def test_what_never_comes_to_the_work_leaves_it(
+    model: Path, unbroken: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A text that is not there, a disk that is full, another program for the same folder: then the first again."""
+    out, online = tmp_path / "out", RotationConfig(form="online")
+    with monkeypatch.context() as patch:
+        stopped(patch, 3, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            export(model, out, online, **OPTIONS)
+    with pytest.raises(ConfigError, match="no such file"):
+        export(model, out, online, **(OPTIONS | {"calibration": "none.txt"}))
+    for other in ({"bits": 16}, {"int4": True}):
+        with pytest.raises(ConfigError, match="holds the work of a run that was stopped"):
+            export(model, out, online, certify=False, **other)  # type: ignore[arg-type]
+    with monkeypatch.context() as patch:
+        patch.setattr(KeptWork, "_put", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
+        with pytest.raises(ExportError, match="disk is full|No space left"):
+            export(model, out, online, **OPTIONS)
+    assert KeptWork(work(out)).count == 3
+    export(model, out, online, **OPTIONS)
+    assert contents(out) == unbroken and os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("content", ["[]", "null", "{", ""])
+def test_work_of_nobody_knows_what_is_begun_anew(tmp_path: Path, content: str) -> None:
+    KeptWork.of(tmp_path / "work", {"model": "m"}).put("w", weight(0))
+    (tmp_path / "work" / "run.json").write_text(content)
+    assert KeptWork.of(tmp_path / "work", {"model": "m"}).count == 0
+
+
+def test_no_bit_of_what_says_what_codes_are_goes_unseen(tmp_path: Path) -> None:
+    kept = KeptWork.of(tmp_path / "work", {})
+    kept.put("w", weight(0))
+    (file,) = (each for each in (tmp_path / "work").glob("*.json") if each.name != "run.json")
+    content = file.read_bytes()
+    for at in range(0, len(content), 3):
+        changed = bytearray(content)
+        changed[at] ^= 1 << (at % 8)
+        file.write_bytes(changed)
+        assert kept.get("w", Weights(4, 32)) is None, content[max(0, at - 20) : at + 20]
 
 
 def weight(seed: int) -> QuantizedWeight:

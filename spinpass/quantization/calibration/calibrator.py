@@ -32,7 +32,6 @@ from .lockstep import SiteWatch
 
 _LIMIT = 3  # of the arguments of round_rows
 _CLIP = 3  # of those of round_tokens
-_STACK = 3  # axes of a stack of matrices
 _Known = Moments | Iterable[ExpertMoments] | None
 
 
@@ -60,6 +59,7 @@ class Calibrator:
     def __post_init__(self) -> None:
         self._constants = constants(self.program)
         self._nodes = {n.name: n for n in self.program.graph.nodes}
+        self._stacks = {site.weight.name for site, _ in self.sites.weights if site.ends is not None}
 
     def watches(self) -> dict[str, SiteWatch]:
         """What to do at which node, as :func:`.lockstep.run_in_lockstep` takes it."""
@@ -125,7 +125,7 @@ class Calibrator:
         fqn, stored = self.sites.fqns[name], self._constants[name].detach()
         weight = None if self.store is None else self.store.get(fqn, scheme)
         if weight is None:
-            weight = _rounded(stored, dim, scheme, moments())
+            weight = _rounded(stored, dim, scheme, moments(), stack=stored.shape[0] if name in self._stacks else 1)
             if self.store is not None:
                 weight = self.store.put(fqn, weight)
                 trim()
@@ -151,12 +151,12 @@ class Calibrator:
         return numbers
 
 
-def _rounded(stored: Tensor, dim: int, scheme: Weights, moments: _Known) -> QuantizedWeight:
-    """Round a constant whose columns lie along ``dim``."""
+def _rounded(stored: Tensor, dim: int, scheme: Weights, moments: _Known, *, stack: int) -> QuantizedWeight:
+    """Round a constant whose columns lie along ``dim``, or a stack of so many."""
     parts, errors, tokens = [], [], []
     if isinstance(moments, Moments):
         pairs: Iterable[tuple[Tensor, Moments | ExpertMoments | None]] = [(_matrix(stored, dim), moments)]
-    elif moments is None:
+    elif moments is None or scheme.method != "gptq":
         pairs = ((matrix, None) for matrix in _matrices(stored, dim))
     else:
         pairs = zip(_stack(stored, dim), moments, strict=True)
@@ -166,7 +166,6 @@ def _rounded(stored: Tensor, dim: int, scheme: Weights, moments: _Known) -> Quan
         errors.append(_error(matrix, parts[-1].dequantized(), known))
         tokens += [] if known is None or isinstance(known, Moments) else [known.tokens]
     lost, size = (math.fsum(each) for each in zip(*errors, strict=True))
-    stack = stored.shape[0] if stored.ndim == _STACK and dim % _STACK else 1
     return QuantizedWeight(stacked(parts), dim, scheme, lost / max(size, 1e-30), stack, tuple(tokens))
 
 

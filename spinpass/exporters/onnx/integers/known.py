@@ -46,15 +46,15 @@ class ByValue:
 
     Args:
         graph: whose constants they are.
-        weights: by parameter name. Several may be equal.
+        codes: by name of a matrix. Several may be equal.
     """
 
-    def __init__(self, graph: ir.Graph, weights: Mapping[str, QuantizedWeight]) -> None:
-        self.codes: Mapping[str, Codes] = _matrices(weights)
+    def __init__(self, graph: ir.Graph, codes: Mapping[str, Codes]) -> None:
+        self.codes = codes
         kinds = {v.dtype for v in graph.initializers.values() if v.dtype in FLOATS}
         self._named: dict[bytes, list[str]] = {}
-        for name, codes in self.codes.items():
-            for digest in {_digest_of_codes(codes, _DTYPES[kind]) for kind in kinds if kind is not None}:
+        for name, found in codes.items():
+            for digest in {_digest_of_codes(found, _DTYPES[kind]) for kind in kinds if kind is not None}:
                 self._named.setdefault(digest, []).append(name)
         self._names: dict[tuple[str, bool], str | None] = {}
 
@@ -78,7 +78,7 @@ class ByValue:
 
 
 class ByOrigin:
-    """The codes of constants that are parts of a program's.
+    """The codes of constants that are parts of a program's; what was computed of those is known by its values.
 
     Args:
         graph: the translated program.
@@ -89,41 +89,48 @@ class ByOrigin:
     def __init__(
         self, graph: ir.Graph, constants: Mapping[str, Tensor], weights: Mapping[str, QuantizedWeight]
     ) -> None:
-        self.codes: Mapping[str, Codes] = _matrices(weights)
-        self._weights = weights
+        self.codes: Mapping[str, Codes] = matrices_of(weights)
+        self._graph, self._weights = graph, weights
         self._names = {storage_key(constants[name]): name for name in weights}
-        parts = (part_of(value.const_value) for value in graph.initializers.values())
-        here = {storage_key(part.constant) for part in parts if part is not None}
-        folded = {name: weight for name, weight in weights.items() if storage_key(constants[name]) not in here}
-        self._folded = ByValue(graph, folded)
-        self._shapes = {codes.q.shape for codes in self._folded.codes.values()}
+        self._by_shape: dict[tuple[int, ...], ByValue] = {}
 
     def name(self, constant: ir.Value, by_column: bool) -> str | None:
         """See :class:`KnownCodes`."""
         held = constant.const_value
         part = part_of(held)
-        if part is not None:
-            found = self._name_of(part, by_column)
-            if found is not None:
-                return found
-        shape = () if held is None else tuple(held.shape.numpy())
-        turned = shape if by_column else shape[::-1]
-        return self._folded.name(constant, by_column) if turned in self._shapes else None
+        found = None if part is None else self._name_of(part, by_column)
+        if found is not None or held is None or len(held.shape) != 2 or (part is not None and self._is_known(part)):
+            return found
+        shape = tuple(held.shape.numpy())
+        return self._of_shape(shape if by_column else shape[::-1]).name(constant, by_column)
+
+    def _is_known(self, part: ConstantPart) -> bool:
+        return storage_key(part.constant) in self._names
 
     def _name_of(self, part: ConstantPart, by_column: bool) -> str | None:
         name = self._names.get(storage_key(part.constant))
         axes = part.axes
         if name is None or len(axes) != 2 or axes[1 if by_column else 0] != self._weights[name].dim % len(part.order):
             return None
-        return name if part.index is None else f"{name}.{part.index}"
+        label = name if part.index is None else f"{name}.{part.index}"
+        return label if label in self.codes else None
+
+    def _of_shape(self, shape: tuple[int, ...]) -> ByValue:
+        """Return the matrices of a shape by their values."""
+        if shape not in self._by_shape:
+            alike = {name: codes for name, codes in self.codes.items() if tuple(codes.q.shape) == shape}
+            self._by_shape[shape] = ByValue(self._graph, alike)
+        return self._by_shape[shape]
 
     def left(self, found: set[str]) -> list[str]:
-        """See :class:`KnownCodes`."""
-        folded = set(self._folded.left(found))
-        return sorted(name for name in set(self.codes) - found if name in folded or name not in self._folded.codes)
+        """See :class:`KnownCodes`. An exporter makes one constant of small weights that are equal."""
+        left = set(self.codes) - found
+        shapes = {tuple(self.codes[name].q.shape) for name in left}
+        return sorted(left.intersection(name for shape in shapes for name in self._of_shape(shape).left(found)))
 
 
-def _matrices(weights: Mapping[str, QuantizedWeight]) -> dict[str, Codes]:
+def matrices_of(weights: Mapping[str, QuantizedWeight]) -> dict[str, Codes]:
+    """Return the codes of all matrices by name, those of stacks one by one."""
     return {label: codes for name, weight in weights.items() for label, codes in weight.matrices(name).items()}
 
 

@@ -31,7 +31,7 @@ from ..operators.rounding import ROWS, TOKENS, is_rounding, rounding_arguments
 from ..streamed import RowsTensor
 from .copies import PackedCounts, QuantizeReport, check_replaced, load, write_quantized
 from .kernels import IntegerProducts, arrays, has_integer_kernel, is_rounded_per_token
-from .known import ByOrigin, ByValue, KnownCodes
+from .known import ByOrigin, ByValue, KnownCodes, matrices_of
 from .rewrite import PackedMatrix, Work, constant_matrix
 
 _PICKS = {"Gather", "Split"}  # channels, or the tokens of an expert
@@ -63,7 +63,7 @@ def pack_weights(
     """
     _check_level(accuracy_level)
     model = load(model_path(source))
-    work = _packed(model, ByValue(model.graph, weights), accuracy_level, model_path(source).name)
+    work = _packed(model, ByValue(model.graph, matrices_of(weights)), accuracy_level, model_path(source).name)
     return write_quantized(model, work, source, model_path(destination), external_data)
 
 

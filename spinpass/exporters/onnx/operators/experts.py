@@ -89,6 +89,7 @@ def lower_grouped_products(model: ir.Model) -> int:
         first, but_last = build.constant([0]), build.add("Slice", ends, *map(build.constant, ([0], [count - 1])))
         sizes = build.add("Sub", ends, build.add("Concat", first, but_last, axis=0))
         groups = build.add("Split", rows, sizes, axis=0, outputs=count)
+        groups = groups if count > 1 else [groups]
         parts = [build.add("MatMul", group, matrix) for group, matrix in zip(groups, made[matrices], strict=True)]
         result = build.add("Concat", *parts, axis=0)
         ir.convenience.replace_nodes_and_values(model.graph, node, [node], [], node.outputs, [result])
