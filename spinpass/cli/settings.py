@@ -16,8 +16,6 @@ from spinpass.quantization import QuantizationConfig
 
 _GIVEN = "spinpass.given"
 _NEVER = ("config", "help", "force", "trust-remote-code", "json", "verbose")  # of one run, and of who gives it
-
-
 _ROUNDING = frozenset({"bits", "recipe", "quantize", "int4"})  # ways to round, of which one counts
 _OF_ROTATIONS = frozenset({"kind", "block-size", "seed", "tied", "form", "cache", "exclude"})
 _TEXT = frozenset({"samples", "calibration"})
@@ -72,10 +70,11 @@ def _rounded_otherwise(given: dict[str, Any], found: dict[str, Any]) -> frozense
     left = _RECIPE if given.keys() & {"bits", "recipe"} else _ROUNDING
     scheme = given.get("quantize")
     reads = QuantizationConfig.parse(scheme).uses_calibration if scheme else not given.get("int4")
-    unread = not reads or given.get("recipe") == "plain" or str(given.get("bits")) == "16"
+    kept = str(given.get("bits")) == "16"
     cached = "kv_cache" in given or "kv-cache" in found
-    without = given.get("int4") or str(given.get("bits")) == "16"
-    return left | (_TEXT if unread and not cached else frozenset()) | (_LAYERS if without else frozenset())
+    if (kept or not reads or given.get("recipe") == "plain") and not cached:
+        left |= _TEXT
+    return left | _LAYERS if kept or given.get("int4") else left
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]

@@ -9,7 +9,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from spinpass.evaluation import (
     read_dataset,
     token_ids,
 )
-from spinpass.formats import Draft, KeptWork, OtherWorkError, drafted
+from spinpass.formats import Draft, KeptWork, drafted
 from spinpass.graph import spooled
 from spinpass.loading import LoadedModel, check_program_options, load_model
 from spinpass.passes import last_token
@@ -153,13 +153,7 @@ def carry_out(request: ExportRequest, steps: Steps) -> tuple[Result, Written]:
     try:
         with drafted(request.out) as draft:
             dataset, windows = preflight(request)
-            run = _Run(request, write, dataset, windows, draft, steps)
-            try:
-                return run.made()
-            except SpinpassError as error:
-                if run.owns_work and not _of_the_machine(error):
-                    shutil.rmtree(draft.work, ignore_errors=True)  # the same again would end in the same way
-                raise
+            return _Run(request, write, dataset, windows, draft, steps).made()
     except (MemoryError, OSError, RuntimeError, SpinpassError) as error:
         if not _out_of_memory(error):
             raise
@@ -184,9 +178,9 @@ def _out_of_memory(error: BaseException | None) -> bool:
 
 
 def _of_the_machine(error: BaseException | None) -> bool:
-    """Whether an error is of a disk or a memory, which may be another the next time; or of the work of another run."""
+    """Whether an error is of a disk or a memory, which may be another the next time."""
     while error is not None:
-        if isinstance(error, (OSError, OtherWorkError)) or _out_of_memory(error):
+        if isinstance(error, OSError) or _out_of_memory(error):
             return True
         error = error.__cause__
     return False
@@ -219,35 +213,45 @@ class _Run:
     windows: int | None
     draft: Draft
     steps: Steps
-    _work: list[KeptWork] = field(default_factory=list, init=False)
-
-    @property
-    def owns_work(self) -> bool:
-        """Whether what is kept beside OUT is of this run."""
-        return bool(self._work)
 
     def made(self) -> tuple[Result, Written]:
         """Make the folder; with ``compare``, that of the original as well, and keep the better."""
         loaded = self._loaded(cache=self.request.cache and self.request.to != "gptq")
         text = self._text(loaded)
-        if self.request.scheme is not None or self.draft.work.exists():
-            self._work.append(self._opened_work(loaded, text))
-        made = self._of(loaded, self.request.config, text, self.draft)
+        if self.request.scheme is None and not self.draft.work.exists():
+            return self._better(loaded, text, None)
+        work = self._work(loaded, text)
+        try:
+            return self._better(loaded, text, work)
+        except SpinpassError as error:
+            if not _of_the_machine(error):
+                shutil.rmtree(self.draft.work, ignore_errors=True)  # the same again would end in the same way
+            raise
+
+    def _better(self, loaded: LoadedModel, text: Path | None, work: KeptWork | None) -> tuple[Result, Written]:
+        made = self._of(loaded, self.request.config, text, work, self.draft)
         if self.request.compare:
             beside = Draft(self.draft.out, self.draft.folder.parent / "original")
             beside.folder.mkdir()
-            made = the_better(loaded, made, self._of(loaded, None, text, beside), self.draft, beside)
+            made = the_better(loaded, made, self._of(loaded, None, text, work, beside), self.draft, beside)
         return made.result, made.written
 
-    def _of(self, loaded: LoadedModel, config: RotationConfig | None, text: Path | None, draft: Draft) -> Made:
+    def _of(
+        self,
+        loaded: LoadedModel,
+        config: RotationConfig | None,
+        text: Path | None,
+        work: KeptWork | None,
+        draft: Draft,
+    ) -> Made:
         asked, steps = self.request, self.steps
         result = rotated(loaded.program, config, steps, certify=asked.certify, allow_partial=asked.allow_partial)
         result = replace(result, program=self._kept(result.program))
         if asked.to == "gptq":
             check_rotation(loaded, result)
         if asked.scheme is not None:
-            work = self._work[0].of_kind("original" if config is None else "rotated")
-            result = quantized(result, loaded, asked.scheme, text, steps, self.windows, work)
+            kept = None if work is None else work.of_kind("original" if config is None else "rotated")
+            result = quantized(result, loaded, asked.scheme, text, steps, self.windows, kept)
             result = replace(result, program=self._kept(result.program))
         options = {} if asked.kv_cache is None or text is None else {"cache": self._cache_bits(text)}
         result = self._headed(result)
@@ -294,7 +298,7 @@ class _Run:
                 onnx_tools().check_kernels(loaded.program)
         return loaded
 
-    def _opened_work(self, loaded: LoadedModel, text: Path | None) -> KeptWork:
+    def _work(self, loaded: LoadedModel, text: Path | None) -> KeptWork:
         """Return what this run has rounded, or one before it that was stopped. Raises ConfigError where that was
         another."""
         asked = self.request
@@ -348,8 +352,7 @@ def preflight(request: ExportRequest) -> tuple[str, int | None]:
     """Say what can be said before the weights are read: model, text, tokenizer, tokens, kernels, disk.
 
     Returns the text of the dataset that is calibrated on, empty where none is, and how many windows calibrate. Raises
-    ConfigError and ExportError, as
-    :func:`export`.
+    ConfigError and ExportError, as :func:`export`.
     """
     known = Known.of(request.model, dequantize=request.dequantize, trust_remote_code=request.trust_remote_code)
     check_program_options(

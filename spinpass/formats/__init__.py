@@ -37,7 +37,7 @@ from .recorded import FileHash, check_recorded
 from .safetensors_header import check_safetensors, safetensors_header
 from .shards import write_shards
 from .staging import PREFIX, check_free, finish, is_plain_name, staged
-from .work import KeptWork, OtherWorkError
+from .work import KeptWork
 
 __all__ = [
     "CACHE_BUFFERS",
@@ -55,7 +55,6 @@ __all__ = [
     "GptqCheckpoint",
     "GptqReport",
     "KeptWork",
-    "OtherWorkError",
     "check_archive",
     "check_checkpoint",
     "check_companions",

@@ -31,10 +31,6 @@ _TENSORS = ("q", "scales", "zeros", "index")
 _DTYPES = {str(dtype): dtype for dtype in (torch.uint8, torch.int64, torch.float16, torch.float32, torch.float64)}
 
 
-class OtherWorkError(ConfigError):
-    """Another run has left its work, which stays."""
-
-
 @dataclass(frozen=True)
 class KeptWork:
     """The weights that were rounded, in a folder.
@@ -55,7 +51,7 @@ class KeptWork:
             folder: where it is, or will be.
             run: all that the codes depend on: what it is, by what it is called.
 
-        Raises OtherWorkError: another run has left its work there.
+        Raises ConfigError: another run has left its work there.
         """
         if folder.exists() and not folder.is_dir():
             folder.unlink()
@@ -65,7 +61,7 @@ class KeptWork:
         if before is not None:
             differing = sorted(name for name in {*before, *run} if before.get(name) != run.get(name))
             if differing:
-                raise OtherWorkError(
+                raise ConfigError(
                     f"{folder} holds the work of a run that was stopped, of another {', another '.join(differing)}: "
                     "run that again to finish it, or delete the folder to begin anew"
                 )
@@ -90,38 +86,23 @@ class KeptWork:
         try:
             stored = json.loads(about_file.read_text(encoding="utf-8"))
             about = stored["about"]
-            if stored["sha256"] != _digest(about):
+            if stored["sha256"] != _digest(about) or about["scheme"] != repr(scheme):
                 return None
-            if about["scheme"] != repr(scheme):
-                return None
-            held = torch.from_file(str(file), shared=False, size=about["bytes"], dtype=torch.uint8)
+            held = _held(file, about)
             if about["sha256"] != hashlib.sha256(held.numpy().data).hexdigest():
                 return None
-            tensors = {part: _cut(held, entry) for part, entry in about["tensors"].items()}
+            return _weight(held, about, scheme)
         except (AttributeError, IndexError, KeyError, OSError, RuntimeError, TypeError, ValueError):
             return None
-        group_bits = about["group_bits"]
-        codes = Codes(
-            tensors["q"],
-            tensors["scales"],
-            tensors["zeros"],
-            about["bits"],
-            about["symmetric"],
-            tensors.get("index"),
-            None if group_bits is None else tuple(group_bits),
-        )
-        return QuantizedWeight(
-            codes, about["dim"], scheme, float.fromhex(about["error"]), about["stack"], tuple(about["tokens"])
-        )
 
     def put(self, name: str, weight: QuantizedWeight) -> QuantizedWeight:
         """Keep a weight, and return it as it is read from its file. Raises ExportError where the disk takes no more."""
         with refusals(self.folder):
-            self._put(name, weight)
-        kept = self.get(name, weight.scheme)
-        return weight if kept is None else kept
+            about = self._put(name, weight)
+            return _weight(_held(self._files(name)[1], about), about, weight.scheme)
 
-    def _put(self, name: str, weight: QuantizedWeight) -> None:
+    def _put(self, name: str, weight: QuantizedWeight) -> dict[str, Any]:
+        """Write the files of a weight, and return what the codes are."""
         about_file, file = self._files(name)
         codes, tensors, size = weight.codes, dict[str, Any](), 0
         digest = hashlib.sha256()
@@ -139,12 +120,13 @@ class KeptWork:
                 digest.update(content)
                 size += len(content)
         os.replace(staging, file)
-        about = {
+        about: dict[str, Any] = {
             "name": name, "scheme": repr(weight.scheme), "dim": weight.dim, "error": weight.error.hex(),
             "stack": weight.stack, "tokens": list(weight.tokens), "bits": codes.bits, "symmetric": codes.symmetric,
             "group_bits": codes.group_bits, "tensors": tensors, "bytes": size, "sha256": digest.hexdigest(),
         }  # fmt: skip
         _write(about_file, json.dumps({"about": about, "sha256": _digest(about)}).encode())
+        return about
 
     def _files(self, name: str) -> tuple[Path, Path]:
         stem = hashlib.sha256(f"{self.kind}\0{name}".encode()).hexdigest()[:32]
@@ -162,6 +144,28 @@ def _read_run(file: Path) -> dict[str, str] | None:
 
 def _digest(about: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+
+
+def _held(file: Path, about: Mapping[str, Any]) -> Tensor:
+    """Return the bytes of a file, which are read when they are used."""
+    return torch.from_file(str(file), shared=False, size=about["bytes"], dtype=torch.uint8)
+
+
+def _weight(held: Tensor, about: Mapping[str, Any], scheme: Weights) -> QuantizedWeight:
+    tensors = {part: _cut(held, entry) for part, entry in about["tensors"].items()}
+    widths = about["group_bits"]
+    codes = Codes(
+        tensors["q"],
+        tensors["scales"],
+        tensors["zeros"],
+        about["bits"],
+        about["symmetric"],
+        tensors.get("index"),
+        None if widths is None else tuple(widths),
+    )
+    return QuantizedWeight(
+        codes, about["dim"], scheme, float.fromhex(about["error"]), about["stack"], tuple(about["tokens"])
+    )
 
 
 def _cut(held: Tensor, entry: Mapping[str, Any]) -> Tensor:

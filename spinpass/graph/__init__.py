@@ -31,7 +31,7 @@ from .nodes import (
     value,
 )
 from .signature import integers_as_buffers, integers_as_parameters, with_constants, with_other_values, without_constants
-from .sources import ConstantSource, Held, Rows, mapped, row_blocks
+from .sources import ConstantSource, Held, Rows, row_blocks
 
 __all__ = [
     "Changes",
@@ -68,7 +68,6 @@ __all__ = [
     "known_integers",
     "lifted",
     "listing",
-    "mapped",
     "materialize",
     "mutates",
     "op_name",

@@ -135,18 +135,12 @@ class Spooled(_Derived):
         return self.source.exact(rows)
 
     def _written(self) -> Tensor:
-        kept = mapped(self.folder, self.shape, self.dtype)
-        for rows in row_blocks(self.source):
-            kept[rows] = self.source.read(rows)
+        size = math.prod(self.shape)
+        with tempfile.NamedTemporaryFile(dir=self.folder, prefix=".spool-") as file:
+            kept = torch.from_file(file.name, shared=True, size=size, dtype=self.dtype).view(self.shape)
+            for rows in row_blocks(self.source):
+                kept[rows] = self.source.read(rows)
         return kept
-
-
-def mapped(folder: Path, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """Return a tensor in a file of the folder that has no name, and whose space is free when nothing reads it."""
-    if not math.prod(shape):
-        return torch.empty(shape, dtype=dtype)
-    with tempfile.NamedTemporaryFile(dir=folder, prefix=".spool-") as file:
-        return torch.from_file(file.name, shared=True, size=math.prod(shape), dtype=dtype).view(shape)
 
 
 @dataclass(frozen=True, eq=False)

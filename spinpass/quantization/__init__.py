@@ -14,7 +14,7 @@ from .packed import (
     weight_name,
 )
 from .quantizer import quantize
-from .report import CodesStore, Distillation, QuantizationReport, Quantized, QuantizedWeight
+from .report import CodesStore, Distillation, QuantizationReport, Quantized, QuantizedWeight, matrices_of
 from .rounding import Codes
 from .scheme import GROUP_SIZES, WEIGHT_BITS, Activations, Cache, QuantizationConfig, Weights
 from .spelling import ALIASES, PARTS
@@ -41,6 +41,7 @@ __all__ = [
     "decode_scales",
     "distilled",
     "double_quantize_program",
+    "matrices_of",
     "pack",
     "quantize",
     "rewritten",

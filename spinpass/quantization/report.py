@@ -48,6 +48,11 @@ class QuantizedWeight:
         return {f"{name}.{i}": self.codes.rows(slice(i * rows, (i + 1) * rows)) for i in range(self.stack)}
 
 
+def matrices_of(weights: Mapping[str, QuantizedWeight]) -> dict[str, Codes]:
+    """Return the codes of all matrices of weights by name, those of stacks one by one."""
+    return {label: codes for name, weight in weights.items() for label, codes in weight.matrices(name).items()}
+
+
 class CodesStore(Protocol):
     """Where codes are kept, so that a run that was stopped can go on from them."""
 

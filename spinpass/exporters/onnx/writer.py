@@ -26,7 +26,7 @@ from ..certified_file import Clock, FileReport, resident_bytes, write_certified
 from ..names import GraphNames, Names, named_record, renamed, signature_names
 from .certificate import certify_onnx
 from .fusion.fuse import Fused, fuse_model
-from .integers.copies import QuantizeReport
+from .integers.copies import QuantizeReport, weight_bytes
 from .integers.weights import pack_translated
 from .naming import name_axes, name_by_module
 from .operators.experts import lower_grouped_products
@@ -121,10 +121,9 @@ def export(
     name_axes(model, ep, {name: names.inputs[index] for name, index in names.input_index.items()})
     parameters = frozenset((*ep.state_dict, *ep.constants))
     hadamards = _finish(model, names, parameters, _record(ep, names) | about | dict(metadata or {}))
-    counts = None
-    if weights:
-        counts = pack_translated(model, ep.state_dict, weights, accuracy_level=accuracy_level)
-    size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+    before = weight_bytes(model)
+    work = pack_translated(model, ep.state_dict, weights, accuracy_level=accuracy_level) if weights else None
+    size = weight_bytes(model)
     external = size > external_threshold if external_data is None else external_data
     if not external and size > PROTOBUF_LIMIT:
         raise ConfigError(
@@ -144,10 +143,12 @@ def export(
                 raise
             return str(error)
 
-    resident = min(size, resident_bytes(ep)) if external else size
+    resident = resident_bytes(ep)
     report = write_certified(target, names, clock, save, compare, weights=size, resident=resident, verify=verify)
     remove_stale_data(target, report.files)
-    packed = None if counts is None else counts.report(report)
+    packed = None
+    if work is not None:
+        packed = QuantizeReport.of(work, report.path, report.files, before=before, after=report.bytes)
     return OnnxReport(**vars(report), opset=model.opset_imports[""], hadamards=hadamards, fused=fused, packed=packed)
 
 

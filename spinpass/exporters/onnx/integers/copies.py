@@ -15,7 +15,6 @@ from spinpass.errors import ExportError
 from spinpass.formats import EXTERNAL_BYTES, data_name, model_path, remove_stale_data, staged
 from spinpass.runtime import open_session
 
-from ...certified_file import FileReport
 from ..fusion.builder import CONTRIB
 from .rewrite import Work
 
@@ -39,26 +38,15 @@ class QuantizeReport:
     shared: int
     kept: tuple[str, ...]
 
+    @classmethod
+    def of(cls, work: Work, path: Path, files: tuple[Path, ...], *, before: int, after: int) -> QuantizeReport:
+        """Return what became of a model that ``work`` has changed and that was written since."""
+        counts = (work.matmuls, work.heads, work.tables, work.shared, tuple(work.kept))
+        return cls(path, files, before, after, *counts)
+
     def to_dict(self) -> dict[str, Any]:
         """Return what JSON can hold."""
         return self.__dict__ | {"path": str(self.path), "files": [str(f) for f in self.files], "kept": list(self.kept)}
-
-
-@dataclass(frozen=True)
-class PackedCounts:
-    """This is what :class:`QuantizeReport` says of a model that is not written yet."""
-
-    bytes_before: int
-    matmuls: int
-    heads: int
-    tables: int
-    shared: int
-    kept: tuple[str, ...]
-
-    def report(self, files: FileReport) -> QuantizeReport:
-        """Return the report on the files."""
-        counts = (self.matmuls, self.heads, self.tables, self.shared, self.kept)
-        return QuantizeReport(files.path, files.files, self.bytes_before, files.bytes, *counts)
 
 
 def write_quantized(
@@ -72,9 +60,7 @@ def write_quantized(
     check_replaced(model, work, str(origin))
     before = _size(origin, model)
     files, after = write_copy(model, source, target, external_data)
-    return QuantizeReport(
-        target, files, before, after, work.matmuls, work.heads, work.tables, work.shared, tuple(work.kept)
-    )
+    return QuantizeReport.of(work, target, files, before=before, after=after)
 
 
 def check_replaced(model: ir.Model, work: Work, where: str) -> None:
@@ -96,7 +82,7 @@ def write_copy(
     Raises ExportError: ONNX Runtime cannot load it, or nothing can be written there. Nothing is left behind.
     """
     origin = model_path(source)
-    weights = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+    weights = weight_bytes(model)
     external = weights > EXTERNAL_BYTES if external_data is None else external_data
     if not external:  # else the tensors that stayed would go on naming the source's data file
         ir.external_data.load_to_model(model)
@@ -109,6 +95,11 @@ def write_copy(
         files = tuple(target.parent / file.name for file in sorted(staging.iterdir()))
     remove_stale_data(target, files)
     return files, size
+
+
+def weight_bytes(model: ir.Model) -> int:
+    """Return how many bytes the initializers of a model have."""
+    return sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
 
 
 def load(path: Path) -> ir.Model:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from spinpass.graph import storage_key
-from spinpass.quantization import Codes, QuantizedWeight
+from spinpass.quantization import Codes, QuantizedWeight, matrices_of
 
 from ..streamed import ConstantPart, part_of
 from .rewrite import FLOATS
@@ -127,11 +127,6 @@ class ByOrigin:
         left = set(self.codes) - found
         shapes = {tuple(self.codes[name].q.shape) for name in left}
         return sorted(left.intersection(name for shape in shapes for name in self._of_shape(shape).left(found)))
-
-
-def matrices_of(weights: Mapping[str, QuantizedWeight]) -> dict[str, Codes]:
-    """Return the codes of all matrices by name, those of stacks one by one."""
-    return {label: codes for name, weight in weights.items() for label, codes in weight.matrices(name).items()}
 
 
 def _digest_of_stored(held: ir.TensorProtocol, by_column: bool) -> bytes:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from spinpass.errors import VerificationError
 from spinpass.formats import model_path
-from spinpass.quantization import Codes, QuantizedWeight
+from spinpass.quantization import Codes, QuantizedWeight, matrices_of
 
 from .copies import load
 
@@ -106,7 +106,7 @@ def check_packed(path: str | Path, weights: Mapping[str, QuantizedWeight]) -> in
         VerificationError: a weight is not in the file, or stands for other values there, be it in one bit.
         ExportError: there is no readable ONNX model.
     """
-    expected = {label: codes for name, weight in weights.items() for label, codes in weight.matrices(name).items()}
+    expected = matrices_of(weights)
     seen: set[str] = set()
     for stored in stored_matrices(path):
         if stored.name not in expected:

@@ -203,13 +203,12 @@ class Work:
 
     def constant(self, name: str, array: np.ndarray[Any, Any]) -> ir.Value:
         """Add a constant to the graph under this name, or one like it that is free."""
-        unique = name
-        while unique in self.graph.initializers:
-            unique += "_"
-        return self.lazy(ir.tensor(array, name=unique))
+        return self.lazy(ir.tensor(array, name=name))
 
     def lazy(self, tensor: ir.TensorProtocol) -> ir.Value:
-        """Add a tensor to the graph under its own name, which is free."""
+        """Add a tensor to the graph under its own name, or one like it that is free."""
+        while tensor.name in self.graph.initializers:
+            tensor.name = f"{tensor.name}_"
         shape = ir.Shape(tensor.shape.numpy())
         value = ir.Value(name=tensor.name, const_value=tensor, shape=shape, type=ir.TensorType(tensor.dtype))
         self.graph.register_initializer(value)
@@ -229,12 +228,13 @@ class Work:
         """
         dtype = np.dtype(kind)
         if dtype != np.float32 or not _fit_half(shape[0], read):
-            stored = ir.DataType.from_numpy(dtype)
-            return self.lazy(RowsTensor(lambda at: read(at).astype(dtype), stored, shape, name))
+            kept = ir.DataType.from_numpy(dtype)
+            return self.lazy(RowsTensor(lambda at: read(at).astype(dtype), kept, shape, name))
         halves = RowsTensor(lambda at: read(at).astype(np.float16), ir.DataType.FLOAT16, shape, name)
-        cast = ir.node("Cast", [self.lazy(halves)], {"to": ir.DataType.FLOAT.value})
+        stored = self.lazy(halves)
+        cast = ir.node("Cast", [stored], {"to": ir.DataType.FLOAT.value})
         whole = cast.outputs[0]
-        whole.name, whole.type, whole.shape = f"{name}.float", ir.TensorType(ir.DataType.FLOAT), ir.Shape(shape)
+        whole.name, whole.type, whole.shape = f"{stored.name}.float", ir.TensorType(ir.DataType.FLOAT), ir.Shape(shape)
         self.graph.insert_before(self.graph[0], cast)
         return whole
 

@@ -23,15 +23,15 @@ from torch import Tensor
 
 from spinpass.errors import ConfigError, ExportError
 from spinpass.formats import model_path
-from spinpass.quantization import QuantizedWeight
+from spinpass.quantization import QuantizedWeight, matrices_of
 
 from ..blocks import STORED_BITS, block_size, by_block, packed_bits, padded
 from ..operators.hadamard import Body
 from ..operators.rounding import ROWS, TOKENS, is_rounding, rounding_arguments
 from ..streamed import RowsTensor
-from .copies import PackedCounts, QuantizeReport, check_replaced, load, write_quantized
+from .copies import QuantizeReport, check_replaced, load, write_quantized
 from .kernels import IntegerProducts, arrays, has_integer_kernel, is_rounded_per_token
-from .known import ByOrigin, ByValue, KnownCodes, matrices_of
+from .known import ByOrigin, ByValue, KnownCodes
 from .rewrite import PackedMatrix, Work, constant_matrix
 
 _PICKS = {"Gather", "Split"}  # channels, or the tokens of an expert
@@ -69,10 +69,10 @@ def pack_weights(
 
 def pack_translated(
     model: ir.Model, constants: Mapping[str, Tensor], weights: Mapping[str, QuantizedWeight], *, accuracy_level: int
-) -> PackedCounts:
+) -> Work:
     """Replace the constants of these names by integers in a model that was just translated, in place.
 
-    Nothing is computed: the integers are packed while the model is written.
+    Nothing is computed: the integers are packed while the model is written. Returns what was replaced.
 
     Args:
         model: of the quantized program.
@@ -85,10 +85,9 @@ def pack_translated(
         ExportError: the model has no product or lookup of what the integers of a weight stand for.
     """
     _check_level(accuracy_level)
-    before = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
     work = _packed(model, ByOrigin(model.graph, constants, weights), accuracy_level, "the model")
     check_replaced(model, work, "the program")
-    return PackedCounts(before, work.matmuls, work.heads, work.tables, work.shared, tuple(work.kept))
+    return work
 
 
 def _check_level(accuracy_level: int) -> None:

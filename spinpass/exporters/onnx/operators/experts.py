@@ -106,10 +106,9 @@ def _slices(graph: ir.Graph, matrices: ir.Value) -> list[ir.Value]:
     made, held = [], matrices.const_value
     whole = part_of(held)
     parts = [] if whole is None else whole.matrices()
-    arrays: Any = [] if parts else held.numpy()
-    for i in range(len(parts) or len(arrays)):
+    for i, matrix in enumerate(parts or held.numpy()):
         name = f"{matrices.name}.{i}"
-        tensor = parts[i].tensor(name, held.dtype) if parts else ir.Tensor(arrays[i], name=name, dtype=held.dtype)
+        tensor = matrix.tensor(name, held.dtype) if parts else ir.Tensor(matrix, name=name, dtype=held.dtype)
         value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
         graph.register_initializer(value)
         made.append(value)
