@@ -6,7 +6,7 @@ The text is Python's own help, which no recipe calibrates on.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,11 @@ from typing import Any
 from torch.export import ExportedProgram
 
 from spinpass.errors import ConfigError, ExportError, ProgramError, VerificationError
-from spinpass.evaluation import Comparison, ProgramScorer, Speed, compare, read_text, speed, token_ids, windows
+from spinpass.evaluation import Comparison, ProgramScorer, Speed, Windows, compare, read_text, speed, token_ids, windows
 from spinpass.graph import storage_key
 from spinpass.loading import LoadedModel
 from spinpass.progress import Steps
-from spinpass.runtime import ModelFolder, open_decoder
+from spinpass.runtime import DecoderSession, ModelFolder
 
 WINDOWS, LENGTH = 8, 512
 _RUNTIMES = {".onnx": "onnxruntime", ".xml": "openvino", ".pte": "executorch"}
@@ -74,15 +74,18 @@ def scored_card(loaded: LoadedModel, folder: Path, steps: Steps, program: Export
     try:
         ids = token_ids(loaded.companions.tokenizer)(read_text(None))
         before = ProgramScorer(loaded.program)
-        runtime, decoder, longest = _opened(folder, program)
         positions = ModelFolder(folder).positions
-        length = min(each for each in (LENGTH, before.longest, longest, positions) if each)
-        cut = windows(ids, length, min(WINDOWS, max(1, len(ids) // length)))
-        found = compare(before, decoder, cut, steps.start("score the file"))
-        _check_numbers(found, runtime)
+        longest = [each for each in (LENGTH, before.longest, positions) if each]
         timed: Speed | None = None
-        if not isinstance(decoder, ProgramScorer):
-            timed = speed({"file": decoder}, cut[0][: length // 2], _NEW, repeats=1)["file"]
+        if program is not None:
+            runtime, cut = "torch", _cut(ids, longest)
+            found = compare(before, ProgramScorer(program), cut, steps.start("score the file"))
+        else:
+            with DecoderSession(folder) as decoder:
+                runtime, cut = _RUNTIMES[decoder.path.suffix], _cut(ids, [*longest, decoder.open() or LENGTH])
+                found = compare(before, decoder, cut, steps.start("score the file"))
+                timed = speed({"file": decoder}, cut[0][: len(cut[0]) // 2], _NEW, repeats=1)["file"]
+        _check_numbers(found, runtime)
     except (ConfigError, ExportError, ProgramError) as error:
         return f"not scored: {error}"
     size = sum(file.stat().st_size for pattern in _MODELS for file in folder.glob(pattern))
@@ -97,8 +100,13 @@ def scored_card(loaded: LoadedModel, folder: Path, steps: Steps, program: Export
         decode=None if timed is None else timed.decode,
         prefill=None if timed is None else timed.prefill,
         windows=len(cut),
-        length=length,
+        length=len(cut[0]),
     )
+
+
+def _cut(ids: Sequence[int], longest: Sequence[int]) -> Windows:
+    length = min(longest)
+    return windows(ids, length, min(WINDOWS, max(1, len(ids) // length)))
 
 
 def _check_numbers(found: Comparison, runtime: str) -> None:
@@ -118,14 +126,6 @@ def _check_numbers(found: Comparison, runtime: str) -> None:
 def weight_count(program: ExportedProgram) -> int:
     """Return how many weights a program has, tied ones counted once."""
     return sum({storage_key(tensor): tensor.numel() for tensor in program.state_dict.values()}.values())
-
-
-def _opened(folder: Path, program: ExportedProgram | None) -> tuple[str, Any, int | None]:
-    """Return the name of a runtime, what scores in it, and the longest text it takes; None without a limit."""
-    if program is not None:
-        return "torch", ProgramScorer(program), None
-    decoder = open_decoder(folder)
-    return _RUNTIMES[decoder.path.suffix], decoder, getattr(decoder, "context", None)
 
 
 def card_lines(card: Mapping[str, Any] | str | None, compared: Mapping[str, Any] | None = None) -> list[str]:

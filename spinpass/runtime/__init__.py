@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from .conversation import Conversation, chat_tokens, check_characters, check_template
 from .decoder import OrtDecoder
+from .file_session import DecoderSession, FileSession
 from .genai_session import GENAI_CONFIG, GenaiModel, genai_tokens, special_tokens
 from .model_folder import ModelFolder
 from .onnx_graph import CPU, DecoderGraph, State
@@ -34,6 +35,8 @@ __all__ = [
     "CompiledModel",
     "Conversation",
     "DecoderGraph",
+    "DecoderSession",
+    "FileSession",
     "GenaiModel",
     "GeneratedTokens",
     "ModelFolder",

@@ -23,7 +23,7 @@ from spinpass.folders.judge import KERNEL_BOUND
 from spinpass.folders.trial import try_folder
 from spinpass.loading import LoadedModel, load_model
 from spinpass.progress import Silent
-from spinpass.runtime import GENAI_CONFIG, trial
+from spinpass.runtime import GENAI_CONFIG, elsewhere
 from tests.support.folders import model_folder, program_folder
 from tests.support.sweeps import quick
 
@@ -158,7 +158,7 @@ def test_a_file_that_does_not_open_is_an_error(loaded: LoadedModel, folder: Path
 
 
 def test_a_runtime_that_dies_is_an_error(loaded: LoadedModel, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trial, "_CHILD", "import os, sys; print('the last words', file=sys.stderr, flush=True); os.abort()")
+    monkeypatch.setattr(elsewhere, "_CHILD", "import os, sys; print('the last words', file=sys.stderr, flush=True); os.abort()")
     with pytest.raises(ExportError, match=r"died \(signal 6\): the last words"):
         tried(loaded, folder)
 

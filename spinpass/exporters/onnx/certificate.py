@@ -7,7 +7,7 @@ are cut out of one set of inputs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from torch.export import ExportedProgram
 from spinpass import execution
 from spinpass.certificate import FileCertificate, FileComparison, of_draws
 from spinpass.execution import InputRole, Sizes, UserInput
-from spinpass.runtime import from_ort, open_session, run_session, to_ort
+from spinpass.runtime import FileSession
 
 KIND = "ONNX file"
 _CACHE_RANK = 4
@@ -39,17 +39,17 @@ def certify_onnx(
         ExportError: ONNX Runtime cannot load or run the file.
         ConfigError: the inputs do not fit the program.
     """
-    session = open_session(path, prepack=prepack)
     cases = partial(fused_cases, ep) if fused else lambda values: [values]
-    drawn = FileComparison.drawn(ep, inputs, cases, _one_size(ep, session))
-    return of_draws([[_certify(comparison, session) for comparison in cases] for cases in drawn])
-
-
-def _certify(comparison: FileComparison, session: Any) -> FileCertificate:
-    names = [i.name for i in session.get_inputs()]
-    feed = {name: to_ort(value) for name, value in zip(names, comparison.fed, strict=True)}
-    results = map(from_ort, run_session(session, feed))
-    return comparison.certificate(names, [o.name for o in session.get_outputs()], results, KIND)
+    with FileSession(path) as session:
+        taken, returned = session.open(prepack=prepack)
+        names = [name for name, _ in taken]
+        drawn = FileComparison.drawn(ep, inputs, cases, _one_size(ep, [shape for _, shape in taken]))
+        return of_draws(
+            [
+                [compared.certificate(names, returned, session.run(compared.fed), KIND) for compared in cases]
+                for cases in drawn
+            ]
+        )
 
 
 def fused_cases(ep: ExportedProgram, values: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -91,12 +91,12 @@ def _cut(specs: list[UserInput], values: Mapping[str, Any], sizes: Sizes) -> dic
     return cut
 
 
-def _one_size(ep: ExportedProgram, session: Any) -> list[set[Any]]:
+def _one_size(ep: ExportedProgram, shapes: Sequence[Sequence[int | str]]) -> list[set[Any]]:
     """Return the symbols of the program that the file gives one name, which promises that they are one size."""
     found: dict[str, set[Any]] = {}
     taken = [spec for spec in execution.user_inputs(ep) if spec.name not in execution.specialised(ep)]
-    for spec, there in zip(taken, session.get_inputs(), strict=True):
-        for size, name in zip(spec.shape, there.shape, strict=False):
+    for spec, shape in zip(taken, shapes, strict=True):
+        for size, name in zip(spec.shape, shape, strict=False):
             if isinstance(name, str) and _is_symbol(size):
                 found.setdefault(name, set()).add(size)
     return [symbols for symbols in found.values() if len(symbols) > 1]
