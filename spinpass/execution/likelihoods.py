@@ -11,6 +11,7 @@ from torch.export import ExportedProgram
 from spinpass.errors import ConfigError
 
 from .interpreter import Watch, execute, flat_inputs
+from .recomputed import first_output
 
 
 def log_probabilities(
@@ -27,7 +28,8 @@ def log_probabilities(
         program: the program of a language model.
         inputs: what :func:`.interpreter.flat_inputs` takes.
         constants: values to take in place of stored constants, by placeholder name.
-        gradients: record the gradients of the values that require them.
+        gradients: record the gradients of the values that require them; where that would keep too many values, and
+            none is watched, they are computed a second time (:mod:`.recomputed`).
         watch: called with every node and its value; it returns the value to go on with.
 
     Raises:
@@ -35,7 +37,10 @@ def log_probabilities(
         ProgramError: the program could not be run.
     """
     values = {**flat_inputs(program, inputs), **constants}
-    logits = execute(program, values, gradients=gradients, watch=watch).outputs[0]
+    if gradients and watch is None:
+        logits = first_output(program, values)
+    else:
+        logits = execute(program, values, gradients=gradients, watch=watch).outputs[0]
     if not isinstance(logits, Tensor) or not logits.is_floating_point() or logits.ndim < 2:
         raise ConfigError("logits are needed, (..., vocabulary), and the first output of the program is none")
     return torch.log_softmax(logits.flatten(0, -2).float(), -1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 import spinpass
 from spinpass.errors import ConfigError
+from spinpass.execution import likelihoods, recomputed
 from spinpass.execution.interpreter import run
 from spinpass.quantization import QuantizationConfig, Quantized, pack, quantize
 from spinpass.quantization.packed import distill as distilling
@@ -116,3 +117,11 @@ def test_it_is_trained_on_inputs_of_its_own_where_there_are_some() -> None:
     for training, held_out in ((None, 1), (inputs(40), 2)):
         said = quantize(program(), scheme, inputs(), training=training).report.distillation
         assert said is not None and said.inputs == held_out
+
+
+def test_values_that_are_computed_twice_train_the_same_scales(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = distilled(program(), made(), inputs(), rate=0.02)
+    monkeypatch.setattr(likelihoods, "first_output", partial(recomputed.first_output, most=0))
+    found = distilled(program(), made(), inputs(), rate=0.02)
+    for name, weight in expected.report.weights.items():
+        torch.testing.assert_close(found.report.weights[name].codes.scales, weight.codes.scales, rtol=1e-5, atol=0)

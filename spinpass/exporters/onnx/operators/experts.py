@@ -52,9 +52,14 @@ def _grouped_product() -> Callable[..., Any]:
 
 
 def _histogram(x: Any, bins: int = 100, min: Any = 0, max: Any = 0) -> Any:
-    """⌊(x − min)·bins / (max − min)⌋ of what lies between, max itself in the last bin, counted by comparison."""
+    """⌊(x − min)·bins / (max − min)⌋ of what lies between, max itself in the last bin, counted by comparison.
+
+    Without a range it is that of the values, and one bin has them all.
+    """
     if min == max:
-        raise NotImplementedError("histc without a range")
+        if bins > 1:
+            raise NotImplementedError("histc without a range")
+        return _op.CastLike(_op.Reshape(_op.Size(x), _op.Constant(value_ints=[1])), x)
 
     def number(value: float) -> Any:
         return _op.CastLike(_op.Constant(value_float=float(value)), x)
