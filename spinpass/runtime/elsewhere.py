@@ -105,6 +105,6 @@ def received(pipe: IO[bytes]) -> Any:
     return torch.load(io.BytesIO(stored), weights_only=True) if length and len(stored) == length else None
 
 
-def named(error: SpinpassError) -> tuple[str, str]:
+def message_of(error: SpinpassError) -> tuple[str, str]:
     """Return an error as a message: the name of the nearest class that :meth:`Elsewhere.ask` raises, and its text."""
     return next(each.__name__ for each in type(error).__mro__ if each.__name__ in _KINDS), str(error)

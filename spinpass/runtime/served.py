@@ -17,7 +17,7 @@ from spinpass.formats import model_path, xml_path
 
 from .decoder import Decoder
 from .decoding import Graph
-from .elsewhere import named, received, send
+from .elsewhere import message_of, received, send
 from .opened import open_decoder
 from .openvino_decoder import OpenVINODecoder
 from .openvino_session import CompiledModel
@@ -37,7 +37,7 @@ def serve() -> None:
         try:
             answer = "", served.answer(request)
         except SpinpassError as error:
-            answer = named(error)
+            answer = message_of(error)
         send(answers, answer)
 
 
