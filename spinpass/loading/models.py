@@ -34,6 +34,7 @@ from .files import (
     check_program_file,
     has_tokenizer,
 )
+from .gguf import streamed_gguf
 from .gptq import skeleton, with_values
 from .older_transformers import add_older_words
 from .papers import Papers, papers_of
@@ -124,8 +125,8 @@ def load_model(
         experts: which of transformers' implementations of a mixture's experts goes into the graph, for a target that
             has not all of their operators (``grouped_mm``, ``batched_mm``). None leaves the model's own, and so do
             models that have but one.
-        streamed: leave large weights of a folder in its files: the program's constants are read when they are used
-            (:class:`spinpass.graph.Handle`). Small models are loaded all the same.
+        streamed: leave large weights of a folder or a GGUF file where they are: the program's constants are read when
+            they are used (:class:`spinpass.graph.Handle`). Small models are loaded all the same.
         progress: it is called with the name of each step before it starts.
 
     Raises:
@@ -222,7 +223,9 @@ def _load(
         if source.gguf:
             check_adapters(transformers, source.location)
             files = check_gguf_file(source)
-            model, done = _of_gguf(transformers, source, dtype)
+            later = streamed and can_stream(files.weights)
+            found = streamed_gguf(transformers, source, dtype) if later else None
+            model, done = found or _of_gguf(transformers, source, dtype)
         else:
             files = check_folder(transformers, source.location)
             later = streamed and not (dequantize or trust) and can_stream(files.weights)
