@@ -21,6 +21,7 @@ from .manifest import (
     read_artefact,
     sealed,
 )
+from .matrices import read_matrices
 from .paths import (
     EXTERNAL_BYTES,
     PROTOBUF_LIMIT,
@@ -78,6 +79,7 @@ __all__ = [
     "pte_path",
     "read_artefact",
     "read_gptq",
+    "read_matrices",
     "read_object",
     "remove_stale_data",
     "runtime_file",
