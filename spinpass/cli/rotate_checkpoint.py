@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -44,9 +44,8 @@ def rotate_checkpoint_command(
     chosen = tuple(part.strip() for part in rotations.split(","))
     of_r1 = {"form": FOLDED.form, "tied": FOLDED.tied} if "R1" in chosen else {}
     given = {} if tied is None else {"tied": tied}
-    config = RotationConfig(
-        rotations=chosen, **(of_r1 | given), matrices={} if matrices is None else read_matrices(matrices)
-    )  # type: ignore[arg-type]
+    options: dict[str, Any] = of_r1 | given | ({} if matrices is None else {"matrices": read_matrices(matrices)})
+    config = RotationConfig(rotations=chosen, **options)  # type: ignore[arg-type]
     with screen.steps() as steps:
         result, written = rotate_checkpoint(
             model, out, config, dtype=dtype, certify=not no_verify, force=force, steps=steps

@@ -17,13 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spinpass.errors import ExportError
 from spinpass.graph import Handle, Rows
 
+from .declared import DeclaredBases
 from .quantized import gguf_types
 from .sources import Source
 from .streamed import Streamed, keeps_floats, unwritten
 from .tensors import LoadingReport, check_finite
 
+_PIECE = 1 << 18  # elements that are dequantized at once
 _LEGACY = "transformers.modeling_gguf_pytorch_utils"
 
 
@@ -37,6 +40,7 @@ class GgufRows:
         shape: of the values.
         dtype: of what is read.
         order: which row of the file each row is, (rows,) int64; None where they are in order.
+        bases: what the rows are in another basis by, as the file declares; None where they are in the model's.
     """
 
     blocks: Any
@@ -44,6 +48,7 @@ class GgufRows:
     shape: torch.Size
     dtype: torch.dtype
     order: Tensor | None = None
+    bases: DeclaredBases | None = None
 
     @property
     def device(self) -> torch.device:
@@ -51,23 +56,35 @@ class GgufRows:
         return torch.device("cpu")
 
     def read(self, rows: Rows) -> Tensor:
-        """Return the rows, dequantized in float32 and cast to the dtype."""
-        from gguf import dequantize
-
-        places: Any = rows if self.order is None else self.order[rows]
-        blocks = self.blocks[places.numpy() if isinstance(places, Tensor) else places]
-        if blocks.size == 0:
-            return torch.empty((len(blocks), *self.shape[1:]), dtype=self.dtype)
-        values = dequantize(blocks, self.kind)
-        return torch.from_numpy(values if values.flags.writeable else values.copy()).to(self.dtype)
+        """Return the rows, dequantized in float32, in the basis of the model, cast to the dtype."""
+        return self._made(rows, self.dtype)
 
     def exact(self, rows: Rows) -> Tensor:
-        """Return the rows in float64."""
-        return self.read(rows).double()
+        """Return the rows in float64, those in a basis of their own before they are rounded to the dtype."""
+        return self.read(rows).double() if self.bases is None else self._made(rows, torch.float64)
+
+    def _made(self, rows: Rows, dtype: torch.dtype) -> Tensor:
+        """Return the rows in a dtype, made a piece at a time: what dequantizes needs several times their memory."""
+        from gguf import dequantize
+
+        order = torch.arange(self.shape[0]) if self.order is None else self.order
+        places = order[rows]
+        found = torch.empty((len(places), *self.shape[1:]), dtype=dtype)
+        most = max(1, _PIECE // max(1, self.shape[1:].numel()))
+        for first in range(0, len(places), most):
+            piece = places[first : first + most]
+            values = dequantize(self.blocks[piece.numpy()], self.kind)
+            read = torch.from_numpy(values if values.flags.writeable else values.copy())
+            found[first : first + most] = read if self.bases is None else self.bases.undone(read)
+        return found
 
 
-def streamed_gguf(transformers: Any, source: Source, dtype: Any) -> tuple[Streamed, LoadingReport] | None:
+def streamed_gguf(
+    transformers: Any, source: Source, dtype: Any, bases: DeclaredBases | None
+) -> tuple[Streamed, LoadingReport] | None:
     """Return a model to be traced in ``dtype`` whose weights are read from a GGUF file, and what loading it did.
+
+    Rows that the file declares to be in ``bases`` of their own are put back.
 
     None: it is better loaded by transformers, which then says what is wrong with it, or reads it in another way.
 
@@ -77,13 +94,15 @@ def streamed_gguf(transformers: Any, source: Source, dtype: Any) -> tuple[Stream
     config = transformers.AutoConfig.from_pretrained(source.location, gguf_file=source.gguf)
     legacy = importlib.import_module(_LEGACY)
     reader, kind = _opened(path)
-    if dtype == "auto" or kind is None or _has_reader_of_its_own(kind):
+    if kind is None or _has_reader_of_its_own(kind):
         return None
+    if dtype == "auto":
+        dtype = getattr(config, "dtype", None) or torch.get_default_dtype()
     traced = unwritten(transformers.AutoModelForCausalLM, config, dtype)
     if keeps_floats(traced, dtype):
         return None
     processor = legacy.TENSOR_PROCESSORS.get(kind, legacy.TensorProcessor)(config=_parsed(legacy, path))
-    values, unused = _Tensors(legacy, processor, traced, dtype).of(reader)
+    values, unused = _Tensors(legacy, processor, traced, dtype, bases).of(reader)
     places = traced.state_dict()
     if any(name not in places or places[name].shape != value.shape for name, value in values.items()):
         return None
@@ -94,7 +113,8 @@ def streamed_gguf(transformers: Any, source: Source, dtype: Any) -> tuple[Stream
         return None
     check_finite(str(path), values.items())
     types = gguf_types(path)
-    return made, LoadingReport(unused, dequantized=f"GGUF {'/'.join(types)}" if types else None)
+    notes = () if bases is None else (f"{len(bases.names)} weights are put back from the Hadamard bases they declare",)
+    return made, LoadingReport(unused, dequantized=f"GGUF {'/'.join(types)}" if types else None, notes=notes)
 
 
 class _Tensors:
@@ -105,9 +125,13 @@ class _Tensors:
         processor: what undoes the changes of llama.cpp's converter for this architecture.
         model: it has the parameters.
         dtype: of the parameters.
+        bases: those that the file declares.
     """
 
-    def __init__(self, legacy: Any, processor: Any, model: Any, dtype: torch.dtype) -> None:
+    def __init__(
+        self, legacy: Any, processor: Any, model: Any, dtype: torch.dtype, bases: DeclaredBases | None
+    ) -> None:
+        self._bases = bases
         self._processor = processor
         self._dtype = dtype
         self._names: dict[str, str] = legacy.get_gguf_hf_weights_map(model, processor)
@@ -124,11 +148,15 @@ class _Tensors:
                 continue
             shape = torch.Size(reversed([int(size) for size in tensor.shape]))
             order = self._order(name, shape)
+            own = self._bases if self._bases is not None and name in self._bases.names else None
             if order is None:
+                if own is not None:
+                    raise ExportError(f"{name} is in a basis that the file declares, and its rows are not the model's")
                 found |= self._processed(tensor, merged)
             else:
                 moved = None if torch.equal(order, torch.arange(len(order))) else order
-                found[self._names[name]] = Handle(GgufRows(tensor.data, tensor.tensor_type, shape, self._dtype, moved))
+                rows = GgufRows(tensor.data, tensor.tensor_type, shape, self._dtype, moved, own)
+                found[self._names[name]] = Handle(rows)
         return found | {name: value.to(self._dtype) for name, value in merged["tensors"].items()}, tuple(unused)
 
     def _order(self, name: str, shape: torch.Size) -> Tensor | None:

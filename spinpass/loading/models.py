@@ -19,8 +19,10 @@ from torch.export import ExportedProgram
 
 from spinpass.errors import ConfigError, ExportError, SpinpassError
 from spinpass.formats import load_program, staged
+from spinpass.graph import materialize
 
 from .architecture import TRUST, causal_classes, check_adapters, check_architecture
+from .declared import declared_bases
 from .decoder import export_decoder, sample_ids, traced_program
 from .faithful import check_faithful, reads_padding
 from .files import (
@@ -159,6 +161,8 @@ def load_model(
     if done.dequantized == "gptq":
         report("dequantize")
         program = with_values(program, source.location)
+    if not streamed:
+        program = materialize(program)
     beside = Companions(loaded.config, loaded.generation_config, tokenizer)
     papers = papers_of(source, _module("transformers", f"loading {source.location}"))
     return LoadedModel(source, program, beside, done, files, padding, papers)
@@ -223,8 +227,14 @@ def _load(
         if source.gguf:
             check_adapters(transformers, source.location)
             files = check_gguf_file(source)
-            later = streamed and can_stream(files.weights)
-            found = streamed_gguf(transformers, source, dtype) if later else None
+            bases = declared_bases(files.weights[0])
+            later = bases is not None or (streamed and can_stream(files.weights))
+            found = streamed_gguf(transformers, source, dtype, bases) if later else None
+            if found is None and bases is not None:
+                raise ExportError(
+                    f"{files.weights[0]} declares Hadamard bases of its weights, which cannot be undone in a model of "
+                    "this architecture or dtype: export the model as it was before"
+                )
             model, done = found or _of_gguf(transformers, source, dtype)
         else:
             files = check_folder(transformers, source.location)
@@ -242,7 +252,7 @@ def _load(
     except Exception as error:  # hub, file, configuration and import errors: no common base below Exception
         raise _loading_error(source, error) from error
     tokenizer, missed = _tokenizer(transformers, source, files.tokenizer, trust)
-    notes = (*files.notes, *missed, *_table_notes(getattr(model, "traced", model), tokenizer))
+    notes = (*files.notes, *done.notes, *missed, *_table_notes(getattr(model, "traced", model), tokenizer))
     return model, tokenizer, replace(done, notes=notes), files
 
 
