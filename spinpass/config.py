@@ -225,6 +225,29 @@ class RotationConfig:
             "matrices": sorted(self.matrices),
         }
 
+    @staticmethod
+    def from_dict(
+        data: Mapping[str, Any], matrices: Mapping[str, Tensor | Sequence[Tensor]] | None = None
+    ) -> RotationConfig:
+        """The configuration that :meth:`to_dict` has written, with the matrices that it names.
+
+        Raises ConfigError: it is none, or the matrices are not those that it names.
+        """
+        try:
+            plain = dict(data)
+            named = list(plain.pop("matrices"))
+            overrides = {key: Override(**each) for key, each in plain.pop("overrides").items()}
+            plain |= {key: tuple(plain[key]) for key in ("rotations", "exclude")}
+            made = RotationConfig(**plain, overrides=overrides, matrices=matrices or {})
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ConfigError(f"this is no configuration of rotations ({error}): rotate the original again") from error
+        if sorted(made.matrices) != named:
+            given = ", ".join(sorted(made.matrices)) or "none"
+            raise ConfigError(
+                f"matrices were given for {', '.join(named) or 'nothing'}, and now for {given}: give those"
+            )
+        return made
+
 
 def nearest_name(key: str, names: Collection[str]) -> str:
     """Return the end of a message on a key that is none of the names: the one most like it, nothing without names."""

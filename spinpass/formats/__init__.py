@@ -19,6 +19,7 @@ from .manifest import (
     listed_files,
     onnx_record,
     read_artefact,
+    read_manifest,
     sealed,
 )
 from .matrices import read_matrices
@@ -79,6 +80,7 @@ __all__ = [
     "pte_path",
     "read_artefact",
     "read_gptq",
+    "read_manifest",
     "read_matrices",
     "read_object",
     "remove_stale_data",

@@ -92,7 +92,7 @@ def _signs(path: Path, said: Mapping[str, Any]) -> dict[int, Tensor]:
     right = mode == "explicit" and len(set(widths)) == len(widths) > 0 and sum(widths) == len(values)
     if not right or not all(value in (-1, 1) for value in values):
         raise _refusal(path, f"says {PREFIX}sign_mode = {mode!r} with {len(values)} signs for the widths {widths}")
-    found = torch.tensor(values, dtype=torch.float64, device="cpu").split(list(widths))
+    found = torch.split(torch.tensor(values, dtype=torch.float64, device="cpu"), list(widths))
     return dict(zip(widths, found, strict=True))
 
 

@@ -20,6 +20,7 @@ from torch.export import ExportedProgram
 from spinpass.errors import ConfigError, ExportError, SpinpassError
 from spinpass.formats import load_program, staged
 from spinpass.graph import materialize
+from spinpass.record import Record
 
 from .architecture import TRUST, causal_classes, check_adapters, check_architecture
 from .declared import declared_bases
@@ -42,6 +43,7 @@ from .older_transformers import add_older_words
 from .papers import Papers, papers_of
 from .quantized import check_quantization, dequantized_config, gguf_types
 from .quiet import quietly
+from .rotated import declared_rotations
 from .sources import Source, locate
 from .static_cache import export_static_cache
 from .streamed import Streamed, can_stream
@@ -90,7 +92,8 @@ _PADDING = "padding changes what the model makes of a text: rows of different le
 class LoadedModel:
     """This is an exported program and where it came from; ``companions`` is None for a ``.pt2`` file. ``report`` says
     what loading did beyond taking every tensor as it was saved, ``files`` what it was loaded from. ``reads_padding``:
-    padding in front of a text changes what the model makes of it. ``papers``: its licence."""
+    padding in front of a text changes what the model makes of it. ``papers``: its licence. ``declared``: the rotations
+    that are in its weights already, as its folder says."""
 
     source: Source
     program: ExportedProgram
@@ -99,6 +102,7 @@ class LoadedModel:
     files: SourceFiles = field(default_factory=SourceFiles)
     reads_padding: bool = False
     papers: Papers = field(default_factory=Papers)
+    declared: Record | None = None
 
 
 def load_model(
@@ -165,7 +169,11 @@ def load_model(
         program = materialize(program)
     beside = Companions(loaded.config, loaded.generation_config, tokenizer)
     papers = papers_of(source, _module("transformers", f"loading {source.location}"))
-    return LoadedModel(source, program, beside, done, files, padding, papers)
+    declared = declared_rotations(source.location, loaded.config) if source.kind == "transformers" else None
+    if declared is not None:
+        told = f"its weights are rotated already, as it declares: {len(declared.rotations)} spaces"
+        done = replace(done, notes=(*done.notes, told))
+    return LoadedModel(source, program, beside, done, files, padding, papers, declared)
 
 
 def check_dtype(dtype: str) -> None:
