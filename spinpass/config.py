@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
@@ -77,7 +77,8 @@ class RotationConfig:
             keeps it in the original basis and leaves out the rotations that would change it.
         overrides: settings per rotation or per space name.
         matrices: rotation matrices of your own, per rotation or per space name: (n, n), orthogonal, float32 or
-            float64.
+            float64; a vector x becomes x @ matrix. A sequence of them, for a rotation, has one for each of its spaces,
+            in the order in which the program computes them (:func:`spinpass.formats.read_matrices`).
         exclude: patterns of space names or of parameter names. A space that matches is not rotated.
         verify: whether to certify the result. None certifies as well; False does not.
 
@@ -93,7 +94,7 @@ class RotationConfig:
     form: Form = "auto"
     cache: CacheBasis = "rotated"
     overrides: Mapping[str, Override] = field(default_factory=dict)
-    matrices: Mapping[str, Tensor] = field(default_factory=dict)
+    matrices: Mapping[str, Tensor | Sequence[Tensor]] = field(default_factory=dict)
     exclude: tuple[str, ...] = ()
     verify: bool | None = None
 
@@ -135,9 +136,8 @@ class RotationConfig:
                     f"{key!r} names neither a rotation nor a space; a space's name begins with its rotation, as in "
                     "'R2:model.layers.0.self_attn' (see spinpass.plan)"
                 )
-        for key, matrix in self.matrices.items():
-            if not isinstance(matrix, Tensor):
-                raise ConfigError(f"the matrix for {key!r} is a {type(matrix).__name__}, not a torch.Tensor")
+        for key, given in self.matrices.items():
+            _check_matrices(key, given)
         self._check_effect()
 
     def _check_effect(self) -> None:
@@ -164,7 +164,15 @@ class RotationConfig:
 
         Raises:
             ConfigError: one of ``overrides``, ``matrices`` or ``exclude`` speaks of nothing; the nearest name is told.
+                There are more matrices in a sequence than spaces, or fewer.
         """
+        for role, matrices in self.matrices.items():
+            of_role = [name for name in spaces if name.split(":")[0] == role]
+            if not isinstance(matrices, Tensor) and role in self.rotations and len(matrices) != len(of_role):
+                raise ConfigError(
+                    f"there are {len(matrices)} matrices for {role}, and {len(of_role)} spaces for it in this program: "
+                    "they belong to another model, or to another form of the rotation (see spinpass.plan)"
+                )
         for name, keyed in (("overrides", self.overrides), ("matrices", self.matrices)):
             for key in keyed:
                 if key.split(":")[0] not in self.rotations:
@@ -190,10 +198,16 @@ class RotationConfig:
             )
         return chosen
 
-    def matrix(self, name: str) -> Tensor | None:
-        """The user's matrix for the space ``name``, or None. The longest key that matches wins."""
+    def matrix(self, name: str, place: int = 0) -> Tensor | None:
+        """The user's matrix for the space ``name``, or None. The longest key that matches wins.
+
+        ``place`` is that of the space among those of its rotation. A sequence that ends before it has none.
+        """
         keys = sorted((k for k in self.matrices if _covers(k, name)), key=len)
-        return self.matrices[keys[-1]] if keys else None
+        found = self.matrices[keys[-1]] if keys else None
+        if found is None or isinstance(found, Tensor):
+            return found
+        return found[place] if place < len(found) else None
 
     def excludes(self, name: str, fqns: list[str]) -> str | None:
         """The pattern that excludes the space ``name``, whose parameters are ``fqns``, or None."""
@@ -210,6 +224,29 @@ class RotationConfig:
             "overrides": {k: {f.name: getattr(v, f.name) for f in fields(v)} for k, v in self.overrides.items()},
             "matrices": sorted(self.matrices),
         }
+
+    @staticmethod
+    def from_dict(
+        data: Mapping[str, Any], matrices: Mapping[str, Tensor | Sequence[Tensor]] | None = None
+    ) -> RotationConfig:
+        """The configuration that :meth:`to_dict` has written, with the matrices that it names.
+
+        Raises ConfigError: it is none, or the matrices are not those that it names.
+        """
+        try:
+            plain = dict(data)
+            named = list(plain.pop("matrices"))
+            overrides = {key: Override(**each) for key, each in plain.pop("overrides").items()}
+            plain |= {key: tuple(plain[key]) for key in ("rotations", "exclude")}
+            made = RotationConfig(**plain, overrides=overrides, matrices=matrices or {})
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ConfigError(f"this is no configuration of rotations ({error}): rotate the original again") from error
+        if sorted(made.matrices) != named:
+            given = ", ".join(sorted(made.matrices)) or "none"
+            raise ConfigError(
+                f"matrices were given for {', '.join(named) or 'nothing'}, and now for {given}: give those"
+            )
+        return made
 
 
 def nearest_name(key: str, names: Collection[str]) -> str:
@@ -231,6 +268,18 @@ def _is_integer(value: object) -> bool:
 
 def _covers(key: str, name: str) -> bool:
     return key == name.split(":")[0] or fnmatch.fnmatchcase(name, key)
+
+
+def _check_matrices(key: str, given: object) -> None:
+    """Raise ConfigError where something is neither a matrix nor, for a rotation, a sequence of them."""
+    several = isinstance(given, (list, tuple)) and given
+    if several and key not in ROLES:
+        raise ConfigError(
+            f"{key!r} has several matrices: a sequence of them is for all spaces of a rotation, as in 'R2'"
+        )
+    for matrix in given if several else (given,):  # type: ignore[attr-defined]
+        if not isinstance(matrix, Tensor):
+            raise ConfigError(f"the matrix for {key!r} is a {type(matrix).__name__}, not a torch.Tensor")
 
 
 def _check_kind(kind: object) -> None:

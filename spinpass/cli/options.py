@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
@@ -12,6 +13,7 @@ import typer
 from spinpass.config import DEFAULT_ROLES, ROLES, CacheBasis, Form, Kind, RotationConfig, Tied
 from spinpass.errors import ConfigError
 from spinpass.folders import IntegerCache, RecipeName, Target
+from spinpass.formats import read_matrices
 
 ALL = ",".join(ROLES)
 DEFAULT = ",".join(DEFAULT_ROLES)
@@ -66,6 +68,13 @@ AllowPartial = Annotated[
     bool,
     typer.Option(
         "--allow-partial", help="Where the certificate fails, leave out the spaces to blame instead of stopping."
+    ),
+]
+Matrices = Annotated[
+    Path | None,
+    typer.Option(
+        help="SpinQuant's learned matrices (R.bin: R1, and R2 of every layer); other rotations are as --kind says.",
+        metavar="FILE",
     ),
 ]
 To = Annotated[Target, typer.Option(help="Runtime that the folder is for, or gptq for a GPTQ checkpoint.")]
@@ -182,12 +191,14 @@ def configuration(
     form: FormOption = "auto",
     cache: CacheOption = "rotated",
     exclude: Exclude = None,
+    matrices: Matrices = None,
 ) -> RotationConfig | None:
     """What the options ask for; None for ``--rotations none``. Raises ConfigError where that means nothing."""
     if rotations.strip().lower() == "none":
         given = {
             "kind": kind != "hadamard", "block-size": block_size is not None, "seed": seed != 0, "tied": tied != "auto",
             "form": form != "auto", "cache": cache != "rotated", "exclude": bool(exclude),
+            "matrices": matrices is not None,
         }  # fmt: skip
         unused = [f"--{name}" for name, was in given.items() if was]
         if unused:
@@ -203,6 +214,7 @@ def configuration(
         form=form,
         cache=cache,
         exclude=tuple(exclude or ()),
+        matrices={} if matrices is None else read_matrices(matrices),
     )
 
 

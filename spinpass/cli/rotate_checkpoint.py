@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from spinpass.config import RotationConfig
 from spinpass.folders import FOLDED, rotate_checkpoint
+from spinpass.formats import read_matrices
 
-from .options import AsJson, Force, NoVerify, Verbose
+from .options import AsJson, Force, Matrices, NoVerify, Verbose
 from .screen import screen_of
 from .tables import files_table, show_loading, show_result, trial_lines
 
@@ -24,6 +25,7 @@ def rotate_checkpoint_command(
         str | None,
         typer.Option(help="untie, the default, gives a head that is the table its own; keep leaves out R1."),
     ] = None,
+    matrices: Matrices = None,
     dtype: Annotated[str, typer.Option(help="Of the weights; auto keeps that of the files.")] = "auto",
     no_verify: NoVerify = False,
     force: Force = False,
@@ -42,7 +44,8 @@ def rotate_checkpoint_command(
     chosen = tuple(part.strip() for part in rotations.split(","))
     of_r1 = {"form": FOLDED.form, "tied": FOLDED.tied} if "R1" in chosen else {}
     given = {} if tied is None else {"tied": tied}
-    config = RotationConfig(rotations=chosen, **(of_r1 | given))  # type: ignore[arg-type]
+    options: dict[str, Any] = of_r1 | given | ({} if matrices is None else {"matrices": read_matrices(matrices)})
+    config = RotationConfig(rotations=chosen, **options)  # type: ignore[arg-type]
     with screen.steps() as steps:
         result, written = rotate_checkpoint(
             model, out, config, dtype=dtype, certify=not no_verify, force=force, steps=steps

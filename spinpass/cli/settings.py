@@ -17,7 +17,7 @@ from spinpass.quantization import QuantizationConfig
 _GIVEN = "spinpass.given"
 _NEVER = ("config", "help", "force", "trust-remote-code", "json", "verbose")  # of one run, and of who gives it
 _ROUNDING = frozenset({"bits", "recipe", "quantize", "int4"})  # ways to round, of which one counts
-_OF_ROTATIONS = frozenset({"kind", "block-size", "seed", "tied", "form", "cache", "exclude"})
+_OF_ROTATIONS = frozenset({"kind", "block-size", "seed", "tied", "form", "cache", "exclude", "matrices"})
 _TEXT = frozenset({"samples", "calibration"})
 _RECIPE = _ROUNDING | _OF_ROTATIONS | {"samples", "rotations"}  # what a recipe stands for
 _LAYERS = frozenset({"keep", "layer"})  # of a scheme

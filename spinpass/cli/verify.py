@@ -1,4 +1,4 @@
-"""``spinpass verify``: two programs, or a program and a file, compared."""
+"""``spinpass verify``: two programs, a program and a file, or two models, compared."""
 
 from __future__ import annotations
 
@@ -9,30 +9,47 @@ import typer
 
 from spinpass.certificate import Certificate, verify
 from spinpass.errors import ConfigError, ExportError
-from spinpass.formats import finish, load_program
+from spinpass.folders import BasisProof, check_basis
+from spinpass.formats import finish, load_program, read_matrices
+from spinpass.loading import LoadedModel, load_model
 
-from .options import AsJson, Verbose
+from .options import AsJson, Matrices, Verbose
 from .screen import screen_of
-from .tables import certificate_table
+from .tables import certificate_table, show_loading
+
+_EXPERTS = "batched_mm"  # transformers' grouped product has no float64, which proofs compute in
 
 
 def verify_command(
     ctx: typer.Context,
-    before: Annotated[Path, typer.Argument(metavar="A", help="Exported program, .pt2.")],
-    after: Annotated[Path, typer.Argument(metavar="B", help="Another .pt2 file, an .onnx file or its folder.")],
+    before: Annotated[
+        Path, typer.Argument(metavar="A", help="Exported program, .pt2, or a model folder or GGUF file.")
+    ],
+    after: Annotated[
+        Path, typer.Argument(metavar="B", help="Another .pt2 file, an .onnx file or its folder; or another model.")
+    ],
+    matrices: Matrices = None,
     as_json: AsJson = False,
     verbose: Verbose = 0,
 ) -> None:
     """Compare B with A on the same inputs; the exit code is 1 if they do not compute the same function.
 
     B may be rotated and A the original: a KV cache that one of them carries in a
-    rotated basis is translated. Nothing is written.
+    rotated basis is translated. Of two models, such as a folder and what
+    rotate-checkpoint has made of it, prompts are compared, and each weight of B with
+    A's in the basis that B declares. Nothing is written.
 
     Example: spinpass verify model.pt2 rotated.pt2
     """
     screen = screen_of(ctx, as_json, verbose)
     finish(after)
     file = after / "model.onnx" if after.is_dir() else after
+    models = before.suffix != ".pt2" and (before.is_dir() or before.suffix == ".gguf")
+    if models and not (after / "model.onnx").is_file():
+        _verify_models(screen, before, after, matrices)
+        return
+    if matrices is not None:
+        raise ConfigError("--matrices is for two models, of which one was rotated by them: leave it out")
     for path in (before, file):
         if not path.is_file():
             raise ConfigError(f"there is no file {path}: name a .pt2 or .onnx file, or a folder with model.onnx")
@@ -51,12 +68,41 @@ def verify_command(
         else:
             other = load_program(file)
             certificate = verify(reference, other, progress=steps.start("compare"))
-    if as_json:
-        screen.document(certificate.to_dict())
+    _show(screen, certificate, None)
+
+
+def _verify_models(screen: Any, before: Path, after: Path, matrices: Path | None) -> None:
+    """Compare two models, and the weights of the second with those of the first in the basis that it declares."""
+    given = None if matrices is None else read_matrices(matrices)
+    with screen.steps() as steps:
+        original, other = _loaded(before, steps), _loaded(after, steps)
+        proof = None
+        if other.declared is not None and original.declared is None:
+            steps.start("compare the weights")
+            proof = check_basis(original.program, other.program, other.declared, given)
+        elif given is not None:
+            raise ConfigError(f"{after} declares no rotation of {before}: leave out --matrices")
+        certificate = verify(original.program, other.program, progress=steps.start("compare"))
+    for loaded in (original, other):
+        show_loading(screen, loaded.report)
+    _show(screen, certificate, proof)
+
+
+def _loaded(model: Path, steps: Any) -> LoadedModel:
+    return load_model(model, dtype="auto", cache=False, experts=_EXPERTS, streamed=True, progress=steps.begin)
+
+
+def _show(screen: Any, certificate: Any, proof: BasisProof | None) -> None:
+    """Show a certificate, and leave with exit code 1 where it has failed."""
+    if screen.as_json:
+        basis = {} if proof is None else {"basis": vars(proof)}
+        screen.document(certificate.to_dict() | basis)
     elif isinstance(certificate, Certificate):
         screen.show(certificate_table(certificate.to_dict(), every_output=screen.verbose))
     else:
         screen.show(certificate.verdict)
+    if proof is not None:
+        screen.show(proof.summary)
     if not certificate.ok:
         raise typer.Exit(1)
 

@@ -2,6 +2,7 @@
 all.
 """
 
+from .basis import BasisProof, check_basis
 from .card import Card, card_lines, plural, weight_count
 from .checkpoint import FOLDED, CheckpointReport, rotate_checkpoint
 from .companions import SETTINGS, Written, check_target, check_writable
@@ -17,6 +18,7 @@ __all__ = [
     "FOLDED",
     "MEASURED",
     "SETTINGS",
+    "BasisProof",
     "Card",
     "CheckpointReport",
     "ExportRequest",
@@ -29,6 +31,7 @@ __all__ = [
     "Written",
     "card_lines",
     "carry_out",
+    "check_basis",
     "check_space",
     "check_target",
     "check_writable",

@@ -81,7 +81,8 @@ def rotate_checkpoint(
         What was made, and the report, what ``spinpass.json`` holds, and the names of all files.
 
     Raises:
-        ConfigError: a rotation that is online; one that the architecture has no parameters for; no folder of a model.
+        ConfigError: a rotation that is online; one that the architecture has no parameters for; no folder of a model,
+            or one that is rotated already.
         RefusedError: nothing can be rotated.
         VerificationError: the architecture with these weights is another function, or transformers reads other values.
         ExportError: transformers or safetensors is missing, or the folder is not writable.
@@ -93,6 +94,11 @@ def rotate_checkpoint(
         loaded = load_model(model, dtype=dtype, cache=False, experts=_EXPERTS, streamed=True, progress=steps.begin)
         if loaded.companions is None:
             raise ConfigError(f"{model} is a program, not a checkpoint: name a folder of transformers")
+        if loaded.declared is not None:
+            raise ConfigError(
+                f"{model} is rotated already ({', '.join(sorted(loaded.declared.rotations)[:2])}, …), as its "
+                "config.json declares: name the original"
+            )
         result = rotated(loaded.program, config, steps, certify=certify)
         check_rotation(loaded, result)
         if certify:

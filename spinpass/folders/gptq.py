@@ -12,12 +12,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from spinpass import record
 from spinpass.certificate import verify
 from spinpass.config import RotationConfig
 from spinpass.errors import ConfigError, VerificationError
 from spinpass.formats import QUANTIZE_CONFIG, Draft, write_gptq
 from spinpass.graph import ProgramEditor
-from spinpass.loading import LoadedModel
+from spinpass.loading import LoadedModel, declaration
 from spinpass.passes import untie
 from spinpass.progress import Steps
 
@@ -106,8 +107,8 @@ def _unties(result: Result) -> bool:
 
 
 def described(loaded: LoadedModel, result: Result, quantization: Mapping[str, Any] | None = None) -> LoadedModel:
-    """Return the model with a configuration that says how the weights are stored, and that the head has its own where
-    it has now."""
+    """Return the model with a configuration that says how the weights are stored and rotated, and that the head has its
+    own where it has now."""
     if loaded.companions is None:
         return loaded
     config = copy.deepcopy(loaded.companions.config)
@@ -115,4 +116,7 @@ def described(loaded: LoadedModel, result: Result, quantization: Mapping[str, An
         config.quantization_config = dict(quantization)
     if _unties(result):
         config.tie_word_embeddings = False
+    made = record.read(result.program)
+    if made is not None:
+        setattr(config, record.RECORD_KEY, declaration(made))
     return replace(loaded, companions=replace(loaded.companions, config=config))

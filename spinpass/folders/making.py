@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from torch import Tensor
 from torch.export import ExportedProgram
 
 from spinpass.config import RotationConfig
@@ -164,7 +165,11 @@ def _told(config: RotationConfig | None) -> str:
     """All of a configuration, its matrices by their hashes."""
     if config is None or not config.matrices:
         return repr(config)
-    digests = {name: hashlib.sha256(m.double().numpy().tobytes()).hexdigest() for name, m in config.matrices.items()}
+    held = {name: [given] if isinstance(given, Tensor) else given for name, given in config.matrices.items()}
+    digests = {
+        name: [hashlib.sha256(matrix.double().numpy().tobytes()).hexdigest() for matrix in matrices]
+        for name, matrices in held.items()
+    }
     return f"{replace(config, matrices={})!r} {digests}"
 
 

@@ -19,8 +19,10 @@ from .manifest import (
     listed_files,
     onnx_record,
     read_artefact,
+    read_manifest,
     sealed,
 )
+from .matrices import read_matrices
 from .paths import (
     EXTERNAL_BYTES,
     PROTOBUF_LIMIT,
@@ -78,6 +80,8 @@ __all__ = [
     "pte_path",
     "read_artefact",
     "read_gptq",
+    "read_manifest",
+    "read_matrices",
     "read_object",
     "remove_stale_data",
     "runtime_file",

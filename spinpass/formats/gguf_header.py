@@ -84,8 +84,13 @@ class _Reader:
                 raise self._damaged(f"the tensor {name!r} has {axes} axes, or stands there twice")
             shape = [self._number("Q", name) for _ in range(axes)]
             kind, offset = self._number("I", name), self._number("Q", name)
-            if kind not in sizes or offset != at:
-                raise self._damaged(f"the tensor {name!r} is of type {kind} at byte {offset}, where {at} is expected")
+            if kind not in sizes:
+                raise DamageError(
+                    f"{self._path}: the tensor {name!r} is of type {kind}, which the package gguf does not know: the "
+                    "file is damaged, or for a llama.cpp of its own; name one with weights of another type"
+                )
+            if offset != at:
+                raise self._damaged(f"the tensor {name!r} is at byte {offset}, where {at} is expected")
             block, length = sizes[kind]
             if not math.prod(shape) or shape[0] % block:
                 raise self._damaged(f"the tensor {name!r} of shape {shape} does not consist of blocks of {block}")

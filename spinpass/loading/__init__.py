@@ -6,6 +6,7 @@ from .files import SourceFiles
 from .models import Companions, LoadedModel, check_dtype, load_config, load_model, load_tokenizer
 from .papers import Papers, papers_of
 from .reloaded import reloaded_logits
+from .rotated import declaration
 from .sources import Source, check_program_options, locate
 from .static_cache import check_context, export_static_cache
 from .stored_size import count_values
@@ -26,6 +27,7 @@ __all__ = [
     "check_dtype",
     "check_program_options",
     "count_values",
+    "declaration",
     "dequantize_checkpoint",
     "export_static_cache",
     "load_config",

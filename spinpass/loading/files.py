@@ -112,13 +112,17 @@ def has_tokenizer(transformers: Any, location: str) -> bool:
 
 
 def check_gguf_file(source: Source) -> SourceFiles:
-    """Look at a GGUF file, as :func:`check_folder`. Raises ExportError where the package gguf is missing."""
+    """Look at a GGUF file, as :func:`check_folder`.
+
+    Raises ExportError where the package gguf is missing, or cannot dequantize a type of its tensors.
+    """
     path = Path(source.location, str(source.gguf))
     try:
         from gguf.constants import GGML_QUANT_SIZES, Keys
     except ImportError as error:
         raise ExportError(f"reading {path} needs the package gguf ({error}): pip install gguf") from error
     header = check_gguf(path, {int(kind): sizes for kind, sizes in GGML_QUANT_SIZES.items()})
+    _check_types(path, header.tensors)
     kind = header.values.get("general.architecture")
     known = {
         text.replace("{arch}", str(kind))
@@ -130,6 +134,23 @@ def check_gguf_file(source: Source) -> SourceFiles:
     check_layers(str(path), {"block_count": blocks}, len(header.tensors))
     has_tokens = "tokenizer.ggml.tokens" in header.values
     return SourceFiles({path.name: check_recorded(path)}, (path,), has_tokens)
+
+
+def _check_types(path: Path, tensors: Mapping[str, int]) -> None:
+    """Raise ExportError where the values of a tensor's type cannot be taken."""
+    import numpy
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
+
+    for kind in sorted(set(tensors.values())):
+        named = GGMLQuantizationType(kind)
+        try:
+            dequantize(numpy.zeros((1, GGML_QUANT_SIZES[named][1]), numpy.uint8), named)
+        except NotImplementedError as error:
+            of_type = [name for name, own in tensors.items() if own == kind]
+            raise ExportError(
+                f"{path} holds {len(of_type)} tensors of the type {named.name}, such as {of_type[0]}, whose values the "
+                "package gguf cannot take: write the model with weights of another type, such as Q8_0"
+            ) from error
 
 
 def weight_files(transformers: Any, location: str) -> dict[str, Path]:

@@ -19,8 +19,11 @@ from torch.export import ExportedProgram
 
 from spinpass.errors import ConfigError, ExportError, SpinpassError
 from spinpass.formats import load_program, staged
+from spinpass.graph import materialize
+from spinpass.record import Record
 
 from .architecture import TRUST, causal_classes, check_adapters, check_architecture
+from .declared import declared_bases
 from .decoder import export_decoder, sample_ids, traced_program
 from .faithful import check_faithful, reads_padding
 from .files import (
@@ -34,11 +37,13 @@ from .files import (
     check_program_file,
     has_tokenizer,
 )
+from .gguf import streamed_gguf
 from .gptq import skeleton, with_values
 from .older_transformers import add_older_words
 from .papers import Papers, papers_of
 from .quantized import check_quantization, dequantized_config, gguf_types
 from .quiet import quietly
+from .rotated import declared_rotations
 from .sources import Source, locate
 from .static_cache import export_static_cache
 from .streamed import Streamed, can_stream
@@ -87,7 +92,8 @@ _PADDING = "padding changes what the model makes of a text: rows of different le
 class LoadedModel:
     """This is an exported program and where it came from; ``companions`` is None for a ``.pt2`` file. ``report`` says
     what loading did beyond taking every tensor as it was saved, ``files`` what it was loaded from. ``reads_padding``:
-    padding in front of a text changes what the model makes of it. ``papers``: its licence."""
+    padding in front of a text changes what the model makes of it. ``papers``: its licence. ``declared``: the rotations
+    that are in its weights already, as its folder says."""
 
     source: Source
     program: ExportedProgram
@@ -96,6 +102,7 @@ class LoadedModel:
     files: SourceFiles = field(default_factory=SourceFiles)
     reads_padding: bool = False
     papers: Papers = field(default_factory=Papers)
+    declared: Record | None = None
 
 
 def load_model(
@@ -124,8 +131,8 @@ def load_model(
         experts: which of transformers' implementations of a mixture's experts goes into the graph, for a target that
             has not all of their operators (``grouped_mm``, ``batched_mm``). None leaves the model's own, and so do
             models that have but one.
-        streamed: leave large weights of a folder in its files: the program's constants are read when they are used
-            (:class:`spinpass.graph.Handle`). Small models are loaded all the same.
+        streamed: leave large weights of a folder or a GGUF file where they are: the program's constants are read when
+            they are used (:class:`spinpass.graph.Handle`). Small models are loaded all the same.
         progress: it is called with the name of each step before it starts.
 
     Raises:
@@ -158,9 +165,15 @@ def load_model(
     if done.dequantized == "gptq":
         report("dequantize")
         program = with_values(program, source.location)
+    if not streamed:
+        program = materialize(program)
     beside = Companions(loaded.config, loaded.generation_config, tokenizer)
     papers = papers_of(source, _module("transformers", f"loading {source.location}"))
-    return LoadedModel(source, program, beside, done, files, padding, papers)
+    declared = declared_rotations(source.location, loaded.config) if source.kind == "transformers" else None
+    if declared is not None:
+        told = f"its weights are rotated already, as it declares: {len(declared.rotations)} spaces"
+        done = replace(done, notes=(*done.notes, told))
+    return LoadedModel(source, program, beside, done, files, padding, papers, declared)
 
 
 def check_dtype(dtype: str) -> None:
@@ -222,7 +235,15 @@ def _load(
         if source.gguf:
             check_adapters(transformers, source.location)
             files = check_gguf_file(source)
-            model, done = _of_gguf(transformers, source, dtype)
+            bases = declared_bases(files.weights[0])
+            later = bases is not None or (streamed and can_stream(files.weights))
+            found = streamed_gguf(transformers, source, dtype, bases) if later else None
+            if found is None and bases is not None:
+                raise ExportError(
+                    f"{files.weights[0]} declares Hadamard bases of its weights, which cannot be undone in a model of "
+                    "this architecture or dtype: export the model as it was before"
+                )
+            model, done = found or _of_gguf(transformers, source, dtype)
         else:
             files = check_folder(transformers, source.location)
             later = streamed and not (dequantize or trust) and can_stream(files.weights)
@@ -239,7 +260,7 @@ def _load(
     except Exception as error:  # hub, file, configuration and import errors: no common base below Exception
         raise _loading_error(source, error) from error
     tokenizer, missed = _tokenizer(transformers, source, files.tokenizer, trust)
-    notes = (*files.notes, *missed, *_table_notes(getattr(model, "traced", model), tokenizer))
+    notes = (*files.notes, *done.notes, *missed, *_table_notes(getattr(model, "traced", model), tokenizer))
     return model, tokenizer, replace(done, notes=notes), files
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from spinpass.errors import ConfigError
-from spinpass.formats import finish
+from spinpass.formats import MANIFEST, finish
 
 SourceKind = Literal["program", "gguf", "transformers"]
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
@@ -68,6 +68,11 @@ def _folder(path: Path) -> Source:
     found = sorted(file.name for file in path.glob("*.gguf"))
     if len(found) == 1:
         return Source("gguf", str(path), found[0])
+    if (path / MANIFEST).is_file():
+        raise ConfigError(
+            f"{path} was exported for a runtime, and its weights are not read back: name the model that it was made of "
+            f"(model, in {MANIFEST})"
+        )
     if found:
         raise ConfigError(f"{path} holds several GGUF files; name one of {', '.join(found)}")
     raise ConfigError(f"{path} holds no model: neither config.json with weights nor a GGUF file; name another folder")

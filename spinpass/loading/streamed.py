@@ -1,4 +1,4 @@
-"""A folder of transformers whose weights stay in its files: the program is traced without them and reads them later.
+"""A model of transformers whose weights stay in its files: the program is traced without them and reads them later.
 
 transformers loads the model in the dtype that is stored, which maps the files and copies nothing. A second model of the
 same configuration, whose weights are memory that nobody has written to, is traced in the dtype that is asked for. Its
@@ -20,7 +20,7 @@ from torch.export import ExportedProgram
 from spinpass.graph import Handle, Held, storage_key, with_other_values
 
 STREAMED_BYTES = 100 << 20
-"""Folders of so many bytes of weights and more are read as they are needed."""
+"""Models of so many bytes of weights and more are read as they are needed."""
 
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _SMALL = 1 << 16  # elements up to which a constant is held in memory
@@ -30,18 +30,13 @@ class Streamed:
     """The model that is traced, and where its values are.
 
     Args:
-        loaded: the model in the dtype of its files.
-        dtype: that of the program.
+        traced: the model, its parameters memory that nobody has written to, but for the small ones.
+        values: by the memory of parameters and stored buffers, those that are read when they are used.
     """
 
-    def __init__(self, loaded: Any, dtype: torch.dtype) -> None:
-        initialization = importlib.import_module("transformers.initialization")
-        with initialization.no_init_weights():
-            traced = type(loaded)._from_config(loaded.config, dtype=dtype).eval()  # noqa: SLF001  as AutoModel does
-        traced.tie_weights()
-        traced.generation_config = loaded.generation_config
+    def __init__(self, traced: Any, values: Mapping[tuple[Any, ...], Tensor]) -> None:
         self.traced = traced
-        self._values = self._handles(loaded)
+        self._values = values
 
     @classmethod
     def of(cls, loaded: Any, dtype: Any, stored: Mapping[str, torch.dtype | str]) -> Streamed | None:
@@ -51,37 +46,35 @@ class Streamed:
         model was loaded in, it keeps some of its layers in float32, or what its configuration ties are two tensors.
         """
         asked = loaded.dtype if dtype == "auto" else dtype
-        kept = any(getattr(loaded, f"_keep_in_fp32_modules{kind}", None) for kind in ("", "_strict"))
-        if kept and asked.itemsize < torch.float32.itemsize:
+        if keeps_floats(loaded, asked):
             return None
         if any(_FLOATS.get(str(kind), loaded.dtype) != loaded.dtype for kind in stored.values()):
             return None
-        made = cls(loaded, asked)
-        return made if made._is_tied_as(loaded) else None
+        traced = unwritten(type(loaded), loaded.config, asked)
+        traced.generation_config = loaded.generation_config
+        return cls.filling(traced, {name: value.detach() for name, value in loaded.state_dict().items()})
 
-    def _is_tied_as(self, loaded: Any) -> bool:
-        """Say whether weights that are one in the traced model are one in the files, too."""
-        stored = loaded.state_dict()
+    @classmethod
+    def filling(cls, traced: Any, stored: Mapping[str, Tensor]) -> Streamed | None:
+        """Return a model with the values that are stored, by the names of its parameters and buffers.
+
+        The small ones are copied. Return None where parameters that are one have values of their own, or none.
+        """
         first: dict[tuple[Any, ...], tuple[Any, ...]] = {}
-        for name, place in self.traced.state_dict().items():
-            key = storage_key(stored[name])
-            if place.numel() and first.setdefault(storage_key(place), key) != key:
-                return False
-        return True
-
-    def _handles(self, loaded: Any) -> dict[tuple[Any, ...], Tensor]:
-        """Return by the memory that the traced model has for them the values of all parameters and stored buffers."""
         found: dict[tuple[Any, ...], Tensor] = {}
-        stored = loaded.state_dict()
-        for name, place in self.traced.state_dict().items():
-            value = stored[name].detach()
-            key = storage_key(place)
+        places = {name: place for name, place in traced.state_dict().items() if place.numel()}
+        for name, place in places.items():
+            value, key = stored.get(name), storage_key(place)
+            if value is None:
+                continue
+            if first.setdefault(key, storage_key(value)) != storage_key(value):
+                return None
             if value.numel() <= _SMALL:
                 with torch.no_grad():
                     place.copy_(value)
             elif key not in found:
-                found[key] = Handle(Held(value, place.dtype))
-        return found
+                found[key] = value if isinstance(value, Handle) else Handle(Held(value, place.dtype))
+        return cls(traced, found) if all(storage_key(place) in first for place in places.values()) else None
 
     def with_values(self, program: ExportedProgram) -> ExportedProgram:
         """Return the traced program with the values of the files."""
@@ -107,8 +100,34 @@ class Streamed:
                 held[name] = tensor
 
 
+def unwritten(kind: Any, config: Any, dtype: torch.dtype) -> Any:
+    """Return a model of transformers as its class makes it of a configuration, its weights memory that nobody has
+    written to."""
+    initialization = importlib.import_module("transformers.initialization")
+    make = getattr(kind, "_from_config", None) or kind.from_config  # of a model, as AutoModel does; of AutoModel
+    with initialization.no_init_weights():
+        traced = make(config, dtype=dtype).eval()
+    traced.tie_weights()
+    return traced
+
+
+def keeps_floats(model: Any, dtype: torch.dtype) -> bool:
+    """Say whether a model in a dtype has layers that transformers keeps in float32."""
+    kept = any(getattr(model, f"_keep_in_fp32_modules{kind}", None) for kind in ("", "_strict"))
+    return kept and dtype.itemsize < torch.float32.itemsize
+
+
 def can_stream(weights: Sequence[Path]) -> bool:
-    """Return whether a folder is better read as it is needed: of large safetensors files."""
-    if any(path.suffix != ".safetensors" for path in weights):
+    """Return whether a model is better read as it is needed: from large safetensors files, or a GGUF file of as many
+    values, which have two bytes and more in memory."""
+    if any(path.suffix not in (".safetensors", ".gguf") for path in weights):
         return False
-    return sum(path.stat().st_size for path in weights) >= STREAMED_BYTES
+    return sum(_bytes_held(path) for path in weights) >= STREAMED_BYTES
+
+
+def _bytes_held(path: Path) -> int:
+    if path.suffix != ".gguf":
+        return path.stat().st_size
+    from gguf import GGUFReader
+
+    return 2 * sum(int(tensor.n_elements) for tensor in GGUFReader(path).tensors)

@@ -12,6 +12,7 @@ import torch
 
 from spinpass.errors import DamageError, ExportError, first_line
 from spinpass.formats import check_safetensors
+from spinpass.graph import Handle
 
 _INSIDE = "_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module"
 _WRAPPERS = re.compile(rf"^(?:(?:module|base_model\.model|_forward_module|{_INSIDE})\.)+|(?<=\.)(?:(?:{_INSIDE})\.)+")
@@ -159,17 +160,23 @@ def check_loaded_tensors(
             f"{location} stores {listed(codes)}: the codes of a quantization that config.json does not say; export the "
             "model as it was before"
         )
-    broken = [name for name, parameter in model.named_parameters() if not _is_finite(parameter.detach())]
+    check_finite(location, model.named_parameters())
+    return unused
+
+
+def check_finite(location: str, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Raise ExportError where a value of tensors, given with their names, is no number."""
+    broken = [name for name, tensor in tensors if not _is_finite(tensor.detach())]
     if broken:
         raise ExportError(
             f"{location}: not every value of {listed(broken)} is a finite number; the checkpoint is broken"
         )
-    return unused
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:
     """Say whether all values are numbers, a part at a time: tests make copies."""
-    return all(bool(part.isfinite().all()) for part in torch.split(tensor.flatten(), _PART))
+    parts = tensor.blocks() if isinstance(tensor, Handle) else torch.split(tensor.flatten(), _PART)
+    return all(bool(part.isfinite().all()) for part in parts)
 
 
 def _mismatch(name: str, stored: Any, wanted: Any) -> str:

@@ -100,6 +100,7 @@ class Planner:
         """Decide about a candidate: return the site, or note the refusal and return None."""
         role, space = candidate.role, candidate.space
         writers, readers = parameter_names(self.editor, space.writers), parameter_names(self.editor, space.readers)
+        place = sum(seen.split(":")[0] == role for seen in self._names_seen)
         name = self._unique(f"{role}:{candidate.name or common_name(role, space, writers, readers)}")
         if self.only is not None and name not in self.only:
             return None
@@ -111,7 +112,7 @@ class Planner:
         if checked.fault is not None:
             self._refuse(Refusal(name, checked.fault.why, (checked.fault.node.name,)))
             return None
-        rotation = self.only[name].rotation if self.only is not None else self._rotation(name, space.width)
+        rotation = self.only[name].rotation if self.only is not None else self._rotation(name, space.width, place)
         if rotation.order == 1:
             self._refuse(Refusal(name, f"no Hadamard order above 1 divides {space.width}"))
             return None
@@ -169,8 +170,8 @@ class Planner:
             return cache.node.name in self.earlier.inputs
         return self.editor.user_output_index(cache.output) in self.earlier.outputs
 
-    def _rotation(self, name: str, size: int) -> Rotation:
-        matrix = self.config.matrix(name)
+    def _rotation(self, name: str, size: int, place: int) -> Rotation:
+        matrix = self.config.matrix(name, place)
         try:
             if matrix is not None:
                 rotation = Rotation.from_matrix(matrix, identity=name)

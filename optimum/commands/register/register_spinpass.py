@@ -18,6 +18,7 @@ _WEIGHTS = {"fp32": ["--bits", "16"], "int8": ["--quantize", "w8-rtn-head8-embed
 _VALUES = {
     "rotations": ("R1,R2,R3,R4", "rotations to make, separated by commas; none writes the original, to compare with"),
     "kind": ("KIND", "kind of the rotation matrices: hadamard, random-hadamard or random-matrix"),
+    "matrices": ("FILE", "rotation matrices that SpinQuant has learned, R.bin"),
     "block-size": ("N", "rotate in diagonal blocks of this size"),
     "seed": ("N", "seed for the random kinds"),
     "tied": ("TIED", "keep a table that embedding and head share, or untie it; auto unties where that is cheap"),

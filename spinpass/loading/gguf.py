@@ -1,0 +1,228 @@
+"""A GGUF file whose weights stay in it: their rows are dequantized when they are read, as transformers would.
+
+What transformers makes of a file is its own business: which tensor is which parameter, and what its converter has done
+to some of them. Both are asked of it, tensor by tensor. Where it only moves rows about, as it does with queries and
+keys, a constant reads those rows from the file; where it computes, the tensor is held in memory as transformers makes
+it. Architectures that transformers reads by other code than that, it loads.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spinpass.errors import ExportError
+from spinpass.graph import Handle, Rows
+
+from .declared import DeclaredBases
+from .quantized import gguf_types
+from .sources import Source
+from .streamed import Streamed, keeps_floats, unwritten
+from .tensors import LoadingReport, check_finite
+
+_PIECE = 1 << 18  # elements that are dequantized at once
+_LEGACY = "transformers.modeling_gguf_pytorch_utils"
+
+
+@dataclass(frozen=True, eq=False)
+class GgufRows:
+    """Rows of a tensor of a GGUF file; see :class:`spinpass.graph.ConstantSource`.
+
+    Args:
+        blocks: the mapped file, a row of blocks or values for each row of the tensor.
+        kind: the type of the tensor, as the package gguf has it.
+        shape: of the values.
+        dtype: of what is read.
+        order: which row of the file each row is, (rows,) int64; None where they are in order.
+        bases: what the rows are in another basis by, as the file declares; None where they are in the model's.
+    """
+
+    blocks: Any
+    kind: Any
+    shape: torch.Size
+    dtype: torch.dtype
+    order: Tensor | None = None
+    bases: DeclaredBases | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """It is the CPU."""
+        return torch.device("cpu")
+
+    def read(self, rows: Rows) -> Tensor:
+        """Return the rows, dequantized in float32, in the basis of the model, cast to the dtype."""
+        return self._made(rows, self.dtype)
+
+    def exact(self, rows: Rows) -> Tensor:
+        """Return the rows in float64, those in a basis of their own before they are rounded to the dtype."""
+        return self.read(rows).double() if self.bases is None else self._made(rows, torch.float64)
+
+    def _made(self, rows: Rows, dtype: torch.dtype) -> Tensor:
+        """Return the rows in a dtype, made a piece at a time: what dequantizes needs several times their memory."""
+        from gguf import dequantize
+
+        order = torch.arange(self.shape[0]) if self.order is None else self.order
+        places = order[rows]
+        found = torch.empty((len(places), *self.shape[1:]), dtype=dtype)
+        most = max(1, _PIECE // max(1, self.shape[1:].numel()))
+        for first in range(0, len(places), most):
+            piece = places[first : first + most]
+            values = dequantize(self.blocks[piece.numpy()], self.kind)
+            read = torch.from_numpy(values if values.flags.writeable else values.copy())
+            found[first : first + most] = read if self.bases is None else self.bases.undone(read)
+        return found
+
+
+def streamed_gguf(
+    transformers: Any, source: Source, dtype: Any, bases: DeclaredBases | None
+) -> tuple[Streamed, LoadingReport] | None:
+    """Return a model to be traced in ``dtype`` whose weights are read from a GGUF file, and what loading it did.
+
+    Rows that the file declares to be in ``bases`` of their own are put back.
+
+    None: it is better loaded by transformers, which then says what is wrong with it, or reads it in another way.
+
+    Raises ExportError: a value is not finite. Raises whatever transformers raises for a file that it does not know.
+    """
+    path = Path(source.location, str(source.gguf))
+    config = transformers.AutoConfig.from_pretrained(source.location, gguf_file=source.gguf)
+    legacy = importlib.import_module(_LEGACY)
+    reader, kind = _opened(path)
+    if kind is None or _has_reader_of_its_own(kind):
+        return None
+    if dtype == "auto":
+        dtype = getattr(config, "dtype", None) or torch.get_default_dtype()
+    traced = unwritten(transformers.AutoModelForCausalLM, config, dtype)
+    if keeps_floats(traced, dtype):
+        return None
+    processor = legacy.TENSOR_PROCESSORS.get(kind, legacy.TensorProcessor)(config=_parsed(legacy, path))
+    values, unused = _Tensors(legacy, processor, traced, dtype, bases).of(reader)
+    places = traced.state_dict()
+    if any(name not in places or places[name].shape != value.shape for name, value in values.items()):
+        return None
+    if _is_renamed(traced, values):
+        return None
+    made = Streamed.filling(traced, values)
+    if made is None:
+        return None
+    check_finite(str(path), values.items())
+    types = gguf_types(path)
+    notes = () if bases is None else (f"{len(bases.names)} weights are put back from the Hadamard bases they declare",)
+    return made, LoadingReport(unused, dequantized=f"GGUF {'/'.join(types)}" if types else None, notes=notes)
+
+
+class _Tensors:
+    """Makes of every tensor in a file the parameter that transformers makes of it.
+
+    Args:
+        legacy: the module of transformers.
+        processor: what undoes the changes of llama.cpp's converter for this architecture.
+        model: it has the parameters.
+        dtype: of the parameters.
+        bases: those that the file declares.
+    """
+
+    def __init__(
+        self, legacy: Any, processor: Any, model: Any, dtype: torch.dtype, bases: DeclaredBases | None
+    ) -> None:
+        self._bases = bases
+        self._processor = processor
+        self._dtype = dtype
+        self._names: dict[str, str] = legacy.get_gguf_hf_weights_map(model, processor)
+
+    def of(self, reader: Any) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+        """Return the values by the name of their parameter, and the names of tensors that belong to none."""
+        found: dict[str, Tensor] = {}
+        merged: dict[str, dict[str, Tensor]] = {"tensors": {}}
+        unused = []
+        for tensor in reader.tensors:
+            name = str(tensor.name)
+            if name not in self._names and name.rpartition(".")[0] not in self._names:  # experts are named without end
+                unused.append(name)
+                continue
+            shape = torch.Size(reversed([int(size) for size in tensor.shape]))
+            order = self._order(name, shape)
+            own = self._bases if self._bases is not None and name in self._bases.names else None
+            if order is None:
+                if own is not None:
+                    raise ExportError(f"{name} is in a basis that the file declares, and its rows are not the model's")
+                found |= self._processed(tensor, merged)
+            else:
+                moved = None if torch.equal(order, torch.arange(len(order))) else order
+                rows = GgufRows(tensor.data, tensor.tensor_type, shape, self._dtype, moved, own)
+                found[self._names[name]] = Handle(rows)
+        return found | {name: value.to(self._dtype) for name, value in merged["tensors"].items()}, tuple(unused)
+
+    def _order(self, name: str, shape: torch.Size) -> Tensor | None:
+        """Return which row of the file each row of the parameter is; None where there is more to it than rows.
+
+        The rows are numbered in records, which can be moved, and not be computed with.
+        """
+        import numpy
+
+        if name not in self._names or len(shape) != 2:
+            return None
+        numbered = numpy.arange(shape[0]).view([("row", numpy.int64)]).reshape(-1, 1)
+        try:
+            made = self._processor.process(
+                weights=numbered, name=name, tensor_key_mapping=self._names, parsed_parameters={"tensors": {}}
+            )
+        except (TypeError, ValueError, KeyError):
+            return None
+        if made.name != name or made.weights.shape != numbered.shape:
+            return None
+        order = torch.from_numpy(numpy.ascontiguousarray(made.weights["row"]).reshape(-1))
+        return order if torch.equal(order.sort().values, torch.arange(shape[0])) else None
+
+    def _processed(self, tensor: Any, merged: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Return a parameter by its name, as transformers makes it of a tensor; what it makes of several tensors, it
+        puts into ``merged``."""
+        import numpy
+        from gguf import dequantize
+
+        made = self._processor.process(
+            weights=dequantize(tensor.data, tensor.tensor_type),
+            name=tensor.name,
+            tensor_key_mapping=self._names,
+            parsed_parameters=merged,
+        )
+        if made.name not in self._names:
+            return {}
+        return {self._names[made.name]: torch.from_numpy(numpy.copy(made.weights)).to(self._dtype)}
+
+
+def _opened(path: Path) -> tuple[Any, str | None]:
+    """Return the reader of a file, and its architecture."""
+    from gguf import GGUFReader
+
+    reader = GGUFReader(path)
+    field = reader.fields.get("general.architecture")
+    return reader, None if field is None else str(field.contents())
+
+
+def _parsed(legacy: Any, path: Path) -> Any:
+    return legacy.load_gguf_checkpoint(str(path), return_tensors=False)["config"]
+
+
+def _has_reader_of_its_own(kind: str) -> bool:
+    """Say whether transformers reads an architecture by the code that keeps blocks, which dequantizes otherwise."""
+    try:
+        theirs = importlib.import_module("transformers.integrations.gguf.utils")
+    except ImportError:
+        return False
+    return bool(theirs.is_gguf_arch_supported(kind))
+
+
+def _is_renamed(model: Any, values: Mapping[str, Tensor]) -> bool:
+    """Say whether transformers would still convert some of the parameters while it loads them."""
+    loading = importlib.import_module("transformers.core_model_loading")
+    mapping = importlib.import_module("transformers.conversion_mapping").get_model_conversion_mapping(model)
+    converters = [entry for entry in mapping if isinstance(entry, loading.WeightConverter)]
+    renamings = [entry for entry in mapping if isinstance(entry, loading.WeightRenaming)]
+    return any(loading.rename_source_key(name, renamings, converters) != (name, None) for name in values)
