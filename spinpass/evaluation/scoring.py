@@ -76,7 +76,7 @@ class ProgramScorer:
 
     def inputs(self, ids: Sequence[int]) -> dict[str, Any]:
         """The program's inputs by name: one sequence, every token of it seen, positions from 0, no cache."""
-        tokens = torch.tensor([list(ids)], dtype=self._ids.dtype)
+        tokens = torch.tensor([list(ids)], dtype=self._ids.dtype, device=self._ids.device)
         sizes = reading_sizes(self._inputs, self._ids, tokens)
         for symbol, allowed in self.program.range_constraints.items():  # a lower bound of 2 is an artefact of export
             size = symbol.subs(sizes)
@@ -90,7 +90,9 @@ class ProgramScorer:
         The watch sees every value, except where the program reads one token at a time.
         """
         if self._takes_single_tokens:
-            return read_in_pieces(self.program, self._ids, torch.split(torch.tensor([list(ids)]), 1, 1))[0].float()
+            return read_in_pieces(
+                self.program, self._ids, torch.split(torch.tensor([list(ids)], device=self._ids.device), 1, 1)
+            )[0].float()
         logits: Tensor = execute(self.program, self.inputs(ids), watch=watch).outputs[0]
         return logits[0].float()
 

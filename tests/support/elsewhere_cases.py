@@ -1,0 +1,156 @@
+"""What spinpass does on a device, each on the CPU and elsewhere: ``python -m tests.support.elsewhere_cases``.
+
+It prints {case: what went wrong, or nothing} as JSON. The results of both have to be equal bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+
+import spinpass
+from spinpass.evaluation import ProgramScorer, perplexity
+from spinpass.execution import run
+from spinpass.graph import Handle, Held, devices, on_device, storage_key, with_other_values
+from spinpass.quantization import QuantizationConfig, Quantized, quantize, site_errors
+from tests.support import elsewhere, experts, models, quantizable
+
+Made = dict[str, Any]
+"""What is compared, by name: tensors and numbers."""
+
+
+def streamed(program: ExportedProgram) -> ExportedProgram:
+    """The program with handles for parameters."""
+    held: dict[Any, Handle] = {}
+    for tensor in program.state_dict.values():
+        held.setdefault(storage_key(tensor), Handle(Held(tensor.detach(), tensor.dtype)))
+    return with_other_values(program, {name: held[storage_key(t)] for name, t in program.state_dict.items()})
+
+
+def rotated(program: ExportedProgram, inputs: list[Any], **config: Any) -> Made:
+    made = spinpass.rotate(program, spinpass.RotationConfig(**config))
+    assert made.certificate is not None and made.certificate.ok
+    found: Made = {check.name: check.float64.relative for check in made.certificate.outputs}
+    return found | constants(made.program) | outputs(made.program, inputs)
+
+
+def quantized(program: ExportedProgram, inputs: list[Any], scheme: str, **options: Any) -> Made:
+    made = quantize(program, QuantizationConfig.parse(scheme), inputs, **options)
+    return of_quantized(made) | outputs(made.program, inputs)
+
+
+def of_quantized(made: Quantized) -> Made:
+    found: Made = {}
+    for name, weight in made.report.weights.items():
+        codes = weight.codes
+        assert codes.q.device.type == codes.scales.device.type == codes.zeros.device.type == "cpu", "codes are the host's"
+        found |= {f"{name}.q": codes.q, f"{name}.scales": codes.scales, f"{name}.error": weight.error}
+    return found
+
+
+def constants(program: ExportedProgram) -> Made:
+    return {name: tensor.detach().cpu() for name, tensor in program.state_dict.items()}
+
+
+def outputs(program: ExportedProgram, inputs: list[Any]) -> Made:
+    found = run(program, inputs[0])
+    assert isinstance(found[0], Tensor) and found[0].device == devices.device_of(program)
+    return {f"output {i}": value.cpu() for i, value in enumerate(found) if isinstance(value, Tensor)}
+
+
+def scored(program: ExportedProgram, inputs: list[Any]) -> Made:
+    windows = [[int(token) for token in each[0][0].cpu()] for each in inputs]
+    return {"losses": list(perplexity(ProgramScorer(program), windows).losses)}
+
+
+def written(program: ExportedProgram, inputs: list[Any]) -> Made:
+    from spinpass.evaluation import own_tokens
+
+    return {"tokens": own_tokens(program, 2, 8)}
+
+
+def judged(program: ExportedProgram, inputs: list[Any]) -> Made:
+    return dict(site_errors(program, QuantizationConfig.parse("w4g16-rtn-a8static"), inputs))
+
+
+def of_experts(program: ExportedProgram, inputs: list[Any]) -> Made:
+    scorer = ProgramScorer(program)
+    given = [scorer.inputs([(7 * k + j) % 90 + 3 for j in range(12)]) for k in range(2)]
+    made = quantize(program, "w4g16-gptq", given)
+    assert "were rounded by" in made.report.experts
+    return of_quantized(made)
+
+
+def _plain() -> ExportedProgram:
+    return quantizable.program()
+
+
+def _of_transformers() -> ExportedProgram:
+    return models.export_hf_cache(models.build("llama"))
+
+
+CASES: dict[str, tuple[Callable[[], ExportedProgram], Callable[..., Made], dict[str, Any]]] = {
+    "rotate": (_plain, rotated, {}),
+    "rotate offline": (_plain, rotated, {"rotations": ("R1", "R2"), "form": "offline"}),
+    "rotate by signs": (_plain, rotated, {"kind": "random-hadamard"}),
+    "rotate by a matrix": (_plain, rotated, {"kind": "random-matrix"}),
+    "rotate handles": (lambda: streamed(_plain()), rotated, {}),
+    "round to nearest": (_plain, quantized, {"scheme": "w4g16-rtn"}),
+    "round handles": (lambda: streamed(_plain()), quantized, {"scheme": "w4g16-gptq-head8-embed8"}),
+    "gptq": (_plain, quantized, {"scheme": "w4g16-gptq"}),
+    "gptq, asymmetric, in order": (_plain, quantized, {"scheme": "w3asym-gptq-a8"}),
+    "static activations": (_plain, quantized, {"scheme": "w8-rtn-a8static"}),
+    "static activations per channel": (_plain, quantized, {"scheme": "w8-rtn-a8static"}),
+    "activations of four bits, caches": (_plain, quantized, {"scheme": "w4-gptq-a4-kv4"}),
+    "mixed widths": (_plain, quantized, {"scheme": "w3.5g16-gptq"}),
+    "distill": (_plain, quantized, {"scheme": "w3g16-gptq-distill1"}),
+    "perplexity": (_plain, scored, {}),
+    "judge spaces": (_plain, judged, {}),
+    "experts": (lambda: experts.program(1, "grouped_mm"), of_experts, {}),
+}
+
+
+def tried(name: str, device: torch.device) -> str:
+    """Run a case on the CPU and on the device; return what differs or failed."""
+    program, case, options = CASES[name]
+    here = program()
+    inputs = quantizable.inputs(4)
+    expected = case(here, inputs, **options)
+    with elsewhere.elsewhere():
+        there = on_device(here, device)
+        assert devices.device_of(there) == device
+        moved = [tuple(tensor.to(device) for tensor in each) for each in inputs]
+        found = case(there, moved, **options)
+    if expected.keys() != found.keys():
+        return f"other results: {sorted(expected.keys() ^ found.keys())}"
+    for key, value in expected.items():
+        same = torch.equal(value, found[key]) if isinstance(value, Tensor) else value == found[key]
+        if not same:
+            return f"{key} differs"
+    return ""
+
+
+def main() -> None:
+    """Try every case."""
+    import sys
+
+    elsewhere.register()
+    known = devices.named_device
+    devices.named_device = lambda name: name if getattr(name, "type", "") == elsewhere.NAME else known(name)
+    device, found = torch.device(elsewhere.NAME, 0), {}
+    for name in sys.argv[1:] or CASES:
+        try:
+            found[name] = tried(name, device)
+        except Exception:
+            found[name] = traceback.format_exc()
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
