@@ -170,14 +170,10 @@ def values_of(tensor: Tensor) -> Tensor:
     return held.read() if isinstance(held, Handle) else held
 
 
-def fake_parameter(mode: Any, tensor: Tensor) -> Tensor:
-    """Return the fake value, under a mode of fake tensors, of a parameter that holds a tensor or handle."""
-    if isinstance(tensor, Handle):
-        return torch.nn.Parameter(
-            torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device), requires_grad=False
-        )
-    found: Tensor = mode.from_tensor(torch.nn.Parameter(tensor, requires_grad=False), static_shapes=True)
-    return found
+def fake_parameter(tensor: Tensor) -> Tensor:
+    """Return the fake value of a parameter that holds a tensor or handle. A mode of fake tensors is on."""
+    empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+    return torch.nn.Parameter(empty, requires_grad=False)
 
 
 def storage_key(tensor: Tensor) -> tuple[Any, ...]:

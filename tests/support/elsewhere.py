@@ -1,8 +1,8 @@
 """A device that is none: tensors on ``elsewhere:0`` lie in the CPU's memory, and no operator meets them and others.
 
 It fails where CUDA would: an operator that is given tensors of two devices (numbers, tensors of rank 0, of the CPU
-excepted), one that draws on one device from the generator of another, and a tensor that is asked for its memory. Results
-are the CPU's own, bit for bit. What is registered with torch stays for the life of the process, so tests run it in one
+excepted), one that draws on one device from the generator of another, and a tensor that is asked for its memory. Values
+are computed by the CPU. What is registered with torch stays for the life of the process, so tests run it in one
 of their own.
 """
 
@@ -16,6 +16,7 @@ import torch
 import torch.utils.backend_registration as backends
 from torch import Tensor
 from torch._library.custom_ops import OPDEFS
+from torch._subclasses import FakeTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -84,8 +85,10 @@ class _Function(TorchFunctionMode):
 
 def _called(func: Any, types: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """Run an operator on the values, after a look at the devices."""
+    if FakeTensor in types or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
+        return func(*args, **kwargs)  # fake tensors have a look of their own
     if any(each not in (There, Tensor, torch.nn.Parameter) for each in types):
-        return NotImplemented  # handles and fake tensors see to it themselves
+        return NotImplemented  # handles see to it themselves
     given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     there = [leaf for leaf in given if isinstance(leaf, There)]
     here = [leaf for leaf in given if not isinstance(leaf, There) and leaf.ndim]
@@ -115,6 +118,13 @@ def _called(func: Any, types: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     return tree_map_only(Tensor, There, found) if target.type == NAME else found
 
 
+class _Module(backends._DummyBackendModule):
+    """What torch asks of a device."""
+
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        return [torch.float16, torch.bfloat16]
+
+
 @contextmanager
 def elsewhere() -> Iterator[torch.device]:
     """The device, which is there for as long as this lasts."""
@@ -124,4 +134,4 @@ def elsewhere() -> Iterator[torch.device]:
 
 def register() -> None:
     """Make the device known to torch, for the rest of the process."""
-    backends._setup_privateuseone_for_python_backend(NAME)
+    backends._setup_privateuseone_for_python_backend(NAME, _Module())
