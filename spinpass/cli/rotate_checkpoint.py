@@ -10,7 +10,7 @@ import typer
 from spinpass.config import RotationConfig
 from spinpass.folders import FOLDED, rotate_checkpoint
 
-from .options import AsJson, Force, NoVerify, Verbose
+from .options import AsJson, DeviceOption, Force, NoVerify, Verbose
 from .screen import screen_of
 from .tables import files_table, show_loading, show_result, trial_lines
 
@@ -25,6 +25,7 @@ def rotate_checkpoint_command(
         typer.Option(help="untie, the default, gives a head that is the table its own; keep leaves out R1."),
     ] = None,
     dtype: Annotated[str, typer.Option(help="Of the weights; auto keeps that of the files.")] = "auto",
+    device: DeviceOption = "cpu",
     no_verify: NoVerify = False,
     force: Force = False,
     as_json: AsJson = False,
@@ -45,7 +46,7 @@ def rotate_checkpoint_command(
     config = RotationConfig(rotations=chosen, **(of_r1 | given))  # type: ignore[arg-type]
     with screen.steps() as steps:
         result, written = rotate_checkpoint(
-            model, out, config, dtype=dtype, certify=not no_verify, force=force, steps=steps
+            model, out, config, dtype=dtype, device=device, certify=not no_verify, force=force, steps=steps
         )
     show_loading(screen, written.loading)
     if as_json:

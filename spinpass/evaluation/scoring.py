@@ -24,6 +24,7 @@ from spinpass.execution import (
     user_inputs,
 )
 from spinpass.formats import finish, runtime_file
+from spinpass.graph import CPU, Device
 from spinpass.loading import load_config, load_model, load_tokenizer, locate
 from spinpass.runtime import ModelFolder
 
@@ -129,6 +130,7 @@ def open_scorer(
     *,
     dequantize: bool = False,
     trust_remote_code: bool = False,
+    device: Device = CPU,
 ) -> Opened:
     """Open a folder of a runtime in it, or anything that :func:`spinpass.loading.load_model` takes.
 
@@ -146,7 +148,12 @@ def open_scorer(
         decoder = open_decoder(model)
         return Opened(decoder, None, _tokenizer(tokenizer) if tokenizer else decoder.tokenizer)
     loaded = load_model(
-        model, cache=False, dequantize=dequantize, trust_remote_code=trust_remote_code, progress=progress
+        model,
+        cache=False,
+        dequantize=dequantize,
+        trust_remote_code=trust_remote_code,
+        device=device,
+        progress=progress,
     )
     own = loaded.companions.tokenizer if loaded.companions else None
     if own is None and tokenizer is None:
