@@ -11,7 +11,7 @@ from spinpass.config import RotationConfig
 from spinpass.errors import ConfigError
 from spinpass.folders import check_space, check_writable, rotated
 from spinpass.formats import load_program, save_program
-from spinpass.graph import CPU, named_device, on_device
+from spinpass.graph import device_of, named_device, on_device
 
 from .options import ALL, AllowPartial, AsJson, DeviceOption, NoVerify, Verbose, rotation_options
 from .screen import screen_of
@@ -48,10 +48,10 @@ def rotate_command(
     check_space(target.parent, source.stat().st_size)
     with screen.steps() as steps:
         steps.start("load")
-        program = on_device(load_program(source), there)
-        result = rotated(program, config, steps, certify=not no_verify, allow_partial=allow_partial)
+        given = load_program(source)
+        result = rotated(on_device(given, there), config, steps, certify=not no_verify, allow_partial=allow_partial)
         steps.start("save")
-        save_program(on_device(result.program, CPU), target)
+        save_program(on_device(result.program, device_of(given)), target)
     if as_json:
         about = {"ok": True, "source": str(source), "target": str(target), "seconds": steps.seconds}
         screen.document(about | result.to_dict())

@@ -13,7 +13,7 @@ from spinpass.evaluation import CALIBRATION_LENGTH, CALIBRATION_WINDOWS, SHIPPED
 from spinpass.evaluation import windows as cut
 from spinpass.folders import Known, Result, check_target, onnx_tools, write_folder
 from spinpass.formats import drafted
-from spinpass.graph import CPU, named_device, on_device
+from spinpass.graph import HOST, named_device, on_device
 from spinpass.loading import load_model
 from spinpass.quantization import QuantizationConfig
 from spinpass.tuning import candidates, tune
@@ -92,7 +92,7 @@ def tune_command(
         found = tune(on_device(loaded.program, there), quantize, shown, decisive, configs=configs, steps=steps)
         written = None
         if onnx is not None and draft is not None:
-            made = Result(on_device(found.quantized.program, CPU), found.chosen.plan, found.quantized.report)
+            made = Result(on_device(found.quantized.program, HOST), found.chosen.plan, found.quantized.report)
             written = write_folder(onnx, loaded, made, draft, steps)
     show_loading(screen, loaded.report)
     if as_json:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from spinpass.config import RotationConfig
 from spinpass.errors import ConfigError
 from spinpass.formats import check_made_of, runtime_file
-from spinpass.graph import CPU, Device, named_device
+from spinpass.graph import HOST, Device, named_device
 from spinpass.loading import load_config, locate
 from spinpass.pipeline import transform
 from spinpass.progress import Steps
@@ -78,7 +78,7 @@ class EvalRequest:
     tokenizer: str = ""
     dequantize: bool = False
     trust_remote_code: bool = False
-    device: Device = CPU
+    device: Device = HOST
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "device", named_device(self.device))
@@ -131,7 +131,7 @@ class EvalRequest:
             raise ConfigError(
                 f"{self.model} is exported; --quantize and --rotate need the program it was made of: name that"
             )
-        if self.device != CPU and all(map(is_exported, filter(None, (self.model, self.against)))):
+        if self.device != HOST and all(map(is_exported, filter(None, (self.model, self.against)))):
             raise ConfigError(f"{self.model} is run by its runtime on the CPU: leave out --device {self.device}")
         unloaded = [m for m in (self.model, self.against) if m and not is_exported(m) and locate(m).kind != "program"]
         for option, given in (("--dequantize", self.dequantize), ("--trust-remote-code", self.trust_remote_code)):

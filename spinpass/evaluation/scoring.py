@@ -24,7 +24,7 @@ from spinpass.execution import (
     user_inputs,
 )
 from spinpass.formats import finish, runtime_file
-from spinpass.graph import CPU, Device
+from spinpass.graph import HOST, Device
 from spinpass.loading import load_config, load_model, load_tokenizer, locate
 from spinpass.runtime import ModelFolder
 
@@ -130,7 +130,7 @@ def open_scorer(
     *,
     dequantize: bool = False,
     trust_remote_code: bool = False,
-    device: Device = CPU,
+    device: Device = HOST,
 ) -> Opened:
     """Open a folder of a runtime in it, or anything that :func:`spinpass.loading.load_model` takes.
 

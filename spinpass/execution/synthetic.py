@@ -19,7 +19,7 @@ from torch.export.graph_signature import ConstantArgument, InputKind
 from torch.fx import Node
 
 from spinpass.errors import ConfigError
-from spinpass.graph import CPU, shape, value
+from spinpass.graph import HOST, shape, value
 
 from .interpreter import flat_inputs
 from .returned import returned_state
@@ -61,7 +61,7 @@ class UserInput:
     def device(self) -> torch.device:
         """Return where the program takes the tensor; a number is on the CPU."""
         val = value(self.node)
-        return val.device if isinstance(val, Tensor) else CPU
+        return val.device if isinstance(val, Tensor) else HOST
 
 
 def synthetic_inputs(ep: ExportedProgram, *, seed: int = 0, sizes: Sizes | None = None) -> dict[str, Any]:

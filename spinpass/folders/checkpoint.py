@@ -21,7 +21,7 @@ from spinpass.config import RotationConfig
 from spinpass.errors import ConfigError, VerificationError
 from spinpass.evaluation import ProgramScorer
 from spinpass.formats import drafted, write_shards
-from spinpass.graph import CPU, Device, named_device, on_device, storage_key
+from spinpass.graph import HOST, Device, named_device, on_device, storage_key
 from spinpass.loading import LOGIT_BOUNDS, LoadedModel, load_model, reloaded_logits
 from spinpass.progress import Silent, Steps
 
@@ -61,7 +61,7 @@ def rotate_checkpoint(
     config: RotationConfig = FOLDED,
     *,
     dtype: str = "auto",
-    device: Device = CPU,
+    device: Device = HOST,
     certify: bool = True,
     force: bool = False,
     steps: Steps | None = None,
@@ -97,7 +97,7 @@ def rotate_checkpoint(
         if loaded.companions is None:
             raise ConfigError(f"{model} is a program, not a checkpoint: name a folder of transformers")
         result = rotated(on_device(loaded.program, there), config, steps, certify=certify)
-        result = replace(result, program=on_device(result.program, CPU))
+        result = replace(result, program=on_device(result.program, HOST))
         check_rotation(loaded, result)
         if certify:
             steps.start("certify the checkpoint")

@@ -26,7 +26,7 @@ from spinpass.evaluation import (
     token_ids,
 )
 from spinpass.formats import Draft, KeptWork, drafted
-from spinpass.graph import CPU, Device, on_device, spooled
+from spinpass.graph import HOST, Device, on_device, spooled
 from spinpass.loading import LoadedModel, check_program_options, load_model
 from spinpass.passes import last_token
 from spinpass.progress import Silent, Steps
@@ -75,7 +75,7 @@ def export(
     int4: bool = False,
     kv_cache: IntegerCache | None = None,
     dtype: str = "float32",
-    device: Device = CPU,
+    device: Device = HOST,
     cache: bool = True,
     context: int | None = None,
     dequantize: bool = False,
@@ -161,7 +161,7 @@ def carry_out(request: ExportRequest, steps: Steps) -> tuple[Result, Written]:
         if not _out_of_memory(error):
             raise
         whose = (
-            "this machine's memory" if request.device == CPU else f"the memory of this machine or of {request.device}"
+            "this machine's memory" if request.device == HOST else f"the memory of this machine or of {request.device}"
         )
         raise ExportError(f"{whose} is not enough: {_cheaper(request)}") from error
 
@@ -196,7 +196,7 @@ def _of_the_machine(error: BaseException | None) -> bool:
 
 def _cheaper(request: ExportRequest) -> str:
     """What takes less memory than a request."""
-    if request.device != CPU:
+    if request.device != HOST:
         return f"leave out --device {request.device}, or read a shorter text (--samples 4)"
     scheme = request.scheme
     if scheme is not None and scheme.distill:
@@ -264,7 +264,7 @@ class _Run:
             kept = None if work is None else work.of_kind("original" if config is None else "rotated")
             result = quantized(result, loaded, asked.scheme, text, steps, self.windows, kept)
             result = replace(result, program=self._kept(result.program))
-        result = replace(result, program=on_device(result.program, CPU))
+        result = replace(result, program=on_device(result.program, HOST))
         options = {} if asked.kv_cache is None or text is None else {"cache": self._cache_bits(text)}
         result = self._headed(result)
         result = replace(

@@ -9,7 +9,7 @@ from typing import Literal, get_args
 from spinpass.config import RotationConfig
 from spinpass.errors import ConfigError
 from spinpass.evaluation import CALIBRATION_WINDOWS, SHIPPED_TEXT, check_windows
-from spinpass.graph import CPU, Device, named_device
+from spinpass.graph import HOST, Device, named_device
 from spinpass.loading import check_dtype
 from spinpass.quantization import QuantizationConfig, Weights
 
@@ -51,7 +51,7 @@ class ExportRequest:
     keep: tuple[str, ...] = ()
     layers: tuple[tuple[str, str], ...] = ()
     compare: bool = False
-    device: Device = CPU
+    device: Device = HOST
     most_windows: int = field(default=CALIBRATION_WINDOWS, init=False)  # where the text holds so many
 
     def __post_init__(self) -> None:

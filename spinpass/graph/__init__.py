@@ -3,7 +3,7 @@
 from .checks import assume, check_program, is_size_class
 from .concrete import ConcreteSizes, called, drawn
 from .decomposition import decomposed, splice
-from .devices import CPU, Device, device_of, named_device, on_device, placed
+from .devices import HOST, Device, device_of, named_device, on_device, placed
 from .editor import ProgramEditor, copied_graph, shares_memory
 from .handles import Handle, materialize, spooled, storage_key, values_of
 from .invariants import Changes, Invariants
@@ -35,7 +35,7 @@ from .signature import integers_as_buffers, integers_as_parameters, with_constan
 from .sources import ConstantSource, Held, Rows, moved, row_blocks
 
 __all__ = [
-    "CPU",
+    "HOST",
     "Changes",
     "ConcreteSizes",
     "ConstantSource",

@@ -9,7 +9,7 @@ import torch
 from torch import SymBool, SymFloat, SymInt, Tensor
 from torch.fx import Node
 
-from .devices import CPU, placed
+from .devices import HOST, placed
 from .editor import ProgramEditor
 from .nodes import value
 
@@ -80,4 +80,4 @@ def drawn(editor: ProgramEditor, node: Node, sizes: Sequence[int], generator: to
 def called(node: Node, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
     """Run what a node calls on other arguments, without gradients and on the CPU, whatever device it names."""
     with torch.no_grad():
-        return node.target(*placed(arguments, CPU), **placed(keywords, CPU))  # type: ignore[operator]
+        return node.target(*placed(arguments, HOST), **placed(keywords, HOST))  # type: ignore[operator]

@@ -25,9 +25,11 @@ from .handles import Handle, storage_key
 from .nodes import is_context
 from .sources import moved
 
-CPU = torch.device("cpu")
+HOST = torch.device("cpu")
+"""Where files are read and written, and codes are kept."""
+
 Device = str | torch.device
-_NAMES = re.compile(r"cpu|cuda(:\d+)?")
+_NAMES = re.compile(r"cpu|cuda(?::(0|[1-9]\d*))?")
 _TYPES = ("cpu", "cuda")
 
 
@@ -36,27 +38,28 @@ def named_device(name: Device) -> torch.device:
 
     Raises ConfigError where it is no such name, or there is no such device here.
     """
-    if not _NAMES.fullmatch(str(name)):
+    named = _NAMES.fullmatch(str(name))
+    if named is None:
         raise ConfigError(f"device {str(name)!r} is not one of cpu, cuda, cuda:N: choose one of them")
     if str(name) == "cpu":
-        return CPU
+        return HOST
     if not torch.cuda.is_available():
         raise ConfigError(
             f"device {name}: torch {torch.__version__} finds no CUDA device here: choose cpu, or install a build of "
             "torch for CUDA where there is one"
         )
-    index, count = torch.device(name).index, torch.cuda.device_count()
-    if index is not None and index >= count:
+    index, count = named[1], torch.cuda.device_count()
+    if index is not None and int(index) >= count:
         there = "cuda:0" if count == 1 else f"cuda:0 to cuda:{count - 1}"
         raise ConfigError(f"device {name}: torch finds {there} here: choose cpu or one of these")
-    return torch.device("cuda", torch.cuda.current_device() if index is None else index)
+    return torch.device("cuda", torch.cuda.current_device() if index is None else int(index))
 
 
 def device_of(program: ExportedProgram) -> torch.device:
     """Return where a program lives: the device of its constants, that of its inputs where it has none."""
     held = [*program.state_dict.values(), *program.constants.values()]
     held += [node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"]
-    return next((each.device for each in held if isinstance(each, Tensor)), CPU)
+    return next((each.device for each in held if isinstance(each, Tensor)), HOST)
 
 
 def on_device(program: ExportedProgram, device: Device) -> ExportedProgram:

@@ -19,7 +19,7 @@ from torch.export import ExportedProgram
 
 from spinpass.errors import ConfigError, ExportError, SpinpassError
 from spinpass.formats import load_program, staged
-from spinpass.graph import CPU, Device, named_device, on_device
+from spinpass.graph import HOST, Device, named_device, on_device
 
 from .architecture import TRUST, causal_classes, check_adapters, check_architecture
 from .decoder import export_decoder, sample_ids, traced_program
@@ -109,7 +109,7 @@ def load_model(
     trust_remote_code: bool = False,
     experts: str | None = None,
     streamed: bool = False,
-    device: Device = CPU,
+    device: Device = HOST,
     progress: Callable[[str], None] | None = None,
 ) -> LoadedModel:
     """Load and export ``model``. A ``.pt2`` file is taken as it is.

@@ -24,7 +24,7 @@ from spinpass.evaluation import (
     read_text,
     token_ids,
 )
-from spinpass.graph import CPU, Device, named_device
+from spinpass.graph import HOST, Device, named_device
 from spinpass.loading import check_program_options, locate
 from spinpass.planning import RotationPlan
 from spinpass.progress import Steps
@@ -51,7 +51,7 @@ class ReportRequest:
     tokenizer: str = ""
     dequantize: bool = False
     trust_remote_code: bool = False
-    device: Device = CPU
+    device: Device = HOST
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "device", named_device(self.device))

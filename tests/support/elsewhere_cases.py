@@ -7,20 +7,29 @@ composed operators are called part by part elsewhere.
 from __future__ import annotations
 
 import json
+import sys
 import traceback
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import cache
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
 import spinpass
-from spinpass.evaluation import ProgramScorer, perplexity
+from spinpass.evaluation import ProgramScorer, own_tokens, perplexity
 from spinpass.execution import run
-from spinpass.graph import Handle, Held, checks, devices, on_device, storage_key, with_other_values
+from spinpass.graph import Handle, Held, checks, device_of, devices, on_device, storage_key, with_other_values
 from spinpass.quantization import QuantizationConfig, Quantized, quantize, site_errors
+from spinpass.quantization.packed import Trainable, decode_scales, double_quantize_program, pack, unpack
+from spinpass.quantization.rounding import grid, moments
+from spinpass.reporting.activations import WatchedScorer
 from tests.support import elsewhere, experts, models, quantizable
+from tests.support.decoders import Decoder
+from tests.support.decoders import made as with_weights
 
 _CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 Made = dict[str, Any]
@@ -62,7 +71,7 @@ def constants(program: ExportedProgram) -> Made:
 
 def outputs(program: ExportedProgram, inputs: list[Any]) -> Made:
     found = run(program, inputs[0])
-    assert isinstance(found[0], Tensor) and found[0].device == devices.device_of(program)
+    assert isinstance(found[0], Tensor) and found[0].device == device_of(program)
     return {f"output {i}": value.cpu() for i, value in enumerate(found) if isinstance(value, Tensor)}
 
 
@@ -72,8 +81,6 @@ def scored(program: ExportedProgram, inputs: list[Any]) -> Made:
 
 
 def written(program: ExportedProgram, inputs: list[Any]) -> Made:
-    from spinpass.evaluation import own_tokens
-
     return {"tokens": own_tokens(program, 2, 8)}
 
 
@@ -89,12 +96,35 @@ def of_experts(program: ExportedProgram, inputs: list[Any]) -> Made:
     return of_quantized(made)
 
 
+def watched(program: ExportedProgram, inputs: list[Any]) -> Made:
+    scorer = WatchedScorer(program)
+    scorer.logits([int(token) for token in inputs[0][0][0].cpu()])
+    return {str(name): found.peaks for name, found in scorer.statistics().items()}
+
+
+def packed(program: ExportedProgram, inputs: list[Any]) -> Made:
+    made = pack(quantize(program, "w4g16-asym-rtn"))
+    found = outputs(made.program, inputs)
+    again = decode_scales(double_quantize_program(made.program))
+    found |= {f"doubled {name}": value for name, value in outputs(again, inputs).items()}
+    trained = Trainable(made.program)
+    assert device_of(trained.packed()) == device_of(program)
+    return found | {f"unpacked {name}": value for name, value in outputs(unpack(made.program), inputs).items()}
+
+
+def lowered(program: ExportedProgram, inputs: list[Any]) -> Made:
+    made = quantize(spinpass.transform(program), "w4g16-rtn-a8")
+    return outputs(spinpass.lower(made.program), inputs)
+
+
+@cache
 def _plain() -> ExportedProgram:
-    return quantizable.program()
+    return quantizable.export(with_weights(Decoder(layers=1), dtype=torch.float32))
 
 
-def _of_transformers() -> ExportedProgram:
-    return models.export_hf_cache(models.build("llama"))
+@cache
+def _with_cache() -> ExportedProgram:
+    return models.export_hf_cache(models.build("llama", num_hidden_layers=1))
 
 
 CASES: dict[str, tuple[Callable[[], ExportedProgram], Callable[..., Made], dict[str, Any]]] = {
@@ -114,19 +144,49 @@ CASES: dict[str, tuple[Callable[[], ExportedProgram], Callable[..., Made], dict[
     "distill": (_plain, quantized, {"scheme": "w3g16-gptq-distill1"}),
     "perplexity": (_plain, scored, {}),
     "judge spaces": (_plain, judged, {}),
+    "statistics of activations": (_plain, watched, {}),
+    "pack, unpack, double quantization, training": (_plain, packed, {}),
+    "lower": (_plain, lowered, {}),
+    "text of its own": (_with_cache, written, {}),
     "experts": (lambda: experts.program(1, "grouped_mm"), of_experts, {}),
 }
+
+
+def _sum_on_the_cpu(left: Any, right: Any) -> Tensor:
+    width = left[0].shape[-1]
+    total = torch.zeros(width, width, dtype=torch.float64)
+    for a, b in zip(left, right, strict=True):
+        total += (a.reshape(-1, width).T @ b.reshape(-1, width)).double()
+    return total
+
+
+def _index_on_the_cpu(columns: int, groups: int, index: Tensor | None, device: torch.device) -> Tensor:
+    return torch.arange(columns) // -(-columns // groups) if index is None else index
+
+
+def _draw_from_the_cpu(program: ExportedProgram, inputs: list[Any]) -> Made:
+    logits = run(program, inputs[0])[0]
+    return {"token": torch.multinomial(logits[0].softmax(-1), 1, generator=torch.Generator().manual_seed(0)).cpu()}
+
+
+MUTATIONS: dict[str, tuple[str, Any, str, Any]] = {
+    "a sum on the CPU": ("gptq", moments, "_product", _sum_on_the_cpu),
+    "an index on the CPU": ("gptq", grid, "group_of", _index_on_the_cpu),
+    "a draw from the CPU": ("perplexity", sys.modules[__name__], "scored", _draw_from_the_cpu),
+}
+"""Faults by name: the case that they are in, and the module, the function of it and what stands in its place."""
 
 
 def tried(name: str, device: torch.device) -> str:
     """Run a case on the CPU and on the device; return what differs or failed."""
     program, case, options = CASES[name]
+    case = globals()[case.__name__]  # which may be another by now
     here = program()
     inputs = quantizable.inputs(4)
     expected = case(here, inputs, **options)
     with elsewhere.elsewhere():
         there = on_device(here, device)
-        assert devices.device_of(there) == device
+        assert device_of(there) == device
         moved = [tuple(tensor.to(device) for tensor in each) for each in inputs]
         found = case(there, moved, **options)
     if expected.keys() != found.keys():
@@ -140,18 +200,18 @@ def tried(name: str, device: torch.device) -> str:
 
 def main() -> None:
     """Try every case."""
-    import sys
-
     elsewhere.register()
     known, packed = devices.named_device, checks._is_packed
     devices.named_device = lambda name: name if getattr(name, "type", "") == elsewhere.NAME else known(name)
     checks._is_packed = lambda tensor: not isinstance(tensor, elsewhere.There) and packed(tensor)
     device, found = torch.device(elsewhere.NAME, 0), {}
-    for name in sys.argv[1:] or CASES:
-        try:
-            found[name] = tried(name, device)
-        except Exception:
-            found[name] = traceback.format_exc()
+    for name in sys.argv[1:] or [*CASES, *MUTATIONS]:
+        case, module, function, fault = MUTATIONS.get(name, (name, None, "", None))
+        with nullcontext() if module is None else mock.patch.object(module, function, fault):
+            try:
+                found[name] = tried(case, device)
+            except Exception:
+                found[name] = traceback.format_exc()
     print(json.dumps(found))
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from spinpass.execution import constants
-from spinpass.graph import CPU, Handle, arguments, moved, shape, trim, values_of
+from spinpass.graph import HOST, Handle, arguments, moved, shape, trim, values_of
 from spinpass.progress import Progress
 
 from ..layers import ChosenSites, WeightSite
@@ -163,7 +163,7 @@ def _rounded(stored: Tensor, dim: int, scheme: Weights, moments: _Known, *, stac
     for matrix, known in pairs:
         part = _part(matrix, scheme, known).in_steps_of(stored.dtype, scheme.scales)
         errors.append(_error(matrix, part.dequantized(), known))
-        parts.append(part.on(CPU))
+        parts.append(part.on(HOST))
         tokens += [] if known is None or isinstance(known, Moments) else [known.tokens]
     lost, size = (math.fsum(each) for each in zip(*errors, strict=True))
     return QuantizedWeight(stacked(parts), dim, scheme, lost / max(size, 1e-30), stack, tuple(tokens))

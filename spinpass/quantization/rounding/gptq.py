@@ -169,6 +169,7 @@ def _inverse_factor(hessian: Tensor, damping: float, order: Tensor | None) -> Te
         if not int(failed):
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
             if not int(failed):
-                return Tensor(upper)
+                factor: Tensor = upper
+                return factor
         diagonal -= damping * mean
         damping *= 10
