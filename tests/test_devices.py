@@ -28,7 +28,7 @@ from spinpass.loading import load_model
 from spinpass.quantization import quantize
 from spinpass.reporting import ReportRequest
 from tests.support import commands, folders, quantizable
-from tests.support.elsewhere_cases import CASES, MUTATIONS
+from tests.support.elsewhere_cases import CASES, MUTATIONS, SLOW
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted(file for top in ("spinpass", "optimum") for file in (ROOT / top).rglob("*.py"))
@@ -36,10 +36,7 @@ FILES = sorted(file for top in ("spinpass", "optimum") for file in (ROOT / top).
 # -- factories ---------------------------------------------------------------------------------------------------------
 
 FACTORIES = frozenset(
-    "arange as_tensor asarray bartlett_window blackman_window complex empty empty_permuted empty_quantized empty_strided "
-    "eye full hamming_window hann_window kaiser_window linspace logspace normal ones rand randint randn randperm range "
-    "scalar_tensor sparse_coo_tensor sparse_csr_tensor tensor tril_indices triu_indices zeros Tensor FloatTensor "
-    "LongTensor Generator".split()
+    ["arange", "as_tensor", "asarray", "bartlett_window", "blackman_window", "complex", "empty", "empty_permuted", "empty_quantized", "empty_strided", "eye", "full", "hamming_window", "hann_window", "kaiser_window", "linspace", "logspace", "normal", "ones", "rand", "randint", "randn", "randperm", "range", "scalar_tensor", "sparse_coo_tensor", "sparse_csr_tensor", "tensor", "tril_indices", "triu_indices", "zeros", "Tensor", "FloatTensor", "LongTensor", "Generator"]
 )
 """What makes tensors of torch out of none, or draws numbers. ``zeros_like`` and ``x.new_zeros`` take the device of what
 they are given; ``from_numpy``, ``frombuffer`` and ``from_file`` are views of the host's memory, and cannot be elsewhere."""
@@ -108,21 +105,33 @@ needs_registration = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module")
-def tried() -> dict[str, str]:
+def try_cases(*cases: str) -> dict[str, str]:
     """What went wrong elsewhere, by case."""
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "tests.support.elsewhere_cases"]
+    command = [sys.executable, "-m", "tests.support.elsewhere_cases", *cases]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr
     found: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
+@pytest.fixture(scope="module")
+def tried() -> dict[str, str]:
+    """The same of all quick cases, from one process."""
+    return try_cases(*(case for case in (*CASES, *MUTATIONS) if case not in SLOW))
+
+
 @needs_registration
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [case for case in CASES if case not in SLOW])
 def test_elsewhere_it_is_as_on_the_cpu(case: str, tried: dict[str, str]) -> None:
     assert not tried[case]
+
+
+@needs_registration
+@pytest.mark.slow
+@pytest.mark.parametrize("case", sorted(SLOW))
+def test_elsewhere_programs_of_transformers_are_as_on_the_cpu(case: str) -> None:
+    assert not try_cases(case)[case]
 
 
 @needs_registration

@@ -11,7 +11,17 @@ from torch.export import ExportedProgram
 
 from spinpass import record
 from spinpass.errors import ConfigError
-from spinpass.graph import Handle, Held, device_of, devices, moved, named_device, on_device, storage_key, with_other_values
+from spinpass.graph import (
+    Handle,
+    Held,
+    device_of,
+    devices,
+    moved,
+    named_device,
+    on_device,
+    storage_key,
+    with_other_values,
+)
 
 META = torch.device("meta")  # it has no memory, and every machine has it
 
