@@ -183,7 +183,7 @@ class Statistics:
         """Return the number that a known value repeats along its one long axis; None for others."""
         if sum(size != 1 for size in shape(given)) > 1:
             return None
-        held = self._editor.deferred(given)() if self._editor.is_computable(given) else made_of_numbers(given)
+        held = self._editor.deferred(given)().cpu() if self._editor.is_computable(given) else made_of_numbers(given)
         if held is None or not held.numel() or not bool((held == held.flatten()[0]).all()):
             return None
         return float(held.flatten()[0])

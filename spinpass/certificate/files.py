@@ -278,7 +278,7 @@ def constant_outputs(ep: ExportedProgram) -> Sequence[bool]:
 
 def as_tensor(value: Any) -> Tensor:
     """Return a scalar as a tensor without axes."""
-    return value if isinstance(value, Tensor) else torch.tensor(value)
+    return value if isinstance(value, Tensor) else torch.tensor(value, device="cpu")
 
 
 def describe(value: Any) -> str:

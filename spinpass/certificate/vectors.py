@@ -113,7 +113,7 @@ class Shaken:
     """
 
     def __init__(self, seed: int, unit: float) -> None:
-        self._generator = torch.Generator().manual_seed(seed)
+        self._generator = torch.Generator("cpu").manual_seed(seed)
         self._unit = unit
 
     def __call__(self, node: Node, result: Any) -> Any:
@@ -127,7 +127,7 @@ class Shaken:
         usual = torch.where(size < _LARGE, size, 0.0)
         around = usual.amax(-1, keepdim=True) if result.ndim else usual
         amount = torch.where(size < _LARGE, torch.maximum(size, around), 0.0)
-        signs = torch.randint(0, 2, result.shape, generator=self._generator, dtype=result.dtype) * 2 - 1
+        signs = torch.randint(0, 2, result.shape, generator=self._generator, dtype=result.dtype, device="cpu") * 2 - 1
         shaken = torch.where(
             (result != 0) & result.isfinite(), result + amount * self._unit * signs.to(result.device), result
         )

@@ -9,7 +9,7 @@ import typer
 
 from spinpass.evaluation import EvalRequest, RotateAs
 
-from .options import AsJson, CalibrationWindows, Dequantize, Model, TrustRemoteCode, Verbose
+from .options import AsJson, CalibrationWindows, Dequantize, DeviceOption, Model, TrustRemoteCode, Verbose
 from .screen import screen_of
 from .tables import comparison_table
 
@@ -41,6 +41,7 @@ def evaluate_command(
     windows: Annotated[int, typer.Option(help="Number of windows to score.")] = 16,
     length: Annotated[int, typer.Option(help="Tokens of each window.")] = 512,
     tokenizer: Annotated[str, typer.Option(help="Folder of the tokenizer, where MODEL has none.")] = "",
+    device: DeviceOption = "cpu",
     dequantize: Dequantize = False,
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
@@ -58,7 +59,7 @@ def evaluate_command(
     request = EvalRequest(
         model, text, dataset, against, quantize, calibration, calibration_windows, rotate=rotate_form,
         files=tuple(file or ()), windows=windows, length=length, tokenizer=tokenizer,
-        dequantize=dequantize, trust_remote_code=trust_remote_code,
+        dequantize=dequantize, trust_remote_code=trust_remote_code, device=device,
     )  # fmt: skip
     with screen.steps() as steps:
         found = request.run(steps)

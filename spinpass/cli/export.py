@@ -20,6 +20,7 @@ from .options import (
     Compare,
     Context,
     Dequantize,
+    DeviceOption,
     Dtype,
     Force,
     Int4,
@@ -50,6 +51,7 @@ def export_command(
     config: RotationConfig | None = None,
     settings: Settings = None,
     dtype: Dtype = "float32",
+    device: DeviceOption = "cpu",
     no_cache: NoCache = False,
     bits: Bits = None,
     recipe: RecipeOption = "auto",
@@ -100,7 +102,7 @@ def export_command(
         cache=not no_cache, context=context, dequantize=dequantize, trust_remote_code=trust_remote_code,
         last_logits=last_logits, fuse=not no_fuse, certify=not no_verify, calibration_windows=calibration_windows,
         force=force, allow_partial=allow_partial, bits=bits, recipe=recipe,
-        keep=tuple(keep or ()), layers=tuple(_layer(each) for each in layer or ()), compare=compare,
+        keep=tuple(keep or ()), layers=tuple(_layer(each) for each in layer or ()), compare=compare, device=device,
     )  # fmt: skip
     with screen.steps() as steps:
         result, written = carry_out(request, steps)

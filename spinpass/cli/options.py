@@ -62,6 +62,14 @@ Dtype = Annotated[
     Literal["float32", "float16", "bfloat16", "auto"],
     typer.Option(help="Dtype of the weights; auto takes the one they are stored in."),
 ]
+DeviceOption = Annotated[
+    str,
+    typer.Option(
+        "--device",
+        help="Where weights are folded, rounded and run: cpu, cuda, or one of several, cuda:1.",
+        metavar="cpu|cuda|cuda:N",
+    ),
+]
 NoCache = Annotated[bool, typer.Option("--no-cache", help="Export without a KV cache, for whole prompts alone.")]
 NoVerify = Annotated[bool, typer.Option("--no-verify", help="Do not certify the result.")]
 AllowPartial = Annotated[

@@ -12,7 +12,7 @@ from spinpass.errors import ConfigError, ExportError
 from spinpass.folders import check_writable, rotated
 from spinpass.reporting import ReportRequest
 
-from .options import ALL, AsJson, Dequantize, Model, NoVerify, TrustRemoteCode, Verbose, rotation_options
+from .options import ALL, AsJson, Dequantize, DeviceOption, Model, NoVerify, TrustRemoteCode, Verbose, rotation_options
 from .screen import screen_of
 from .tables import files_table
 
@@ -32,6 +32,7 @@ def report_command(
     windows: Annotated[int, typer.Option(help="Number of windows to run.")] = 8,
     length: Annotated[int, typer.Option(help="Tokens of each window.")] = 256,
     tokenizer: Annotated[str, typer.Option(help="Folder of the tokenizer, where MODEL has none.")] = "",
+    device: DeviceOption = "cpu",
     dequantize: Dequantize = False,
     trust_remote_code: TrustRemoteCode = False,
     config: RotationConfig | None = None,
@@ -53,7 +54,7 @@ def report_command(
         raise ConfigError(f"{out} is a folder; name a file in it, for example {out / 'report.html'}")
     page = _reporting()
     asked = ReportRequest(
-        model, text, calibration, tuple(scheme or ()), windows, length, tokenizer, dequantize, trust_remote_code
+        model, text, calibration, tuple(scheme or ()), windows, length, tokenizer, dequantize, trust_remote_code, device
     )
     check_writable(out.parent)
     with screen.steps() as steps:

@@ -11,8 +11,9 @@ from spinpass.config import RotationConfig
 from spinpass.errors import ConfigError
 from spinpass.folders import check_space, check_writable, rotated
 from spinpass.formats import load_program, save_program
+from spinpass.graph import device_of, named_device, on_device
 
-from .options import ALL, AllowPartial, AsJson, NoVerify, Verbose, rotation_options
+from .options import ALL, AllowPartial, AsJson, DeviceOption, NoVerify, Verbose, rotation_options
 from .screen import screen_of
 from .tables import files_table, show_result
 
@@ -23,6 +24,7 @@ def rotate_command(
     source: Annotated[Path, typer.Argument(metavar="IN.pt2", help="Exported program to rotate.")],
     target: Annotated[Path, typer.Argument(metavar="OUT.pt2", help="File to write the rotated program to.")],
     config: RotationConfig | None = None,
+    device: DeviceOption = "cpu",
     no_verify: NoVerify = False,
     allow_partial: AllowPartial = False,
     as_json: AsJson = False,
@@ -33,6 +35,7 @@ def rotate_command(
     Example: spinpass rotate model.pt2 rotated.pt2 --rotations R1,R2,R4
     """
     screen = screen_of(ctx, as_json, verbose)
+    there = named_device(device)
     if config is None:
         raise ConfigError("rotate needs a rotation; choose from " + ALL)
     if target.suffix != ".pt2":
@@ -45,10 +48,10 @@ def rotate_command(
     check_space(target.parent, source.stat().st_size)
     with screen.steps() as steps:
         steps.start("load")
-        program = load_program(source)
-        result = rotated(program, config, steps, certify=not no_verify, allow_partial=allow_partial)
+        given = load_program(source)
+        result = rotated(on_device(given, there), config, steps, certify=not no_verify, allow_partial=allow_partial)
         steps.start("save")
-        save_program(result.program, target)
+        save_program(on_device(result.program, device_of(given)), target)
     if as_json:
         about = {"ok": True, "source": str(source), "target": str(target), "seconds": steps.seconds}
         screen.document(about | result.to_dict())

@@ -11,7 +11,7 @@ from spinpass.config import RotationConfig
 from spinpass.folders import FOLDED, rotate_checkpoint
 from spinpass.formats import read_matrices
 
-from .options import AsJson, Force, Matrices, NoVerify, Verbose
+from .options import AsJson, DeviceOption, Force, Matrices, NoVerify, Verbose
 from .screen import screen_of
 from .tables import files_table, show_loading, show_result, trial_lines
 
@@ -27,6 +27,7 @@ def rotate_checkpoint_command(
     ] = None,
     matrices: Matrices = None,
     dtype: Annotated[str, typer.Option(help="Of the weights; auto keeps that of the files.")] = "auto",
+    device: DeviceOption = "cpu",
     no_verify: NoVerify = False,
     force: Force = False,
     as_json: AsJson = False,
@@ -48,7 +49,7 @@ def rotate_checkpoint_command(
     config = RotationConfig(rotations=chosen, **options)  # type: ignore[arg-type]
     with screen.steps() as steps:
         result, written = rotate_checkpoint(
-            model, out, config, dtype=dtype, certify=not no_verify, force=force, steps=steps
+            model, out, config, dtype=dtype, device=device, certify=not no_verify, force=force, steps=steps
         )
     show_loading(screen, written.loading)
     if as_json:

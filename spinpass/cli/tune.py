@@ -13,11 +13,12 @@ from spinpass.evaluation import CALIBRATION_LENGTH, CALIBRATION_WINDOWS, SHIPPED
 from spinpass.evaluation import windows as cut
 from spinpass.folders import Known, Result, check_target, onnx_tools, write_folder
 from spinpass.formats import drafted
+from spinpass.graph import HOST, named_device, on_device
 from spinpass.loading import load_model
 from spinpass.quantization import QuantizationConfig
 from spinpass.tuning import candidates, tune
 
-from .options import AsJson, Dequantize, Dtype, Force, Model, TrustRemoteCode, Verbose
+from .options import AsJson, Dequantize, DeviceOption, Dtype, Force, Model, TrustRemoteCode, Verbose
 from .screen import screen_of
 from .tables import files_table, show_loading, tuning_table
 
@@ -43,6 +44,7 @@ def tune_command(
     length: Annotated[int, typer.Option(help="Tokens of each window.")] = CALIBRATION_LENGTH,
     block_sizes: Annotated[str, typer.Option(help="Also try diagonal blocks of these sizes, for example 64,128.")] = "",
     dtype: Dtype = "float32",
+    device: DeviceOption = "cpu",
     dequantize: Dequantize = False,
     trust_remote_code: TrustRemoteCode = False,
     force: Force = False,
@@ -57,6 +59,7 @@ def tune_command(
     Example: spinpass tune ./model --quantize w4g128-gptq-a8
     """
     screen = screen_of(ctx, as_json, verbose)
+    there = named_device(device)
     configs = candidates(_sizes(block_sizes))
     scheme = QuantizationConfig.parse(quantize)
     check_windows(calibration_windows, calibration, length)
@@ -86,10 +89,10 @@ def tune_command(
             trust_remote_code=trust_remote_code,
             progress=steps.begin,
         )
-        found = tune(loaded.program, quantize, shown, decisive, configs=configs, steps=steps)
+        found = tune(on_device(loaded.program, there), quantize, shown, decisive, configs=configs, steps=steps)
         written = None
         if onnx is not None and draft is not None:
-            made = Result(found.quantized.program, found.chosen.plan, found.quantized.report)
+            made = Result(on_device(found.quantized.program, HOST), found.chosen.plan, found.quantized.report)
             written = write_folder(onnx, loaded, made, draft, steps)
     show_loading(screen, loaded.report)
     if as_json:

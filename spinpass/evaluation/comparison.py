@@ -129,7 +129,7 @@ def perplexity(decoder: Scorer, windows: Windows, progress: Progress | None = No
         raise ConfigError("there are no windows to evaluate on")
     losses: list[float] = []
     for ids in windows:
-        losses.append(_loss(decoder.logits(ids)[:-1], torch.tensor(list(ids[1:]))))
+        losses.append(_loss(decoder.logits(ids)[:-1], ids[1:]))
         if progress is not None:
             progress(len(losses), len(windows))
     return Perplexity(tuple(losses), sum(len(ids) - 1 for ids in windows))
@@ -150,11 +150,11 @@ def compare_each(
     divergences: list[list[float]] = [[] for _ in others]
     equal = [0] * len(others)
     for done, ids in enumerate(windows):
-        following = torch.tensor(list(ids[1:]))
+        following = ids[1:]
         expected = before.logits(ids)[:-1]
         losses[0].append(_loss(expected, following))
         for k, other in enumerate(others):
-            found = other.logits(ids)[:-1]
+            found = other.logits(ids)[:-1].to(expected.device)  # a file computes on another
             losses[k + 1].append(_loss(found, following))
             equal[k] += int((expected.argmax(-1) == found.argmax(-1)).sum())
             divergences[k].append(_divergence(expected, found))
@@ -165,9 +165,10 @@ def compare_each(
     return [Comparison(first, e, n / tokens, tuple(d)) for e, n, d in zip(rest, equal, divergences)]
 
 
-def _loss(logits: Tensor, following: Tensor) -> float:
+def _loss(logits: Tensor, following: Sequence[int]) -> float:
     """The mean negative log-likelihood of the tokens that follow, of logits (length, vocabulary)."""
-    parts = zip(torch.split(logits, _ROWS), torch.split(following, _ROWS), strict=True)
+    tokens = torch.tensor(list(following), device=logits.device)
+    parts = zip(torch.split(logits, _ROWS), torch.split(tokens, _ROWS), strict=True)
     return sum(float(functional.cross_entropy(x.double(), y, reduction="sum")) for x, y in parts) / len(following)
 
 

@@ -52,15 +52,15 @@ def own_tokens(
     if isinstance(ids.shape[0], int) and ids.shape[0] != rows:
         parts = [own_tokens(program, 1, length, seed=seed + k, progress=progress) for k in range(rows)]
         return torch.cat(parts)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)  # draws are made there, the same for every device
     held: dict[str, Tensor] = {}
-    logits = _step(program, specs, ids, torch.zeros(rows, 1, dtype=ids.dtype), 0, {})[0]
-    newest = torch.randint(logits.shape[-1], (rows, 1), generator=generator)
+    logits = _step(program, specs, ids, torch.zeros(rows, 1, dtype=ids.dtype, device=ids.device), 0, {})[0]
+    newest = torch.randint(logits.shape[-1], (rows, 1), generator=generator, device="cpu")
     written = [newest]
     while len(written) < length:
         outputs = _step(program, specs, ids, newest.to(ids.dtype), len(written) - 1, held)
         held = {name: outputs[index] for name, index in state.items()}
-        scores = outputs[0][:, -1].float()
+        scores = outputs[0][:, -1].float().cpu()
         if len(written) <= _LIKELIEST:
             newest = scores.argmax(-1, keepdim=True)
         else:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from spinpass.config import RotationConfig
 from spinpass.errors import ConfigError
 from spinpass.formats import check_made_of, runtime_file
+from spinpass.graph import HOST, Device, named_device
 from spinpass.loading import load_config, locate
 from spinpass.pipeline import transform
 from spinpass.progress import Steps
@@ -56,9 +57,11 @@ class EvalRequest:
         windows: how many windows are scored.
         length: tokens of each window.
         tokenizer: a folder, where the model has no tokenizer.
+        device: where programs are rotated, quantized and run: ``cpu``, ``cuda`` or ``cuda:N``. Files are run on the
+            CPU.
 
     Raises:
-        ConfigError: a combination that means nothing.
+        ConfigError: a combination that means nothing, or a device that is not there.
     """
 
     model: str
@@ -75,8 +78,10 @@ class EvalRequest:
     tokenizer: str = ""
     dequantize: bool = False
     trust_remote_code: bool = False
+    device: Device = HOST
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "device", named_device(self.device))
         if self.quantize:
             text = SHIPPED_TEXT if needs_text(self.quantize) else None
             object.__setattr__(self, "calibration", self.calibration or text)
@@ -126,6 +131,8 @@ class EvalRequest:
             raise ConfigError(
                 f"{self.model} is exported; --quantize and --rotate need the program it was made of: name that"
             )
+        if self.device != HOST and all(map(is_exported, filter(None, (self.model, self.against)))):
+            raise ConfigError(f"{self.model} is run by its runtime on the CPU: leave out --device {self.device}")
         unloaded = [m for m in (self.model, self.against) if m and not is_exported(m) and locate(m).kind != "program"]
         for option, given in (("--dequantize", self.dequantize), ("--trust-remote-code", self.trust_remote_code)):
             if given and not unloaded:
@@ -154,6 +161,7 @@ class EvalRequest:
             steps.begin,
             dequantize=self.dequantize,
             trust_remote_code=self.trust_remote_code,
+            device=self.device,
         )
 
     def _changed(self, opened: Opened, steps: Steps) -> ProgramScorer:

@@ -24,6 +24,7 @@ from spinpass.execution import (
     user_inputs,
 )
 from spinpass.formats import finish, runtime_file
+from spinpass.graph import HOST, Device
 from spinpass.loading import load_config, load_model, load_tokenizer, locate
 from spinpass.runtime import ModelFolder
 
@@ -76,7 +77,7 @@ class ProgramScorer:
 
     def inputs(self, ids: Sequence[int]) -> dict[str, Any]:
         """The program's inputs by name: one sequence, every token of it seen, positions from 0, no cache."""
-        tokens = torch.tensor([list(ids)], dtype=self._ids.dtype)
+        tokens = torch.tensor([list(ids)], dtype=self._ids.dtype, device=self._ids.device)
         sizes = reading_sizes(self._inputs, self._ids, tokens)
         for symbol, allowed in self.program.range_constraints.items():  # a lower bound of 2 is an artefact of export
             size = symbol.subs(sizes)
@@ -90,7 +91,9 @@ class ProgramScorer:
         The watch sees every value, except where the program reads one token at a time.
         """
         if self._takes_single_tokens:
-            return read_in_pieces(self.program, self._ids, torch.split(torch.tensor([list(ids)]), 1, 1))[0].float()
+            return read_in_pieces(
+                self.program, self._ids, torch.split(torch.tensor([list(ids)], device=self._ids.device), 1, 1)
+            )[0].float()
         logits: Tensor = execute(self.program, self.inputs(ids), watch=watch).outputs[0]
         return logits[0].float()
 
@@ -127,6 +130,7 @@ def open_scorer(
     *,
     dequantize: bool = False,
     trust_remote_code: bool = False,
+    device: Device = HOST,
 ) -> Opened:
     """Open a folder of a runtime in it, or anything that :func:`spinpass.loading.load_model` takes.
 
@@ -144,7 +148,12 @@ def open_scorer(
         decoder = open_decoder(model)
         return Opened(decoder, None, _tokenizer(tokenizer) if tokenizer else decoder.tokenizer)
     loaded = load_model(
-        model, cache=False, dequantize=dequantize, trust_remote_code=trust_remote_code, progress=progress
+        model,
+        cache=False,
+        dequantize=dequantize,
+        trust_remote_code=trust_remote_code,
+        device=device,
+        progress=progress,
     )
     own = loaded.companions.tokenizer if loaded.companions else None
     if own is None and tokenizer is None:

@@ -68,7 +68,7 @@ def _resized(ep: ExportedProgram, masks: set[str], equal: Collection[Collection[
 
 def _drawn(base: Mapping[str, Any], inputs: list[UserInput], names: set[str], masks: set[str], kind: int) -> Values:
     """Return ``base`` with the inputs of these names drawn anew."""
-    generator = torch.Generator().manual_seed(kind)
+    generator = torch.Generator("cpu").manual_seed(kind)
     values = dict(base)
     for spec in inputs:
         if spec.name in names:
@@ -85,14 +85,14 @@ def _value(spec: UserInput, old: Tensor, is_mask: bool, kind: int, generator: to
         seen = _seen(size, kind)
         if not dtype.is_floating_point:
             return seen.to(dtype)
-        return torch.zeros(size, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
+        return torch.zeros(size, dtype=dtype, device="cpu").masked_fill(~seen, torch.finfo(dtype).min)
     if dtype.is_floating_point or dtype.is_complex:
         return _floats(spec, size, kind, generator)
     if spec.role is InputRole.LOOKUP:
         return _ids(spec, size, kind, generator)
     if spec.role is InputRole.POSITION:
         return _positions(spec, old, kind)
-    return old if kind == 1 else torch.randint(0, 4, size, generator=generator, dtype=dtype)
+    return old if kind == 1 else torch.randint(0, 4, size, generator=generator, dtype=dtype, device="cpu")
 
 
 def _seen(size: tuple[int, ...], kind: int) -> Tensor:
@@ -101,9 +101,9 @@ def _seen(size: tuple[int, ...], kind: int) -> Tensor:
     In the first kind the first row sees all. Where queries have an axis of their own, each sees its own key.
     """
     if not size:
-        return torch.tensor(kind == 1)
+        return torch.tensor(kind == 1, device="cpu")
     keys = size[-1]
-    seen = torch.ones(size, dtype=torch.bool)
+    seen = torch.ones(size, dtype=torch.bool, device="cpu")
     rows = seen.view(size[0], -1, keys) if len(size) > 1 else seen.view(1, 1, keys)
     for b, row in enumerate(rows):
         if kind == 1:
@@ -113,7 +113,7 @@ def _seen(size: tuple[int, ...], kind: int) -> Tensor:
         else:
             row[:, keys - (keys > 1) :] = False
         if len(size) > 2 and size[-2] <= keys:
-            queries = torch.arange(row.shape[0])
+            queries = torch.arange(row.shape[0], device="cpu")
             row[queries, queries % size[-2] + keys - size[-2]] = True
     return seen
 
@@ -123,8 +123,8 @@ def _floats(spec: UserInput, size: tuple[int, ...], kind: int, generator: torch.
     if kind != 1 or not size:
         return drawn
     vectors = drawn.reshape(-1, size[-1])
-    scales = torch.tensor([_SCALES[i % 3] for i in range(len(vectors))], dtype=torch.float64)
-    zeros = torch.rand(vectors.shape, generator=generator) < 0.1
+    scales = torch.tensor([_SCALES[i % 3] for i in range(len(vectors))], dtype=torch.float64, device="cpu")
+    zeros = torch.rand(vectors.shape, generator=generator, device="cpu") < 0.1
     return (vectors * scales.to(drawn.dtype).unsqueeze(-1)).masked_fill(zeros, 0).reshape(size)
 
 
@@ -151,7 +151,7 @@ def _positions(spec: UserInput, old: Tensor, kind: int) -> Tensor:
         return old + room
     if old.ndim < 2:
         return old
-    shifts = (torch.arange(old.shape[0]) % (room + 1)).view(-1, *[1] * (old.ndim - 1))
+    shifts = (torch.arange(old.shape[0], device="cpu") % (room + 1)).view(-1, *[1] * (old.ndim - 1))
     return old + shifts.to(old)
 
 

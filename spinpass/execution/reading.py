@@ -54,7 +54,7 @@ def reading_inputs(
 
     Other float inputs are zeros, which is what an empty cache is. Raises ConfigError where a size is not in ``sizes``.
     """
-    given = {**state, ids.name: tokens}
+    given = {**state, ids.name: tokens.to(ids.device)}
     return {spec.name: given[spec.name] if spec.name in given else _value(spec, sizes, past) for spec in inputs}
 
 
@@ -64,7 +64,7 @@ def read_in_pieces(ep: ExportedProgram, ids: UserInput, pieces: Iterable[Tensor]
     Args:
         ep: the program; its first output is the logits.
         ids: its input of token ids.
-        pieces: of the text, integers (1, length).
+        pieces: of the text, integers (1, length), on any device.
         seen: which tokens of it are no padding, integers (length,) of 0 and 1: masks close the others, and positions
             are counted without them. None sees all.
 
@@ -82,7 +82,7 @@ def read_in_pieces(ep: ExportedProgram, ids: UserInput, pieces: Iterable[Tensor]
         sizes = reading_sizes(specs, ids, piece, past)
         given = reading_inputs(specs, ids, piece, sizes, past, held)
         if seen is not None:
-            upto = seen[: past + piece.shape[1]]
+            upto = seen[: past + piece.shape[1]].to(ids.device)
             given |= {s.name: _without_padding(s, given[s.name], upto) for s in specs if s.name not in held}
         outputs = run(ep, given)
         logits.append(outputs[0])
@@ -106,10 +106,10 @@ def _value(spec: UserInput, sizes: Sizes, past: int) -> Any:
         return concrete(number.node.expr, sizes) if hasattr(number, "node") else number
     size = tuple(concrete(s, sizes) for s in spec.shape)
     if spec.dtype.is_floating_point:
-        return torch.zeros(size, dtype=spec.dtype)
+        return torch.zeros(size, dtype=spec.dtype, device=spec.device)
     if holds_positions(spec):
-        return torch.arange(past, past + size[-1], dtype=spec.dtype).expand(size)
-    return fresh(spec, size, torch.Generator())
+        return torch.arange(past, past + size[-1], dtype=spec.dtype, device=spec.device).expand(size)
+    return fresh(spec, size, torch.Generator("cpu")).to(spec.device)
 
 
 def _size(spec: UserInput, axis: int, length: int, past: int) -> int:

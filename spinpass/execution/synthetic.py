@@ -19,7 +19,7 @@ from torch.export.graph_signature import ConstantArgument, InputKind
 from torch.fx import Node
 
 from spinpass.errors import ConfigError
-from spinpass.graph import shape, value
+from spinpass.graph import HOST, shape, value
 
 from .interpreter import flat_inputs
 from .returned import returned_state
@@ -57,6 +57,12 @@ class UserInput:
         """Return the name of the placeholder."""
         return self.node.name
 
+    @property
+    def device(self) -> torch.device:
+        """Return where the program takes the tensor; a number is on the CPU."""
+        val = value(self.node)
+        return val.device if isinstance(val, Tensor) else HOST
+
 
 def synthetic_inputs(ep: ExportedProgram, *, seed: int = 0, sizes: Sizes | None = None) -> dict[str, Any]:
     """Return {user placeholder name: value}, valid for ``ep`` and the same for the same seed.
@@ -67,7 +73,7 @@ def synthetic_inputs(ep: ExportedProgram, *, seed: int = 0, sizes: Sizes | None 
         ConfigError: no small sizes satisfy the constraints, or a size cannot be derived from the others.
     """
     inputs = user_inputs(ep)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     examples = _examples(ep, inputs) if sizes is None else {}
     if sizes is None:
         sizes = bound_sizes(inputs, examples) if examples else _chosen_sizes(ep, inputs)
@@ -228,7 +234,7 @@ def _value(spec: UserInput, sizes: Sizes, examples: Mapping[str, Any], generator
         return example if example is not None else val
     if isinstance(example, Tensor) and not _is_blank(example):
         return example.detach().clone()
-    return fresh(spec, tuple(concrete(size, sizes) for size in spec.shape), generator).to(val.device)
+    return fresh(spec, tuple(concrete(size, sizes) for size in spec.shape), generator).to(spec.device)
 
 
 def _is_blank(example: Tensor) -> bool:
@@ -240,12 +246,12 @@ def fresh(spec: UserInput, size: tuple[int, ...], generator: torch.Generator) ->
     """Return new values of shape ``size`` according to the role, in the input's dtype and on the CPU."""
     dtype = spec.dtype or torch.int64
     if dtype.is_floating_point or dtype.is_complex:
-        return torch.randn(size, generator=generator, dtype=torch.float64).to(dtype)
+        return torch.randn(size, generator=generator, dtype=torch.float64, device="cpu").to(dtype)
     if spec.role is InputRole.LOOKUP:
-        return torch.randint(0, spec.bound or 1, size, generator=generator, dtype=dtype)
+        return torch.randint(0, spec.bound or 1, size, generator=generator, dtype=dtype, device="cpu")
     if spec.role is InputRole.POSITION:
-        return torch.arange(size[-1] if size else 1, dtype=dtype).expand(size).clone()
-    return torch.ones(size, dtype=dtype)
+        return torch.arange(size[-1] if size else 1, dtype=dtype, device="cpu").expand(size).clone()
+    return torch.ones(size, dtype=dtype, device="cpu")
 
 
 # -- the next step of a closed loop ----------------------------------------------------------------------------------
@@ -267,7 +273,7 @@ def next_inputs(
     if broken is not None:
         return broken
     grown = max((sum(new.shape) - sum(values[name].shape) for name, new in returned.items()), default=0)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     following = dict(values)
     for spec in inputs:
         size = tuple(concrete(s, sizes) for s in spec.shape)

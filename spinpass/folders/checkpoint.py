@@ -9,7 +9,7 @@ The written folder is loaded again by transformers, and its logits are compared 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from spinpass.config import RotationConfig
 from spinpass.errors import ConfigError, VerificationError
 from spinpass.evaluation import ProgramScorer
 from spinpass.formats import drafted, write_shards
-from spinpass.graph import storage_key
+from spinpass.graph import HOST, Device, named_device, on_device, storage_key
 from spinpass.loading import LOGIT_BOUNDS, LoadedModel, load_model, reloaded_logits
 from spinpass.progress import Silent, Steps
 
@@ -61,6 +61,7 @@ def rotate_checkpoint(
     config: RotationConfig = FOLDED,
     *,
     dtype: str = "auto",
+    device: Device = HOST,
     certify: bool = True,
     force: bool = False,
     steps: Steps | None = None,
@@ -73,6 +74,7 @@ def rotate_checkpoint(
         config: rotations that are folded, R1 and R2 or one of them. A tied head gets a table of its own, unless the
             config keeps it tied, which leaves R1 out.
         dtype: that of the weights; ``"auto"`` keeps the one they are stored in.
+        device: where weights are folded and programs are run: ``cpu``, ``cuda`` or ``cuda:N``.
         certify: prove the program, the architecture with these weights, and the written folder equivalent.
         force: write into a folder that holds files of others, too.
         steps: told what begins.
@@ -81,13 +83,13 @@ def rotate_checkpoint(
         What was made, and the report, what ``spinpass.json`` holds, and the names of all files.
 
     Raises:
-        ConfigError: a rotation that is online; one that the architecture has no parameters for; no folder of a model,
-            or one that is rotated already.
+        ConfigError: there is no such device; a rotation that is online; one that the architecture has no parameters
+            for; no folder of a model, or one that is rotated already.
         RefusedError: nothing can be rotated.
         VerificationError: the architecture with these weights is another function, or transformers reads other values.
         ExportError: transformers or safetensors is missing, or the folder is not writable.
     """
-    out, steps = Path(out), steps or Silent()
+    out, steps, there = Path(out), steps or Silent(), named_device(device)
     check_target(out, str(model), force=force)
     check_offline(config)
     with drafted(out) as draft:
@@ -99,7 +101,8 @@ def rotate_checkpoint(
                 f"{model} is rotated already ({', '.join(sorted(loaded.declared.rotations)[:2])}, …), as its "
                 "config.json declares: name the original"
             )
-        result = rotated(loaded.program, config, steps, certify=certify)
+        result = rotated(on_device(loaded.program, there), config, steps, certify=certify)
+        result = replace(result, program=on_device(result.program, HOST))
         check_rotation(loaded, result)
         if certify:
             steps.start("certify the checkpoint")

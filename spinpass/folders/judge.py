@@ -81,8 +81,8 @@ class Judge:
         """
         errors: list[float] = []
         for row, tokens in enumerate(answer.tokens):
-            places = torch.tensor(answer.chosen[row])
-            expected, chosen = self._logits(tokens[:-1])[places - 1], torch.tensor(tokens)[places]
+            places = torch.tensor(answer.chosen[row], device="cpu")
+            expected, chosen = self._logits(tokens[:-1])[places - 1], torch.tensor(tokens, device="cpu")[places]
             behind = self._behind(expected, chosen, ends)
             error = behind if answer.logits is None else self._distance(expected, answer.logits[row])
             what = f"{runtime}, {case}" + (f", row {row}" if len(answer.tokens) > 1 else "")
@@ -134,12 +134,12 @@ class _Shaken:
     """A watch that moves every value that an operator computes by one rounding of its dtype, up or down."""
 
     def __init__(self, seed: int) -> None:
-        self._generator = torch.Generator().manual_seed(seed)
+        self._generator = torch.Generator("cpu").manual_seed(seed)
 
     def __call__(self, node: Node, result: Any) -> Any:
         if node.op != "call_function" or not isinstance(result, Tensor) or not result.is_floating_point():
             return result
-        signs = torch.randint(0, 2, result.shape, generator=self._generator) * 2 - 1
+        signs = torch.randint(0, 2, result.shape, generator=self._generator, device="cpu") * 2 - 1
         moved = result * (1 + torch.finfo(result.dtype).eps * signs).to(result.dtype)
         return torch.where(result.abs().double() < _MASKED, moved, result)
 

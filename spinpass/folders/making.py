@@ -27,7 +27,7 @@ from spinpass.evaluation import (
     token_ids,
 )
 from spinpass.formats import Draft, KeptWork, drafted
-from spinpass.graph import spooled
+from spinpass.graph import HOST, Device, on_device, spooled
 from spinpass.loading import LoadedModel, check_program_options, load_model
 from spinpass.passes import last_token
 from spinpass.progress import Silent, Steps
@@ -53,7 +53,7 @@ _EXPERTS = {"onnx": "grouped_mm", "executorch": "batched_mm"}
 ``batched_mm`` gathers the weights of every token's experts: 151 MB for each token in each layer of a model of width
 2048 with eight experts of width 768 at a time. The grouped product reads a weight once, however many tokens go to it.
 """
-_NO_MEMORY = ("DefaultCPUAllocator: can't allocate", "Cannot allocate memory")
+_NO_MEMORY = ("DefaultCPUAllocator: can't allocate", "Cannot allocate memory", "CUDA out of memory")
 _ROWS = 16  # texts that a model writes at once
 _SPOOLED_SHARE = 4  # of the free disk, what is computed from the weights is kept in one of so many parts
 _DEFAULT = RotationConfig()
@@ -76,6 +76,7 @@ def export(
     int4: bool = False,
     kv_cache: IntegerCache | None = None,
     dtype: str = "float32",
+    device: Device = HOST,
     cache: bool = True,
     context: int | None = None,
     dequantize: bool = False,
@@ -109,6 +110,8 @@ def export(
         int4: pack the weights to 4 bits (MatMulNBits), without a scheme.
         kv_cache: keep keys and values as integers of this width (ONNX Runtime).
         dtype: that of the weights, float32, float16 or bfloat16; ``"auto"`` takes the dtype they are stored in.
+        device: where weights are folded and rounded, and programs are run: ``cpu``, ``cuda`` or ``cuda:N``. Codes and
+            files are made on the host, and results are the same but for the order in which sums are added up.
         cache: export with a KV cache; without one the program takes whole prompts alone.
         context: how many tokens the KV cache inside an ExecuTorch program holds, 1024 by default.
         dequantize: where the model is quantized (GPTQ, FP8, MXFP4), take the values of its codes.
@@ -125,7 +128,7 @@ def export(
         The exporter's report, what ``spinpass.json`` holds (plan, certificates, hashes), and the names of all files.
 
     Raises:
-        ConfigError: a combination that means nothing, a model or text that cannot be read.
+        ConfigError: a combination that means nothing, a device that is not there, a model or text that cannot be read.
         ExportError: the runtime's packages are missing, or the folder cannot be written.
         RefusedError: nothing can be rotated.
         VerificationError: the rotated program, or the file, is not equivalent.
@@ -133,7 +136,7 @@ def export(
     request = ExportRequest(
         str(model), Path(out), config, to, quantize=quantize, calibration=calibration, int4=int4, kv_cache=kv_cache,
         dtype=dtype, cache=cache, context=context, dequantize=dequantize, bits=bits, recipe=recipe,
-        keep=tuple(keep), layers=tuple(layers), compare=compare,
+        keep=tuple(keep), layers=tuple(layers), compare=compare, device=device,
         trust_remote_code=trust_remote_code, last_logits=last_logits, fuse=fuse, certify=certify,
         calibration_windows=calibration_windows, force=force, allow_partial=allow_partial,
     )  # fmt: skip
@@ -158,7 +161,10 @@ def carry_out(request: ExportRequest, steps: Steps) -> tuple[Result, Written]:
     except (MemoryError, OSError, RuntimeError, SpinpassError) as error:
         if not _out_of_memory(error):
             raise
-        raise ExportError(f"this machine's memory is not enough: {_cheaper(request)}") from error
+        whose = (
+            "this machine's memory" if request.device == HOST else f"the memory of this machine or of {request.device}"
+        )
+        raise ExportError(f"{whose} is not enough: {_cheaper(request)}") from error
 
 
 def _told(config: RotationConfig | None) -> str:
@@ -167,7 +173,7 @@ def _told(config: RotationConfig | None) -> str:
         return repr(config)
     held = {name: [given] if isinstance(given, Tensor) else given for name, given in config.matrices.items()}
     digests = {
-        name: [hashlib.sha256(matrix.double().numpy().tobytes()).hexdigest() for matrix in matrices]
+        name: [hashlib.sha256(matrix.double().cpu().numpy().tobytes()).hexdigest() for matrix in matrices]
         for name, matrices in held.items()
     }
     return f"{replace(config, matrices={})!r} {digests}"
@@ -193,6 +199,8 @@ def _of_the_machine(error: BaseException | None) -> bool:
 
 def _cheaper(request: ExportRequest) -> str:
     """What takes less memory than a request."""
+    if request.device != HOST:
+        return f"leave out --device {request.device}, or read a shorter text (--samples 4)"
     scheme = request.scheme
     if scheme is not None and scheme.distill:
         return "leave the training of scales out (--recipe quick), or read a shorter text (--samples 8)"
@@ -250,7 +258,8 @@ class _Run:
         draft: Draft,
     ) -> Made:
         asked, steps = self.request, self.steps
-        result = rotated(loaded.program, config, steps, certify=asked.certify, allow_partial=asked.allow_partial)
+        there = on_device(loaded.program, asked.device)
+        result = rotated(there, config, steps, certify=asked.certify, allow_partial=asked.allow_partial)
         result = replace(result, program=self._kept(result.program))
         if asked.to == "gptq":
             check_rotation(loaded, result)
@@ -258,6 +267,7 @@ class _Run:
             kept = None if work is None else work.of_kind("original" if config is None else "rotated")
             result = quantized(result, loaded, asked.scheme, text, steps, self.windows, kept)
             result = replace(result, program=self._kept(result.program))
+        result = replace(result, program=on_device(result.program, HOST))
         options = {} if asked.kv_cache is None or text is None else {"cache": self._cache_bits(text)}
         result = self._headed(result)
         result = replace(
@@ -313,6 +323,7 @@ class _Run:
             # which training begins with, whether there is to be any
             "scheme": repr(None if asked.scheme is None else replace(asked.scheme, distill=0)),
             "text": "" if text is None else f"{self.windows} of {hashlib.sha256(text.read_bytes()).hexdigest()}",
+            "device": str(asked.device).partition(":")[0],
             "target": f"{asked.to}, {asked.dtype}, {asked.cache}, {asked.context}, {asked.dequantize}",
             "rotation": f"{asked.certify}, {asked.allow_partial}",
             "version": ", ".join(f"{name} {version_of(name)}" for name in ("spinpass", "torch", "transformers")),
@@ -347,7 +358,7 @@ class _Run:
         seed = 0
         while len(token_ids(tokenizer)(found)) < needed:  # a text has other tokens than it was written in
             progress = self.steps.start(f"write text {seed + 1}")
-            rows = own_tokens(program, _ROWS, length, seed=seed, progress=progress)
+            rows = own_tokens(on_device(program, self.request.device), _ROWS, length, seed=seed, progress=progress)
             found += "\n\n".join(tokenizer.batch_decode(rows.tolist(), skip_special_tokens=True)) + "\n\n"
             seed += 1
         return found

@@ -9,6 +9,7 @@ from typing import Literal, get_args
 from spinpass.config import RotationConfig
 from spinpass.errors import ConfigError
 from spinpass.evaluation import CALIBRATION_WINDOWS, SHIPPED_TEXT, check_windows
+from spinpass.graph import HOST, Device, named_device
 from spinpass.loading import check_dtype
 from spinpass.quantization import QuantizationConfig, Weights
 
@@ -50,6 +51,7 @@ class ExportRequest:
     keep: tuple[str, ...] = ()
     layers: tuple[tuple[str, str], ...] = ()
     compare: bool = False
+    device: Device = HOST
     most_windows: int = field(default=CALIBRATION_WINDOWS, init=False)  # where the text holds so many
 
     def __post_init__(self) -> None:
@@ -81,6 +83,7 @@ class ExportRequest:
             if value not in allowed:
                 raise ConfigError(f"{name}={value!r} is not one of {', '.join(map(str, allowed))}")
         check_dtype(self.dtype)
+        object.__setattr__(self, "device", named_device(self.device))
         if self.calibration == "":
             raise ConfigError("--calibration '' names no text: name a file, a dataset or self, or leave it out")
         if self.config is not None and not isinstance(self.config, RotationConfig):

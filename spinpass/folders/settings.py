@@ -28,7 +28,7 @@ def settings_of(
 
     Returns:
         None where settings cannot be written as options: matrices, and overrides for single spaces. Consent to run the
-        code of a model, and to write over files, is not repeated.
+        code of a model, and to write over files, is not repeated, nor is a device, which is of a machine.
     """
     if config is not None and (config.overrides or config.matrices):
         return None

@@ -193,8 +193,8 @@ def _text(companions: Companions | None, rows: int | None, length: int, pad: int
         ids = [token for token in token_ids(tokenizer)(_TEXT) if token != pad]
         if len(set(ids)) >= _PROMPT and (rows is None or max(ids) < rows):
             return (ids * (length // len(ids) + 1))[: length + len(_ROWS)]
-    generator = torch.Generator().manual_seed(0)
-    drawn = torch.randint(0, rows or 2, (2 * (length + len(_ROWS)),), generator=generator).tolist()
+    generator = torch.Generator("cpu").manual_seed(0)
+    drawn = torch.randint(0, rows or 2, (2 * (length + len(_ROWS)),), generator=generator, device="cpu").tolist()
     return [token for token in drawn if token != pad]
 
 

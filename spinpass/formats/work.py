@@ -171,7 +171,7 @@ def _weight(held: Tensor, about: Mapping[str, Any], scheme: Weights) -> Quantize
 def _cut(held: Tensor, entry: Mapping[str, Any]) -> Tensor:
     dtype, count = _DTYPES[entry["dtype"]], math.prod(entry["shape"])
     if not count:
-        return torch.empty(entry["shape"], dtype=dtype)
+        return torch.empty(entry["shape"], dtype=dtype, device="cpu")
     return held[entry["at"] : entry["at"] + count * dtype.itemsize].view(dtype).view(entry["shape"])
 
 

@@ -3,6 +3,7 @@
 from .checks import assume, check_program, is_size_class
 from .concrete import ConcreteSizes, called, drawn
 from .decomposition import decomposed, splice
+from .devices import HOST, Device, device_of, named_device, on_device, placed
 from .editor import ProgramEditor, copied_graph, shares_memory
 from .handles import Handle, materialize, spooled, storage_key, values_of
 from .invariants import Changes, Invariants
@@ -31,12 +32,14 @@ from .nodes import (
     value,
 )
 from .signature import integers_as_buffers, integers_as_parameters, with_constants, with_other_values, without_constants
-from .sources import ConstantSource, Held, Rows, row_blocks
+from .sources import ConstantSource, Held, Rows, moved, row_blocks
 
 __all__ = [
+    "HOST",
     "Changes",
     "ConcreteSizes",
     "ConstantSource",
+    "Device",
     "Handle",
     "Held",
     "Invariants",
@@ -51,6 +54,7 @@ __all__ = [
     "check_program",
     "copied_graph",
     "decomposed",
+    "device_of",
     "differing",
     "drawn",
     "elements",
@@ -69,8 +73,12 @@ __all__ = [
     "lifted",
     "listing",
     "materialize",
+    "moved",
     "mutates",
+    "named_device",
+    "on_device",
     "op_name",
+    "placed",
     "reachable",
     "remembered",
     "row_blocks",

@@ -9,6 +9,7 @@ import torch
 from torch import SymBool, SymFloat, SymInt, Tensor
 from torch.fx import Node
 
+from .devices import HOST, placed
 from .editor import ProgramEditor
 from .nodes import value
 
@@ -66,17 +67,17 @@ def _within(bounds: Any, wanted: int) -> int:
 def drawn(editor: ProgramEditor, node: Node, sizes: Sequence[int], generator: torch.Generator) -> Tensor:
     """Return a value for a tensor of the graph: a constant of integers or booleans, of a size that is known without a
     run, is the program's own, others are 0 and 1, which is an index of every axis; floats are normal, in float64 or
-    complex128."""
+    complex128. It is on the CPU, as is all that is run by itself."""
     val = value(node)
     if val.is_floating_point() or val.is_complex():
         kind = torch.complex128 if val.is_complex() else torch.float64
-        return torch.randn(list(sizes), generator=generator, dtype=kind)
+        return torch.randn(list(sizes), generator=generator, dtype=kind, device="cpu")
     if editor.is_computable(node):
-        return editor.deferred(node)()
-    return torch.randint(0, 2, list(sizes), generator=generator).to(val.dtype)
+        return editor.deferred(node)().cpu()
+    return torch.randint(0, 2, list(sizes), generator=generator, device="cpu").to(val.dtype)
 
 
 def called(node: Node, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
-    """Run what a node calls on other arguments, without gradients."""
+    """Run what a node calls on other arguments, without gradients and on the CPU, whatever device it names."""
     with torch.no_grad():
-        return node.target(*arguments, **keywords)  # type: ignore[operator]
+        return node.target(*placed(arguments, HOST), **placed(keywords, HOST))  # type: ignore[operator]

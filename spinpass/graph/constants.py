@@ -89,7 +89,7 @@ class Constants:
             if spec.target in updated:
                 continue
             if _is_index(tensor):
-                node.meta[KNOWN] = tensor
+                node.meta[KNOWN] = tensor.cpu()  # the analysis is on the host
             first = stored.setdefault(storage_key(tensor), node)
             if first is not node:
                 self._aliases[node] = first

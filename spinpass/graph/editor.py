@@ -261,8 +261,8 @@ class ProgramEditor:
             else self.graph.inserting_before(first)
         ):
             node = self.graph.placeholder("p_" + fqn.replace(".", "_"))
-        with self.fake_mode() as mode:
-            node.meta["val"] = fake_parameter(mode, tensor)
+        with self.fake_mode():
+            node.meta["val"] = fake_parameter(tensor)
         self.inputs.insert(at, InputSpec(InputKind.PARAMETER, TensorArgument(name=node.name), fqn))
         self._constants.add(node, fqn, tensor, [queued(step, self.under_way) for step in steps])
         return node

@@ -23,7 +23,7 @@ from spinpass.errors import ProgramError
 
 from .folding import QueuedStep
 from .signature import with_other_values
-from .sources import EVERY_ROW, LARGE, ConstantSource, FoldedSource, Held, Rows, Spooled, Wide, row_blocks
+from .sources import EVERY_ROW, LARGE, ConstantSource, FoldedSource, Held, Rows, Spooled, Wide, moved, row_blocks
 
 
 class Handle(Tensor):
@@ -170,14 +170,10 @@ def values_of(tensor: Tensor) -> Tensor:
     return held.read() if isinstance(held, Handle) else held
 
 
-def fake_parameter(mode: Any, tensor: Tensor) -> Tensor:
-    """Return the fake value, under a mode of fake tensors, of a parameter that holds a tensor or handle."""
-    if isinstance(tensor, Handle):
-        return torch.nn.Parameter(
-            torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device), requires_grad=False
-        )
-    found: Tensor = mode.from_tensor(torch.nn.Parameter(tensor, requires_grad=False), static_shapes=True)
-    return found
+def fake_parameter(tensor: Tensor) -> Tensor:
+    """Return the fake value of a parameter that holds a tensor or handle. A mode of fake tensors is on."""
+    empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+    return torch.nn.Parameter(empty, requires_grad=False)
 
 
 def storage_key(tensor: Tensor) -> tuple[Any, ...]:
@@ -193,15 +189,17 @@ def storage_key(tensor: Tensor) -> tuple[Any, ...]:
 def spooled(program: ExportedProgram, folder: Path, most: int) -> ExportedProgram:
     """Return the program with every handle's values kept in files of ``folder`` once they have been read.
 
-    At most so many bytes are kept; handles beyond them are read as before. Constants that are tied stay tied.
+    At most so many bytes are kept; handles beyond them are read as before. Constants that are tied stay tied, and each
+    is on the device that it was on.
     """
     made: dict[tuple[Any, ...], Handle] = {}
     for tensor in program.state_dict.values():
-        if isinstance(tensor, Handle) and storage_key(tensor) not in made and tensor.device.type == "cpu":
-            if isinstance(tensor.source, (Held, Spooled)) or tensor.nbytes > most:
+        if isinstance(tensor, Handle) and storage_key(tensor) not in made:
+            source = moved(tensor.source, torch.device("cpu"))
+            if isinstance(source, (Held, Spooled)) or tensor.nbytes > most:
                 continue
             most -= tensor.nbytes
-            made[storage_key(tensor)] = Handle(Spooled(tensor.source, folder), tensor.turned)
+            made[storage_key(tensor)] = Handle(moved(Spooled(source, folder), tensor.device), tensor.turned)
     values = {name: made.get(storage_key(tensor)) for name, tensor in program.state_dict.items()}
     return with_other_values(program, {name: value for name, value in values.items() if value is not None})
 

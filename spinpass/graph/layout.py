@@ -42,7 +42,7 @@ class Layout:
     @staticmethod
     def full(dim: int, size: int) -> Layout:
         """Return the layout in which the whole axis ``dim``, of length ``size``, is one vector of the space."""
-        return Layout((dim,), (size,), torch.arange(size).view(1, size))
+        return Layout((dim,), (size,), torch.arange(size, device="cpu").view(1, size))
 
     @property
     def count(self) -> int:
@@ -68,7 +68,7 @@ class Layout:
         return (
             len(self.dims) == 1
             and self.blocks.numel() == self.sizes[0]
-            and bool(torch.equal(self.blocks.flatten(), torch.arange(self.sizes[0])))
+            and bool(torch.equal(self.blocks.flatten(), torch.arange(self.sizes[0], device="cpu")))
         )
 
     def __eq__(self, other: object) -> bool:
@@ -142,11 +142,13 @@ class Layout:
         if dim not in self.dims:
             return self
         position = self.coordinate(dim)
-        count = torch.zeros(self._size(dim), dtype=torch.long).scatter_add_(0, index, torch.ones_like(index))
+        count = torch.zeros(self._size(dim), dtype=torch.long, device="cpu").scatter_add_(
+            0, index, torch.ones_like(index)
+        )
         if bool((count > 1).any()):
             raise LayoutError("a selection repeats elements of the axis")
-        inverse = torch.full((self._size(dim),), -1)
-        inverse[index] = torch.arange(index.numel())
+        inverse = torch.full((self._size(dim),), -1, device="cpu")
+        inverse[index] = torch.arange(index.numel(), device="cpu")
         found = inverse[position]
         kept, touched = (found >= 0).all(1), (found >= 0).any(1)
         if bool((kept != touched).any()):
@@ -217,7 +219,8 @@ class Layout:
         tail = tuple(range(-len(self.dims), 0))
         moved = tensor.movedim(self.dims, tail)
         flat = moved.reshape(*moved.shape[: moved.ndim - len(self.dims)], math.prod(self.sizes)).clone()
-        flat[..., self.blocks] = function(flat[..., self.blocks], -1)
+        blocks = self.blocks.to(flat.device)
+        flat[..., blocks] = function(flat[..., blocks], -1)
         return flat.reshape(moved.shape).movedim(tail, self.dims)
 
     # -- helpers ------------------------------------------------------------------------------------------------------
@@ -240,7 +243,7 @@ class Layout:
         dims = tuple(sorted({*self.dims, *extra}))
         sizes = tuple(extra[d] if d in extra else self._size(d) for d in dims)
         repeats = math.prod(extra.values())
-        grid = torch.arange(repeats)
+        grid = torch.arange(repeats, device="cpu")
         coordinates, stride = [], repeats
         for d in dims:
             if d in extra:
@@ -278,7 +281,8 @@ def _make(dims: tuple[int, ...], sizes: tuple[int, ...], blocks: Tensor) -> Layo
         order = torch.argsort(position[:, 0] * math.prod(sizes) + rest[:, 0])
         by_position = rest[order].view(size, -1, blocks.shape[1])
         if not torch.equal(
-            torch.sort(position[:, 0]).values, torch.arange(size).repeat_interleave(blocks.shape[0] // size)
+            torch.sort(position[:, 0]).values,
+            torch.arange(size, device="cpu").repeat_interleave(blocks.shape[0] // size),
         ):
             continue
         if torch.equal(by_position, by_position[:1].expand_as(by_position)):

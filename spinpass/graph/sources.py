@@ -111,6 +111,40 @@ class FoldedSource(_Derived):
         return folded_float64(self.source.read(EVERY_ROW), self.steps)[rows]
 
 
+@dataclass(frozen=True, eq=False)
+class Moved(_Derived):
+    """Another source, read where it is and moved to a device."""
+
+    source: ConstantSource
+    target: torch.device
+
+    @property
+    def device(self) -> torch.device:
+        """That which is moved to."""
+        return self.target
+
+    def read(self, rows: Rows) -> Tensor:
+        """Return the rows on the device; see :class:`ConstantSource`."""
+        return self.source.read(_at(rows, self.source.device)).to(self.target)
+
+    def exact(self, rows: Rows) -> Tensor:
+        """Return the rows in float64 on the device; see :class:`ConstantSource`."""
+        return self.source.exact(_at(rows, self.source.device)).to(self.target)
+
+
+def moved(source: ConstantSource, device: torch.device) -> ConstantSource:
+    """Return a source of the same values on a device."""
+    if source.device == device:
+        return source
+    if isinstance(source, Moved):
+        return moved(source.source, device)
+    return Moved(source, device)
+
+
+def _at(rows: Rows, device: torch.device) -> Rows:
+    return rows.to(device) if isinstance(rows, Tensor) else rows
+
+
 @dataclass(eq=False)
 class Spooled(_Derived):
     """Another source, computed once: what is read first is kept in a file without a name, and read from it later.

@@ -78,7 +78,7 @@ def traced_program(model: Any, inputs: dict[str, Any]) -> ExportedProgram:
 def sample_ids(model: Any) -> Tensor:
     """Return token ids to trace with, int64 (2, 16)."""
     tokens: int = model.get_input_embeddings().num_embeddings
-    return torch.arange(_SAMPLE[0] * _SAMPLE[1]).reshape(_SAMPLE) % tokens
+    return torch.arange(_SAMPLE[0] * _SAMPLE[1], device="cpu").reshape(_SAMPLE) % tokens
 
 
 def _whole(value: Any) -> Any:

@@ -92,9 +92,9 @@ def reads_padding(model: Any, program: ExportedProgram) -> bool:
     try:
         alone = read_in_pieces(program, ids, torch.split(text, size, 1)).float()
         for start in (0, text.shape[1] - _LAST):
-            seen = torch.ones(length, dtype=torch.int64)
+            seen = torch.ones(length, dtype=torch.int64, device="cpu")
             seen[start : start + _PADDING] = 0
-            padded = torch.zeros(1, length, dtype=text.dtype)
+            padded = torch.zeros(1, length, dtype=text.dtype, device="cpu")
             padded[:, seen.bool()] = text
             found = read_in_pieces(program, ids, torch.split(padded, size, 1), seen)[:, seen.bool()].float()
             # a token that sees nothing is no number here, and one in a file
@@ -128,8 +128,8 @@ def _text(model: Any, least: int) -> Tensor:
     most = getattr(config, "max_position_embeddings", None) or LONGEST_TEXT
     wanted = max([least, *(limit + 2 * _LAST for limit in text_limits(config) if limit + 2 * _LAST <= LONGEST_TEXT)])
     rows = model.get_input_embeddings().num_embeddings
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, rows, (1, max(_LAST + 1, min(wanted, most))), generator=generator)
+    generator = torch.Generator("cpu").manual_seed(0)
+    return torch.randint(0, rows, (1, max(_LAST + 1, min(wanted, most))), generator=generator, device="cpu")
 
 
 def _token_ids(program: ExportedProgram, name: str) -> UserInput:

@@ -19,7 +19,7 @@ from torch.export import ExportedProgram
 
 from spinpass.errors import ConfigError, ExportError, SpinpassError
 from spinpass.formats import load_program, staged
-from spinpass.graph import materialize
+from spinpass.graph import HOST, Device, materialize, named_device, on_device
 from spinpass.record import Record
 
 from .architecture import TRUST, causal_classes, check_adapters, check_architecture
@@ -115,6 +115,7 @@ def load_model(
     trust_remote_code: bool = False,
     experts: str | None = None,
     streamed: bool = False,
+    device: Device = HOST,
     progress: Callable[[str], None] | None = None,
 ) -> LoadedModel:
     """Load and export ``model``. A ``.pt2`` file is taken as it is.
@@ -133,22 +134,25 @@ def load_model(
             models that have but one.
         streamed: leave large weights of a folder or a GGUF file where they are: the program's constants are read when
             they are used (:class:`spinpass.graph.Handle`). Small models are loaded all the same.
+        device: where the program is to compute: ``cpu``, ``cuda`` or ``cuda:N``. It is loaded and exported on the CPU,
+            and moved then.
         progress: it is called with the name of each step before it starts.
 
     Raises:
-        ConfigError: there is no such file or folder, or no model in it; the dtype is unknown; the context does not fit;
-            weights are quantized and may not be dequantized.
+        ConfigError: there is no such device; there is no such file or folder, or no model in it; the dtype is unknown;
+            the context does not fit; weights are quantized and may not be dequantized.
         ExportError: transformers is missing, cannot load the model, or cannot export it; or what would be loaded is not
             what was saved: another class, tensors missing or of another shape, an adapter, codes without their scales,
             a weight that is not finite.
     """
+    there = named_device(device)
     source = locate(model)
     check_dtype(dtype)
     report = progress or (lambda step: None)
     report("load")
     if source.kind == "program":
         program, files = load_program(source.location), check_program_file(Path(source.location))
-        return LoadedModel(source, program, None, LoadingReport(notes=files.notes), files)
+        return LoadedModel(source, on_device(program, there), None, LoadingReport(notes=files.notes), files)
     with quietly():
         given, tokenizer, done, files = _load(source, _DTYPES[dtype], dequantize, trust_remote_code, streamed)
         loaded = given.traced if isinstance(given, Streamed) else given
@@ -173,7 +177,7 @@ def load_model(
     if declared is not None:
         told = f"its weights are rotated already, as it declares: {len(declared.rotations)} spaces"
         done = replace(done, notes=(*done.notes, told))
-    return LoadedModel(source, program, beside, done, files, padding, papers, declared)
+    return LoadedModel(source, on_device(program, there), beside, done, files, padding, papers, declared)
 
 
 def check_dtype(dtype: str) -> None:

@@ -32,7 +32,9 @@ def reloaded_logits(folder: str | Path, ids: Sequence[int]) -> Tensor:
     if wrong:
         raise VerificationError(f"transformers does not load what was written as it is; {'; '.join(wrong)}")
     with torch.no_grad():
-        found: Tensor = model.eval()(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0].float()
+        found: Tensor = (
+            model.eval()(input_ids=torch.tensor([list(ids)], device="cpu"), use_cache=False).logits[0].float()
+        )
     return found
 
 

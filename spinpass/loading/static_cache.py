@@ -40,7 +40,10 @@ def export_static_cache(model: Any, context: int) -> ExportedProgram:
     finally:
         model.generation_config = own
     tokens = Dim("tokens", min=1, max=context)
-    inputs = {"input_ids": torch.arange(_SAMPLE)[None], "cache_position": torch.arange(_SAMPLE)}
+    inputs = {
+        "input_ids": torch.arange(_SAMPLE, device="cpu")[None],
+        "cache_position": torch.arange(_SAMPLE, device="cpu"),
+    }
     with torch.no_grad():
         return torch.export.export(
             module, (), inputs, dynamic_shapes={"input_ids": {1: tokens}, "cache_position": {0: tokens}}, strict=False

@@ -96,7 +96,7 @@ def _signs(
         return None
     key = f"signs {value(node).dtype} {layout.count}"  # one space may have values of several types and head counts
     if key not in stored:
-        tensor = signs.to(value(node).dtype).repeat(layout.count)
+        tensor = signs.to(value(node).device, value(node).dtype).repeat(layout.count)
         stored[key] = editor.add_constant(f"spinpass.{_identifier(origin)}.signs", tensor)
     return stored[key]
 
@@ -113,7 +113,7 @@ def _dense(
     """x -> x·Q:  insert a rotation without structure, or its inverse, block by block along the last axis."""
     key = f"matrix {value(node).dtype}"
     if key not in stored:
-        matrix = rotation.matrix()[: rotation.order, : rotation.order].contiguous()
+        matrix = rotation.matrix()[: rotation.order, : rotation.order].contiguous().to(value(node).device)
         stored[key] = editor.add_constant(
             f"spinpass.{_identifier(origin)}.matrix", matrix.to(value(node).dtype), steps=[lambda _: matrix]
         )

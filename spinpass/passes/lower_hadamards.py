@@ -86,7 +86,8 @@ def _lowered(editor: ProgramEditor, node: Node, factors: dict[tuple[int, bool, t
     if size != order:
         chain.split(size // order, order)
     orders = hadamard.kronecker_factors(order)
-    _multiply(chain, [(f, _weight(editor, factors, f, transpose, compute)) for f in reversed(orders)])
+    device = value(x).device
+    _multiply(chain, [(f, _weight(editor, factors, f, transpose, compute, device)) for f in reversed(orders)])
     if size != order:
         chain.join()
     if dtype != compute:
@@ -119,6 +120,7 @@ def _weight(
     order: int,
     transpose: bool,
     dtype: torch.dtype,
+    device: torch.device,
 ) -> Node:
     """Return the weight of an ``aten::linear`` that multiplies by ``F/√f``, which is its transpose.
 
@@ -127,7 +129,7 @@ def _weight(
     matrix = hadamard.matrix(order)
     transpose = transpose and not torch.equal(matrix, matrix.t())
     if (order, transpose, dtype) not in factors:
-        weight = ((matrix if transpose else matrix.t()) / math.sqrt(order)).to(dtype).contiguous()
+        weight = ((matrix if transpose else matrix.t()) / math.sqrt(order)).to(device, dtype).contiguous()
         name = f"{_PACKAGE}.{order}{'_transposed' if transpose else ''}_{str(dtype).removeprefix('torch.')}"
         factors[order, transpose, dtype] = editor.add_constant(name, weight)
     return factors[order, transpose, dtype]

@@ -69,7 +69,7 @@ class _Values:
         if not isinstance(val, Tensor):
             return self._sizes.of(val)
         here = self._nodes.get(node.name, node)
-        generator = torch.Generator().manual_seed(crc32(node.name.encode()))
+        generator = torch.Generator("cpu").manual_seed(crc32(node.name.encode()))
         return drawn(self._editor, here, self._sizes.shape(node), generator).to(val.dtype)
 
 

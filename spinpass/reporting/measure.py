@@ -24,6 +24,7 @@ from spinpass.evaluation import (
     read_text,
     token_ids,
 )
+from spinpass.graph import HOST, Device, named_device
 from spinpass.loading import check_program_options, locate
 from spinpass.planning import RotationPlan
 from spinpass.progress import Steps
@@ -38,7 +39,7 @@ class ReportRequest:
     """Which model is run on which text, and quantized by which schemes.
 
     Calibration windows come from ``calibration``, or from the same text, between those that are scored. Raises
-    ConfigError: a scheme cannot be read or is named twice, or a text cannot be read.
+    ConfigError: a scheme cannot be read or is named twice, there is no such device, or a text cannot be read.
     """
 
     model: str
@@ -50,8 +51,10 @@ class ReportRequest:
     tokenizer: str = ""
     dequantize: bool = False
     trust_remote_code: bool = False
+    device: Device = HOST
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "device", named_device(self.device))
         for scheme in self.schemes:
             QuantizationConfig.parse(scheme)
             if self.schemes.count(scheme) > 1:
@@ -83,6 +86,7 @@ class ReportRequest:
             steps.begin,
             dequantize=self.dequantize,
             trust_remote_code=self.trust_remote_code,
+            device=self.device,
         )
         assert opened.program is not None, "an exported model is refused before"
         return opened.program

@@ -68,10 +68,10 @@ class Accumulator:
 
     def __init__(self, channels: int) -> None:
         self._vectors, self._finite, self._ratios = 0, 0, 0.0
-        self._peaks = torch.zeros(channels)
+        self._peaks = torch.zeros(channels, device="cpu")
         self._ratio = math.nan
         self._moments = CentralMoments()
-        self._surface, self._surface_vectors = torch.zeros(0, channels), 0
+        self._surface, self._surface_vectors = torch.zeros(0, channels, device="cpu"), 0
 
     def update(self, values: Tensor) -> None:
         """Take ``values``, float (..., channels), which are read and not kept."""
@@ -80,9 +80,9 @@ class Accumulator:
             return
         size = x.abs()
         if not self._vectors:
-            self._surface, self._surface_vectors = pooled(size), len(size)
+            self._surface, self._surface_vectors = pooled(size).cpu(), len(size)
         self._vectors += len(x)
-        self._peaks = torch.maximum(self._peaks, size.amax(0))
+        self._peaks = torch.maximum(self._peaks, size.amax(0).cpu())
         self._add_ratios(size.sort(-1).values)
         self._moments = self._moments.merged(CentralMoments.of(x))
 

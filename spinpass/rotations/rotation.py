@@ -152,7 +152,7 @@ class Rotation:
 
     def matrix(self, dtype: torch.dtype = torch.float64) -> Tensor:
         """R as a dense matrix (size, size). Prefer :meth:`apply`, which does not form it, where that will do."""
-        return self.apply(torch.eye(self.size, dtype=torch.float64)).to(dtype)
+        return self.apply(torch.eye(self.size, dtype=torch.float64, device="cpu")).to(dtype)
 
     def apply(self, x: Tensor, dim: int = -1, *, inverse: bool = False, compute: torch.dtype | None = None) -> Tensor:
         """``x R`` along axis ``dim`` of ``x``, or ``x Rᵀ``.
@@ -251,7 +251,7 @@ def _random_bytes(count: int, seed: int, identity: str) -> bytearray:
 
 
 def _non_orthogonality(matrix: Tensor) -> float:
-    return float((matrix @ matrix.t() - torch.eye(len(matrix), dtype=matrix.dtype)).abs().max())
+    return float((matrix @ matrix.t() - torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)).abs().max())
 
 
 def _nearest_orthogonal(matrix: Tensor) -> Tensor:

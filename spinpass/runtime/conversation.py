@@ -77,7 +77,7 @@ class Conversation:
         self.read = reading.ids.shape[1]
         self.turns = turns
         pieces, said = StopText(Pieces(tokenizer), self._stop), list[str]()
-        prompt, ends = torch.tensor([ids[self.read :]], dtype=torch.int64), self._decoder.end_tokens
+        prompt, ends = torch.tensor([ids[self.read :]], dtype=torch.int64, device="cpu"), self._decoder.end_tokens
         try:
             for token in decoding.new_tokens(
                 self._decoder.graph, prompt, self._limit, self._sampling, ends, reading=reading
@@ -99,7 +99,7 @@ class Conversation:
         """Keep of the cache what the tokens begin with, but for the last of them, which is read in any case."""
         graph: Any = self._decoder.graph
         reading = self._reading
-        if reading is None or not reading.go_back(graph, torch.tensor([ids])):
+        if reading is None or not reading.go_back(graph, torch.tensor([ids], device="cpu")):
             reading = self._reading = decoding.Reading.begun(graph, 1)
         return reading
 

@@ -181,4 +181,4 @@ def _tensor(ids: Sequence[int]) -> Tensor:
     """The tokens as int64 (1, length). Raises ConfigError where there are none."""
     if not len(ids):
         raise ConfigError("there are no tokens to start from: give at least one")
-    return torch.tensor([list(ids)], dtype=torch.int64)
+    return torch.tensor([list(ids)], dtype=torch.int64, device="cpu")

@@ -50,7 +50,11 @@ class Reading:
     @staticmethod
     def begun(graph: Graph, batch: int) -> Reading:
         """Nothing of so many sequences."""
-        return Reading(graph.start(batch), torch.zeros(batch, 0, dtype=torch.int64), torch.ones(batch, 0).bool())
+        return Reading(
+            graph.start(batch),
+            torch.zeros(batch, 0, dtype=torch.int64, device="cpu"),
+            torch.ones(batch, 0, device="cpu").bool(),
+        )
 
     def read(self, graph: Graph, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         """Read these as well. Returns the logits behind the last, float32 (batch, vocabulary)."""
@@ -111,10 +115,10 @@ def new_tokens(
     Raises:
         ConfigError: no token is left to choose.
     """
-    generator = torch.Generator().manual_seed(sampling.seed)
+    generator = torch.Generator("cpu").manual_seed(sampling.seed)
     reading = Reading.begun(graph, len(ids)) if reading is None else reading
-    done = torch.zeros(len(ids), dtype=torch.bool)
-    ends = torch.tensor(sorted(stop), dtype=torch.int64)
+    done = torch.zeros(len(ids), dtype=torch.bool, device="cpu")
+    ends = torch.tensor(sorted(stop), dtype=torch.int64, device="cpu")
     # GroupQueryAttention takes several tokens on top of a cache for one sequence only
     size = PROMPT_CHUNK if len(ids) == 1 else 1 if reading.ids.numel() else ids.shape[1]
     for start in range(0, ids.shape[1], size):

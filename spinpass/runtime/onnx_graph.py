@@ -161,8 +161,10 @@ class DecoderGraph:
         from .onnx_session import to_ort
 
         empty = {slot.name: tuple(batch if size == -1 else size for size in slot.empty) for slot in self.cache}
-        nothing = torch.ones(batch, 0, dtype=torch.int64)
-        return State(nothing, {s.name: to_ort(torch.zeros(empty[s.name], dtype=s.dtype)) for s in self.cache})
+        nothing = torch.ones(batch, 0, dtype=torch.int64, device="cpu")
+        return State(
+            nothing, {s.name: to_ort(torch.zeros(empty[s.name], dtype=s.dtype, device="cpu")) for s in self.cache}
+        )
 
     @property
     def takes_padding(self) -> bool:
@@ -195,7 +197,7 @@ class DecoderGraph:
         given = {
             self.ids: ids,
             "position_ids": (state.mask.cumsum(1) - 1).clamp(min=0)[:, start:],
-            "cache_position": torch.arange(start, state.mask.shape[1]),
+            "cache_position": torch.arange(start, state.mask.shape[1], device="cpu"),
             "attention_mask": state.mask,
         }
         feed = {name: to_ort(given[name].to(dtype)) for name, dtype in self.plain.items()}
@@ -225,7 +227,7 @@ class DecoderGraph:
             if room >= needed:
                 continue
             shape[slot.axis] = max(needed, 2 * room, _ROOM)
-            longer = torch.zeros(shape, dtype=slot.dtype)
+            longer = torch.zeros(shape, dtype=slot.dtype, device="cpu")
             before = from_ort(state.cache[slot.name])
             longer.narrow(slot.axis, 0, known).copy_(before.narrow(slot.axis, 0, known))
             state.cache[slot.name] = to_ort(longer)

@@ -149,4 +149,8 @@ def from_ort(value: ort.OrtValue) -> Tensor:
         return torch.from_numpy(value.numpy())
     raw = bytearray(ctypes.string_at(value.data_ptr(), value.tensor_size_in_bytes()))
     shape = value.shape()
-    return torch.frombuffer(raw, dtype=torch.bfloat16).view(shape) if raw else torch.empty(shape, dtype=torch.bfloat16)
+    return (
+        torch.frombuffer(raw, dtype=torch.bfloat16).view(shape)
+        if raw
+        else torch.empty(shape, dtype=torch.bfloat16, device="cpu")
+    )

@@ -77,14 +77,17 @@ class _OpenVINOGraph:
         return _OpenVINOGraph(model, ids[0], logits, cache, shapes[ids[0]][-1] == 1)
 
     def start(self, batch: int) -> _State:
-        return _State(torch.ones(batch, 0, dtype=torch.int64), {name: self._empty(name, batch) for name in self.cache})
+        return _State(
+            torch.ones(batch, 0, dtype=torch.int64, device="cpu"),
+            {name: self._empty(name, batch) for name in self.cache},
+        )
 
     def _empty(self, name: str, batch: int) -> Tensor:
         """The cache without tokens: its first axis, if dynamic, is the batch, and others that are have the length."""
         at = self.model.inputs.index(name)
         dynamic = [batch, *[0] * len(self.model.shapes[at])]
         sizes = [free if size is None else size for size, free in zip(self.model.shapes[at], dynamic, strict=False)]
-        return torch.zeros(sizes, dtype=self.model.dtypes[at])
+        return torch.zeros(sizes, dtype=self.model.dtypes[at], device="cpu")
 
     def step(self, ids: Tensor, state: _State, mask: Tensor | None = None) -> Tensor:
         marks = torch.ones_like(ids) if mask is None else mask
@@ -96,7 +99,7 @@ class _OpenVINOGraph:
         given = state.cache | {
             self.ids: ids,
             "position_ids": (state.mask.cumsum(1) - 1).clamp(min=0)[:, start:],
-            "cache_position": torch.arange(start, state.mask.shape[1]),
+            "cache_position": torch.arange(start, state.mask.shape[1], device="cpu"),
             "attention_mask": state.mask,
         }
         fed = [given[name].to(dtype) for name, dtype in zip(self.model.inputs, self.model.dtypes, strict=True)]

@@ -106,7 +106,7 @@ def generate_openvino(
     """
     if not ids or max_new_tokens < 1:
         raise ConfigError(f"there are {len(ids)} tokens to start from and {max_new_tokens} to make: give at least one")
-    cache = [torch.zeros(_empty(shape)) for shape in model.shapes if len(shape) >= 3]
+    cache = [torch.zeros(_empty(shape), device="cpu") for shape in model.shapes if len(shape) >= 3]
     if not cache or any(t.numel() for t in cache) or len(cache) + 1 != len(model.outputs):
         raise ConfigError(
             f"a model that takes {', '.join(model.inputs)} and returns {', '.join(model.outputs)} cannot generate: "
@@ -115,15 +115,15 @@ def generate_openvino(
     tokens: list[int] = []
     given, length = list(ids), len(ids)
     while True:
-        positions = torch.arange(length - len(given), length)
+        positions = torch.arange(length - len(given), length, device="cpu")
         known = {
             "position_ids": positions[None],
             "cache_position": positions,
-            "attention_mask": torch.ones(1, length).long(),
+            "attention_mask": torch.ones(1, length, device="cpu").long(),
         }
         rest = iter(cache)
         fed = [
-            next(rest) if len(shape) >= 3 else known.get(name, torch.tensor([given]))
+            next(rest) if len(shape) >= 3 else known.get(name, torch.tensor([given], device="cpu"))
             for name, shape in zip(model.inputs, model.shapes)
         ]
         logits, *cache = model.run(fed)

@@ -194,7 +194,7 @@ class OrtModel:
         if streamer is not None and len(ids) > 1:
             raise ConfigError(f"a streamer takes one sequence, not {len(ids)}")
         pad = search.pad if search.pad is not None else min(search.ends, default=0)
-        new = torch.full((len(ids), search.limit), pad, dtype=ids.dtype)
+        new = torch.full((len(ids), search.limit), pad, dtype=ids.dtype, device="cpu")
         ended = self._ended(search, tokenizer)
         if streamer is not None:
             streamer.put(ids)
@@ -229,7 +229,9 @@ class OrtModel:
             ConfigError: as :meth:`generate`.
             ExportError: the folder has no tokenizer.
         """
-        ids, _ = _checked(torch.tensor([self.tokenizer(text)["input_ids"]], dtype=torch.int64), None, None)
+        ids, _ = _checked(
+            torch.tensor([self.tokenizer(text)["input_ids"]], dtype=torch.int64, device="cpu"), None, None
+        )
         search = self._search({**options}, generation_config, ids.shape[1], ids.shape[1])
         if search.copies > 1:
             raise ConfigError(f"num_return_sequences {search.copies}: one text is streamed at a time")
@@ -282,7 +284,7 @@ class OrtModel:
             return None
 
         def ended(ids: Tensor) -> Tensor:
-            found = [torch.as_tensor(each(ids, None)).bool().expand(len(ids)) for each in criteria]
+            found = [torch.as_tensor(each(ids, None), device="cpu").bool().expand(len(ids)) for each in criteria]
             return torch.stack(found).any(0)
 
         return ended
@@ -296,7 +298,7 @@ class OrtModel:
         for group in [sorted(lengths)] if together else [[length] for length in sorted(lengths)]:
             rows = [i for i, (start, stop) in enumerate(spans) if stop - start in group]
             longest = group[-1]
-            prompt = torch.full((len(rows), longest), pad, dtype=torch.int64)
+            prompt = torch.full((len(rows), longest), pad, dtype=torch.int64, device="cpu")
             mask = torch.zeros_like(prompt)
             for at, row in enumerate(rows):
                 start, stop = spans[row]

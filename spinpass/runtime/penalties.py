@@ -83,8 +83,8 @@ class Penalties:
         if self.bad_words:
             scores = _no_bad_word(scores, said, self.bad_words)
         if said.chosen < self.min_new_tokens and said.ends:
-            tokens = torch.arange(scores.shape[1])
-            scores = scores.masked_fill(torch.isin(tokens, torch.tensor(sorted(said.ends))), -torch.inf)
+            tokens = torch.arange(scores.shape[1], device="cpu")
+            scores = scores.masked_fill(torch.isin(tokens, torch.tensor(sorted(said.ends), device="cpu")), -torch.inf)
         for process in self.processors:
             scores = process(said.ids, scores)
         return scores
@@ -121,6 +121,8 @@ def _no_bad_word(scores: Tensor, said: Said, words: Collection[tuple[int, ...]])
         if len(prefix) > said.ids.shape[1] or (not prefix and last in said.ends):
             continue
         begun = said.ids.shape[1] - len(prefix)
-        there = (said.ids[:, begun:] == torch.tensor(prefix, dtype=torch.int64)).all(1) & said.real[:, begun:].all(1)
+        there = (said.ids[:, begun:] == torch.tensor(prefix, dtype=torch.int64, device="cpu")).all(1) & said.real[
+            :, begun:
+        ].all(1)
         banned[:, last] |= there
     return scores.masked_fill(banned, -torch.inf)

@@ -77,7 +77,7 @@ class _PteGraph:
                 f"{stop} tokens do not fit into the cache of {self.context}: shorten the text, or export with a longer "
                 "context"
             )
-        logits: Tensor = self.method.run([ids, torch.arange(state.length, stop)])[0]
+        logits: Tensor = self.method.run([ids, torch.arange(state.length, stop, device="cpu")])[0]
         state.length = stop
         return logits
 

@@ -132,8 +132,8 @@ def _stepped(graph: Graph, turns: _Turns, new: int) -> _Answer:
 
 def _left_padded(rows: list[list[int]]) -> tuple[Tensor, Tensor | None]:
     longest = max(map(len, rows))
-    ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
-    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+    ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows], device="cpu")
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device="cpu")
     return ids, None if bool(mask.all()) else mask
 
 

@@ -25,6 +25,7 @@ _VALUES = {
     "form": ("FORM", "place of R1: auto, offline (in the residual stream) or online (at the linear layers' inputs)"),
     "cache": ("CACHE", "let the KV cache be stored rotated, or leave out the rotations that need it: rotated or plain"),
     "dtype": ("DTYPE", "dtype of the weights: float32, float16, bfloat16, or auto for the one they are stored in"),
+    "device": ("DEVICE", "where weights are folded, rounded and run: cpu, cuda, or one of several, cuda:1"),
     "quantize": ("SCHEME", "scheme to quantize by in place of a recipe, for example w4g128-gptq-a8-head8"),
     "bits": ("N", "bits of the weights, by a recipe: 16, 8, 4, 3 or 2; 4 by default"),
     "recipe": ("NAME", "auto, the best measured, quick, on less text, or plain, to nearest unrotated"),

@@ -93,8 +93,8 @@ class SpotCheck:
         """x -> x (I − 2 a aᵀ)(I − 2 b bᵀ):  an orthogonal matrix without symmetry, at the cost of two products."""
         size = vectors.shape[dim]
         if size not in self._directions:
-            generator = torch.Generator().manual_seed(size)
-            a, b = torch.randn(2, size, generator=generator, dtype=torch.float64)
+            generator = torch.Generator("cpu").manual_seed(size)
+            a, b = torch.randn(2, size, generator=generator, dtype=torch.float64, device="cpu")
             self._directions[size] = (a / a.norm(), b / b.norm())
         moved = vectors.movedim(dim, -1)
         for direction in self._directions[size]:
@@ -224,7 +224,7 @@ class _Trial:
     def __init__(self, local: _Local, node: Node, rotated: Callable[[Tensor, int], Tensor]) -> None:
         self.local, self.node, self.rotated = local, node, rotated
         self.head = node.all_input_nodes[0] if op_name(node) == "getitem" else node
-        self.generator = torch.Generator().manual_seed(0)
+        self.generator = torch.Generator("cpu").manual_seed(0)
         self.vectors: dict[tuple[Node, int], Tensor] = {}  # scales and shifts
 
     def run(self) -> str | None:
@@ -329,7 +329,9 @@ class _Trial:
         """Return a scale or shift with its coordinates on axis ``dim``, and where vectors have one each, these on the
         axis before."""
         if (node, kind) not in self.vectors:
-            self.vectors[node, kind] = torch.rand(_count(node), generator=self.generator, dtype=torch.float64) + 0.5
+            self.vectors[node, kind] = (
+                torch.rand(_count(node), generator=self.generator, dtype=torch.float64, device="cpu") + 0.5
+            )
         vector, at = self.vectors[node, kind], dim % rank
         if vector.numel() == 1:
             return vector
@@ -439,7 +441,7 @@ def _centred(x: Tensor, dim: int) -> Tensor:
 def _distance(got: Tensor, wanted: Tensor) -> float:
     if got.shape != wanted.shape:
         return math.inf
-    scale = wanted.abs().max() if wanted.numel() else torch.ones(())
+    scale = wanted.abs().max() if wanted.numel() else torch.ones((), device="cpu")
     if not bool(torch.isfinite(wanted).all()):
         return math.nan
     return float((got - wanted).abs().max() / scale.clamp(min=1e-3)) if wanted.numel() else 0.0

@@ -378,4 +378,4 @@ def _reason(rule: Rule, node: Node) -> str:
 
 
 def _range(start: int, length: int) -> Tensor:
-    return torch.arange(start, start + length)
+    return torch.arange(start, start + length, device="cpu")

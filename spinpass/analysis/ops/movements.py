@@ -123,7 +123,7 @@ def selection(node: Node, source: Node, dim: int, index: Tensor | None, keeps_ax
 
 
 def _is_everything(index: Tensor, size: Size) -> bool:
-    return isinstance(size, int) and torch.equal(index, torch.arange(size))
+    return isinstance(size, int) and torch.equal(index, torch.arange(size, device="cpu"))
 
 
 def _unknown(node: Node) -> Exception:
@@ -152,7 +152,7 @@ def _sliced(call: Call, start: object, end: object, step: object) -> Rule:
         return identity(source)
     if not isinstance(size, int) or not all(b is None or isinstance(b, int) for b in (start, end, step)):
         return selection(call.node, source, dim, None)
-    return selection(call.node, source, dim, torch.arange(size)[start:end:step])
+    return selection(call.node, source, dim, torch.arange(size, device="cpu")[start:end:step])
 
 
 def _select(call: Call) -> Rule:
@@ -160,7 +160,9 @@ def _select(call: Call) -> Rule:
     dim = call.axis("dim", len(shape(source)))
     size = shape(source)[dim]
     known = isinstance(size, int) and isinstance(index, int)
-    return selection(call.node, source, dim, torch.tensor([index % size]) if known else None, keeps_axis=False)
+    return selection(
+        call.node, source, dim, torch.tensor([index % size], device="cpu") if known else None, keeps_axis=False
+    )
 
 
 def _flip(call: Call) -> Rule:
@@ -170,7 +172,7 @@ def _flip(call: Call) -> Rule:
     dim = given[0] % max(len(shape(source)), 1)
     if len(given) != 1 or not shape(source) or not isinstance(shape(source)[dim], int):
         return Opaque("flip over several or dynamic axes")
-    return selection(call.node, source, dim, torch.arange(int(shape(source)[dim])).flip(0))
+    return selection(call.node, source, dim, torch.arange(int(shape(source)[dim]), device="cpu").flip(0))
 
 
 def piece(call: Call) -> Rule:
@@ -182,12 +184,12 @@ def piece(call: Call) -> Rule:
     which %= len(pieces)
     dim = call.axis("dim", len(shape(operand)))
     if call.name == "aten::unbind":
-        return selection(call.node, operand, dim, torch.tensor([which]), keeps_axis=False)
+        return selection(call.node, operand, dim, torch.tensor([which], device="cpu"), keeps_axis=False)
     lengths = [v.shape[dim] for v in pieces]
     if not isinstance(shape(operand)[dim], int) or not all(isinstance(n, int) for n in lengths):
         return selection(call.node, operand, dim, None)
     start = sum(lengths[:which])
-    return selection(call.node, operand, dim, torch.arange(start, start + lengths[which]))
+    return selection(call.node, operand, dim, torch.arange(start, start + lengths[which], device="cpu"))
 
 
 def _repeat(call: Call) -> Rule:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from spinpass.graph import is_op, is_random, op_name, shape, value
+from spinpass.graph import called, is_op, is_random, op_name, shape, value
 
 from .calls import Call, answer, named
 from .rules import Ignored, Rule, Zeros
@@ -37,9 +36,7 @@ def made_of_numbers(node: Node, steps: int = 8) -> Tensor | None:
     made = {operand: made_of_numbers(operand, steps - 1) for operand in node.all_input_nodes}
     if any(each is None for each in made.values()):
         return None
-    given = map_arg((node.args, dict(node.kwargs)), made.get)
-    kwargs = given[1] | ({"device": torch.device("cpu")} if given[1].get("device") is not None else {})
-    found = node.target(*given[0], **kwargs)  # type: ignore[operator]
+    found = called(node, *map_arg((node.args, dict(node.kwargs)), made.get))
     return found if isinstance(found, Tensor) else None
 
 

@@ -133,7 +133,7 @@ class _Work:
             scales = self._narrowed(scales)
         q = (codes.q.to(torch.int16) - shift).to(torch.int8)
         kept = scales if grouped else scales[:, 0].contiguous()
-        parts = {"q": q, "scale": kept, "zero_point": torch.zeros(kept.shape, dtype=torch.int8)}
+        parts = {"q": q, "scale": kept, "zero_point": torch.zeros(kept.shape, dtype=torch.int8, device="cpu")}
         stored = [chain.editor.add_constant(f"{module}.{part}", tensor) for part, tensor in parts.items()]
         if not grouped:
             target = torch.ops.quantized_decomposed.dequantize_per_channel.default

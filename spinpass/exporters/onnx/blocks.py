@@ -55,7 +55,7 @@ def padded(codes: Codes, block: int) -> Tensor:
 def by_block(codes: Codes, groups: Tensor, block: int) -> Tensor:
     """Return what each group has (out, groups), scales or zero points, for every block (out, blocks)."""
     count = -(-codes.q.shape[1] // block)
-    return groups if count == groups.shape[1] else groups[:, codes.group_of[torch.arange(count) * block]]
+    return groups if count == groups.shape[1] else groups[:, codes.group_of[torch.arange(count, device="cpu") * block]]
 
 
 def packed_bits(q: Tensor, bits: int) -> np.ndarray[Any, Any]:
@@ -63,7 +63,7 @@ def packed_bits(q: Tensor, bits: int) -> np.ndarray[Any, Any]:
     per = 8 // bits
     if per == 1:
         return np.asarray(q)
-    packed = torch.zeros(*q.shape[:-1], -(-q.shape[-1] // per), dtype=torch.uint8)
+    packed = torch.zeros(*q.shape[:-1], -(-q.shape[-1] // per), dtype=torch.uint8, device="cpu")
     for k in range(min(per, q.shape[-1])):
         every = q[..., k::per]
         packed[..., : every.shape[-1]] |= every << (k * bits)

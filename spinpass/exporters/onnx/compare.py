@@ -42,7 +42,7 @@ def compare_file(program: ExportedProgram, path: Path) -> FileCertificate:
     here_in = found.inputs if found else {}
     here_out = {names.output_index[i]: carried for i, carried in found.outputs.items()} if found else {}
     plain = execution.synthetic_inputs(program)
-    given = {name: torch.as_tensor(plain[name]) for name in names.inputs}
+    given = {name: torch.as_tensor(plain[name], device="cpu") for name in names.inputs}
     _check(session, given, len(names.outputs), path)
     own = {name: _rotated(value, here_in.get(name)) for name, value in plain.items()}
     returned = execution.run(program, own)
@@ -52,7 +52,7 @@ def compare_file(program: ExportedProgram, path: Path) -> FileCertificate:
         for file, value in zip(files, given.values(), strict=True)
     }  # fmt: skip
     results = map(from_ort, run_session(session, feed))
-    expected = {index: torch.as_tensor(returned[i]) for i, index in names.output_index.items()}
+    expected = {index: torch.as_tensor(returned[i], device="cpu") for i, index in names.output_index.items()}
     dtype = max({t.dtype for t in expected.values()} & BOUNDS.keys(), key=_roundoff, default=torch.float32)
     outputs = [
         _output(output.name, _rotated(expected[i], here_out.get(i), back=True),

@@ -50,12 +50,12 @@ def generate_exported(
 def _inputs(metadata: Any, ids: Sequence[int], length: int, cache: dict[str, Any]) -> dict[str, Any]:
     """Return what the component was traced with, out of ids, their positions, a mask over all ``length`` tokens and the
     cache."""
-    positions = torch.arange(length - len(ids), length)
+    positions = torch.arange(length - len(ids), length, device="cpu")
     known = cache | {
-        "input_ids": torch.tensor([list(ids)]),
+        "input_ids": torch.tensor([list(ids)], device="cpu"),
         "position_ids": positions[None],
         "cache_position": positions,
-        "attention_mask": torch.ones(1, length, dtype=torch.int64),
+        "attention_mask": torch.ones(1, length, dtype=torch.int64, device="cpu"),
     }
     return {name: value for name, value in known.items() if name in metadata.kwargs}
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from spinpass.execution import constants
-from spinpass.graph import Handle, arguments, shape, trim, values_of
+from spinpass.graph import HOST, Handle, arguments, moved, shape, trim, values_of
 from spinpass.progress import Progress
 
 from ..layers import ChosenSites, WeightSite
@@ -129,8 +129,8 @@ class Calibrator:
             if self.store is not None:
                 weight = self.store.put(fqn, weight)
                 trim()
-        source = Coded(weight.codes, dim, stored.shape, stored.dtype)
-        # the codes are kept, a quarter of what they stand for
+        source = moved(Coded(weight.codes, dim, stored.shape, stored.dtype), stored.device)
+        # the codes are kept, a quarter of what they stand for, on the host
         self.changed[name] = lambda: Handle(source) if isinstance(stored, Handle) else source.read(slice(None))
         self.done[fqn] = weight
         return self.changed[name]()
@@ -161,9 +161,9 @@ def _rounded(stored: Tensor, dim: int, scheme: Weights, moments: _Known, *, stac
     else:
         pairs = zip(_stack(stored, dim), moments, strict=True)
     for matrix, known in pairs:
-        part = _part(matrix, scheme, known)
-        parts.append(part.in_steps_of(stored.dtype, scheme.scales))
-        errors.append(_error(matrix, parts[-1].dequantized(), known))
+        part = _part(matrix, scheme, known).in_steps_of(stored.dtype, scheme.scales)
+        errors.append(_error(matrix, part.dequantized(), known))
+        parts.append(part.on(HOST))
         tokens += [] if known is None or isinstance(known, Moments) else [known.tokens]
     lost, size = (math.fsum(each) for each in zip(*errors, strict=True))
     return QuantizedWeight(stacked(parts), dim, scheme, lost / max(size, 1e-30), stack, tuple(tokens))

@@ -136,15 +136,15 @@ def _weighted_moments(
 ) -> dict[str, Tensor]:
     """By name of a weight, the mean of x xᵀ·‖g‖²/n over tokens, float32 (in, in)."""
     fixed = {name: t.detach() for name, t in constants(program).items() if isinstance(t, Tensor)}
-    generator = torch.Generator().manual_seed(_SEED)
-    widths = {fqn: value(site.operand).shape[-1] for site, fqn in named}
-    found = {fqn: torch.zeros(width, width) for fqn, width in widths.items()}
+    generator = torch.Generator("cpu").manual_seed(_SEED)  # the same draws on every device
+    operands = {fqn: value(site.operand) for site, fqn in named}
+    found = {fqn: torch.zeros(x.shape[-1], x.shape[-1], device=x.device) for fqn, x in operands.items()}
     tokens = 0
     for done, values in enumerate(inputs):
         kept = _Kept({s.operand.name for s, _ in named}, {s.linear.name for s, _ in named})
         predicted = log_probabilities(program, values, fixed, gradients=True, watch=kept)
         tokens += len(predicted)
-        drawn = torch.multinomial(predicted.detach().exp(), 1, generator=generator)
+        drawn = torch.multinomial(predicted.detach().exp().cpu(), 1, generator=generator).to(predicted.device)
         torch.autograd.backward(predicted.gather(1, drawn).sum())
         for site, fqn in named:
             gradient = kept.returned[site.linear.name].grad

@@ -87,7 +87,9 @@ class ChosenSites:
         else:
             each = value(node).shape[-1:] if scheme.per_channel else ()
             scale, zero = (
-                self.editor.add_constant(f"spinpass.{node.name}.{what}", torch.full(each, start))
+                self.editor.add_constant(
+                    f"spinpass.{node.name}.{what}", torch.full(each, start, device=value(node).device)
+                )
                 for what, start in (("scale", 1.0), ("zero_point", 0.0))
             )
             made = self._call("round_rows", node, scale, zero, math.inf, scheme.bits)

@@ -76,9 +76,9 @@ def distilled(
     before = student.divergence(program, held_out, tick)
     optimizer = torch.optim.Adam(student.moves.values(), lr=rate, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * len(shown))
-    generator = torch.Generator().manual_seed(_SEED)
+    generator = torch.Generator("cpu").manual_seed(_SEED)
     for _ in range(epochs):
-        for index in torch.randperm(len(shown), generator=generator).tolist():
+        for index in torch.randperm(len(shown), generator=generator, device="cpu").tolist():
             optimizer.zero_grad()
             torch.autograd.backward(student.loss(program, shown[index]))
             optimizer.step()
@@ -88,7 +88,7 @@ def distilled(
     done = Distillation(before, after, len(held_out))
     weights = dict(report.weights)
     for name, trained in student.scales().items() if done.kept else ():
-        codes = replace(weights[name].codes, scales=trained.detach().T.contiguous())
+        codes = replace(weights[name].codes, scales=trained.detach().T.contiguous().to(weights[name].codes.q.device))
         narrow = weights[name].scheme.scales
         weights[name] = replace(weights[name], codes=codes.in_steps_of(emptied.state_dict[name].dtype, narrow))
     filled = _filled(emptied, weights, names)
@@ -117,7 +117,7 @@ class _Divergence(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, found: Tensor, wanted: Tensor) -> Tensor:
-        total = torch.zeros((), dtype=torch.float64)
+        total = torch.zeros((), dtype=torch.float64, device=found.device)
         for q, p in zip(torch.split(found, _ROWS), torch.split(wanted, _ROWS), strict=True):
             entropy = p - q
             total += (p.exp_() * entropy).sum(dtype=torch.float64)
@@ -175,7 +175,7 @@ def _emptied(program: ExportedProgram, names: Mapping[str, Sequence[str]]) -> Ex
     empty: dict[str, Tensor] = {}
     for name, each in names.items():
         tensor = program.state_dict[name]
-        empty |= dict.fromkeys(each, torch.zeros((), dtype=tensor.dtype).expand(tensor.shape))
+        empty |= dict.fromkeys(each, torch.zeros((), dtype=tensor.dtype, device=tensor.device).expand(tensor.shape))
     return with_other_values(program, empty)
 
 
@@ -185,6 +185,7 @@ def _filled(
     """The program with what the codes of weights stand for, in the layouts and dtypes of its constants."""
     values: dict[str, Tensor] = {}
     for name, each in names.items():
-        whole = weights[name].codes.dequantized().movedim(-1, weights[name].dim).contiguous()
-        values |= dict.fromkeys(each, whole.to(program.state_dict[name].dtype))
+        stored = program.state_dict[name]
+        whole = weights[name].codes.on(stored.device).dequantized().movedim(-1, weights[name].dim).contiguous()
+        values |= dict.fromkeys(each, whole.to(stored.dtype))
     return with_other_values(program, values)

@@ -75,11 +75,11 @@ def _replace(
     editor: ProgramEditor, sites: Sequence[WeightSite], parts: Mapping[str, QuantizedWeight], places: Sequence[Tensor]
 ) -> None:
     """Put the sum of the parts' layers in place of each of ``sites``. ``places`` are the columns of the parts."""
-    stored = value(sites[0].weight).dtype
+    stored = value(sites[0].weight)
     weights, columns = list[Node](), list[Node]()
     for (name, part), at in zip(parts.items(), places, strict=True):
-        weights.append(editor.add_constant(name, part.codes.dequantized().to(stored)))
-        columns.append(editor.add_constant(f"{name.removesuffix('.weight')}.inputs", at))
+        weights.append(editor.add_constant(name, part.codes.dequantized().to(stored.device, stored.dtype)))
+        columns.append(editor.add_constant(f"{name.removesuffix('.weight')}.inputs", at.to(stored.device)))
     for site in sites:
         x, bias = operands(site)
         picked = [_call(editor, site, _aten.index_select.default, x, -1, at) for at in columns]

@@ -70,7 +70,7 @@ def pack(quantized: Quantized) -> Packed:
             kept[name] = reason
             continue
         dead.update(editor.fqns(sites[name][0].weight))
-        constants = _add_codes(editor, _module(name), weight.codes)
+        constants = _add_codes(editor, _module(name), weight.codes.on(value(sites[name][0].weight).device))
         for site in sites[name]:
             x, bias = operands(site)
             target = torch.ops.spinpass.packed_linear.default

@@ -95,7 +95,7 @@ class DoubleQuantized:
     @property
     def group_of(self) -> Tensor:
         """The group of every column, int64 (in,)."""
-        return group_of(self.q.shape[1], len(self.scales.q), self.index)
+        return group_of(self.q.shape[1], len(self.scales.q), self.index, self.q.device)
 
     @property
     def has_zero_points(self) -> bool:
@@ -111,7 +111,7 @@ class DoubleQuantized:
         if not self.has_zero_points:
             raise ConfigError("the offsets are real numbers, not z·s: use form='scales', which keeps zero points")
         scales = self.decoded()[0].contiguous()
-        middle = torch.full(scales.shape, 2 ** (self.bits - 1), dtype=torch.uint8)
+        middle = torch.full(scales.shape, 2 ** (self.bits - 1), dtype=torch.uint8, device=scales.device)
         zeros = middle if self.zeros is None else self.zeros
         return Codes(self.q, scales, zeros, self.bits, torch.equal(zeros, middle), self.index)
 
@@ -198,7 +198,7 @@ def from_tensors(tensors: Mapping[str, Tensor], bits: int) -> DoubleQuantized:
     q = unpack_words(tensors["qweight"], bits, 0, columns).T.contiguous()
     of_scales = (tensors["qscales_scales"], tensors["qscales_zeros"])
     groups = len(stored)
-    side_by_side = torch.equal(index, torch.arange(columns) // -(-columns // groups))
+    side_by_side = torch.equal(index, torch.arange(columns, device=index.device) // -(-columns // groups))
     kept = None if side_by_side else index
     if form == "statistic":
         offsets = ScaleStatistics(stored & 15, tensors["qzeros_scales"], tensors["qzeros_zeros"])

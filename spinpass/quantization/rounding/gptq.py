@@ -43,9 +43,10 @@ def rounded_by_gptq(matrix: Tensor, hessian: Tensor, scheme: Weights, factors: F
     columns = matrix.shape[1]
     size = scheme.group_size or columns
     known: Factors = {} if factors is None else factors
-    work, group_of = matrix.clone(), torch.arange(columns) // size
+    device = matrix.device
+    work, group_of = matrix.clone(), torch.arange(columns, device=device) // size
     fixed: list[tuple[Tensor, Tensor]] = []
-    order = torch.arange(columns)
+    order = torch.arange(columns, device=device)
     if scheme.act_order or scheme.group_size is None:
         parts = torch.split(matrix, size, 1)
         fixed = [chosen_range(part, scheme.of_group(group)) for group, part in enumerate(parts)]
@@ -76,7 +77,7 @@ def rounded_by_gptq(matrix: Tensor, hessian: Tensor, scheme: Weights, factors: F
     if scheme.act_order:
         q = q[:, order.argsort()]
     scales, zeros = (torch.stack(parts, 1) for parts in zip(*fixed))
-    index = uneven_index(columns, size)
+    index = uneven_index(columns, size, device)
     bits, group_bits = scheme.widths(len(fixed))
     codes = Codes(q.to(torch.uint8), scales, zeros.to(torch.uint8), bits, scheme.symmetric, index, group_bits)
     return refined(matrix, codes, hessian, scheme.sweeps)
@@ -106,7 +107,7 @@ def _rescaled(aim: Tensor, codes: Codes, hessian: Tensor) -> Codes:
     z = codes.q.double() - codes.zeros.double()[:, at]
     h = hessian.double()
     right = _by_group(z * aim, at, groups)
-    left = torch.zeros(rows, groups, groups, dtype=torch.float64)
+    left = torch.zeros(rows, groups, groups, dtype=torch.float64, device=z.device)
     for group in range(groups):  # zᵀ H z between this group and the later ones
         inside = (at == group).nonzero()[:, 0]
         later = (at >= group).nonzero()[:, 0]
@@ -115,7 +116,7 @@ def _rescaled(aim: Tensor, codes: Codes, hessian: Tensor) -> Codes:
             left[:, group, group:] = _by_group(with_later, at[later] - group, groups - group)
     left = left + left.triu(1).mT
     ridge = 1e-9 * left.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-30)
-    left += ridge[:, None, None] * torch.eye(groups, dtype=torch.float64)
+    left += ridge[:, None, None] * torch.eye(groups, dtype=torch.float64, device=z.device)
     before = codes.scales.double()
     change = torch.linalg.solve(left, right - (left @ before[:, :, None])[:, :, 0])
     after = (before + change).to(codes.scales.dtype)
@@ -127,9 +128,9 @@ def _by_group(values: Tensor, at: Tensor, groups: int) -> Tensor:
     """The sums (rows, groups) of the columns of each group."""
     rows, columns = values.shape
     length = columns // groups
-    if torch.equal(at, torch.arange(columns) // max(1, length)):
+    if torch.equal(at, torch.arange(columns, device=at.device) // max(1, length)):
         return values.reshape(rows, groups, length).sum(-1)
-    return torch.zeros(rows, groups, dtype=values.dtype).index_add_(1, at, values)
+    return torch.zeros(rows, groups, dtype=values.dtype, device=values.device).index_add_(1, at, values)
 
 
 def _descended(matrix: Tensor, codes: Codes, hessian: Tensor) -> Codes:
@@ -144,7 +145,7 @@ def _descended(matrix: Tensor, codes: Codes, hessian: Tensor) -> Codes:
     slope = (matrix - (q - zeros) * scales) @ h
     for start in range(0, columns, _BLOCK):
         end = min(start + _BLOCK, columns)
-        changes = torch.empty(len(q), end - start, dtype=matrix.dtype)
+        changes = torch.empty(len(q), end - start, dtype=matrix.dtype, device=matrix.device)
         for j in range(start, end):
             scale = scales[:, j]
             moved = (q[:, j] + slope[:, j] / (curvature[j] * scale)).round_().clamp_(0, top[j])
@@ -168,6 +169,7 @@ def _inverse_factor(hessian: Tensor, damping: float, order: Tensor | None) -> Te
         if not int(failed):
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
             if not int(failed):
-                return Tensor(upper)
+                factor: Tensor = upper
+                return factor
         diagonal -= damping * mean
         damping *= 10

@@ -46,13 +46,13 @@ class Codes:
     def top(self) -> Tensor:
         """The largest code that every column could have, 2^bits − 1, int64 (in,)."""
         if self.group_bits is None:
-            return torch.full(self.q.shape[1:], 2**self.bits - 1)
-        return 2 ** torch.tensor(self.group_bits)[self.group_of] - 1
+            return torch.full(self.q.shape[1:], 2**self.bits - 1, device=self.q.device)
+        return 2 ** torch.tensor(self.group_bits, device=self.q.device)[self.group_of] - 1
 
     @property
     def group_of(self) -> Tensor:
         """The group of every column, int64 (in,)."""
-        return group_of(self.q.shape[1], self.scales.shape[1], self.index)
+        return group_of(self.q.shape[1], self.scales.shape[1], self.index, self.q.device)
 
     @property
     def group_length(self) -> int | None:
@@ -61,7 +61,8 @@ class Codes:
         if self.index is None:
             return -(-columns // groups)
         length = int((self.index == 0).sum())
-        return length if length and torch.equal(self.index, torch.arange(columns) // length) else None
+        side_by_side = torch.arange(columns, device=self.index.device) // max(1, length)
+        return length if length and torch.equal(self.index, side_by_side) else None
 
     def dequantized(self) -> Tensor:
         """(q − z)·s in the scales' dtype, (out, in): one product per weight, as a kernel computes it."""
@@ -87,6 +88,12 @@ class Codes:
         halves = self.scales.half()
         return halves if torch.equal(halves.to(self.scales.dtype), self.scales) else self.scales
 
+    def on(self, device: torch.device) -> Codes:
+        """The codes on a device."""
+        index = None if self.index is None else self.index.to(device)
+        q, scales, zeros = (tensor.to(device) for tensor in (self.q, self.scales, self.zeros))
+        return replace(self, q=q, scales=scales, zeros=zeros, index=index)
+
     def rows(self, rows: slice | Tensor) -> Codes:
         """The codes of some rows of the matrix."""
         return replace(self, q=self.q[rows], scales=self.scales[rows], zeros=self.zeros[rows])
@@ -101,13 +108,14 @@ class Codes:
 
     def parts(self) -> dict[int, tuple[Tensor, Codes]]:
         """By width, ascending: the columns whose groups have it, int64 (n,), and their codes, all of this width."""
-        widths = torch.tensor(self.group_bits or [self.bits] * self.scales.shape[1])
+        device = self.q.device
+        widths = torch.tensor(self.group_bits or [self.bits] * self.scales.shape[1], device=device)
         found = {}
         for bits in sorted(set(widths.tolist())):
             groups = (widths == bits).nonzero()[:, 0]
             columns = torch.isin(self.group_of, groups).nonzero()[:, 0]
             at = torch.searchsorted(groups, self.group_of[columns])
-            index = None if torch.equal(at, group_of(len(columns), len(groups), None)) else at
+            index = None if torch.equal(at, group_of(len(columns), len(groups), None, device)) else at
             kept = (self.q[:, columns], self.scales[:, groups], self.zeros[:, groups])
             found[bits] = (columns, Codes(*kept, bits, self.symmetric, index))
         return found
@@ -133,7 +141,7 @@ def rounded(matrix: Tensor, scheme: Weights) -> Codes:
     found = [(*chosen_range(part, scheme), part) for part in parts if part.numel()]
     q = torch.cat([to_codes(part, s, z, scheme.bits).reshape(out, -1) for s, z, part in found], 1)
     scales, zeros = (torch.cat([each[k].reshape(out, -1) for each in found], 1) for k in (0, 1))
-    index = uneven_index(columns, size)
+    index = uneven_index(columns, size, matrix.device)
     return Codes(q.to(torch.uint8), scales, zeros.to(torch.uint8), scheme.bits, scheme.symmetric, index)
 
 
@@ -143,19 +151,19 @@ def _rounded_by_group(matrix: Tensor, scheme: Weights) -> Codes:
     parts = torch.split(matrix, scheme.group_size, 1)
     found = [rounded(part, scheme.of_group(group)) for group, part in enumerate(parts)]
     q, scales, zeros = (torch.cat([getattr(codes, name) for codes in found], 1) for name in ("q", "scales", "zeros"))
-    index = uneven_index(matrix.shape[1], scheme.group_size)
+    index = uneven_index(matrix.shape[1], scheme.group_size, matrix.device)
     bits, group_bits = scheme.widths(len(parts))
     return Codes(q, scales, zeros, bits, scheme.symmetric, index, group_bits)
 
 
-def group_of(columns: int, groups: int, index: Tensor | None) -> Tensor:
+def group_of(columns: int, groups: int, index: Tensor | None, device: torch.device) -> Tensor:
     """The group of every column, int64 (columns,): ``index``, or groups side by side, equally long but for the last."""
-    return torch.arange(columns) // -(-columns // groups) if index is None else index
+    return torch.arange(columns, device=device) // -(-columns // groups) if index is None else index
 
 
-def uneven_index(columns: int, size: int) -> Tensor | None:
+def uneven_index(columns: int, size: int, device: torch.device) -> Tensor | None:
     """The group of every column where groups of ``size`` leave a shorter one at the end; None where they do not."""
-    return torch.arange(columns) // size if columns > size and columns % size else None
+    return torch.arange(columns, device=device) // size if columns > size and columns % size else None
 
 
 def chosen_range(part: Tensor, scheme: Weights) -> tuple[Tensor, Tensor]:

@@ -45,7 +45,8 @@ class Moments:
 
     def target(self, matrix: Tensor, damping: float) -> Tensor:
         """V (out, in) for W = ``matrix``, in its dtype, drawn to W by ``damping`` times the mean diagonal of X̂ᵀX̂."""
-        ridge = damping * self.own.diagonal().mean().clamp_min(_TINY) * torch.eye(len(self.own), dtype=torch.float64)
+        unit = torch.eye(len(self.own), dtype=torch.float64, device=self.own.device)
+        ridge = damping * self.own.diagonal().mean().clamp_min(_TINY) * unit
         # V (X̂ᵀX̂ + λ) = W (XᵀX̂ + λ)
         wanted = matrix.double() @ (self.cross + ridge)
         solved: Tensor = torch.linalg.solve(self.own + ridge, wanted, left=False)
@@ -105,7 +106,7 @@ def experts_moments(values: Sequence[Tensor], ends: Sequence[Tensor]) -> Iterato
 def _product(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
     """Σ leftᵀ right over tokens."""
     width = left[0].shape[-1]
-    total = torch.zeros(width, width, dtype=torch.float64)
+    total = torch.zeros(width, width, dtype=torch.float64, device=left[0].device)
     for a, b in zip(left, right):
         total += (a.reshape(-1, width).float().T @ b.reshape(-1, width).float()).double()
     return total

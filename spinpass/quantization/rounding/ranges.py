@@ -70,12 +70,13 @@ class _Sample:
     @classmethod
     def of(cls, rows: Tensor, peaks: Tensor) -> _Sample:
         large = peaks.topk(min(_LARGEST, len(rows))).indices
-        rest = torch.ones(len(rows), dtype=torch.bool)
+        rest = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
         rest[large] = False
         others = rest.nonzero()[:, 0]
         stride = max(1, -(-len(others) // _ROWS))
         picked = others[::stride]
-        counts = torch.cat([torch.ones(len(large)), torch.full((len(picked),), len(others) / max(1, len(picked)))])
+        share = len(others) / max(1, len(picked))
+        counts = torch.tensor([1.0] * len(large) + [share] * len(picked), device=rows.device)
         return cls(torch.cat([rows[large], rows[picked]]), counts)
 
 

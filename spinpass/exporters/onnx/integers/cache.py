@@ -158,7 +158,7 @@ def _scales(
     for done, text in enumerate(texts):
         if len(text):
             state = graph.start(1)
-            graph.step(torch.tensor([list(text)]), state)
+            graph.step(torch.tensor([list(text)], device="cpu"), state)
             for name, held in graph.held(state).items():
                 peak = held.abs().amax((0, 2)).flatten()
                 peaks[name] = torch.maximum(peaks.get(name, peak), peak)

@@ -75,7 +75,7 @@ def _histogram(x: Any, bins: int = 100, min: Any = 0, max: Any = 0) -> Any:
 
 
 def _range(bins: int) -> Any:
-    return torch.arange(bins).numpy()
+    return torch.arange(bins, device="cpu").numpy()
 
 
 def lower_grouped_products(model: ir.Model) -> int:
