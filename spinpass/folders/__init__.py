@@ -3,8 +3,9 @@ all.
 """
 
 from .card import Card, card_lines, plural, weight_count
-from .checkpoint import FOLDED, CheckpointReport, rotate_checkpoint
+from .checkpoint import FOLDED, rotate_checkpoint
 from .companions import SETTINGS, Written, check_target, check_writable
+from .layouts import CheckpointLayout, CheckpointReport, CheckpointRequest
 from .making import carry_out, export
 from .onnx import onnx_tools, write_folder
 from .preflight import Known, check_space
@@ -18,7 +19,9 @@ __all__ = [
     "MEASURED",
     "SETTINGS",
     "Card",
+    "CheckpointLayout",
     "CheckpointReport",
+    "CheckpointRequest",
     "ExportRequest",
     "IntegerCache",
     "Known",

@@ -40,7 +40,7 @@ from .openvino import openvino_tools, write_openvino_folder
 from .preflight import Known
 from .recipes import RecipeName
 from .request import ExportRequest, IntegerCache, Target
-from .result import Result, quantized, rotated, version_of, window_length
+from .result import Result, quantized, rotated, told, version_of, window_length
 from .settings import settings_of
 
 CONTEXT = 1024
@@ -158,14 +158,6 @@ def carry_out(request: ExportRequest, steps: Steps) -> tuple[Result, Written]:
         if not _out_of_memory(error):
             raise
         raise ExportError(f"this machine's memory is not enough: {_cheaper(request)}") from error
-
-
-def _told(config: RotationConfig | None) -> str:
-    """All of a configuration, its matrices by their hashes."""
-    if config is None or not config.matrices:
-        return repr(config)
-    digests = {name: hashlib.sha256(m.double().numpy().tobytes()).hexdigest() for name, m in config.matrices.items()}
-    return f"{replace(config, matrices={})!r} {digests}"
 
 
 def _out_of_memory(error: BaseException | None) -> bool:
@@ -304,7 +296,7 @@ class _Run:
         asked = self.request
         run = {
             "model": json.dumps(loaded.files.to_dict(), sort_keys=True),
-            "configuration": _told(asked.config),
+            "configuration": told(asked.config),
             # which training begins with, whether there is to be any
             "scheme": repr(None if asked.scheme is None else replace(asked.scheme, distill=0)),
             "text": "" if text is None else f"{self.windows} of {hashlib.sha256(text.read_bytes()).hexdigest()}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -118,6 +119,14 @@ def quantized(
             training = calibration_inputs(result.program, tokenize, text, length // 2, 2 * len(inputs))
     made = quantize(result.program, asked, inputs, training=training, store=store, progress=steps.start("quantize"))
     return replace(result, program=made.program, quantization=made.report)
+
+
+def told(config: RotationConfig | None) -> str:
+    """Return all of a configuration as a text, its matrices by their hashes."""
+    if config is None or not config.matrices:
+        return repr(config)
+    digests = {name: hashlib.sha256(m.double().numpy().tobytes()).hexdigest() for name, m in config.matrices.items()}
+    return f"{replace(config, matrices={})!r} {digests}"
 
 
 def window_length(companions: Companions) -> int:

@@ -44,12 +44,13 @@ _PARTS = ("qweight", "qzeros", "scales", "g_idx")
 
 @dataclass(frozen=True)
 class GptqReport:
-    """This is what :func:`write_gptq` wrote. ``changed`` names the weights whose values the scales' dtype has changed,
-    with the largest relative change of a scale."""
+    """This is what :func:`write_gptq` wrote. ``config`` is the ``quantization_config``; ``changed`` names
+    the weights whose values the scales' dtype has changed, with the largest relative change of a scale."""
 
     path: Path
     files: tuple[Path, ...]
     bytes: int
+    config: Mapping[str, Any]
     changed: Mapping[str, float]
 
     @property
@@ -124,7 +125,7 @@ def write_gptq(
         (staging / _CONFIG).write_text(json.dumps({**(config or {}), "quantization_config": found}, indent=2))
         written = sorted(staging.iterdir())
         size = sum(file.stat().st_size for file in written)
-    return GptqReport(folder, tuple(folder / file.name for file in written), size, changed)
+    return GptqReport(folder, tuple(folder / file.name for file in written), size, found, changed)
 
 
 def _tensors_of(
@@ -186,7 +187,7 @@ def read_gptq(folder: str | Path) -> GptqCheckpoint:
     """
     folder = Path(folder)
     config = _read_config(folder)
-    tensors = _read_tensors(folder)
+    tensors = read_tensors(folder)
     modules = sorted(name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight"))
     codes = {f"{module}.weight": _codes(module, tensors, config) for module in modules}
     packed = {f"{module}.{part}" for module in modules for part in _PARTS}
@@ -213,7 +214,11 @@ def _read_config(folder: Path) -> Mapping[str, Any]:
     return config
 
 
-def _read_tensors(folder: Path) -> dict[str, Tensor]:
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """Return every tensor of the safetensors files of a folder, which the index names where there is one.
+
+    Raises ConfigError where there is none, ExportError where a file cannot be read.
+    """
     load = _safetensors().load_file
     index = folder / f"{_MODEL}.index.json"
     if index.is_file():

@@ -9,7 +9,14 @@ from .last_token import last_token
 from .lower_hadamards import lower_hadamards
 from .lower_operators import lower
 from .materialize import MATERIALIZE
-from .online_transforms import LOCATIONS, OnlineTransform, TransformLocation, online_transforms, with_online_transforms
+from .online_transforms import (
+    LOCATIONS,
+    OnlineTransform,
+    TransformLocation,
+    online_transforms,
+    transform_places,
+    with_online_transforms,
+)
 from .own_constants import give_own_constants
 from .return_states import return_states
 from .runner import PassRunner
@@ -34,6 +41,7 @@ __all__ = [
     "online_transforms",
     "open_program",
     "return_states",
+    "transform_places",
     "untie",
     "with_online_transforms",
 ]

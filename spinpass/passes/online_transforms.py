@@ -1,4 +1,4 @@
-"""Online transforms by the modules of the model they stand in:  graph with Hadamards  <->  (module, location, rotation).
+"""Online transforms by the modules they stand in:  Hadamards of a graph  <->  (module, location, rotation).
 
 | location | where the rotation stands |
 |---|---|
@@ -95,6 +95,11 @@ def with_online_transforms(program: ExportedProgram, transforms: Iterable[Online
     return editor.finish() if due else program
 
 
+def transform_places(program: ExportedProgram) -> dict[TransformLocation, dict[str, tuple[str, int]]]:
+    """Return where a program could have transforms: by location the modules, with their class and the channels."""
+    return _Places.of(ProgramEditor(program)).widths()
+
+
 def _insert(editor: ProgramEditor, node: Node, users: Sequence[Node], transform: OnlineTransform) -> None:
     """Let the users of a value read it rotated along its last axis."""
     size, rotation = shape(node)[-1], transform.rotation
@@ -138,7 +143,7 @@ class _Places:
         queries: dict[str, list[tuple[Node, Node]]] = {}
         keys: dict[str, list[tuple[Node, Node]]] = {}
         for attention in find_attention(editor):
-            width, module = attention.query_layout.width, _module_of(attention.node)
+            width, module = attention.query_layout.width, _scope(attention.node)[0]
             for found, operand in ((queries, attention.query), (keys, attention.key)):
                 made = _made(operand, width)
                 if made and module:
@@ -152,6 +157,18 @@ class _Places:
             raise ConfigError(
                 f"a transform is declared of {transform.location} of {transform.module}, which the program has not"
             )
+        return found
+
+    def widths(self) -> dict[TransformLocation, dict[str, tuple[str, int]]]:
+        """Return of every place the module's class and the channels that are rotated."""
+        found: dict[TransformLocation, dict[str, tuple[str, int]]] = {}
+        for location, places in self._by_location.items():
+            sizes = {module: (pairs, shape(pairs[0][0])[-1]) for module, pairs in places.items()}
+            found[location] = {
+                module: (_scope(pairs[0][1])[1], size)
+                for module, (pairs, size) in sizes.items()
+                if isinstance(size, int)
+            }
         return found
 
     def read(self, node: Node) -> list[tuple[str, TransformLocation]]:
@@ -183,11 +200,12 @@ class _Places:
         return {"input": self.inputs, "q_attn": self.queries, "k_cache": self.keys}
 
 
-def _module_of(node: Node) -> str:
-    """Return the path of the module whose code a node came from; empty where the program does not say."""
-    stack = node.meta.get("nn_module_stack") or {"": ("", None)}
-    path = list(stack.values())[-1][0]
-    return str(path)
+def _scope(node: Node) -> tuple[str, str]:
+    """Return the path and the class of the module whose code a node came from; empty where the program does not say."""
+    stack = node.meta.get("nn_module_stack") or {"": ("", "")}
+    path, kind = list(stack.values())[-1]
+    name = kind if isinstance(kind, str) else kind.__name__
+    return str(path), name.rpartition(".")[2]
 
 
 def _linear_module(editor: ProgramEditor, linear: Linear) -> str | None:
@@ -195,7 +213,7 @@ def _linear_module(editor: ProgramEditor, linear: Linear) -> str | None:
     weight, dim = linear.weight, linear.weight_dim
     if op_name(weight) in _TRANSPOSES and len(shape(weight)) == 2:
         weight, dim = weight.all_input_nodes[0], 1 - dim
-    module, last = _module_of(linear.node), len(shape(linear.operand)) - 1
+    module, last = _scope(linear.node)[0], len(shape(linear.operand)) - 1
     whole = editor.is_stored(weight) and len(shape(weight)) == 2 and dim == 1 and linear.dim == last
     return module if whole and f"{module}{_WEIGHT}" in editor.fqns(weight) else None
 
