@@ -110,7 +110,9 @@ def rotate_checkpoint(
             return tried_layout(asked.written, draft.folder, result.program, made)
 
         files = [path.name for path in report.files]
-        about = write_companions(made, result, {"layout": asked.written}, files, draft, tried)
+        about = write_companions(
+            made, result, {"layout": {"name": asked.written, "transforms": len(transforms)}}, files, draft, tried
+        )
         steps.finish()
         return result, Written(draft.in_place(report), *about, loading=loaded.report)
 

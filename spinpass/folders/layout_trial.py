@@ -19,6 +19,7 @@ from .layouts import CheckpointLayout
 _TEXT = range(3, 23)  # token ids
 _LARGE = 4_000_000_000  # bytes of floats
 _TOO_LARGE = "its weights as floats take more than 4 GB: what was written is certified, and not loaded again"
+_SEVERAL = "transformers reads zero points of compressed-tensors of one width alone"
 _NO_PACKAGE = "compressed-tensors is not installed: pip install spinpass[compressed-tensors]"
 
 
@@ -42,11 +43,21 @@ def tried_layout(
     read = load_model(folder, dtype="auto", cache=False, dequantize=True)
     trials = [_compared("spinpass", ProgramScorer(read.program).logits(ids).float(), expected, program)]
     if layout == "compressed-tensors":
-        if importlib.util.find_spec("compressed_tensors") is None:
-            trials.append(FolderTrial("transformers", "prompt", reason=_NO_PACKAGE))
+        reason = _untried(loaded)
+        if reason:
+            trials.append(FolderTrial("transformers", "prompt", reason=reason))
         else:
             trials.append(_compared("transformers", reloaded_logits(folder, ids), expected, program))
     return trials
+
+
+def _untried(loaded: LoadedModel) -> str:
+    """Return why transformers cannot be asked; empty where it can."""
+    if importlib.util.find_spec("compressed_tensors") is None:
+        return _NO_PACKAGE
+    assert loaded.companions is not None
+    groups = loaded.companions.config.quantization_config["config_groups"].values()
+    return "" if len(groups) < 2 or all(g["weights"]["symmetric"] for g in groups) else _SEVERAL
 
 
 def _ids(loaded: LoadedModel) -> list[int]:

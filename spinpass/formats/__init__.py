@@ -48,6 +48,7 @@ from .transform_config import (
     DeclaredTransform,
     declared_transforms,
     is_transform,
+    online_alone,
     resolved_transforms,
     transform_config,
 )
@@ -94,6 +95,7 @@ __all__ = [
     "listed_files",
     "load_program",
     "model_path",
+    "online_alone",
     "onnx_record",
     "pte_path",
     "read_artefact",

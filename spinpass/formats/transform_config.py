@@ -126,6 +126,15 @@ def declared_transforms(config: Mapping[str, Any]) -> tuple[DeclaredTransform, .
     return tuple(found)
 
 
+def online_alone(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a ``transform_config`` without what is folded into the stored weights."""
+    groups = {
+        name: {**scheme, "apply": [a for a in scheme.get("apply") or () if a.get("location") not in _FOLDED]}
+        for name, scheme in config["config_groups"].items()
+    }
+    return {"config_groups": groups}
+
+
 def _declared(group: str, scheme: Mapping[str, Any], applied: Mapping[str, Any]) -> DeclaredTransform:
     location, unknown = applied.get("location"), sorted(applied.keys() - _APPLY)
     if unknown or location not in LOCATIONS:
