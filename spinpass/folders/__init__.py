@@ -4,8 +4,9 @@ all.
 
 from .basis import BasisProof, check_basis
 from .card import Card, card_lines, plural, weight_count
-from .checkpoint import FOLDED, CheckpointReport, rotate_checkpoint
+from .checkpoint import FOLDED, rotate_checkpoint
 from .companions import SETTINGS, Written, check_target, check_writable
+from .layouts import CheckpointLayout, CheckpointReport, CheckpointRequest
 from .making import carry_out, export
 from .onnx import onnx_tools, write_folder
 from .preflight import Known, check_space
@@ -20,7 +21,9 @@ __all__ = [
     "SETTINGS",
     "BasisProof",
     "Card",
+    "CheckpointLayout",
     "CheckpointReport",
+    "CheckpointRequest",
     "ExportRequest",
     "IntegerCache",
     "Known",

@@ -1,58 +1,42 @@
 """Checkpoint to checkpoint: a folder of transformers with R1 and R2 folded into its weights, for any loader of such.
 
-    IN: shards, configuration, tokenizer  ->  OUT: the same names, shapes and dtypes, another basis
+    IN: shards, configuration, tokenizer  ->  OUT: the same names, another basis, in a layout of :mod:`.layouts`
 
-The weights are read from the files of IN, folded and written one after the other (:class:`spinpass.graph.Handle`).
-The written folder is loaded again by transformers, and its logits are compared with the rotated program's.
+The weights are read from the files of IN, folded, rounded and written one after the other
+(:class:`spinpass.graph.Handle`); codes wait in files of the workplace. The written folder is loaded again, and its
+logits are compared with the program's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from torch import Tensor
-from torch.export import ExportedProgram
-
-from spinpass.certificate import narrowest_dtype
 from spinpass.config import RotationConfig
-from spinpass.errors import ConfigError, VerificationError
-from spinpass.evaluation import ProgramScorer
-from spinpass.formats import drafted, write_shards
-from spinpass.graph import HOST, Device, named_device, on_device, storage_key
-from spinpass.loading import LOGIT_BOUNDS, LoadedModel, load_model, reloaded_logits
+from spinpass.errors import ConfigError
+from spinpass.formats import Draft, KeptWork, drafted
+from spinpass.graph import HOST, Device, named_device, on_device, spooled
+from spinpass.loading import LoadedModel, load_model
+from spinpass.passes import online_transforms
 from spinpass.progress import Silent, Steps
 
-from .card import plural
 from .companions import Written, check_target, write_companions
-from .gptq import check_offline, check_rotation, check_same_architecture, described
+from .gptq import check_rotation, check_same_architecture, described
 from .judge import FolderTrial
-from .result import Result, rotated
+from .layout_trial import tried_layout
+from .layouts import CheckpointLayout, CheckpointRequest, write_layout
+from .result import Result, quantized, rotated, told, version_of
 
 FOLDED = RotationConfig(rotations=("R1", "R2"), form="offline", tied="untie")
 """What a checkpoint can hold: rotations that are folded into weights."""
 
 
-_TEXT = range(3, 23)  # token ids
 _EXPERTS = "batched_mm"  # transformers' grouped product has no float64, which proofs compute in
-
-
-@dataclass(frozen=True)
-class CheckpointReport:
-    """What was written: the folder, its files of weights and their bytes."""
-
-    path: Path
-    files: tuple[Path, ...]
-    bytes: int
-    untied: bool
-
-    @property
-    def summary(self) -> str:
-        """Say it in one line."""
-        size = f"checkpoint of {self.bytes / 1e6:.1f} MB in {plural(len(self.files), 'file')}"
-        return f"{size}; its head shared the token table, and has one of its own now" if self.untied else size
+_SPOOLED_SHARE = 4  # of the free disk, what is computed from the weights is kept in one of so many parts
 
 
 def rotate_checkpoint(
@@ -60,6 +44,11 @@ def rotate_checkpoint(
     out: str | Path,
     config: RotationConfig = FOLDED,
     *,
+    quantize: str = "",
+    layout: CheckpointLayout | None = None,
+    calibration: str | Path | None = None,
+    calibration_windows: int | None = None,
+    keep: Sequence[str] = (),
     dtype: str = "auto",
     device: Device = HOST,
     certify: bool = True,
@@ -72,7 +61,14 @@ def rotate_checkpoint(
         model: a model folder, a name on the hub or a GGUF file.
         out: the folder that is written: weights in safetensors files, configuration, tokenizer, ``spinpass.json``.
         config: rotations that are folded, R1 and R2 or one of them. A tied head gets a table of its own, unless the
-            config keeps it tied, which leaves R1 out.
+            config keeps it tied, which leaves R1 out. In the layout ``compressed-tensors`` R3, R4 and others may stand
+            online.
+        quantize: a scheme of weights, for example ``"w4g128-gptq"``; empty keeps the values.
+        layout: ``transformers`` for floats, the default, ``gptq`` for integers, the default with ``quantize``, or
+            ``compressed-tensors`` for either, online rotations declared.
+        calibration: a file of UTF-8 text for GPTQ; where one is needed, the text of this package by default.
+        calibration_windows: how many windows of it are read; by default what it holds, at most 16.
+        keep: patterns of parameter names whose layers are left in floats.
         dtype: that of the weights; ``"auto"`` keeps the one they are stored in.
         device: where weights are folded and programs are run: ``cpu``, ``cuda`` or ``cuda:N``.
         certify: prove the program, the architecture with these weights, and the written folder equivalent.
@@ -83,15 +79,16 @@ def rotate_checkpoint(
         What was made, and the report, what ``spinpass.json`` holds, and the names of all files.
 
     Raises:
-        ConfigError: there is no such device; a rotation that is online; one that the architecture has no parameters
-            for; no folder of a model, or one that is rotated already.
+        ConfigError: there is no such device; a rotation that is online, where the layout declares none, or has no name
+            in it; one that the architecture has no parameters for; weights that the layout cannot hold; no folder of a
+            model, or one that is rotated already.
         RefusedError: nothing can be rotated.
-        VerificationError: the architecture with these weights is another function, or transformers reads other values.
+        VerificationError: the architecture with these weights is another function, or a loader reads other values.
         ExportError: transformers or safetensors is missing, or the folder is not writable.
     """
+    asked = CheckpointRequest(config, quantize, layout, calibration, calibration_windows, tuple(keep))
     out, steps, there = Path(out), steps or Silent(), named_device(device)
     check_target(out, str(model), force=force)
-    check_offline(config)
     with drafted(out) as draft:
         loaded = load_model(model, dtype=dtype, cache=False, experts=_EXPERTS, streamed=True, progress=steps.begin)
         if loaded.companions is None:
@@ -102,60 +99,56 @@ def rotate_checkpoint(
                 "config.json declares: name the original"
             )
         result = rotated(on_device(loaded.program, there), config, steps, certify=certify)
+        declares = asked.written == "compressed-tensors"
+        check_rotation(loaded, result, declared=declares)
+        transforms = online_transforms(result.program) if declares else ()
+        result = _quantized(asked, loaded, result, draft, f"{dtype}, {there.type}", steps)
         result = replace(result, program=on_device(result.program, HOST))
-        check_rotation(loaded, result)
         if certify:
             steps.start("certify the checkpoint")
-            check_same_architecture(loaded, result)
+            check_same_architecture(loaded, result, transforms)
         steps.start("write")
-        files = write_shards(draft.folder, _once(result.program.state_dict))
-        size = sum(path.stat().st_size for path in files)
-        made = described(loaded, result)
-        report = CheckpointReport(draft.folder, files, size, _is_tied(loaded) and not _is_tied(made))
+        report = write_layout(draft.folder, asked.written, result, transforms)
+        made = described(loaded, result, report.quantization)
+        report = replace(report, untied=_is_tied(loaded) and not _is_tied(made))
 
         def tried() -> list[FolderTrial]:
             if not certify:
                 return [FolderTrial("transformers", "all", reason="switched off")]
-            steps.start("try in transformers")
-            return [_tried(draft.folder, result.program, made)]
+            steps.start("try the checkpoint")
+            return tried_layout(asked.written, draft.folder, result.program, made)
 
-        about = write_companions(made, result, {}, [path.name for path in files], draft, tried)
+        files = [path.name for path in report.files]
+        about = write_companions(
+            made, result, {"layout": {"name": asked.written, "transforms": len(transforms)}}, files, draft, tried
+        )
         steps.finish()
         return result, Written(draft.in_place(report), *about, loading=loaded.report)
+
+
+def _quantized(
+    asked: CheckpointRequest, loaded: LoadedModel, result: Result, draft: Draft, dtype: str, steps: Steps
+) -> Result:
+    """Round the weights where that is asked for. Codes are kept in files, from which a run that was stopped goes on."""
+    scheme = asked.scheme
+    if scheme is None:
+        return result
+    text = None if asked.calibration is None else Path(asked.calibration)
+    run = {
+        "model": json.dumps(loaded.files.to_dict(), sort_keys=True),
+        "configuration": told(asked.config),
+        "scheme": repr(scheme),
+        "text": "" if text is None else f"{asked.windows} of {hashlib.sha256(text.read_bytes()).hexdigest()}",
+        "target": f"{asked.written}, {dtype}",
+        "version": ", ".join(f"{name} {version_of(name)}" for name in ("spinpass", "torch", "transformers")),
+    }
+    place = draft.folder.parent
+    kept = spooled(result.program, place, shutil.disk_usage(place).free // _SPOOLED_SHARE)
+    work = KeptWork.of(draft.work, run)
+    return quantized(replace(result, program=kept), loaded, scheme, text, steps, asked.windows, work)
 
 
 def _is_tied(loaded: LoadedModel) -> bool:
     """Whether the configuration says that head and token table are one."""
     assert loaded.companions is not None
     return bool(loaded.companions.config.get_text_config().tie_word_embeddings)
-
-
-def _once(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return every constant under the first of its names: transformers ties the others to it."""
-    names: dict[tuple[Any, ...], str] = {}
-    for name, tensor in tensors.items():
-        names.setdefault(storage_key(tensor), name)
-    return {name: tensors[name] for name in names.values()}
-
-
-def _tried(folder: Path, program: ExportedProgram, loaded: LoadedModel) -> FolderTrial:
-    """Compare the logits of the folder, as transformers runs it, with the program's, and with those of the folder that
-    it was made of.
-
-    Raises VerificationError where they differ.
-    """
-    assert loaded.companions is not None
-    vocabulary = int(loaded.companions.config.get_text_config().vocab_size)
-    ids = [token % vocabulary for token in _TEXT]
-    found, bound = reloaded_logits(folder, ids), LOGIT_BOUNDS[narrowest_dtype(program)]
-    expected = {"the rotated program has": ProgramScorer(program).logits(ids).float()}
-    if loaded.source.kind == "transformers" and loaded.source.gguf is None:
-        expected[f"{loaded.source.location} gives"] = reloaded_logits(loaded.source.location, ids)
-    errors = {what: float((found - w).abs().max() / w.abs().max().clamp(min=1e-30)) for what, w in expected.items()}
-    for what, error in errors.items():
-        if not error <= bound:
-            raise VerificationError(
-                f"transformers computes other logits from what was written than {what} (relative error {error:.1e}, "
-                f"allowed {bound:.0e})"
-            )
-    return FolderTrial("transformers", "prompt", len(ids), max(errors.values()), bound)

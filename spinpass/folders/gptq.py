@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,8 +19,9 @@ from spinpass.errors import ConfigError, VerificationError
 from spinpass.formats import QUANTIZE_CONFIG, Draft, write_gptq
 from spinpass.graph import ProgramEditor
 from spinpass.loading import LoadedModel, declaration
-from spinpass.passes import untie
+from spinpass.passes import OnlineTransform, untie, with_online_transforms
 from spinpass.progress import Steps
+from spinpass.quantization import QuantizationConfig
 
 from .card import Card, scored_card
 from .companions import Written, write_companions
@@ -41,10 +42,22 @@ def check_offline(config: RotationConfig) -> None:
         raise ConfigError(f"{_NO_ONLINE}, such as that of {online[0]}: {_FOLDED}")
 
 
-def check_rotation(loaded: LoadedModel, result: Result) -> None:
-    """Raise ConfigError, which says what to ask for instead, where a rotation is online or adds parameters."""
+def check_weights_alone(scheme: QuantizationConfig, layout: str) -> None:
+    """Raise ConfigError where a scheme rounds more than weights, or each in several widths."""
+    kind = "GPTQ" if layout == "gptq" else layout
+    if scheme.weights is None:
+        raise ConfigError(f"a {kind} checkpoint holds rounded weights: name them, for example w4g128-gptq")
+    if scheme.activations is not None or scheme.cache is not None:
+        raise ConfigError(f"a {kind} checkpoint holds weights alone: leave the parts a… and kv… out of --quantize")
+    if scheme.mixed_rows:
+        raise ConfigError(f"weights of a {kind} checkpoint have one width each: leave the part rows out of --quantize")
+
+
+def check_rotation(loaded: LoadedModel, result: Result, *, declared: bool = False) -> None:
+    """Raise ConfigError, which says what to ask for instead, where a rotation adds parameters, or is online and the
+    layout does not declare such."""
     online = [space for space in result.plan.spaces if space.online] if result.plan is not None else []
-    if online:
+    if online and not declared:
         raise ConfigError(f"{_NO_ONLINE}, such as that of {online[0].name}: {_FOLDED}")
     added = sorted(result.program.state_dict.keys() - loaded.program.state_dict.keys())
     if added:
@@ -84,8 +97,8 @@ def write_gptq_folder(
     return Written(draft.in_place(report), *about, loading=loaded.report)
 
 
-def check_same_architecture(loaded: LoadedModel, result: Result) -> None:
-    """Prove that the program as it was exported, with the rotated weights, is the rotated one.
+def check_same_architecture(loaded: LoadedModel, result: Result, transforms: Sequence[OnlineTransform] = ()) -> None:
+    """Prove that the program as it was exported, with the rotated weights and online transforms, is the rotated one.
 
     Raises VerificationError where it is another function, as where a norm had to become one of another kind.
     """
@@ -94,7 +107,7 @@ def check_same_architecture(loaded: LoadedModel, result: Result) -> None:
         untie(editor, [node for node in editor.nodes if editor.has_alias(node)])
     program = editor.finish()
     program.state_dict.update(result.program.state_dict)
-    found = verify(result.program, program)
+    found = verify(result.program, with_online_transforms(program, transforms))
     if not found.ok:
         raise VerificationError(
             f"with these weights the model that was exported is another function ({found.verdict}): its architecture "

@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from torch import Tensor
 from torch.export import ExportedProgram
 
 from spinpass.config import RotationConfig
@@ -41,7 +40,7 @@ from .openvino import openvino_tools, write_openvino_folder
 from .preflight import Known
 from .recipes import RecipeName
 from .request import ExportRequest, IntegerCache, Target
-from .result import Result, quantized, rotated, version_of, window_length
+from .result import Result, quantized, rotated, told, version_of, window_length
 from .settings import settings_of
 
 CONTEXT = 1024
@@ -165,18 +164,6 @@ def carry_out(request: ExportRequest, steps: Steps) -> tuple[Result, Written]:
             "this machine's memory" if request.device == HOST else f"the memory of this machine or of {request.device}"
         )
         raise ExportError(f"{whose} is not enough: {_cheaper(request)}") from error
-
-
-def _told(config: RotationConfig | None) -> str:
-    """All of a configuration, its matrices by their hashes."""
-    if config is None or not config.matrices:
-        return repr(config)
-    held = {name: [given] if isinstance(given, Tensor) else given for name, given in config.matrices.items()}
-    digests = {
-        name: [hashlib.sha256(matrix.double().cpu().numpy().tobytes()).hexdigest() for matrix in matrices]
-        for name, matrices in held.items()
-    }
-    return f"{replace(config, matrices={})!r} {digests}"
 
 
 def _out_of_memory(error: BaseException | None) -> bool:
@@ -319,7 +306,7 @@ class _Run:
         asked = self.request
         run = {
             "model": json.dumps(loaded.files.to_dict(), sort_keys=True),
-            "configuration": _told(asked.config),
+            "configuration": told(asked.config),
             # which training begins with, whether there is to be any
             "scheme": repr(None if asked.scheme is None else replace(asked.scheme, distill=0)),
             "text": "" if text is None else f"{self.windows} of {hashlib.sha256(text.read_bytes()).hexdigest()}",

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from spinpass.formats import MANIFEST
+from spinpass.formats import COMPRESSED_TENSORS, MANIFEST
 from spinpass.loading import LoadedModel, Papers, Source
 
 from .card import plural
@@ -23,6 +23,7 @@ _RUNTIMES = {
     "openvino": "OpenVINO",
     "executorch": "ExecuTorch",
     "gptq": "loaders of GPTQ checkpoints",
+    COMPRESSED_TENSORS: "loaders of compressed-tensors",
     "transformers": "transformers",
 }
 _HOME = "spinpass"
@@ -33,6 +34,17 @@ from spinpass.runtime import OrtModel
 model = OrtModel.from_pretrained(".")
 text = model.tokenizer("{_PROMPT}", return_tensors="pt")
 print(model.tokenizer.decode(model.generate(**text, max_new_tokens=32)[0]))
+```"""
+_TRANSFORMED = """
+Its `config.json` declares online rotations in `transform_config`. A loader that leaves them out computes something
+else, as transformers 5.23 does by itself:
+
+```python
+from transformers import AutoModelForCausalLM
+from spinpass.loading import apply_declared_transforms
+
+model = AutoModelForCausalLM.from_pretrained(".", dtype="auto")
+apply_declared_transforms(model, ".")
 ```"""
 _DECODERS = {"openvino": "OpenVINODecoder", "executorch": "PteDecoder"}
 _PYTHON_DECODER = f"""```python
@@ -58,8 +70,8 @@ def model_card(loaded: LoadedModel, about: Mapping[str, Any], settings: Mapping[
     name, rotated = _name(loaded), bool(about.get("plan"))
     parts = [
         "\n".join(_front_matter(loaded.papers, library, rotated=rotated, quantized=integers)),
-        f"# {name} for {_reader(library, integers)}",
-        _what(about, name, _reader(library, integers)),
+        f"# {name} for {_reader(about, library, integers)}",
+        _what(about, name, _reader(about, library, integers)),
         *_section("Measured", _measured(about.get("card"), about.get("compared"))),
         *_section("Proved", _proved(about, library)),
         *_section("Made by", _command(settings, hub_name(loaded.source), about)),
@@ -98,8 +110,10 @@ def _front_matter(papers: Papers, library: str, *, rotated: bool, quantized: boo
     yield "---"
 
 
-def _reader(library: str, integers: bool) -> str:
+def _reader(about: Mapping[str, Any], library: str, integers: bool) -> str:
     """What reads the folder, for people."""
+    if (about.get("layout") or {}).get("name") == COMPRESSED_TENSORS:
+        return _RUNTIMES[COMPRESSED_TENSORS]
     return _RUNTIMES["gptq" if library == "transformers" and integers else library]
 
 
@@ -190,7 +204,12 @@ def _run(loaded: LoadedModel, about: Mapping[str, Any], library: str) -> Iterato
     """How to get text out of it; nothing where there is no tokenizer, or no cache to decode with."""
     tokenizer = None if loaded.companions is None else loaded.companions.tokenizer
     cached = any("past" in name or "cache" in name for name in (about.get(library) or {}).get("inputs", ()))
-    if library == "transformers":
+    layout = about.get("layout") or {}
+    if layout.get("name") == COMPRESSED_TENSORS:
+        yield "A checkpoint of compressed-tensors in safetensors, which transformers reads with that package."
+        if layout["transforms"]:
+            yield _TRANSFORMED
+    elif library == "transformers":
         kind = "GPTQ checkpoint" if (about.get("quantization") or {}).get("weights") else "checkpoint of transformers"
         yield f"A {kind} in safetensors: whatever reads those reads this one, without spinpass."
     elif tokenizer is not None and (cached or library == "executorch"):

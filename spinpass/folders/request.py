@@ -13,7 +13,7 @@ from spinpass.graph import HOST, Device, named_device
 from spinpass.loading import check_dtype
 from spinpass.quantization import QuantizationConfig, Weights
 
-from .gptq import WEIGHTS_ONLY, check_offline
+from .gptq import WEIGHTS_ONLY, check_offline, check_weights_alone
 from .recipes import DEFAULT_BITS, RecipeName, recipe_of
 
 Target = Literal["onnx", "openvino", "executorch", "gptq"]
@@ -150,10 +150,7 @@ class ExportRequest:
         scheme = self.scheme
         if scheme is None or scheme.weights is None:
             raise ConfigError(WEIGHTS_ONLY)
-        if scheme.activations is not None or scheme.cache is not None:
-            raise ConfigError("a GPTQ checkpoint holds weights alone: leave the parts a… and kv… out of --quantize")
-        if scheme.mixed_rows:
-            raise ConfigError("weights of a GPTQ checkpoint have one width each: leave the part rows out of --quantize")
+        check_weights_alone(scheme, "gptq")
         if self.config is not None:
             check_offline(self.config)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -9,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from torch.export import ExportedProgram
 
 from spinpass import record
@@ -118,6 +120,18 @@ def quantized(
             training = calibration_inputs(result.program, tokenize, text, length // 2, 2 * len(inputs))
     made = quantize(result.program, asked, inputs, training=training, store=store, progress=steps.start("quantize"))
     return replace(result, program=made.program, quantization=made.report)
+
+
+def told(config: RotationConfig | None) -> str:
+    """Return all of a configuration as a text, its matrices by their hashes."""
+    if config is None or not config.matrices:
+        return repr(config)
+    held = {name: [given] if isinstance(given, Tensor) else given for name, given in config.matrices.items()}
+    digests = {
+        name: [hashlib.sha256(matrix.double().cpu().numpy().tobytes()).hexdigest() for matrix in matrices]
+        for name, matrices in held.items()
+    }
+    return f"{replace(config, matrices={})!r} {digests}"
 
 
 def window_length(companions: Companions) -> int:

@@ -1,10 +1,17 @@
 """How programs, checkpoints and folders lie on disk, and how files appear there whole."""
 
 from .archives import check_archive
+from .compressed_tensors import (
+    COMPRESSED_TENSORS,
+    CompressedCheckpoint,
+    CompressedReport,
+    read_compressed_tensors,
+    write_compressed_tensors,
+)
 from .documents import read_object
 from .draft import Draft, drafted
 from .gguf_header import GgufHeader, check_gguf
-from .gptq import QUANTIZE_CONFIG, GptqCheckpoint, GptqReport, read_gptq, write_gptq
+from .gptq import QUANTIZE_CONFIG, GptqCheckpoint, GptqReport, read_gptq, read_tensors, write_gptq
 from .manifest import (
     CACHE_BUFFERS,
     MANIFEST,
@@ -39,10 +46,19 @@ from .recorded import FileHash, check_recorded
 from .safetensors_header import check_safetensors, safetensors_header
 from .shards import write_shards
 from .staging import PREFIX, check_free, finish, is_plain_name, staged
+from .transform_config import (
+    DeclaredTransform,
+    declared_transforms,
+    is_transform,
+    online_alone,
+    resolved_transforms,
+    transform_config,
+)
 from .work import KeptWork
 
 __all__ = [
     "CACHE_BUFFERS",
+    "COMPRESSED_TENSORS",
     "EXTERNAL_BYTES",
     "MANIFEST",
     "PREFIX",
@@ -51,6 +67,9 @@ __all__ = [
     "README",
     "READS_PADDING",
     "Artefact",
+    "CompressedCheckpoint",
+    "CompressedReport",
+    "DeclaredTransform",
     "Draft",
     "FileHash",
     "GgufHeader",
@@ -68,27 +87,35 @@ __all__ = [
     "check_recorded",
     "check_safetensors",
     "data_name",
+    "declared_transforms",
     "drafted",
     "finish",
     "hashes",
     "is_for_people",
     "is_plain_name",
+    "is_transform",
     "listed_files",
     "load_program",
     "model_path",
+    "online_alone",
     "onnx_record",
     "pte_path",
     "read_artefact",
+    "read_compressed_tensors",
     "read_gptq",
     "read_manifest",
     "read_matrices",
     "read_object",
+    "read_tensors",
     "remove_stale_data",
+    "resolved_transforms",
     "runtime_file",
     "safetensors_header",
     "save_program",
     "sealed",
     "staged",
+    "transform_config",
+    "write_compressed_tensors",
     "write_gptq",
     "write_shards",
     "xml_path",

@@ -27,11 +27,14 @@ import torch
 from torch import Tensor
 
 from spinpass.errors import ConfigError, DamageError, ExportError
+from spinpass.graph import Handle
 from spinpass.operators import pack_words, unpack_words, words
 from spinpass.quantization import WEIGHT_BITS, Codes, QuantizedWeight
 
 from .documents import read_object
+from .packed_words import PackedWords
 from .safetensors_header import check_safetensors
+from .shards import SHARD_BYTES, check_dtypes, put_shards, shards_in
 from .staging import staged
 
 FORMATS = ("gptq", "gptq_v2")
@@ -41,12 +44,13 @@ _PARTS = ("qweight", "qzeros", "scales", "g_idx")
 
 @dataclass(frozen=True)
 class GptqReport:
-    """This is what :func:`write_gptq` wrote. ``changed`` names the weights whose values the scales' dtype has changed,
-    with the largest relative change of a scale."""
+    """This is what :func:`write_gptq` wrote. ``config`` is the ``quantization_config``; ``changed`` names
+    the weights whose values the scales' dtype has changed, with the largest relative change of a scale."""
 
     path: Path
     files: tuple[Path, ...]
     bytes: int
+    config: Mapping[str, Any]
     changed: Mapping[str, float]
 
     @property
@@ -78,8 +82,11 @@ def write_gptq(
     checkpoint_format: str = "gptq",
     scales_dtype: torch.dtype = torch.float16,
     config: Mapping[str, Any] | None = None,
+    shard_bytes: int = SHARD_BYTES,
 ) -> GptqReport:
     """Write ``model.safetensors``, ``config.json`` and ``quantize_config.json``; files of these names are replaced.
+
+    Codes are packed, and tensors that are handles read, when their bytes are due (:func:`.shards.write_shards`).
 
     Args:
         folder: where they are written; it is made if it is missing.
@@ -89,18 +96,19 @@ def write_gptq(
         checkpoint_format: ``gptq`` or ``gptq_v2``.
         scales_dtype: float16, which kernels take, or float32, in which nothing changes; the report says what did.
         config: the model's configuration, which ``config.json`` holds beside the quantization's.
+        shard_bytes: how many bytes of tensors a file holds at most; there are several and an index where one is not
+            enough.
 
     Raises:
         ConfigError: the format or dtype is not one of these, a weight is no matrix of a module, its sizes leave words
             unfilled, a zero point is 0 in the format ``gptq``, or the dtype cannot hold a scale.
-        ExportError: safetensors is missing, or the folder is not writable. Nothing is left behind.
+        ExportError: the folder is not writable. Nothing is left behind.
     """
     if checkpoint_format not in FORMATS:
         raise ConfigError(f"checkpoint_format {checkpoint_format!r} is not one of {', '.join(FORMATS)}")
     if scales_dtype not in (torch.float16, torch.float32):
         raise ConfigError(f"scales_dtype {scales_dtype} is not float16 or float32")
-    save = _safetensors().save_file
-    stored = {name: t.detach().contiguous().clone() for name, t in (tensors or {}).items()}
+    stored = dict(tensors or {})
     changed: dict[str, float] = {}
     for name, weight in weights.items():
         stored |= _tensors_of(name, weight, checkpoint_format, scales_dtype)
@@ -110,13 +118,14 @@ def write_gptq(
             changed[name] = float(off)
     found = _quantization_config({n: w.codes for n, w in weights.items()}, checkpoint_format)
     folder = Path(folder)
-    with staged(folder, sum(t.nbytes for t in stored.values())) as staging:
-        save(stored, staging / _MODEL, metadata={"format": "pt"})
+    check_dtypes(stored)
+    with staged(folder, sum(t.nbytes for t in stored.values()), gone=shards_in(folder)) as staging:
+        put_shards(staging, stored, shard_bytes=shard_bytes)
         (staging / QUANTIZE_CONFIG).write_text(json.dumps(found, indent=2))
         (staging / _CONFIG).write_text(json.dumps({**(config or {}), "quantization_config": found}, indent=2))
         written = sorted(staging.iterdir())
         size = sum(file.stat().st_size for file in written)
-    return GptqReport(folder, tuple(folder / file.name for file in written), size, changed)
+    return GptqReport(folder, tuple(folder / file.name for file in written), size, found, changed)
 
 
 def _tensors_of(
@@ -138,7 +147,7 @@ def _tensors_of(
         raise ConfigError(f"{name} has scales that {scales_dtype} cannot hold; use scales_dtype=torch.float32")
     zeros = codes.zeros.to(torch.int32) - int(checkpoint_format == "gptq")
     return {
-        f"{module}.qweight": pack_words(codes.q.T, bits, 0),
+        f"{module}.qweight": Handle(PackedWords(codes.q.T, bits, 0)),
         f"{module}.qzeros": pack_words(zeros.T, bits, 1),
         f"{module}.scales": scales.T.contiguous(),
         f"{module}.g_idx": codes.group_of.to(torch.int32),
@@ -178,7 +187,7 @@ def read_gptq(folder: str | Path) -> GptqCheckpoint:
     """
     folder = Path(folder)
     config = _read_config(folder)
-    tensors = _read_tensors(folder)
+    tensors = read_tensors(folder)
     modules = sorted(name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight"))
     codes = {f"{module}.weight": _codes(module, tensors, config) for module in modules}
     packed = {f"{module}.{part}" for module in modules for part in _PARTS}
@@ -205,7 +214,11 @@ def _read_config(folder: Path) -> Mapping[str, Any]:
     return config
 
 
-def _read_tensors(folder: Path) -> dict[str, Tensor]:
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """Return every tensor of the safetensors files of a folder, which the index names where there is one.
+
+    Raises ConfigError where there is none, ExportError where a file cannot be read.
+    """
     load = _safetensors().load_file
     index = folder / f"{_MODEL}.index.json"
     if index.is_file():

@@ -23,11 +23,15 @@ _NAMES = {
     torch.int64: "I64", torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64",
 }  # fmt: skip
 _ALONE = "model.safetensors"
-_SHARD = 5_000_000_000  # bytes, as transformers has it
+SHARD_BYTES = 5_000_000_000
+"""Of tensors in a file, as transformers has it."""
+
 _ALIGNED = 8  # the header ends at a multiple of so many bytes
 
 
-def write_shards(folder: str | Path, tensors: Mapping[str, Tensor], *, shard_bytes: int = _SHARD) -> tuple[Path, ...]:
+def write_shards(
+    folder: str | Path, tensors: Mapping[str, Tensor], *, shard_bytes: int = SHARD_BYTES
+) -> tuple[Path, ...]:
     """Write ``model.safetensors``, or several of them and an index where they have more bytes than one takes.
 
     Args:
@@ -42,9 +46,28 @@ def write_shards(folder: str | Path, tensors: Mapping[str, Tensor], *, shard_byt
         ConfigError: the format has no such dtype.
         ExportError: the folder is not writable, or the disk is full. Nothing is left behind.
     """
+    folder = Path(folder)
+    check_dtypes(tensors)
+    with staged(folder, sum(t.nbytes for t in tensors.values()), gone=shards_in(folder)) as staging:
+        put_shards(staging, tensors, shard_bytes=shard_bytes)
+        written = sorted(path.name for path in staging.iterdir())
+    return tuple(folder / name for name in written)
+
+
+def check_dtypes(tensors: Mapping[str, Tensor]) -> None:
+    """Raise ConfigError where the format has no such dtype."""
     for name, tensor in tensors.items():
         if tensor.dtype not in _NAMES:
             raise ConfigError(f"{name}: safetensors files are written of {', '.join(_NAMES.values())} here")
+
+
+def shards_in(folder: Path) -> list[str]:
+    """Return the names of the files of weights in a folder, which others take the place of."""
+    return [path.name for path in folder.glob("model*.safetensors*")] if folder.is_dir() else []
+
+
+def put_shards(staging: Path, tensors: Mapping[str, Tensor], *, shard_bytes: int = SHARD_BYTES) -> None:
+    """Write the files of :func:`write_shards` into a folder that is moved in place by the caller."""
     shards: list[dict[str, Tensor]] = [{}]
     held = 0
     for name, tensor in tensors.items():
@@ -55,17 +78,12 @@ def write_shards(folder: str | Path, tensors: Mapping[str, Tensor], *, shard_byt
         held += tensor.nbytes
     total, count = sum(t.nbytes for t in tensors.values()), len(shards)
     names = [f"model-{k + 1:05}-of-{count:05}.safetensors" for k in range(count)] if count > 1 else [_ALONE]
-    folder = Path(folder)
-    before = [path.name for path in folder.glob("model*.safetensors*")] if folder.is_dir() else []
-    with staged(folder, total, gone=before) as staging:
-        for file, shard in zip(names, shards, strict=True):
-            _write(staging / file, shard)
-        if count > 1:
-            where = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
-            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
-            (staging / f"{_ALONE}.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-        written = sorted(path.name for path in staging.iterdir())
-    return tuple(folder / name for name in written)
+    for file, shard in zip(names, shards, strict=True):
+        _write(staging / file, shard)
+    if count > 1:
+        where = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
+        (staging / f"{_ALONE}.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:

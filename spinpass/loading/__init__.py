@@ -5,7 +5,7 @@ from .faithful import LOGIT_BOUNDS, LONGEST_TEXT, text_limits
 from .files import SourceFiles
 from .models import Companions, LoadedModel, check_dtype, load_config, load_model, load_tokenizer
 from .papers import Papers, papers_of
-from .reloaded import reloaded_logits
+from .reloaded import apply_declared_transforms, reloaded_logits
 from .rotated import declaration
 from .sources import Source, check_program_options, locate
 from .static_cache import check_context, export_static_cache
@@ -23,6 +23,7 @@ __all__ = [
     "Papers",
     "Source",
     "SourceFiles",
+    "apply_declared_transforms",
     "check_context",
     "check_dtype",
     "check_program_options",

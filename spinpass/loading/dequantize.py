@@ -1,9 +1,10 @@
-"""The values of a GPTQ checkpoint in an exported program of the same model, as floats or with their integers kept."""
+"""The values of a checkpoint of integers in a program of the same model, as floats or with their integers kept."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -26,16 +27,23 @@ from spinpass.quantization import (
 )
 
 
-def dequantize_checkpoint(
-    program: ExportedProgram, checkpoint: GptqCheckpoint, *, strict: bool = True
-) -> ExportedProgram:
+class StoredCodes(Protocol):
+    """A checkpoint: the codes of its weights, and its other tensors, by parameter name."""
+
+    @property
+    def codes(self) -> Mapping[str, Codes]: ...
+    @property
+    def tensors(self) -> Mapping[str, Tensor]: ...
+
+
+def dequantize_checkpoint(program: ExportedProgram, checkpoint: StoredCodes, *, strict: bool = True) -> ExportedProgram:
     """Make a floating-point program with the checkpoint's values, which can be rotated and quantized again.
 
     Products (q − z)·s are computed in float32 and cast once to the dtype of the program's constant.
 
     Args:
         program: a program of the same model, with any values; parameters are matched by name. It is not changed.
-        checkpoint: what :func:`spinpass.formats.read_gptq` found.
+        checkpoint: what :func:`spinpass.formats.read_gptq` or :func:`spinpass.formats.read_compressed_tensors` found.
         strict: every parameter must be in the checkpoint; otherwise the others keep the program's values.
 
     Raises:
@@ -98,7 +106,7 @@ def _widened(codes: Codes) -> Codes:
     return replace(codes, scales=codes.scales.float())
 
 
-def _dequantized(checkpoint: GptqCheckpoint, dims: Mapping[str, int]) -> Iterable[tuple[str, Tensor]]:
+def _dequantized(checkpoint: StoredCodes, dims: Mapping[str, int]) -> Iterable[tuple[str, Tensor]]:
     yield from checkpoint.tensors.items()
     for name, codes in checkpoint.codes.items():
         matrix = _widened(codes).dequantized()

@@ -41,7 +41,7 @@ from .gguf import streamed_gguf
 from .gptq import skeleton, with_values
 from .older_transformers import add_older_words
 from .papers import Papers, papers_of
-from .quantized import check_quantization, dequantized_config, gguf_types
+from .quantized import BY_READING, check_quantization, dequantized_config, gguf_types
 from .quiet import quietly
 from .rotated import declared_rotations
 from .sources import Source, locate
@@ -161,14 +161,14 @@ def load_model(
         report("export")
         padding = False
         program = _with_values(given, _exported(given, cache, source.location, context))
-        if cache and context is None and done.dequantized != "gptq":  # whose values are filled in below
+        if cache and context is None and done.dequantized not in BY_READING:  # whose values are filled in below
             report("compare")
             program, notes = _faithful(given, program, source.location)
             padding = reads_padding(loaded, program)
             done = replace(done, notes=(*done.notes, *notes, *([_PADDING] if padding else ())))
-    if done.dequantized == "gptq":
+    if done.dequantized in BY_READING:
         report("dequantize")
-        program = with_values(program, source.location)
+        program = with_values(program, source.location, done.dequantized)
     if not streamed:
         program = materialize(program)
     beside = Companions(loaded.config, loaded.generation_config, tokenizer)
@@ -308,7 +308,7 @@ def _of_folder(
         check_layers(location, config, len(stored))
         check_config_keys(transformers, location, config)
         check_extent(transformers, location, files.weight_bytes)
-    if method == "gptq":
+    if method in BY_READING:
         return skeleton(transformers, location, dtype), LoadingReport(dequantized=method)
     options: dict[str, Any] = {"quantization_config": dequantized_config(transformers, config)} if method else {}
     names = renamings(stored)

@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from spinpass.errors import ConfigError, ExportError
-from spinpass.formats import read_object
+from spinpass.formats import COMPRESSED_TENSORS, read_object
 
 from .architecture import find_file
 
 _BY_TRANSFORMERS = ("fp8", "mxfp4")  # it computes their values without a GPU and without another package
-_METHODS = ("gptq", *_BY_TRANSFORMERS)
+BY_READING = ("gptq", COMPRESSED_TENSORS)
+"""Methods whose codes are read here, from a folder."""
+
+_METHODS = (*BY_READING, *_BY_TRANSFORMERS)
 _FLOATS = ("F32", "F16", "BF16", "F64")
 
 
@@ -32,11 +35,13 @@ def check_quantization(transformers: Any, location: str, config: Mapping[str, An
     method = _method(transformers, location, config)
     if method is None:
         return None
-    if method not in _METHODS or (method == "gptq" and not Path(location).is_dir()):
+    if method not in _METHODS or (method in BY_READING and not Path(location).is_dir()):
         raise ExportError(
             f"{location} holds packed weights ({method}), whose values cannot be taken here (those of "
             f"{', '.join(_METHODS)} can): export the model as it was before it was quantized"
         )
+    if method == COMPRESSED_TENSORS and not (_declared(config) or {}).get("config_groups"):
+        return method  # floats, and perhaps online transforms
     if not dequantize:
         raise ConfigError(
             f"{location} holds packed weights ({method}), which are not rotated behind your back: "

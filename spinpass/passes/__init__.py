@@ -9,6 +9,14 @@ from .last_token import last_token
 from .lower_hadamards import lower_hadamards
 from .lower_operators import lower
 from .materialize import MATERIALIZE
+from .online_transforms import (
+    LOCATIONS,
+    OnlineTransform,
+    TransformLocation,
+    online_transforms,
+    transform_places,
+    with_online_transforms,
+)
 from .own_constants import give_own_constants
 from .return_states import return_states
 from .runner import PassRunner
@@ -20,14 +28,20 @@ __all__ = [
     "FOLD_ROTATIONS",
     "FUSE_NORM_SCALE",
     "INSERT_ROTATIONS",
+    "LOCATIONS",
     "MATERIALIZE",
+    "OnlineTransform",
     "PassRunner",
     "SitePass",
+    "TransformLocation",
     "give_own_constants",
     "last_token",
     "lower",
     "lower_hadamards",
+    "online_transforms",
     "open_program",
     "return_states",
+    "transform_places",
     "untie",
+    "with_online_transforms",
 ]

@@ -14,7 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from spinpass.errors import ConfigError, ExportError
+from spinpass.formats import packed_words
 from spinpass.formats.gptq import read_gptq, write_gptq
+from spinpass.operators import pack_words
 from spinpass.quantization import Weights
 from spinpass.quantization.report import QuantizedWeight
 from spinpass.quantization.rounding.grid import Codes, rounded
@@ -179,10 +181,28 @@ def test_what_cannot_be_read_says_why(tmp_path: Path, monkeypatch: pytest.Monkey
     fails(broken, ConfigError, "has no .safetensors file")
     (broken / "config.json").write_text("{")
     fails(broken, ExportError, "cannot be read as JSON")
+    whole = checkpoint("whole")
     monkeypatch.setitem(sys.modules, "safetensors", None)
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
-    with pytest.raises(ExportError, match="pip install safetensors"):
-        write_gptq(tmp_path / "none", {"a.weight": weight()})
+    fails(whole, ExportError, "pip install safetensors")
+
+
+def test_codes_are_packed_a_piece_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the pieces, the blocks that are asked for and the files: the same words."""
+    codes = torch.randint(0, 8, (96, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    expected = [pack_words(codes, 3, dim) for dim in (0, 1)]
+    monkeypatch.setattr(packed_words, "_PIECE", 100)
+    for dim, whole in enumerate(expected):
+        source = packed_words.PackedWords(codes, 3, dim)
+        assert source.shape == whole.shape and torch.equal(source.read(slice(None)), whole)
+        for first in range(0, len(whole), 4):
+            assert torch.equal(source.read(slice(first, first + 4)), whole[first : first + 4])
+        assert torch.equal(source.read(torch.tensor([5, 0])), whole[[5, 0]]) and not len(source.read(slice(3, 3)))
+    given = {f"{name}.weight": weight(seed=seed) for seed, name in enumerate("abc")}
+    write_gptq(tmp_path, given, scales_dtype=torch.float32, shard_bytes=1000)
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
+    back = read_gptq(tmp_path).codes
+    assert all(torch.equal(back[name].dequantized(), w.codes.dequantized()) for name, w in given.items())
 
 
 def test_contiguous_codes_need_no_index() -> None:

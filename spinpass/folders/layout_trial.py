@@ -1,0 +1,90 @@
+"""A written checkpoint, tried by those who load it: its logits against the program's."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+from torch import Tensor
+from torch.export import ExportedProgram
+
+from spinpass.certificate import narrowest_dtype
+from spinpass.errors import VerificationError
+from spinpass.evaluation import ProgramScorer
+from spinpass.loading import LOGIT_BOUNDS, LoadedModel, load_model, reloaded_logits
+
+from .judge import FolderTrial
+from .layouts import CheckpointLayout
+
+_TEXT = range(3, 23)  # token ids
+_LARGE = 4_000_000_000  # bytes of floats
+_TOO_LARGE = "its weights as floats take more than 4 GB: what was written is certified, and not loaded again"
+_SEVERAL = "transformers reads zero points of compressed-tensors of one width alone"
+_NO_PACKAGE = "compressed-tensors is not installed: pip install spinpass[compressed-tensors]"
+
+
+def tried_layout(
+    layout: CheckpointLayout, folder: Path, program: ExportedProgram, loaded: LoadedModel
+) -> list[FolderTrial]:
+    """Load the folder by whatever reads its layout, and compare its logits with the program's.
+
+    Floats are read by transformers, and compared with those of the folder that they were made of, too; integers by
+    :func:`spinpass.loading.load_model`; what compressed-tensors reads, by transformers with that package.
+
+    Raises VerificationError where they differ.
+    """
+    if layout == "transformers":
+        return [_of_floats(folder, program, loaded)]
+    size = sum(tensor.nbytes for tensor in program.state_dict.values())
+    if size > _LARGE:
+        return [FolderTrial("all", "prompt", reason=_TOO_LARGE)]
+    ids = _ids(loaded)
+    expected = ProgramScorer(program).logits(ids).float()
+    read = load_model(folder, dtype="auto", cache=False, dequantize=True)
+    trials = [_compared("spinpass", ProgramScorer(read.program).logits(ids).float(), expected, program)]
+    if layout == "compressed-tensors":
+        reason = _untried(loaded)
+        if reason:
+            trials.append(FolderTrial("transformers", "prompt", reason=reason))
+        else:
+            trials.append(_compared("transformers", reloaded_logits(folder, ids), expected, program))
+    return trials
+
+
+def _untried(loaded: LoadedModel) -> str:
+    """Return why transformers cannot be asked; empty where it can."""
+    if importlib.util.find_spec("compressed_tensors") is None:
+        return _NO_PACKAGE
+    assert loaded.companions is not None
+    groups = loaded.companions.config.quantization_config["config_groups"].values()
+    return "" if len(groups) < 2 or all(g["weights"]["symmetric"] for g in groups) else _SEVERAL
+
+
+def _ids(loaded: LoadedModel) -> list[int]:
+    assert loaded.companions is not None
+    vocabulary = int(loaded.companions.config.get_text_config().vocab_size)
+    return [token % vocabulary for token in _TEXT]
+
+
+def _of_floats(folder: Path, program: ExportedProgram, loaded: LoadedModel) -> FolderTrial:
+    ids = _ids(loaded)
+    found = reloaded_logits(folder, ids)
+    trial = _compared("transformers", found, ProgramScorer(program).logits(ids).float(), program)
+    if loaded.source.kind == "transformers" and loaded.source.gguf is None:
+        before, whose = reloaded_logits(loaded.source.location, ids), f"{loaded.source.location} gives"
+        other = _compared("transformers", found, before, program, whose)
+        return max(trial, other, key=lambda each: each.error or 0.0)
+    return trial
+
+
+def _compared(
+    runtime: str, found: Tensor, expected: Tensor, program: ExportedProgram, whose: str = "the rotated program has"
+) -> FolderTrial:
+    bound = LOGIT_BOUNDS[narrowest_dtype(program)]
+    error = float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
+    if not error <= bound:
+        raise VerificationError(
+            f"{runtime} computes other logits from what was written than {whose} (relative error {error:.1e}, allowed "
+            f"{bound:.0e})"
+        )
+    return FolderTrial(runtime, "prompt", len(found), error, bound)
