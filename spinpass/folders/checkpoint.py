@@ -27,6 +27,7 @@ from spinpass.progress import Silent, Steps
 
 from .card import plural
 from .companions import Written, check_target, write_companions
+from .endings import still_the_same
 from .gptq import check_offline, check_rotation, check_same_architecture, described
 from .judge import FolderTrial
 from .result import Result, rotated
@@ -93,24 +94,25 @@ def rotate_checkpoint(
         loaded = load_model(model, dtype=dtype, cache=False, experts=_EXPERTS, streamed=True, progress=steps.begin)
         if loaded.companions is None:
             raise ConfigError(f"{model} is a program, not a checkpoint: name a folder of transformers")
-        result = rotated(loaded.program, config, steps, certify=certify)
-        check_rotation(loaded, result)
-        if certify:
-            steps.start("certify the checkpoint")
-            check_same_architecture(loaded, result)
-        steps.start("write")
-        files = write_shards(draft.folder, _once(result.program.state_dict))
-        size = sum(path.stat().st_size for path in files)
-        made = described(loaded, result)
-        report = CheckpointReport(draft.folder, files, size, _is_tied(loaded) and not _is_tied(made))
+        with still_the_same(loaded.files, steps):
+            result = rotated(loaded.program, config, steps, certify=certify)
+            check_rotation(loaded, result)
+            if certify:
+                steps.start("certify the checkpoint")
+                check_same_architecture(loaded, result)
+            steps.start("write")
+            files = write_shards(draft.folder, _once(result.program.state_dict))
+            size = sum(path.stat().st_size for path in files)
+            made = described(loaded, result)
+            report = CheckpointReport(draft.folder, files, size, _is_tied(loaded) and not _is_tied(made))
 
-        def tried() -> list[FolderTrial]:
-            if not certify:
-                return [FolderTrial("transformers", "all", reason="switched off")]
-            steps.start("try in transformers")
-            return [_tried(draft.folder, result.program, made)]
+            def tried() -> list[FolderTrial]:
+                if not certify:
+                    return [FolderTrial("transformers", "all", reason="switched off")]
+                steps.start("try in transformers")
+                return [_tried(draft.folder, result.program, made)]
 
-        about = write_companions(made, result, {}, [path.name for path in files], draft, tried)
+            about = write_companions(made, result, {}, [path.name for path in files], draft, tried)
         steps.finish()
         return result, Written(draft.in_place(report), *about, loading=loaded.report)
 

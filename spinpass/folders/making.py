@@ -33,6 +33,7 @@ from spinpass.progress import Silent, Steps
 
 from .companions import Written, check_target
 from .compared import Made, the_better
+from .endings import cheaper, of_the_machine, out_of_memory, still_the_same
 from .executorch import executorch_tools, write_pte_folder
 from .gptq import check_rotation, write_gptq_folder
 from .onnx import CacheBits, onnx_tools, write_folder
@@ -52,7 +53,6 @@ _EXPERTS = {"onnx": "grouped_mm", "executorch": "batched_mm"}
 ``batched_mm`` gathers the weights of every token's experts: 151 MB for each token in each layer of a model of width
 2048 with eight experts of width 768 at a time. The grouped product reads a weight once, however many tokens go to it.
 """
-_NO_MEMORY = ("DefaultCPUAllocator: can't allocate", "Cannot allocate memory")
 _ROWS = 16  # texts that a model writes at once
 _SPOOLED_SHARE = 4  # of the free disk, what is computed from the weights is kept in one of so many parts
 _DEFAULT = RotationConfig()
@@ -155,9 +155,9 @@ def carry_out(request: ExportRequest, steps: Steps) -> tuple[Result, Written]:
             dataset, windows = preflight(request)
             return _Run(request, write, dataset, windows, draft, steps).made()
     except (MemoryError, OSError, RuntimeError, SpinpassError) as error:
-        if not _out_of_memory(error):
+        if not out_of_memory(error):
             raise
-        raise ExportError(f"this machine's memory is not enough: {_cheaper(request)}") from error
+        raise ExportError(f"this machine's memory is not enough: {cheaper(request)}") from error
 
 
 def _told(config: RotationConfig | None) -> str:
@@ -166,36 +166,6 @@ def _told(config: RotationConfig | None) -> str:
         return repr(config)
     digests = {name: hashlib.sha256(m.double().numpy().tobytes()).hexdigest() for name, m in config.matrices.items()}
     return f"{replace(config, matrices={})!r} {digests}"
-
-
-def _out_of_memory(error: BaseException | None) -> bool:
-    """Whether there was no memory for something, by what Python and torch raise."""
-    while error is not None:
-        if isinstance(error, MemoryError) or any(said in str(error) for said in _NO_MEMORY):
-            return True
-        error = error.__cause__
-    return False
-
-
-def _of_the_machine(error: BaseException | None) -> bool:
-    """Whether an error is of a disk or a memory, which may be another the next time."""
-    while error is not None:
-        if isinstance(error, OSError) or _out_of_memory(error):
-            return True
-        error = error.__cause__
-    return False
-
-
-def _cheaper(request: ExportRequest) -> str:
-    """What takes less memory than a request."""
-    scheme = request.scheme
-    if scheme is not None and scheme.distill:
-        return "leave the training of scales out (--recipe quick), or read a shorter text (--samples 8)"
-    if scheme is not None and scheme.needs_calibration:
-        return "read a shorter text (--samples 4), or round to nearest (--recipe plain)"
-    if request.dtype == "float32":
-        return "keep the dtype of the files (--dtype auto), or close what else runs"
-    return "close what else runs, or take a machine with more"
 
 
 @dataclass(frozen=True)
@@ -224,11 +194,15 @@ class _Run:
         try:
             return self._better(loaded, text, work)
         except SpinpassError as error:
-            if not _of_the_machine(error):
+            if not of_the_machine(error):
                 shutil.rmtree(self.draft.work, ignore_errors=True)  # the same again would end in the same way
             raise
 
     def _better(self, loaded: LoadedModel, text: Path | None, work: KeptWork | None) -> tuple[Result, Written]:
+        with still_the_same(loaded.files, self.steps):
+            return self._the_better(loaded, text, work)
+
+    def _the_better(self, loaded: LoadedModel, text: Path | None, work: KeptWork | None) -> tuple[Result, Written]:
         made = self._of(loaded, self.request.config, text, work, self.draft)
         if self.request.compare:
             beside = Draft(self.draft.out, self.draft.folder.parent / "original")

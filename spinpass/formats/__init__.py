@@ -20,6 +20,7 @@ from .manifest import (
     onnx_record,
     read_artefact,
     sealed,
+    sha256,
 )
 from .paths import (
     EXTERNAL_BYTES,
@@ -84,6 +85,7 @@ __all__ = [
     "safetensors_header",
     "save_program",
     "sealed",
+    "sha256",
     "staged",
     "write_gptq",
     "write_shards",

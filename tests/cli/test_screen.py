@@ -7,19 +7,19 @@ import time
 
 import pytest
 
-from spinpass.cli import screen
+from spinpass.cli import screen, steps
 
 
 def lines(monkeypatch: pytest.MonkeyPatch, quick: float) -> list[str]:
     err = io.StringIO()
-    monkeypatch.setattr(screen, "_QUICK", quick)
-    monkeypatch.setattr(screen, "_SELDOM", 0.05)
-    with screen.Screen(streams=(io.StringIO(), err)).steps() as steps:
-        tick = steps.start("quantize [bold]")
+    monkeypatch.setattr(steps, "QUICK", quick)
+    monkeypatch.setattr(steps, "SELDOM", 0.05)
+    with screen.Screen(streams=(io.StringIO(), err)).steps() as shown:
+        tick = shown.start("quantize [bold]")
         tick(1, 9)
         time.sleep(0.1)
         tick(2, 9)
-        steps.begin("write")
+        shown.begin("write")
     return [line.strip() for line in err.getvalue().splitlines() if line.strip()]
 
 
