@@ -127,8 +127,13 @@ class ShownSteps(ToldSteps):
     def columns() -> tuple[Any, ...]:
         """Return what a terminal shows beside each other."""
         described = TextColumn("{task.description}")
-        return SpinnerColumn(), described, BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TextColumn(
-            "{task.fields[left]}"
+        return (
+            SpinnerColumn(),
+            described,
+            BarColumn(),
+            TaskProgressColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[left]}"),
         )
 
     def _begun(self, name: str) -> None:

@@ -35,6 +35,7 @@ from .companions import Written, check_target
 from .compared import Made, the_better
 from .endings import cheaper, of_the_machine, out_of_memory, still_the_same
 from .executorch import executorch_tools, write_pte_folder
+from .forecast import Forecast
 from .gptq import check_rotation, write_gptq_folder
 from .onnx import CacheBits, onnx_tools, write_folder
 from .openvino import openvino_tools, write_openvino_folder
@@ -84,6 +85,7 @@ def export(
     certify: bool = True,
     allow_partial: bool = False,
     force: bool = False,
+    memory: str | int | None = None,
     steps: Steps | None = None,
 ) -> Written:
     """Load a model, rotate it, certify it, and write a folder that a runtime runs: ``spinpass export`` from Python.
@@ -118,14 +120,17 @@ def export(
         certify: prove the rotated program, and the file, equivalent before anything stays on the disk.
         allow_partial: where that proof fails, leave out the rotations to blame instead of raising.
         force: write into a folder that holds files of others, too.
-        steps: told what begins.
+        memory: how much the run may take beyond what is taken by others, ``"12GB"`` or a number of bytes; None for what
+            is free. What cannot fit is refused before anything is read.
+        steps: told what begins, and before it what will.
 
     Returns:
         The exporter's report, what ``spinpass.json`` holds (plan, certificates, hashes), and the names of all files.
 
     Raises:
         ConfigError: a combination that means nothing, a model or text that cannot be read.
-        ExportError: the runtime's packages are missing, or the folder cannot be written.
+        ExportError: the runtime's packages are missing, the folder cannot be written, memory or disk are too small, or
+            somebody has written to the model's files meanwhile.
         RefusedError: nothing can be rotated.
         VerificationError: the rotated program, or the file, is not equivalent.
     """
@@ -134,7 +139,7 @@ def export(
         dtype=dtype, cache=cache, context=context, dequantize=dequantize, bits=bits, recipe=recipe,
         keep=tuple(keep), layers=tuple(layers), compare=compare,
         trust_remote_code=trust_remote_code, last_logits=last_logits, fuse=fuse, certify=certify,
-        calibration_windows=calibration_windows, force=force, allow_partial=allow_partial,
+        calibration_windows=calibration_windows, force=force, allow_partial=allow_partial, memory=memory,
     )  # fmt: skip
     steps = steps or Silent()
     try:
@@ -152,7 +157,9 @@ def carry_out(request: ExportRequest, steps: Steps) -> tuple[Result, Written]:
     write = _writer(request)
     try:
         with drafted(request.out) as draft:
-            dataset, windows = preflight(request)
+            dataset, windows, forecast = preflight(request, kept=KeptWork(draft.work).bytes)
+            if forecast is not None:
+                steps.expect([(step.name, step.seconds) for step in forecast.steps])
             return _Run(request, write, dataset, windows, draft, steps).made()
     except (MemoryError, OSError, RuntimeError, SpinpassError) as error:
         if not out_of_memory(error):
@@ -322,11 +329,12 @@ class _Run:
         return found
 
 
-def preflight(request: ExportRequest) -> tuple[str, int | None]:
-    """Say what can be said before the weights are read: model, text, tokenizer, tokens, kernels, disk.
+def preflight(request: ExportRequest, kept: int = 0) -> tuple[str, int | None, Forecast | None]:
+    """Say what can be said before the weights are read: model, text, tokenizer, tokens, kernels, disk, memory.
 
-    Returns the text of the dataset that is calibrated on, empty where none is, and how many windows calibrate. Raises
-    ConfigError and ExportError, as :func:`export`.
+    Returns the text of the dataset that is calibrated on, empty where none is, how many windows calibrate, and what the
+    run will take, None where nothing says how large the model is. ``kept``: bytes of rounded weights that a run which
+    was stopped has left. Raises ConfigError and ExportError, as :func:`export`.
     """
     known = Known.of(request.model, dequantize=request.dequantize, trust_remote_code=request.trust_remote_code)
     check_program_options(
@@ -356,8 +364,10 @@ def preflight(request: ExportRequest) -> tuple[str, int | None]:
         onnx_tools().check_dtypes({request.dtype})
     copies = request.int4 or (request.to == "onnx" and request.kv_cache is not None)
     codes = request.to == "onnx" and request.scheme is not None
-    known.check_disk(request.out, request.dtype, request.stored_bits, floats=copies, codes=codes)
-    return read, windows
+    known.check_disk(request.out, request.dtype, request.stored_bits, floats=copies, codes=codes, kept=kept)
+    work = known.workload(request, windows)
+    known.check_memory(request, work)
+    return read, windows, None if work is None else Forecast.of(work)
 
 
 def _context(request: ExportRequest) -> int | None:

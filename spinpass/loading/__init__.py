@@ -8,7 +8,7 @@ from .papers import Papers, papers_of
 from .reloaded import reloaded_logits
 from .sources import Source, check_program_options, locate
 from .static_cache import check_context, export_static_cache
-from .stored_size import count_values
+from .stored_size import StoredModel, count_values, stored_model
 from .streamed import STREAMED_BYTES
 from .tensors import LoadingReport
 
@@ -22,6 +22,7 @@ __all__ = [
     "Papers",
     "Source",
     "SourceFiles",
+    "StoredModel",
     "check_context",
     "check_dtype",
     "check_program_options",
@@ -35,5 +36,6 @@ __all__ = [
     "papers_of",
     "quantized_checkpoint",
     "reloaded_logits",
+    "stored_model",
     "text_limits",
 ]
