@@ -17,6 +17,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from spinpass.evaluation import CALIBRATION_LENGTH
+
 from .machine import Rates
 from .workload import Workload
 
@@ -25,6 +27,12 @@ _SCORED = 8 * 512  # tokens of the card
 _DRAWN = 64  # tokens of a certificate
 _LARGE = 1 << 26  # bytes above which a constant is computed in blocks
 _BLOCKS = 100 << 20  # bytes of blocks, in float64, with what is made of them
+_SEARCHED = 6_000  # how often a weight is passed over while the range of its group is searched
+_PASSED = 12_000  # how often a weight is passed over, column by column within its block
+_ROOM = 50 << 20  # bytes of what is made of a constant in float64
+_PACKED = 2.3  # bytes for each weight, of codes that a file is written from
+_LOGITS = 24  # bytes for each logit of a window that is scored: both models', copies, their softmax in blocks
+_TRANSLATED = 0.8e6  # bytes of an ONNX graph for each tensor
 _GRAPH, _TENSOR = 80 << 20, 0.4e6  # bytes of a program and what runs it
 
 
@@ -71,8 +79,8 @@ _COSTS = {
     "onnx: write": _Cost(calls=5e2, folds=1, copies=2),
     "onnx: certify": _Cost(fixed=2e5, calls=3e3, folds=1, tokens=_DRAWN),
     "pack": _Cost(folds=1, copies=4),
-    "try": _Cost(fixed=3e6, copies=4, tokens=2 * _TRIED),
-    "score the file": _Cost(fixed=2e5, tokens=2 * _SCORED),
+    "try": _Cost(fixed=1.4e6, copies=4, tokens=2 * _TRIED),
+    "score the file": _Cost(fixed=2e5, tokens=4 * _SCORED),
     "check the weights again": _Cost(hashes=1),
     "write": _Cost(fixed=1e5, calls=20e3, folds=1, copies=4),
 }
@@ -105,55 +113,72 @@ def _rounding_seconds(work: Workload, rates: Rates) -> float:
     """Return the seconds in which weights are rounded, calibration included."""
     scheme = work.scheme
     assert scheme is not None and scheme.weights is not None
-    clipped = 60 * 4 * work.values / rates.copy  # ranges are searched
+    searched = _SEARCHED * 4 / rates.copy  # for each weight
     if not work.tokens:
-        return clipped + work.values / rates.fold
+        return searched * work.values
     run = 2 * work.linear_values * work.tokens / rates.gemm32 * (1 + 3 * work.trains)
     if scheme.weights.method != "gptq":
-        return run + clipped
+        return run + searched * work.values
     sweeps = 0.0
     for (rows, columns), count in work.linears.items():
-        flops32, flops64 = 10 * rows * columns**2, 6 * rows * columns**2
+        flops32, flops64 = 20 * rows * columns**2, 11 * rows * columns**2
         moments = 2 * work.tokens * columns**2 / rates.gemm32
         factor = columns**3 / rates.cholesky
-        each = 40 * columns / rates.calls + 60 * rows * columns * 4 / rates.copy
+        each = _PASSED * rows * columns * 4 / rates.copy
         sweeps += count * (flops32 / rates.gemm32 + flops64 / rates.gemm64 + moments + factor + each)
-    return run + sweeps + clipped * work.table_values / max(1, work.values)
+    return run + sweeps + searched * work.table_values
 
 
 def memory_of(step: str, work: Workload) -> int:
     """Return the most bytes that the process has in a step, beyond its imports."""
     graph = _GRAPH + _TENSOR * work.tensors
-    held = 0 if work.streams else work.values * work.width
-    if step not in _BEFORE and work.rotates:
-        held *= 2
+    held = 0 if work.streams else work.values * work.width * _copies(step, work)
     return int(graph + held + max(_beside(step, work), default=0))
 
 
-_BEFORE = ("load", "export", "compare")
-_LATE = ("onnx: translate", "onnx: write", "pack", "write", "try", "score the file", "check the weights again")
+_BEFORE = ("load", "export", "compare", "plan")
+_ROUNDED = ("quantize", "onnx: translate")
+_LATE = ("onnx: write", "onnx: certify", "pack", "write", "try", "score the file")
+
+
+def _copies(step: str, work: Workload) -> int:
+    """Return how often the constants of a program that is in memory are there: as loaded, rotated, rounded."""
+    if step in _BEFORE:
+        return 1
+    rounds = work.scheme is not None
+    return 1 + max(work.rotates, rounds) + (step in _ROUNDED and rounds and work.rotates)
 
 
 def _beside(step: str, work: Workload) -> Iterator[float]:
     """Yield what stands beside the program at one moment or another of a step."""
     if step == "load" and not work.streams:
         yield work.stored
-    if step in ("certify", "onnx: certify"):
+    if step == "certify":
         yield _in_float64(work)
+    if step == "onnx: certify":
+        yield _in_float64(work) if work.streams else 2 * _in_float64(work)
+    if step == "onnx: translate":
+        yield _TRANSLATED * work.tensors
     if step == "quantize":
         yield from _of_rounding(work)
+    if work.scheme is not None and step in _LATE:
+        packed = _PACKED * work.values
+        session = 4.0 * work.written + _ROOM if step in ("try", "score the file") else 0.0
+        scored = _LOGITS * CALIBRATION_LENGTH * work.vocabulary if step == "score the file" else 0.0
+        yield (0.0 if work.streams else packed) + session + scored
 
 
 def _in_float64(work: Workload) -> float:
     """Return the bytes of the largest constant in float64, or of the blocks in which it is computed."""
-    whole = 8.0 * work.largest
+    whole = 8.0 * work.largest + _ROOM
     return min(whole, 3 * _BLOCKS) if work.streams and work.largest * work.width > _LARGE else whole
 
 
 def _of_rounding(work: Workload) -> Iterator[float]:
+    """Yield what rounding takes: at the end, where folded constants are cast, and of each kind of matrix."""
     scheme = work.scheme
     assert scheme is not None and scheme.weights is not None
-    yield _in_float64(work)
+    yield _in_float64(work) if work.streams else 2 * _in_float64(work)
     if work.trains:
         yield work.values * (work.width + 2)
     gptq = scheme.weights.method == "gptq" and bool(work.tokens)
