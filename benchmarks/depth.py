@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
@@ -78,12 +79,13 @@ def main(
 
 
 def _table(kind: str, by_depth: dict[int, dict[str, float]], depths: list[int]) -> Table:
-    pairs = list(zip(depths, depths[1:]))
-    table = Table("step", *(f"{n} layers, s" for n in depths), *(f"ms a layer, {a} to {b}" for a, b in pairs), title=kind)
+    pairs = list(pairwise(depths))
+    columns = [*(f"{n} layers, s" for n in depths), *(f"ms a layer, {a} to {b}" for a, b in pairs)]
+    table = Table("step", *columns, title=kind)
     names = list(dict.fromkeys(name for row in by_depth.values() for name in row))
     for name in [*names, "all"]:
         spent = [sum(row.values()) if name == "all" else row.get(name, 0.0) for row in by_depth.values()]
-        each = [1e3 * (y - x) / (b - a) for (a, b), x, y in zip(pairs, spent, spent[1:])]
+        each = [1e3 * (y - x) / (b - a) for (a, b), (x, y) in zip(pairs, pairwise(spent), strict=True)]
         table.add_row(name, *(f"{s:.2f}" for s in spent), *(f"{ms:.0f}" for ms in each))
     return table
 

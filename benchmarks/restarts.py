@@ -159,7 +159,8 @@ def _said(said: Any) -> str:
 
 def _line(kill: Kill) -> str:
     how = "the same bytes" if kill.same else f"differs: {', '.join((*kill.differing, *kill.left))}"
-    return f"killed after {kill.seconds:.1f} s with {kill.rounded} weights, finished in {kill.resumed_seconds:.1f} s: {how}"
+    killed = f"killed after {kill.seconds:.1f} s with {kill.rounded} weights"
+    return f"{killed}, finished in {kill.resumed_seconds:.1f} s: {how}"
 
 
 def _made(folder: Path) -> Path:
