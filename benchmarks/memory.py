@@ -6,7 +6,8 @@ The checkpoint is of the Llama family, in bfloat16, and is written a tensor at a
 the memory. Its tokens are words of a made-up tokenizer: what is measured is how much memory and time a run takes, and
 not what the model says. Peak memory is the anonymous memory of the process, sampled, above what it has when all
 packages are imported; pages of mapped files, which the system takes back when it needs them, do not count. Whether
-ONNX Runtime and transformers compute the same is tried by the runs themselves.
+ONNX Runtime and transformers compute the same is tried by the runs themselves. What ``spinpass plan`` foresees of
+exports, at the rates that it measures, stands beside what was measured, divided by it.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ import typer
 from rich.table import Table
 
 from benchmarks.imports import ROOT
+from spinpass import RotationConfig
 from spinpass.cli.screen import Screen
+from spinpass.folders import ExportRequest, Forecast, Known, Rates
 from spinpass.formats import write_shards
 from spinpass.graph import Handle, Rows
 
@@ -68,6 +71,12 @@ COMMANDS = {
     ],
     "rotate-checkpoint": ["rotate-checkpoint", "{model}", "{out}"],
 }
+FORESEEN: dict[str, dict[str, Any]] = {
+    "export --bits 16": {"bits": 16},
+    "export --bits 4 --recipe plain": {"bits": 4, "recipe": "plain"},
+    "export w4g128-gptq": {"quantize": "w4g128-gptq-a8-head8g64-embed8g64", "calibration_windows": 8},
+}
+"""The exports among :data:`COMMANDS`, as requests."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,17 +127,39 @@ def main(
                     found = _sampled([sys.executable, "-m", "spinpass", *words])
                 peak = max(0.0, found["peak_bytes"] - base)
                 about = {"shape": name, "parameters": parameters, "run": kind, "peak_bytes": peak}
-                rows.append(about | {"bytes_per_parameter": peak / parameters, "cpu_seconds": found["cpu_seconds"]})
+                about |= {"bytes_per_parameter": peak / parameters, "cpu_seconds": found["cpu_seconds"]}
+                rows.append(about | _foreseen(kind.strip(), folder))
+                screen.note(f"{name}, {kind}: {rows[-1]}")
     if as_json:
         screen.document({"imports_bytes": base, "rows": rows})
         return
-    table = Table("", "parameters", "run", "peak MB", "bytes/parameter", "CPU s", "ns/parameter")
+    columns = "parameters", "run", "peak MB", "foreseen ÷", "bytes/parameter", "CPU s", "foreseen ÷", "ns/parameter"
+    table = Table("", *columns)
     for row in rows:
         per = f"{1e9 * row['cpu_seconds'] / row['parameters']:.0f}"
         size, count = f"{row['peak_bytes'] / MEGABYTE:.0f}", f"{row['parameters'] / 1e6:.0f} M"
         ratio = f"{row['bytes_per_parameter']:.1f}"
-        table.add_row(row["shape"], count, row["run"], size, ratio, f"{row['cpu_seconds']:.0f}", per)
+        memory, seconds = (
+            f"{row[foreseen] / row[measured]:.2f}" if row[foreseen] else ""
+            for foreseen, measured in (("foreseen_bytes", "peak_bytes"), ("foreseen_seconds", "cpu_seconds"))
+        )
+        spent = f"{row['cpu_seconds']:.0f}"
+        table.add_row(row["shape"], count, row["run"], size, memory, ratio, spent, seconds, per)
     screen.show(table)
+
+
+def _foreseen(kind: str, model: Path) -> dict[str, float | None]:
+    """Return what an export is foreseen to take, memory above imports and time; None of what is no export."""
+    if kind not in FORESEEN:
+        return {"foreseen_bytes": None, "foreseen_seconds": None}
+    request = ExportRequest(str(model), Path("out"), RotationConfig(), **FORESEEN[kind])
+    work = Known.of(str(model), dequantize=False, trust_remote_code=False).workload(request)
+    assert work is not None
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    forecast = Forecast.of(work, Rates.measured(work.files[0]))
+    torch.set_num_threads(threads)
+    return {"foreseen_bytes": forecast.memory_bytes, "foreseen_seconds": forecast.seconds}
 
 
 def checkpoint(shape: Shape, folder: Path) -> int:

@@ -28,6 +28,7 @@ from .options import (
     KvCache,
     LastLogits,
     LayerScheme,
+    Memory,
     Model,
     NoCache,
     NoFuse,
@@ -82,6 +83,7 @@ def export_command(
     no_verify: NoVerify = False,
     allow_partial: AllowPartial = False,
     force: Force = False,
+    memory: Memory = None,
     as_json: AsJson = False,
     verbose: Verbose = 0,
 ) -> None:
@@ -102,7 +104,8 @@ def export_command(
         cache=not no_cache, context=context, dequantize=dequantize, trust_remote_code=trust_remote_code,
         last_logits=last_logits, fuse=not no_fuse, certify=not no_verify, calibration_windows=calibration_windows,
         force=force, allow_partial=allow_partial, bits=bits, recipe=recipe,
-        keep=tuple(keep or ()), layers=tuple(_layer(each) for each in layer or ()), compare=compare, device=device,
+        keep=tuple(keep or ()), layers=tuple(_layer(each) for each in layer or ()), compare=compare, memory=memory,
+        device=device,
     )  # fmt: skip
     with screen.steps() as steps:
         result, written = carry_out(request, steps)

@@ -158,7 +158,20 @@ CalibrationWindows = Annotated[
 Force = Annotated[
     bool, typer.Option("--force", help="Write into OUT though it holds files that no export has put there.")
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        help="Memory that the run may take; what cannot fit is refused before anything is read.",
+        metavar="SIZE",
+        show_default="what is free",
+    ),
+]
+AsJson = Annotated[
+    bool,
+    typer.Option(
+        "--json", help="Print one JSON document instead of tables, and progress as events, a line each, on stderr."
+    ),
+]
 Verbose = Annotated[
     int,
     typer.Option("-v", "--verbose", count=True, help="Log every pass and show every line; -vv shows tracebacks too."),

@@ -21,7 +21,12 @@ def plain(text: str) -> str:
 
 def plain_json(data: Any) -> str:
     """Return the JSON of the data; what JSON itself would leave as it is among control characters is escaped too."""
-    return _CONTROLS.sub(lambda found: f"\\u{ord(found.group()):04x}", json.dumps(data, indent=2, ensure_ascii=False))
+    return _escaped(json.dumps(data, indent=2, ensure_ascii=False))
+
+
+def plain_line(data: Any) -> str:
+    """Return the same JSON in one line."""
+    return _escaped(json.dumps(data, ensure_ascii=False))
 
 
 class PlainFormatter(logging.Formatter):
@@ -56,6 +61,10 @@ class _PlainStream:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
+
+
+def _escaped(document: str) -> str:
+    return _CONTROLS.sub(lambda found: f"\\u{ord(found.group()):04x}", document)
 
 
 def _number(character: str) -> str:

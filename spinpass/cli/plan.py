@@ -1,17 +1,41 @@
-"""``spinpass plan``: what would be rotated, and what is refused."""
+"""``spinpass plan``: what would be rotated, what is refused, and what an export would take."""
 
 from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
 
 import typer
 
 from spinpass.config import RotationConfig
 from spinpass.errors import ConfigError
+from spinpass.folders import ExportRequest, Forecast, Known, Rates
 from spinpass.loading import check_program_options, load_model, locate
 from spinpass.pipeline import plan
+from spinpass.progress import Steps
 
-from .options import ALL, AsJson, Dequantize, Dtype, Model, NoCache, TrustRemoteCode, Verbose, rotation_options
+from .options import (
+    ALL,
+    AsJson,
+    Bits,
+    CalibrationWindows,
+    Compare,
+    Dequantize,
+    Dtype,
+    Int4,
+    KvCache,
+    Memory,
+    Model,
+    NoCache,
+    NoVerify,
+    RecipeOption,
+    To,
+    TrustRemoteCode,
+    Verbose,
+    rotation_options,
+)
 from .screen import screen_of
-from .tables import show_loading, show_plan
+from .tables import forecast_table, show_loading, show_plan
 
 
 @rotation_options
@@ -21,14 +45,26 @@ def plan_command(
     config: RotationConfig | None = None,
     dtype: Dtype = "float32",
     no_cache: NoCache = False,
+    bits: Bits = None,
+    recipe: RecipeOption = "auto",
+    quantize: Annotated[str, typer.Option(help="Scheme to quantize by in place of a recipe.")] = "",
+    int4: Int4 = False,
+    kv_cache: KvCache = None,
+    to: To = "onnx",
+    calibration_windows: CalibrationWindows = None,
+    compare: Compare = False,
+    no_verify: NoVerify = False,
     dequantize: Dequantize = False,
     trust_remote_code: TrustRemoteCode = False,
+    memory: Memory = None,
     as_json: AsJson = False,
     verbose: Verbose = 0,
 ) -> None:
-    """Show what would be rotated, in which form and at what cost, and what is refused and why.
+    """Show what would be rotated, in which form and at what cost, what is refused and why, and what an export takes.
 
-    Nothing is written. The exit code is 1 if nothing can be rotated.
+    Nothing is written. Memory, disk and hours are those of spinpass export with the
+    same options, by the shapes of the weights and by how fast this machine is, which
+    two seconds of measurements tell. The exit code is 1 if nothing can be rotated.
 
     Example: spinpass plan ./model --form online
     """
@@ -37,6 +73,11 @@ def plan_command(
         raise ConfigError("a plan needs a rotation; choose from " + ALL)
     given = {"dtype": dtype in ("float16", "bfloat16"), "no_cache": no_cache}
     check_program_options(locate(model), **given, dequantize=dequantize, trust_remote_code=trust_remote_code)
+    request = ExportRequest(
+        model, Path(), config, to, quantize=quantize, int4=int4, kv_cache=kv_cache, dtype=dtype, cache=not no_cache,
+        dequantize=dequantize, trust_remote_code=trust_remote_code, certify=not no_verify, compare=compare,
+        calibration_windows=calibration_windows, bits=bits, recipe=recipe, memory=memory,
+    )  # fmt: skip
     with screen.steps() as steps:
         loaded = load_model(
             model,
@@ -49,6 +90,7 @@ def plan_command(
         )
         steps.start("plan")
         decided = plan(loaded.program, config)
+        forecast = _foreseen(request, steps)
     show_loading(screen, loaded.report)
     if as_json:
         about = {
@@ -56,8 +98,21 @@ def plan_command(
             "model": model,
             "loading": loaded.report.to_dict(),
             "seconds": steps.seconds,
+            "forecast": forecast and forecast.to_dict(),
         }
         screen.document(about | {"plan": decided.to_dict()})
     show_plan(screen, decided)
+    if forecast is not None:
+        screen.show(forecast_table(forecast, request, every_step=screen.verbose))
     if not decided.spaces:
         raise typer.Exit(1)
+
+
+def _foreseen(request: ExportRequest, steps: Steps) -> Forecast | None:
+    """Measure the machine, and foresee the export; None where the files do not say how large the model is."""
+    known = Known.of(request.model, dequantize=request.dequantize, trust_remote_code=request.trust_remote_code)
+    work = known.workload(request)
+    if work is None:
+        return None
+    steps.begin("measure the machine")
+    return Forecast.of(work, Rates.measured(max(work.files, key=lambda file: file.stat().st_size, default=None)))

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import IO, Any
@@ -13,17 +12,13 @@ from typing import IO, Any
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.markup import escape
-from rich.progress import BarColumn, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Display
 from rich.text import Text
 
-from spinpass.progress import Progress, Silent
-
-from .plain import PlainFormatter, plain, plain_json
+from .plain import PlainFormatter, plain, plain_json, plain_line
+from .steps import EventSteps, ShownSteps, ToldSteps
 
 _LOG = logging.getLogger("spinpass")
-_QUICK, _SELDOM = 2.0, 10.0  # seconds until a log says anything, and between its lines within a step
 _PIPE_WIDTH = 140  # where there is no terminal to ask
 
 
@@ -53,33 +48,46 @@ class Screen:
             _LOG.setLevel(logging.NOTSET)
 
     @contextmanager
-    def steps(self) -> Iterator[ShownSteps]:
-        """Show the progress of a command's steps. The display is removed at the end; the times of the steps stay."""
-        columns = (
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TaskProgressColumn(),
-            TimeElapsedColumn(),
-        )
-        with Display(*columns, console=self.err, transient=True) as display:
+    def steps(self) -> Iterator[ToldSteps]:
+        """Show the progress of a command's steps. The display is removed at the end; the times of the steps stay.
+
+        With ``as_json`` each step and how far it is are events on stderr, one JSON object a line, see :mod:`.steps`.
+        """
+        if self.as_json:
+            events = EventSteps(self.event)
+            try:
+                yield events
+            finally:
+                events.close()
+            self.event({"event": "done", "seconds": events.seconds})
+            return
+        with Display(*ShownSteps.columns(), console=self.err, transient=True) as display:
             steps = ShownSteps(display)
             try:
                 yield steps
             finally:
-                steps.finish()
+                steps.close()
         self.note("  ".join(f"{name} {seconds:.1f} s" for name, seconds in steps.seconds.items()))
 
+    def event(self, about: Mapping[str, Any]) -> None:
+        """Write one JSON object as a line of stderr."""
+        self.err.file.write(plain_line(about) + "\n")
+        self.err.file.flush()
+
     def note(self, text: str) -> None:
-        """Write one line to stderr, for people."""
-        if text:
+        """Write one line to stderr, for people; in JSON mode an event."""
+        if text and self.as_json:
+            self.event({"event": "note", "text": text})
+        elif text:
             self.err.print(text, style="dim", highlight=False)
 
     def error(self, text: str, kind: str) -> None:
-        """Write one line to stderr, and in JSON mode the document that says so."""
-        self.err.print(f"spinpass: {text}", style="red", highlight=False, soft_wrap=True)
+        """Write one line to stderr; in JSON mode an event, and the document that says so."""
         if self.as_json:
+            self.event({"event": "error", "error": kind, "message": text})
             self.document({"ok": False, "error": kind, "message": text})
+            return
+        self.err.print(f"spinpass: {text}", style="red", highlight=False, soft_wrap=True)
 
     def show(self, *renderables: object) -> None:
         """Write the result for people; in JSON mode nothing."""
@@ -104,40 +112,6 @@ class _PlainConsole(Console):
     def render_str(self, text: str, **options: Any) -> Text:
         """See :meth:`rich.console.Console.render_str`."""
         return super().render_str(plain(text), **options)
-
-
-class ShownSteps(Silent):
-    """The steps of a command, one after the other, with their wall-clock ``seconds``.
-
-    A terminal shows a bar. In a log each step is a line as it begins, and long ones say every few seconds how far they
-    are; a command that is done in two seconds writes nothing.
-    """
-
-    def __init__(self, display: Display) -> None:
-        super().__init__()
-        self._display = display
-        self._task = display.add_task("", total=None)
-        self._began_at = self._said = time.monotonic()
-
-    def start(self, name: str, /) -> Progress:
-        """See :meth:`spinpass.progress.Steps.start`."""
-        super().start(name)
-        self._display.reset(self._task, description=escape(plain(name)), total=None)
-        self._log(name, _QUICK)
-
-        def progress(done: int, total: int) -> None:
-            self._display.update(self._task, completed=done, total=total)
-            if time.monotonic() - self._said > _SELDOM:
-                self._log(f"{name}: {done} of {total}", 0.0)
-
-        return progress
-
-    def _log(self, line: str, after: float) -> None:
-        """Write a line where there is no terminal and the command has taken so many seconds."""
-        passed = time.monotonic() - self._began_at
-        if not self._display.console.is_terminal and passed > after:
-            self._said = time.monotonic()
-            self._display.console.print(f"{passed:6.0f} s  {line}", style="dim", highlight=False)
 
 
 @dataclass

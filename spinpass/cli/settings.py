@@ -15,7 +15,15 @@ from spinpass.evaluation import read_text
 from spinpass.quantization import QuantizationConfig
 
 _GIVEN = "spinpass.given"
-_NEVER = ("config", "help", "force", "trust-remote-code", "json", "verbose")  # of one run, and of who gives it
+_NEVER = (
+    "config",
+    "help",
+    "force",
+    "trust-remote-code",
+    "memory",
+    "json",
+    "verbose",
+)  # of one run, and of who gives it
 _ROUNDING = frozenset({"bits", "recipe", "quantize", "int4"})  # ways to round, of which one counts
 _OF_ROTATIONS = frozenset({"kind", "block-size", "seed", "tied", "form", "cache", "exclude", "matrices"})
 _TEXT = frozenset({"samples", "calibration"})

@@ -10,12 +10,13 @@ from rich.table import Table
 from rich.text import Text
 
 from spinpass.evaluation import Comparison, Perplexity
-from spinpass.folders import Result, plural
+from spinpass.folders import MARGIN, ExportRequest, Forecast, Result, free_memory, plural
 from spinpass.loading import LoadingReport
 from spinpass.planning import RotationPlan, grouped_refusals, grouped_spaces, online_parts
 from spinpass.tuning import Tuned
 
 from .screen import Screen
+from .steps import in_bytes, in_time
 
 _OUTPUTS_SHOWN = 8
 
@@ -54,6 +55,29 @@ def plan_table(plan: RotationPlan, *, every_space: bool = False) -> Table:
         table.add_row(label, str(first.rotation), first.form, online_parts(spaces), f"{sum(s.flops for s in spaces):,}")
     total = f"{len(plan.spaces)} spaces, {plan.flops:,} FLOP per token and {plan.bytes_added:,} bytes added"
     table.caption = "\n".join([total, *_notes(plan)])
+    return table
+
+
+def forecast_table(forecast: Forecast, request: ExportRequest, *, every_step: bool = False) -> Table:
+    """What an export takes, with ``every_step`` by step."""
+    asked = request.quantize or ("--int4" if request.int4 else f"{request.bits} bits")
+    table = Table(
+        "", "", title=f"spinpass export, {asked}", title_justify="left", caption_justify="left", show_header=False
+    )
+    there = request.memory_bytes or free_memory()
+    needs = (
+        f"{in_bytes(forecast.memory_bytes)} ± {MARGIN:.0%}"
+        if forecast.exact
+        else (f"{in_bytes(forecast.memory_bytes)} at least")
+    )
+    fits = "" if forecast.least_bytes <= there else ": it does not fit"
+    table.add_row("peak memory", f"{needs}, of {in_bytes(there)}{fits}")
+    table.add_row("read, written", f"{in_bytes(forecast.read_bytes)}, {in_bytes(forecast.written_bytes)}")
+    table.add_row("free disk needed", in_bytes(forecast.disk_bytes))
+    table.add_row("time", f"about {in_time(forecast.seconds)}, half to twice as long")
+    if every_step:
+        for step in forecast.steps:
+            table.add_row(f"  {step.name}", f"{in_time(step.seconds)}, {in_bytes(step.bytes)}")
     return table
 
 

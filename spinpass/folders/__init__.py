@@ -6,17 +6,21 @@ from .basis import BasisProof, check_basis
 from .card import Card, card_lines, plural, weight_count
 from .checkpoint import FOLDED, rotate_checkpoint
 from .companions import SETTINGS, Written, check_target, check_writable
+from .forecast import MARGIN, Forecast, StepForecast
 from .layouts import CheckpointLayout, CheckpointReport, CheckpointRequest
+from .machine import Rates, free_memory
 from .making import carry_out, export
 from .onnx import onnx_tools, write_folder
 from .preflight import Known, check_space
 from .recipes import BITS, MEASURED, Recipe, RecipeName, measured, recipe_of
 from .request import ExportRequest, IntegerCache, Target
 from .result import Result, quantized, rotated, version_of
+from .workload import Workload
 
 __all__ = [
     "BITS",
     "FOLDED",
+    "MARGIN",
     "MEASURED",
     "SETTINGS",
     "BasisProof",
@@ -25,12 +29,16 @@ __all__ = [
     "CheckpointReport",
     "CheckpointRequest",
     "ExportRequest",
+    "Forecast",
     "IntegerCache",
     "Known",
+    "Rates",
     "Recipe",
     "RecipeName",
     "Result",
+    "StepForecast",
     "Target",
+    "Workload",
     "Written",
     "card_lines",
     "carry_out",
@@ -39,6 +47,7 @@ __all__ = [
     "check_target",
     "check_writable",
     "export",
+    "free_memory",
     "measured",
     "onnx_tools",
     "plural",

@@ -25,6 +25,7 @@ from spinpass.passes import online_transforms
 from spinpass.progress import Silent, Steps
 
 from .companions import Written, check_target, write_companions
+from .endings import still_the_same
 from .gptq import check_rotation, check_same_architecture, described
 from .judge import FolderTrial
 from .layout_trial import tried_layout
@@ -98,30 +99,31 @@ def rotate_checkpoint(
                 f"{model} is rotated already ({', '.join(sorted(loaded.declared.rotations)[:2])}, …), as its "
                 "config.json declares: name the original"
             )
-        result = rotated(on_device(loaded.program, there), config, steps, certify=certify)
-        declares = asked.written == "compressed-tensors"
-        check_rotation(loaded, result, declared=declares)
-        transforms = online_transforms(result.program) if declares else ()
-        result = _quantized(asked, loaded, result, draft, f"{dtype}, {there.type}", steps)
-        result = replace(result, program=on_device(result.program, HOST))
-        if certify:
-            steps.start("certify the checkpoint")
-            check_same_architecture(loaded, result, transforms)
-        steps.start("write")
-        report = write_layout(draft.folder, asked.written, result, transforms)
-        made = described(loaded, result, report.quantization)
-        report = replace(report, untied=_is_tied(loaded) and not _is_tied(made))
+        with still_the_same(loaded.files, steps):
+            result = rotated(on_device(loaded.program, there), config, steps, certify=certify)
+            declares = asked.written == "compressed-tensors"
+            check_rotation(loaded, result, declared=declares)
+            transforms = online_transforms(result.program) if declares else ()
+            result = _quantized(asked, loaded, result, draft, f"{dtype}, {there.type}", steps)
+            result = replace(result, program=on_device(result.program, HOST))
+            if certify:
+                steps.start("certify the checkpoint")
+                check_same_architecture(loaded, result, transforms)
+            steps.start("write")
+            report = write_layout(draft.folder, asked.written, result, transforms)
+            made = described(loaded, result, report.quantization)
+            report = replace(report, untied=_is_tied(loaded) and not _is_tied(made))
 
-        def tried() -> list[FolderTrial]:
-            if not certify:
-                return [FolderTrial("transformers", "all", reason="switched off")]
-            steps.start("try the checkpoint")
-            return tried_layout(asked.written, draft.folder, result.program, made)
+            def tried() -> list[FolderTrial]:
+                if not certify:
+                    return [FolderTrial("transformers", "all", reason="switched off")]
+                steps.start("try the checkpoint")
+                return tried_layout(asked.written, draft.folder, result.program, made)
 
-        files = [path.name for path in report.files]
-        about = write_companions(
-            made, result, {"layout": {"name": asked.written, "transforms": len(transforms)}}, files, draft, tried
-        )
+            files = [path.name for path in report.files]
+            about = write_companions(
+                made, result, {"layout": {"name": asked.written, "transforms": len(transforms)}}, files, draft, tried
+            )
         steps.finish()
         return result, Written(draft.in_place(report), *about, loading=loaded.report)
 

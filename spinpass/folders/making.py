@@ -33,7 +33,9 @@ from spinpass.progress import Silent, Steps
 
 from .companions import Written, check_target
 from .compared import Made, the_better
+from .endings import cheaper, of_the_machine, out_of_memory, still_the_same, whose_memory
 from .executorch import executorch_tools, write_pte_folder
+from .forecast import Forecast
 from .gptq import check_rotation, write_gptq_folder
 from .onnx import CacheBits, onnx_tools, write_folder
 from .openvino import openvino_tools, write_openvino_folder
@@ -52,7 +54,6 @@ _EXPERTS = {"onnx": "grouped_mm", "executorch": "batched_mm"}
 ``batched_mm`` gathers the weights of every token's experts: 151 MB for each token in each layer of a model of width
 2048 with eight experts of width 768 at a time. The grouped product reads a weight once, however many tokens go to it.
 """
-_NO_MEMORY = ("DefaultCPUAllocator: can't allocate", "Cannot allocate memory", "CUDA out of memory")
 _ROWS = 16  # texts that a model writes at once
 _SPOOLED_SHARE = 4  # of the free disk, what is computed from the weights is kept in one of so many parts
 _DEFAULT = RotationConfig()
@@ -85,6 +86,7 @@ def export(
     certify: bool = True,
     allow_partial: bool = False,
     force: bool = False,
+    memory: str | int | None = None,
     steps: Steps | None = None,
 ) -> Written:
     """Load a model, rotate it, certify it, and write a folder that a runtime runs: ``spinpass export`` from Python.
@@ -121,14 +123,17 @@ def export(
         certify: prove the rotated program, and the file, equivalent before anything stays on the disk.
         allow_partial: where that proof fails, leave out the rotations to blame instead of raising.
         force: write into a folder that holds files of others, too.
-        steps: told what begins.
+        memory: how much the run may take beyond what is taken by others, ``"12GB"`` or a number of bytes; None for what
+            is free. What cannot fit is refused before anything is read.
+        steps: told what begins, and before it what will.
 
     Returns:
         The exporter's report, what ``spinpass.json`` holds (plan, certificates, hashes), and the names of all files.
 
     Raises:
         ConfigError: a combination that means nothing, a device that is not there, a model or text that cannot be read.
-        ExportError: the runtime's packages are missing, or the folder cannot be written.
+        ExportError: the runtime's packages are missing, the folder cannot be written, memory or disk are too small, or
+            somebody has written to the model's files meanwhile.
         RefusedError: nothing can be rotated.
         VerificationError: the rotated program, or the file, is not equivalent.
     """
@@ -137,7 +142,7 @@ def export(
         dtype=dtype, cache=cache, context=context, dequantize=dequantize, bits=bits, recipe=recipe,
         keep=tuple(keep), layers=tuple(layers), compare=compare, device=device,
         trust_remote_code=trust_remote_code, last_logits=last_logits, fuse=fuse, certify=certify,
-        calibration_windows=calibration_windows, force=force, allow_partial=allow_partial,
+        calibration_windows=calibration_windows, force=force, allow_partial=allow_partial, memory=memory,
     )  # fmt: skip
     steps = steps or Silent()
     try:
@@ -155,47 +160,14 @@ def carry_out(request: ExportRequest, steps: Steps) -> tuple[Result, Written]:
     write = _writer(request)
     try:
         with drafted(request.out) as draft:
-            dataset, windows = preflight(request)
+            dataset, windows, forecast = preflight(request, kept=KeptWork(draft.work).bytes)
+            if forecast is not None:
+                steps.expect([(step.name, step.seconds) for step in forecast.steps])
             return _Run(request, write, dataset, windows, draft, steps).made()
     except (MemoryError, OSError, RuntimeError, SpinpassError) as error:
-        if not _out_of_memory(error):
+        if not out_of_memory(error):
             raise
-        whose = (
-            "this machine's memory" if request.device == HOST else f"the memory of this machine or of {request.device}"
-        )
-        raise ExportError(f"{whose} is not enough: {_cheaper(request)}") from error
-
-
-def _out_of_memory(error: BaseException | None) -> bool:
-    """Whether there was no memory for something, by what Python and torch raise."""
-    while error is not None:
-        if isinstance(error, MemoryError) or any(said in str(error) for said in _NO_MEMORY):
-            return True
-        error = error.__cause__
-    return False
-
-
-def _of_the_machine(error: BaseException | None) -> bool:
-    """Whether an error is of a disk or a memory, which may be another the next time."""
-    while error is not None:
-        if isinstance(error, OSError) or _out_of_memory(error):
-            return True
-        error = error.__cause__
-    return False
-
-
-def _cheaper(request: ExportRequest) -> str:
-    """What takes less memory than a request."""
-    if request.device != HOST:
-        return f"leave out --device {request.device}, or read a shorter text (--samples 4)"
-    scheme = request.scheme
-    if scheme is not None and scheme.distill:
-        return "leave the training of scales out (--recipe quick), or read a shorter text (--samples 8)"
-    if scheme is not None and scheme.needs_calibration:
-        return "read a shorter text (--samples 4), or round to nearest (--recipe plain)"
-    if request.dtype == "float32":
-        return "keep the dtype of the files (--dtype auto), or close what else runs"
-    return "close what else runs, or take a machine with more"
+        raise ExportError(f"{whose_memory(request)} is not enough: {cheaper(request)}") from error
 
 
 @dataclass(frozen=True)
@@ -224,11 +196,15 @@ class _Run:
         try:
             return self._better(loaded, text, work)
         except SpinpassError as error:
-            if not _of_the_machine(error):
+            if not of_the_machine(error):
                 shutil.rmtree(self.draft.work, ignore_errors=True)  # the same again would end in the same way
             raise
 
     def _better(self, loaded: LoadedModel, text: Path | None, work: KeptWork | None) -> tuple[Result, Written]:
+        with still_the_same(loaded.files, self.steps):
+            return self._the_better(loaded, text, work)
+
+    def _the_better(self, loaded: LoadedModel, text: Path | None, work: KeptWork | None) -> tuple[Result, Written]:
         made = self._of(loaded, self.request.config, text, work, self.draft)
         if self.request.compare:
             beside = Draft(self.draft.out, self.draft.folder.parent / "original")
@@ -351,11 +327,12 @@ class _Run:
         return found
 
 
-def preflight(request: ExportRequest) -> tuple[str, int | None]:
-    """Say what can be said before the weights are read: model, text, tokenizer, tokens, kernels, disk.
+def preflight(request: ExportRequest, kept: int = 0) -> tuple[str, int | None, Forecast | None]:
+    """Say what can be said before the weights are read: model, text, tokenizer, tokens, kernels, disk, memory.
 
-    Returns the text of the dataset that is calibrated on, empty where none is, and how many windows calibrate. Raises
-    ConfigError and ExportError, as :func:`export`.
+    Returns the text of the dataset that is calibrated on, empty where none is, how many windows calibrate, and what the
+    run will take, None where nothing says how large the model is. ``kept``: bytes of rounded weights that a run which
+    was stopped has left. Raises ConfigError and ExportError, as :func:`export`.
     """
     known = Known.of(request.model, dequantize=request.dequantize, trust_remote_code=request.trust_remote_code)
     check_program_options(
@@ -385,8 +362,10 @@ def preflight(request: ExportRequest) -> tuple[str, int | None]:
         onnx_tools().check_dtypes({request.dtype})
     copies = request.int4 or (request.to == "onnx" and request.kv_cache is not None)
     codes = request.to == "onnx" and request.scheme is not None
-    known.check_disk(request.out, request.dtype, request.stored_bits, floats=copies, codes=codes)
-    return read, windows
+    known.check_disk(request.out, request.dtype, request.stored_bits, floats=copies, codes=codes, kept=kept)
+    work = known.workload(request, windows)
+    known.check_memory(request, work)
+    return read, windows, None if work is None else Forecast.of(work)
 
 
 def _context(request: ExportRequest) -> int | None:

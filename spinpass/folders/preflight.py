@@ -1,6 +1,6 @@
 """What can be said of a model before its weights are read: seconds, where loading and exporting take minutes.
 
-source -> configuration -> text -> tokenizer -> tokens -> kernels -> disk
+source -> configuration -> text -> tokenizer -> tokens -> kernels -> disk -> memory
 """
 
 from __future__ import annotations
@@ -13,9 +13,25 @@ from typing import Any
 from spinpass.errors import ConfigError, ExportError
 from spinpass.evaluation import SELF, library_docs, read_text, token_ids
 from spinpass.formats import check_free
-from spinpass.loading import STREAMED_BYTES, Source, check_context, count_values, load_config, load_tokenizer, locate
+from spinpass.loading import (
+    STREAMED_BYTES,
+    Source,
+    StoredModel,
+    check_context,
+    count_values,
+    load_config,
+    load_tokenizer,
+    locate,
+    stored_model,
+)
+
+from .forecast import MARGIN, Forecast, fitting
+from .machine import free_memory, own_memory
+from .request import ExportRequest
+from .workload import Workload
 
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "torch.float32": 4, "torch.float16": 2, "torch.bfloat16": 2}
+_IMPORTED = 250 << 20  # bytes of the process when all packages are imported
 _HEAD_STEP = 8  # GroupQueryAttention's heads are multiples of this
 _LATENT = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim")  # heads of another size than the configuration's
 
@@ -131,7 +147,40 @@ class Known:
         """Bytes of a weight in the program."""
         return _BYTES.get(self._named(dtype), 2)
 
-    def check_disk(self, out: Path, dtype: str, bits: float | None, *, floats: bool, codes: bool) -> None:
+    def workload(self, request: ExportRequest, windows: int | None = None) -> Workload | None:
+        """Return how much an export has to do; None where nothing on this machine says how large the model is.
+
+        ``windows``: how many calibrate; None for what is asked for, or the most by default.
+        """
+        stored = stored_model(self.source)
+        if self.source.kind == "program":
+            file = Path(self.source.location)
+            stored = StoredModel(((file.stat().st_size // 4,),), file.stat().st_size, False, (file,))
+        return None if stored is None else Workload.of(request, stored, self.config, windows)
+
+    def check_memory(self, request: ExportRequest, work: Workload | None) -> None:
+        """Raise ExportError where a run needs more memory than there is, whatever the forecast is off by.
+
+        There is ``request.memory``, or what is free on this machine and in its control group.
+        """
+        if work is None:
+            return
+        forecast, imported = Forecast.of(work), max(0, _IMPORTED - own_memory())
+        there = request.memory_bytes or free_memory()
+        if forecast.least_bytes + imported <= there:
+            return
+        setting = fitting(work, there - imported)
+        needed = f"{(forecast.memory_bytes + imported) / 1e9:,.1f} GB of memory"
+        needed = f"about {needed}, give or take {MARGIN:.0%}" if forecast.exact else f"at least {needed}"
+        advice = f"try {setting}" if setting else "take a machine with more, or a smaller model"
+        whose = "are allowed" if request.memory_bytes else "are free"
+        raise ExportError(
+            f"this needs {needed}, and {there / 1e9:,.1f} GB {whose}: {advice}; or say with --memory what it may take"
+        )
+
+    def check_disk(
+        self, out: Path, dtype: str, bits: float | None, *, floats: bool, codes: bool, kept: int = 0
+    ) -> None:
         """Make sure that the disk holds what is written, which is estimated from below.
 
         Args:
@@ -140,6 +189,7 @@ class Known:
             bits: of a weight in the result; None for those of the dtype.
             floats: a file in the dtype is written first.
             codes: where the weights are read from their files, their integers are kept beside it, a byte for each.
+            kept: bytes of such integers that a run which was stopped has left there.
 
         Raises ExportError: there is too little space.
         """
@@ -150,8 +200,8 @@ class Known:
             values = count_values(self.source) or 0
             whole = values * self.dtype_bytes(dtype)
         result = whole if bits is None else int(values * bits / 8)
-        kept = values if codes and whole > STREAMED_BYTES else 0
-        check_space(out, result, (whole if floats else 0) + kept)
+        left = max(0, values - kept) if codes and whole > STREAMED_BYTES else 0
+        check_space(out, result, (whole if floats else 0) + left)
 
 
 def check_space(out: Path, result: int, intermediate: int = 0) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, get_args
@@ -21,6 +22,7 @@ IntegerCache = Literal["int8", "int4"]
 
 
 _DEFAULT = RotationConfig()
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class ExportRequest:
     layers: tuple[tuple[str, str], ...] = ()
     compare: bool = False
     device: Device = HOST
+    memory: str | int | None = None
     most_windows: int = field(default=CALIBRATION_WINDOWS, init=False)  # where the text holds so many
 
     def __post_init__(self) -> None:
@@ -84,6 +87,8 @@ class ExportRequest:
                 raise ConfigError(f"{name}={value!r} is not one of {', '.join(map(str, allowed))}")
         check_dtype(self.dtype)
         object.__setattr__(self, "device", named_device(self.device))
+        if self.memory is not None and not self.memory_bytes:
+            raise ConfigError(f"--memory {self.memory} is no size: write it as 12GB, 500MB or 8GiB")
         if self.calibration == "":
             raise ConfigError("--calibration '' names no text: name a file, a dataset or self, or leave it out")
         if self.config is not None and not isinstance(self.config, RotationConfig):
@@ -195,6 +200,17 @@ class ExportRequest:
             )
         if not (self.fuse and self.cache):
             raise ConfigError("--kv-cache is GroupQueryAttention's: leave out --no-fuse and --no-cache")
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """How much memory the run may take; None for what is free, 0 where ``memory`` is no size."""
+        if self.memory is None:
+            return None
+        found = _SIZE.fullmatch(str(self.memory).strip())
+        if found is None:
+            return 0
+        step = 1024 if found[3] else 1000
+        return int(float(found[1]) * step ** " kmgt".index(found[2].lower() or " "))
 
     @property
     def scheme(self) -> QuantizationConfig | None:

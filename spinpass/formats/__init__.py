@@ -28,6 +28,7 @@ from .manifest import (
     read_artefact,
     read_manifest,
     sealed,
+    sha256,
 )
 from .matrices import read_matrices
 from .paths import (
@@ -113,6 +114,7 @@ __all__ = [
     "safetensors_header",
     "save_program",
     "sealed",
+    "sha256",
     "staged",
     "transform_config",
     "write_compressed_tensors",

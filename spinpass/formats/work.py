@@ -80,6 +80,11 @@ class KeptWork:
         """How many weights there are, of all kinds."""
         return sum(1 for file in self.folder.glob("*.json") if file.name != _RUN)
 
+    @property
+    def bytes(self) -> int:
+        """How many bytes their codes have on the disk; 0 where there is no such folder."""
+        return sum(file.stat().st_size for file in self.folder.glob("*.codes"))
+
     def get(self, name: str, scheme: Weights) -> QuantizedWeight | None:
         """Return what a weight was rounded to by a scheme, None where it was not, or its file is damaged."""
         about_file, file = self._files(name)

@@ -9,7 +9,7 @@ from .reloaded import apply_declared_transforms, reloaded_logits
 from .rotated import declaration
 from .sources import Source, check_program_options, locate
 from .static_cache import check_context, export_static_cache
-from .stored_size import count_values
+from .stored_size import StoredModel, count_values, stored_model
 from .streamed import STREAMED_BYTES
 from .tensors import LoadingReport
 
@@ -23,6 +23,7 @@ __all__ = [
     "Papers",
     "Source",
     "SourceFiles",
+    "StoredModel",
     "apply_declared_transforms",
     "check_context",
     "check_dtype",
@@ -38,5 +39,6 @@ __all__ = [
     "papers_of",
     "quantized_checkpoint",
     "reloaded_logits",
+    "stored_model",
     "text_limits",
 ]

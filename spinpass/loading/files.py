@@ -30,7 +30,9 @@ from spinpass.formats import (
     check_safetensors,
     is_plain_name,
     read_object,
+    sha256,
 )
+from spinpass.progress import Progress
 
 from .architecture import find_file
 from .sources import Source
@@ -66,6 +68,28 @@ class SourceFiles:
     def weight_bytes(self) -> int:
         """Return the size of all weights."""
         return sum(path.stat().st_size for path in self.weights)
+
+    def check_unchanged(self, progress: Progress | None = None) -> None:
+        """Read the weights again and compare them with what was loaded; ``progress`` gets (bytes done, all bytes).
+
+        Weights that stay in their files are read for as long as a run takes. Raises ExportError: somebody has written
+        to one meanwhile.
+        """
+        done, whole = 0, sum(self.hashes[path.name].bytes for path in self.weights)
+        for path in self.weights:
+            known = self.hashes[path.name]
+            try:
+                same = path.stat().st_size == known.bytes and sha256(path) == known.sha256
+            except (OSError, DamageError):  # it is gone
+                same = False
+            if not same:
+                raise ExportError(
+                    f"{path} is not what it was when the run began: somebody has written to it meanwhile; export again "
+                    "when it is whole"
+                )
+            done += known.bytes
+            if progress is not None:
+                progress(done, whole)
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as ``spinpass.json`` holds it."""

@@ -1,10 +1,11 @@
-"""How many values a model holds, by the headers of its files: what a file that is made of it needs on the disk."""
+"""What a model holds, by the headers of its files: how many values, in matrices of which shapes; no weight is read."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,37 @@ from spinpass.formats import safetensors_header
 
 from .files import weight_files
 from .sources import Source
+from .streamed import can_stream
 
 _CODES = {"I32": 32, "U8": 8, "I8": 8}  # bits of the integers that hold codes
 
 
-def count_values(source: Source) -> int | None:
-    """Return how many weights there are, without reading one; None where no header on this machine says so.
+@dataclass(frozen=True)
+class StoredModel:
+    """The tensors of a model's files.
 
-    What lies packed in integers is counted by the bits that config.json names, so that the number may be a little off.
+    Attributes:
+        shapes: of all tensors that hold values. What lies packed in integers is counted by the bits that config.json
+            names, along the last axis, so that the number may be a little off.
+        bytes: of the files.
+        streams: the weights can stay in their files, as they are of a large folder of safetensors.
+        files: where they are.
+    """
+
+    shapes: tuple[tuple[int, ...], ...]
+    bytes: int
+    streams: bool
+    files: tuple[Path, ...]
+
+    @property
+    def values(self) -> int:
+        """How many weights there are."""
+        return sum(math.prod(shape) for shape in self.shapes)
+
+
+def stored_model(source: Source) -> StoredModel | None:
+    """Return what a model's files say that they hold; None where no header on this machine says so.
+
     A file that is no safetensors, or is damaged, gives None: loading says what is wrong with it.
     """
     try:
@@ -32,19 +56,33 @@ def count_values(source: Source) -> int | None:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         packed = config.get("quantization_config") or {}
         bits = int(packed.get("bits") or (4 if packed.get("quant_method") == "mxfp4" else 8))
-        files = weight_files(None, source.location).values()  # of a folder, nothing is asked of transformers
-        headers = [safetensors_header(file) for file in files if file.suffix == ".safetensors"]
-        return sum(_of_header(header, bits) for header in headers) or None
+        found = weight_files(None, source.location).values()  # of a folder, nothing is asked of transformers
+        files = tuple(file for file in found if file.suffix == ".safetensors")
+        shapes = [shape for file in files for shape in _of_header(safetensors_header(file), bits)]
+        size = sum(file.stat().st_size for file in files)
+        return StoredModel(tuple(shapes), size, not packed and can_stream(files), files) if shapes else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, SpinpassError):
         return None
 
 
-def _of_header(header: Mapping[str, Any], bits: int) -> int:
-    """Σ over tensors of their values, k for an integer that holds k codes"""
-    return sum(math.prod(entry["shape"]) * max(1, _CODES.get(entry["dtype"], 0) // bits) for entry in header.values())
+def count_values(source: Source) -> int | None:
+    """Return how many weights there are, without reading one; None where no header on this machine says so."""
+    found = stored_model(source)
+    return None if found is None else found.values
 
 
-def _of_gguf(file: Path) -> int:
+def _of_header(header: Mapping[str, Any], bits: int) -> list[tuple[int, ...]]:
+    """Return the shapes of the values of all tensors, k for an integer that holds k codes."""
+    found = []
+    for entry in header.values():
+        held = max(1, _CODES.get(entry["dtype"], 0) // bits)
+        *outer, last = entry["shape"] or [1]
+        found.append((*outer, last * held))
+    return found
+
+
+def _of_gguf(file: Path) -> StoredModel:
     from gguf import GGUFReader
 
-    return sum(int(tensor.n_elements) for tensor in GGUFReader(file).tensors)
+    shapes = tuple(tuple(int(n) for n in reversed(tensor.shape)) for tensor in GGUFReader(file).tensors)
+    return StoredModel(shapes, file.stat().st_size, False, (file,))

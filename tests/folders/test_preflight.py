@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import load_file
 
 from spinpass.errors import ConfigError, ExportError, ProgramError
-from spinpass.folders import ExportRequest, Known, carry_out, check_space, making
+from spinpass.folders import ExportRequest, Known, carry_out, check_space, making, preflight
 from spinpass.loading import Source, count_values, locate
 from spinpass.progress import Silent
 from tests.support import folders
@@ -153,3 +153,12 @@ def test_windows_that_are_asked_for_are_all_taken_for_the_cache_too(model: Path,
     request = ExportRequest(str(model), tmp_path, None, bits=16, kv_cache="int8", calibration=text, calibration_windows=3)
     asked = making._Run(request, lambda: None, "", 3, None, None)._cache_bits(text)  # type: ignore[arg-type, return-value]
     assert asked == CacheBits(8, text, 3)
+
+
+def test_kept_codes_are_not_asked_for_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    known = Known(Source("transformers", str(tmp_path)), None, False)
+    monkeypatch.setattr(preflight, "count_values", lambda _: 100_000_000)
+    monkeypatch.setattr(shutil, "disk_usage", free(50_000_000 + 30_000_000))  # the result in four bits, and 30 MB
+    with pytest.raises(ExportError, match="100,000,000 for what it is made of"):
+        known.check_disk(tmp_path / "out", "float32", 4.0, floats=False, codes=True)
+    known.check_disk(tmp_path / "out", "float32", 4.0, floats=False, codes=True, kept=70_000_000)

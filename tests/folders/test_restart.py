@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,9 +15,10 @@ import pytest
 import torch
 
 from spinpass import RotationConfig
-from spinpass.errors import ConfigError, ExportError
-from spinpass.folders import ExportRequest, carry_out, export
-from spinpass.formats import KeptWork
+from spinpass.errors import ConfigError, ExportError, VerificationError
+from spinpass.folders import ExportRequest, Known, carry_out, export, making
+from spinpass.formats import FileHash, KeptWork
+from spinpass.loading import SourceFiles
 from spinpass.progress import Silent
 from spinpass.quantization import Codes, QuantizedWeight, Weights
 from spinpass.quantization.calibration import calibrator
@@ -163,6 +165,55 @@ def test_what_never_comes_to_the_work_leaves_it(
     assert KeptWork(work(out)).count == 3
     export(model, out, online, **OPTIONS)
     assert contents(out) == unbroken and os.listdir(tmp_path) == ["out"]
+
+
+def test_weights_that_change_underneath_are_seen(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the end, and before what such a run fails with is believed. Nothing appears, and its work goes."""
+    own = tmp_path / "model"
+    shutil.copytree(model, own)
+    weights, out = own / "model.safetensors", tmp_path / "out"
+    whole = weights.read_bytes()
+    put = KeptWork.put
+
+    def changing(self: KeptWork, name: str, weight: QuantizedWeight) -> QuantizedWeight:
+        weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        return put(self, name, weight)
+
+    for fails in (False, True):
+        weights.write_bytes(whole)
+        with monkeypatch.context() as patch:
+            patch.setattr(KeptWork, "put", changing)
+            if fails:
+                patch.setattr(making, "last_token", lambda _: (_ for _ in ()).throw(VerificationError("not the same")))
+            with pytest.raises(ExportError, match=r"model.safetensors is not what it was when the run began: .*; export again"):
+                export(own, out, RotationConfig(form="online"), last_logits=True, **OPTIONS)
+        assert os.listdir(tmp_path) == ["model"]
+    weights.unlink()
+    with pytest.raises(ExportError, match="is not what it was"):
+        SourceFiles({weights.name: FileHash(len(whole), "")}, (weights,)).check_unchanged()
+
+
+def test_the_disk_is_asked_for_what_is_still_to_be_written(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    check = Known.check_disk
+
+    def noted(self: Known, *args: Any, kept: int, **how: Any) -> None:
+        asked.append(kept)
+        check(self, *args, kept=kept, **how)
+
+    monkeypatch.setattr(Known, "check_disk", noted)
+    with monkeypatch.context() as patch:
+        stopped(patch, 3, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            export(model, tmp_path / "out", RotationConfig(form="online"), **OPTIONS)
+    there = sum(file.stat().st_size for file in work(tmp_path / "out").glob("*.codes"))
+    with monkeypatch.context() as patch:
+        stopped(patch, 0, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            export(model, tmp_path / "out", RotationConfig(form="online"), **OPTIONS)
+    assert asked == [0, there] and there > 0
 
 
 @pytest.mark.parametrize("content", ["[]", "null", "{", ""])

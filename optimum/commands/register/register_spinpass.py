@@ -34,6 +34,7 @@ _VALUES = {
     "samples": ("N", "number of calibration windows, of 512 tokens"),
     "to": ("TARGET", "runtime that the folder is for, onnx, openvino or executorch, or gptq for a checkpoint"),
     "context": ("N", "tokens that the KV cache inside an ExecuTorch program holds"),
+    "memory": ("SIZE", "memory that the run may take, for example 12GB"),
     "kv-cache": ("BITS", "keep keys and values as integers, int8 or int4"),
 }
 _LISTS = {

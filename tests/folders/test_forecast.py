@@ -1,0 +1,151 @@
+"""What an export will take is foreseen by shapes, and what cannot fit is refused before anything is read."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from spinpass import RotationConfig
+from spinpass.errors import ConfigError, ExportError
+from spinpass.folders import ExportRequest, Forecast, Known, Rates, Workload, export, making
+from spinpass.folders.forecast import fitting
+from spinpass.folders.machine import _left_in_groups, free_memory
+from spinpass.loading import StoredModel
+from spinpass.progress import Silent
+from tests.support import folders
+
+
+def llama(hidden: int, layers: int, inner: int, vocabulary: int) -> StoredModel:
+    layer = [(hidden, hidden), (hidden // 4, hidden), (hidden // 4, hidden), (hidden, hidden), (inner, hidden), (inner, hidden), (hidden, inner), (hidden,), (hidden,)]
+    shapes = (*layer * layers, (vocabulary, hidden), (hidden,))
+    size = 2 * sum(a * b for a, b in (shape for shape in shapes if len(shape) == 2))
+    return StoredModel(shapes, size, size > 100 << 20, ())
+
+
+LARGE, SMALL = llama(4096, 32, 14336, 128_256), llama(256, 4, 512, 1000)
+
+
+def work(stored: StoredModel, **asked: Any) -> Workload:
+    request = ExportRequest("model", Path("out"), asked.pop("config", RotationConfig()), **asked)
+    config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=stored.shapes[-2][0]), dtype=torch.bfloat16)
+    return Workload.of(request, stored, config)
+
+
+GPTQ = {"quantize": "w4g128-gptq-a8-head8-embed8", "calibration_windows": 8}
+
+
+def test_matrices_are_told_by_shape() -> None:
+    found = work(llama(256, 4, 512, 1000), bits=16)
+    assert found.tables == {(1000, 256): 1} and found.linears == {(256, 256): 8, (64, 256): 8, (512, 256): 8, (256, 512): 4}
+    assert (found.table_values, found.hidden, found.vocabulary) == (256_000, 256, 1000)
+    stack = StoredModel(((100, 32), (8, 64, 32)), 100, False, ())
+    assert work(stack, bits=16).linears == {(64, 32): 8}, "experts one by one"
+
+
+def test_what_stays_in_files_takes_no_memory_for_it() -> None:
+    held, streamed = work(replace(LARGE, streams=False), bits=16), work(LARGE, bits=16)
+    assert Forecast.of(held).memory_bytes > 2 * 4 * LARGE.values
+    assert Forecast.of(streamed).memory_bytes < LARGE.values / 4
+    assert Forecast.of(work(LARGE, bits=16, to="openvino")).memory_bytes >= 2 * 4 * LARGE.values, "which loads it"
+
+
+def test_gptq_needs_the_square_of_the_widest_input() -> None:
+    of_four_layers = Forecast.of(work(llama(4096, 4, 14336, 128_256), **GPTQ)).memory_bytes
+    assert 40 * 14336**2 <= of_four_layers <= 1.3 * 40 * 14336**2
+    longer = Forecast.of(work(llama(4096, 4, 14336, 128_256), **GPTQ | {"calibration_windows": 64})).memory_bytes
+    assert longer - of_four_layers == pytest.approx(56 * 512 * 4 * (2 * 4096 + 14336), rel=0.01)
+
+
+def test_time_goes_by_the_machine_and_the_weights() -> None:
+    rates = Rates(38e9, 95e9, 20e9, 47e9, 1e9, 1.8e9, 0.13e9, 350e3)
+    slower = Rates(**{name: rate / 2 for name, rate in rates.to_dict().items()})
+    for stored in (SMALL, LARGE):
+        assert Forecast.of(work(stored, **GPTQ), slower).seconds == pytest.approx(2 * Forecast.of(work(stored, **GPTQ), rates).seconds)
+    steps = {step.name: step.seconds for step in Forecast.of(work(LARGE, **GPTQ), rates).steps}
+    assert max(steps, key=lambda name: steps[name]) == "quantize" and steps["quantize"] > 3600, "hours on one core"
+
+
+def test_steps_are_those_of_a_run(tmp_path: Path) -> None:
+    told: list[str] = []
+    foreseen: list[str] = []
+
+    class Told(Silent):
+        def expect(self, steps: Any, /) -> None:
+            foreseen.extend(name for name, _ in steps)
+
+        def start(self, name: str, /, unit: str = "") -> Any:
+            told.append(name)
+            return super().start(name, unit)
+
+    model = folders.model_folder(tmp_path / "model")
+    export(model, tmp_path / "out", RotationConfig(form="online"), quantize="w4g16-rtn-a8", steps=Told())
+    told = [name.partition(" ")[0] if name.startswith("try ") else name for name in told]
+    assert told == foreseen
+
+
+def test_what_cannot_fit_is_refused_before_it_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = folders.model_folder(tmp_path / "model")
+    monkeypatch.setattr(making, "load_model", lambda *_, **__: pytest.fail("it was loaded"))
+    with pytest.raises(ExportError, match=r"needs about .* GB of memory, give or take 30%, and 0.0 GB are allowed: take a machine with more"):
+        export(model, tmp_path / "out", bits=16, memory="1MB")
+    monkeypatch.setattr("spinpass.folders.preflight.free_memory", lambda: 2000)
+    with pytest.raises(ExportError, match=r"0.0 GB are free: .*--memory"):
+        export(model, tmp_path / "out", bits=16)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    with pytest.raises(ConfigError, match="--memory much is no size: write it as 12GB"):
+        export(model, tmp_path / "out", bits=16, memory="much")
+
+
+def test_the_setting_that_fits_is_named() -> None:
+    whole = work(LARGE, bits=4)
+    needed = Forecast.of(whole).least_bytes
+    assert fitting(whole, needed - 1).startswith("--recipe quick")
+    read = work(llama(4096, 4, 2048, 1000), **GPTQ | {"calibration_windows": 64})
+    shorter = replace(read, tokens=8 * 512)
+    assert fitting(read, Forecast.of(shorter).least_bytes) == "a shorter text, --samples 8"
+    assert "--recipe plain" in fitting(read, Forecast.of(replace(read, tokens=512)).least_bytes - 1)
+    assert fitting(read, 1) == ""
+
+
+@pytest.mark.parametrize(("given", "size"), [("12GB", 12 * 10**9), ("1.5 GiB", 3 << 29), ("500mb", 5 * 10**8), (4096, 4096), ("8k", 8000)])
+def test_sizes_are_read(given: str | int, size: int) -> None:
+    assert ExportRequest("m", Path("o"), None, bits=16, memory=given).memory_bytes == size
+
+
+def test_a_control_group_counts(tmp_path: Path) -> None:
+    group = tmp_path / "cgroup" / "memory" / "jobs" / "one"
+    group.mkdir(parents=True)
+    (group / "memory.limit_in_bytes").write_text("1000")
+    (group / "memory.usage_in_bytes").write_text("700")
+    (group / "memory.stat").write_text("total_cache 300\ntotal_inactive_file 100\ntotal_active_file 50\n")
+    (group.parent / "memory.limit_in_bytes").write_text("2000")
+    (group.parent / "memory.usage_in_bytes").write_text("1900")
+    process = tmp_path / "process"
+    process.write_text("9:cpu:/jobs/one\n4:memory:/jobs/one\n0::/\n")
+    assert list(_left_in_groups(tmp_path / "cgroup", process)) == [450, 100]
+    newer = tmp_path / "newer" / "here"
+    newer.mkdir(parents=True)
+    (newer / "memory.max").write_text("max")
+    (newer.parent / "memory.max").write_text("5000")
+    (newer.parent / "memory.current").write_text("1000")
+    process.write_text("0::/here\n")
+    assert list(_left_in_groups(tmp_path / "newer", process)) == [4000]
+    assert free_memory() > 1 << 20
+
+
+def test_this_machine_is_measured(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(bytes(1 << 20))
+    found = Rates.measured(tmp_path / "file").to_dict()
+    assert all(rate > 1000 for rate in found.values()) and found["gemm32"] > found["gemm64"]
+
+
+def test_a_program_has_a_bound_from_below(tmp_path: Path) -> None:
+    (tmp_path / "m.pt2").write_bytes(bytes(4000))
+    known = Known.of(str(tmp_path / "m.pt2"), dequantize=False, trust_remote_code=False)
+    found = known.workload(ExportRequest(str(tmp_path / "m.pt2"), tmp_path / "out", RotationConfig(), bits=16))
+    assert found is not None and found.values == 1000 and not Forecast.of(found).exact
