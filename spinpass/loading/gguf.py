@@ -155,7 +155,7 @@ class _Tensors:
 
     Args:
         legacy: the module of transformers.
-        processor: what undoes the changes of llama.cpp's converter for this architecture.
+        processor: what undoes the changes of the file's converter for this architecture.
         model: it has the parameters.
         dtype: of the parameters.
         bases: those that the file declares.
