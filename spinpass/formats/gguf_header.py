@@ -87,7 +87,7 @@ class _Reader:
             if kind not in sizes:
                 raise DamageError(
                     f"{self._path}: the tensor {name!r} is of type {kind}, which the package gguf does not know: the "
-                    "file is damaged, or for a llama.cpp of its own; name one with weights of another type"
+                    "file is damaged, or for a runtime of its own; name one with weights of another type"
                 )
             if offset != at:
                 raise self._damaged(f"the tensor {name!r} is at byte {offset}, where {at} is expected")

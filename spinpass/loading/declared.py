@@ -5,7 +5,7 @@ with the normalized Sylvester-Hadamard matrix H in blocks and signs s by the wid
 embedding that is declared ``inverse`` is looked up as z and put back as s · (H z). Either way a row w' of the file
 stands for the row s · (H w') of the model. Who ignores the declaration computes something else, without any error.
 
-Source: PrismML-Eng/llama.cpp, pull requests 120 and 121, whose loader validates the same keys.
+Source: pull requests 120 and 121 of PrismML's fork of the runtime of such files, whose loader validates the same keys.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from spinpass.rotations import Rotation
 
 from .tensors import listed
 
-PREFIX = "prism.hadamard."
+_PREFIX = "prism.hadamard."
 _FIXED = {"version": 1, "transform": "normalized-sylvester-walsh-hadamard", "axis": "input-last-dimension"}
 _KNOWN = {*_FIXED, "block_size", "sign_mode", "sign_widths", "sign_values", "weight_names", "inverse_weight_names"}
 _GROUPED = "gdn_v_grouped"  # says that the inputs of some weights stand in another order as well
@@ -54,17 +54,17 @@ def declared_bases(path: Path) -> DeclaredBases | None:
 
     reader = GGUFReader(path)
     said = {
-        key.removeprefix(PREFIX): field.contents() for key, field in reader.fields.items() if key.startswith(PREFIX)
+        key.removeprefix(_PREFIX): field.contents() for key, field in reader.fields.items() if key.startswith(_PREFIX)
     }
     if not said:
         return None
     for key in sorted(said.keys() - _KNOWN - {_GROUPED}):
-        raise _refusal(path, f"says {PREFIX}{key}, which is not known here")
+        raise _refusal(path, f"says {_PREFIX}{key}, which is not known here")
     for key, value in _FIXED.items():
         if said.get(key) != value:
-            raise _refusal(path, f"says {PREFIX}{key} = {said.get(key)!r}, and {value!r} is known here")
+            raise _refusal(path, f"says {_PREFIX}{key} = {said.get(key)!r}, and {value!r} is known here")
     if said.get(_GROUPED):
-        raise _refusal(path, f"says {PREFIX}{_GROUPED}, for which inputs would have to be put in another order")
+        raise _refusal(path, f"says {_PREFIX}{_GROUPED}, for which inputs would have to be put in another order")
     listed_names = [*said.get("weight_names", ()), *said.get("inverse_weight_names", ())]
     widths = {str(tensor.name): int(tensor.shape[0]) for tensor in reader.tensors if len(tensor.shape) == 2}
     missing = [name for name in listed_names if name not in widths]
@@ -72,7 +72,7 @@ def declared_bases(path: Path) -> DeclaredBases | None:
         raise _refusal(path, f"has no such matrices or names them twice: {listed(missing or listed_names)}")
     block = said.get("block_size")
     if not isinstance(block, int) or block < 2 or block & (block - 1):
-        raise _refusal(path, f"says {PREFIX}block_size = {block!r}, no power of two")
+        raise _refusal(path, f"says {_PREFIX}block_size = {block!r}, no power of two")
     uneven = [name for name in listed_names if widths[name] % block]
     if uneven:
         raise _refusal(path, f"has rows that do not consist of blocks of {block}: {listed(uneven)}")
@@ -91,7 +91,7 @@ def _signs(path: Path, said: Mapping[str, Any]) -> dict[int, Tensor]:
         return {}
     right = mode == "explicit" and len(set(widths)) == len(widths) > 0 and sum(widths) == len(values)
     if not right or not all(value in (-1, 1) for value in values):
-        raise _refusal(path, f"says {PREFIX}sign_mode = {mode!r} with {len(values)} signs for the widths {widths}")
+        raise _refusal(path, f"says {_PREFIX}sign_mode = {mode!r} with {len(values)} signs for the widths {widths}")
     found = torch.split(torch.tensor(values, dtype=torch.float64, device="cpu"), list(widths))
     return dict(zip(widths, found, strict=True))
 

@@ -9,7 +9,8 @@ it. Architectures that transformers reads by other code than that, it loads.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from .streamed import Streamed, keeps_floats, unwritten
 from .tensors import LoadingReport, check_finite
 
 _PIECE = 1 << 18  # elements that are dequantized at once
+_SIDE_BY_SIDE = 3  # tensors, whose orders are all tried
 _LEGACY = "transformers.modeling_gguf_pytorch_utils"
 
 
@@ -79,6 +81,37 @@ class GgufRows:
         return found
 
 
+@dataclass(frozen=True, eq=False)
+class GgufStack:
+    """Tensors of a GGUF file side by side along their second axis, such as the gates and the inputs of all experts."""
+
+    parts: tuple[GgufRows, ...]
+
+    @property
+    def shape(self) -> torch.Size:
+        """That of all together."""
+        first, _, *others = self.parts[0].shape
+        return torch.Size((first, sum(part.shape[1] for part in self.parts), *others))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the parts."""
+        return self.parts[0].dtype
+
+    @property
+    def device(self) -> torch.device:
+        """It is the CPU."""
+        return self.parts[0].device
+
+    def read(self, rows: Rows) -> Tensor:
+        """Return these matrices of the stack."""
+        return torch.cat([part.read(rows) for part in self.parts], 1)
+
+    def exact(self, rows: Rows) -> Tensor:
+        """Return these matrices in float64."""
+        return torch.cat([part.exact(rows) for part in self.parts], 1)
+
+
 def streamed_gguf(
     transformers: Any, source: Source, dtype: Any, bases: DeclaredBases | None
 ) -> tuple[Streamed, LoadingReport] | None:
@@ -122,7 +155,7 @@ class _Tensors:
 
     Args:
         legacy: the module of transformers.
-        processor: what undoes the changes of llama.cpp's converter for this architecture.
+        processor: what undoes the changes of the file's converter for this architecture.
         model: it has the parameters.
         dtype: of the parameters.
         bases: those that the file declares.
@@ -138,15 +171,17 @@ class _Tensors:
 
     def of(self, reader: Any) -> tuple[dict[str, Tensor], tuple[str, ...]]:
         """Return the values by the name of their parameter, and the names of tensors that belong to none."""
-        found: dict[str, Tensor] = {}
+        found, stacked = self._stacks(reader.tensors)
         merged: dict[str, dict[str, Tensor]] = {"tensors": {}}
         unused = []
         for tensor in reader.tensors:
             name = str(tensor.name)
+            if name in stacked:
+                continue
             if name not in self._names and name.rpartition(".")[0] not in self._names:  # experts are named without end
                 unused.append(name)
                 continue
-            shape = torch.Size(reversed([int(size) for size in tensor.shape]))
+            shape = _shape(tensor)
             order = self._order(name, shape)
             own = self._bases if self._bases is not None and name in self._bases.names else None
             if order is None:
@@ -158,6 +193,44 @@ class _Tensors:
                 rows = GgufRows(tensor.data, tensor.tensor_type, shape, self._dtype, moved, own)
                 found[self._names[name]] = Handle(rows)
         return found | {name: value.to(self._dtype) for name, value in merged["tensors"].items()}, tuple(unused)
+
+    def _stacks(self, tensors: Sequence[Any]) -> tuple[dict[str, Tensor], set[str]]:
+        """Return the parameters that are stacks of matrices put side by side, and the names of their tensors."""
+        groups: dict[str, list[Any]] = {}
+        for tensor in tensors:
+            parameter = self._names.get(str(tensor.name).rpartition(".")[0])
+            if len(tensor.shape) == 3 and tensor.name not in self._names and parameter is not None:
+                groups.setdefault(parameter, []).append(tensor)
+        found: dict[str, Tensor] = {}
+        names: set[str] = set()
+        for parameter, group in groups.items():
+            parts = self._side_by_side(parameter, group)
+            if parts is not None:
+                rows = [GgufRows(t.data, t.tensor_type, _shape(t), self._dtype) for t in parts]
+                found[parameter] = Handle(rows[0] if len(rows) == 1 else GgufStack(tuple(rows)))
+                names |= {str(tensor.name) for tensor in group}
+        return found, names
+
+    def _side_by_side(self, parameter: str, group: Sequence[Any]) -> Sequence[Any] | None:
+        """Return the tensors of a parameter in the order in which transformers puts them side by side; None where it
+        does something else. It is shown drawn numbers in place of rows, and has to leave them as they are."""
+        generator = torch.Generator().manual_seed(0)
+        drawn = [torch.randint(1 << 62, (*_shape(tensor)[:2], 1), generator=generator) for tensor in group]
+        merged: dict[str, dict[str, Tensor]] = {"tensors": {}}
+        try:
+            for tensor, numbers in zip(group, drawn, strict=True):
+                self._processor.process(
+                    weights=numbers.numpy(), name=tensor.name, tensor_key_mapping=self._names, parsed_parameters=merged
+                )
+        except (TypeError, ValueError, KeyError, RuntimeError):
+            return None
+        made = merged["tensors"].get(parameter)
+        if made is None or len(group) > _SIDE_BY_SIDE:
+            return None
+        for places in itertools.permutations(range(len(group))):
+            if torch.equal(made, torch.cat([drawn[place] for place in places], 1)):
+                return [group[place] for place in places]
+        return None
 
     def _order(self, name: str, shape: torch.Size) -> Tensor | None:
         """Return which row of the file each row of the parameter is; None where there is more to it than rows.
@@ -195,6 +268,11 @@ class _Tensors:
         if made.name not in self._names:
             return {}
         return {self._names[made.name]: torch.from_numpy(numpy.copy(made.weights)).to(self._dtype)}
+
+
+def _shape(tensor: Any) -> torch.Size:
+    """Return the shape of a tensor in a file, whose axes are counted from the last there."""
+    return torch.Size(reversed([int(size) for size in tensor.shape]))
 
 
 def _opened(path: Path) -> tuple[Any, str | None]:

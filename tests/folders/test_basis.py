@@ -15,11 +15,12 @@ import spinpass
 from spinpass import record
 from spinpass.config import Override, RotationConfig
 from spinpass.errors import ConfigError, VerificationError
-from spinpass.folders import FOLDED, check_basis, export, rotate_checkpoint
+from spinpass.folders import FOLDED, ExportRequest, carry_out, check_basis, export, rotate_checkpoint
 from spinpass.folders.companions import write_manifest
 from spinpass.formats import load_program, read_manifest, save_program
 from spinpass.graph import values_of
 from spinpass.loading import load_model
+from spinpass.progress import Silent
 from tests.support import folders
 from tests.support.commands import document, run
 
@@ -61,6 +62,16 @@ def test_a_rotated_checkpoint_is_read_back_bit_for_bit(model: Path, rotated: Pat
     assert loaded.declared.rotations == found.rotations and len(found.rotations) > 1
     assert loaded.report.notes == (f"its weights are rotated already, as it declares: {len(found.rotations)} spaces",)
     assert load_model(model, cache=False).declared is None
+
+
+def test_a_gptq_checkpoint_is_read_back_bit_for_bit(model: Path, tmp_path: Path) -> None:
+    result, _ = carry_out(ExportRequest(str(model), tmp_path / "out", FOLDED, "gptq", quantize="w8g32-rtn"), Silent())
+    loaded = load_model(tmp_path / "out", cache=False, dequantize=True)
+    assert loaded.program.state_dict.keys() == result.program.state_dict.keys()
+    for name, tensor in result.program.state_dict.items():
+        assert torch.equal(values_of(loaded.program.state_dict[name]), values_of(tensor)), name
+    made = record.read(result.program)
+    assert made is not None and loaded.declared is not None and loaded.declared.rotations == made.rotations
 
 
 def test_programs_are_read_back_bit_for_bit(model: Path, tmp_path: Path) -> None:

@@ -106,6 +106,11 @@ def test_a_checkpoint_by_matrices_of_spinquant(model: Path, tmp_path: Path) -> N
     expected = as_spinquant_does(made, given)
     for name, tensor in load_file(tmp_path / "out" / "model.safetensors").items():
         assert torch.allclose(tensor.double(), expected[name], rtol=0, atol=1e-5 * float(expected[name].abs().max())), name
+    command = ["verify", str(model), str(tmp_path / "out")]
+    refused = CliRunner().invoke(app, command)
+    assert refused.exit_code == 2 and "matrices were given for R1, R2, and now for none" in refused.stderr
+    proved = CliRunner().invoke(app, [*command, "--matrices", str(tmp_path / "R.bin")])
+    assert proved.exit_code == 0 and "in the 3 declared bases, at worst 0 roundings off" in proved.stdout, proved.stderr
 
 
 @pytest.mark.parametrize(
