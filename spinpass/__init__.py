@@ -12,7 +12,7 @@ from spinpass.errors import (
     SpinpassError,
     VerificationError,
 )
-from spinpass.graph import materialize
+from spinpass.graph import materialize, on_device
 from spinpass.passes import lower
 from spinpass.pipeline import Rotated, plan, rotate, transform
 from spinpass.planning import RotationPlan
@@ -35,6 +35,7 @@ __all__ = [
     "VerificationError",
     "lower",
     "materialize",
+    "on_device",
     "plan",
     "rotate",
     "transform",

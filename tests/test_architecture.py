@@ -338,6 +338,7 @@ def test_the_public_api() -> None:
         "VerificationError",
         "lower",
         "materialize",
+        "on_device",
         "plan",
         "rotate",
         "transform",

@@ -121,6 +121,12 @@ def tried() -> dict[str, str]:
     return try_cases(*(case for case in (*CASES, *MUTATIONS) if case not in SLOW))
 
 
+@pytest.fixture(scope="module")
+def tried_at_length() -> dict[str, str]:
+    """The same of the others."""
+    return try_cases(*SLOW)
+
+
 @needs_registration
 @pytest.mark.parametrize("case", [case for case in CASES if case not in SLOW])
 def test_elsewhere_it_is_as_on_the_cpu(case: str, tried: dict[str, str]) -> None:
@@ -130,8 +136,8 @@ def test_elsewhere_it_is_as_on_the_cpu(case: str, tried: dict[str, str]) -> None
 @needs_registration
 @pytest.mark.slow
 @pytest.mark.parametrize("case", sorted(SLOW))
-def test_elsewhere_programs_of_transformers_are_as_on_the_cpu(case: str) -> None:
-    assert not try_cases(case)[case]
+def test_elsewhere_the_rest_is_as_on_the_cpu(case: str, tried_at_length: dict[str, str]) -> None:
+    assert not tried_at_length[case]
 
 
 @needs_registration

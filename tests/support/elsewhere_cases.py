@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import cache
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -22,12 +24,13 @@ from torch.export import ExportedProgram
 import spinpass
 from spinpass.evaluation import ProgramScorer, own_tokens, perplexity
 from spinpass.execution import run
+from spinpass.folders import export, request
 from spinpass.graph import Handle, Held, checks, device_of, devices, on_device, storage_key, with_other_values
 from spinpass.quantization import QuantizationConfig, Quantized, quantize, site_errors
 from spinpass.quantization.packed import Trainable, decode_scales, double_quantize_program, pack, unpack
 from spinpass.quantization.rounding import grid, moments
 from spinpass.reporting.activations import WatchedScorer
-from tests.support import elsewhere, experts, models, quantizable
+from tests.support import elsewhere, experts, folders, models, quantizable
 from tests.support.decoders import Decoder
 from tests.support.decoders import made as with_weights
 
@@ -117,6 +120,16 @@ def lowered(program: ExportedProgram, inputs: list[Any]) -> Made:
     return outputs(spinpass.lower(made.program), inputs)
 
 
+def exported(program: ExportedProgram, inputs: list[Any]) -> Made:
+    """A folder, written from a model's, that was certified and tried; a weight between two codes may become either."""
+    device = device_of(program)
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(request, "named_device", lambda _: device):
+        model = folders.model_folder(Path(folder, "model"))
+        made = export(model, Path(folder, "out"), quantize="w4g16-gptq-a8", calibration_windows=2, device="cuda")
+        assert abs(made.manifest["card"]["ratio"] - 1) < 0.1
+        return {"bytes": sum(Path(folder, "out", name).stat().st_size for name in made.files if ".onnx" in name)}
+
+
 @cache
 def _plain() -> ExportedProgram:
     return quantizable.export(with_weights(Decoder(layers=1), dtype=torch.float32))
@@ -148,12 +161,16 @@ CASES: dict[str, tuple[Callable[[], ExportedProgram], Callable[..., Made], dict[
     "pack, unpack, double quantization, training": (_plain, packed, {}),
     "lower": (_plain, lowered, {}),
     "text of its own": (_with_cache, written, {}),
+    "export": (_plain, exported, {}),
     "experts": (lambda: experts.program(1, "grouped_mm"), of_experts, {}),
 }
 
 
-SLOW = {"experts", "text of its own"}
-"""What transformers has to export first."""
+SLOW = {
+    "experts", "text of its own", "export", "rotate offline", "rotate by signs", "round to nearest", "judge spaces",
+    "static activations per channel", "gptq, asymmetric, in order", "mixed widths",
+}  # fmt: skip
+"""What takes long, or is near to another case."""
 
 
 def _sum_on_the_cpu(left: Any, right: Any) -> Tensor:
