@@ -34,7 +34,7 @@ from spinpass.quantization import WEIGHT_BITS, Codes, QuantizedWeight
 from .documents import read_object
 from .gptq import read_tensors
 from .packed_words import PackedWords
-from .shards import SHARD_BYTES, check_dtypes, put_shards, shards_in
+from .shards import SHARD_BYTES, check_storable, put_shards, shards_in
 from .staging import staged
 from .transform_config import DeclaredTransform, declared_transforms, is_target, transform_config
 
@@ -126,7 +126,7 @@ def write_compressed_tensors(
         settings = _settings(codes)
         groups.setdefault(json.dumps(settings), (settings, []))[1].append(name.removesuffix(".weight"))
     found = _quantization_config(list(groups.values())) | {"transform_config": declared}
-    check_dtypes(stored)
+    check_storable(stored)
     folder = Path(folder)
     with staged(folder, sum(t.nbytes for t in stored.values()), gone=shards_in(folder)) as staging:
         put_shards(staging, stored, shard_bytes=shard_bytes)
