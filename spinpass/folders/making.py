@@ -110,7 +110,7 @@ def export(
         dtype: that of the weights, float32, float16 or bfloat16; ``"auto"`` takes the dtype they are stored in.
         cache: export with a KV cache; without one the program takes whole prompts alone.
         context: how many tokens the KV cache inside an ExecuTorch program holds, 1024 by default.
-        dequantize: where the model is quantized (GPTQ, FP8, MXFP4), take the values of its codes.
+        dequantize: where the model is quantized (GPTQ, compressed-tensors, FP8, MXFP4), take the values of its codes.
         trust_remote_code: run the modelling code that comes with the model.
         last_logits: compute the logits of a prompt's last token alone, which is all that generation reads. None does so
             where an ONNX folder has a cache and follows a recipe of less than 16 bits, if its head allows it.
