@@ -115,7 +115,7 @@ def export(
             files are made on the host, and results are the same but for the order in which sums are added up.
         cache: export with a KV cache; without one the program takes whole prompts alone.
         context: how many tokens the KV cache inside an ExecuTorch program holds, 1024 by default.
-        dequantize: where the model is quantized (GPTQ, FP8, MXFP4), take the values of its codes.
+        dequantize: where the model is quantized (GPTQ, compressed-tensors, FP8, MXFP4), take the values of its codes.
         trust_remote_code: run the modelling code that comes with the model.
         last_logits: compute the logits of a prompt's last token alone, which is all that generation reads. None does so
             where an ONNX folder has a cache and follows a recipe of less than 16 bits, if its head allows it.

@@ -29,12 +29,12 @@ from spinpass.errors import ConfigError, ExportError
 from spinpass.graph import Handle
 from spinpass.operators import unpack_words, words
 from spinpass.passes import OnlineTransform
-from spinpass.quantization import WEIGHT_BITS, Codes, QuantizedWeight
+from spinpass.quantization import Codes, QuantizedWeight
 
 from .documents import read_object
 from .gptq import read_tensors
 from .packed_words import PackedWords
-from .shards import SHARD_BYTES, check_dtypes, put_shards, shards_in
+from .shards import SHARD_BYTES, check_storable, put_shards, shards_in
 from .staging import staged
 from .transform_config import DeclaredTransform, declared_transforms, is_target, transform_config
 
@@ -42,6 +42,9 @@ COMPRESSED_TENSORS = "compressed-tensors"
 _CONFIG, _ENTRY = "config.json", "quantization_config"
 _PACKED, _DENSE = "pack-quantized", "dense"
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+_BITS = (2, 4, 8)
+"""Widths that every version packs alike: codes of 3 bits lie across words since 0.20, and ten to a word before."""
+
 _PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
 
 
@@ -126,7 +129,7 @@ def write_compressed_tensors(
         settings = _settings(codes)
         groups.setdefault(json.dumps(settings), (settings, []))[1].append(name.removesuffix(".weight"))
     found = _quantization_config(list(groups.values())) | {"transform_config": declared}
-    check_dtypes(stored)
+    check_storable(stored)
     folder = Path(folder)
     with staged(folder, sum(t.nbytes for t in stored.values()), gone=shards_in(folder)) as staging:
         put_shards(staging, stored, shard_bytes=shard_bytes)
@@ -143,6 +146,11 @@ def _tensors_of(name: str, weight: QuantizedWeight, scales_dtype: torch.dtype) -
     if module == name or weight.dim != 1 or weight.stack != 1:
         raise ConfigError(f"{name} is not the weight (out, in) of one linear layer; leave it out")
     columns, groups = codes.q.shape[1], codes.scales.shape[1]
+    if codes.bits not in _BITS:
+        raise ConfigError(
+            f"{name} has codes of {codes.bits} bits, which versions of compressed-tensors pack differently: choose "
+            f"{', '.join(map(str, _BITS))}"
+        )
     if codes.group_bits is not None:
         raise ConfigError(f"{name} has groups of several widths; leave the part rows out of --quantize")
     if codes.group_length is None or columns % groups:
@@ -239,10 +247,10 @@ def _checked_group(folder: Path, name: str, group: Any) -> Mapping[str, Any]:
                 "export the model as it was before it was quantized"
             )
     kind, bits, strategy = weights.get("type", "int"), weights.get("num_bits"), weights.get("strategy")
-    if kind != "int" or bits not in WEIGHT_BITS or strategy not in ("group", "channel"):
+    if kind != "int" or bits not in _BITS or strategy not in ("group", "channel"):
         raise ConfigError(
             f"{folder}: the group {name} has weights of {bits} bits ({kind}, {strategy}); integers of "
-            f"{', '.join(map(str, WEIGHT_BITS))} bits by group or channel are read"
+            f"{', '.join(map(str, _BITS))} bits by group or channel are read"
         )
     return group
 

@@ -34,7 +34,7 @@ from spinpass.quantization import WEIGHT_BITS, Codes, QuantizedWeight
 from .documents import read_object
 from .packed_words import PackedWords
 from .safetensors_header import check_safetensors
-from .shards import SHARD_BYTES, check_dtypes, put_shards, shards_in
+from .shards import SHARD_BYTES, check_storable, put_shards, shards_in
 from .staging import staged
 
 FORMATS = ("gptq", "gptq_v2")
@@ -118,7 +118,7 @@ def write_gptq(
             changed[name] = float(off)
     found = _quantization_config({n: w.codes for n, w in weights.items()}, checkpoint_format)
     folder = Path(folder)
-    check_dtypes(stored)
+    check_storable(stored)
     with staged(folder, sum(t.nbytes for t in stored.values()), gone=shards_in(folder)) as staging:
         put_shards(staging, stored, shard_bytes=shard_bytes)
         (staging / QUANTIZE_CONFIG).write_text(json.dumps(found, indent=2))

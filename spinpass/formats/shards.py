@@ -47,14 +47,14 @@ def write_shards(
         ExportError: the folder is not writable, or the disk is full. Nothing is left behind.
     """
     folder = Path(folder)
-    check_dtypes(tensors)
+    check_storable(tensors)
     with staged(folder, sum(t.nbytes for t in tensors.values()), gone=shards_in(folder)) as staging:
         put_shards(staging, tensors, shard_bytes=shard_bytes)
         written = sorted(path.name for path in staging.iterdir())
     return tuple(folder / name for name in written)
 
 
-def check_dtypes(tensors: Mapping[str, Tensor]) -> None:
+def check_storable(tensors: Mapping[str, Tensor]) -> None:
     """Raise ConfigError where the format has no such dtype."""
     for name, tensor in tensors.items():
         if tensor.dtype not in _NAMES:

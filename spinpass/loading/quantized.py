@@ -35,13 +35,15 @@ def check_quantization(transformers: Any, location: str, config: Mapping[str, An
     method = _method(transformers, location, config)
     if method is None:
         return None
-    if method not in _METHODS or (method in BY_READING and not Path(location).is_dir()):
+    entry = _declared(config) or {}
+    floats = method == COMPRESSED_TENSORS and not entry.get("config_groups")
+    if floats and (entry.get("transform_config") or {}).get("config_groups") and Path(location).is_dir():
+        return method  # with online transforms
+    if method not in _METHODS or floats or (method in BY_READING and not Path(location).is_dir()):
         raise ExportError(
             f"{location} holds packed weights ({method}), whose values cannot be taken here (those of "
             f"{', '.join(_METHODS)} can): export the model as it was before it was quantized"
         )
-    if method == COMPRESSED_TENSORS and not (_declared(config) or {}).get("config_groups"):
-        return method  # floats, and perhaps online transforms
     if not dequantize:
         raise ConfigError(
             f"{location} holds packed weights ({method}), which are not rotated behind your back: "

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 import spinpass
 from spinpass.cli.app import app
 from spinpass.errors import ConfigError, VerificationError
-from spinpass.folders import checkpoint, rotate_checkpoint
+from spinpass.folders import checkpoint, layouts, rotate_checkpoint
 from spinpass.formats import write_shards
 from spinpass.formats.safetensors_header import safetensors_header
 from spinpass.graph import Handle, Held, values_of
@@ -140,10 +140,10 @@ def test_a_wrong_file_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     def wrong(folder: Path, tensors: dict[str, torch.Tensor]) -> Any:
         return write_shards(folder, {k: t * 1.01 if "v_proj" in k else t for k, t in tensors.items()})
 
-    monkeypatch.setattr(checkpoint, "write_shards", wrong)
+    monkeypatch.setattr(layouts, "write_shards", wrong)
     with pytest.raises(VerificationError, match="computes other logits from what was written"):
         rotate_checkpoint(tmp_path / "in", tmp_path / "out")
-    monkeypatch.setattr(checkpoint, "write_shards", lambda f, t: write_shards(f, dict(list(t.items())[1:])))
+    monkeypatch.setattr(layouts, "write_shards", lambda f, t: write_shards(f, dict(list(t.items())[1:])))
     with pytest.raises(VerificationError, match="does not load what was written as it is; missing keys"):
         rotate_checkpoint(tmp_path / "in", tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -219,7 +219,7 @@ def test_weights_are_not_rounded_on_the_way(always_streamed: None, tmp_path: Pat
 def test_files_of_an_older_checkpoint_are_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved(tmp_path / "in")
     saved(tmp_path / "out", "qwen3")
-    monkeypatch.setattr(checkpoint, "write_shards", lambda f, t: write_shards(f, t, shard_bytes=20_000))
+    monkeypatch.setattr(layouts, "write_shards", lambda f, t: write_shards(f, t, shard_bytes=20_000))
     rotate_checkpoint(tmp_path / "in", tmp_path / "out", force=True)
     assert not (tmp_path / "out" / "model.safetensors").exists()
     ids = list(range(3, 23))

@@ -50,7 +50,7 @@ _SWITCHES = {
     "all-logits": "compute the logits of every token",
     "compare": "make the original by the same scheme as well, and keep which does better on text",
     "no-fuse": "write standard ONNX operators only, instead of ONNX Runtime's own for attention",
-    "dequantize": "where MODEL is quantized (GPTQ, FP8, MXFP4), take the values of its codes",
+    "dequantize": "where MODEL is quantized (GPTQ, compressed-tensors, FP8, MXFP4), take the values of its codes",
     "trust-remote-code": "run the modelling code that comes with MODEL",
     "force": "write into OUT though it holds files that no export has put there",
     "json": "print one JSON document instead of tables",
