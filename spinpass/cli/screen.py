@@ -77,14 +77,14 @@ class Screen:
     def note(self, text: str) -> None:
         """Write one line to stderr, for people; in JSON mode an event."""
         if text and self.as_json:
-            self.event({"event": "note", "text": text})
+            self.event({"event": "note", "text": plain(text)})
         elif text:
             self.err.print(text, style="dim", highlight=False)
 
     def error(self, text: str, kind: str) -> None:
         """Write one line to stderr; in JSON mode an event, and the document that says so."""
         if self.as_json:
-            self.event({"event": "error", "error": kind, "message": text})
+            self.event({"event": "error", "error": kind, "message": plain(text)})
             self.document({"ok": False, "error": kind, "message": text})
             return
         self.err.print(f"spinpass: {text}", style="red", highlight=False, soft_wrap=True)

@@ -9,7 +9,7 @@ folds and copies of values, products. Memory is the largest of what stands toget
 | a program that is not read from files | its constants; twice when it was rotated |
 | a certificate | the largest constant in float64, or blocks of it |
 | GPTQ at one weight (out, in) | 40·in² or 20·in² + 45·out·in + 24·out·groups², operands and streams of all windows |
-| training | program, teacher and gradients' values of a window |
+| training | at least the codes, the scales with their moments, the logits of a window |
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ _LARGE = 1 << 26  # bytes above which a constant is computed in blocks
 _BLOCKS = 100 << 20  # bytes of blocks, in float64, with what is made of them
 _SEARCHED = 6_000  # how often a weight is passed over while the range of its group is searched
 _PASSED = 12_000  # how often a weight is passed over, column by column within its block
+_TRAINED, _WIDE = 20.0, 1 << 10  # bytes of a scale that is trained; weights of a group that is a whole row, about
 _ROOM = 50 << 20  # bytes of what is made of a constant in float64
 _PACKED = 2.3  # bytes for each weight, of codes that a file is written from
 _LOGITS = 24  # bytes for each logit of a window that is scored: both models', copies, their softmax in blocks
@@ -179,8 +180,11 @@ def _of_rounding(work: Workload) -> Iterator[float]:
     scheme = work.scheme
     assert scheme is not None and scheme.weights is not None
     yield _in_float64(work) if work.streams else 2 * _in_float64(work)
-    if work.trains:
-        yield work.values * (work.width + 2)
+    if work.trains:  # at least: what lies between the layers for a backward pass comes on top
+        scales = _TRAINED / (scheme.weights.group_size or _WIDE)
+        yield (
+            work.linear_values * (scheme.weights.bits / 8 + scales) + _LOGITS * CALIBRATION_LENGTH / 2 * work.vocabulary
+        )
     gptq = scheme.weights.method == "gptq" and bool(work.tokens)
     for rows, columns in work.linears:
         groups = columns // (scheme.weights.group_size or columns)

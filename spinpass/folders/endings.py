@@ -28,7 +28,7 @@ def still_the_same(files: SourceFiles, steps: Steps) -> Iterator[None]:
         if not of_the_machine(error):
             files.check_unchanged()
         raise
-    files.check_unchanged(steps.start("check the weights again"))
+    files.check_unchanged(steps.start("check the weights again", "bytes"))
 
 
 def out_of_memory(error: BaseException | None) -> bool:

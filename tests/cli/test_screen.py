@@ -71,7 +71,7 @@ def test_programs_get_events(monkeypatch: pytest.MonkeyPatch) -> None:
     assert second["step"] == 2 and 5 <= second["left"] <= 9
     assert (counted["event"], counted["done"], counted["total"]) == ("progress", 3, 9)
     assert done["event"] == "done" and set(done["seconds"]) == {"load \x1b", "quantize"}
-    assert error == {"event": "error", "error": "ExportError", "message": "no \x07"}
+    assert error == {"event": "error", "error": "ExportError", "message": r"no \x07"}
     assert json.loads(out.getvalue())["ok"] is False
 
 
