@@ -24,7 +24,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import PrefixStore, Store, TCPStore
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # its stub does not say that it is public
+from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from spinpass import errors
@@ -56,6 +57,11 @@ class Team:
     def leads(self) -> bool:
         """Whether this is rank 0, which writes, proves and publishes."""
         return self.rank == 0
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this is the first rank that is not lost, which says what there is to say."""
+        return True
 
     def dealt(self, items: Sequence[_T]) -> list[_T]:
         """Return this rank's share: every ``size``-th item."""
@@ -126,7 +132,8 @@ def _connected(store: Store) -> Store:
     """Return another connection to a store: on one of its own no thread waits for another."""
     if not isinstance(store, TCPStore):
         return store
-    return TCPStore(store.host, store.port, is_master=False, timeout=_EVER, wait_for_workers=False)
+    made: Store = TCPStore(store.host, store.port, is_master=False, timeout=_EVER, wait_for_workers=False)
+    return made
 
 
 class _Stopped(BaseException):
@@ -225,6 +232,11 @@ class _Ranks(Team):
             dist.init_process_group(backend, store=group, rank=rank, world_size=size, timeout=_EVER)
         except (RuntimeError, ValueError) as error:
             raise self._watch.why() or WorkerError(f"the ranks do not connect: {first_line(error)}") from error
+
+    @property
+    def speaks(self) -> bool:
+        """See :attr:`Team.speaks`."""
+        return all(other in self._watch.lost for other in range(self.rank))
 
     def sum(self, tensor: Tensor) -> Tensor:
         """See :meth:`Team.sum`."""

@@ -16,6 +16,7 @@ from spinpass.graph import storage_key, with_other_values
 from spinpass.loading import Companions, LoadedModel
 from spinpass.progress import Steps
 from spinpass.quantization import QuantizedWeight, unrounded_operands
+from spinpass.workers import Team
 
 from .card import Card, scored_card
 from .companions import Written, write_companions
@@ -59,8 +60,22 @@ class OnnxTools(Protocol):
         metadata: Mapping[str, str] | None,
         weights: Mapping[str, QuantizedWeight] | None,
         accuracy_level: int,
+        team: Team,
         progress: Callable[[str], None],
     ) -> OnnxReport: ...
+
+    def assist(
+        self,
+        ep: ExportedProgram,
+        team: Team,
+        /,
+        *,
+        input_names: Mapping[str, str],
+        output_names: Mapping[str, str],
+        fuse: bool,
+        weights: Mapping[str, QuantizedWeight] | None,
+        accuracy_level: int,
+    ) -> None: ...
 
     def quantize_4bit(self, source: Path, destination: Path, /) -> QuantizeReport: ...
 
@@ -102,6 +117,7 @@ def write_folder(
     fuse: bool = True,
     cache: CacheBits | None = None,
     certify: bool = True,
+    team: Team | None = None,
 ) -> Written:
     """Export, pack, quantize the cache, put beside it what belongs to the model, and try the folder.
 
@@ -117,6 +133,7 @@ def write_folder(
         fuse: use ONNX Runtime's own operators.
         cache: how the KV cache is stored; None leaves it in floats.
         certify: compare the file and the folder with the program.
+        team: of whose ranks this is the first; the others call :func:`assist_folder`.
 
     Raises:
         ConfigError, ExportError, VerificationError: :func:`spinpass.exporters.onnx.export` raises them, what packs, or
@@ -128,13 +145,11 @@ def write_folder(
         made = onnx.export(
             result.program,
             folder,
-            **cache_names(result.program),
-            fuse=fuse,
+            **_asked(result, int4=int4, fuse=fuse),
             external_data=external_data,
             verify=None if certify and not result.rounds_activations else False,
             metadata={READS_PADDING: "true"} if loaded.reads_padding else None,
-            weights=None if quantized is None else quantized.weights,
-            accuracy_level=4 if quantized is not None and quantized.activations else 0,
+            team=team or Team(),
             progress=lambda step: steps.begin(f"onnx: {step}"),
         )
         return replace(made, uncertified=_AT_A_TIE) if certify and result.rounds_activations else made
@@ -171,6 +186,22 @@ def write_folder(
     made = _packed(report) | made
     report = replace(report, path=source, files=made[step].files)
     return _written(onnx, loaded, result, draft, report, made, tried, scored)
+
+
+def assist_folder(onnx: OnnxTools, result: Result, team: Team, *, int4: bool = False, fuse: bool = True) -> None:
+    """Write this rank's part of the data of a folder that rank 0 writes by :func:`write_folder`."""
+    onnx.assist(result.program, team, **_asked(result, int4=int4, fuse=fuse))
+
+
+def _asked(result: Result, *, int4: bool, fuse: bool) -> dict[str, Any]:
+    """Return what makes the model of a file; every rank makes the same."""
+    quantized = None if int4 else result.quantization
+    return {
+        **cache_names(result.program),
+        "fuse": fuse,
+        "weights": None if quantized is None else quantized.weights,
+        "accuracy_level": 4 if quantized is not None and quantized.activations else 0,
+    }
 
 
 def _packed(report: OnnxReport) -> dict[str, _Made]:
