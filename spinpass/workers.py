@@ -140,6 +140,14 @@ class _Stopped(BaseException):
     """This rank is to end; why is asked of the watch. It passes by whoever handles errors."""
 
 
+def _interrupt() -> None:
+    """Let the main thread handle SIGTERM, also in the middle of a system call."""
+    if hasattr(signal, "pthread_kill") and threading.main_thread().ident is not None:
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)  # type: ignore[arg-type]
+    else:
+        _thread.interrupt_main(signal.SIGTERM)
+
+
 class _Watch(threading.Thread):
     """Gives signs of life of this rank, and looks for those of the others.
 
@@ -169,7 +177,7 @@ class _Watch(threading.Thread):
                 self.broken = self._lost(0, f"its store is gone: {first_line(error)}")
             if self.broken is not None:
                 if not self._done.is_set():
-                    _thread.interrupt_main(signal.SIGTERM)
+                    _interrupt()
                 return
 
     def look(self, patience: float) -> SpinpassError | None:

@@ -14,11 +14,22 @@ from typing import Any
 from torch.export import ExportedProgram
 
 from spinpass.errors import ConfigError, ExportError, ProgramError, VerificationError
-from spinpass.evaluation import Comparison, ProgramScorer, Speed, compare, read_text, speed, token_ids, windows
+from spinpass.evaluation import (
+    Comparison,
+    ProgramScorer,
+    Speed,
+    Windows,
+    compare,
+    read_text,
+    speed,
+    token_ids,
+    windows,
+)
 from spinpass.graph import storage_key
 from spinpass.loading import LoadedModel
 from spinpass.progress import Steps
 from spinpass.runtime import ModelFolder, open_decoder
+from spinpass.workers import Team
 
 WINDOWS, LENGTH = 8, 512
 _RUNTIMES = {".onnx": "onnxruntime", ".xml": "openvino", ".pte": "executorch"}
@@ -64,21 +75,58 @@ class Card:
         return asdict(self)
 
 
-def scored_card(loaded: LoadedModel, folder: Path, steps: Steps, program: ExportedProgram | None = None) -> Card | str:
-    """Score the model of a folder against the model that was loaded; a sentence where that cannot be done.
+@dataclass(frozen=True)
+class _Scored:
+    """What is scored: the model that was loaded, and what was made of it, on windows of a text."""
 
-    ``program``: what is scored in place of a file that no runtime here runs.
-    """
-    if loaded.companions is None or loaded.companions.tokenizer is None:
-        return "not scored: there is no tokenizer to read a text with"
-    try:
+    before: ProgramScorer
+    after: Any
+    runtime: str
+    cut: Windows
+    length: int
+
+    @classmethod
+    def of(cls, loaded: LoadedModel, folder: Path, program: ExportedProgram | None) -> _Scored:
+        """Raises ConfigError, ExportError and ProgramError where it cannot be scored."""
+        if loaded.companions is None or loaded.companions.tokenizer is None:
+            raise ConfigError("there is no tokenizer to read a text with")
         ids = token_ids(loaded.companions.tokenizer)(read_text(None))
         before = ProgramScorer(loaded.program)
         runtime, decoder, longest = _opened(folder, program)
         positions = ModelFolder(folder).positions
         length = min(each for each in (LENGTH, before.longest, longest, positions) if each)
-        cut = windows(ids, length, min(WINDOWS, max(1, len(ids) // length)))
-        found = compare(before, decoder, cut, steps.start("score the file"))
+        return cls(before, decoder, runtime, windows(ids, length, min(WINDOWS, max(1, len(ids) // length))), length)
+
+
+def score_share(loaded: LoadedModel, folder: Path, team: Team) -> None:
+    """Read this rank's share of the windows that rank 0 of a team scores a folder on."""
+    if team.told(None):
+        asked = _Scored.of(loaded, folder, None)
+        compare(asked.before, asked.after, asked.cut, team=team)
+
+
+def scored_card(
+    loaded: LoadedModel,
+    folder: Path,
+    steps: Steps,
+    program: ExportedProgram | None = None,
+    team: Team | None = None,
+) -> Card | str:
+    """Score the model of a folder against the model that was loaded; a sentence where that cannot be done.
+
+    ``program``: what is scored in place of a file that no runtime here runs. ``team``: the others of it call
+    :func:`score_share`.
+    """
+    team = team or Team()
+    try:
+        asked = _Scored.of(loaded, folder, program)
+    except (ConfigError, ExportError, ProgramError) as error:
+        team.told(False)
+        return f"not scored: {error}"
+    team.told(True)
+    decoder, runtime, cut, length = asked.after, asked.runtime, asked.cut, asked.length
+    try:
+        found = compare(asked.before, decoder, cut, steps.start("score the file"), team)
         _check_numbers(found, runtime)
         timed: Speed | None = None
         if not isinstance(decoder, ProgramScorer):

@@ -10,7 +10,6 @@ import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +35,14 @@ from spinpass.workers import Team
 
 from .companions import Written, check_target
 from .compared import Made, the_better
-from .executorch import executorch_tools, write_pte_folder
-from .gptq import check_rotation, write_gptq_folder
-from .onnx import CacheBits, assist_folder, onnx_tools, write_folder
-from .openvino import openvino_tools, write_openvino_folder
+from .gptq import check_rotation
+from .onnx import CacheBits, onnx_tools
 from .preflight import Known
 from .recipes import RecipeName
 from .request import ExportRequest, IntegerCache, Target
 from .result import Result, quantized, rotated, version_of, window_length
 from .settings import settings_of
+from .writers import writer_of
 
 CONTEXT = 1024
 """Tokens of the cache inside an ExecuTorch program where none are asked for."""
@@ -163,7 +161,7 @@ def carry_out(request: ExportRequest, steps: Steps, team: Team | None = None) ->
 
 
 def _carried_out(request: ExportRequest, steps: Steps, team: Team) -> tuple[Result, Written]:
-    write = _writer(request, team)
+    write = writer_of(request, team)
     try:
         with drafted(request.out, team) as draft:
             dataset, windows = preflight(request)
@@ -433,31 +431,3 @@ def _context(request: ExportRequest) -> int | None:
 def _window(request: ExportRequest) -> int:
     """Tokens of a calibration window."""
     return min(CALIBRATION_LENGTH, _context(request) or CALIBRATION_LENGTH)
-
-
-def _writer(request: ExportRequest, team: Team) -> Callable[..., Written]:
-    """The function that writes the folder, with its packages imported. Raises ExportError where one is missing."""
-    if not team.leads:
-        return partial(_assisted, request, team)
-    if request.to == "gptq":
-        return write_gptq_folder
-    if request.to == "executorch":
-        return partial(write_pte_folder, executorch_tools())
-    if request.to == "openvino":
-        return partial(write_openvino_folder, openvino_tools())
-    shared = team if _is_shared(request) else Team()
-    return partial(write_folder, onnx_tools(), int4=request.int4, fuse=request.fuse, team=shared)
-
-
-def _is_shared(request: ExportRequest) -> bool:
-    """Whether all ranks write the data of the file: trained scales are rank 0's alone."""
-    return request.to == "onnx" and not (request.scheme is not None and request.scheme.distill)
-
-
-def _assisted(
-    request: ExportRequest, team: Team, loaded: LoadedModel, result: Result, *_: object, **__: object
-) -> Written:
-    """What a rank that does not write the folder does for it."""
-    if _is_shared(request):
-        assist_folder(onnx_tools(), result, team, int4=request.int4, fuse=request.fuse)
-    return Written(None, {}, [], loading=loaded.report)

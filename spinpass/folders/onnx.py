@@ -18,7 +18,7 @@ from spinpass.progress import Steps
 from spinpass.quantization import QuantizedWeight, unrounded_operands
 from spinpass.workers import Team
 
-from .card import Card, scored_card
+from .card import Card, score_share, scored_card
 from .companions import Written, write_companions
 from .judge import KERNEL_BOUND, TIE_BOUND, FolderTrial
 from .result import Result, window_length
@@ -139,7 +139,6 @@ def write_folder(
         ConfigError, ExportError, VerificationError: :func:`spinpass.exporters.onnx.export` raises them, what packs, or
             :func:`.trial.try_folder`.
     """
-    quantized = None if int4 else result.quantization
 
     def export(folder: Path, external_data: bool | None = None) -> OnnxReport:
         made = onnx.export(
@@ -161,9 +160,8 @@ def write_folder(
         return _tried(onnx, loaded, result, expected, draft.folder, steps, texts)
 
     def scored() -> Card | str | None:
-        packed = int4 or bool(quantized is not None and quantized.weights)
-        rounded = packed or cache is not None or result.rounds_activations
-        return scored_card(loaded, draft.folder, steps) if rounded else None
+        rounded = _is_rounded(result, int4=int4, cache=cache)
+        return scored_card(loaded, draft.folder, steps, team=team) if rounded else None
 
     later: dict[str, _Step] = {"pack": onnx.quantize_4bit} if int4 else {}
     if cache is not None:
@@ -188,9 +186,33 @@ def write_folder(
     return _written(onnx, loaded, result, draft, report, made, tried, scored)
 
 
-def assist_folder(onnx: OnnxTools, result: Result, team: Team, *, int4: bool = False, fuse: bool = True) -> None:
-    """Write this rank's part of the data of a folder that rank 0 writes by :func:`write_folder`."""
+def assist_folder(
+    onnx: OnnxTools,
+    team: Team,
+    loaded: LoadedModel,
+    result: Result,
+    draft: Draft,
+    steps: Steps,
+    *,
+    int4: bool = False,
+    fuse: bool = True,
+    cache: CacheBits | None = None,
+    certify: bool = True,
+) -> Written:
+    """Do this rank's share of a folder that rank 0 writes by :func:`write_folder`: a part of the data, and of the text
+    that the file is scored on. What is returned says nothing of the folder."""
+    del steps, certify  # they are rank 0's
     onnx.assist(result.program, team, **_asked(result, int4=int4, fuse=fuse))
+    if _is_rounded(result, int4=int4, cache=cache):
+        score_share(loaded, draft.folder, team)
+    return Written(None, {}, [], loading=loaded.report)
+
+
+def _is_rounded(result: Result, *, int4: bool, cache: CacheBits | None) -> bool:
+    """Say whether the file computes something else than the model that it was made of, and is scored."""
+    quantized = None if int4 else result.quantization
+    packed = int4 or bool(quantized is not None and quantized.weights)
+    return packed or cache is not None or result.rounds_activations
 
 
 def _asked(result: Result, *, int4: bool, fuse: bool) -> dict[str, Any]:
