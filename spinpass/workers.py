@@ -108,11 +108,11 @@ def joined_team() -> Iterator[Team]:
     if launched()[1] == 1:
         yield Team()
         return
-    store, rank, size = _store()
-    team = _Ranks(store, rank, size)
+    team = _Ranks(*_store())
     try:
+        team.join()
         yield team
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         team.fail(error)
         raise
     finally:
@@ -232,12 +232,15 @@ class _Ranks(Team):
         self._words = PrefixStore("words", store)
         self._main = threading.current_thread() is threading.main_thread()
         self._before = signal.signal(signal.SIGTERM, self._stop) if self._main else None
+
+    def join(self) -> None:
+        """Wait for all ranks, and connect to them. Raises WorkerError where one does not come."""
         self._come()
         self._watch.start()
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
-        group = PrefixStore("group", store)
+        group = PrefixStore("group", self._store)
         try:
-            dist.init_process_group(backend, store=group, rank=rank, world_size=size, timeout=_EVER)
+            dist.init_process_group(backend, store=group, rank=self.rank, world_size=self.size, timeout=_EVER)
         except (RuntimeError, ValueError) as error:
             raise self._watch.why() or WorkerError(f"the ranks do not connect: {first_line(error)}") from error
 
@@ -286,7 +289,7 @@ class _Ranks(Team):
             self.fail(error)
             raise
 
-    def fail(self, error: Exception) -> None:
+    def fail(self, error: BaseException) -> None:
         """Let all ranks end with this error, unless they do with another."""
         said = {"rank": self.rank, "type": type(error).__name__, "message": str(error)}
         with suppress(Exception):  # the store may be what has failed
@@ -298,7 +301,8 @@ class _Ranks(Team):
         with suppress(Exception):  # who has the store may have left
             self._words.set(f"left/{self.rank}", "")
             deadline = time.monotonic() + _LEAVING
-            here = [f"left/{other}" for other in range(self.size) if other not in self._watch.lost]
+            came = [other for other in range(self.size) if self._words.check([f"here/{other}"])]
+            here = [f"left/{other}" for other in came if other not in self._watch.lost]
             while time.monotonic() < deadline and not all(self._words.check([each]) for each in here):
                 time.sleep(_BEAT / 10)
         if self._main:

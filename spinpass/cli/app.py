@@ -61,11 +61,14 @@ class _Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         # what is wrong before the command begins is said in its way as well
         words = (*getattr(ctx, "_protected_args", ()), *ctx.args)
-        with ExitStack() as stack:  # left last: a rank that has ended would let the launcher end the others
+        stack = ExitStack()  # left last: a rank that has ended would let the launcher end the others
+        try:
             if launched()[0]:
                 stack.enter_context(_unheard())
             ctx.obj = state = CommandState("--json" in words)
             return self._invoked(ctx, state, words[0] if words else "", stack)
+        finally:
+            stack.close()
 
     def _invoked(self, ctx: Any, state: CommandState, command: str, stack: ExitStack) -> Any:
         try:
@@ -73,7 +76,11 @@ class _Commands(TyperGroup):
             with plain_streams(), state.team.as_one():
                 if state.team.size > 1 and command in self.commands and command not in _OF_MANY:
                     raise ConfigError(f"spinpass {command} is done by one process: start it without torchrun")
-                return super().invoke(ctx)
+                try:
+                    return super().invoke(ctx)
+                except typer.Exit as way_out:  # of this rank alone
+                    left = way_out
+            raise left
         except BrokenPipeError as error:  # whoever read the output has left; nothing more can be said
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(1) from error

@@ -157,7 +157,9 @@ def carry_out(request: ExportRequest, steps: Steps, team: Team | None = None) ->
     with team.as_one():
         if team.leads:
             check_target(request.out, request.model, force=request.force)
-        return _carried_out(request, steps, team)
+        made = _carried_out(request, steps, team)
+        team.gathered(None)  # no rank ends before the folder is there
+        return made
 
 
 def _carried_out(request: ExportRequest, steps: Steps, team: Team) -> tuple[Result, Written]:

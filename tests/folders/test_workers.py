@@ -149,12 +149,12 @@ def spinpass(*words: object) -> list[object]:
 
 def test_one_rank_says_what_is_wrong(model: Path, tmp_path: Path) -> None:
     """By torchrun, with two ranks that fail alike; and where one alone does."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "spinpass"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "spinpass"]
     words = ["export", str(model), str(tmp_path / "out"), "--quantize", "w4g16-gptq", "--samples", "1"]
     (found,) = ranks.run(tmp_path, [*torchrun, *words], extra={"WORLD_SIZE": "1"})
     message = "spinpass: 2 workers and 1 calibration windows: start at most 1 workers, or read more windows (--samples)"
     assert found.returncode and (found.stdout + found.stderr).count("calibration windows") == 1, found
-    assert message in found.stderr and "Traceback" not in found.stderr.split("ChildFailedError")[0].split("E1")[0]
+    assert message in found.stderr and found.stderr.count("Traceback") <= 1, "that of torchrun itself"
 
 
 def test_ranks_of_two_commands_are_refused(model: Path, tmp_path: Path) -> None:
