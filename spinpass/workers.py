@@ -156,8 +156,9 @@ class _Watch(threading.Thread):
         lost: the ranks that give no sign of life.
     """
 
-    def __init__(self, store: Store, rank: int, size: int) -> None:
+    def __init__(self, store: Store, rank: int, size: int, interrupts: bool) -> None:
         super().__init__(name="spinpass-watch", daemon=True)
+        self._interrupts = interrupts  # the main thread, which does the work
         self.broken: SpinpassError | None = None
         self.lost: set[int] = set()
         self._store, self._rank, self._size = store, rank, size
@@ -176,7 +177,7 @@ class _Watch(threading.Thread):
             except Exception as error:  # where the store is, a rank or the launcher was
                 self.broken = self._lost(0, f"its store is gone: {first_line(error)}")
             if self.broken is not None:
-                if not self._done.is_set():
+                if self._interrupts and not self._done.is_set():
                     _interrupt()
                 return
 
@@ -228,9 +229,9 @@ class _Ranks(Team):
         self._store = store
         self._exchanges = 0
         self._stopped = False
-        self._watch = _Watch(PrefixStore("watch", _connected(store)), rank, size)
-        self._words = PrefixStore("words", store)
         self._main = threading.current_thread() is threading.main_thread()
+        self._watch = _Watch(PrefixStore("watch", _connected(store)), rank, size, self._main)
+        self._words = PrefixStore("words", store)
         self._before = signal.signal(signal.SIGTERM, self._stop) if self._main else None
 
     def join(self) -> None:
@@ -297,6 +298,7 @@ class _Ranks(Team):
 
     def leave(self) -> None:
         """Give up the watch, and wait some seconds for the others, so that none is ended before it has said why."""
+        self._stopped = True  # nothing is left to be stopped
         self._watch.stop()
         with suppress(Exception):  # who has the store may have left
             self._words.set(f"left/{self.rank}", "")
@@ -336,7 +338,13 @@ class _Ranks(Team):
             wait = min(1.5 * wait, 0.05)
         return json.loads(self._words.get(key))
 
+    def _check_whole(self) -> None:
+        """Raise the error of another rank, where no signal has."""
+        if self._watch.broken is not None:
+            raise self._watch.broken
+
     def _checked(self, key: str) -> bool:
+        self._check_whole()
         try:
             return bool(self._words.check([key]))
         except Exception as error:
@@ -347,8 +355,11 @@ class _Ranks(Team):
         try:
             work, wait = begin(), 0.0005
             while not work.is_completed():
+                self._check_whole()
                 time.sleep(wait)
                 wait = min(1.5 * wait, 0.02)
             work.wait()
+        except SpinpassError:
+            raise
         except Exception as error:  # gloo and NCCL raise RuntimeError and what derives from it
             raise self._watch.why() or WorkerError(f"the ranks lost each other: {first_line(error)}") from error

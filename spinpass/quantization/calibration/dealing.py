@@ -95,10 +95,10 @@ class Dealer:
                 if owners[-1] == self.team.rank:
                     own[len(owners) - 1] = piece()
             counts.append(len(owners) - before)
-        parts = iter(self._collected(own, owners))
+        parts = iter(self._collected(own, owners, jobs[0].stored.device))
         return [_joined(job, [next(parts) for _ in range(count)]) for job, count in zip(jobs, counts, strict=True)]
 
-    def _collected(self, own: dict[int, _Part], owners: Sequence[int]) -> list[_Part]:
+    def _collected(self, own: dict[int, _Part], owners: Sequence[int], device: torch.device) -> list[_Part]:
         """Return all pieces, each from the rank that has it."""
         said = [iter(each) for each in self.team.gathered([part.told() for part in own.values()])]
         found: list[_Part] = []
@@ -106,7 +106,7 @@ class Dealer:
             about = next(said[rank])
             tensors = dict[str, Tensor | None](dict.fromkeys(_TENSORS))
             for name, (shape, dtype) in about["tensors"].items():
-                mine = getattr(own[k].codes, name) if k in own else _empty(shape, dtype)
+                mine = getattr(own[k].codes, name) if k in own else _empty(shape, dtype, device)
                 tensors[name] = self.team.broadcast(mine, rank)
             bits, symmetric, widths = about["about"]
             q, scales, zeros, index = (tensors[name] for name in _TENSORS)
@@ -116,8 +116,8 @@ class Dealer:
         return found
 
 
-def _empty(shape: Sequence[int], dtype: str) -> Tensor:
-    return torch.empty(shape, dtype=getattr(torch, dtype.removeprefix("torch.")), device="cpu")
+def _empty(shape: Sequence[int], dtype: str, device: torch.device) -> Tensor:
+    return torch.empty(shape, dtype=getattr(torch, dtype.removeprefix("torch.")), device=device)
 
 
 def kept_by_all(team: Team, store: CodesStore | None, jobs: Sequence[Job]) -> list[QuantizedWeight | None]:

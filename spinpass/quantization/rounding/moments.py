@@ -104,7 +104,7 @@ def experts_moments(
     bounds = [[0, *each.tolist()] for each in ends]
     # rows behind the last expert are of none
     everything = [rows[: bound[-1]] for rows, bound in zip(values, bounds, strict=True)]
-    tokens: list[int] = team.sum(torch.tensor(bounds).diff(dim=1).sum(0)).tolist()
+    tokens: list[int] = team.sum(torch.tensor(bounds, device=values[0].device).diff(dim=1).sum(0)).tolist()
     width, count = values[0].shape[-1], max(1, sum(tokens))
     average = team.sum(_product(everything, everything)) * (width / count)
     for i, number in enumerate(tokens):

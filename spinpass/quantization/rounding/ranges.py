@@ -67,19 +67,23 @@ class _Tokens:
         starts, count = dict[int, int](), 0
         for k in sorted(every):
             starts[k], count = count, count + every[k]
-        own = [torch.arange(len(part)) + starts[team.size * k + team.rank] for k, part in enumerate(parts)]
+        ends = {k: starts[k] + every[k] for k in starts}
+        mine = [team.size * k + team.rank for k in range(len(parts))]
+        own = [torch.arange(starts[k], ends[k], device=part.device) for k, part in zip(mine, parts, strict=True)]
         return cls(torch.cat(parts), torch.cat(own), count, team)
 
     def peaks(self) -> Tensor:
         """The largest magnitude of each token, (count,)."""
-        found = torch.zeros(self.count)
+        found = torch.zeros(self.count, device=self.rows.device)
         found[self.places] = self.rows.abs().amax(1)
         return self.team.sum(found)  # of each place one rank has a value, and the others a zero
 
     def picked(self, at: Tensor) -> Tensor:
         """The tokens at some places, (len(at), channels)."""
-        here = torch.full((self.count,), -1).index_copy_(0, self.places, torch.arange(len(self.places)))[at]
-        found = torch.zeros(len(at), self.rows.shape[-1])
+        here = torch.full((self.count,), -1, device=at.device)
+        here[self.places] = torch.arange(len(self.places), device=at.device)
+        here = here[at]
+        found = torch.zeros(len(at), self.rows.shape[-1], device=at.device)
         found[here >= 0] = self.rows[here[here >= 0]]
         return self.team.sum(found)
 
@@ -132,7 +136,8 @@ def token_clip(values: Sequence[Tensor], bits: int, symmetric: bool, team: Team 
     :func:`static_range`.
     """
     tokens = _Tokens.of(values, team)
-    rows = tokens.picked(torch.arange(0, tokens.count, max(1, tokens.count // _ROWS)))
+    step = max(1, tokens.count // _ROWS)
+    rows = tokens.picked(torch.arange(0, tokens.count, step, device=tokens.rows.device))
     power = rows.square().sum(1).clamp_min(torch.finfo(torch.float32).tiny)
 
     def error(clip: float) -> float:
