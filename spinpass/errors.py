@@ -41,6 +41,10 @@ class DamageError(ExportError):
     """A file is damaged, claims more than it holds, or holds what could run code. It was not used."""
 
 
+class WorkerError(SpinpassError):
+    """A process of a run of several was lost, or failed with an error that is none of these."""
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of what another library says, at most 300 characters; its type where it says nothing."""
     lines = (line.strip() for line in str(error).splitlines())

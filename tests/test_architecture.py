@@ -104,7 +104,7 @@ ROWS = (
     ("passes", "certificate"),
     ("execution",),
     ("analysis", "operators", "record"),
-    ("graph", "rotations", "config"),
+    ("graph", "rotations", "config", "workers"),
     ("errors", "progress"),
 )
 ROW_OF = {part: row for row, parts in enumerate(ROWS, 1) for part in parts}

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -17,6 +20,7 @@ from typer.core import TyperGroup
 
 from spinpass.errors import ConfigError, SpinpassError
 from spinpass.folders import version_of
+from spinpass.workers import joined_team, launched
 
 from .chat import chat_command
 from .evaluate import evaluate_command
@@ -29,10 +33,12 @@ from .report import report_command
 from .rotate import rotate_command
 from .rotate_checkpoint import rotate_checkpoint_command
 from .schemes import schemes_command
-from .screen import CommandState
+from .screen import CommandState, Screen
 from .settings import SettledCommand
 from .tune import tune_command
 from .verify import verify_command
+
+_OF_MANY = {"export"}  # the commands that a team can do
 
 
 def _print_version(wanted: bool) -> None:
@@ -54,11 +60,27 @@ class _Commands(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         # what is wrong before the command begins is said in its way as well
-        as_json = "--json" in (*getattr(ctx, "_protected_args", ()), *ctx.args)
-        ctx.obj = state = CommandState(as_json)
+        words = (*getattr(ctx, "_protected_args", ()), *ctx.args)
+        stack = ExitStack()  # left last: a rank that has ended would let the launcher end the others
         try:
-            with plain_streams():
-                return super().invoke(ctx)
+            if launched()[0]:
+                stack.enter_context(_unheard())
+            ctx.obj = state = CommandState("--json" in words)
+            return self._invoked(ctx, state, words[0] if words else "", stack)
+        finally:
+            stack.close()
+
+    def _invoked(self, ctx: Any, state: CommandState, command: str, stack: ExitStack) -> Any:
+        try:
+            state.team = stack.enter_context(joined_team())
+            with plain_streams(), state.team.as_one():
+                if state.team.size > 1 and command in self.commands and command not in _OF_MANY:
+                    raise ConfigError(f"spinpass {command} is done by one process: start it without torchrun")
+                try:
+                    return super().invoke(ctx)
+                except typer.Exit as way_out:  # of this rank alone
+                    left = way_out
+            raise left
         except BrokenPipeError as error:  # whoever read the output has left; nothing more can be said
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(1) from error
@@ -67,18 +89,34 @@ class _Commands(TyperGroup):
                 context: Any = getattr(error, "ctx", None)
                 command = context.command_path.split()[1:] if context is not None else []
                 help_ = " ".join(["spinpass", *command, "--help"])
-                state.screen.error(f"{_one_line(error.format_message()).rstrip('.')}; see {help_}", "UsageError")
+                _say(state, f"{_one_line(error.format_message()).rstrip('.')}; see {help_}", "UsageError")
                 raise typer.Exit(2) from error
             if state.tracebacks or hasattr(error, "exit_code"):  # typer's own way out
                 raise
             if not isinstance(error, SpinpassError):
                 unexpected = f"unexpected {type(error).__name__}: {_one_line(error)}; -vv shows where"
-                state.screen.error(unexpected, type(error).__name__)
+                _say(state, unexpected, type(error).__name__)
                 raise typer.Exit(1) from error
-            state.screen.error(_one_line(error), type(error).__name__)
+            _say(state, _one_line(error), type(error).__name__)
             raise typer.Exit(2 if isinstance(error, ConfigError) else 1) from error
         finally:
             state.screen.close()
+
+
+@contextmanager
+def _unheard() -> Iterator[None]:
+    """Let nothing that is printed be seen: rank 0 says it."""
+    with Path(os.devnull).open("w", encoding="utf-8") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        yield
+
+
+def _say(state: CommandState, text: str, kind: str) -> None:
+    """Say why the command ends, once for all ranks."""
+    if state.team.speaks and not state.team.leads:  # rank 0 was lost
+        state.screen = Screen(
+            as_json=state.as_json, streams=(sys.__stdout__ or sys.stdout, sys.__stderr__ or sys.stderr)
+        )
+    state.screen.error(text, kind)
 
 
 app = typer.Typer(

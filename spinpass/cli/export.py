@@ -39,7 +39,7 @@ from .options import (
     Verbose,
     rotation_options,
 )
-from .screen import screen_of
+from .screen import screen_of, team_of
 from .settings import Settings
 from .tables import files_table, show_loading, show_result, trial_lines
 
@@ -108,7 +108,9 @@ def export_command(
         device=device,
     )  # fmt: skip
     with screen.steps() as steps:
-        result, written = carry_out(request, steps)
+        result, written = carry_out(request, steps, team_of(ctx))
+    if not team_of(ctx).leads:
+        return
     show_loading(screen, written.loading)
     if as_json:
         about = {"ok": True, "out": str(out), "files": written.files, "notes": request.notes, "seconds": steps.seconds}

@@ -15,6 +15,8 @@ from rich.logging import RichHandler
 from rich.progress import Progress as Display
 from rich.text import Text
 
+from spinpass.workers import Team
+
 from .plain import PlainFormatter, plain, plain_json, plain_line
 from .steps import EventSteps, ShownSteps, ToldSteps
 
@@ -119,6 +121,7 @@ class CommandState:
     """What the handling of errors has to know about the command under way."""
 
     as_json: bool = False
+    team: Team = field(default_factory=Team)
     streams: tuple[IO[str], IO[str]] = field(default_factory=lambda: (sys.stdout, sys.stderr))
     tracebacks: bool = False
     screen: Screen = field(init=False)
@@ -133,3 +136,9 @@ def screen_of(ctx: typer.Context, as_json: bool, verbose: int) -> Screen:
     state.screen = Screen(as_json=as_json, verbose=verbose > 0, streams=state.streams)
     state.tracebacks = verbose > 1
     return state.screen
+
+
+def team_of(ctx: typer.Context) -> Team:
+    """The ranks that run the command of this context."""
+    state: CommandState = ctx.obj
+    return state.team

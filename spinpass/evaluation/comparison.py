@@ -18,9 +18,11 @@ from torch.nn import functional
 
 from spinpass.errors import ConfigError
 from spinpass.progress import Progress
+from spinpass.workers import Team
 
 from .texts import Windows
 
+_Read = tuple[float, int, float]  # of a window: the loss, at how many tokens as the first would, the divergence
 _ROWS = 64  # of logits that are float64 at a time: a vocabulary is large
 
 
@@ -135,34 +137,47 @@ def perplexity(decoder: Scorer, windows: Windows, progress: Progress | None = No
     return Perplexity(tuple(losses), sum(len(ids) - 1 for ids in windows))
 
 
-def compare(before: Scorer, after: Scorer, windows: Windows, progress: Progress | None = None) -> Comparison:
-    """Let both decoders read every window. ``progress`` and ConfigError are as in :func:`perplexity`."""
-    return compare_each(before, [after], windows, progress)[0]
+def compare(
+    before: Scorer, after: Scorer, windows: Windows, progress: Progress | None = None, team: Team | None = None
+) -> Comparison:
+    """Let both decoders read every window. ``progress`` and ConfigError are as in :func:`perplexity`.
+
+    Of a ``team`` each rank reads its share, and all return the same.
+    """
+    return compare_each(before, [after], windows, progress, team)[0]
 
 
 def compare_each(
-    before: Scorer, others: Sequence[Scorer], windows: Windows, progress: Progress | None = None
+    before: Scorer,
+    others: Sequence[Scorer],
+    windows: Windows,
+    progress: Progress | None = None,
+    team: Team | None = None,
 ) -> list[Comparison]:
     """Compare each of ``others`` with ``before``, which reads every window once. Else as :func:`compare`."""
     if not windows:
         raise ConfigError("there are no windows to evaluate on")
-    losses: list[list[float]] = [[] for _ in (before, *others)]
-    divergences: list[list[float]] = [[] for _ in others]
-    equal = [0] * len(others)
-    for done, ids in enumerate(windows):
+    team = team or Team()
+    own: list[list[_Read]] = []
+    share = team.dealt(windows)
+    for done, ids in enumerate(share):
         following = ids[1:]
         expected = before.logits(ids)[:-1]
-        losses[0].append(_loss(expected, following))
-        for k, other in enumerate(others):
+        own.append([(_loss(expected, following), len(following), 0.0)])
+        for other in others:
             found = other.logits(ids)[:-1].to(expected.device)  # a file computes on another
-            losses[k + 1].append(_loss(found, following))
-            equal[k] += int((expected.argmax(-1) == found.argmax(-1)).sum())
-            divergences[k].append(_divergence(expected, found))
+            equal = int((expected.argmax(-1) == found.argmax(-1)).sum())
+            own[-1].append((_loss(found, following), equal, _divergence(expected, found)))
         if progress is not None:
-            progress(done + 1, len(windows))
+            progress(done + 1, len(share))
+    every = team.gathered(own)
+    read = [every[k % team.size][k // team.size] for k in range(len(windows))]
     tokens = sum(len(ids) - 1 for ids in windows)
-    first, *rest = (Perplexity(tuple(each), tokens) for each in losses)
-    return [Comparison(first, e, n / tokens, tuple(d)) for e, n, d in zip(rest, equal, divergences)]
+    first, *rest = (Perplexity(tuple(each[k][0] for each in read), tokens) for k in range(1 + len(others)))
+    return [
+        Comparison(first, after, sum(each[k][1] for each in read) / tokens, tuple(each[k][2] for each in read))
+        for k, after in enumerate(rest, 1)
+    ]
 
 
 def _loss(logits: Tensor, following: Sequence[int]) -> float:

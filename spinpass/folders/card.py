@@ -6,7 +6,8 @@ The text is Python's own help, which no recipe calibrates on.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,22 @@ from typing import Any
 from torch.export import ExportedProgram
 
 from spinpass.errors import ConfigError, ExportError, ProgramError, VerificationError
-from spinpass.evaluation import Comparison, ProgramScorer, Speed, Windows, compare, read_text, speed, token_ids, windows
+from spinpass.evaluation import (
+    Comparison,
+    ProgramScorer,
+    Speed,
+    Windows,
+    compare,
+    read_text,
+    speed,
+    token_ids,
+    windows,
+)
 from spinpass.graph import storage_key
 from spinpass.loading import LoadedModel
 from spinpass.progress import Steps
 from spinpass.runtime import DecoderSession, ModelFolder
+from spinpass.workers import Team
 
 WINDOWS, LENGTH = 8, 512
 _RUNTIMES = {".onnx": "onnxruntime", ".xml": "openvino", ".pte": "executorch"}
@@ -64,33 +76,70 @@ class Card:
         return asdict(self)
 
 
-def scored_card(loaded: LoadedModel, folder: Path, steps: Steps, program: ExportedProgram | None = None) -> Card | str:
+@dataclass(frozen=True)
+class _Scored:
+    """What is scored: the model that was loaded, and what was made of it, on windows of a text."""
+
+    before: ProgramScorer
+    after: ProgramScorer | DecoderSession
+    runtime: str
+    cut: Windows
+
+
+@contextmanager
+def _scored(loaded: LoadedModel, folder: Path, program: ExportedProgram | None) -> Iterator[_Scored]:
+    """Open what is scored. Raises ConfigError, ExportError and ProgramError where it cannot be."""
+    if loaded.companions is None or loaded.companions.tokenizer is None:
+        raise ConfigError("there is no tokenizer to read a text with")
+    ids = token_ids(loaded.companions.tokenizer)(read_text(None))
+    before = ProgramScorer(loaded.program)
+    longest = [each for each in (LENGTH, before.longest, ModelFolder(folder).positions) if each]
+    if program is not None:
+        yield _Scored(before, ProgramScorer(program), "torch", _cut(ids, longest))
+        return
+    with DecoderSession(folder) as decoder:
+        cut = _cut(ids, [*longest, decoder.open() or LENGTH])
+        yield _Scored(before, decoder, _RUNTIMES[decoder.path.suffix], cut)
+
+
+def score_share(loaded: LoadedModel, folder: Path, team: Team) -> None:
+    """Read this rank's share of the windows that rank 0 of a team scores a folder on."""
+    if team.told(None):
+        with _scored(loaded, folder, None) as asked:
+            compare(asked.before, asked.after, asked.cut, team=team)
+
+
+def scored_card(
+    loaded: LoadedModel,
+    folder: Path,
+    steps: Steps,
+    program: ExportedProgram | None = None,
+    team: Team | None = None,
+) -> Card | str:
     """Score the model of a folder against the model that was loaded; a sentence where that cannot be done.
 
-    ``program``: what is scored in place of a file that no runtime here runs.
+    ``program``: what is scored in place of a file that no runtime here runs. ``team``: the others of it call
+    :func:`score_share`.
     """
-    if loaded.companions is None or loaded.companions.tokenizer is None:
-        return "not scored: there is no tokenizer to read a text with"
-    try:
-        ids = token_ids(loaded.companions.tokenizer)(read_text(None))
-        before = ProgramScorer(loaded.program)
-        positions = ModelFolder(folder).positions
-        longest = [each for each in (LENGTH, before.longest, positions) if each]
-        timed: Speed | None = None
-        if program is not None:
-            runtime, cut = "torch", _cut(ids, longest)
-            found = compare(before, ProgramScorer(program), cut, steps.start("score the file"))
-        else:
-            with DecoderSession(folder) as decoder:
-                runtime, cut = _RUNTIMES[decoder.path.suffix], _cut(ids, [*longest, decoder.open() or LENGTH])
-                found = compare(before, decoder, cut, steps.start("score the file"))
-                timed = speed({"file": decoder}, cut[0][: len(cut[0]) // 2], _NEW, repeats=1)["file"]
-        _check_numbers(found, runtime)
-    except (ConfigError, ExportError, ProgramError) as error:
-        return f"not scored: {error}"
+    team = team or Team()
+    with ExitStack() as held:
+        try:
+            asked = held.enter_context(_scored(loaded, folder, program))
+        except (ConfigError, ExportError, ProgramError) as error:
+            team.told(False)
+            return f"not scored: {error}"
+        team.told(True)
+        try:
+            found = compare(asked.before, asked.after, asked.cut, steps.start("score the file"), team)
+            _check_numbers(found, asked.runtime)
+            timed: Speed | None = None
+            if isinstance(asked.after, DecoderSession):
+                timed = speed({"file": asked.after}, asked.cut[0][: len(asked.cut[0]) // 2], _NEW, repeats=1)["file"]
+        except (ConfigError, ExportError, ProgramError) as error:
+            return f"not scored: {error}"
     size = sum(file.stat().st_size for pattern in _MODELS for file in folder.glob(pattern))
     return Card(
-        runtime=runtime,
+        runtime=asked.runtime,
         ratio=found.ratio,
         ratio_error=found.to_dict()["ratio_error"],
         kl=found.divergence,
@@ -99,8 +148,8 @@ def scored_card(loaded: LoadedModel, folder: Path, steps: Steps, program: Export
         bits_per_weight=8 * size / max(1, weight_count(loaded.program)),
         decode=None if timed is None else timed.decode,
         prefill=None if timed is None else timed.prefill,
-        windows=len(cut),
-        length=len(cut[0]),
+        windows=len(asked.cut),
+        length=len(asked.cut[0]),
     )
 
 

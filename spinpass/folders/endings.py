@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from spinpass.errors import SpinpassError
+from spinpass.errors import SpinpassError, WorkerError
 from spinpass.graph import HOST
 from spinpass.loading import SourceFiles
 from spinpass.progress import Steps
@@ -41,9 +41,9 @@ def out_of_memory(error: BaseException | None) -> bool:
 
 
 def of_the_machine(error: BaseException | None) -> bool:
-    """Whether an error is of a disk or a memory, which may be another the next time."""
+    """Whether an error is of a disk, a memory or another process, which may be another the next time."""
     while error is not None:
-        if isinstance(error, OSError) or out_of_memory(error):
+        if isinstance(error, (OSError, WorkerError)) or out_of_memory(error):
             return True
         error = error.__cause__
     return False

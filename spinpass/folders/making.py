@@ -8,10 +8,10 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 from torch.export import ExportedProgram
 
@@ -30,20 +30,21 @@ from spinpass.graph import HOST, Device, on_device, spooled
 from spinpass.loading import LoadedModel, check_program_options, load_model
 from spinpass.passes import last_token
 from spinpass.progress import Silent, Steps
+from spinpass.quantization import check_shares
+from spinpass.workers import Team
 
 from .companions import Written, check_target
 from .compared import Made, the_better
 from .endings import cheaper, of_the_machine, out_of_memory, still_the_same, whose_memory
-from .executorch import executorch_tools, write_pte_folder
 from .forecast import Forecast
-from .gptq import check_rotation, write_gptq_folder
-from .onnx import CacheBits, onnx_tools, write_folder
-from .openvino import openvino_tools, write_openvino_folder
+from .gptq import check_rotation
+from .onnx import CacheBits, onnx_tools
 from .preflight import Known
 from .recipes import RecipeName
 from .request import ExportRequest, IntegerCache, Target
 from .result import Result, quantized, rotated, told, version_of, window_length
 from .settings import settings_of
+from .writers import writer_of
 
 CONTEXT = 1024
 """Tokens of the cache inside an ExecuTorch program where none are asked for."""
@@ -88,6 +89,7 @@ def export(
     force: bool = False,
     memory: str | int | None = None,
     steps: Steps | None = None,
+    team: Team | None = None,
 ) -> Written:
     """Load a model, rotate it, certify it, and write a folder that a runtime runs: ``spinpass export`` from Python.
 
@@ -129,6 +131,7 @@ def export(
 
     Returns:
         The exporter's report, what ``spinpass.json`` holds (plan, certificates, hashes), and the names of all files.
+        Ranks other than the first have no report.
 
     Raises:
         ConfigError: a combination that means nothing, a device that is not there, a model or text that cannot be read.
@@ -136,6 +139,7 @@ def export(
             somebody has written to the model's files meanwhile.
         RefusedError: nothing can be rotated.
         VerificationError: the rotated program, or the file, is not equivalent.
+        WorkerError: a rank of the team was lost.
     """
     request = ExportRequest(
         str(model), Path(out), config, to, quantize=quantize, calibration=calibration, int4=int4, kv_cache=kv_cache,
@@ -146,24 +150,34 @@ def export(
     )  # fmt: skip
     steps = steps or Silent()
     try:
-        return carry_out(request, steps)[1]
+        return carry_out(request, steps, team)[1]
     finally:
         steps.finish()
 
 
-def carry_out(request: ExportRequest, steps: Steps) -> tuple[Result, Written]:
+def carry_out(request: ExportRequest, steps: Steps, team: Team | None = None) -> tuple[Result, Written]:
     """Load, rotate, certify, quantize, write. What is missing is said before the minutes of work.
 
-    Raises ConfigError, ExportError, RefusedError and VerificationError, as :func:`export`.
+    Raises ConfigError, ExportError, RefusedError, VerificationError and WorkerError, as :func:`export`.
     """
-    check_target(request.out, request.model, force=request.force)
-    write = _writer(request)
+    team = team or Team()
+    with team.as_one():
+        if team.leads:
+            check_target(request.out, request.model, force=request.force)
+        made = _carried_out(request, steps, team)
+        team.gathered(None)  # no rank ends before the folder is there
+        return made
+
+
+def _carried_out(request: ExportRequest, steps: Steps, team: Team) -> tuple[Result, Written]:
+    write = writer_of(request, team)
     try:
-        with drafted(request.out) as draft:
+        with drafted(request.out, team) as draft:
             dataset, windows, forecast = preflight(request, kept=KeptWork(draft.work).bytes)
+            check_shares(team.size if windows is None else windows, team)
             if forecast is not None:
                 steps.expect([(step.name, step.seconds) for step in forecast.steps])
-            return _Run(request, write, dataset, windows, draft, steps).made()
+            return _Run(request, write, dataset, windows, draft, steps, team).made()
     except (MemoryError, OSError, RuntimeError, SpinpassError) as error:
         if not out_of_memory(error):
             raise
@@ -185,18 +199,19 @@ class _Run:
     windows: int | None
     draft: Draft
     steps: Steps
+    team: Team
 
     def made(self) -> tuple[Result, Written]:
         """Make the folder; with ``compare``, that of the original as well, and keep the better."""
         loaded = self._loaded(cache=self.request.cache and self.request.to != "gptq")
         text = self._text(loaded)
-        if self.request.scheme is None and not self.draft.work.exists():
-            return self._better(loaded, text, None)
         work = self._work(loaded, text)
         try:
-            return self._better(loaded, text, work)
+            result, written = self._better(loaded, text, work)
+            manifest, files = self.team.told([written.manifest, written.files])
+            return result, replace(written, manifest=manifest, files=files)
         except SpinpassError as error:
-            if not of_the_machine(error):
+            if self.team.leads and not of_the_machine(error):
                 shutil.rmtree(self.draft.work, ignore_errors=True)  # the same again would end in the same way
             raise
 
@@ -208,8 +223,11 @@ class _Run:
         made = self._of(loaded, self.request.config, text, work, self.draft)
         if self.request.compare:
             beside = Draft(self.draft.out, self.draft.folder.parent / "original")
-            beside.folder.mkdir()
-            made = the_better(loaded, made, self._of(loaded, None, text, work, beside), self.draft, beside)
+            if self.team.leads:
+                beside.folder.mkdir()
+            other = self._of(loaded, None, text, work, beside)
+            if self.team.leads:
+                made = the_better(loaded, made, other, self.draft, beside)
         return made.result, made.written
 
     def _of(
@@ -222,26 +240,28 @@ class _Run:
     ) -> Made:
         asked, steps = self.request, self.steps
         there = on_device(loaded.program, asked.device)
-        result = rotated(there, config, steps, certify=asked.certify, allow_partial=asked.allow_partial)
+        options: dict[str, Any] = {"certify": asked.certify, "allow_partial": asked.allow_partial}
+        result = rotated(there, config, steps, team=self.team, **options)
         result = replace(result, program=self._kept(result.program))
         if asked.to == "gptq":
             check_rotation(loaded, result)
         if asked.scheme is not None:
             kept = None if work is None else work.of_kind("original" if config is None else "rotated")
-            result = quantized(result, loaded, asked.scheme, text, steps, self.windows, kept)
+            result = quantized(result, loaded, asked.scheme, text, steps, self.windows, kept, self.team)
             result = replace(result, program=self._kept(result.program))
         result = replace(result, program=on_device(result.program, HOST))
-        options = {} if asked.kv_cache is None or text is None else {"cache": self._cache_bits(text)}
+        options = {"certify": asked.certify}
+        options |= {} if asked.kv_cache is None or text is None else {"cache": self._cache_bits(text)}
         result = self._headed(result)
         result = replace(
             result, settings=settings_of(asked, config, windows=self.windows, last_logits=result.scored is not None)
         )
-        return Made(result, self.write(loaded, result, draft, steps, certify=asked.certify, **options))
+        return Made(result, self.write(loaded, result, draft, steps, **options))
 
     def _kept(self, program: ExportedProgram) -> ExportedProgram:
         """Return the program with what is read again and again kept on the disk, if there is room for it."""
         folder = self.draft.folder.parent
-        return spooled(program, folder, shutil.disk_usage(folder).free // _SPOOLED_SHARE)
+        return spooled(program, folder, shutil.disk_usage(folder).free // (_SPOOLED_SHARE * self.team.size))
 
     def _headed(self, result: Result) -> Result:
         """Return the result with the logits that are asked for. Raises ConfigError where those of the last token alone
@@ -276,9 +296,11 @@ class _Run:
                 onnx_tools().check_kernels(loaded.program)
         return loaded
 
-    def _work(self, loaded: LoadedModel, text: Path | None) -> KeptWork:
-        """Return what this run has rounded, or one before it that was stopped. Raises ConfigError where that was
-        another."""
+    def _work(self, loaded: LoadedModel, text: Path | None) -> KeptWork | None:
+        """Return what this run has rounded, or one before it that was stopped; None where nothing is to be.
+
+        Raises ConfigError where that was another run, or the ranks are not of one.
+        """
         asked = self.request
         run = {
             "model": json.dumps(loaded.files.to_dict(), sort_keys=True),
@@ -291,10 +313,25 @@ class _Run:
             "rotation": f"{asked.certify}, {asked.allow_partial}",
             "version": ", ".join(f"{name} {version_of(name)}" for name in ("spinpass", "torch", "transformers")),
         }
-        kept = KeptWork.of(self.draft.work, run)
+        self._check_one_run(run)
+        wanted = self.team.told(asked.scheme is not None or self.draft.work.exists())
+        if not wanted:
+            return None
+        kept = KeptWork.of(self.draft.work, run) if self.team.leads else KeptWork(self.draft.work)
+        self.team.gathered(None)
         if kept.count:
             self.steps.begin(f"go on from {kept.count} weights that are rounded")
         return kept
+
+    def _check_one_run(self, run: Mapping[str, str]) -> None:
+        first, *others = self.team.gathered(dict(run))
+        for rank, other in enumerate(others, 1):
+            differing = sorted(name for name in first if first[name] != other.get(name))
+            if differing:
+                raise ConfigError(
+                    f"rank {rank} of {self.team.size} has another {differing[0]} than rank 0: start all of them with "
+                    "one command, one model and the same versions"
+                )
 
     def _cache_bits(self, text: Path) -> CacheBits:
         return CacheBits(int(str(self.request.kv_cache).removeprefix("int")), text, self.windows)
@@ -305,7 +342,9 @@ class _Run:
         if given is None or not (self.dataset or given == SELF):
             return None if given is None else Path(given)
         path = self.draft.folder.parent / "calibration.txt"
-        path.write_text(self.dataset or self._own_text(loaded), encoding="utf-8")
+        if self.team.leads:
+            path.write_text(self.dataset or self._own_text(loaded), encoding="utf-8")
+        self.team.gathered(None)
         return path
 
     def _own_text(self, loaded: LoadedModel) -> str:
@@ -375,14 +414,3 @@ def _context(request: ExportRequest) -> int | None:
 def _window(request: ExportRequest) -> int:
     """Tokens of a calibration window."""
     return min(CALIBRATION_LENGTH, _context(request) or CALIBRATION_LENGTH)
-
-
-def _writer(request: ExportRequest) -> Callable[..., Written]:
-    """The function that writes the folder, with its packages imported. Raises ExportError where one is missing."""
-    if request.to == "gptq":
-        return write_gptq_folder
-    if request.to == "executorch":
-        return partial(write_pte_folder, executorch_tools())
-    if request.to == "openvino":
-        return partial(write_openvino_folder, openvino_tools())
-    return partial(write_folder, onnx_tools(), int4=request.int4, fuse=request.fuse)

@@ -16,8 +16,9 @@ from spinpass.graph import storage_key, with_other_values
 from spinpass.loading import Companions, LoadedModel
 from spinpass.progress import Steps
 from spinpass.quantization import QuantizedWeight, unrounded_operands
+from spinpass.workers import Team
 
-from .card import Card, scored_card
+from .card import Card, score_share, scored_card
 from .companions import Written, write_companions
 from .judge import KERNEL_BOUND, TIE_BOUND, FolderTrial
 from .result import Result, window_length
@@ -59,8 +60,22 @@ class OnnxTools(Protocol):
         metadata: Mapping[str, str] | None,
         weights: Mapping[str, QuantizedWeight] | None,
         accuracy_level: int,
+        team: Team,
         progress: Callable[[str], None],
     ) -> OnnxReport: ...
+
+    def assist(
+        self,
+        ep: ExportedProgram,
+        team: Team,
+        /,
+        *,
+        input_names: Mapping[str, str],
+        output_names: Mapping[str, str],
+        fuse: bool,
+        weights: Mapping[str, QuantizedWeight] | None,
+        accuracy_level: int,
+    ) -> None: ...
 
     def quantize_4bit(self, source: Path, destination: Path, /) -> QuantizeReport: ...
 
@@ -102,6 +117,7 @@ def write_folder(
     fuse: bool = True,
     cache: CacheBits | None = None,
     certify: bool = True,
+    team: Team | None = None,
 ) -> Written:
     """Export, pack, quantize the cache, put beside it what belongs to the model, and try the folder.
 
@@ -117,24 +133,22 @@ def write_folder(
         fuse: use ONNX Runtime's own operators.
         cache: how the KV cache is stored; None leaves it in floats.
         certify: compare the file and the folder with the program.
+        team: of whose ranks this is the first; the others call :func:`assist_folder`.
 
     Raises:
         ConfigError, ExportError, VerificationError: :func:`spinpass.exporters.onnx.export` raises them, what packs, or
             :func:`.trial.try_folder`.
     """
-    quantized = None if int4 else result.quantization
 
     def export(folder: Path, external_data: bool | None = None) -> OnnxReport:
         made = onnx.export(
             result.program,
             folder,
-            **cache_names(result.program),
-            fuse=fuse,
+            **_asked(result, int4=int4, fuse=fuse),
             external_data=external_data,
             verify=None if certify and not result.rounds_activations else False,
             metadata={READS_PADDING: "true"} if loaded.reads_padding else None,
-            weights=None if quantized is None else quantized.weights,
-            accuracy_level=4 if quantized is not None and quantized.activations else 0,
+            team=team or Team(),
             progress=lambda step: steps.begin(f"onnx: {step}"),
         )
         return replace(made, uncertified=_AT_A_TIE) if certify and result.rounds_activations else made
@@ -146,9 +160,8 @@ def write_folder(
         return _tried(onnx, loaded, result, expected, draft.folder, steps, texts)
 
     def scored() -> Card | str | None:
-        packed = int4 or bool(quantized is not None and quantized.weights)
-        rounded = packed or cache is not None or result.rounds_activations
-        return scored_card(loaded, draft.folder, steps) if rounded else None
+        rounded = _is_rounded(result, int4=int4, cache=cache)
+        return scored_card(loaded, draft.folder, steps, team=team) if rounded else None
 
     later: dict[str, _Step] = {"pack": onnx.quantize_4bit} if int4 else {}
     if cache is not None:
@@ -171,6 +184,46 @@ def write_folder(
     made = _packed(report) | made
     report = replace(report, path=source, files=made[step].files)
     return _written(onnx, loaded, result, draft, report, made, tried, scored)
+
+
+def assist_folder(
+    onnx: OnnxTools,
+    team: Team,
+    loaded: LoadedModel,
+    result: Result,
+    draft: Draft,
+    steps: Steps,
+    *,
+    int4: bool = False,
+    fuse: bool = True,
+    cache: CacheBits | None = None,
+    certify: bool = True,
+) -> Written:
+    """Do this rank's share of a folder that rank 0 writes by :func:`write_folder`: a part of the data, and of the text
+    that the file is scored on. What is returned says nothing of the folder."""
+    del steps, certify  # they are rank 0's
+    onnx.assist(result.program, team, **_asked(result, int4=int4, fuse=fuse))
+    if _is_rounded(result, int4=int4, cache=cache):
+        score_share(loaded, draft.folder, team)
+    return Written(None, {}, [], loading=loaded.report)
+
+
+def _is_rounded(result: Result, *, int4: bool, cache: CacheBits | None) -> bool:
+    """Say whether the file computes something else than the model that it was made of, and is scored."""
+    quantized = None if int4 else result.quantization
+    packed = int4 or bool(quantized is not None and quantized.weights)
+    return packed or cache is not None or result.rounds_activations
+
+
+def _asked(result: Result, *, int4: bool, fuse: bool) -> dict[str, Any]:
+    """Return what makes the model of a file; every rank makes the same."""
+    quantized = None if int4 else result.quantization
+    return {
+        **cache_names(result.program),
+        "fuse": fuse,
+        "weights": None if quantized is None else quantized.weights,
+        "accuracy_level": 4 if quantized is not None and quantized.activations else 0,
+    }
 
 
 def _packed(report: OnnxReport) -> dict[str, _Made]:

@@ -22,6 +22,7 @@ from spinpass.pipeline import rotate
 from spinpass.planning import RotationPlan
 from spinpass.progress import Progress, Steps
 from spinpass.quantization import CodesStore, QuantizationConfig, QuantizationReport, Quantized, quantize
+from spinpass.workers import Team
 
 _PACKAGES = ("spinpass", "torch", "transformers", "onnx", "onnxscript", "onnxruntime", "openvino", "executorch")
 
@@ -76,10 +77,16 @@ def rotated(
     *,
     certify: bool = True,
     allow_partial: bool = False,
+    team: Team | None = None,
 ) -> Result:
-    """Plan, rotate and certify; without a configuration, return the original. Raises what ``transform`` raises."""
+    """Plan, rotate and certify; without a configuration, return the original. Raises what ``transform`` raises.
+
+    Of a ``team`` rank 0 certifies, and the others rotate as it does.
+    """
     if config is None:
         return Result(program)
+    team = team or Team()
+    certify = certify and team.leads
     steps.start("plan")
     tick: Progress | None = None
 
@@ -91,6 +98,10 @@ def rotated(
             steps.start("certify")
 
     found = rotate(program, replace(config, verify=certify), progress=progress, allow_partial=allow_partial)
+    spaces: list[str] = team.told([space.name for space in found.plan.spaces])
+    left_out = [space.name for space in found.plan.spaces if space.name not in spaces]
+    if left_out:  # by the certificate of rank 0
+        found = rotate(program, plan=found.plan.without(*left_out))
     return Result(found.program, found.plan)
 
 
@@ -102,8 +113,10 @@ def quantized(
     steps: Steps,
     windows: int | None = None,
     store: CodesStore | None = None,
+    team: Team | None = None,
 ) -> Result:
-    """Calibrate on windows of the text where there is one, and quantize; ``store`` keeps the codes.
+    """Calibrate on windows of the text where there is one, and quantize; ``store`` keeps the codes, which the ranks of
+    a ``team`` make together.
 
     Raises ConfigError if the text cannot be read.
     """
@@ -118,7 +131,8 @@ def quantized(
         inputs = calibration_inputs(result.program, tokenize, text, length, windows)
         if asked.distill or asked.average_bits:  # half as long: a backward pass holds what lies between all layers
             training = calibration_inputs(result.program, tokenize, text, length // 2, 2 * len(inputs))
-    made = quantize(result.program, asked, inputs, training=training, store=store, progress=steps.start("quantize"))
+    tick = steps.start("quantize")
+    made = quantize(result.program, asked, inputs, training=training, store=store, team=team, progress=tick)
     return replace(result, program=made.program, quantization=made.report)
 
 

@@ -19,6 +19,7 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 from spinpass.errors import ExportError, SpinpassError
+from spinpass.workers import Team
 
 from .disk import exchange, sync_file, sync_folder
 from .manifest import listed_files
@@ -33,6 +35,7 @@ from .staging import PREFIX, parents_of, refusals, staged
 from .workplace import Workplace, occupy
 
 WORK = "work"
+_SEEN_WITHIN = 60.0  # seconds until a folder that another node has made is to be seen
 _STALE = (
     "model.onnx.data",
     "genai_config.json",
@@ -72,16 +75,39 @@ class Draft:
 
 
 @contextmanager
-def drafted(out: Path) -> Iterator[Draft]:
+def drafted(out: Path, team: Team | None = None) -> Iterator[Draft]:
     """Yield a draft of the folder ``out``, which no other run can write meanwhile; on leaving, it appears.
+
+    Of a ``team`` rank 0 makes it, and the others have the same draft; it appears by rank 0 leaving.
 
     If the body fails nothing appears, and ``out`` is as it was. What killed runs have left of their own is finished or
     deleted first. An ``out`` that is a link stays one: the folder that it leads to is written.
 
     Raises:
         ExportError: another run is writing this folder; or the operating system refuses to write there, which is found
-            before the body runs.
+            before the body runs; or this rank does not see what rank 0 has made.
     """
+    team = team or Team()
+    if team.leads:
+        with _own_draft(out) as draft:
+            team.told(str(draft.folder))
+            yield draft
+        return
+    folder = Path(team.told(None))
+    deadline = time.monotonic() + _SEEN_WITHIN
+    while not folder.is_dir():
+        if time.monotonic() > deadline:
+            raise ExportError(
+                f"rank {team.rank} of {team.size} does not see {folder.parent.parent}, where rank 0 writes {out}: "
+                "OUT has to lie in a folder that all nodes share, at one path"
+            )
+        time.sleep(0.1)
+    yield Draft(out, folder)
+
+
+@contextmanager
+def _own_draft(out: Path) -> Iterator[Draft]:
+    """Yield the draft of a process by itself, or of rank 0."""
     real = Path(os.path.realpath(out))
     with _reserved(out, real) as place:
         with refusals(out):

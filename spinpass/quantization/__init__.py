@@ -13,7 +13,7 @@ from .packed import (
     unpack,
     weight_name,
 )
-from .quantizer import quantize
+from .quantizer import check_shares, quantize
 from .report import CodesStore, Distillation, QuantizationReport, Quantized, QuantizedWeight, matrices_of
 from .rounding import Codes
 from .scheme import GROUP_SIZES, WEIGHT_BITS, Activations, Cache, QuantizationConfig, Weights
@@ -38,6 +38,7 @@ __all__ = [
     "WeightSite",
     "Weights",
     "cache_sites",
+    "check_shares",
     "decode_scales",
     "distilled",
     "double_quantize_program",

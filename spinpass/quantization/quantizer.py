@@ -21,6 +21,7 @@ from spinpass.execution import constants
 from spinpass.graph import Handle, ProgramEditor, arguments, with_other_values
 from spinpass.passes import open_program
 from spinpass.progress import Progress
+from spinpass.workers import Team
 
 from .calibration import Calibrator, allocated, run_in_lockstep
 from .layers import ORIGIN, ChosenSites
@@ -38,6 +39,7 @@ def quantize(
     *,
     training: Sequence[object] | None = None,
     store: CodesStore | None = None,
+    team: Team | None = None,
     progress: Progress | None = None,
 ) -> Quantized:
     """Quantize a floating-point program, rotated or not. The program is not changed.
@@ -51,6 +53,9 @@ def quantize(
             calibration. Shorter ones need less memory.
         store: where codes are kept, and found that a run of the same program, configuration and inputs has left; None
             keeps them in memory, a byte for each.
+        team: the ranks that quantize together, see :mod:`spinpass.workers`; all call this alike. Each runs its share of
+            the calibration inputs and rounds its share of the weights; ``average_bits`` is found by each rank, and
+            scales are trained by rank 0 alone, so that the others return the program before that.
         progress: called with (steps done, all steps) while weights are rounded.
 
     Returns:
@@ -63,24 +68,36 @@ def quantize(
         QuantizedWeightError: it is packed, or has other weights that are quantized already.
     """
     chosen = QuantizationConfig.parse(config) if isinstance(config, str) else config
+    team = team or Team()
     if chosen.needs_calibration and not calibration:
         raise ConfigError(
             "GPTQ, static activations, distill and average_bits need calibration inputs; give some, or use method='rtn'"
         )
+    if calibration:
+        check_shares(len(calibration), team)
     if chosen.average_bits is not None:
         judged = _spread(calibration, _JUDGED_ON) if training is None else _spread(training, 2 * _JUDGED_ON)
         chosen = allocated(program, chosen, judged, progress)
-    if not chosen.distill:
-        return _rounded(program, chosen, calibration, store, progress)
+    if not (chosen.distill and team.leads):
+        return _rounded(program, chosen, calibration, store, team, progress)
     shown = calibration if training is None else training
     # no name here holds on to what was rounded: its weights are let go while the scales are trained
     return distilled(
         program,
-        _rounded(program, chosen, calibration, store, progress),
+        _rounded(program, chosen, calibration, store, team, progress),
         shown,
         epochs=chosen.distill,
         progress=progress,
     )
+
+
+def check_shares(windows: int, team: Team) -> None:
+    """Raise ConfigError where there are fewer calibration inputs than ranks, each of which takes some."""
+    if windows < team.size:
+        raise ConfigError(
+            f"{team.size} workers and {windows} calibration windows: start at most {windows} workers, or read more "
+            "windows (--samples)"
+        )
 
 
 def _spread(inputs: Sequence[object], count: int) -> list[object]:
@@ -93,6 +110,7 @@ def _rounded(
     chosen: QuantizationConfig,
     calibration: Sequence[object],
     store: CodesStore | None,
+    team: Team,
     progress: Progress | None,
 ) -> Quantized:
     """Round what is chosen. What only that needs is let go with the return."""
@@ -102,10 +120,10 @@ def _rounded(
         reasons = dict.fromkeys(sites.kept.values()) or ["no linear layers"]
         raise ConfigError("there is nothing to quantize: " + "; ".join(reasons))
     prepared = editor.finish()
-    calibrator = Calibrator(prepared, sites, store)
+    calibrator = Calibrator(prepared, sites, store, team)
     if calibration:
         reference = {*sites.activations, *sites.caches} if chosen.follows else None
-        run_in_lockstep(prepared, calibration, calibrator.watches(), reference, progress)
+        run_in_lockstep(prepared, team.dealt(calibration), calibrator.watches(), reference, progress)
     calibrator.rest(progress if not calibration else None)
     result = ProgramEditor(prepared)
     by_name, held = {n.name: n for n in result.nodes}, constants(prepared)

@@ -21,7 +21,7 @@ from spinpass.formats import FileHash, KeptWork
 from spinpass.loading import SourceFiles
 from spinpass.progress import Silent
 from spinpass.quantization import Codes, QuantizedWeight, Weights
-from spinpass.quantization.calibration import calibrator
+from spinpass.quantization.calibration.dealing import Dealer
 from tests.support import folders
 
 OPTIONS: dict[str, Any] = {"quantize": "w4g16-gptq-a8-head8-embed8", "calibration_windows": 2, "certify": False}
@@ -82,7 +82,7 @@ def test_it_goes_on_from_what_is_rounded(
             export(model, out, RotationConfig(form="online"), **OPTIONS)
     assert not out.exists() and KeptWork(work(out)).count == after
     rounded = list[Any]()
-    monkeypatch.setattr(calibrator, "_rounded", lambda *args, made=calibrator._rounded, **how: (rounded.append(args), made(*args, **how))[1])
+    monkeypatch.setattr(Dealer, "rounded", lambda self, jobs, known, made=Dealer.rounded: (rounded.extend(jobs), made(self, jobs, known))[1])
     told = Told()
     carry_out(ExportRequest(str(model), out, RotationConfig(form="online"), **OPTIONS), told)
     assert contents(out) == unbroken

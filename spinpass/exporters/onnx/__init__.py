@@ -10,7 +10,7 @@ from .integers.unrounded import KernelRounding, kernel_rounding, unrounded_copy
 from .integers.weights import pack_weights
 from .precision import check_dtypes, check_kernels
 from .translate import check_operators
-from .writer import OnnxReport, export
+from .writer import OnnxReport, assist, export
 
 __all__ = [
     "CacheReport",
@@ -18,6 +18,7 @@ __all__ = [
     "OnnxReport",
     "QuantizeReport",
     "StoredConstants",
+    "assist",
     "check_cache",
     "check_dtypes",
     "check_kernels",

@@ -15,9 +15,24 @@ import onnx_ir as ir
 from torch import Tensor
 from torch.onnx._internal.exporter._core import TorchTensor
 
-from spinpass.graph import Handle, values_of
+from spinpass.graph import Handle, row_blocks, values_of
 
 _ROWS = 1024  # that are computed at once
+
+
+@dataclass(frozen=True)
+class Piece:
+    """So many bytes of a tensor, which are computed when they are written to a file."""
+
+    size: int
+    write: Callable[[Any], None]
+
+
+def pieces_of(held: ir.TensorProtocol) -> list[Piece]:
+    """Return the pieces in which a tensor is written, in order."""
+    if isinstance(held, (HandleTensor, RowsTensor)):
+        return held.pieces()
+    return [Piece(held.nbytes, lambda file: file.write(held.tobytes()))]
 
 
 class HandleTensor(TorchTensor):
@@ -31,12 +46,20 @@ class HandleTensor(TorchTensor):
         """Return the bytes of the values, read anew each time."""
         return TorchTensor(values_of(self.raw)).tobytes()
 
-    def tofile(self, file: Any) -> None:
-        """Write the bytes of the values, a block of rows at a time."""
+    def pieces(self) -> list[Piece]:
+        """Return the blocks of rows; a transpose as a whole."""
         held = self.raw
         assert isinstance(held, Handle)
-        for block in held.blocks():
-            TorchTensor(block).tofile(file)
+        found = []
+        for rows in [slice(None)] if held.turned else row_blocks(held.source):
+            size = len(range(*rows.indices(held.source.shape[0]))) * (held.nbytes // max(1, held.source.shape[0]))
+            found.append(Piece(size, lambda file, rows=rows: TorchTensor(held.read(rows)).tofile(file)))  # type: ignore[misc]
+        return found
+
+    def tofile(self, file: Any) -> None:
+        """Write the bytes of the values, a block of rows at a time."""
+        for piece in self.pieces():
+            piece.write(file)
 
 
 def read_when_written(graph: ir.Graph) -> None:
@@ -127,8 +150,17 @@ class RowsTensor(ir.LazyTensor):
         super().__init__(lambda: ir.tensor(read(slice(None)), name=name), dtype, ir.Shape(shape), name=name)
         self._read = read
 
+    def pieces(self) -> list[Piece]:
+        """Return the blocks of some rows."""
+        length = self.shape.numpy()[0]
+        found = []
+        for start in range(0, length, _ROWS):
+            rows = slice(start, min(start + _ROWS, length))
+            size = self.nbytes // max(1, length) * (rows.stop - start)
+            found.append(Piece(size, lambda file, rows=rows: file.write(ir.tensor(self._read(rows)).tobytes())))  # type: ignore[misc]
+        return found
+
     def tofile(self, file: Any) -> None:
         """Write the bytes, some rows at a time."""
-        length = self.shape.numpy()[0]
-        for start in range(0, length, _ROWS):
-            file.write(ir.tensor(self._read(slice(start, min(start + _ROWS, length)))).tobytes())
+        for piece in self.pieces():
+            piece.write(file)

@@ -21,18 +21,21 @@ from spinpass.errors import ConfigError, ProgramError
 from spinpass.formats import CACHE_BUFFERS, EXTERNAL_BYTES, PROTOBUF_LIMIT, data_name, model_path, remove_stale_data
 from spinpass.quantization import QuantizedWeight
 from spinpass.runtime import NoKernelError
+from spinpass.workers import Team
 
 from ..certified_file import Clock, FileReport, resident_bytes, write_certified
 from ..names import GraphNames, Names, named_record, renamed, signature_names
 from .certificate import certify_onnx
 from .fusion.fuse import Fused, fuse_model
 from .integers.copies import QuantizeReport, weight_bytes
+from .integers.rewrite import Work
 from .integers.weights import pack_translated
 from .naming import name_axes, name_by_module
 from .operators.experts import lower_grouped_products
 from .operators.hadamard import attach_hadamards
 from .operators.packed_linear import lower_packed_linears
 from .operators.rounding import attach_roundings
+from .shares import help_save, save_shared
 from .translate import translate
 
 
@@ -75,6 +78,7 @@ def export(
     metadata: Mapping[str, str] | None = None,
     weights: Mapping[str, QuantizedWeight] | None = None,
     accuracy_level: int = 0,
+    team: Team | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> OnnxReport:
     """Write ``ep`` as ONNX. The program is not changed; dynamic axes stay dynamic.
@@ -99,6 +103,7 @@ def export(
         weights: constants of the program that become integers in the file, with their codes: what the report of
             :func:`spinpass.quantization.quantize` holds, by parameter name.
         accuracy_level: how products with such integers are computed, see :func:`.integers.weights.pack_weights`.
+        team: of whose ranks this is the first; the others call :func:`assist`, and all write the data together.
         progress: it is called with the name of each step before it starts.
 
     Raises:
@@ -114,15 +119,8 @@ def export(
     clock = Clock(progress)
     clock.start("translate")
     names = renamed(signature_names(ep), input_names, output_names)
-    model = translate(ep, opset)
-    fused = fuse_model(model) if fuse else None
-    about = {} if fused is None else {"spinpass.fused": json.dumps(fused.to_dict())}
-    about |= {CACHE_BUFFERS: "true"} if fused is not None and fused.caches else {}
-    name_axes(model, ep, {name: names.inputs[index] for name, index in names.input_index.items()})
-    parameters = frozenset((*ep.state_dict, *ep.constants))
-    hadamards = _finish(model, names, parameters, _record(ep, names) | about | dict(metadata or {}))
-    before = weight_bytes(model)
-    work = pack_translated(model, ep.state_dict, weights, accuracy_level=accuracy_level) if weights else None
+    made = _translated(ep, names, opset, fuse, metadata, weights, accuracy_level)
+    model, fused, work = made.model, made.fused, made.work
     size = weight_bytes(model)
     external = size > external_threshold if external_data is None else external_data
     if not external and size > PROTOBUF_LIMIT:
@@ -132,7 +130,7 @@ def export(
 
     def save(path: Path) -> None:
         clock.start("write")
-        ir.save(model, path, external_data=data_name(target) if external else None)
+        save_shared(model, path, data_name(target) if external else None, team or Team())
 
     def compare(path: Path) -> FileCertificate | str:
         try:
@@ -148,8 +146,58 @@ def export(
     remove_stale_data(target, report.files)
     packed = None
     if work is not None:
-        packed = QuantizeReport.of(work, report.path, report.files, before=before, after=report.bytes)
-    return OnnxReport(**vars(report), opset=model.opset_imports[""], hadamards=hadamards, fused=fused, packed=packed)
+        packed = QuantizeReport.of(work, report.path, report.files, before=made.before, after=report.bytes)
+    opset = model.opset_imports[""]
+    return OnnxReport(**vars(report), opset=opset, hadamards=made.hadamards, fused=fused, packed=packed)
+
+
+def assist(
+    ep: ExportedProgram,
+    team: Team,
+    *,
+    input_names: Names = None,
+    output_names: Names = None,
+    opset: int | None = None,
+    fuse: bool = False,
+    weights: Mapping[str, QuantizedWeight] | None = None,
+    accuracy_level: int = 0,
+) -> None:
+    """Write this rank's part of the data of a file that rank 0 of a team exports; arguments as for :func:`export`."""
+    names = renamed(signature_names(ep), input_names, output_names)
+    help_save(lambda: _translated(ep, names, opset, fuse, None, weights, accuracy_level).model, team)
+
+
+@dataclass(frozen=True)
+class _Translated:
+    """A model that is to be written: what was fused and packed in it, how many Hadamards it has, and how many bytes of
+    weights it had before they were packed."""
+
+    model: ir.Model
+    fused: Fused | None
+    work: Work | None
+    hadamards: int
+    before: int
+
+
+def _translated(
+    ep: ExportedProgram,
+    names: GraphNames,
+    opset: int | None,
+    fuse: bool,
+    metadata: Mapping[str, str] | None,
+    weights: Mapping[str, QuantizedWeight] | None,
+    accuracy_level: int,
+) -> _Translated:
+    model = translate(ep, opset)
+    fused = fuse_model(model) if fuse else None
+    about = {} if fused is None else {"spinpass.fused": json.dumps(fused.to_dict())}
+    about |= {CACHE_BUFFERS: "true"} if fused is not None and fused.caches else {}
+    name_axes(model, ep, {name: names.inputs[index] for name, index in names.input_index.items()})
+    parameters = frozenset((*ep.state_dict, *ep.constants))
+    hadamards = _finish(model, names, parameters, _record(ep, names) | about | dict(metadata or {}))
+    before = weight_bytes(model)
+    work = pack_translated(model, ep.state_dict, weights, accuracy_level=accuracy_level) if weights else None
+    return _Translated(model, fused, work, hadamards, before)
 
 
 def _finish(model: ir.Model, names: GraphNames, parameters: frozenset[str], metadata: Mapping[str, str]) -> int:

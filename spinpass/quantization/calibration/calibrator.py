@@ -2,37 +2,29 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
 from torch.export import ExportedProgram
 
 from spinpass.execution import constants
-from spinpass.graph import HOST, Handle, arguments, moved, shape, trim, values_of
+from spinpass.graph import Handle, arguments, moved, shape
 from spinpass.progress import Progress
+from spinpass.workers import Team
 
 from ..layers import ChosenSites, WeightSite
 from ..report import CodesStore, QuantizationReport, QuantizedWeight
-from ..rounding import (
-    Coded,
-    Codes,
-    ExpertMoments,
-    Moments,
-    experts_moments,
-    rounded,
-    rounded_by_gptq,
-    stacked,
-    static_range,
-    token_clip,
-)
+from ..rounding import Coded, Moments, experts_moments, static_range, token_clip
 from ..scheme import Weights
+from .dealing import Dealer, Job, KnownInputs, keep, kept_by_all
 from .lockstep import SiteWatch
 
 _LIMIT = 3  # of the arguments of round_rows
 _CLIP = 3  # of those of round_tokens
-_Known = Moments | Iterable[ExpertMoments] | None
+_BATCH = 1 << 26  # bytes of weights that each rank but one rounds in turn before they are exchanged
+_Site = tuple[WeightSite, Weights]
+_Asked = tuple[str, int, Weights]
 
 
 @dataclass
@@ -43,6 +35,7 @@ class Calibrator:
         program: with the roundings of its ``sites`` in the graph. The arguments of these are set in place.
         sites: what is to be rounded.
         store: where the codes are kept, and found that another run has left; None keeps them in memory.
+        team: the ranks that round together, each of which sees its share of the inputs.
 
     Attributes:
         changed: by name of a placeholder, what computes the constant that it becomes.
@@ -52,11 +45,12 @@ class Calibrator:
     program: ExportedProgram
     sites: ChosenSites
     store: CodesStore | None = None
+    team: Team = field(default_factory=Team)
     changed: dict[str, Callable[[], Tensor]] = field(default_factory=dict, init=False)
     done: dict[str, QuantizedWeight] = field(default_factory=dict, init=False)
-    _seen: dict[str, Moments] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
+        self._dealer = Dealer(self.team)
         self._constants = constants(self.program)
         self._nodes = {n.name: n for n in self.program.graph.nodes}
         self._stacks = {site.weight.name for site, _ in self.sites.weights if site.ends is not None}
@@ -68,34 +62,35 @@ class Calibrator:
             found[name] = (operand, lambda values, _, node=name: self._static(values, node))
         for name, operand in self.sites.clipped.items():
             found[name] = (operand, lambda values, _, node=name: self._clip(values, node))
-        for site, scheme in self.sites.weights:
-            operand = self.sites.inputs[site.linear.name]
-            if site.ends is not None:
-                found[site.linear.name] = (
-                    operand,
-                    lambda values, ends, s=site, how=scheme: self._weight(
-                        s, how, lambda: experts_moments(values, ends)
-                    ),  # type: ignore[misc]
-                    site.ends.name,
-                )
-                continue
-            found[site.linear.name] = (
-                operand,
-                lambda values, originals, s=site, how=scheme, x=operand: self._weight(
-                    s, how, lambda: self._moments(x, values, originals, s)
-                ),
-            )
+        for group in self._groups():
+            for site, _ in group:  # the first that comes by rounds them all
+                found[site.linear.name] = self._watch(group)
         return found
+
+    def _watch(self, group: Sequence[_Site]) -> SiteWatch:
+        site = group[0][0]
+        operand, ends = self.sites.inputs[site.linear.name], site.ends
+        if ends is not None:
+            return (
+                operand,
+                lambda values, each: self._round(group, lambda: experts_moments(values, each, self.team)),
+                ends.name,
+            )
+        if len(shape(site.weight)) != 2:  # which token goes to which matrix is for the program to say
+            return operand, lambda *_: self._round(group, lambda: None)
+        return (
+            operand,
+            lambda values, originals: self._round(group, lambda: Moments.of(values, originals, self.team)),
+        )
 
     def rest(self, progress: Progress | None) -> None:
         """Round to nearest what no calibration input has reached, and the tables."""
-        todo = [(s.weight.name, s.dim, how) for s, how in self.sites.weights]
-        todo += [(table.name, 1, how) for table, how in self.sites.tables]
-        for k, (name, dim, scheme) in enumerate(todo):
-            if self.sites.fqns[name] not in self.done:
-                self._round(name, dim, scheme, lambda: None)
+        asked = [(site.weight.name, site.dim, how) for site, how in self.sites.weights]
+        asked += [(table.name, 1, how) for table, how in self.sites.tables]
+        for batch in self._batches(asked):
+            self._rounded(batch, lambda: None)
             if progress is not None:
-                progress(k + 1, len(todo))
+                progress(asked.index(batch[-1]) + 1, len(asked))
 
     def report(self, original: ExportedProgram) -> QuantizationReport:
         """What was done to the ``original`` program."""
@@ -105,107 +100,70 @@ class Calibrator:
         activations, caches = tuple(self.sites.activations), tuple(self.sites.caches)
         return QuantizationReport(self.done, activations, caches, self.sites.kept, before, before - saved)
 
-    def _moments(self, operand: str, values: list[Tensor], originals: list[Tensor], site: WeightSite) -> Moments | None:
-        """Of all inputs at once. None for weights with more axes than two, whose tokens are dealt out."""
-        if len(shape(site.weight)) != 2:
-            return None
-        if operand not in self._seen:
-            self._seen.clear()  # only neighbours share an input
-            self._seen[operand] = Moments.of(values, originals)
-        return self._seen[operand]
+    def _groups(self) -> list[list[_Site]]:
+        """The weights that read the same inputs, which are rounded together; a stack of experts by itself."""
+        found: dict[tuple[str, ...], list[_Site]] = {}
+        for site, scheme in self.sites.weights:
+            alone = site.ends is not None or len(shape(site.weight)) != 2
+            key = (self.sites.inputs[site.linear.name], site.linear.name if alone else "")
+            found.setdefault(key, []).append((site, scheme))
+        return list(found.values())
 
-    def _weight(self, site: WeightSite, scheme: Weights, moments: Callable[[], _Known]) -> Mapping[str, Tensor]:
-        name = site.weight.name
-        if self.sites.fqns[name] in self.done:  # read before, by another layer
+    def _batches(self, asked: Sequence[_Asked]) -> Iterator[list[_Asked]]:
+        """Those that are not done, of as many bytes at a time as keep every rank busy."""
+        batch, size = list[_Asked](), 0
+        for each in asked:
+            if self.sites.fqns[each[0]] in self.done or each[0] in {name for name, _, _ in batch}:
+                continue
+            batch.append(each)
+            size += self._constants[each[0]].nbytes
+            if size >= _BATCH * (self.team.size - 1):
+                yield batch
+                batch, size = [], 0
+        if batch:
+            yield batch
+
+    def _round(self, group: Sequence[_Site], moments: Callable[[], KnownInputs]) -> Mapping[str, Tensor]:
+        """Round weights unless that was done, and return what they have become."""
+        named = {site.weight.name: (site.weight.name, site.dim, how) for site, how in group}
+        # what was read before, by another layer, is done
+        return self._rounded([each for n, each in named.items() if self.sites.fqns[n] not in self.done], moments)
+
+    def _rounded(self, asked: Sequence[_Asked], moments: Callable[[], KnownInputs]) -> Mapping[str, Tensor]:
+        if not asked:
             return {}
-        return {name: self._round(name, site.dim, scheme, moments)}
+        jobs = [self._job(*each) for each in asked]
+        weights = kept_by_all(self.team, self.store, jobs)
+        missing = [job for job, weight in zip(jobs, weights, strict=True) if weight is None]
+        made = iter(keep(self.team, self.store, missing, self._dealer.rounded(missing, moments())) if missing else [])
+        found: dict[str, Tensor] = {}
+        for (name, dim, _), job, kept in zip(asked, jobs, weights, strict=True):
+            weight = next(made) if kept is None else kept
+            self.done[job.name] = weight
+            self.changed[name] = self._standing_for(Coded(weight.codes, dim, job.stored.shape, job.stored.dtype), job)
+            found[name] = self.changed[name]()
+        return found
 
-    def _round(self, name: str, dim: int, scheme: Weights, moments: Callable[[], _Known]) -> Tensor:
-        """Round a weight unless that was done, and return what it has become."""
-        fqn, stored = self.sites.fqns[name], self._constants[name].detach()
-        weight = None if self.store is None else self.store.get(fqn, scheme)
-        if weight is None:
-            weight = _rounded(stored, dim, scheme, moments(), stack=stored.shape[0] if name in self._stacks else 1)
-            if self.store is not None:
-                weight = self.store.put(fqn, weight)
-                trim()
-        source = moved(Coded(weight.codes, dim, stored.shape, stored.dtype), stored.device)
-        # the codes are kept, a quarter of what they stand for, on the host
-        self.changed[name] = lambda: Handle(source) if isinstance(stored, Handle) else source.read(slice(None))
-        self.done[fqn] = weight
-        return self.changed[name]()
+    def _job(self, name: str, dim: int, scheme: Weights) -> Job:
+        stored = self._constants[name].detach()
+        return Job(self.sites.fqns[name], stored, dim, scheme, stored.shape[0] if name in self._stacks else 1)
+
+    def _standing_for(self, codes: Coded, job: Job) -> Callable[[], Tensor]:
+        """What computes a constant of its codes, which are kept on the host: a quarter of what they stand for."""
+        source = moved(codes, job.stored.device)
+        return lambda: Handle(source) if isinstance(job.stored, Handle) else source.read(slice(None))
 
     def _clip(self, values: list[Tensor], name: str) -> Mapping[str, Tensor]:
         node = self._nodes[name]
         args = arguments(node)
-        node.update_arg(_CLIP, token_clip(values, args["bits"], args["symmetric"]))
+        node.update_arg(_CLIP, token_clip(values, args["bits"], args["symmetric"], self.team))
         return {}
 
     def _static(self, values: list[Tensor], name: str) -> Mapping[str, Tensor]:
         scheme = self.sites.config.activations
         assert scheme is not None
-        found, node = static_range(values, scheme), self._nodes[name]
+        found, node = static_range(values, scheme, self.team), self._nodes[name]
         node.update_arg(_LIMIT, found.limit)
         numbers = dict(zip((n.name for n in node.all_input_nodes[1:]), (found.scale, found.zero)))
         self.changed |= {name: lambda value=value: value for name, value in numbers.items()}
         return numbers
-
-
-def _rounded(stored: Tensor, dim: int, scheme: Weights, moments: _Known, *, stack: int) -> QuantizedWeight:
-    """Round a constant whose columns lie along ``dim``, or a stack of so many."""
-    parts, errors, tokens = [], [], []
-    if isinstance(moments, Moments):
-        pairs: Iterable[tuple[Tensor, Moments | ExpertMoments | None]] = [(_matrix(stored, dim), moments)]
-    elif moments is None or scheme.method != "gptq":
-        pairs = ((matrix, None) for matrix in _matrices(stored, dim))
-    else:
-        pairs = zip(_stack(stored, dim), moments, strict=True)
-    for matrix, known in pairs:
-        part = _part(matrix, scheme, known).in_steps_of(stored.dtype, scheme.scales)
-        errors.append(_error(matrix, part.dequantized(), known))
-        parts.append(part.on(HOST))
-        tokens += [] if known is None or isinstance(known, Moments) else [known.tokens]
-    lost, size = (math.fsum(each) for each in zip(*errors, strict=True))
-    return QuantizedWeight(stacked(parts), dim, scheme, lost / max(size, 1e-30), stack, tuple(tokens))
-
-
-def _part(matrix: Tensor, scheme: Weights, moments: Moments | ExpertMoments | None) -> Codes:
-    """Return the codes of one matrix."""
-    if scheme.method != "gptq" or moments is None:
-        return rounded(matrix, scheme)
-    if isinstance(moments, ExpertMoments):
-        return rounded_by_gptq(matrix, moments.own, scheme)
-    target = moments.target(matrix, scheme.damping) if scheme.follow else matrix
-    return rounded_by_gptq(target, moments.own, scheme, moments.factors)
-
-
-def _matrix(stored: Tensor, dim: int) -> Tensor:
-    """Return a constant as one float matrix (out, in) whose columns lie along ``dim``."""
-    moved = values_of(stored).movedim(dim, -1)
-    return moved.reshape(-1, moved.shape[-1]).float()
-
-
-def _matrices(stored: Tensor, dim: int) -> Iterator[Tensor]:
-    """Yield that matrix, or a block of its rows at a time where it is large and read when it is used."""
-    if isinstance(stored, Handle) and dim % stored.ndim == stored.ndim - 1:
-        for block in stored.blocks():
-            yield block.reshape(-1, block.shape[-1]).float()
-        return
-    yield _matrix(stored, dim)
-
-
-def _stack(stored: Tensor, dim: int) -> Iterator[Tensor]:
-    """Yield the float matrices (out, in) of a stack, one at a time where it is read when it is used."""
-    for i in range(stored.shape[0]):
-        rows = slice(i, i + 1)
-        lazy = isinstance(stored, Handle) and not stored.turned
-        yield _matrix(stored.read(rows) if lazy else values_of(stored)[rows], dim)  # type: ignore[attr-defined]
-
-
-def _error(matrix: Tensor, result: Tensor, moments: Moments | ExpertMoments | None) -> tuple[float, float]:
-    """Return the squared error, and what it is relative to."""
-    if isinstance(moments, Moments):
-        return moments.error(matrix, result), 1.0
-    if moments is not None:
-        return moments.lost(matrix, result)
-    return float((result - matrix).square().sum()), float(matrix.square().sum())

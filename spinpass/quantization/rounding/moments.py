@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from spinpass.workers import Team
+
 from .gptq import Factors
 
 _TINY = 1e-30
@@ -34,34 +36,39 @@ class Moments:
     cross: Tensor
     original: Tensor
     factors: Factors = field(default_factory=dict, compare=False)
+    _solvers: dict[float, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, compare=False)
 
     @classmethod
-    def of(cls, values: Sequence[Tensor], originals: Sequence[Tensor]) -> Moments:
-        """The moments of X̂ and X, both in tensors (…, in), pairwise of one shape. Where X̂ = X, one list is both."""
-        own = _product(values, values)
+    def of(cls, values: Sequence[Tensor], originals: Sequence[Tensor], team: Team | None = None) -> Moments:
+        """The moments of X̂ and X, both in tensors (…, in), pairwise of one shape. Where X̂ = X, one list is both.
+
+        Of a ``team`` each rank gives those that it has, and they are the moments of all.
+        """
+        team = team or Team()
+        own = team.sum(_product(values, values))
         if originals is values:
             return cls(own, own, own)
-        return cls(own, _product(originals, values), _product(originals, originals))
+        return cls(own, team.sum(_product(originals, values)), team.sum(_product(originals, originals)))
 
     def target(self, matrix: Tensor, damping: float) -> Tensor:
         """V (out, in) for W = ``matrix``, in its dtype, drawn to W by ``damping`` times the mean diagonal of X̂ᵀX̂."""
-        unit = torch.eye(len(self.own), dtype=torch.float64, device=self.own.device)
-        ridge = damping * self.own.diagonal().mean().clamp_min(_TINY) * unit
         # V (X̂ᵀX̂ + λ) = W (XᵀX̂ + λ)
-        wanted = matrix.double() @ (self.cross + ridge)
-        solved: Tensor = torch.linalg.solve(self.own + ridge, wanted, left=False)
-        return solved.to(matrix.dtype)
+        ridge = damping * self.own.diagonal().mean().clamp_min(_TINY)
+        if damping not in self._solvers:
+            self._solvers[damping] = torch.linalg.lu_factor(_plus(self.own, ridge))
+        wanted = matrix.double() @ _plus(self.cross, ridge)
+        return torch.linalg.lu_solve(*self._solvers[damping], wanted, left=False).to(matrix.dtype)
 
-    def error(self, matrix: Tensor, quantized: Tensor) -> float:
-        """‖X Wᵀ − X̂ Ŵᵀ‖² / ‖X Wᵀ‖² for W = ``matrix`` and Ŵ = ``quantized``, both (out, in)."""
+    def lost(self, matrix: Tensor, quantized: Tensor) -> tuple[float, float]:
+        """‖X Wᵀ − X̂ Ŵᵀ‖² and ‖X Wᵀ‖² for W = ``matrix`` and Ŵ = ``quantized``, both (out, in)."""
         if self.cross is self.own:  # X = X̂: nothing cancels, and float32 will do
             own, wide, left = self.own.float(), matrix.float(), (matrix - quantized).float()
             power = ((wide @ own) * wide).sum().double()
-            return float(((left @ own) * left).sum().double().clamp_min(0) / power.clamp_min(_TINY))
+            return float(((left @ own) * left).sum().double().clamp_min(0)), float(power)
         w, q = matrix.double(), quantized.double()
         power = ((w @ self.original) * w).sum()
         off = power - 2 * ((w @ self.cross) * q).sum() + ((q @ self.own) * q).sum()
-        return float(off.clamp_min(0) / power.clamp_min(_TINY))
+        return float(off.clamp_min(0)), float(power)
 
 
 @dataclass(frozen=True)
@@ -85,22 +92,34 @@ class ExpertMoments:
         return tuple(float(((m @ seen) * m).sum().double().clamp_min(0)) for m in (left, wide))  # type: ignore[return-value]
 
 
-def experts_moments(values: Sequence[Tensor], ends: Sequence[Tensor]) -> Iterator[ExpertMoments]:
+def experts_moments(
+    values: Sequence[Tensor], ends: Sequence[Tensor], team: Team | None = None
+) -> Iterator[ExpertMoments]:
     """Yield the moments of every expert in turn.
 
     Args:
         values: of each input the rows (tokens, in), sorted by expert.
         ends: of each input up to which row every expert goes, integers (experts,).
+        team: each rank gives the inputs that it has, and goes through all experts.
     """
+    team = team or Team()
     bounds = [[0, *each.tolist()] for each in ends]
     # rows behind the last expert are of none
     everything = [rows[: bound[-1]] for rows, bound in zip(values, bounds, strict=True)]
-    width, count = values[0].shape[-1], max(1, sum(len(rows) for rows in everything))
-    average = _product(everything, everything) * (width / count)
-    for i in range(len(bounds[0]) - 1):
+    tokens: list[int] = team.sum(torch.tensor(bounds, device=values[0].device).diff(dim=1).sum(0)).tolist()
+    width, count = values[0].shape[-1], max(1, sum(tokens))
+    average = team.sum(_product(everything, everything)) * (width / count)
+    for i, number in enumerate(tokens):
         own = [rows[bound[i] : bound[i + 1]] for rows, bound in zip(values, bounds, strict=True)]
-        seen = _product(own, own)
-        yield ExpertMoments(average + seen, seen, sum(len(rows) for rows in own))
+        seen = team.sum(_product(own, own))
+        yield ExpertMoments(average + seen, seen, number)
+
+
+def _plus(matrix: Tensor, ridge: Tensor) -> Tensor:
+    """The matrix with a number added to its diagonal."""
+    made = matrix.clone()
+    made.diagonal().add_(ridge)
+    return made
 
 
 def _product(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from spinpass import operators
+from spinpass.workers import Team
 
 from ..scheme import Activations
 
@@ -42,11 +43,60 @@ class StaticRange:
     limit: float
 
 
-def static_range(values: Sequence[Tensor], scheme: Activations) -> StaticRange:
-    """The range for ``values``, each (…, channels), that the scheme's ``calibration`` chooses."""
-    rows = torch.cat([v.reshape(-1, v.shape[-1]).float() for v in values])
-    peaks = rows.abs().amax(1)
-    sample = _Sample.of(rows, peaks)
+@dataclass(frozen=True)
+class _Tokens:
+    """The tokens of all inputs in their order, of which each rank of a team has its own.
+
+    Args:
+        rows: this rank's, float32 (tokens here, channels).
+        places: where each of them is among all, int64 (tokens here,).
+        count: how many there are in all.
+    """
+
+    rows: Tensor
+    places: Tensor
+    count: int
+    team: Team
+
+    @classmethod
+    def of(cls, values: Sequence[Tensor], team: Team | None) -> _Tokens:
+        team = team or Team()
+        parts = [v.reshape(-1, v.shape[-1]).float() for v in values]
+        lengths = team.gathered([len(part) for part in parts])
+        every = {team.size * k + rank: n for rank, each in enumerate(lengths) for k, n in enumerate(each)}
+        starts, count = dict[int, int](), 0
+        for k in sorted(every):
+            starts[k], count = count, count + every[k]
+        ends = {k: starts[k] + every[k] for k in starts}
+        mine = [team.size * k + team.rank for k in range(len(parts))]
+        own = [torch.arange(starts[k], ends[k], device=part.device) for k, part in zip(mine, parts, strict=True)]
+        return cls(torch.cat(parts), torch.cat(own), count, team)
+
+    def peaks(self) -> Tensor:
+        """The largest magnitude of each token, (count,)."""
+        found = torch.zeros(self.count, device=self.rows.device)
+        found[self.places] = self.rows.abs().amax(1)
+        return self.team.sum(found)  # of each place one rank has a value, and the others a zero
+
+    def picked(self, at: Tensor) -> Tensor:
+        """The tokens at some places, (len(at), channels)."""
+        here = torch.full((self.count,), -1, device=at.device)
+        here[self.places] = torch.arange(len(self.places), device=at.device)
+        here = here[at]
+        found = torch.zeros(len(at), self.rows.shape[-1], device=at.device)
+        found[here >= 0] = self.rows[here[here >= 0]]
+        return self.team.sum(found)
+
+
+def static_range(values: Sequence[Tensor], scheme: Activations, team: Team | None = None) -> StaticRange:
+    """The range for ``values``, each (…, channels), that the scheme's ``calibration`` chooses.
+
+    Of a ``team`` each rank gives every so many-th of the values, as :meth:`.Team.dealt` deals them out, and all get the
+    range that one process would, bit for bit.
+    """
+    tokens = _Tokens.of(values, team)
+    peaks = tokens.peaks()
+    sample = _Sample.of(tokens, peaks)
     best = _chosen(sample, scheme, math.inf)
     if scheme.per_channel:
         return best[0]
@@ -68,25 +118,27 @@ class _Sample:
     counts: Tensor
 
     @classmethod
-    def of(cls, rows: Tensor, peaks: Tensor) -> _Sample:
-        large = peaks.topk(min(_LARGEST, len(rows))).indices
-        rest = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
+    def of(cls, tokens: _Tokens, peaks: Tensor) -> _Sample:
+        large = peaks.topk(min(_LARGEST, tokens.count)).indices
+        rest = torch.ones(tokens.count, dtype=torch.bool, device=peaks.device)
         rest[large] = False
         others = rest.nonzero()[:, 0]
         stride = max(1, -(-len(others) // _ROWS))
         picked = others[::stride]
         share = len(others) / max(1, len(picked))
-        counts = torch.tensor([1.0] * len(large) + [share] * len(picked), device=rows.device)
-        return cls(torch.cat([rows[large], rows[picked]]), counts)
+        counts = torch.tensor([1.0] * len(large) + [share] * len(picked), device=peaks.device)
+        return cls(tokens.picked(torch.cat([large, picked])), counts)
 
 
-def token_clip(values: Sequence[Tensor], bits: int, symmetric: bool) -> float:
+def token_clip(values: Sequence[Tensor], bits: int, symmetric: bool, team: Team | None = None) -> float:
     """The share of each token's range that is best covered, for ``values`` (…, channels) and codes of ``bits``.
 
-    It is the one of least squared error relative to the token's power, summed over tokens.
+    It is the one of least squared error relative to the token's power, summed over tokens. ``team``: as for
+    :func:`static_range`.
     """
-    rows = torch.cat([v.reshape(-1, v.shape[-1]).float() for v in values])
-    rows = rows[:: max(1, len(rows) // _ROWS)]
+    tokens = _Tokens.of(values, team)
+    step = max(1, tokens.count // _ROWS)
+    rows = tokens.picked(torch.arange(0, tokens.count, step, device=tokens.rows.device))
     power = rows.square().sum(1).clamp_min(torch.finfo(torch.float32).tiny)
 
     def error(clip: float) -> float:
