@@ -57,7 +57,8 @@ class Moments:
         if damping not in self._solvers:
             self._solvers[damping] = torch.linalg.lu_factor(_plus(self.own, ridge))
         wanted = matrix.double() @ _plus(self.cross, ridge)
-        return torch.linalg.lu_solve(*self._solvers[damping], wanted, left=False).to(matrix.dtype)
+        solved: Tensor = torch.linalg.lu_solve(*self._solvers[damping], wanted, left=False)
+        return solved.to(matrix.dtype)
 
     def lost(self, matrix: Tensor, quantized: Tensor) -> tuple[float, float]:
         """‖X Wᵀ − X̂ Ŵᵀ‖² and ‖X Wᵀ‖² for W = ``matrix`` and Ŵ = ``quantized``, both (out, in)."""
