@@ -3,7 +3,7 @@
 from .archives import check_archive
 from .documents import read_object
 from .draft import Draft, drafted
-from .gguf_header import GgufHeader, check_gguf
+from .gguf_header import GgufHeader, GgufTensor, check_gguf
 from .gptq import QUANTIZE_CONFIG, GptqCheckpoint, GptqReport, read_gptq, write_gptq
 from .manifest import (
     CACHE_BUFFERS,
@@ -54,6 +54,7 @@ __all__ = [
     "Draft",
     "FileHash",
     "GgufHeader",
+    "GgufTensor",
     "GptqCheckpoint",
     "GptqReport",
     "KeptWork",

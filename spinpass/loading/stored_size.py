@@ -11,7 +11,7 @@ from typing import Any
 from spinpass.errors import SpinpassError
 from spinpass.formats import safetensors_header
 
-from .files import weight_files
+from .files import gguf_header, weight_files
 from .sources import Source
 
 _CODES = {"I32": 32, "U8": 8, "I8": 8}  # bits of the integers that hold codes
@@ -45,6 +45,4 @@ def _of_header(header: Mapping[str, Any], bits: int) -> int:
 
 
 def _of_gguf(file: Path) -> int:
-    from gguf import GGUFReader
-
-    return sum(int(tensor.n_elements) for tensor in GGUFReader(file).tensors)
+    return sum(math.prod(tensor.shape) for tensor in gguf_header(file).tensors.values())
