@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from spinpass.graph import HOST
 from spinpass.rotations import Rotation
 
 _SECONDS = 0.2  # of each measurement, at least
@@ -46,12 +47,15 @@ class Rates:
     def measured(cls, file: Path | None = None) -> Rates:
         """Measure for about two seconds; reading on ``file``, at the rate of copying where there is none."""
         with torch.no_grad():
-            copied = torch.empty(_BLOCK, dtype=torch.uint8), torch.ones(_BLOCK, dtype=torch.uint8)
+            copied = (
+                torch.empty(_BLOCK, dtype=torch.uint8, device=HOST),
+                torch.ones(_BLOCK, dtype=torch.uint8, device=HOST),
+            )
             copy = _BLOCK * _rate(lambda: copied[0].copy_(copied[1]))
             rotation = Rotation.create("hadamard", _WIDTH)
-            weight = torch.randn(64, _WIDTH)
-            spd = torch.eye(_CHOLESKY, dtype=torch.float64) + 0.5 / _CHOLESKY
-            small = torch.zeros(1)
+            weight = torch.randn(64, _WIDTH, device=HOST)
+            spd = torch.eye(_CHOLESKY, dtype=torch.float64, device=HOST) + 0.5 / _CHOLESKY
+            small = torch.zeros(1, device=HOST)
             content = bytes(_BLOCK)
             return cls(
                 gemm64=_product(torch.float64),
@@ -135,7 +139,7 @@ def _file_pages(stat: Path) -> int:
 
 
 def _product(dtype: torch.dtype) -> float:
-    a, b = torch.ones(_GEMM, _GEMM, dtype=dtype), torch.ones(_GEMM, _GEMM, dtype=dtype)
+    a, b = (torch.ones(_GEMM, _GEMM, dtype=dtype, device=HOST) for _ in range(2))
     return 2 * _GEMM**3 * _rate(lambda: a @ b)
 
 

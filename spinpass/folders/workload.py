@@ -26,7 +26,7 @@ _NARROW = 16  # rows and columns of a matrix that is worth rounding, at least
 _FEWER = (8, 4, 1)  # windows of a shorter text
 _UNKNOWN = (1024, 4)  # of a program whose shapes are not known: its width, and how many times as many rows
 
-Matrices = dict[tuple[int, int], int]
+CountedShapes = dict[tuple[int, int], int]
 """By shape (out, in), how many there are."""
 
 
@@ -60,8 +60,8 @@ class Workload:
     target: str
     width: int
     tensors: int
-    linears: Matrices
-    tables: Matrices
+    linears: CountedShapes
+    tables: CountedShapes
     tokens: int
     rotates: bool
     certifies: bool
@@ -177,7 +177,7 @@ class Workload:
         return (self.values * self.width if self.copies else 0) + kept
 
 
-def _values(matrices: Matrices) -> int:
+def _values(matrices: CountedShapes) -> int:
     return sum(count * rows * columns for (rows, columns), count in matrices.items())
 
 

@@ -10,7 +10,7 @@ from .compressed_tensors import (
 )
 from .documents import read_object
 from .draft import Draft, drafted
-from .gguf_header import GgufHeader, check_gguf
+from .gguf_header import GgufHeader, GgufTensor, check_gguf
 from .gptq import QUANTIZE_CONFIG, GptqCheckpoint, GptqReport, read_gptq, read_tensors, write_gptq
 from .manifest import (
     CACHE_BUFFERS,
@@ -74,6 +74,7 @@ __all__ = [
     "Draft",
     "FileHash",
     "GgufHeader",
+    "GgufTensor",
     "GptqCheckpoint",
     "GptqReport",
     "KeptWork",

@@ -164,7 +164,7 @@ def _tensors_of(name: str, weight: QuantizedWeight, scales_dtype: torch.dtype) -
     found = {
         f"{module}.weight_packed": Handle(PackedWords(codes.q, codes.bits, 1)),
         f"{module}.weight_scale": scales,
-        f"{module}.weight_shape": torch.tensor(codes.q.shape, dtype=torch.int64),
+        f"{module}.weight_shape": torch.tensor(codes.q.shape, dtype=torch.int64, device="cpu"),
     }
     if not codes.symmetric:
         found[f"{module}.weight_zero_point"] = Handle(PackedWords(codes.zeros, codes.bits, 0))
@@ -277,6 +277,6 @@ def _codes(module: str, tensors: Mapping[str, Tensor], settings: Mapping[str, An
             f"{module}: weight_packed {list(packed.shape)} and weight_scale {list(scales.shape)} do not fit a weight "
             f"of {out}x{columns} in {bits} bits; the checkpoint is damaged"
         )
-    middle = torch.full((out, groups), 2 ** (bits - 1), dtype=torch.uint8)
+    middle = torch.full((out, groups), 2 ** (bits - 1), dtype=torch.uint8, device="cpu")
     stored = middle if zeros is None else unpack_words(zeros, bits, 0, out).contiguous()
     return Codes(unpack_words(packed, bits, 1, columns).contiguous(), scales, stored, bits, symmetric)

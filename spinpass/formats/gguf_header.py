@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,11 +21,23 @@ _MOST_AXES, _LONGEST_NAME, _LONGEST_ALIGNMENT = 8, 1 << 16, 1 << 16
 
 
 @dataclass(frozen=True)
+class GgufTensor:
+    """The type of a tensor as a number, its sizes, the last of which are of what lies side by side, and its bytes."""
+
+    kind: int
+    shape: tuple[int, ...]
+    first: int
+    bytes: int
+
+
+@dataclass(frozen=True)
 class GgufHeader:
-    """The keys with their values (of arrays their length), and the types of the tensors by name, as numbers."""
+    """The keys with their values (of arrays their length), the tensors by name, whether numbers begin with their low
+    byte."""
 
     values: Mapping[str, Any] = field(default_factory=dict)
-    tensors: Mapping[str, int] = field(default_factory=dict)
+    tensors: Mapping[str, GgufTensor] = field(default_factory=dict)
+    little_endian: bool = True
 
 
 def check_gguf(path: Path, sizes: Mapping[int, tuple[int, int]]) -> GgufHeader:
@@ -66,7 +78,7 @@ class _Reader:
             if key in values:
                 raise self._damaged(f"it has the key {key!r} twice")
             values[key] = self._value(self._number("I", key), key)
-        return GgufHeader(values, self._tensors(tensors, sizes, self._alignment(values)))
+        return GgufHeader(values, self._tensors(tensors, sizes, self._alignment(values)), self._order == "<")
 
     def _alignment(self, values: Mapping[str, Any]) -> int:
         found = values.get("general.alignment", 32)
@@ -74,9 +86,9 @@ class _Reader:
             raise self._damaged(f"it aligns its tensors to {found!r} bytes")
         return found
 
-    def _tensors(self, count: int, sizes: Mapping[int, tuple[int, int]], alignment: int) -> dict[str, int]:
-        found: dict[str, int] = {}
-        at = 0
+    def _tensors(self, count: int, sizes: Mapping[int, tuple[int, int]], alignment: int) -> dict[str, GgufTensor]:
+        found: dict[str, GgufTensor] = {}
+        at = end = 0
         for _ in range(count):
             name = self._name("the name of a tensor")
             axes = self._number("I", name)
@@ -94,13 +106,15 @@ class _Reader:
             block, length = sizes[kind]
             if not math.prod(shape) or shape[0] % block:
                 raise self._damaged(f"the tensor {name!r} of shape {shape} does not consist of blocks of {block}")
-            found[name] = kind
-            end = at + math.prod(shape) // block * length
+            size = math.prod(shape) // block * length
+            found[name] = GgufTensor(kind, tuple(reversed(shape)), at, size)
+            end = at + size
             at = end + -end % alignment
         here = self._file.tell()
-        if count and here + -here % alignment + end > self._size:
+        start = here + -here % alignment
+        if count and start + end > self._size:
             raise self._damaged(f"its tensors need {end:,} bytes, and it has {self._size - here:,} for them")
-        return found
+        return {name: replace(tensor, first=start + tensor.first) for name, tensor in found.items()}
 
     def _value(self, kind: int, key: str) -> Any:
         if kind in _SCALARS:

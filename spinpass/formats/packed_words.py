@@ -71,4 +71,4 @@ class PackedWords:
             packed = [pack_words(part, self.bits, 0) for part in parts]
             offset = start * self.bits
             packed = [torch.cat(packed)[first - offset : last - offset]] if packed else []
-        return torch.cat(packed) if packed else torch.zeros(0, *self.shape[1:], dtype=torch.int32)
+        return torch.cat(packed) if packed else torch.zeros(0, *self.shape[1:], dtype=torch.int32, device="cpu")

@@ -21,6 +21,7 @@ from torch import Tensor
 from spinpass.errors import ExportError
 from spinpass.rotations import Rotation
 
+from .files import gguf_header
 from .tensors import listed
 
 _PREFIX = "prism.hadamard."
@@ -50,14 +51,13 @@ def declared_bases(path: Path) -> DeclaredBases | None:
 
     Raises ExportError: it declares what cannot be undone, is not known here, or contradicts itself or its tensors.
     """
+    header = gguf_header(path)
+    if not any(key.startswith(_PREFIX) for key in header.values):
+        return None
     from gguf import GGUFReader
 
-    reader = GGUFReader(path)
-    said = {
-        key.removeprefix(_PREFIX): field.contents() for key, field in reader.fields.items() if key.startswith(_PREFIX)
-    }
-    if not said:
-        return None
+    fields = GGUFReader(path).fields
+    said = {key.removeprefix(_PREFIX): field.contents() for key, field in fields.items() if key.startswith(_PREFIX)}
     for key in sorted(said.keys() - _KNOWN - {_GROUPED}):
         raise _refusal(path, f"says {_PREFIX}{key}, which is not known here")
     for key, value in _FIXED.items():
@@ -66,7 +66,7 @@ def declared_bases(path: Path) -> DeclaredBases | None:
     if said.get(_GROUPED):
         raise _refusal(path, f"says {_PREFIX}{_GROUPED}, for which inputs would have to be put in another order")
     listed_names = [*said.get("weight_names", ()), *said.get("inverse_weight_names", ())]
-    widths = {str(tensor.name): int(tensor.shape[0]) for tensor in reader.tensors if len(tensor.shape) == 2}
+    widths = {name: tensor.shape[1] for name, tensor in header.tensors.items() if len(tensor.shape) == 2}
     missing = [name for name in listed_names if name not in widths]
     if missing or not listed_names or len(set(listed_names)) != len(listed_names):
         raise _refusal(path, f"has no such matrices or names them twice: {listed(missing or listed_names)}")

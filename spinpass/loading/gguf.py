@@ -13,15 +13,17 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from spinpass.errors import ExportError
+from spinpass.formats import GgufHeader
 from spinpass.graph import Handle, Rows
 
 from .declared import DeclaredBases
+from .files import gguf_header
 from .quantized import gguf_types
 from .sources import Source
 from .streamed import Streamed, keeps_floats, unwritten
@@ -37,7 +39,7 @@ class GgufRows:
     """Rows of a tensor of a GGUF file; see :class:`spinpass.graph.ConstantSource`.
 
     Args:
-        blocks: the mapped file, a row of blocks or values for each row of the tensor.
+        blocks: the mapped file, uint8, a row of bytes for each row of the tensor.
         kind: the type of the tensor, as the package gguf has it.
         shape: of the values.
         dtype: of what is read.
@@ -69,9 +71,9 @@ class GgufRows:
         """Return the rows in a dtype, made a piece at a time: what dequantizes needs several times their memory."""
         from gguf import dequantize
 
-        order = torch.arange(self.shape[0]) if self.order is None else self.order
+        order = torch.arange(self.shape[0], device="cpu") if self.order is None else self.order
         places = order[rows]
-        found = torch.empty((len(places), *self.shape[1:]), dtype=dtype)
+        found = torch.empty((len(places), *self.shape[1:]), dtype=dtype, device="cpu")
         most = max(1, _PIECE // max(1, self.shape[1:].numel()))
         for first in range(0, len(places), most):
             piece = places[first : first + most]
@@ -126,8 +128,9 @@ def streamed_gguf(
     path = Path(source.location, str(source.gguf))
     config = transformers.AutoConfig.from_pretrained(source.location, gguf_file=source.gguf)
     legacy = importlib.import_module(_LEGACY)
-    reader, kind = _opened(path)
-    if kind is None or _has_reader_of_its_own(kind):
+    header = gguf_header(path)
+    kind = str(header.values.get("general.architecture"))
+    if not header.little_endian or _has_reader_of_its_own(kind):
         return None
     if dtype == "auto":
         dtype = getattr(config, "dtype", None) or torch.get_default_dtype()
@@ -135,7 +138,7 @@ def streamed_gguf(
     if keeps_floats(traced, dtype):
         return None
     processor = legacy.TENSOR_PROCESSORS.get(kind, legacy.TensorProcessor)(config=_parsed(legacy, path))
-    values, unused = _Tensors(legacy, processor, traced, dtype, bases).of(reader)
+    values, unused = _Tensors(legacy, processor, traced, dtype, bases).of(_mapped(path, header))
     places = traced.state_dict()
     if any(name not in places or places[name].shape != value.shape for name, value in values.items()):
         return None
@@ -148,6 +151,15 @@ def streamed_gguf(
     types = gguf_types(path)
     notes = () if bases is None else (f"{len(bases.names)} weights are put back from the Hadamard bases they declare",)
     return made, LoadingReport(unused, dequantized=f"GGUF {'/'.join(types)}" if types else None, notes=notes)
+
+
+class _Mapped(NamedTuple):
+    """A tensor of a file: its name, the bytes of each row, its type as the package gguf has it, its shape."""
+
+    name: str
+    data: Any
+    kind: Any
+    shape: torch.Size
 
 
 class _Tensors:
@@ -169,36 +181,35 @@ class _Tensors:
         self._dtype = dtype
         self._names: dict[str, str] = legacy.get_gguf_hf_weights_map(model, processor)
 
-    def of(self, reader: Any) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    def of(self, tensors: Sequence[_Mapped]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
         """Return the values by the name of their parameter, and the names of tensors that belong to none."""
-        found, stacked = self._stacks(reader.tensors)
+        found, stacked = self._stacks(tensors)
         merged: dict[str, dict[str, Tensor]] = {"tensors": {}}
         unused = []
-        for tensor in reader.tensors:
-            name = str(tensor.name)
+        for tensor in tensors:
+            name = tensor.name
             if name in stacked:
                 continue
             if name not in self._names and name.rpartition(".")[0] not in self._names:  # experts are named without end
                 unused.append(name)
                 continue
-            shape = _shape(tensor)
-            order = self._order(name, shape)
+            order = self._order(name, tensor.shape)
             own = self._bases if self._bases is not None and name in self._bases.names else None
             if order is None:
                 if own is not None:
                     raise ExportError(f"{name} is in a basis that the file declares, and its rows are not the model's")
                 found |= self._processed(tensor, merged)
             else:
-                moved = None if torch.equal(order, torch.arange(len(order))) else order
-                rows = GgufRows(tensor.data, tensor.tensor_type, shape, self._dtype, moved, own)
+                moved = None if torch.equal(order, torch.arange(len(order), device="cpu")) else order
+                rows = GgufRows(tensor.data, tensor.kind, tensor.shape, self._dtype, moved, own)
                 found[self._names[name]] = Handle(rows)
         return found | {name: value.to(self._dtype) for name, value in merged["tensors"].items()}, tuple(unused)
 
-    def _stacks(self, tensors: Sequence[Any]) -> tuple[dict[str, Tensor], set[str]]:
+    def _stacks(self, tensors: Sequence[_Mapped]) -> tuple[dict[str, Tensor], set[str]]:
         """Return the parameters that are stacks of matrices put side by side, and the names of their tensors."""
-        groups: dict[str, list[Any]] = {}
+        groups: dict[str, list[_Mapped]] = {}
         for tensor in tensors:
-            parameter = self._names.get(str(tensor.name).rpartition(".")[0])
+            parameter = self._names.get(tensor.name.rpartition(".")[0])
             if len(tensor.shape) == 3 and tensor.name not in self._names and parameter is not None:
                 groups.setdefault(parameter, []).append(tensor)
         found: dict[str, Tensor] = {}
@@ -206,16 +217,16 @@ class _Tensors:
         for parameter, group in groups.items():
             parts = self._side_by_side(parameter, group)
             if parts is not None:
-                rows = [GgufRows(t.data, t.tensor_type, _shape(t), self._dtype) for t in parts]
+                rows = [GgufRows(t.data, t.kind, t.shape, self._dtype) for t in parts]
                 found[parameter] = Handle(rows[0] if len(rows) == 1 else GgufStack(tuple(rows)))
-                names |= {str(tensor.name) for tensor in group}
+                names |= {tensor.name for tensor in group}
         return found, names
 
-    def _side_by_side(self, parameter: str, group: Sequence[Any]) -> Sequence[Any] | None:
+    def _side_by_side(self, parameter: str, group: Sequence[_Mapped]) -> Sequence[_Mapped] | None:
         """Return the tensors of a parameter in the order in which transformers puts them side by side; None where it
         does something else. It is shown drawn numbers in place of rows, and has to leave them as they are."""
-        generator = torch.Generator().manual_seed(0)
-        drawn = [torch.randint(1 << 62, (*_shape(tensor)[:2], 1), generator=generator) for tensor in group]
+        generator = torch.Generator("cpu").manual_seed(0)
+        drawn = [torch.randint(1 << 62, (*tensor.shape[:2], 1), generator=generator, device="cpu") for tensor in group]
         merged: dict[str, dict[str, Tensor]] = {"tensors": {}}
         try:
             for tensor, numbers in zip(group, drawn, strict=True):
@@ -251,16 +262,16 @@ class _Tensors:
         if made.name != name or made.weights.shape != numbered.shape:
             return None
         order = torch.from_numpy(numpy.ascontiguousarray(made.weights["row"]).reshape(-1))
-        return order if torch.equal(order.sort().values, torch.arange(shape[0])) else None
+        return order if torch.equal(order.sort().values, torch.arange(shape[0], device="cpu")) else None
 
-    def _processed(self, tensor: Any, merged: Mapping[str, Any]) -> dict[str, Tensor]:
+    def _processed(self, tensor: _Mapped, merged: Mapping[str, Any]) -> dict[str, Tensor]:
         """Return a parameter by its name, as transformers makes it of a tensor; what it makes of several tensors, it
         puts into ``merged``."""
         import numpy
         from gguf import dequantize
 
         made = self._processor.process(
-            weights=dequantize(tensor.data, tensor.tensor_type),
+            weights=dequantize(tensor.data, tensor.kind),
             name=tensor.name,
             tensor_key_mapping=self._names,
             parsed_parameters=merged,
@@ -270,18 +281,20 @@ class _Tensors:
         return {self._names[made.name]: torch.from_numpy(numpy.copy(made.weights)).to(self._dtype)}
 
 
-def _shape(tensor: Any) -> torch.Size:
-    """Return the shape of a tensor in a file, whose axes are counted from the last there."""
-    return torch.Size(reversed([int(size) for size in tensor.shape]))
+def _mapped(path: Path, header: GgufHeader) -> list[_Mapped]:
+    import numpy
+    from gguf import GGMLQuantizationType
 
-
-def _opened(path: Path) -> tuple[Any, str | None]:
-    """Return the reader of a file, and its architecture."""
-    from gguf import GGUFReader
-
-    reader = GGUFReader(path)
-    field = reader.fields.get("general.architecture")
-    return reader, None if field is None else str(field.contents())
+    held = numpy.memmap(path, mode="r")
+    return [
+        _Mapped(
+            name,
+            held[tensor.first : tensor.first + tensor.bytes].reshape(*tensor.shape[:-1], -1),
+            GGMLQuantizationType(tensor.kind),
+            torch.Size(tensor.shape),
+        )
+        for name, tensor in header.tensors.items()
+    ]
 
 
 def _parsed(legacy: Any, path: Path) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from spinpass.errors import ConfigError, ExportError
 from spinpass.formats import COMPRESSED_TENSORS, read_object
 
 from .architecture import find_file
+from .files import gguf_header
 
 _BY_TRANSFORMERS = ("fp8", "mxfp4")  # it computes their values without a GPU and without another package
 BY_READING = ("gptq", COMPRESSED_TENSORS)
@@ -84,10 +86,7 @@ def dequantized_config(transformers: Any, config: Mapping[str, Any]) -> Any:
 
 def gguf_types(path: Path) -> list[str]:
     """Return the types of a GGUF file's tensors that are no floats, the most frequent first."""
-    from gguf import GGUFReader
+    from gguf import GGMLQuantizationType
 
-    counted: dict[str, int] = {}
-    for tensor in GGUFReader(path).tensors:
-        name = tensor.tensor_type.name
-        counted[name] = counted.get(name, 0) + 1
-    return sorted((n for n in counted if n not in _FLOATS), key=lambda n: -counted[n])
+    counted = Counter(GGMLQuantizationType(tensor.kind).name for tensor in gguf_header(path).tensors.values())
+    return [name for name, _ in counted.most_common() if name not in _FLOATS]

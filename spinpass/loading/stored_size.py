@@ -12,7 +12,7 @@ from typing import Any
 from spinpass.errors import SpinpassError
 from spinpass.formats import safetensors_header
 
-from .files import weight_files
+from .files import gguf_header, weight_files
 from .sources import Source
 from .streamed import can_stream
 
@@ -82,7 +82,5 @@ def _of_header(header: Mapping[str, Any], bits: int) -> list[tuple[int, ...]]:
 
 
 def _of_gguf(file: Path) -> StoredModel:
-    from gguf import GGUFReader
-
-    shapes = tuple(tuple(int(n) for n in reversed(tensor.shape)) for tensor in GGUFReader(file).tensors)
+    shapes = tuple(tensor.shape for tensor in gguf_header(file).tensors.values())
     return StoredModel(shapes, file.stat().st_size, False, (file,))

@@ -8,6 +8,7 @@ constants then become handles of the first one's (:class:`spinpass.graph.Handle`
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from spinpass.graph import Handle, Held, storage_key, with_other_values
+
+from .files import gguf_header
 
 STREAMED_BYTES = 100 << 20
 """Models of so many bytes of weights and more are read as they are needed."""
@@ -128,6 +131,4 @@ def can_stream(weights: Sequence[Path]) -> bool:
 def _bytes_held(path: Path) -> int:
     if path.suffix != ".gguf":
         return path.stat().st_size
-    from gguf import GGUFReader
-
-    return 2 * sum(int(tensor.n_elements) for tensor in GGUFReader(path).tensors)
+    return 2 * sum(math.prod(tensor.shape) for tensor in gguf_header(path).tensors.values())

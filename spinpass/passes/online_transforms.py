@@ -108,7 +108,7 @@ def _insert(editor: ProgramEditor, node: Node, users: Sequence[Node], transform:
             f"a transform of {rotation.size} channels is declared of {transform.location} of {transform.module}, which "
             f"has {size}"
         )
-    layout = Layout((len(shape(node)) - 1,), (size,), torch.arange(size).reshape(-1, rotation.size))
+    layout = Layout((len(shape(node)) - 1,), (size,), torch.arange(size, device="cpu").reshape(-1, rotation.size))
     origin = f"{transform.location} of {transform.module}"
     editor.replace(node, rotate_value(editor, node, layout, rotation, {}, origin, transform.inverse), users)
 

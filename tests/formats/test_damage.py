@@ -16,6 +16,7 @@ import torch
 
 from spinpass.errors import DamageError, VerificationError
 from spinpass.formats import (
+    GgufTensor,
     check_archive,
     check_checkpoint,
     check_companions,
@@ -190,7 +191,9 @@ def test_the_header_of_gguf(tmp_path: Path) -> None:
     data = gguf([KEY, count], [tensor("a", [8]), tensor("b", [4, 2], offset=32)], bytes(range(64)))
     path.write_bytes(data)
     whole = check_gguf(path, SIZES)
-    assert whole.values == {"general.architecture": "llama", "llama.block_count": 2} and whole.tensors == {"a": 0, "b": 0}
+    assert whole.values == {"general.architecture": "llama", "llama.block_count": 2} and whole.little_endian
+    first = data.index(bytes(range(64)))
+    assert whole.tensors == {"a": GgufTensor(0, (8,), first, 32), "b": GgufTensor(0, (2, 4), first + 32, 32)}
     header = data.index(bytes(range(64)))
     undecided = 0
     for place, _, found in unnoticed(path, data, lambda p: check_gguf(p, SIZES), header, stop=header):
