@@ -79,7 +79,8 @@ Dequantize = Annotated[
     bool,
     typer.Option(
         "--dequantize",
-        help="Where MODEL is quantized (GPTQ, compressed-tensors, FP8, MXFP4), take the values of its codes; it is refused otherwise.",
+        help="Where MODEL is quantized (GPTQ, compressed-tensors, FP8, MXFP4), take the values of its codes; it is "
+        "refused otherwise.",
     ),
 ]
 TrustRemoteCode = Annotated[

@@ -118,8 +118,8 @@ def load_model(
         cache: make one graph with the KV cache as inputs and outputs; False exports the prompt's pass alone, without
             cache.
         context: put a cache of that many tokens inside instead (:mod:`.static_cache`), which ExecuTorch takes.
-        dequantize: where the checkpoint is quantized (GPTQ, compressed-tensors, FP8, MXFP4), take the values of its codes; it is refused
-            otherwise. The weights of a GGUF file always are.
+        dequantize: where the checkpoint is quantized (GPTQ, compressed-tensors, FP8, MXFP4), take the values of its
+            codes; it is refused otherwise. The weights of a GGUF file always are.
         trust_remote_code: run modelling code that comes with the model. Without it nothing of a folder is run.
         experts: which of transformers' implementations of a mixture's experts goes into the graph, for a target that
             has not all of their operators (``grouped_mm``, ``batched_mm``). None leaves the model's own, and so do
