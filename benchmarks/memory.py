@@ -70,6 +70,11 @@ COMMANDS = {
         "export", "{model}", "{out}", "--quantize", "w4g128-gptq-a8-head8g64-embed8g64", "--samples", "8",
     ],
     "rotate-checkpoint": ["rotate-checkpoint", "{model}", "{out}"],
+    "rotate-checkpoint w4g128-rtn": ["rotate-checkpoint", "{model}", "{out}", "--quantize", "w4g128-rtn"],
+    "rotate-checkpoint compressed-tensors": [
+        "rotate-checkpoint", "{model}", "{out}", "--layout", "compressed-tensors", "--quantize", "w4g128-rtn",
+        "--rotations", "R1,R2,R3,R4", "--block-size", "64",
+    ],
 }
 FORESEEN: dict[str, dict[str, Any]] = {
     "export --bits 16": {"bits": 16},

@@ -110,6 +110,7 @@ def rotate_checkpoint(
                 steps.start("certify the checkpoint")
                 check_same_architecture(loaded, result, transforms)
             steps.start("write")
+            weights = {} if result.quantization is None else result.quantization.weights
             report = write_layout(draft.folder, asked.written, result, transforms)
             made = described(loaded, result, report.quantization)
             report = replace(report, untied=_is_tied(loaded) and not _is_tied(made))
@@ -118,7 +119,7 @@ def rotate_checkpoint(
                 if not certify:
                     return [FolderTrial("transformers", "all", reason="switched off")]
                 steps.start("try the checkpoint")
-                return tried_layout(asked.written, draft.folder, result.program, made)
+                return tried_layout(asked.written, draft.folder, result.program, made, weights)
 
             files = [path.name for path in report.files]
             about = write_companions(

@@ -3,40 +3,50 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
 from spinpass.certificate import narrowest_dtype
 from spinpass.errors import VerificationError
 from spinpass.evaluation import ProgramScorer
-from spinpass.loading import LOGIT_BOUNDS, LoadedModel, load_model, reloaded_logits
+from spinpass.formats import compressed_codes, gptq_codes
+from spinpass.loading import LOGIT_BOUNDS, STREAMED_BYTES, LoadedModel, load_model, reloaded_logits
+from spinpass.quantization import QuantizedWeight
 
 from .judge import FolderTrial
 from .layouts import CheckpointLayout
 
 _TEXT = range(3, 23)  # token ids
-_LARGE = 4_000_000_000  # bytes of floats
-_TOO_LARGE = "its weights as floats take more than 4 GB: what was written is certified, and not loaded again"
+_TOO_LARGE = "a model of more than 100 MB is not loaded as a whole: its integers are read back, a weight at a time"
 _SEVERAL = "transformers reads zero points of compressed-tensors of one width alone"
 _NO_PACKAGE = "compressed-tensors is not installed: pip install spinpass[compressed-tensors]"
 
 
 def tried_layout(
-    layout: CheckpointLayout, folder: Path, program: ExportedProgram, loaded: LoadedModel
+    layout: CheckpointLayout,
+    folder: Path,
+    program: ExportedProgram,
+    loaded: LoadedModel,
+    weights: Mapping[str, QuantizedWeight],
 ) -> list[FolderTrial]:
     """Load the folder by whatever reads its layout, and compare its logits with the program's.
 
-    Floats are read by transformers, and compared with those of the folder that they were made of, too; integers by
-    :func:`spinpass.loading.load_model`; what compressed-tensors reads, by transformers with that package.
+    Integers are read back a weight at a time, whatever their size; where weights stay in their files, no model is
+    loaded for them as a whole. Floats are read by transformers, and compared with those of the folder that they were
+    made of, too; integers by :func:`spinpass.loading.load_model`; what compressed-tensors reads, by transformers with
+    that package.
 
     Raises VerificationError where they differ.
     """
     if layout == "transformers":
         return [_of_floats(folder, program, loaded)]
+    read_back(layout, folder, weights)
     size = sum(tensor.nbytes for tensor in program.state_dict.values())
-    if size > _LARGE:
+    if size > STREAMED_BYTES:
         return [FolderTrial("all", "prompt", reason=_TOO_LARGE)]
     ids = _ids(loaded)
     expected = ProgramScorer(program).logits(ids).float()
@@ -49,6 +59,25 @@ def tried_layout(
         else:
             trials.append(_compared("transformers", reloaded_logits(folder, ids), expected, program))
     return trials
+
+
+def read_back(layout: CheckpointLayout, folder: Path, weights: Mapping[str, QuantizedWeight]) -> None:
+    """Compare every code that was written with what it should be, one weight at a time.
+
+    Raises VerificationError where one differs, or a weight is missing or left over.
+    """
+    found: set[str] = set()
+    for name, read in gptq_codes(folder) if layout == "gptq" else compressed_codes(folder):
+        found.add(name)
+        made = weights[name].codes if name in weights else None
+        equal = made is not None and torch.equal(read.q, made.q) and torch.equal(read.group_of, made.group_of)
+        if made is None or not equal or not torch.equal(read.zeros, made.zeros):
+            raise VerificationError(f"the integers of {name} in the files are not those that it was rounded to")
+        if not torch.equal(read.scales, made.scales.to(read.scales.dtype)):
+            raise VerificationError(f"the scales of {name} in the files are not those that it was rounded by")
+    missing = sorted(weights.keys() - found)
+    if missing:
+        raise VerificationError(f"the files have no integers of {missing[0]}")
 
 
 def _untried(loaded: LoadedModel) -> str:

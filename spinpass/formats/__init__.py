@@ -5,13 +5,14 @@ from .compressed_tensors import (
     COMPRESSED_TENSORS,
     CompressedCheckpoint,
     CompressedReport,
+    compressed_codes,
     read_compressed_tensors,
     write_compressed_tensors,
 )
 from .documents import read_object
 from .draft import Draft, drafted
 from .gguf_header import GgufHeader, GgufTensor, check_gguf
-from .gptq import QUANTIZE_CONFIG, GptqCheckpoint, GptqReport, read_gptq, read_tensors, write_gptq
+from .gptq import QUANTIZE_CONFIG, GptqCheckpoint, GptqReport, gptq_codes, read_gptq, read_tensors, write_gptq
 from .manifest import (
     CACHE_BUFFERS,
     MANIFEST,
@@ -88,10 +89,12 @@ __all__ = [
     "check_opened",
     "check_recorded",
     "check_safetensors",
+    "compressed_codes",
     "data_name",
     "declared_transforms",
     "drafted",
     "finish",
+    "gptq_codes",
     "hashes",
     "is_for_people",
     "is_plain_name",

@@ -17,7 +17,7 @@ which modules are packed and how, and in the ``transform_config`` within what is
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -216,6 +216,33 @@ def read_compressed_tensors(folder: str | Path) -> CompressedCheckpoint:
         ExportError: safetensors is missing or cannot read a file; tensors of a module are missing or do not fit.
     """
     folder = Path(folder)
+    config, groups = _checked_config(folder)
+    transforms = declared_transforms(config.get("transform_config") or {})
+    tensors = read_tensors(folder)
+    codes = dict(_every_weight(folder, tensors, groups))
+    packed = {f"{name.removesuffix('.weight')}.{part}" for name in codes for part in _PARTS}
+    return CompressedCheckpoint(
+        codes, {name: t for name, t in tensors.items() if name not in packed}, transforms, config
+    )
+
+
+def compressed_codes(folder: str | Path) -> Iterator[tuple[str, Codes]]:
+    """Yield the integers of a checkpoint folder by parameter name, a weight at a time. Raises as
+    :func:`read_compressed_tensors`."""
+    folder = Path(folder)
+    yield from _every_weight(folder, read_tensors(folder), _checked_config(folder)[1])
+
+
+def _every_weight(
+    folder: Path, tensors: Mapping[str, Tensor], groups: Mapping[str, Mapping[str, Any]]
+) -> Iterator[tuple[str, Codes]]:
+    mark = f".{_PARTS[0]}"
+    for module in sorted(name.removesuffix(mark) for name in tensors if name.endswith(mark)):
+        yield f"{module}.weight", _codes(module, tensors, _group_of(folder, module, groups))
+
+
+def _checked_config(folder: Path) -> tuple[Mapping[str, Any], Mapping[str, Mapping[str, Any]]]:
+    """Return the ``quantization_config`` and its groups. Raises ConfigError where they say what is not read."""
     config = read_object(folder / _CONFIG).get(_ENTRY) or {}
     if config.get("quant_method") != COMPRESSED_TENSORS:
         raise ConfigError(f"{folder} is quantized by {config.get('quant_method')!r}, not by {COMPRESSED_TENSORS}")
@@ -224,15 +251,7 @@ def read_compressed_tensors(folder: str | Path) -> CompressedCheckpoint:
     if kinds or config.get("kv_cache_scheme") or config.get("sparsity_config"):
         what = f"the format {min(map(str, kinds))!r}" if kinds else "a rounded cache, or pruned weights"
         raise ConfigError(f"{folder} has {what}: of {COMPRESSED_TENSORS}, integers in the format {_PACKED} are read")
-    transforms = declared_transforms(config.get("transform_config") or {})
-    tensors = read_tensors(folder)
-    packed, mark = [], f".{_PARTS[0]}"
-    codes: dict[str, Codes] = {}
-    for module in sorted(name.removesuffix(mark) for name in tensors if name.endswith(mark)):
-        codes[f"{module}.weight"] = _codes(module, tensors, _group_of(folder, module, groups))
-        packed += [f"{module}.{part}" for part in _PARTS]
-    rest = {name: t for name, t in tensors.items() if name not in packed}
-    return CompressedCheckpoint(codes, rest, transforms, config)
+    return config, groups
 
 
 def _checked_group(folder: Path, name: str, group: Any) -> Mapping[str, Any]:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -188,10 +188,19 @@ def read_gptq(folder: str | Path) -> GptqCheckpoint:
     folder = Path(folder)
     config = _read_config(folder)
     tensors = read_tensors(folder)
-    modules = sorted(name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight"))
-    codes = {f"{module}.weight": _codes(module, tensors, config) for module in modules}
-    packed = {f"{module}.{part}" for module in modules for part in _PARTS}
+    codes = dict(_every_weight(tensors, config))
+    packed = {f"{name.removesuffix('.weight')}.{part}" for name in codes for part in _PARTS}
     return GptqCheckpoint(codes, {name: t for name, t in tensors.items() if name not in packed}, config)
+
+
+def gptq_codes(folder: str | Path) -> Iterator[tuple[str, Codes]]:
+    """Yield the integers of a checkpoint folder by parameter name, a weight at a time. Raises as :func:`read_gptq`."""
+    yield from _every_weight(read_tensors(Path(folder)), _read_config(Path(folder)))
+
+
+def _every_weight(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Iterator[tuple[str, Codes]]:
+    for module in sorted(name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")):
+        yield f"{module}.weight", _codes(module, tensors, config)
 
 
 def _read_config(folder: Path) -> Mapping[str, Any]:

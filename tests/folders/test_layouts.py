@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import spinpass
 from spinpass.cli.app import app
 from spinpass.errors import ConfigError, VerificationError
 from spinpass.evaluation import ProgramScorer
-from spinpass.folders import layouts, rotate_checkpoint
+from spinpass.folders import layout_trial, layouts, rotate_checkpoint
 from spinpass.formats import read_gptq, write_compressed_tensors
 from spinpass.loading import load_model, reloaded_logits, streamed
 from tests.support import folders
@@ -126,6 +127,34 @@ def test_a_wrong_declaration_is_noticed(model: Path, tmp_path: Path, monkeypatch
     with pytest.raises(VerificationError, match="computes other logits from what was written"):
         rotate_checkpoint(model, tmp_path / "out", config, layout="compressed-tensors")
     assert not (tmp_path / "out").exists()
+
+
+def test_integers_are_read_back_without_the_model(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a large model no more is loaded than a weight at a time; one that differs, is missing or left over is named."""
+    monkeypatch.setattr(layout_trial, "STREAMED_BYTES", 0)
+    result, written = rotate_checkpoint(model, tmp_path / "out", quantize="w4g16-rtn")
+    (trial,) = written.manifest["trials"]
+    assert not trial["tokens"] and "read back" in trial["reason"] and result.quantization is not None
+    name = "model.layers.1.mlp.up_proj.weight"
+    weights = {**result.quantization.weights}
+    good = weights[name]
+    first = good.codes.q.clone()
+    first[0, 0] ^= 1
+    off = {
+        "integers of": replace(good.codes, q=first),
+        "scales of": replace(good.codes, scales=good.codes.scales * 1.01),
+    }
+    layout_trial.read_back("gptq", tmp_path / "out", weights)
+    for what, codes in off.items():
+        with pytest.raises(VerificationError, match=f"the {what} {name} in the files"):
+            layout_trial.read_back("gptq", tmp_path / "out", weights | {name: replace(good, codes=codes)})
+    with pytest.raises(VerificationError, match="the files have no integers of other"):
+        layout_trial.read_back("gptq", tmp_path / "out", weights | {"other.weight": good})
+    del weights[name]
+    with pytest.raises(VerificationError, match="are not those that it was rounded to"):
+        layout_trial.read_back("gptq", tmp_path / "out", weights)
 
 
 def test_what_means_nothing_is_refused_before_anything_is_loaded(model: Path, tmp_path: Path) -> None:
