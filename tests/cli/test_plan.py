@@ -40,3 +40,9 @@ def test_training_mode_is_refused(tmp_path: Path) -> None:
     save_program(torch.export.export(module, (torch.randn(2, 8),)), tmp_path / "x.pt2")
     result = run("plan", tmp_path / "x.pt2")
     assert result.exit_code == 1 and "dropout is active" in result.stderr
+
+
+def test_it_says_what_an_export_takes(folder: Path) -> None:
+    found = document(run("plan", folder, "--no-cache", "--bits", 16, "--memory", "1GB", "--json"))["forecast"]
+    assert found["memory_margin"] == 0.3 and 0 < found["memory_bytes"] < 10**9 and found["seconds"] > 0
+    assert [step["name"] for step in found["steps"]][:2] == ["load", "export"] and found["disk_bytes"] >= found["written_bytes"] > 0
