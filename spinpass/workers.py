@@ -340,7 +340,7 @@ class _Ranks(Team):
 
     def _check_whole(self) -> None:
         """Raise the error of another rank, where no signal has."""
-        if self._watch.broken is not None:
+        if self._watch.broken is not None and not self._main:
             raise self._watch.broken
 
     def _checked(self, key: str) -> bool:
