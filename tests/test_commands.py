@@ -218,6 +218,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "OUT" / "spinpass.json").write_text(json.dumps(sealed({"files": hashes(root / "OUT", names)})))
     (root / "out").symlink_to("OUT")
     (root / "OTHER").symlink_to("OUT")
+    (root / "ROTATED").symlink_to("model")
     for name in ("TEXT", "text.txt"):
         (root / name).write_text("what is the weather like if it is on and not in a " * 3000)
     (root / "recipe.yaml").write_text("rotations: none\nquantize: w4-rtn\n")
@@ -235,7 +236,7 @@ def test_what_is_whole_begins_to_work(number: int, desk: Path, monkeypatch: pyte
         words = [*_as_export(words), "--force"]
     if words[0] != "spinpass" or words[1:] == ["schemes"]:  # which opens nothing
         return
-    for place in ("folders.making", "folders.checkpoint", "cli.plan", "cli.tune", "evaluation.scoring"):
+    for place in ("folders.making", "folders.checkpoint", "cli.plan", "cli.tune", "cli.verify", "evaluation.scoring"):
         monkeypatch.setattr(f"spinpass.{place}.load_model", reach)
     for place in ("verify", "rotate"):
         monkeypatch.setattr(f"spinpass.cli.{place}.load_program", reach)

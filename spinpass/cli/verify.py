@@ -45,7 +45,9 @@ def verify_command(
     finish(after)
     file = after / "model.onnx" if after.is_dir() else after
     models = before.suffix != ".pt2" and (before.is_dir() or before.suffix == ".gguf")
-    if models and not (after / "model.onnx").is_file():
+    if models and file.suffix == ".onnx" and file.is_file():
+        raise ConfigError(f"{after} holds an ONNX file, to be compared with a program: name a .pt2 file, not {before}")
+    if models:
         _verify_models(screen, before, after, matrices)
         return
     if matrices is not None:
