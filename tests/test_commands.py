@@ -187,7 +187,7 @@ def test_a_command_that_there_is_not_is_seen(command: str, why: str) -> None:
 def test_every_option_that_a_message_names_is_there() -> None:
     known: Any = typer.main.get_command(commands.app).commands  # type: ignore[attr-defined]
     there = {name for command in known.values() for param in command.params for name in (*param.opts, *param.secondary_opts)}
-    there |= {"--help", "--version", "--model", "--weights", "--no-deps"}
+    there |= {"--help", "--version", "--model", "--weights", "--no-deps", "--nproc-per-node"}  # pip's and torchrun's too
     named = {
         (option, path.name) for path in (ROOT / "spinpass").rglob("*.py") for text in strings(path)
         for option in re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", text)
