@@ -23,7 +23,7 @@ from .layouts import CheckpointLayout
 _TEXT = range(3, 23)  # token ids
 _TOO_LARGE = "a model of more than 100 MB is not loaded as a whole: its integers are read back, a weight at a time"
 _SEVERAL = "transformers reads zero points of compressed-tensors of one width alone"
-_NO_PACKAGE = "compressed-tensors is not installed: pip install spinpass[compressed-tensors]"
+_NO_PACKAGE = "compressed-tensors is not installed: pip install 'spinpass[compressed-tensors]'"
 
 
 def tried_layout(
