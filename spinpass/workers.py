@@ -110,6 +110,7 @@ def joined_team() -> Iterator[Team]:
         return
     team = _Ranks(*_store())
     try:
+        _take_own_device()
         team.join()
         yield team
     except (Exception, KeyboardInterrupt) as error:
@@ -117,6 +118,13 @@ def joined_team() -> Iterator[Team]:
         raise
     finally:
         team.leave()
+
+
+def _take_own_device() -> None:
+    """Let ``cuda`` without a number be another device in each rank of a machine, as torchrun counts them."""
+    place = int(os.environ.get("LOCAL_RANK", "0"))
+    if torch.cuda.is_available() and place < torch.cuda.device_count():
+        torch.cuda.set_device(place)
 
 
 def _store() -> tuple[Store, int, int]:
