@@ -102,6 +102,17 @@ class Handle(Tensor):
         raise ProgramError("a constant that is read when it is used cannot be stored: call spinpass.materialize first")
 
     @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Call a function of torch; a product with rows that do not lie side by side would else be one of a matrix for
+        each sequence."""
+        if func in _LINEAR and isinstance(args[0], Tensor):
+            args = (args[0].contiguous(), *args[1:])
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **dict(kwargs or {}))
+
+    @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
@@ -119,7 +130,7 @@ class Handle(Tensor):
                     return found
         last = args[-1] if args else None
         if func in _PRODUCTS and isinstance(last, Handle) and last.turned and last.is_large and not kwargs:
-            return torch.cat([func(*_cut(args[:-1], rows), last.read(rows)) for rows in row_blocks(last.source)], -1)
+            return _by_blocks(func, args[:-1], last)
         if func._schema.is_mutable:
             pairs = zip((*args, *kwargs.values()), func._schema.arguments, strict=False)
             if isinstance(kwargs.get("out"), Handle) or any(
@@ -135,6 +146,15 @@ class Handle(Tensor):
 
 def _values(handle: Handle) -> Tensor:
     return handle.read().contiguous()  # as its strides say
+
+
+def _by_blocks(func: Any, operands: tuple[Any, ...], matrix: Handle) -> Tensor:
+    """Return a product with the transpose of a large source, a block of its rows at a time."""
+    x = operands[-1]
+    made = torch.empty(x.shape[0], matrix.shape[1], dtype=x.dtype, device=x.device)
+    for rows in row_blocks(matrix.source):
+        made[:, rows] = func(*_cut(operands, rows), matrix.read(rows))
+    return made
 
 
 def _cut(operands: tuple[Any, ...], rows: slice) -> tuple[Any, ...]:
@@ -161,6 +181,7 @@ def _looked_up(func: Any, table: Handle, args: tuple[Any, ...]) -> Tensor | None
 
 _SAME = {torch.ops.aten.detach.default, torch.ops.aten.alias.default}
 _LOOKUPS = {torch.ops.aten.embedding.default, torch.ops.aten.index_select.default}
+_LINEAR = {torch.nn.functional.linear, torch.ops.aten.linear.default}
 _PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -86,6 +86,17 @@ def test_a_product_reads_a_block_of_rows_at_a_time() -> None:
     table = handle(50, 16)
     nn.functional.linear(torch.randn(2, 16), table)
     assert max(Counted.reads) == 32 and sum(Counted.reads) == 50 * 16
+
+
+@pytest.mark.parametrize("linear", [nn.functional.linear, torch.ops.aten.linear.default], ids=["function", "operator"])
+def test_rows_that_do_not_lie_side_by_side_are_multiplied_by_blocks_too(linear: Any) -> None:
+    """torch would expand the matrix to one for each sequence, and read and copy it whole."""
+    weight = handle(64, 8)
+    x = torch.randn(2, 5, 8)[:, -1:]
+    assert not x.is_contiguous()
+    got = linear(x, weight, torch.arange(64.0))
+    assert max(Counted.reads) < 64 * 8 and type(got) is Tensor
+    torch.testing.assert_close(got, nn.functional.linear(x, weight.read(), torch.arange(64.0)))
 
 
 def test_nothing_is_written_into_it() -> None:
