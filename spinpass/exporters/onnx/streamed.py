@@ -32,6 +32,8 @@ def pieces_of(held: ir.TensorProtocol) -> list[Piece]:
     """Return the pieces in which a tensor is written, in order."""
     if isinstance(held, (HandleTensor, RowsTensor)):
         return held.pieces()
+    if isinstance(held, PartTensor):
+        return [Piece(held.nbytes, held.tofile)]
     return [Piece(held.nbytes, lambda file: file.write(held.tobytes()))]
 
 
@@ -94,6 +96,11 @@ class ConstantPart:
         """That of the initializer."""
         return tuple(self.constant.shape[axis] for axis in self.axes)
 
+    @property
+    def transposes(self) -> bool:
+        """Say whether it is the transpose of a matrix."""
+        return self.index is None and self.order == (1, 0)
+
     def permuted(self, order: Sequence[int]) -> ConstantPart:
         """Return what a Transpose makes of it."""
         return ConstantPart(self.constant, tuple(self.order[axis] for axis in order))
@@ -123,6 +130,26 @@ class PartTensor(ir.LazyTensor):
     def __init__(self, part: ConstantPart, name: str, dtype: ir.DataType) -> None:
         super().__init__(lambda: TorchTensor(part.read(), name=name), dtype, ir.Shape(part.shape), name=name)
         self.part = part
+
+    def tofile(self, file: Any) -> None:
+        """Write the bytes: of the transpose of a large matrix a block of its rows at a time."""
+        held = self.part.constant.detach()
+        if isinstance(held, Handle) and held.is_large and not held.turned and self.part.transposes:
+            _write_transposed(held, file)
+        else:
+            super().tofile(file)
+
+
+def _write_transposed(held: Handle, file: Any) -> None:
+    """Write a matrix by its columns. Each block of rows is a part of every column, which goes to its place."""
+    (length, columns), size, start = held.shape, held.dtype.itemsize, file.tell()
+    for rows in row_blocks(held.source):
+        block = held.read(rows)
+        first, width = rows.indices(length)[0], len(block) * size
+        content = memoryview(TorchTensor(block.t().contiguous()).tobytes())
+        for column in range(columns):
+            file.seek(start + (column * length + first) * size)
+            file.write(content[column * width : (column + 1) * width])
 
 
 def part_of(held: ir.TensorProtocol | None) -> ConstantPart | None:
