@@ -330,7 +330,7 @@ def test_settings_of_matrices_are_not_options() -> None:
 def test_the_better_of_two_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, better: str) -> None:
     model = folders.model_folder(tmp_path / "model")
     scored, ratios = folder_card.scored_card, iter([1.5, 1.25] if better == "original" else [1.25, 1.5])
-    monkeypatch.setattr(folder_onnx, "scored_card", lambda *given: replace(scored(*given), ratio=next(ratios)))  # type: ignore[type-var]
+    monkeypatch.setattr(folder_onnx, "scored_card", lambda *given, **more: replace(scored(*given, **more), ratio=next(ratios)))  # type: ignore[type-var]
     made = run("export", model, tmp_path / "out", "--recipe", "quick", "--samples", 2, "--compare", "--no-verify")
     assert made.exit_code == 0, made.stderr
     manifest = json.loads((tmp_path / "out" / "spinpass.json").read_text())

@@ -55,7 +55,7 @@ def test_the_function_takes_what_the_request_holds() -> None:
     parameters = inspect.signature(export).parameters
     held = {field.name: field.default for field in fields(ExportRequest) if field.init and field.name not in ("model", "out", "config")}
     assert {name: p.default for name, p in parameters.items() if name in held} == held
-    assert parameters.keys() - held.keys() == {"model", "out", "config", "steps"}
+    assert parameters.keys() - held.keys() == {"model", "out", "config", "steps", "team"}
     assert parameters["config"].default == spinpass.RotationConfig(), "rotated unless told otherwise"
 
 
