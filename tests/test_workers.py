@@ -123,3 +123,43 @@ except errors.WorkerError as error:
     held = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
     (found,) = ranks.run(tmp_path, alone, size=2, port=held.port, extra={"TORCHELASTIC_USE_AGENT_STORE": "True"})
     assert found.stdout.strip() == "rank 1 of 2 did not come within 1 s: start it", found
+
+
+def test_a_rank_that_is_ended_while_it_waits_says_so(tmp_path: Path) -> None:
+    """By a launcher, as another has failed before it came."""
+    script = """
+import threading
+threading.Timer(1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+try:
+    with joined_team():
+        pass
+except errors.WorkerError as error:
+    print(error)
+"""
+    held = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
+    command = [sys.executable, "-c", BEGIN + script]
+    (found,) = ranks.run(tmp_path, command, size=2, port=held.port, extra={"TORCHELASTIC_USE_AGENT_STORE": "True"})
+    assert found.stdout.startswith("rank 1 of 2 was lost (no sign of it for 4 s)") and not found.stderr, found
+
+
+def test_an_error_of_one_rank_alone_is_that_of_all_and_they_go_on(tmp_path: Path) -> None:
+    script = """
+class OfARuntime(errors.ExportError):
+    pass
+def failing(team):
+    if team.rank == 0:
+        raise OfARuntime("the file died")
+    return team.rank
+def act(team):
+    try:
+        team.made(lambda: failing(team))
+    except errors.ExportError as error:
+        return [type(error).__name__, str(error), team.made(lambda: team.rank), team.told(7)]
+ended(act)
+"""
+    found = ranks.run_script(tmp_path, BEGIN + script, seconds=60)
+    assert [each.returncode for each in found] == [0, 0], found
+    said = [json.loads(each.stdout) for each in found]
+    assert said == [["OfARuntime", "the file died", [0, 1], 7], ["ExportError", "the file died", [0, 1], 7]]
+    with pytest.raises(KeyError):
+        Team().made(lambda: {}["no error of spinpass"])
