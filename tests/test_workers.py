@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from spinpass.workers import Team, joined_team
+from spinpass.workers import Team, joined_team, launched
 from tests.support import ranks
 
 BEGIN = """
@@ -29,6 +29,13 @@ def ended(act):
         print(json.dumps([type(error).__name__, str(error), team.speaks]))
         sys.exit(3)
 """
+
+
+def test_a_rank_of_nothing_is_a_process_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Schedulers number nodes in the same variable."""
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert launched() == (0, 1)
 
 
 def test_a_process_by_itself_is_a_team() -> None:
