@@ -109,7 +109,7 @@ class Team:
 
 
 def launched() -> tuple[int, int]:
-    """Return the rank of this process and how many there are, as torchrun says; (0, 1) without it, whatever else is set."""
+    """Return the rank of this process and how many there are, as torchrun says; (0, 1) without it."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     return int(os.environ.get("RANK", "0")) if size > 1 else 0, size
 

@@ -170,3 +170,25 @@ ended(act)
     assert said == [["OfARuntime", "the file died", [0, 1], 7], ["ExportError", "the file died", [0, 1], 7]]
     with pytest.raises(KeyError):
         Team().made(lambda: {}["no error of spinpass"])
+
+
+def test_a_file_that_dies_while_it_is_scored_keeps_nobody_waiting(tmp_path: Path) -> None:
+    script = """
+from spinpass.evaluation import compare
+class Model:
+    def logits(self, ids):
+        return torch.zeros(len(ids), 9)
+class File(Model):
+    def logits(self, ids):
+        if ids[0] == 2:  # of the window that rank 0 reads second
+            raise errors.ExportError("the file died")
+        return super().logits(ids)
+def act(team):
+    try:
+        compare(Model(), File(), [[k, 1, 1] for k in range(4)], team=team)
+    except errors.ExportError as error:
+        return [str(error), team.gathered(team.rank)]
+ended(act)
+"""
+    found = ranks.run_script(tmp_path, BEGIN + script, seconds=60)
+    assert [json.loads(each.stdout) for each in found] == [["the file died", [0, 1]]] * 2, found
