@@ -63,8 +63,8 @@ class Silent:
 class Course:
     """How far a run is of the steps that were expected of it, and how long what is left may take.
 
-    Steps that come unexpected are counted as they come, and those that do not come as done. A step may be expected by
-    the first of its words.
+    Steps that come unexpected are counted as they come, and those that do not come as done. A step that says what it is
+    done in ("try in …") may be expected without that.
     """
 
     def __init__(self, steps: Sequence[tuple[str, float]] = ()) -> None:
@@ -80,7 +80,7 @@ class Course:
             self._spent += spent
             self._foreseen += self._steps[self._at][1]
         behind = range(self._at + 1, len(self._steps))
-        found = next((k for k in behind if self._steps[k][0] in (name, name.partition(" ")[0])), None)
+        found = next((k for k in behind if self._steps[k][0] in (name, name.partition(" in ")[0])), None)
         if found is None:
             self._steps.insert(self._at + 1, (name, 0.0))
             found = self._at + 1

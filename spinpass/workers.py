@@ -15,7 +15,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from types import FrameType
@@ -84,6 +84,20 @@ class Team:
         """Return what each rank has given, which JSON can hold, by rank. No rank goes on before all have come here."""
         return [value]
 
+    def made(self, make: Callable[[], _T]) -> list[_T]:
+        """Return what each rank makes, as :meth:`gathered`. Where a rank raises an error of spinpass, all raise that of
+        the first such rank, and may go on together."""
+        own: SpinpassError | None = None
+        try:
+            said: dict[str, Any] = {"made": make()}
+        except SpinpassError as error:
+            own, said = error, {"failed": [_kind_of(error), str(error)]}
+        every = self.gathered(said)
+        for rank, each in enumerate(every):
+            if "failed" in each:
+                raise own if own is not None and rank == self.rank else _error_of(rank, self.size, *each["failed"])
+        return [each["made"] for each in every]
+
     @contextmanager
     def as_one(self) -> Iterator[None]:
         """Let an error of one rank be that of all.
@@ -96,7 +110,8 @@ class Team:
 
 def launched() -> tuple[int, int]:
     """Return the rank of this process and how many there are, as torchrun says; (0, 1) without it."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    return int(os.environ.get("RANK", "0")) if size > 1 else 0, size
 
 
 @contextmanager
@@ -111,7 +126,8 @@ def joined_team() -> Iterator[Team]:
     team = _Ranks(*_store())
     try:
         _take_own_device()
-        team.join()
+        with team.as_one():  # a launcher may end it meanwhile
+            team.join()
         yield team
     except (Exception, KeyboardInterrupt) as error:
         team.fail(error)
@@ -221,6 +237,12 @@ class _Watch(threading.Thread):
         return WorkerError(f"rank {rank} of {self._size} was lost ({how}): {_AGAIN}")
 
 
+def _kind_of(error: BaseException) -> str:
+    """Return the name of an error's class, of the nearest public one where it is of spinpass."""
+    public = (kind.__name__ for kind in type(error).__mro__ if getattr(errors, kind.__name__, None) is kind)
+    return next(public, type(error).__name__)
+
+
 def _error_of(rank: int, size: int, kind: str, message: str) -> SpinpassError:
     """Return the error that a rank has ended with."""
     found = getattr(errors, kind, None)
@@ -300,7 +322,7 @@ class _Ranks(Team):
 
     def fail(self, error: BaseException) -> None:
         """Let all ranks end with this error, unless they do with another."""
-        said = {"rank": self.rank, "type": type(error).__name__, "message": str(error)}
+        said = {"rank": self.rank, "type": _kind_of(error), "message": str(error)}
         with suppress(Exception):  # the store may be what has failed
             PrefixStore("watch", self._store).compare_set(_FAILED, "", json.dumps(said))
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from spinpass.workers import Team, joined_team
+from spinpass.workers import Team, joined_team, launched
 from tests.support import ranks
 
 BEGIN = """
@@ -29,6 +29,13 @@ def ended(act):
         print(json.dumps([type(error).__name__, str(error), team.speaks]))
         sys.exit(3)
 """
+
+
+def test_a_rank_of_nothing_is_a_process_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Schedulers number nodes in the same variable."""
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert launched() == (0, 1)
 
 
 def test_a_process_by_itself_is_a_team() -> None:
@@ -123,3 +130,65 @@ except errors.WorkerError as error:
     held = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
     (found,) = ranks.run(tmp_path, alone, size=2, port=held.port, extra={"TORCHELASTIC_USE_AGENT_STORE": "True"})
     assert found.stdout.strip() == "rank 1 of 2 did not come within 1 s: start it", found
+
+
+def test_a_rank_that_is_ended_while_it_waits_says_so(tmp_path: Path) -> None:
+    """By a launcher, as another has failed before it came."""
+    script = """
+import threading
+threading.Timer(1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+try:
+    with joined_team():
+        pass
+except errors.WorkerError as error:
+    print(error)
+"""
+    held = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
+    command = [sys.executable, "-c", BEGIN + script]
+    (found,) = ranks.run(tmp_path, command, size=2, port=held.port, extra={"TORCHELASTIC_USE_AGENT_STORE": "True"})
+    assert found.stdout.startswith("rank 1 of 2 was lost (no sign of it for 4 s)") and not found.stderr, found
+
+
+def test_an_error_of_one_rank_alone_is_that_of_all_and_they_go_on(tmp_path: Path) -> None:
+    script = """
+class OfARuntime(errors.ExportError):
+    pass
+def failing(team):
+    if team.rank == 0:
+        raise OfARuntime("the file died")
+    return team.rank
+def act(team):
+    try:
+        team.made(lambda: failing(team))
+    except errors.ExportError as error:
+        return [type(error).__name__, str(error), team.made(lambda: team.rank), team.told(7)]
+ended(act)
+"""
+    found = ranks.run_script(tmp_path, BEGIN + script, seconds=60)
+    assert [each.returncode for each in found] == [0, 0], found
+    said = [json.loads(each.stdout) for each in found]
+    assert said == [["OfARuntime", "the file died", [0, 1], 7], ["ExportError", "the file died", [0, 1], 7]]
+    with pytest.raises(KeyError):
+        Team().made(lambda: {}["no error of spinpass"])
+
+
+def test_a_file_that_dies_while_it_is_scored_keeps_nobody_waiting(tmp_path: Path) -> None:
+    script = """
+from spinpass.evaluation import compare
+class Model:
+    def logits(self, ids):
+        return torch.zeros(len(ids), 9)
+class File(Model):
+    def logits(self, ids):
+        if ids[0] == 2:  # of the window that rank 0 reads second
+            raise errors.ExportError("the file died")
+        return super().logits(ids)
+def act(team):
+    try:
+        compare(Model(), File(), [[k, 1, 1] for k in range(4)], team=team)
+    except errors.ExportError as error:
+        return [str(error), team.gathered(team.rank)]
+ended(act)
+"""
+    found = ranks.run_script(tmp_path, BEGIN + script, seconds=60)
+    assert [json.loads(each.stdout) for each in found] == [["the file died", [0, 1]]] * 2, found

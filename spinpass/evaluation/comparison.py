@@ -142,7 +142,7 @@ def compare(
 ) -> Comparison:
     """Let both decoders read every window. ``progress`` and ConfigError are as in :func:`perplexity`.
 
-    Of a ``team`` each rank reads its share, and all return the same.
+    Of a ``team`` each rank reads its share, and all return the same, or raise the same error.
     """
     return compare_each(before, [after], windows, progress, team)[0]
 
@@ -158,9 +158,20 @@ def compare_each(
     if not windows:
         raise ConfigError("there are no windows to evaluate on")
     team = team or Team()
+    every = team.made(lambda: _read(before, others, team.dealt(windows), progress))
+    read = [every[k % team.size][k // team.size] for k in range(len(windows))]
+    tokens = sum(len(ids) - 1 for ids in windows)
+    first, *rest = (Perplexity(tuple(each[k][0] for each in read), tokens) for k in range(1 + len(others)))
+    return [
+        Comparison(first, after, sum(each[k][1] for each in read) / tokens, tuple(each[k][2] for each in read))
+        for k, after in enumerate(rest, 1)
+    ]
+
+
+def _read(before: Scorer, others: Sequence[Scorer], windows: Windows, progress: Progress | None) -> list[list[_Read]]:
+    """Let all decoders read windows; of each window return what ``before`` and the others make of it."""
     own: list[list[_Read]] = []
-    share = team.dealt(windows)
-    for done, ids in enumerate(share):
+    for done, ids in enumerate(windows):
         following = ids[1:]
         expected = before.logits(ids)[:-1]
         own.append([(_loss(expected, following), len(following), 0.0)])
@@ -169,15 +180,8 @@ def compare_each(
             equal = int((expected.argmax(-1) == found.argmax(-1)).sum())
             own[-1].append((_loss(found, following), equal, _divergence(expected, found)))
         if progress is not None:
-            progress(done + 1, len(share))
-    every = team.gathered(own)
-    read = [every[k % team.size][k // team.size] for k in range(len(windows))]
-    tokens = sum(len(ids) - 1 for ids in windows)
-    first, *rest = (Perplexity(tuple(each[k][0] for each in read), tokens) for k in range(1 + len(others)))
-    return [
-        Comparison(first, after, sum(each[k][1] for each in read) / tokens, tuple(each[k][2] for each in read))
-        for k, after in enumerate(rest, 1)
-    ]
+            progress(done + 1, len(windows))
+    return own
 
 
 def _loss(logits: Tensor, following: Sequence[int]) -> float:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -103,9 +103,10 @@ def _scored(loaded: LoadedModel, folder: Path, program: ExportedProgram | None) 
 
 
 def score_share(loaded: LoadedModel, folder: Path, team: Team) -> None:
-    """Read this rank's share of the windows that rank 0 of a team scores a folder on."""
+    """Read this rank's share of the windows that rank 0 of a team scores a folder on. Where that cannot be done, rank 0
+    says so."""
     if team.told(None):
-        with _scored(loaded, folder, None) as asked:
+        with _scored(loaded, folder, None) as asked, suppress(ConfigError, ExportError, ProgramError):
             compare(asked.before, asked.after, asked.cut, team=team)
 
 

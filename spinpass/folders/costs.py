@@ -8,7 +8,8 @@ folds and copies of values, products. Memory is the largest of what stands toget
 | the graph | some for each tensor |
 | a program that is not read from files | its constants; twice when it was rotated |
 | a certificate | the largest constant in float64, or blocks of it |
-| GPTQ at one weight (out, in) | 40·in² or 20·in² + 45·out·in + 24·out·groups², operands and streams of all windows |
+| GPTQ at one weight (out, in) | 40·in² or 20·in² + 5·out·in + 45·k·in + 24·k·groups² of k rows, windows' operands |
+| a file that is tried | twice its bytes, in the runtime |
 | training | at least the codes, the scales with their moments, the logits of a window |
 """
 
@@ -30,8 +31,10 @@ _BLOCKS = 100 << 20  # bytes of blocks, in float64, with what is made of them
 _SEARCHED = 6_000  # how often a weight is passed over while the range of its group is searched
 _PASSED = 12_000  # how often a weight is passed over, column by column within its block
 _TRAINED, _WIDE = 20.0, 1 << 10  # bytes of a scale that is trained; weights of a group that is a whole row, about
+_FEW, _CODED = 1024, 5.0  # rows that GPTQ rounds at once; bytes of a weight as it is read, and of its code
 _ROOM = 50 << 20  # bytes of what is made of a constant in float64
 _PACKED = 2.3  # bytes for each weight, of codes that a file is written from
+_SESSION = 2.0  # bytes of a runtime, here or in a process of its own, for each of the file that it has opened
 _LOGITS = 24  # bytes for each logit of a window that is scored: both models', copies, their softmax in blocks
 _TRANSLATED = 0.8e6  # bytes of an ONNX graph for each tensor
 _GRAPH, _TENSOR = 80 << 20, 0.4e6  # bytes of a program and what runs it
@@ -133,18 +136,19 @@ def _rounding_seconds(work: Workload, rates: Rates) -> float:
 def memory_of(step: str, work: Workload) -> int:
     """Return the most bytes that the process has in a step, beyond its imports."""
     graph = _GRAPH + _TENSOR * work.tensors
-    held = 0 if work.streams else work.values * work.width * _copies(step, work)
+    held = work.merged if work.streams else work.values * work.width * _copies(step, work)
     return int(graph + held + max(_beside(step, work), default=0))
 
 
 _BEFORE = ("load", "export", "compare", "plan")
 _ROUNDED = ("quantize", "onnx: translate")
+_THERE = ("rotate", "certify", "quantize")  # on another device, if there is one
 _LATE = ("onnx: write", "onnx: certify", "pack", "write", "try", "score the file")
 
 
 def _copies(step: str, work: Workload) -> int:
     """Return how often the constants of a program that is in memory are there: as loaded, rotated, rounded."""
-    if step in _BEFORE:
+    if step in _BEFORE or (work.elsewhere and step in _THERE):
         return 1
     rounds = work.scheme is not None
     return 1 + max(work.rotates, rounds) + (step in _ROUNDED and rounds and work.rotates)
@@ -152,6 +156,8 @@ def _copies(step: str, work: Workload) -> int:
 
 def _beside(step: str, work: Workload) -> Iterator[float]:
     """Yield what stands beside the program at one moment or another of a step."""
+    if work.elsewhere and step in _THERE:
+        return
     if step == "load" and not work.streams:
         yield work.stored
     if step == "certify":
@@ -164,7 +170,7 @@ def _beside(step: str, work: Workload) -> Iterator[float]:
         yield from _of_rounding(work)
     if work.scheme is not None and step in _LATE:
         packed = _PACKED * work.values
-        session = 4.0 * work.written + _ROOM if step in ("try", "score the file") else 0.0
+        session = _SESSION * work.written + _ROOM if step in ("try", "score the file") else 0.0
         scored = _LOGITS * CALIBRATION_LENGTH * work.vocabulary if step == "score the file" else 0.0
         yield (0.0 if work.streams else packed) + session + scored
 
@@ -188,7 +194,9 @@ def _of_rounding(work: Workload) -> Iterator[float]:
     gptq = scheme.weights.method == "gptq" and bool(work.tokens)
     for rows, columns in work.linears:
         groups = columns // (scheme.weights.group_size or columns)
-        at_once = 45.0 * rows * columns + 24.0 * rows * groups**2 if gptq else 30.0 * rows * columns
+        few = min(rows, _FEW)
+        swept = 45.0 * few * columns + 24.0 * few * groups**2 + _CODED * rows * columns
+        at_once = swept if gptq else 30.0 * rows * columns
         hessian = 20.0 * columns**2 if gptq else 0.0
         streams = 4.0 * work.tokens * (2 * work.hidden + columns)
         yield streams + hessian + max(at_once, hessian)

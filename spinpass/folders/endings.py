@@ -12,7 +12,10 @@ from spinpass.progress import Steps
 
 from .request import ExportRequest
 
-_NO_MEMORY = ("DefaultCPUAllocator: can't allocate", "Cannot allocate memory", "CUDA out of memory")
+_NO_MEMORY = (  # of torch, the system and ONNX Runtime
+    "DefaultCPUAllocator: can't allocate", "Cannot allocate memory", "CUDA out of memory",
+    "Failed to allocate memory for requested buffer", "bad_alloc",
+)  # fmt: skip
 
 
 @contextmanager

@@ -4,7 +4,7 @@
 
 Memory is the process's own beyond its imports, at the largest of the steps; ``python -m benchmarks.memory`` compares it
 with runs. For targets other than ONNX, and where no header has shapes, it is a bound from below: the program and what
-it becomes. What the runtime takes that tries the written folder, in a process of its own, is not in it.
+it becomes. What the runtime takes that tries a rounded file is in it, also where that is a process of its own.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Forecast:
             read_bytes=work.stored * work.reads,
             written_bytes=work.written,
             disk_bytes=work.written + work.intermediate,
-            exact=work.known and work.target == "onnx" and not work.trains,
+            exact=work.known and work.target == "onnx" and not work.trains and not work.elsewhere,
         )
 
     @property
@@ -82,8 +82,9 @@ class Forecast:
 
     @property
     def least_bytes(self) -> int:
-        """The memory below which the run cannot be: the forecast without its margin."""
-        return int(self.memory_bytes / (1 + MARGIN)) if self.exact else self.memory_bytes
+        """The memory below which the run cannot be: the forecast less its margin, which bounds from below have as well,
+        as they are made of the same fitted numbers."""
+        return int(self.memory_bytes * (1 - MARGIN))
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON-able values."""

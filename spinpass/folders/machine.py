@@ -127,13 +127,15 @@ def _number(file: Path) -> int | None:
 
 
 def _file_pages(stat: Path) -> int:
-    """Return the bytes of files that a group holds and that the system takes back when it needs them."""
+    """Return the bytes that a group holds of files, and of what is known of them, and that the system takes back."""
     try:
         entries = dict(line.split() for line in stat.read_text(encoding="utf-8").splitlines())
     except (OSError, ValueError):
         return 0
     names = (
-        ("total_inactive_file", "total_active_file") if "total_cache" in entries else ("inactive_file", "active_file")
+        ("total_inactive_file", "total_active_file")
+        if "total_cache" in entries
+        else ("inactive_file", "active_file", "slab_reclaimable")
     )
     return sum(int(entries.get(name, 0)) for name in names)
 

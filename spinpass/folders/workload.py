@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from spinpass.evaluation import CALIBRATION_LENGTH
+from spinpass.graph import HOST
 from spinpass.loading import StoredModel
 from spinpass.quantization import QuantizationConfig, Weights
 
@@ -40,6 +41,8 @@ class Workload:
         files: where they are.
         known: whether the shapes are those of a header.
         streams: the weights stay in their files.
+        merged: bytes of those that do not, as loading puts them together.
+        elsewhere: what is folded and rounded stands in the memory of another device.
         target: of the export.
         width: bytes of a weight in the program.
         tensors: how many of them have more than one value, which says how large the graph is.
@@ -57,6 +60,8 @@ class Workload:
     files: tuple[Path, ...]
     known: bool
     streams: bool
+    merged: int
+    elsewhere: bool
     target: str
     width: int
     tensors: int
@@ -96,7 +101,8 @@ class Workload:
         to_onnx, trusted = request.to == "onnx", request.trust_remote_code or request.dequantize
         return cls(
             values=stored.values, stored=stored.bytes, files=stored.files, known=bool(matrices),
-            streams=stored.streams and to_onnx and not trusted, target=request.to,
+            streams=stored.streams and to_onnx and not trusted, merged=stored.merged,
+            elsewhere=request.device != HOST, target=request.to,
             width=_BYTES.get(dtype if request.dtype == "auto" else request.dtype, 2),
             tensors=sum(math.prod(shape) > 1 for shape in stored.shapes), linears=dict(linears), tables=dict(tables),
             tokens=count * CALIBRATION_LENGTH if reads else 0, rotates=request.config is not None,
@@ -134,8 +140,8 @@ class Workload:
 
     @property
     def largest(self) -> int:
-        """Values of the largest constant that is read at once."""
-        return max((math.prod(shape) for shape in (*self.linears, *self.tables)), default=self.values)
+        """Values of the largest constant that is read at once; 0 where no shape is known."""
+        return max((math.prod(shape) for shape in (*self.linears, *self.tables)), default=0)
 
     @property
     def table_values(self) -> int:

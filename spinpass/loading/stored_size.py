@@ -17,6 +17,7 @@ from .sources import Source
 from .streamed import can_stream
 
 _CODES = {"I32": 32, "U8": 8, "I8": 8}  # bits of the integers that hold codes
+_TURNED, _BESIDE = ".qweight", (".qzeros", ".scales", ".g_idx")  # GPTQ's: (in, out), and what belongs to the codes
 
 
 @dataclass(frozen=True)
@@ -24,17 +25,20 @@ class StoredModel:
     """The tensors of a model's files.
 
     Attributes:
-        shapes: of all tensors that hold values. What lies packed in integers is counted by the bits that config.json
-            names, along the last axis, so that the number may be a little off.
+        shapes: of all tensors that hold values, of a matrix (out, in). What lies packed in integers is counted by the
+            bits that config.json names, along the last axis but for GPTQ's, so that the number may be a little off.
         bytes: of the files.
-        streams: the weights can stay in their files, as they are of a large folder of safetensors.
+        streams: the weights can stay in their files, as those of a large folder of safetensors or GGUF file do.
         files: where they are.
+        merged: bytes of the matrices of experts, which loading puts together into stacks in memory. Their shapes are
+            those of the stacks.
     """
 
     shapes: tuple[tuple[int, ...], ...]
     bytes: int
     streams: bool
     files: tuple[Path, ...]
+    merged: int = 0
 
     @property
     def values(self) -> int:
@@ -58,9 +62,11 @@ def stored_model(source: Source) -> StoredModel | None:
         bits = int(packed.get("bits") or (4 if packed.get("quant_method") == "mxfp4" else 8))
         found = weight_files(None, source.location).values()  # of a folder, nothing is asked of transformers
         files = tuple(file for file in found if file.suffix == ".safetensors")
-        shapes = [shape for file in files for shape in _of_header(safetensors_header(file), bits)]
+        headers = [safetensors_header(file) for file in files]
+        single, stacks, merged = _without_experts({k: v for each in headers for k, v in each.items()}, config)
+        shapes = (*stacks, *_of_header(single, bits))
         size = sum(file.stat().st_size for file in files)
-        return StoredModel(tuple(shapes), size, not packed and can_stream(files), files) if shapes else None
+        return StoredModel(shapes, size, not packed and can_stream(files), files, merged) if shapes else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, SpinpassError):
         return None
 
@@ -73,14 +79,41 @@ def count_values(source: Source) -> int | None:
 
 def _of_header(header: Mapping[str, Any], bits: int) -> list[tuple[int, ...]]:
     """Return the shapes of the values of all tensors, k for an integer that holds k codes."""
-    found = []
-    for entry in header.values():
+    found: list[tuple[int, ...]] = []
+    for name, entry in header.items():
         held = max(1, _CODES.get(entry["dtype"], 0) // bits)
         *outer, last = entry["shape"] or [1]
-        found.append((*outer, last * held))
+        stem, _, part = name.rpartition(".")
+        if name.endswith(_TURNED) and len(outer) == 1:
+            found.append((last, outer[0] * held))
+        elif f".{part}" not in _BESIDE or stem + _TURNED not in header:
+            found.append((*outer, last * held))
     return found
+
+
+def _without_experts(
+    header: Mapping[str, Any], config: Mapping[str, Any]
+) -> tuple[dict[str, Any], list[tuple[int, ...]], int]:
+    """Return what is not a matrix of floats of an expert, the shapes of stacks of those that are, and their bytes.
+
+    As many matrices of a layer as the configuration says that there are experts differ in their number alone.
+    """
+    about = (*config.items(), *(config.get("text_config") or {}).items())
+    counts = {number for key, number in about if "expert" in key and isinstance(number, int)}
+    groups: dict[tuple[Any, ...], list[str]] = {}
+    for name, entry in header.items():
+        parts = name.split(".")
+        numbers = [k for k, part in enumerate(parts) if part.isdecimal()]
+        if len(numbers) > 1 and len(entry["shape"]) == 2 and entry["dtype"] not in _CODES:
+            parts[numbers[-1]] = ""
+            groups.setdefault((*parts, *entry["shape"]), []).append(name)
+    stacks = [names for names in groups.values() if len(names) > 1 and len(names) in counts]
+    merged = {name for names in stacks for name in names}
+    size = sum(end - start for start, end in (header[name]["data_offsets"] for name in merged))
+    shapes = [(len(names), *header[names[0]]["shape"]) for names in stacks]
+    return {name: entry for name, entry in header.items() if name not in merged}, shapes, size
 
 
 def _of_gguf(file: Path) -> StoredModel:
     shapes = tuple(tensor.shape for tensor in gguf_header(file).tensors.values())
-    return StoredModel(shapes, file.stat().st_size, False, (file,))
+    return StoredModel(shapes, file.stat().st_size, can_stream([file]), (file,))

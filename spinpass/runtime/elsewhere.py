@@ -29,6 +29,7 @@ from .onnx_session import NoKernelError
 _CHILD = "import sys; sys.path[:] = sys.argv[1:]; from spinpass.runtime.served import serve; serve()"
 _KINDS = {kind.__name__: kind for kind in (ConfigError, DamageError, ExportError, NoKernelError, VerificationError)}
 _REPORT = 2**10  # characters of what a dying process says
+_KILLED = -9  # SIGKILL
 _LENGTH = 8  # bytes in front of a message, which say how long it is
 
 
@@ -45,7 +46,7 @@ class Elsewhere:
 
         Raises:
             ConfigError, DamageError, ExportError, NoKernelError, VerificationError: the runtime's own classes raise it
-                there; ExportError also where the process dies.
+                there; ExportError also where the process dies, from a MemoryError where the system has ended it.
         """
         assert self._process.stdin is not None and self._process.stdout is not None
         try:
@@ -55,7 +56,10 @@ class Elsewhere:
         else:
             answer = received(self._process.stdout)
         if answer is None:
-            raise ExportError(f"the process that ran the written folder died ({self._end()}): {self._last_words()}")
+            how, words = self._end(), self._last_words()
+            # no process ends itself by this signal, and the system ends those that take too much memory by it
+            cause = MemoryError(words) if self._process.returncode == _KILLED else None
+            raise ExportError(f"the process that ran the written folder died ({how}): {words}") from cause
         kind, found = answer
         if kind in _KINDS:
             raise _KINDS[kind](found)

@@ -40,7 +40,7 @@ class _Asked:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._process is not None:
-            self._process.close()
+            self._process.__exit__(kind, error, trace)  # which does not wait for what nobody wants any more
 
 
 class FileSession(_Asked):

@@ -98,9 +98,13 @@ def _continued(path: Path, request: Mapping[str, Any]) -> dict[str, dict[str, _A
     found: dict[str, dict[str, _Answer]] = {}
     for runtime, cases in request["cases"].items():
         print(f"running {runtime}", flush=True)  # what the parent tells where the next line kills this process
-        run = _RUNTIMES[runtime](path, request["threads"])
-        found[runtime] = {name: run(turns, request["new"]) for name, turns in cases.items()}
+        found[runtime] = _answers(_RUNTIMES[runtime](path, request["threads"]), cases, request["new"])
     return found
+
+
+def _answers(run: _Run, cases: Mapping[str, _Turns], new: int) -> dict[str, _Answer]:
+    """Run all cases. The runtime is let go on return, before the next one takes as much memory."""
+    return {name: run(turns, new) for name, turns in cases.items()}
 
 
 _Answer = tuple[list[list[int]], list[list[int]], list[Tensor] | None]

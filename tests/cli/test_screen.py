@@ -85,3 +85,11 @@ def test_what_is_left_goes_by_what_was() -> None:
     assert course.place == (3, 3) and course.left(0.0, None) == pytest.approx(100 * 205 / 105)
     assert course.left(400.0, 0.8) == pytest.approx(100)
     assert Course().left(1.0, 0.5) is None and Course().place is None
+
+
+def test_a_step_that_was_not_foreseen_is_not_taken_for_another() -> None:
+    """A model writes text to calibrate on long before its file is written."""
+    course = Course([("load", 1.0), ("plan", 1.0), ("write", 50.0), ("try", 1.0)])
+    for name, place in (("load", 1), ("write text 1", 2), ("plan", 3), ("write", 4), ("try in onnxruntime, OrtModel", 5)):
+        course.enter(name, 1.0)
+        assert course.place == (place, 4 if name == "load" else 5)

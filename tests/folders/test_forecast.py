@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,13 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from spinpass import RotationConfig
 from spinpass.errors import ConfigError, ExportError
 from spinpass.folders import ExportRequest, Forecast, Known, Rates, Workload, export, making
-from spinpass.folders.forecast import fitting
+from spinpass.folders.forecast import MARGIN, fitting
 from spinpass.folders.machine import _left_in_groups, free_memory
-from spinpass.loading import StoredModel
+from spinpass.loading import StoredModel, locate, stored_model
 from spinpass.progress import Silent
 from tests.support import folders
 
@@ -102,7 +104,10 @@ def test_what_cannot_fit_is_refused_before_it_is_loaded(tmp_path: Path, monkeypa
 
 
 def test_the_setting_that_fits_is_named() -> None:
-    whole = work(LARGE, bits=4)
+    whole = work(llama(1024, 256, 2816, 1000), bits=4)
+    assert whole.scheme is not None and whole.scheme.weights is not None
+    fine = replace(whole.scheme, weights=replace(whole.scheme.weights, group_size=16))
+    whole = replace(whole, scheme=fine)  # whose training takes more than its widest Hessian, and than its file
     needed = Forecast.of(whole).least_bytes
     assert fitting(whole, needed - 1).startswith("--recipe quick")
     read = work(llama(4096, 4, 2048, 1000), **GPTQ | {"calibration_windows": 64})
@@ -134,7 +139,8 @@ def test_a_control_group_counts(tmp_path: Path) -> None:
     (newer.parent / "memory.max").write_text("5000")
     (newer.parent / "memory.current").write_text("1000")
     process.write_text("0::/here\n")
-    assert list(_left_in_groups(tmp_path / "newer", process)) == [4000]
+    (newer.parent / "memory.stat").write_text("anon 500\ninactive_file 200\nactive_file 90\nslab_reclaimable 7\nslab 9\n")
+    assert list(_left_in_groups(tmp_path / "newer", process)) == [4297]
     assert free_memory() > 1 << 20
 
 
@@ -149,3 +155,62 @@ def test_a_program_has_a_bound_from_below(tmp_path: Path) -> None:
     known = Known.of(str(tmp_path / "m.pt2"), dequantize=False, trust_remote_code=False)
     found = known.workload(ExportRequest(str(tmp_path / "m.pt2"), tmp_path / "out", RotationConfig(), bits=16))
     assert found is not None and found.values == 1000 and not Forecast.of(found).exact
+    rotated = replace(found, values=10**9, stored=4 * 10**9)
+    assert Forecast.of(rotated).memory_bytes < 1.1 * 2 * 4e9, "no constant is taken to be the whole program"
+
+
+def test_an_error_within_the_margin_refuses_nothing() -> None:
+    for target in ("onnx", "openvino"):
+        foreseen = Forecast.of(work(LARGE, bits=4, recipe="plain", to=target))
+        assert foreseen.least_bytes == int(foreseen.memory_bytes * (1 - MARGIN))
+
+
+def test_integers_of_a_large_model_fit_where_their_file_does() -> None:
+    """The runtime that tries the file has it twice, whichever process it is in."""
+    plain = Forecast.of(work(LARGE, bits=4, recipe="plain"))
+    assert plain.memory_bytes < 3 * plain.written_bytes
+
+
+def test_a_large_gguf_file_stays_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = folders.gguf_file(tmp_path / "tiny.gguf")
+    asked = ExportRequest(str(path), tmp_path / "out", None, bits=16)
+    known = Known.of(str(path), dequantize=False, trust_remote_code=False)
+    small = known.workload(asked)
+    assert small is not None and not small.streams
+    monkeypatch.setattr("spinpass.loading.streamed.STREAMED_BYTES", 1000)
+    large = known.workload(asked)
+    assert large is not None and large.streams and Forecast.of(large).memory_bytes < Forecast.of(small).memory_bytes
+
+
+def headed(folder: Path, tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> StoredModel:
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(tensors, folder / "model.safetensors")
+    found = stored_model(locate(folder))
+    assert found is not None
+    return found
+
+
+def test_packed_weights_have_the_shape_of_what_they_stand_for(tmp_path: Path) -> None:
+    """GPTQ's lie (in, out): its square counts the inputs, of which there are few."""
+    parts = {"qweight": (64, 8192), "qzeros": (4, 1024), "scales": (4, 8192), "g_idx": (512,)}
+    tensors = {f"layers.0.{name}": torch.zeros(shape, dtype=torch.float16 if name == "scales" else torch.int32) for name, shape in parts.items()}
+    found = headed(tmp_path, tensors | {"norm.weight": torch.ones(3)}, {"quantization_config": {"quant_method": "gptq", "bits": 4}})
+    assert sorted(found.shapes) == [(3,), (8192, 512)]
+
+
+def test_experts_that_are_put_together_are_few_tensors_in_memory(tmp_path: Path) -> None:
+    tensors = {f"layers.{k}.experts.{n}.up.weight": torch.zeros(32, 16, dtype=torch.float16) for k in range(2) for n in range(8)}
+    others = {f"layers.{k}.sub.{n}.weight": torch.zeros(16, 16, dtype=torch.float16) for k in range(2) for n in range(3)}
+    found = headed(tmp_path, tensors | others, {"text_config": {"num_local_experts": 8}, "experts_kind": [1]})
+    assert sorted(found.shapes) == sorted([(8, 32, 16)] * 2 + [(16, 16)] * 6) and found.merged == 2 * 8 * 32 * 16 * 2
+    asked = ExportRequest(str(tmp_path), tmp_path / "out", None, bits=16)
+    made = Workload.of(asked, replace(found, streams=True))
+    assert made.tensors == 8 and made.linears[32, 16] == 16
+    assert Forecast.of(made).memory_bytes - Forecast.of(replace(made, merged=0)).memory_bytes == found.merged
+
+
+def test_what_another_device_holds_takes_no_memory_of_this_one() -> None:
+    here = work(llama(4096, 4, 14336, 1000), **GPTQ)
+    there = replace(here, elsewhere=True)
+    steps = [{step.name: step.bytes for step in Forecast.of(each).steps} for each in (here, there)]
+    assert steps[0]["quantize"] > 8e9 > 1e9 > steps[1]["quantize"] and not Forecast.of(there).exact

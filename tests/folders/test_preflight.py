@@ -15,6 +15,7 @@ from spinpass.errors import ConfigError, ExportError, ProgramError
 from spinpass.folders import ExportRequest, Known, carry_out, check_space, making, preflight
 from spinpass.loading import Source, count_values, locate
 from spinpass.progress import Silent
+from spinpass.workers import Team
 from tests.support import folders
 
 
@@ -151,7 +152,7 @@ def test_windows_that_are_asked_for_are_all_taken_for_the_cache_too(model: Path,
 
     text = tmp_path / "t"
     request = ExportRequest(str(model), tmp_path, None, bits=16, kv_cache="int8", calibration=text, calibration_windows=3)
-    asked = making._Run(request, lambda: None, "", 3, None, None)._cache_bits(text)  # type: ignore[arg-type, return-value]
+    asked = making._Run(request, lambda: None, "", 3, None, None, Team())._cache_bits(text)  # type: ignore[arg-type, return-value]
     assert asked == CacheBits(8, text, 3)
 
 

@@ -167,6 +167,13 @@ def test_what_never_comes_to_the_work_leaves_it(
     assert contents(out) == unbroken and os.listdir(tmp_path) == ["out"]
 
 
+def test_a_trial_that_the_system_ends_leaves_the_work(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("spinpass.runtime.elsewhere._CHILD", "import os; os.kill(os.getpid(), 9)")
+    with pytest.raises(ExportError, match="this machine's memory is not enough: "):
+        export(model, tmp_path / "out", RotationConfig(form="online"), **OPTIONS)
+    assert not (tmp_path / "out").exists() and KeptWork(work(tmp_path / "out")).count > 2
+
+
 def test_weights_that_change_underneath_are_seen(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At the end, and before what such a run fails with is believed. Nothing appears, and its work goes."""
     own = tmp_path / "model"

@@ -84,8 +84,18 @@ def test_a_process_that_is_killed_is_an_error(folder: Path) -> None:
         session.open()
         assert session._process is not None
         os.kill(session._process._process.pid, signal.SIGKILL)
-        with pytest.raises(ExportError, match=r"died \(signal 9\)"):
+        with pytest.raises(ExportError, match=r"died \(signal 9\)") as raised:
             session.run([torch.zeros(1)])
+        assert isinstance(raised.value.__cause__, MemoryError)
+
+
+@pytest.mark.usefixtures("large")
+def test_nobody_waits_for_an_answer_that_nobody_wants(folder: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), FileSession(folder / "model.onnx") as session:
+        session.open()
+        assert session._process is not None
+        os.kill(session._process._process.pid, signal.SIGSTOP)  # it is busy for ever
+        raise KeyboardInterrupt
 
 
 @pytest.mark.usefixtures("large")

@@ -59,8 +59,8 @@ def save_shared(model: ir.Model, path: Path, data: str | None, team: Team) -> No
 
 
 def help_save(model: Callable[[], ir.Model], team: Team) -> None:
-    """Write this rank's part of what rank 0 saves. The model is that of rank 0, and is not made where it is not asked
-    for."""
+    """Write this rank's part of what rank 0 saves. The model is that of rank 0, made while rank 0 makes its own; where
+    that goes into one file nothing is written here."""
     made = model()
     told = team.told(None)
     if told is None:
