@@ -29,7 +29,7 @@ def rotate_checkpoint_command(
     ] = ",".join(FOLDED.rotations),
     tied: Annotated[
         str | None,
-        typer.Option(help="untie, the default, gives a head that is the table its own; keep leaves out R1."),
+        typer.Option(help="untie, the default with R1, gives a head that is the table its own; R2 alone keeps it."),
     ] = None,
     matrices: Matrices = None,
     quantize: Annotated[str, typer.Option(help="Scheme of weights, for example w4g128-gptq; empty keeps values.")] = "",

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from spinpass.certificate import Certificate, verify
+from spinpass.certificate import Certificate, narrowest_dtype, verify
 from spinpass.errors import ConfigError, ExportError
 from spinpass.folders import BasisProof, check_basis
 from spinpass.formats import finish, load_program, read_matrices
@@ -77,7 +77,9 @@ def _verify_models(screen: Any, before: Path, after: Path, matrices: Path | None
     """Compare two models, and the weights of the second with those of the first in the basis that it declares."""
     given = None if matrices is None else read_matrices(matrices)
     with screen.steps() as steps:
-        original, other = _loaded(before, steps), _loaded(after, steps)
+        other = _loaded(after, steps)
+        dtype = str(narrowest_dtype(other.program)).removeprefix("torch.")  # of what was written, and computed in
+        original = _loaded(before, steps, dtype)
         proof = None
         if other.declared is not None and original.declared is None:
             steps.start("compare the weights")
@@ -90,8 +92,8 @@ def _verify_models(screen: Any, before: Path, after: Path, matrices: Path | None
     _show(screen, certificate, proof)
 
 
-def _loaded(model: Path, steps: Any) -> LoadedModel:
-    return load_model(model, dtype="auto", cache=False, experts=_EXPERTS, streamed=True, progress=steps.begin)
+def _loaded(model: Path, steps: Any, dtype: str = "auto") -> LoadedModel:
+    return load_model(model, dtype=dtype, cache=False, experts=_EXPERTS, streamed=True, progress=steps.begin)
 
 
 def _show(screen: Any, certificate: Any, proof: BasisProof | None) -> None:

@@ -26,7 +26,7 @@ from spinpass.progress import Silent, Steps
 
 from .companions import Written, check_target, write_companions
 from .endings import still_the_same
-from .gptq import check_rotation, check_same_architecture, described
+from .gptq import check_not_online, check_rotation, check_same_architecture, described
 from .judge import FolderTrial
 from .layout_trial import tried_layout
 from .layouts import CheckpointLayout, CheckpointRequest, write_layout
@@ -62,8 +62,8 @@ def rotate_checkpoint(
         model: a model folder, a name on the hub or a GGUF file.
         out: the folder that is written: weights in safetensors files, configuration, tokenizer, ``spinpass.json``.
         config: rotations that are folded, R1 and R2 or one of them. A tied head gets a table of its own, unless the
-            config keeps it tied, which leaves R1 out. In the layout ``compressed-tensors`` R3, R4 and others may stand
-            online.
+            config keeps it tied, which R1 is not folded with. In the layout ``compressed-tensors`` R3, R4 and others may
+            stand online.
         quantize: a scheme of weights, for example ``"w4g128-gptq"``; empty keeps the values.
         layout: ``transformers`` for floats, the default, ``gptq`` for integers, the default with ``quantize``, or
             ``compressed-tensors`` for either, online rotations declared.
@@ -99,6 +99,7 @@ def rotate_checkpoint(
                 f"{model} is rotated already ({', '.join(sorted(loaded.declared.rotations)[:2])}, …), as its "
                 "config.json declares: name the original"
             )
+        check_not_online(loaded)
         with still_the_same(loaded.files, steps):
             result = rotated(on_device(loaded.program, there), config, steps, certify=certify)
             declares = asked.written == "compressed-tensors"

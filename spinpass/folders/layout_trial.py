@@ -100,7 +100,8 @@ def _of_floats(folder: Path, program: ExportedProgram, loaded: LoadedModel) -> F
     found = reloaded_logits(folder, ids)
     trial = _compared("transformers", found, ProgramScorer(program).logits(ids).float(), program)
     if loaded.source.kind == "transformers" and loaded.source.gguf is None:
-        before, whose = reloaded_logits(loaded.source.location, ids), f"{loaded.source.location} gives"
+        before = reloaded_logits(loaded.source.location, ids, narrowest_dtype(program))
+        whose = f"{loaded.source.location} gives"
         other = _compared("transformers", found, before, program, whose)
         return max(trial, other, key=lambda each: each.error or 0.0)
     return trial

@@ -153,7 +153,7 @@ def _tensors_of(name: str, weight: QuantizedWeight, scales_dtype: torch.dtype) -
         )
     if codes.group_bits is not None:
         raise ConfigError(f"{name} has groups of several widths; leave the part rows out of --quantize")
-    if codes.group_length is None or columns % groups:
+    if codes.group_length is None or codes.group_length * groups != columns:
         raise ConfigError(
             f"{name} has groups that are not equally long and side by side ({columns} inputs, {groups} groups): choose "
             "a group size that divides the inputs, and no act-order"

@@ -90,6 +90,23 @@ def test_the_declaration_stands_in_what_is_exported(declared: Path) -> None:
     assert spinpass.verify(cached, again).ok
 
 
+def test_what_is_online_already_is_not_lost(declared: Path, tmp_path: Path) -> None:
+    """The weights of such a folder alone are another model, whoever has written its declaration."""
+    given = tmp_path / "in"
+    given.mkdir()
+    for file in declared.iterdir():
+        (given / file.name).write_bytes(file.read_bytes())
+    config = json.loads((given / "config.json").read_text())
+    del config["spinpass"]
+    (given / "config.json").write_text(json.dumps(config))
+    (given / "spinpass.json").unlink()
+    for rotations in ("none", "R2"):
+        arguments = ["export", str(given), str(tmp_path / "out"), "--to", "gptq", "--dequantize"]
+        made = CliRunner().invoke(app, [*arguments, "--quantize", "w8g16-rtn", "--rotations", rotations])
+        assert made.exit_code == 2 and "rotated online already" in made.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_floats_with_online_rotations_need_no_option(model: Path, tmp_path: Path) -> None:
     block = {role: spinpass.Override(block_size=4) for role in ("R3", "R4")}
     config = spinpass.RotationConfig(rotations=("R3", "R4"), overrides=block)
@@ -166,6 +183,7 @@ def test_what_means_nothing_is_refused_before_anything_is_loaded(model: Path, tm
         ({"quantize": "w4-rtn-a8"}, "holds weights alone"),
         ({"quantize": "w4-rtn-a8", "layout": "compressed-tensors"}, "a compressed-tensors checkpoint holds weights alone"),
         ({"quantize": "w3.5g16-rows"}, "one width each"),
+        ({"quantize": "w4-rtn-embed8"}, "leave the part embed… out"),
         ({"quantize": "a8"}, "holds rounded weights"),
         ({"quantize": "w4-rtn", "calibration": __file__}, "rounds without a text"),
         ({"keep": ("*",)}, "are of weights that are quantized"),

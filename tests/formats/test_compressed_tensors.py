@@ -52,6 +52,15 @@ def test_a_round_trip_keeps_every_value(tmp_path: Path, bits: int, group: int | 
     assert ("a.b.weight_zero_point" in load_file(tmp_path / "model.safetensors")) is not symmetric
 
 
+@pytest.mark.parametrize("columns", [80, 96])
+def test_a_last_group_that_is_shorter_is_refused(tmp_path: Path, columns: int) -> None:
+    """Of 80 columns in groups of 64 there are two groups, which are not of 40."""
+    scheme = Weights(4, 64, True, "rtn")
+    values = torch.randn(32, columns, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ConfigError, match="a group size that divides the inputs"):
+        write_compressed_tensors(tmp_path, {"a.weight": QuantizedWeight(rounded(values, scheme), 1, scheme, 0.0)})
+
+
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_the_package_reads_the_same_values(tmp_path: Path, bits: int, symmetric: bool) -> None:
