@@ -51,7 +51,8 @@ def check_weights_alone(scheme: QuantizationConfig, layout: str) -> None:
         raise ConfigError(f"a {kind} checkpoint holds weights alone: leave the parts a… and kv… out of --quantize")
     if scheme.embedding is not None:
         raise ConfigError(
-            f"loaders of {kind} checkpoints read integers of linear layers alone: leave the part embed… out of --quantize"
+            f"loaders of {kind} checkpoints read integers of linear layers alone: leave the part embed… out of "
+            "--quantize"
         )
     if scheme.mixed_rows:
         raise ConfigError(f"weights of a {kind} checkpoint have one width each: leave the part rows out of --quantize")
@@ -75,9 +76,7 @@ def check_rotation(loaded: LoadedModel, result: Result, *, declared: bool = Fals
         raise ConfigError(f"{_NO_ONLINE}, such as that of {online[0].name}: {_FOLDED}")
     added = sorted(result.program.state_dict.keys() - loaded.program.state_dict.keys())
     if added:
-        raise ConfigError(
-            f"the rotation adds {added[0]}, which the model of the configuration has not: leave out R1"
-        )
+        raise ConfigError(f"the rotation adds {added[0]}, which the model of the configuration has not: leave out R1")
 
 
 def write_gptq_folder(

@@ -107,6 +107,21 @@ def test_what_is_online_already_is_not_lost(declared: Path, tmp_path: Path) -> N
     assert not (tmp_path / "out").exists()
 
 
+def test_integers_are_rotated_when_their_values_may_be_taken(model: Path, tmp_path: Path) -> None:
+    given, out = tmp_path / "integers", tmp_path / "out"
+    options = ("--to", "gptq", "--quantize", "w8g16-rtn", "--rotations", "none")
+    made = CliRunner().invoke(app, ["export", str(model), str(given), *options])
+    assert made.exit_code == 0, made.stderr
+    for name, arguments in {"rotate-checkpoint": [given, out], "verify": [given, out]}.items():
+        command = [name, *map(str, arguments)]
+        refused = CliRunner().invoke(app, command)
+        assert refused.exit_code == 2 and "add --dequantize" in refused.stderr
+        done = CliRunner().invoke(app, [*command, "--dequantize"])
+        assert done.exit_code == 0, done.stderr
+    assert "are the original's in the 3 declared bases" in done.stdout
+    assert distance(logits(out), logits(given, dequantize=True)) < 1e-5
+
+
 def test_floats_with_online_rotations_need_no_option(model: Path, tmp_path: Path) -> None:
     block = {role: spinpass.Override(block_size=4) for role in ("R3", "R4")}
     config = spinpass.RotationConfig(rotations=("R3", "R4"), overrides=block)
@@ -135,13 +150,19 @@ def test_another_declaration_is_refused(declared: Path, tmp_path: Path, change: 
         load_model(tmp_path, cache=False, dequantize=True)
 
 
-def test_a_wrong_declaration_is_noticed(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("size", [0, 1 << 30])
+def test_a_wrong_declaration_is_noticed(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    """Of a large model, too, which is not loaded as a whole."""
+    monkeypatch.setattr(layout_trial, "STREAMED_BYTES", size)
+
     def wrong(folder: Path, weights: Any, transforms: Any, **options: Any) -> Any:
         return write_compressed_tensors(folder, weights, [t for t in transforms if "layers.0" not in t.module], **options)
 
     monkeypatch.setattr(layouts, "write_compressed_tensors", wrong)
     config = spinpass.RotationConfig(rotations=("R4",))
-    with pytest.raises(VerificationError, match="computes other logits from what was written"):
+    with pytest.raises(VerificationError, match="declare another rotation of input of model.layers.0.mlp.down_proj"):
         rotate_checkpoint(model, tmp_path / "out", config, layout="compressed-tensors")
     assert not (tmp_path / "out").exists()
 

@@ -55,8 +55,9 @@ def test_codes_are_counted_by_their_bits(model: Path, tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     config = json.loads((model / "config.json").read_text())
-    for bits, packed in ((4, 8), (8, 4)):
-        config["quantization_config"] = {"quant_method": "gptq", "bits": bits}
+    groups = {"group_0": {"weights": {"num_bits": 4}}}
+    for said, packed in (({"bits": 4}, 8), ({"bits": 8}, 4), ({"config_groups": groups}, 8)):
+        config["quantization_config"] = {"quant_method": "gptq", **said}
         (tmp_path / "config.json").write_text(json.dumps(config))
         save_file({"w.qweight": torch.zeros(4, 16, dtype=torch.int32), "n.weight": torch.zeros(3)}, tmp_path / "model.safetensors")
         assert count_values(locate(tmp_path)) == 4 * 16 * packed + 3
