@@ -65,7 +65,7 @@ PATHS = [
     ("verify {empty_folder} {fake}", 2, "holds an ONNX file, to be compared with a program: name a .pt2 file, not"),
     ("verify {empty_folder} {pt2}", 2, "holds no model: neither config.json with weights nor a GGUF file"),
     ("verify {pt2} {pt2} --matrices {notes}", 2, "--matrices is for two models, of which one was rotated by them"),
-    ("rotate-checkpoint {empty_folder} {tmp}/o --matrices {tmp}/R.bin", 2, "there is no file {tmp}/R.bin: name one with"),
+    ("rotate-checkpoint {empty_folder} {tmp}/o --matrices {tmp}/R.bin", 2, "R.bin: name one with rotation matrices"),
     ("inspect {tmp}/missing", 2, "there is no model at"),
     ("inspect {notes}", 2, "there is no model at"),
     ("inspect {linear} --check", 2, "stands alone, with no spinpass.json to compare hashes with: leave out --check"),

@@ -149,10 +149,11 @@ def test_it_is_all_said_before_the_model_is_loaded(model: Path, tmp_path: Path, 
 def test_windows_that_are_asked_for_are_all_taken_for_the_cache_too(model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from spinpass.folders import making
     from spinpass.folders.onnx import CacheBits
+    from spinpass.workers import Team
 
     text = tmp_path / "t"
     request = ExportRequest(str(model), tmp_path, None, bits=16, kv_cache="int8", calibration=text, calibration_windows=3)
-    asked = making._Run(request, lambda: None, "", 3, None, None)._cache_bits(text)  # type: ignore[arg-type, return-value]
+    asked = making._Run(request, lambda: None, "", 3, None, None, Team())._cache_bits(text)  # type: ignore[arg-type, return-value]
     assert asked == CacheBits(8, text, 3)
 
 
