@@ -276,7 +276,7 @@ def _checked_group(folder: Path, name: str, group: Any) -> Mapping[str, Any]:
 
 
 def _group_of(folder: Path, module: str, groups: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any]:
-    """Return the settings of the weight of a module, of which its name counts more than a pattern, and its class least."""
+    """Return the settings of the weight of a module: its name counts more than a pattern, and its class least."""
     found: list[tuple[bool, bool, Mapping[str, Any]]] = [
         (target != module, not target.startswith(REGEX), group["weights"])
         for group in groups.values()
