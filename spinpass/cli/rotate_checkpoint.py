@@ -12,7 +12,7 @@ from spinpass.errors import ConfigError
 from spinpass.folders import FOLDED, CheckpointLayout, rotate_checkpoint
 from spinpass.formats import read_matrices
 
-from .options import AsJson, DeviceOption, Force, Keep, Matrices, NoVerify, Verbose
+from .options import AsJson, Dequantize, DeviceOption, Force, Keep, Matrices, NoVerify, Verbose
 from .screen import screen_of
 from .tables import files_table, show_loading, show_result, trial_lines
 
@@ -29,7 +29,7 @@ def rotate_checkpoint_command(
     ] = ",".join(FOLDED.rotations),
     tied: Annotated[
         str | None,
-        typer.Option(help="untie, the default, gives a head that is the table its own; keep leaves out R1."),
+        typer.Option(help="untie, the default with R1, gives a head that is the table its own; R2 alone keeps it."),
     ] = None,
     matrices: Matrices = None,
     quantize: Annotated[str, typer.Option(help="Scheme of weights, for example w4g128-gptq; empty keeps values.")] = "",
@@ -48,6 +48,7 @@ def rotate_checkpoint_command(
     samples: Annotated[int | None, typer.Option(help="Windows of the text; 16 by default.")] = None,
     keep: Keep = None,
     dtype: Annotated[str, typer.Option(help="Of the weights; auto keeps that of the files.")] = "auto",
+    dequantize: Dequantize = False,
     device: DeviceOption = "cpu",
     no_verify: NoVerify = False,
     force: Force = False,
@@ -84,6 +85,7 @@ def rotate_checkpoint_command(
             calibration_windows=samples,
             keep=tuple(keep or ()),
             dtype=dtype,
+            dequantize=dequantize,
             device=device,
             certify=not no_verify,
             force=force,

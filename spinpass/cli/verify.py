@@ -7,13 +7,13 @@ from typing import Annotated, Any
 
 import typer
 
-from spinpass.certificate import Certificate, verify
+from spinpass.certificate import Certificate, narrowest_dtype, verify
 from spinpass.errors import ConfigError, ExportError
 from spinpass.folders import BasisProof, check_basis
 from spinpass.formats import finish, load_program, read_matrices
 from spinpass.loading import LoadedModel, load_model
 
-from .options import AsJson, Matrices, Verbose
+from .options import AsJson, Dequantize, Matrices, Verbose
 from .screen import screen_of
 from .tables import certificate_table, show_loading
 
@@ -29,6 +29,7 @@ def verify_command(
         Path, typer.Argument(metavar="B", help="Another .pt2 file, an .onnx file or its folder; or another model.")
     ],
     matrices: Matrices = None,
+    dequantize: Dequantize = False,
     as_json: AsJson = False,
     verbose: Verbose = 0,
 ) -> None:
@@ -48,10 +49,12 @@ def verify_command(
     if models and file.suffix == ".onnx" and file.is_file():
         raise ConfigError(f"{after} holds an ONNX file, to be compared with a program: name a .pt2 file, not {before}")
     if models:
-        _verify_models(screen, before, after, matrices)
+        _verify_models(screen, before, after, matrices, dequantize=dequantize)
         return
     if matrices is not None:
         raise ConfigError("--matrices is for two models, of which one was rotated by them: leave it out")
+    if dequantize:
+        raise ConfigError("--dequantize is for two models, of which one is quantized: leave it out")
     for path in (before, file):
         if not path.is_file():
             raise ConfigError(f"there is no file {path}: name a .pt2 or .onnx file, or a folder with model.onnx")
@@ -73,13 +76,16 @@ def verify_command(
     _show(screen, certificate, None)
 
 
-def _verify_models(screen: Any, before: Path, after: Path, matrices: Path | None) -> None:
+def _verify_models(screen: Any, before: Path, after: Path, matrices: Path | None, *, dequantize: bool) -> None:
     """Compare two models, and the weights of the second with those of the first in the basis that it declares."""
     given = None if matrices is None else read_matrices(matrices)
     with screen.steps() as steps:
-        original, other = _loaded(before, steps), _loaded(after, steps)
+        other = _loaded(after, steps, dequantize)
+        dtype = str(narrowest_dtype(other.program)).removeprefix("torch.")  # of what was written, and computed in
+        original = _loaded(before, steps, dequantize, dtype)
         proof = None
-        if other.declared is not None and original.declared is None:
+        rounded = dequantize and other.report.dequantized is not None
+        if other.declared is not None and original.declared is None and not rounded:
             steps.start("compare the weights")
             proof = check_basis(original.program, other.program, other.declared, given)
         elif given is not None:
@@ -90,8 +96,9 @@ def _verify_models(screen: Any, before: Path, after: Path, matrices: Path | None
     _show(screen, certificate, proof)
 
 
-def _loaded(model: Path, steps: Any) -> LoadedModel:
-    return load_model(model, dtype="auto", cache=False, experts=_EXPERTS, streamed=True, progress=steps.begin)
+def _loaded(model: Path, steps: Any, dequantize: bool, dtype: str = "auto") -> LoadedModel:
+    options: dict[str, Any] = {"dtype": dtype, "dequantize": dequantize, "progress": steps.begin}
+    return load_model(model, cache=False, experts=_EXPERTS, streamed=True, **options)
 
 
 def _show(screen: Any, certificate: Any, proof: BasisProof | None) -> None:

@@ -26,7 +26,7 @@ from spinpass.progress import Silent, Steps
 
 from .companions import Written, check_target, write_companions
 from .endings import still_the_same
-from .gptq import check_rotation, check_same_architecture, described
+from .gptq import check_not_online, check_rotation, check_same_architecture, described
 from .judge import FolderTrial
 from .layout_trial import tried_layout
 from .layouts import CheckpointLayout, CheckpointRequest, write_layout
@@ -51,6 +51,7 @@ def rotate_checkpoint(
     calibration_windows: int | None = None,
     keep: Sequence[str] = (),
     dtype: str = "auto",
+    dequantize: bool = False,
     device: Device = HOST,
     certify: bool = True,
     force: bool = False,
@@ -62,8 +63,8 @@ def rotate_checkpoint(
         model: a model folder, a name on the hub or a GGUF file.
         out: the folder that is written: weights in safetensors files, configuration, tokenizer, ``spinpass.json``.
         config: rotations that are folded, R1 and R2 or one of them. A tied head gets a table of its own, unless the
-            config keeps it tied, which leaves R1 out. In the layout ``compressed-tensors`` R3, R4 and others may stand
-            online.
+            config keeps it tied, which R1 is not folded with. In the layout ``compressed-tensors`` R3, R4 and others
+            may stand online.
         quantize: a scheme of weights, for example ``"w4g128-gptq"``; empty keeps the values.
         layout: ``transformers`` for floats, the default, ``gptq`` for integers, the default with ``quantize``, or
             ``compressed-tensors`` for either, online rotations declared.
@@ -71,6 +72,8 @@ def rotate_checkpoint(
         calibration_windows: how many windows of it are read; by default what it holds, at most 16.
         keep: patterns of parameter names whose layers are left in floats.
         dtype: that of the weights; ``"auto"`` keeps the one they are stored in.
+        dequantize: where the model is quantized, take the values of its codes, which memory then holds; it is refused
+            otherwise.
         device: where weights are folded and programs are run: ``cpu``, ``cuda`` or ``cuda:N``.
         certify: prove the program, the architecture with these weights, and the written folder equivalent.
         force: write into a folder that holds files of others, too.
@@ -91,7 +94,15 @@ def rotate_checkpoint(
     out, steps, there = Path(out), steps or Silent(), named_device(device)
     check_target(out, str(model), force=force)
     with drafted(out) as draft:
-        loaded = load_model(model, dtype=dtype, cache=False, experts=_EXPERTS, streamed=True, progress=steps.begin)
+        loaded = load_model(
+            model,
+            dtype=dtype,
+            cache=False,
+            dequantize=dequantize,
+            experts=_EXPERTS,
+            streamed=True,
+            progress=steps.begin,
+        )
         if loaded.companions is None:
             raise ConfigError(f"{model} is a program, not a checkpoint: name a folder of transformers")
         if loaded.declared is not None:
@@ -99,6 +110,7 @@ def rotate_checkpoint(
                 f"{model} is rotated already ({', '.join(sorted(loaded.declared.rotations)[:2])}, …), as its "
                 "config.json declares: name the original"
             )
+        check_not_online(loaded)
         with still_the_same(loaded.files, steps):
             result = rotated(on_device(loaded.program, there), config, steps, certify=certify)
             declares = asked.written == "compressed-tensors"

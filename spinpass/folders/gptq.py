@@ -19,7 +19,7 @@ from spinpass.errors import ConfigError, VerificationError
 from spinpass.formats import QUANTIZE_CONFIG, Draft, write_gptq
 from spinpass.graph import ProgramEditor
 from spinpass.loading import LoadedModel, declaration
-from spinpass.passes import OnlineTransform, untie, with_online_transforms
+from spinpass.passes import OnlineTransform, is_rotated_online, untie, with_online_transforms
 from spinpass.progress import Steps
 from spinpass.quantization import QuantizationConfig
 
@@ -29,7 +29,7 @@ from .judge import FolderTrial
 from .result import Result
 
 _ONLINE = ("R4", "heads")
-_NO_ONLINE = "loaders of GPTQ checkpoints know no online rotation"
+_NO_ONLINE = "loaders of such checkpoints know no online rotation"
 _FOLDED = "use --rotations R1,R2 --form offline --tied untie"
 _NOT_TRIED = FolderTrial("transformers", "all", reason="what runs checkpoints of integers is no part of spinpass")
 WEIGHTS_ONLY = "--to gptq writes quantized weights: add --quantize, for example w4g128-gptq"
@@ -49,21 +49,34 @@ def check_weights_alone(scheme: QuantizationConfig, layout: str) -> None:
         raise ConfigError(f"a {kind} checkpoint holds rounded weights: name them, for example w4g128-gptq")
     if scheme.activations is not None or scheme.cache is not None:
         raise ConfigError(f"a {kind} checkpoint holds weights alone: leave the parts a… and kv… out of --quantize")
+    if scheme.embedding is not None:
+        raise ConfigError(
+            f"loaders of {kind} checkpoints read integers of linear layers alone: leave the part embed… out of "
+            "--quantize"
+        )
     if scheme.mixed_rows:
         raise ConfigError(f"weights of a {kind} checkpoint have one width each: leave the part rows out of --quantize")
 
 
+def check_not_online(loaded: LoadedModel) -> None:
+    """Raise ConfigError where the model that was loaded is rotated online already, which its weights do not say."""
+    if is_rotated_online(loaded.program):
+        raise ConfigError(
+            f"{loaded.source.location} is rotated online already, as it declares, and its weights alone are another "
+            "model: name the original"
+        )
+
+
 def check_rotation(loaded: LoadedModel, result: Result, *, declared: bool = False) -> None:
     """Raise ConfigError, which says what to ask for instead, where a rotation adds parameters, or is online and the
-    layout does not declare such."""
+    layout does not declare such; or where the model came with one that is online."""
+    check_not_online(loaded)
     online = [space for space in result.plan.spaces if space.online] if result.plan is not None else []
     if online and not declared:
         raise ConfigError(f"{_NO_ONLINE}, such as that of {online[0].name}: {_FOLDED}")
     added = sorted(result.program.state_dict.keys() - loaded.program.state_dict.keys())
     if added:
-        raise ConfigError(
-            f"the rotation adds {added[0]}, which the model of the configuration has not: leave out R1, or --tied keep"
-        )
+        raise ConfigError(f"the rotation adds {added[0]}, which the model of the configuration has not: leave out R1")
 
 
 def write_gptq_folder(

@@ -14,14 +14,15 @@ from spinpass.certificate import narrowest_dtype
 from spinpass.errors import VerificationError
 from spinpass.evaluation import ProgramScorer
 from spinpass.formats import compressed_codes, gptq_codes
-from spinpass.loading import LOGIT_BOUNDS, STREAMED_BYTES, LoadedModel, load_model, reloaded_logits
+from spinpass.loading import LOGIT_BOUNDS, STREAMED_BYTES, LoadedModel, declared_online, load_model, reloaded_logits
+from spinpass.passes import online_transforms
 from spinpass.quantization import QuantizedWeight
 
 from .judge import FolderTrial
 from .layouts import CheckpointLayout
 
 _TEXT = range(3, 23)  # token ids
-_TOO_LARGE = "a model of more than 100 MB is not loaded as a whole: its integers are read back, a weight at a time"
+_TOO_LARGE = "a model of more than 100 MB is not loaded as a whole: what is declared and its integers are read back"
 _SEVERAL = "transformers reads zero points of compressed-tensors of one width alone"
 _NO_PACKAGE = "compressed-tensors is not installed: pip install 'spinpass[compressed-tensors]'"
 
@@ -35,16 +36,18 @@ def tried_layout(
 ) -> list[FolderTrial]:
     """Load the folder by whatever reads its layout, and compare its logits with the program's.
 
-    Integers are read back a weight at a time, whatever their size; where weights stay in their files, no model is
-    loaded for them as a whole. Floats are read by transformers, and compared with those of the folder that they were
-    made of, too; integers by :func:`spinpass.loading.load_model`; what compressed-tensors reads, by transformers with
-    that package.
+    Integers are read back a weight at a time and online transforms as they are declared, whatever the model's size;
+    where weights stay in their files, no model is loaded for them as a whole. Floats are read by transformers, and
+    compared with those of the folder that they were made of, too; integers by :func:`spinpass.loading.load_model`; what
+    compressed-tensors reads, by transformers with that package.
 
     Raises VerificationError where they differ.
     """
     if layout == "transformers":
         return [_of_floats(folder, program, loaded)]
     read_back(layout, folder, weights)
+    if layout == "compressed-tensors":
+        _read_transforms(folder, program)
     size = sum(tensor.nbytes for tensor in program.state_dict.values())
     if size > STREAMED_BYTES:
         return [FolderTrial("all", "prompt", reason=_TOO_LARGE)]
@@ -80,6 +83,17 @@ def read_back(layout: CheckpointLayout, folder: Path, weights: Mapping[str, Quan
         raise VerificationError(f"the files have no integers of {missing[0]}")
 
 
+def _read_transforms(folder: Path, program: ExportedProgram) -> None:
+    """Compare the online transforms that a folder declares with those of the program.
+
+    Raises VerificationError where they differ.
+    """
+    found, made = declared_online(folder, program), online_transforms(program)
+    differing = sorted({f"{each.location} of {each.module}" for each in {*found} ^ {*made}})
+    if differing:
+        raise VerificationError(f"the files declare another rotation of {differing[0]} than the program has there")
+
+
 def _untried(loaded: LoadedModel) -> str:
     """Return why transformers cannot be asked; empty where it can."""
     if importlib.util.find_spec("compressed_tensors") is None:
@@ -99,8 +113,10 @@ def _of_floats(folder: Path, program: ExportedProgram, loaded: LoadedModel) -> F
     ids = _ids(loaded)
     found = reloaded_logits(folder, ids)
     trial = _compared("transformers", found, ProgramScorer(program).logits(ids).float(), program)
-    if loaded.source.kind == "transformers" and loaded.source.gguf is None:
-        before, whose = reloaded_logits(loaded.source.location, ids), f"{loaded.source.location} gives"
+    source = loaded.source
+    if source.kind == "transformers" and source.gguf is None and loaded.report.dequantized is None:
+        before = reloaded_logits(source.location, ids, narrowest_dtype(program))
+        whose = f"{source.location} gives"
         other = _compared("transformers", found, before, program, whose)
         return max(trial, other, key=lambda each: each.error or 0.0)
     return trial

@@ -148,7 +148,7 @@ def _floats(tensors: Mapping[str, Tensor], weights: Mapping[str, QuantizedWeight
             other = next(name for name in (first, *others) if name != packed[0])
             raise ConfigError(
                 f"{packed[0]} is quantized, and shares its values with {other}: leave head… and embed… out of "
-                "--quantize, or add --tied untie"
+                "--quantize, or rotate R1 with --tied untie"
             )
         if not packed:
             found[first] = tensors[first]

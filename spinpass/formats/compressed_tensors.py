@@ -36,7 +36,7 @@ from .gptq import read_tensors
 from .packed_words import PackedWords
 from .shards import SHARD_BYTES, check_storable, put_shards, shards_in
 from .staging import staged
-from .transform_config import DeclaredTransform, declared_transforms, is_target, transform_config
+from .transform_config import REGEX, DeclaredTransform, declared_transforms, is_target, transform_config
 
 COMPRESSED_TENSORS = "compressed-tensors"
 _CONFIG, _ENTRY = "config.json", "quantization_config"
@@ -46,6 +46,7 @@ _BITS = (2, 4, 8)
 """Widths that every version packs alike: codes of 3 bits lie across words since 0.20, and ten to a word before."""
 
 _PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
+_INDEX = "weight_g_idx"  # of act-order by groups
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,7 @@ def _tensors_of(name: str, weight: QuantizedWeight, scales_dtype: torch.dtype) -
         )
     if codes.group_bits is not None:
         raise ConfigError(f"{name} has groups of several widths; leave the part rows out of --quantize")
-    if codes.group_length is None or columns % groups:
+    if codes.group_length is None or codes.group_length * groups != columns:
         raise ConfigError(
             f"{name} has groups that are not equally long and side by side ({columns} inputs, {groups} groups): choose "
             "a group size that divides the inputs, and no act-order"
@@ -275,16 +276,26 @@ def _checked_group(folder: Path, name: str, group: Any) -> Mapping[str, Any]:
 
 
 def _group_of(folder: Path, module: str, groups: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any]:
-    for group in groups.values():
-        if is_target(group.get("targets") or (), module, "Linear"):
-            found: Mapping[str, Any] = group["weights"]
-            return found
-    raise ConfigError(f"{folder}: no group of config.json is of {module}, whose weight is packed")
+    """Return the settings of the weight of a module: its name counts more than a pattern, and its class least."""
+    found: list[tuple[bool, bool, Mapping[str, Any]]] = [
+        (target != module, not target.startswith(REGEX), group["weights"])
+        for group in groups.values()
+        for target in group.get("targets") or ()
+        if is_target((target,), module, "Linear")
+    ]
+    if not found:
+        raise ConfigError(f"{folder}: no group of config.json is of {module}, whose weight is packed")
+    return min(found, key=lambda each: each[:2])[2]
 
 
 def _codes(module: str, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Codes:
     packed, scales, zeros, sizes = (tensors.get(f"{module}.{part}") for part in _PARTS)
     symmetric, bits = bool(settings.get("symmetric", True)), int(settings["num_bits"])
+    if f"{module}.{_INDEX}" in tensors:
+        raise ConfigError(
+            f"{module} has groups of inputs in an order of their own ({_INDEX}), which are not read: export the model "
+            "as it was before it was quantized"
+        )
     if packed is None or scales is None or sizes is None or (zeros is None) != symmetric:
         held = [part for part in _PARTS if f"{module}.{part}" in tensors]
         raise ExportError(f"{module} has {' and '.join(held)} alone; the checkpoint is not whole")

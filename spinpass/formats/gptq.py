@@ -40,6 +40,7 @@ from .staging import staged
 FORMATS = ("gptq", "gptq_v2")
 _MODEL, _CONFIG, QUANTIZE_CONFIG = "model.safetensors", "config.json", "quantize_config.json"
 _PARTS = ("qweight", "qzeros", "scales", "g_idx")
+_HEAD = "lm_head"  # both a key of the layout and the module that it speaks of
 
 
 @dataclass(frozen=True)
@@ -163,8 +164,9 @@ def _quantization_config(weights: Mapping[str, Codes], checkpoint_format: str) -
     return {
         "quant_method": "gptq",
         **common,
-        "desc_act": any(codes.index is not None for codes in weights.values()),
+        "desc_act": any(codes.group_length is None for codes in weights.values()),
         "checkpoint_format": checkpoint_format,
+        **({_HEAD: True} if _HEAD in settings else {}),  # loaders take it for floats otherwise
         "pack_dtype": "int32",
         **({"dynamic": others} if others else {}),
     }
@@ -172,7 +174,8 @@ def _quantization_config(weights: Mapping[str, Codes], checkpoint_format: str) -
 
 def _settings(codes: Codes) -> dict[str, Any]:
     columns, groups = codes.q.shape[1], codes.scales.shape[1]
-    return {"bits": codes.bits, "group_size": -1 if groups == 1 else -(-columns // groups), "sym": codes.symmetric}
+    length = codes.group_length or -(-columns // groups)
+    return {"bits": codes.bits, "group_size": -1 if groups == 1 else length, "sym": codes.symmetric}
 
 
 # -- in ---------------------------------------------------------------------------------------------------------------

@@ -76,6 +76,8 @@ def _stored(path: Path) -> dict[str, Tensor]:
     if not isinstance(held, dict) or not all(isinstance(m, Tensor) for m in held.values()):
         raise ConfigError(f"{path} holds no matrices by name, as SpinQuant's R.bin does")
     for name, matrix in held.items():
+        if matrix.layout != torch.strided or matrix.is_meta or matrix.is_quantized:
+            raise ConfigError(f"{path}: {name} is no plain tensor with its values: save matrices of float32 or float64")
         if matrix.numel() * matrix.element_size() > matrix.untyped_storage().nbytes():
             raise DamageError(f"{path}: {name} of shape {list(matrix.shape)} claims more values than are stored")
     return {str(name): matrix.detach() for name, matrix in held.items()}

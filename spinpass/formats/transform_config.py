@@ -31,7 +31,9 @@ _FOLDED = ("weight_input", "weight_output")
 _SCHEME = {"type", "apply", "randomize", "requires_grad", "head_dim", "precision"}
 _APPLY = {"targets", "location", "inverse", "ignore"}
 _PRECISION = torch.float32
-_REGEX = "re:"
+REGEX = "re:"
+"""What a target begins with that is a pattern of names."""
+
 _MATRIX = re.compile(r"\.[^.]+_(input|output|weight_input|weight_output|q_attn|k_cache)\.(weight|perm)$")
 
 
@@ -163,8 +165,8 @@ def _names(given: Any) -> tuple[str, ...]:
 def is_target(targets: Sequence[str], module: str, kind: str) -> bool:
     """Return whether one of the targets means a module of this path and class, by compressed-tensors' rule."""
     return any(
-        re.match(target.removeprefix(_REGEX), module) is not None
-        if target.startswith(_REGEX)
+        re.match(target.removeprefix(REGEX), module) is not None
+        if target.startswith(REGEX)
         else target in (module, kind)
         for target in targets
     )

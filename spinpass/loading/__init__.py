@@ -3,6 +3,7 @@
 from .dequantize import dequantize_checkpoint, quantized_checkpoint
 from .faithful import LOGIT_BOUNDS, LONGEST_TEXT, text_limits
 from .files import SourceFiles
+from .gptq import declared_online
 from .models import Companions, LoadedModel, check_dtype, load_config, load_model, load_tokenizer
 from .papers import Papers, papers_of
 from .reloaded import apply_declared_transforms, reloaded_logits
@@ -30,6 +31,7 @@ __all__ = [
     "check_program_options",
     "count_values",
     "declaration",
+    "declared_online",
     "dequantize_checkpoint",
     "export_static_cache",
     "load_config",

@@ -6,14 +6,24 @@ do the online transforms that a checkpoint of compressed-tensors declares: they 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from torch.export import ExportedProgram
 
-from spinpass.formats import is_transform, read_compressed_tensors, read_gptq, resolved_transforms
-from spinpass.passes import transform_places, with_online_transforms
+from spinpass.formats import (
+    declared_transforms,
+    is_transform,
+    read_compressed_tensors,
+    read_gptq,
+    read_object,
+    read_tensors,
+    resolved_transforms,
+)
+from spinpass.passes import OnlineTransform, transform_places, with_online_transforms
 
 from .dequantize import dequantize_checkpoint
 
@@ -38,9 +48,23 @@ def with_values(program: ExportedProgram, folder: str, method: str) -> ExportedP
     if method == "gptq":
         return dequantize_checkpoint(program, read_gptq(folder))
     checkpoint = read_compressed_tensors(folder)
-    matrices = {
-        name: t for name, t in checkpoint.tensors.items() if is_transform(name) and name not in program.state_dict
-    }
+    matrices = _matrices(program, checkpoint.tensors)
     transforms = resolved_transforms(checkpoint.transforms, transform_places(program), matrices)
     rest = {name: t for name, t in checkpoint.tensors.items() if name not in matrices}
     return with_online_transforms(dequantize_checkpoint(program, replace(checkpoint, tensors=rest)), transforms)
+
+
+def declared_online(folder: str | Path, program: ExportedProgram) -> tuple[OnlineTransform, ...]:
+    """Return the online transforms that a folder of compressed-tensors declares for a program of its model.
+
+    No integers are unpacked. Raises ConfigError and ExportError as :func:`spinpass.formats.resolved_transforms` and
+    :func:`spinpass.formats.read_tensors` do.
+    """
+    entry = read_object(Path(folder) / "config.json").get("quantization_config") or {}
+    declared = declared_transforms(entry.get("transform_config") or {})
+    return resolved_transforms(declared, transform_places(program), _matrices(program, read_tensors(Path(folder))))
+
+
+def _matrices(program: ExportedProgram, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors that are matrices of transforms, and no parameters."""
+    return {name: t for name, t in tensors.items() if is_transform(name) and name not in program.state_dict}

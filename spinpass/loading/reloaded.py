@@ -17,9 +17,9 @@ from .quantized import dequantized_config
 from .quiet import quietly
 
 
-def reloaded_logits(folder: str | Path, ids: Sequence[int]) -> Tensor:
-    """Load a folder with transformers, in the dtype that is stored, and return the logits (tokens, vocabulary) of a
-    text, float32.
+def reloaded_logits(folder: str | Path, ids: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
+    """Load a folder with transformers, in ``dtype`` or the one that is stored, and return the logits (tokens,
+    vocabulary) of a text, float32.
 
     Raises VerificationError where transformers cannot load it, or finds tensors missing or left over.
     """
@@ -27,7 +27,7 @@ def reloaded_logits(folder: str | Path, ids: Sequence[int]) -> Tensor:
     try:
         with quietly():
             model, info = transformers.AutoModelForCausalLM.from_pretrained(
-                str(folder), dtype="auto", output_loading_info=True, **_options(transformers, folder)
+                str(folder), dtype=dtype or "auto", output_loading_info=True, **_options(transformers, folder)
             )
     except Exception as error:  # of transformers, safetensors and configuration: no common base below Exception
         raise VerificationError(f"transformers cannot load what was written: {first_line(error)}") from error

@@ -59,7 +59,7 @@ def stored_model(source: Source) -> StoredModel | None:
             return None
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         packed = config.get("quantization_config") or {}
-        bits = int(packed.get("bits") or (4 if packed.get("quant_method") == "mxfp4" else 8))
+        bits = _bits(packed)
         found = weight_files(None, source.location).values()  # of a folder, nothing is asked of transformers
         files = tuple(file for file in found if file.suffix == ".safetensors")
         headers = [safetensors_header(file) for file in files]
@@ -75,6 +75,13 @@ def count_values(source: Source) -> int | None:
     """Return how many weights there are, without reading one; None where no header on this machine says so."""
     found = stored_model(source)
     return None if found is None else found.values
+
+
+def _bits(packed: Mapping[str, Any]) -> int:
+    """Return how many bits config.json names for codes, the fewest where groups of weights differ."""
+    groups = (packed.get("config_groups") or {}).values()
+    named = [int((group.get("weights") or {}).get("num_bits") or 8) for group in groups]
+    return int(packed.get("bits") or min(named, default=4 if packed.get("quant_method") == "mxfp4" else 8))
 
 
 def _of_header(header: Mapping[str, Any], bits: int) -> list[tuple[int, ...]]:

@@ -12,6 +12,7 @@ parameters' names and the modules that its nodes came from; what has no such pla
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -33,6 +34,7 @@ TransformLocation = Literal["input", "q_attn", "k_cache"]
 LOCATIONS: tuple[TransformLocation, ...] = get_args(TransformLocation)
 _WEIGHT = ".weight"
 _TRANSPOSES = ("aten::t", "aten::transpose", "aten::numpy_T")
+_MATRICES = re.compile(r"spinpass\..*\.(matrix|signs)")  # constants of rotations by no plain Hadamard
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,12 @@ def with_online_transforms(program: ExportedProgram, transforms: Iterable[Online
     for (node, _, _), (transform, users) in due.items():
         _insert(editor, node, users, transform)
     return editor.finish() if due else program
+
+
+def is_rotated_online(program: ExportedProgram) -> bool:
+    """Return whether rotations stand in a program: Hadamards, or matrices and signs that it was rotated by."""
+    hadamards = any(op_name(node) == HADAMARD for node in program.graph.nodes)
+    return hadamards or any(_MATRICES.fullmatch(name) for name in (*program.state_dict, *program.constants))
 
 
 def transform_places(program: ExportedProgram) -> dict[TransformLocation, dict[str, tuple[str, int]]]:

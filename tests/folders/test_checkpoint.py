@@ -125,6 +125,16 @@ def test_a_rotated_checkpoint_is_the_same_model(
         assert torch.equal(found[key], tensor) and tensor.dtype == stored, key
 
 
+@pytest.mark.parametrize(("stored", "asked"), [(torch.bfloat16, "float32"), (torch.float32, "bfloat16")])
+def test_weights_in_another_dtype_than_the_original(tmp_path: Path, stored: torch.dtype, asked: str) -> None:
+    """It is compared with the original in that dtype: otherwise the roundings of a half type would be its error."""
+    saved(tmp_path / "in", dtype=stored)
+    rotate_checkpoint(tmp_path / "in", tmp_path / "out", dtype=asked)
+    assert {str(tensor.dtype) for tensor in weights_in(tmp_path / "out").values()} == {f"torch.{asked}"}
+    found = CliRunner().invoke(app, ["verify", str(tmp_path / "in"), str(tmp_path / "out")])
+    assert found.exit_code == 0 and "are the original's in the 3 declared bases" in found.stdout, found.stderr
+
+
 def test_what_a_checkpoint_cannot_hold(tmp_path: Path) -> None:
     folders.model_folder(tmp_path / "in")
     with pytest.raises(ConfigError, match="R4"):

@@ -90,6 +90,38 @@ def test_the_declaration_stands_in_what_is_exported(declared: Path) -> None:
     assert spinpass.verify(cached, again).ok
 
 
+def test_what_is_online_already_is_not_lost(declared: Path, tmp_path: Path) -> None:
+    """The weights of such a folder alone are another model, whoever has written its declaration."""
+    given = tmp_path / "in"
+    given.mkdir()
+    for file in declared.iterdir():
+        (given / file.name).write_bytes(file.read_bytes())
+    config = json.loads((given / "config.json").read_text())
+    del config["spinpass"]
+    (given / "config.json").write_text(json.dumps(config))
+    (given / "spinpass.json").unlink()
+    for rotations in ("none", "R2"):
+        arguments = ["export", str(given), str(tmp_path / "out"), "--to", "gptq", "--dequantize"]
+        made = CliRunner().invoke(app, [*arguments, "--quantize", "w8g16-rtn", "--rotations", rotations])
+        assert made.exit_code == 2 and "rotated online already" in made.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_integers_are_rotated_when_their_values_may_be_taken(model: Path, tmp_path: Path) -> None:
+    given, out = tmp_path / "integers", tmp_path / "out"
+    options = ("--to", "gptq", "--quantize", "w8g16-rtn", "--rotations", "none")
+    made = CliRunner().invoke(app, ["export", str(model), str(given), *options])
+    assert made.exit_code == 0, made.stderr
+    for name, arguments in {"rotate-checkpoint": [given, out], "verify": [given, out]}.items():
+        command = [name, *map(str, arguments)]
+        refused = CliRunner().invoke(app, command)
+        assert refused.exit_code == 2 and "add --dequantize" in refused.stderr
+        done = CliRunner().invoke(app, [*command, "--dequantize"])
+        assert done.exit_code == 0, done.stderr
+    assert "are the original's in the 3 declared bases" in done.stdout
+    assert distance(logits(out), logits(given, dequantize=True)) < 1e-5
+
+
 def test_floats_with_online_rotations_need_no_option(model: Path, tmp_path: Path) -> None:
     block = {role: spinpass.Override(block_size=4) for role in ("R3", "R4")}
     config = spinpass.RotationConfig(rotations=("R3", "R4"), overrides=block)
@@ -118,13 +150,19 @@ def test_another_declaration_is_refused(declared: Path, tmp_path: Path, change: 
         load_model(tmp_path, cache=False, dequantize=True)
 
 
-def test_a_wrong_declaration_is_noticed(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("size", [0, 1 << 30])
+def test_a_wrong_declaration_is_noticed(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    """Of a large model, too, which is not loaded as a whole."""
+    monkeypatch.setattr(layout_trial, "STREAMED_BYTES", size)
+
     def wrong(folder: Path, weights: Any, transforms: Any, **options: Any) -> Any:
         return write_compressed_tensors(folder, weights, [t for t in transforms if "layers.0" not in t.module], **options)
 
     monkeypatch.setattr(layouts, "write_compressed_tensors", wrong)
     config = spinpass.RotationConfig(rotations=("R4",))
-    with pytest.raises(VerificationError, match="computes other logits from what was written"):
+    with pytest.raises(VerificationError, match="declare another rotation of input of model.layers.0.mlp.down_proj"):
         rotate_checkpoint(model, tmp_path / "out", config, layout="compressed-tensors")
     assert not (tmp_path / "out").exists()
 
@@ -166,6 +204,7 @@ def test_what_means_nothing_is_refused_before_anything_is_loaded(model: Path, tm
         ({"quantize": "w4-rtn-a8"}, "holds weights alone"),
         ({"quantize": "w4-rtn-a8", "layout": "compressed-tensors"}, "a compressed-tensors checkpoint holds weights alone"),
         ({"quantize": "w3.5g16-rows"}, "one width each"),
+        ({"quantize": "w4-rtn-embed8"}, "leave the part embed… out"),
         ({"quantize": "a8"}, "holds rounded weights"),
         ({"quantize": "w4-rtn", "calibration": __file__}, "rounds without a text"),
         ({"keep": ("*",)}, "are of weights that are quantized"),

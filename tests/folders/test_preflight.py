@@ -56,8 +56,9 @@ def test_codes_are_counted_by_their_bits(model: Path, tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     config = json.loads((model / "config.json").read_text())
-    for bits, packed in ((4, 8), (8, 4)):
-        config["quantization_config"] = {"quant_method": "gptq", "bits": bits}
+    groups = {"group_0": {"weights": {"num_bits": 4}}}
+    for said, packed in (({"bits": 4}, 8), ({"bits": 8}, 4), ({"config_groups": groups}, 8)):
+        config["quantization_config"] = {"quant_method": "gptq", **said}
         (tmp_path / "config.json").write_text(json.dumps(config))
         save_file({"w.qweight": torch.zeros(4, 16, dtype=torch.int32), "n.weight": torch.zeros(3)}, tmp_path / "model.safetensors")
         assert count_values(locate(tmp_path)) == 4 * 16 * packed + 3
@@ -149,6 +150,7 @@ def test_it_is_all_said_before_the_model_is_loaded(model: Path, tmp_path: Path, 
 def test_windows_that_are_asked_for_are_all_taken_for_the_cache_too(model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from spinpass.folders import making
     from spinpass.folders.onnx import CacheBits
+    from spinpass.workers import Team
 
     text = tmp_path / "t"
     request = ExportRequest(str(model), tmp_path, None, bits=16, kv_cache="int8", calibration=text, calibration_windows=3)

@@ -52,6 +52,36 @@ def test_a_round_trip_keeps_every_value(tmp_path: Path, bits: int, group: int | 
     assert ("a.b.weight_zero_point" in load_file(tmp_path / "model.safetensors")) is not symmetric
 
 
+@pytest.mark.parametrize("nearer", ["a", "re:^a$"])
+def test_a_name_counts_more_than_a_class(tmp_path: Path, nearer: str) -> None:
+    given = weight(4, 16, True)
+    write_compressed_tensors(tmp_path, {"a.weight": given})
+    config = json.loads((tmp_path / "config.json").read_text())
+    groups = config["quantization_config"]["config_groups"]
+    own = groups.pop("group_0")
+    every = {**own, "targets": ["Linear"], "weights": {**own["weights"], "num_bits": 8}}
+    groups |= {"group_0": every, "group_1": {**own, "targets": [nearer]}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert torch.equal(read_compressed_tensors(tmp_path).codes["a.weight"].q, given.codes.q)
+
+
+def test_groups_in_an_order_of_their_own_are_not_read_as_if_side_by_side(tmp_path: Path) -> None:
+    write_compressed_tensors(tmp_path, {"a.weight": weight(4, 16, True)})
+    stored = load_file(tmp_path / "model.safetensors")
+    save_file(stored | {"a.weight_g_idx": torch.randperm(64).int() // 16}, tmp_path / "model.safetensors")
+    with pytest.raises(ConfigError, match="a has groups of inputs in an order of their own"):
+        read_compressed_tensors(tmp_path)
+
+
+@pytest.mark.parametrize("columns", [80, 96])
+def test_a_last_group_that_is_shorter_is_refused(tmp_path: Path, columns: int) -> None:
+    """Of 80 columns in groups of 64 there are two groups, which are not of 40."""
+    scheme = Weights(4, 64, True, "rtn")
+    values = torch.randn(32, columns, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ConfigError, match="a group size that divides the inputs"):
+        write_compressed_tensors(tmp_path, {"a.weight": QuantizedWeight(rounded(values, scheme), 1, scheme, 0.0)})
+
+
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_the_package_reads_the_same_values(tmp_path: Path, bits: int, symmetric: bool) -> None:

@@ -101,6 +101,15 @@ def test_mixed_settings_are_named_by_module(tmp_path: Path) -> None:
     assert read_gptq(tmp_path).codes["c.weight"].bits == 8
 
 
+def test_the_length_of_groups_is_that_of_all_but_the_last_and_a_head_is_declared(tmp_path: Path) -> None:
+    scheme = Weights(4, 64, True, "rtn")
+    uneven = QuantizedWeight(rounded(normal(32, 80), scheme), 1, scheme, 0.0)
+    found = write_gptq(tmp_path, {"a.weight": uneven}).config
+    assert (found["group_size"], found["desc_act"]) == (64, False) and "lm_head" not in found
+    assert read_gptq(tmp_path).codes["a.weight"].group_length == 64
+    assert write_gptq(tmp_path, {"a.weight": uneven, "lm_head.weight": weight()}).config["lm_head"] is True
+
+
 def test_shards_and_missing_group_indices_are_read(tmp_path: Path) -> None:
     given = weight()
     write_gptq(tmp_path, {"a.weight": given}, scales_dtype=torch.float32)

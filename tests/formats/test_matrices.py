@@ -179,3 +179,10 @@ def test_damaged_files_and_code(tmp_path: Path, capsys: pytest.CaptureFixture[st
     path.write_bytes(b"no matrices")
     with pytest.raises(DamageError):
         read_matrices(path)
+
+
+@pytest.mark.parametrize("matrix", [torch.eye(4).to_sparse(), torch.empty(4, 4, device="meta")], ids=["sparse", "meta"])
+def test_tensors_without_values_of_their_own_are_refused(tmp_path: Path, matrix: torch.Tensor) -> None:
+    torch.save({"R1": matrix}, tmp_path / "R.bin")
+    with pytest.raises(ConfigError, match="R1 is no plain tensor with its values"):
+        read_matrices(tmp_path / "R.bin")
