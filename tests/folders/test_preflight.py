@@ -15,7 +15,6 @@ from spinpass.errors import ConfigError, ExportError, ProgramError
 from spinpass.folders import ExportRequest, Known, carry_out, check_space, making, preflight
 from spinpass.loading import Source, count_values, locate
 from spinpass.progress import Silent
-from spinpass.workers import Team
 from tests.support import folders
 
 
