@@ -71,7 +71,7 @@ def test_words_about_the_code_change_no_key(tree: Path) -> None:
 
 ZOO = {"analysis", "certificate", "execution", "graph", "operators", "passes", "planning", "rotations",
        "config", "errors", "pipeline", "progress", "record"}  # fmt: skip
-ACCURACY = ZOO | {"evaluation", "exporters", "formats", "loading", "quantization", "runtime", "tuning"}
+ACCURACY = ZOO | {"evaluation", "exporters", "formats", "loading", "quantization", "runtime", "tuning", "workers"}
 
 
 @pytest.mark.parametrize(("module", "parts"), [("benchmarks.zoo.measure", ZOO), ("benchmarks.grid", ACCURACY)])
