@@ -297,13 +297,13 @@ class _Ranks(Team):
         self._exchanges += 1
         key = str(self._exchanges)
         if self.leads:
-            self._words.set(key, json.dumps(value))
+            self._say(key, value)
         return self._word(key)
 
     def gathered(self, value: _T) -> list[_T]:
         """See :meth:`Team.gathered`."""
         self._exchanges += 1
-        self._words.set(f"{self._exchanges}/{self.rank}", json.dumps(value))
+        self._say(f"{self._exchanges}/{self.rank}", value)
         return [self._word(f"{self._exchanges}/{other}") for other in range(self.size)]
 
     @contextmanager
@@ -345,10 +345,10 @@ class _Ranks(Team):
 
     def _come(self) -> None:
         """Wait for all ranks."""
-        self._words.set(f"here/{self.rank}", "")
+        self._say(f"here/{self.rank}", None)
         deadline = time.monotonic() + _JOINING
         for other in range(self.size):
-            while not self._words.check([f"here/{other}"]):
+            while not self._checked(f"here/{other}"):
                 if time.monotonic() > deadline:
                     raise WorkerError(f"rank {other} of {self.size} did not come within {_JOINING:.0f} s: start it")
                 time.sleep(_BEAT / 10)
@@ -360,25 +360,36 @@ class _Ranks(Team):
             self._stopped = True
             raise _Stopped
 
+    def _say(self, key: str, value: Any) -> None:
+        with self._reached():
+            self._words.set(key, json.dumps(value))
+
     def _word(self, key: str) -> Any:
         """Return what was said under a key, as soon as it is."""
         wait = 0.001
         while not self._checked(key):
             time.sleep(wait)
             wait = min(1.5 * wait, 0.05)
-        return json.loads(self._words.get(key))
+        with self._reached():  # between the two the rank that has the store may be lost
+            return json.loads(self._words.get(key))
+
+    def _checked(self, key: str) -> bool:
+        self._check_whole()
+        with self._reached():
+            return bool(self._words.check([key]))
+
+    @contextmanager
+    def _reached(self) -> Iterator[None]:
+        """Raise what is known of the team where the store cannot be spoken to."""
+        try:
+            yield
+        except Exception as error:
+            raise self._watch.why() or WorkerError(f"the ranks' store is gone: {first_line(error)}") from error
 
     def _check_whole(self) -> None:
         """Raise the error of another rank, where no signal has."""
         if self._watch.broken is not None and not self._main:
             raise self._watch.broken
-
-    def _checked(self, key: str) -> bool:
-        self._check_whole()
-        try:
-            return bool(self._words.check([key]))
-        except Exception as error:
-            raise self._watch.why() or WorkerError(f"the ranks' store is gone: {first_line(error)}") from error
 
     def _awaited(self, begin: Any) -> None:
         """Do a collective; in between, the watch may end it."""

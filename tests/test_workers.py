@@ -113,6 +113,27 @@ ended(act)
     assert message.startswith(f"rank {lost} of 2 was lost (") and "run the same command again" in message
 
 
+def test_a_rank_that_is_lost_between_a_word_and_its_reading_is_named(tmp_path: Path) -> None:
+    script = """
+class Slow:
+    def __init__(self, store):
+        self.set, self.check, self._get = store.set, store.check, store.get
+    def get(self, key):
+        time.sleep(3)
+        return self._get(key)
+def act(team):
+    if team.rank == 1:
+        team._words = Slow(team._words)
+    team.gathered(None)
+    os.kill(os.getpid(), signal.SIGKILL)
+ended(act)
+"""
+    left = ranks.run_script(tmp_path, BEGIN + script, seconds=90)[1]
+    assert left.returncode == 3, left
+    kind, message, _ = json.loads(left.stdout)
+    assert kind == "WorkerError" and message.startswith("rank 0 of 2 was lost (")
+
+
 def test_a_rank_that_never_comes_is_named(tmp_path: Path) -> None:
     script = """
 from spinpass import workers
