@@ -46,10 +46,10 @@ class _Told(Silent):
         super().__init__()
         self.last, self._begin = "", begin
 
-    def start(self, name: str, /) -> Callable[[int, int], None]:
+    def start(self, name: str, /, unit: str = "") -> Callable[[int, int], None]:
         self.last = name
         self._begin(name)
-        return super().start(name)
+        return super().start(name, unit)
 
 
 def measure(arch: str, place: Path, begin: Begin) -> dict[str, Any]:
