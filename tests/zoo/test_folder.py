@@ -109,7 +109,7 @@ def test_a_windowed_type_generates_past_its_window(tmp_path: Path) -> None:
     assert found["written"] and found["opens"] and found["generates"]
     assert found["error"] < 1e-4 and found["judges"] == ["cache"]
     assert [s.split(" in ")[0] for s in steps if ":" not in s] == [
-        "load", "export", "compare", "plan", "rotate", "certify", "try", "open", "generate",
+        "load", "export", "compare", "plan", "rotate", "certify", "try", "check the weights again", "open", "generate",
     ]  # fmt: skip
 
 
