@@ -125,7 +125,7 @@ def test_wrong_weights_never_appear(model: Path, tmp_path: Path, monkeypatch: py
             weights.write_bytes(weights.read_bytes().replace(layer, bytes(len(layer))))
             return report
 
-    monkeypatch.setattr("spinpass.folders.making.openvino_tools", lambda: Wrong)
+    monkeypatch.setattr("spinpass.folders.writers.openvino_tools", lambda: Wrong)
     made = run("export", model, tmp_path / "out", "--to", "openvino", "--bits", 16, "--rotations", "none")
     assert made.exit_code == 1 and "the written folder does not" in made.stderr and not (tmp_path / "out").exists()
 
