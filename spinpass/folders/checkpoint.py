@@ -9,8 +9,6 @@ logits are compared with the program's.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -30,7 +28,7 @@ from .gptq import check_not_online, check_rotation, check_same_architecture, des
 from .judge import FolderTrial
 from .layout_trial import tried_layout
 from .layouts import CheckpointLayout, CheckpointRequest, write_layout
-from .result import Result, quantized, rotated, told, version_of
+from .result import Result, quantized, rotated, run_of
 
 FOLDED = RotationConfig(rotations=("R1", "R2"), form="offline", tied="untie")
 """What a checkpoint can hold: rotations that are folded into weights."""
@@ -149,14 +147,7 @@ def _quantized(
     if scheme is None:
         return result
     text = None if asked.calibration is None else Path(asked.calibration)
-    run = {
-        "model": json.dumps(loaded.files.to_dict(), sort_keys=True),
-        "configuration": told(asked.config),
-        "scheme": repr(scheme),
-        "text": "" if text is None else f"{asked.windows} of {hashlib.sha256(text.read_bytes()).hexdigest()}",
-        "target": f"{asked.written}, {dtype}",
-        "version": ", ".join(f"{name} {version_of(name)}" for name in ("spinpass", "torch", "transformers")),
-    }
+    run = run_of(loaded, asked.config, scheme, text, asked.windows, target=f"{asked.written}, {dtype}")
     place = draft.folder.parent
     kept = spooled(result.program, place, shutil.disk_usage(place).free // _SPOOLED_SHARE)
     work = KeptWork.of(draft.work, run)

@@ -5,8 +5,6 @@ model  ->  program  ->  rotated  ->  rounded  ->  a folder that was run and scor
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -42,7 +40,7 @@ from .onnx import CacheBits, onnx_tools
 from .preflight import Known
 from .recipes import RecipeName
 from .request import ExportRequest, IntegerCache, Target
-from .result import Result, quantized, rotated, told, version_of, window_length
+from .result import Result, quantized, rotated, run_of, window_length
 from .settings import settings_of
 from .writers import writer_of
 
@@ -302,17 +300,17 @@ class _Run:
         Raises ConfigError where that was another run, or the ranks are not of one.
         """
         asked = self.request
-        run = {
-            "model": json.dumps(loaded.files.to_dict(), sort_keys=True),
-            "configuration": told(asked.config),
+        run = run_of(
+            loaded,
+            asked.config,
             # which training begins with, whether there is to be any
-            "scheme": repr(None if asked.scheme is None else replace(asked.scheme, distill=0)),
-            "text": "" if text is None else f"{self.windows} of {hashlib.sha256(text.read_bytes()).hexdigest()}",
-            "device": str(asked.device).partition(":")[0],
-            "target": f"{asked.to}, {asked.dtype}, {asked.cache}, {asked.context}, {asked.dequantize}",
-            "rotation": f"{asked.certify}, {asked.allow_partial}",
-            "version": ", ".join(f"{name} {version_of(name)}" for name in ("spinpass", "torch", "transformers")),
-        }
+            None if asked.scheme is None else replace(asked.scheme, distill=0),
+            text,
+            self.windows,
+            device=str(asked.device).partition(":")[0],
+            target=f"{asked.to}, {asked.dtype}, {asked.cache}, {asked.context}, {asked.dequantize}",
+            rotation=f"{asked.certify}, {asked.allow_partial}",
+        )
         self._check_one_run(run)
         wanted = self.team.told(asked.scheme is not None or self.draft.work.exists())
         if not wanted:

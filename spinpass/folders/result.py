@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -146,6 +147,26 @@ def told(config: RotationConfig | None) -> str:
         for name, matrices in held.items()
     }
     return f"{replace(config, matrices={})!r} {digests}"
+
+
+def run_of(
+    loaded: LoadedModel,
+    config: RotationConfig | None,
+    scheme: object,
+    text: Path | None,
+    windows: int | None,
+    **more: str,
+) -> dict[str, str]:
+    """Return all that the codes of a run depend on, by what it is called: model, rotations, scheme, text, versions, and
+    what ``more`` says."""
+    return {
+        "model": json.dumps(loaded.files.to_dict(), sort_keys=True),
+        "configuration": told(config),
+        "scheme": repr(scheme),
+        "text": "" if text is None else f"{windows} of {hashlib.sha256(text.read_bytes()).hexdigest()}",
+        **more,
+        "version": ", ".join(f"{name} {version_of(name)}" for name in ("spinpass", "torch", "transformers")),
+    }
 
 
 def window_length(companions: Companions) -> int:
