@@ -6,21 +6,27 @@ The checkpoint is of the Llama family, in bfloat16, and is written a tensor at a
 the memory. Its tokens are words of a made-up tokenizer: what is measured is how much memory and time a run takes, and
 not what the model says. Peak memory is the anonymous memory of the process, sampled, above what it has when all
 packages are imported; pages of mapped files, which the system takes back when it needs them, do not count. Whether
-ONNX Runtime and transformers compute the same is tried by the runs themselves. What ``spinpass plan`` foresees of
-exports, at the rates that it measures, stands beside what was measured, divided by it.
+ONNX Runtime and transformers compute the same is tried by the runs themselves, for larger files in processes of their
+own, whose peak stands beside. What ``spinpass plan`` foresees of exports, at the rates that it measures, stands beside
+what was measured, divided by it. ``copy`` is the yardstick of what only moves bytes: ``cp -r``, and one read of the
+files, after another read that brings them into the memory's cache. ``--steps`` shows each run's peak by step.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory, TemporaryFile
-from typing import Annotated, Any
+from tempfile import TemporaryDirectory
+from threading import Thread
+from typing import IO, Annotated, Any
 
 import torch
 import typer
@@ -55,6 +61,7 @@ class Shape:
     kv_heads: int
     vocabulary: int = 32_000
     head_dim: int = 64
+    tied: bool = True
 
 
 SHAPES = {
@@ -62,7 +69,11 @@ SHAPES = {
     "100m": Shape(768, 12, 2048, 12, 4),
     "350m": Shape(1024, 28, 2816, 16, 4),
     "1b": Shape(2048, 16, 8192, 32, 8, 128_256),
+    "8b": Shape(4096, 32, 14336, 32, 8, 128_256, 128, tied=False),
+    "8b4": Shape(4096, 4, 14336, 32, 8, 128_256, 128, tied=False),  # four layers of it, tables and all
+    "8b1": Shape(4096, 1, 14336, 32, 8, 128_256, 128, tied=False),
 }
+_COPY = "copy"
 COMMANDS = {
     "export --bits 16": ["export", "{model}", "{out}", "--bits", "16"],
     "export --bits 4 --recipe plain": ["export", "{model}", "{out}", "--bits", "4", "--recipe", "plain"],
@@ -110,47 +121,73 @@ class Drawn:
         return self.read(rows).double()
 
 
+@dataclass(eq=False)
+class Measured:
+    """What a run took: bytes of its own and of the processes that it began, CPU seconds of them all."""
+
+    peak_bytes: int = 0
+    others_bytes: int = 0
+    cpu_seconds: float = 0.0
+    steps: dict[str, int] = field(default_factory=dict)
+    """The process's own peak by step."""
+
+
 def main(
-    shapes: Annotated[str, typer.Option(help="Names of shapes, separated by commas.")] = "50m,350m",
-    commands: Annotated[str, typer.Option(help="Kinds of runs, separated by commas.")] = ",".join(COMMANDS),
+    shapes: Annotated[str, typer.Option(help=f"Names of shapes, separated by commas: {', '.join(SHAPES)}.")] = (
+        "50m,350m"
+    ),
+    commands: Annotated[str, typer.Option(help=f"Kinds of runs, separated by commas; {_COPY} is one.")] = (
+        ",".join([*COMMANDS, _COPY])
+    ),
     out: Annotated[Path, typer.Option(help="Where checkpoints are kept.")] = Path("out/memory"),
+    by_step: Annotated[bool, typer.Option("--steps", help="Show each run's peak by step.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Make the checkpoints, run, and print."""
     screen, rows = Screen(as_json=as_json), []
     with screen.steps() as steps:
         steps.start("import")
-        base = _sampled([sys.executable, "-c", _IMPORTS])["peak_bytes"]
+        base = _sampled([sys.executable, "-c", _IMPORTS]).peak_bytes
         for name in shapes.split(","):
             steps.start(f"write {name}")
             folder = out / name
             parameters = checkpoint(SHAPES[name.strip()], folder)
-            for kind in commands.split(","):
+            for kind in map(str.strip, commands.split(",")):
                 steps.start(f"{name}, {kind}")
                 with TemporaryDirectory(dir=out) as target:
-                    words = [word.format(model=folder, out=Path(target, "out")) for word in COMMANDS[kind.strip()]]
-                    found = _sampled([sys.executable, "-m", "spinpass", *words])
-                peak = max(0.0, found["peak_bytes"] - base)
-                about = {"shape": name, "parameters": parameters, "run": kind, "peak_bytes": peak}
-                about |= {"bytes_per_parameter": peak / parameters, "cpu_seconds": found["cpu_seconds"]}
-                rows.append(about | _foreseen(kind.strip(), folder))
+                    if kind == _COPY:
+                        found = _copied(folder, Path(target, "out"))
+                    else:
+                        words = [word.format(model=folder, out=Path(target, "out")) for word in COMMANDS[kind]]
+                        found = _sampled([sys.executable, "-m", "spinpass", *words, "--json"])
+                        found.peak_bytes = max(0, found.peak_bytes - base)
+                about = {"shape": name, "parameters": parameters, "run": kind, "peak_bytes": found.peak_bytes}
+                about |= {"others_bytes": found.others_bytes, "cpu_seconds": found.cpu_seconds}
+                about |= {"bytes_per_parameter": found.peak_bytes / parameters}
+                by_name = {step: max(0, peak - base) for step, peak in found.steps.items()}
+                rows.append(about | _foreseen(kind, folder) | {"steps": by_name})
                 screen.note(f"{name}, {kind}: {rows[-1]}")
     if as_json:
         screen.document({"imports_bytes": base, "rows": rows})
         return
-    columns = "parameters", "run", "peak MB", "foreseen ÷", "bytes/parameter", "CPU s", "foreseen ÷", "ns/parameter"
-    table = Table("", *columns)
+    columns = "parameters", "run", "peak MB", "foreseen ÷", "bytes/parameter", "beside it, MB", "CPU s", "foreseen ÷"
+    table = Table("", *columns, "ns/parameter")
     for row in rows:
         per = f"{1e9 * row['cpu_seconds'] / row['parameters']:.0f}"
         size, count = f"{row['peak_bytes'] / MEGABYTE:.0f}", f"{row['parameters'] / 1e6:.0f} M"
-        ratio = f"{row['bytes_per_parameter']:.1f}"
+        ratio, beside = f"{row['bytes_per_parameter']:.1f}", f"{row['others_bytes'] / MEGABYTE:.0f}"
         memory, seconds = (
             f"{row[foreseen] / row[measured]:.2f}" if row[foreseen] else ""
             for foreseen, measured in (("foreseen_bytes", "peak_bytes"), ("foreseen_seconds", "cpu_seconds"))
         )
         spent = f"{row['cpu_seconds']:.0f}"
-        table.add_row(row["shape"], count, row["run"], size, memory, ratio, spent, seconds, per)
+        table.add_row(row["shape"], count, row["run"], size, memory, ratio, beside, spent, seconds, per)
     screen.show(table)
+    for row in rows if by_step else ():
+        table = Table("step", "peak MB", title=f"{row['shape']}, {row['run']}")
+        for step, peak in row["steps"].items():
+            table.add_row(step, f"{peak / MEGABYTE:.0f}")
+        screen.show(table)
 
 
 def _foreseen(kind: str, model: Path) -> dict[str, float | None]:
@@ -174,7 +211,7 @@ def checkpoint(shape: Shape, folder: Path) -> int:
     config = LlamaConfig(
         hidden_size=shape.hidden, num_hidden_layers=shape.layers, intermediate_size=shape.intermediate,
         num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads, head_dim=shape.head_dim,
-        vocab_size=shape.vocabulary, tie_word_embeddings=True, max_position_embeddings=4096,
+        vocab_size=shape.vocabulary, tie_word_embeddings=shape.tied, max_position_embeddings=4096,
         architectures=["LlamaForCausalLM"], dtype="bfloat16",
     )  # fmt: skip
     drawn = {name: Handle(Drawn(torch.Size(size), k)) for k, (name, size) in enumerate(_sizes(shape).items())}
@@ -198,7 +235,8 @@ def _sizes(shape: Shape) -> dict[str, tuple[int, ...]]:
             "input_layernorm": (shape.hidden,), "post_attention_layernorm": (shape.hidden,),
         }  # fmt: skip
         found |= {f"model.layers.{k}.{part}.weight": size for part, size in layer.items()}
-    return found | {"model.norm.weight": (shape.hidden,)}
+    head = {} if shape.tied else {"lm_head.weight": (shape.vocabulary, shape.hidden)}
+    return found | {"model.norm.weight": (shape.hidden,)} | head
 
 
 def _tokenizer() -> Any:
@@ -211,29 +249,73 @@ def _tokenizer() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", pad_token="<pad>", eos_token="</s>")
 
 
-def _sampled(command: list[str]) -> dict[str, float]:
-    """Run a process; return the largest anonymous memory that it had, and its CPU seconds."""
+def _copied(folder: Path, target: Path) -> Measured:
+    """Copy a folder whose files are in the memory's cache, and read them once."""
+    files = [str(path) for path in sorted(folder.iterdir()) if path.is_file()]
+    subprocess.run(["cat", *files], stdout=subprocess.DEVNULL, check=True)  # into the cache
+    copied, read = _sampled(["cp", "-r", str(folder), str(target)]), _sampled(["cat", *files])
+    return Measured(max(copied.peak_bytes, read.peak_bytes), 0, copied.cpu_seconds + read.cpu_seconds)
+
+
+def _sampled(command: list[str]) -> Measured:
+    """Run a process; return the largest anonymous memory that it had, by step where it tells steps, and CPU seconds."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    with TemporaryFile("w+", encoding="utf-8") as said:  # a pipe that nobody reads would fill
-        started = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=said)
-        peak = 0
+    found, said = Measured(), deque[str](maxlen=50)
+    now = ""
+
+    def step(name: str) -> None:
+        nonlocal now
+        now = name
+
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as started:
+        assert started.stderr is not None
+        reader = Thread(target=_follow, args=(started.stderr, said, step), daemon=True)
+        reader.start()
         while os.waitid(os.P_PID, started.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
-            peak = max(peak, _anonymous(started.pid))
+            own, others = _anonymous(started.pid), sum(map(_anonymous, _descendants(started.pid)))
+            found.peak_bytes, found.others_bytes = max(found.peak_bytes, own), max(found.others_bytes, others)
+            found.steps[now] = max(found.steps.get(now, 0), own)
             time.sleep(_SAMPLED)
         _, code, usage = os.wait4(started.pid, 0)
-        if code:
-            said.seek(0)
-            raise SystemExit(f"{' '.join(command[2:5])} failed:\n{said.read()[-2000:]}")
-    return {"peak_bytes": peak, "cpu_seconds": usage.ru_utime + usage.ru_stime}
+        started.returncode = os.waitstatus_to_exitcode(code)
+        reader.join()
+    if code:
+        raise SystemExit(f"{' '.join(command[2:5])} failed:\n{''.join(said)[-2000:]}")
+    found.cpu_seconds = usage.ru_utime + usage.ru_stime
+    return found
+
+
+def _follow(lines: IO[str], said: deque[str], step: Callable[[str], None]) -> None:
+    """Keep the last lines, and tell of the steps among the events."""
+    for line in lines:
+        said.append(line)
+        if line.startswith('{"event": "step"'):
+            step(json.loads(line)["name"])
 
 
 def _anonymous(process: int) -> int:
-    """Return the bytes that are a process's own now."""
+    """Return the bytes that are a process's own now; none of one that has ended."""
     try:
         lines = Path(f"/proc/{process}/status").read_text(encoding="utf-8").splitlines()
     except OSError as error:
-        raise SystemExit("memory is read in /proc, which this system does not have") from error
+        if not Path("/proc/self/status").is_file():
+            raise SystemExit("memory is read in /proc, which this system does not have") from error
+        return 0
     return sum(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon:"))
+
+
+def _descendants(process: int) -> list[int]:
+    """Return the processes that it, or one of them, has begun."""
+    found = list[int]()
+    for path in Path(f"/proc/{process}/task").glob("*/children"):
+        try:
+            begun = [int(word) for word in path.read_text(encoding="utf-8").split()]
+        except OSError:
+            continue
+        found += [each for child in begun for each in (child, *_descendants(child))]
+    return found
 
 
 if __name__ == "__main__":
