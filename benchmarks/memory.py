@@ -9,7 +9,7 @@ packages are imported; pages of mapped files, which the system takes back when i
 ONNX Runtime and transformers compute the same is tried by the runs themselves, for larger files in processes of their
 own, whose peak stands beside. What ``spinpass plan`` foresees of exports, at the rates that it measures, stands beside
 what was measured, divided by it. ``copy`` is the yardstick of what only moves bytes: ``cp -r``, and one read of the
-files, after another read that brings them into the memory's cache. ``--steps`` shows each run's peak by step.
+files, after another read that brings them into the memory's cache. ``--steps`` shows each run by step.
 """
 
 from __future__ import annotations
@@ -128,8 +128,15 @@ class Measured:
     peak_bytes: int = 0
     others_bytes: int = 0
     cpu_seconds: float = 0.0
-    steps: dict[str, int] = field(default_factory=dict)
-    """The process's own peak by step."""
+    steps: dict[str, tuple[int, float]] = field(default_factory=dict)
+    """The process's own peak and CPU seconds by step."""
+
+    def sampled(self, step: str, own: int, others: int, seconds: float) -> None:
+        """Take a sample: bytes now, and the process's CPU seconds until now."""
+        peak, spent = self.steps.get(step, (0, 0.0))
+        self.steps[step] = max(peak, own), spent + seconds - self.cpu_seconds
+        self.peak_bytes, self.others_bytes = max(self.peak_bytes, own), max(self.others_bytes, others)
+        self.cpu_seconds = seconds
 
 
 def main(
@@ -140,7 +147,7 @@ def main(
         ",".join([*COMMANDS, _COPY])
     ),
     out: Annotated[Path, typer.Option(help="Where checkpoints are kept.")] = Path("out/memory"),
-    by_step: Annotated[bool, typer.Option("--steps", help="Show each run's peak by step.")] = False,
+    by_step: Annotated[bool, typer.Option("--steps", help="Show each run's peak and CPU seconds by step.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Make the checkpoints, run, and print."""
@@ -164,7 +171,7 @@ def main(
                 about = {"shape": name, "parameters": parameters, "run": kind, "peak_bytes": found.peak_bytes}
                 about |= {"others_bytes": found.others_bytes, "cpu_seconds": found.cpu_seconds}
                 about |= {"bytes_per_parameter": found.peak_bytes / parameters}
-                by_name = {step: max(0, peak - base) for step, peak in found.steps.items()}
+                by_name = {step: (max(0, peak - base), spent) for step, (peak, spent) in found.steps.items()}
                 rows.append(about | _foreseen(kind, folder) | {"steps": by_name})
                 screen.note(f"{name}, {kind}: {rows[-1]}")
     if as_json:
@@ -184,9 +191,9 @@ def main(
         table.add_row(row["shape"], count, row["run"], size, memory, ratio, beside, spent, seconds, per)
     screen.show(table)
     for row in rows if by_step else ():
-        table = Table("step", "peak MB", title=f"{row['shape']}, {row['run']}")
-        for step, peak in row["steps"].items():
-            table.add_row(step, f"{peak / MEGABYTE:.0f}")
+        table = Table("step", "peak MB", "CPU s", title=f"{row['shape']}, {row['run']}")
+        for step, (peak, spent) in row["steps"].items():
+            table.add_row(step, f"{peak / MEGABYTE:.0f}", f"{spent:.1f}")
         screen.show(table)
 
 
@@ -274,9 +281,8 @@ def _sampled(command: list[str]) -> Measured:
         reader = Thread(target=_follow, args=(started.stderr, said, step), daemon=True)
         reader.start()
         while os.waitid(os.P_PID, started.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
-            own, others = _anonymous(started.pid), sum(map(_anonymous, _descendants(started.pid)))
-            found.peak_bytes, found.others_bytes = max(found.peak_bytes, own), max(found.others_bytes, others)
-            found.steps[now] = max(found.steps.get(now, 0), own)
+            others = sum(map(_anonymous, _descendants(started.pid)))
+            found.sampled(now, _anonymous(started.pid), others, _seconds(started.pid))
             time.sleep(_SAMPLED)
         _, code, usage = os.wait4(started.pid, 0)
         started.returncode = os.waitstatus_to_exitcode(code)
@@ -304,6 +310,12 @@ def _anonymous(process: int) -> int:
             raise SystemExit("memory is read in /proc, which this system does not have") from error
         return 0
     return sum(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon:"))
+
+
+def _seconds(process: int) -> float:
+    """Return the CPU seconds of a process and of those that it has begun and that have ended."""
+    fields = Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
 
 
 def _descendants(process: int) -> list[int]:
