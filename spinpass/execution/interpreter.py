@@ -24,7 +24,8 @@ from spinpass.errors import ConfigError, ProgramError
 from spinpass.graph import Handle, is_op, mutates, op_name, trim, values_of
 from spinpass.progress import Tick
 
-_Lifted = dict[int, tuple[Any, Any]]  # by the identity of a value: itself and what it is lifted
+from .together import Together, is_in_parts
+
 Watch = Callable[[Node, Any], Any]
 """A function that is given every node with its value, and returns the value to go on with."""
 
@@ -36,10 +37,10 @@ _WIDER = {
     torch.complex64: torch.complex128,
 }
 _CONSTANTS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR, InputKind.CUSTOM_OBJ)
-_LARGE = 1 << 21  # bytes of a constant that was read, after which memory is given back
 _DTYPE_ASSERTION = "aten._assert_tensor_metadata.default"
 # A lookup commutes with a cast; to look up first avoids a float64 copy of the whole table.
 _LOOKUPS = frozenset({"aten.embedding.default", "aten.index_select.default"})
+_LINEAR = "aten.linear.default"
 # Neither disabling gradients nor autocast means anything in a float64 run without gradients.
 _SCOPES = frozenset({"wrap_with_set_grad_enabled", "wrap_with_autocast"})
 _COPIES = frozenset({"aten::clone", "aten::_to_copy", "aten::lift_fresh_copy"})
@@ -191,13 +192,15 @@ def execute_together(
     """
     written = _written_placeholders(ep)
     feeds = [_feed(ep, values, written, float64) for values in each]
-    lifted: _Lifted = {}
+    together = Together()
     ended: list[Any] = [None] * len(feeds)
     with torch.set_grad_enabled(gradients), _default_dtype(torch.float64 if float64 else torch.get_default_dtype()):
-        runners = [Runner(ep.graph_module, float64=float64, tick=tick, watch=watch, lifted=lifted) for _ in feeds]
+        runners = [Runner(ep.graph_module, float64=float64, tick=tick, watch=watch, together=together) for _ in feeds]
         for runner, feed in zip(runners, feeds, strict=True):
             runner.args_iter = iter(feed)
         for node in ep.graph_module.graph.nodes:
+            alive = [r for r, end in zip(runners, ended, strict=True) if not isinstance(end, ProgramError)]
+            together.begin(node, alive)
             for i, runner in enumerate(runners):
                 if not isinstance(ended[i], ProgramError):
                     try:
@@ -205,9 +208,7 @@ def execute_together(
                     except ProgramError as error:
                         ended[i] = error
                         runner.env.clear()
-            read = any(isinstance(constant, Handle) and constant.nbytes > _LARGE for constant, _ in lifted.values())
-            lifted.clear()
-            if read:
+            if together.end():
                 trim()
     return [
         result if isinstance(result, ProgramError) else _split_outputs(ep, result, _changed(ep, feed, written, values))
@@ -316,7 +317,7 @@ class Runner(Interpreter):
         float64: lift every value.
         tick: called after every node.
         watch: called with every node and its value before ``tick``; it returns the value to go on with.
-        lifted: what other runs of the same node have lifted already; whoever runs the node empties it afterwards.
+        together: what this run and others share, node by node.
     """
 
     def __init__(
@@ -326,10 +327,10 @@ class Runner(Interpreter):
         float64: bool,
         tick: Tick | None = None,
         watch: Watch | None = None,
-        lifted: _Lifted | None = None,
+        together: Together | None = None,
     ) -> None:
         super().__init__(module)
-        self._shared = lifted
+        self._together = together
         self.extra_traceback = False
         self.float64 = float64
         self.tick = tick
@@ -368,7 +369,7 @@ class Runner(Interpreter):
         if not self.float64:
             if any(isinstance(value, Handle) for value in args) and str(target) not in _LOOKUPS:
                 args = tuple(map(self._read, args))
-            return super().call_function(target, args, kwargs)
+            return self._called(target, args, kwargs)
         name = str(target)
         if name == _DTYPE_ASSERTION:
             return None
@@ -379,7 +380,17 @@ class Runner(Interpreter):
         if name in _SCOPES:
             body = next(i for i, value in enumerate(args) if isinstance(value, _Body))
             return args[body](*args[body + 1 :])
+        return self._called(target, args, kwargs)
+
+    def _called(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._together is not None and str(target) == _LINEAR and not kwargs and is_in_parts(args[1]):
+            return self._together.linear(self, *args)
         return super().call_function(target, args, kwargs)
+
+    def operand(self, node: Node) -> Any:
+        """Return what an operator that reads the value of a node is called with; None where there is none."""
+        found = self.env.get(node)
+        return self._lift(found) if self.float64 else found
 
     def _lift(self, value: Any) -> Any:
         return _Body(value) if isinstance(value, GraphModule) else self._once(value, lift)
@@ -392,15 +403,7 @@ class Runner(Interpreter):
 
     def _once(self, value: Any, make: Callable[[Any], Any]) -> Any:
         """Return ``make(value)``, computed once for all runs of this node."""
-        if self._shared is None:
-            return make(value)
-        known = self._shared.get(id(value))
-        if known is not None:
-            return known[1]
-        result = make(value)
-        if result is not value and isinstance(result, Tensor):
-            self._shared[id(value)] = value, result
-        return result
+        return make(value) if self._together is None else self._together.once(value, make)
 
 
 class _Body(torch.nn.Module):

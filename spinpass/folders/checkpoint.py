@@ -17,14 +17,14 @@ from pathlib import Path
 from spinpass.config import RotationConfig
 from spinpass.errors import ConfigError
 from spinpass.formats import Draft, KeptWork, drafted
-from spinpass.graph import HOST, Device, named_device, on_device, spooled
+from spinpass.graph import HOST, Device, is_streamed, named_device, on_device, spooled
 from spinpass.loading import LoadedModel, load_model
 from spinpass.passes import online_transforms
 from spinpass.progress import Silent, Steps
 
 from .companions import Written, check_target, write_companions
 from .endings import still_the_same
-from .gptq import check_not_online, check_rotation, check_same_architecture, described
+from .gptq import certify_as_exported, check_not_online, check_rotation, check_same_architecture, described
 from .judge import FolderTrial
 from .layout_trial import tried_layout
 from .layouts import CheckpointLayout, CheckpointRequest, write_layout
@@ -110,13 +110,19 @@ def rotate_checkpoint(
             )
         check_not_online(loaded)
         with still_the_same(loaded.files, steps):
-            result = rotated(on_device(loaded.program, there), config, steps, certify=certify)
+            placed = replace(loaded, program=on_device(loaded.program, there))
+            # what is written is the original's graph: where nothing is rounded, one proof is of both
+            at_once = certify and asked.scheme is None and is_streamed(placed.program)
+            result = rotated(placed.program, config, steps, certify=certify and not at_once)
             declares = asked.written == "compressed-tensors"
             check_rotation(loaded, result, declared=declares)
             transforms = online_transforms(result.program) if declares else ()
+            if at_once:
+                steps.start("certify the checkpoint")
+                certify_as_exported(placed, result, transforms)
             result = _quantized(asked, loaded, result, draft, f"{dtype}, {there.type}", steps)
             result = replace(result, program=on_device(result.program, HOST))
-            if certify:
+            if certify and not at_once:
                 steps.start("certify the checkpoint")
                 check_same_architecture(loaded, result, transforms)
             steps.start("write")

@@ -12,12 +12,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from torch.export import ExportedProgram
+
 from spinpass import record
 from spinpass.certificate import verify
 from spinpass.config import RotationConfig
 from spinpass.errors import ConfigError, VerificationError
 from spinpass.formats import QUANTIZE_CONFIG, Draft, write_gptq
-from spinpass.graph import ProgramEditor
+from spinpass.graph import ProgramEditor, unrounded
 from spinpass.loading import LoadedModel, declaration
 from spinpass.passes import OnlineTransform, is_rotated_online, untie, with_online_transforms
 from spinpass.progress import Steps
@@ -115,17 +117,38 @@ def check_same_architecture(loaded: LoadedModel, result: Result, transforms: Seq
 
     Raises VerificationError where it is another function, as where a norm had to become one of another kind.
     """
+    found = verify(result.program, _as_exported(loaded, result, transforms))
+    if not found.ok:
+        raise VerificationError(_another(found.verdict))
+
+
+def certify_as_exported(loaded: LoadedModel, result: Result, transforms: Sequence[OnlineTransform]) -> None:
+    """Prove that the program as it was exported computes the same with the rotated weights and online transforms in it,
+    and note the certificate in the result. Weights are read when they are used (:func:`spinpass.graph.is_streamed`).
+
+    Raises VerificationError where it does not.
+    """
+    made = _as_exported(loaded, result, transforms)
+    found = verify(loaded.program, made, exact=unrounded(made))
+    if not found.ok:
+        raise VerificationError(_another(found.verdict))
+    result.note(found)
+
+
+def _as_exported(loaded: LoadedModel, result: Result, transforms: Sequence[OnlineTransform]) -> ExportedProgram:
     editor = ProgramEditor(loaded.program)
     if _unties(result):
         untie(editor, [node for node in editor.nodes if editor.has_alias(node)])
     program = editor.finish()
     program.state_dict.update(result.program.state_dict)
-    found = verify(result.program, with_online_transforms(program, transforms))
-    if not found.ok:
-        raise VerificationError(
-            f"with these weights the model that was exported is another function ({found.verdict}): its architecture "
-            "cannot hold this rotation; leave out R1"
-        )
+    return with_online_transforms(program, transforms)
+
+
+def _another(verdict: str) -> str:
+    return (
+        f"with these weights the model that was exported is another function ({verdict}): its architecture cannot hold "
+        "this rotation; leave out R1"
+    )
 
 
 def _unties(result: Result) -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from spinpass import record
+from spinpass.certificate import Certificate
 from spinpass.config import RotationConfig
 from spinpass.errors import ConfigError
 from spinpass.evaluation import CALIBRATION_LENGTH, calibration_inputs, token_ids
@@ -59,6 +60,12 @@ class Result:
         """The certificate in the program's record; None where the program was not certified."""
         found = record.read(self.program)
         return found.certificate if found is not None else None
+
+    def note(self, certificate: Certificate) -> None:
+        """Keep the certificate in the program's record, in place of an earlier one."""
+        found = record.read(self.program)
+        assert found is not None
+        record.write(self.program.graph, replace(found, certificate=certificate.to_dict()))
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON-able values: versions, plan, record, quantization."""

@@ -10,7 +10,8 @@ a view of a file, and is not to be written to either.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +149,23 @@ def _values(handle: Handle) -> Tensor:
     return handle.read().contiguous()  # as its strides say
 
 
+def linear_together(each: Sequence[Tensor], weight: Handle, bias: Tensor | None = None) -> list[Tensor]:
+    """Return ``x Wᵀ + b`` for several x, of shape (..., in), with each block of the rows of W read once for all.
+
+    Args:
+        each: the inputs, in the dtype of the weight.
+        weight: (out, in), which is not turned.
+        bias: (out,) or (1,).
+    """
+    flat = [x.reshape(-1, x.shape[-1]) for x in each]
+    made = [torch.empty(len(x), weight.shape[0], dtype=x.dtype, device=x.device) for x in flat]
+    for rows in row_blocks(weight.source):
+        block = weight.read(rows).t()
+        for x, y in zip(flat, made, strict=True):
+            y[:, rows] = x @ block if bias is None else torch.addmm(_part(bias, rows), x, block)
+    return [y.view(*x.shape[:-1], weight.shape[0]) for x, y in zip(each, made, strict=True)]
+
+
 def _by_blocks(func: Any, operands: tuple[Any, ...], matrix: Handle) -> Tensor:
     """Return a product with the transpose of a large source, a block of its rows at a time."""
     x = operands[-1]
@@ -160,7 +178,11 @@ def _by_blocks(func: Any, operands: tuple[Any, ...], matrix: Handle) -> Tensor:
 def _cut(operands: tuple[Any, ...], rows: slice) -> tuple[Any, ...]:
     """Return the operands before a matrix, of which a bias is cut as the matrix is."""
     *bias, x = operands
-    return (*(b[..., rows] if b.ndim and b.shape[-1] > 1 else b for b in bias), x)
+    return (*(_part(b, rows) for b in bias), x)
+
+
+def _part(bias: Tensor, rows: slice) -> Tensor:
+    return bias[..., rows] if bias.ndim and bias.shape[-1] > 1 else bias
 
 
 def _looked_up(func: Any, table: Handle, args: tuple[Any, ...]) -> Tensor | None:
@@ -205,6 +227,21 @@ def storage_key(tensor: Tensor) -> tuple[Any, ...]:
     if isinstance(held, torch._subclasses.FakeTensor) or held.numel() == 0:
         return (id(tensor),)
     return held.data_ptr(), tuple(held.shape), held.stride(), held.dtype, held.device
+
+
+def unrounded(program: ExportedProgram) -> dict[str, Callable[[], Tensor]]:
+    """Return by placeholder name what reads each floating handle in float64, as it was before it was rounded."""
+    held = {spec.arg.name: program.state_dict.get(spec.target or "") for spec in program.graph_signature.input_specs}
+    return {
+        name: partial(tensor.lifted, unrounded=True)
+        for name, tensor in held.items()
+        if isinstance(tensor, Handle) and tensor.is_floating_point()
+    }
+
+
+def is_streamed(program: ExportedProgram) -> bool:
+    """Return whether every floating parameter is read when it is used."""
+    return all(isinstance(program.state_dict[name], Handle) for name in program.graph_signature.parameters)
 
 
 def spooled(program: ExportedProgram, folder: Path, most: int) -> ExportedProgram:
