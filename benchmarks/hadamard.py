@@ -1,6 +1,8 @@
 """Time of ``hadamard_transform`` beside one dense product with the same matrix: ``python benchmarks/hadamard.py``.
 
-Medians of repeated calls on one thread. The ratio is dense / structured: above 1 the structure pays.
+Medians of repeated calls on one thread. The ratio is dense / structured: above 1 the structure pays. A second table has
+the fold of one large weight, float64 arithmetic and one rounding, beside a copy of it into memory of its own, which is
+what a fold returns, and beside a copy into memory that is there, the least that touching every value can take.
 """
 
 from __future__ import annotations
@@ -18,8 +20,10 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from spinpass.rotations import hadamard
+from spinpass.graph.folding import QueuedStep, folded
+from spinpass.rotations import Rotation, hadamard
 
+FOLDED = (14336, 4096)
 SIZES = (64, 576, 1536, 4096, 11008, 14336)
 TOKENS = (1, 128)
 
@@ -57,6 +61,43 @@ def measure(size: int, tokens: int, dtype: torch.dtype, seconds: float) -> Row:
     return Row(size, hadamard.kronecker_factors(size), tokens, structured_us, dense_us, dense_us / structured_us)
 
 
+@dataclass(frozen=True)
+class Fold:
+    """Medians of one fold, of a copy into new memory and of one into memory that is there, in milliseconds."""
+
+    axes: str
+    fold_ms: float
+    clone_ms: float
+    copy_ms: float
+
+
+def measure_folds(seconds: float) -> list[Fold]:
+    """Time folds of a float32 weight: along its rows, along its columns, with a norm's scale, and on both sides."""
+    weight = torch.randn(FOLDED)
+    there = torch.empty_like(weight)
+    columns, rows = (Rotation.create("hadamard", size) for size in reversed(FOLDED))
+    scale = torch.rand(FOLDED[1], dtype=torch.float64)
+    scaled = QueuedStep(lambda x: x * scale, "scale", frozenset())
+    right = QueuedStep(lambda x: columns.apply(x, 1), "right", frozenset({1}))
+    left = QueuedStep(lambda x: rows.apply(x, 0), "left", frozenset({0}))
+    clone_ms, copy_ms = (median_us(f, seconds) / 1e3 for f in (weight.clone, lambda: there.copy_(weight)))
+    kinds = {"x R": [right], "x diag(g) R": [scaled, right], "Rᵀ x": [left], "Rᵀ x R": [left, right]}
+    return [
+        Fold(name, median_us(lambda: folded(weight, steps), seconds) / 1e3, clone_ms, copy_ms)  # noqa: B023
+        for name, steps in kinds.items()
+    ]
+
+
+def render_folds(rows: list[Fold]) -> Table:
+    """A table with one line per kind of fold."""
+    size = "×".join(map(str, FOLDED))
+    table = Table("fold", "ms", "÷ clone", "÷ copy", title=f"Fold of a float32 weight of {size}")
+    for row in rows:
+        ratios = (row.fold_ms / row.clone_ms, row.fold_ms / row.copy_ms)
+        table.add_row(row.axes, f"{row.fold_ms:.0f}", *(f"{ratio:.1f}" for ratio in ratios))
+    return table
+
+
 def render(rows: list[Row]) -> Table:
     """A table with one line per size and token count."""
     table = Table(
@@ -82,10 +123,12 @@ def main(
     cases = [(size, tokens) for size in SIZES for tokens in TOKENS]
     progress = track(cases, "measuring", console=Console(stderr=True), transient=True)
     rows = [measure(size, tokens, dtype, seconds) for size, tokens in progress]
+    folds = measure_folds(seconds)
     if as_json:
-        print(json.dumps([asdict(row) for row in rows], indent=2))
+        found = {"products": [asdict(row) for row in rows], "folds": [asdict(row) for row in folds]}
+        print(json.dumps(found, indent=2))
     else:
-        Console().print(render(rows))
+        Console().print(render(rows), render_folds(folds))
 
 
 if __name__ == "__main__":

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 
+from torch import Tensor
 from torch.export import ExportedProgram
 
 from spinpass import record
@@ -38,11 +39,13 @@ class Rotated:
         program: the rotated program.
         plan: every decision behind it.
         certificate: the proof that both programs are one function. It is None where it was switched off.
+        exact: by placeholder name, what computes each changed constant in float64, as it was before it was rounded.
     """
 
     program: ExportedProgram
     plan: RotationPlan
     certificate: Certificate | None
+    exact: Mapping[str, Callable[[], Tensor]] = field(default_factory=dict, repr=False)
 
 
 def rotate(
@@ -107,12 +110,13 @@ def _rotated(
     made = _record(planner)
     record.write(editor.graph, made)
     result = editor.finish(progress)
+    exact = editor.exact_constants()
     if config.verify is False:
-        return Rotated(result, decided, None)
-    certificate = verify(program, result, exact=editor.exact_constants())
+        return Rotated(result, decided, None, exact)
+    certificate = verify(program, result, exact=exact)
     if certificate.ok:
         record.write(result.graph, replace(made, certificate=certificate.to_dict()))
-    return Rotated(result, decided, certificate)
+    return Rotated(result, decided, certificate, exact)
 
 
 def _guilty(program: ExportedProgram, made: Rotated) -> str | None:

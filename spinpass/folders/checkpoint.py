@@ -17,7 +17,7 @@ from pathlib import Path
 from spinpass.config import RotationConfig
 from spinpass.errors import ConfigError
 from spinpass.formats import Draft, KeptWork, drafted
-from spinpass.graph import HOST, Device, is_streamed, named_device, on_device, spooled
+from spinpass.graph import HOST, Device, named_device, on_device, spooled
 from spinpass.loading import LoadedModel, load_model
 from spinpass.passes import online_transforms
 from spinpass.progress import Silent, Steps
@@ -112,8 +112,8 @@ def rotate_checkpoint(
         with still_the_same(loaded.files, steps):
             placed = replace(loaded, program=on_device(loaded.program, there))
             # what is written is the original's graph: where nothing is rounded, one proof is of both
-            at_once = certify and asked.scheme is None and is_streamed(placed.program)
-            result = rotated(placed.program, config, steps, certify=certify and not at_once)
+            at_once = certify and asked.scheme is None
+            result = rotated(placed.program, config, steps, certify=certify and not at_once, exact=at_once)
             declares = asked.written == "compressed-tensors"
             check_rotation(loaded, result, declared=declares)
             transforms = online_transforms(result.program) if declares else ()

@@ -19,7 +19,7 @@ from spinpass.certificate import verify
 from spinpass.config import RotationConfig
 from spinpass.errors import ConfigError, VerificationError
 from spinpass.formats import QUANTIZE_CONFIG, Draft, write_gptq
-from spinpass.graph import ProgramEditor, unrounded
+from spinpass.graph import ProgramEditor
 from spinpass.loading import LoadedModel, declaration
 from spinpass.passes import OnlineTransform, is_rotated_online, untie, with_online_transforms
 from spinpass.progress import Steps
@@ -124,12 +124,13 @@ def check_same_architecture(loaded: LoadedModel, result: Result, transforms: Seq
 
 def certify_as_exported(loaded: LoadedModel, result: Result, transforms: Sequence[OnlineTransform]) -> None:
     """Prove that the program as it was exported computes the same with the rotated weights and online transforms in it,
-    and note the certificate in the result. Weights are read when they are used (:func:`spinpass.graph.is_streamed`).
+    and note the certificate in the result, in which nothing was rounded but the rotated weights to their dtype.
 
     Raises VerificationError where it does not.
     """
     made = _as_exported(loaded, result, transforms)
-    found = verify(loaded.program, made, exact=unrounded(made))
+    taken = {spec.arg.name for spec in made.graph_signature.input_specs}
+    found = verify(loaded.program, made, exact={name: f for name, f in result.exact.items() if name in taken})
     if not found.ok:
         raise VerificationError(_another(found.verdict))
     result.note(found)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,8 @@ class Result:
 
     ``plan`` is None where no rotation was asked for, ``quantization`` where nothing was rounded. ``scored`` computes
     the logits of every token where the program has those of the last one alone; else it is None. ``settings`` are the
-    options that make it again, None where options cannot say it.
+    options that make it again, None where options cannot say it. ``exact`` computes in float64, by placeholder name,
+    what rotated constants were before they were rounded, where that was asked for.
     """
 
     program: ExportedProgram
@@ -43,6 +44,7 @@ class Result:
     quantization: QuantizationReport | None = None
     scored: ExportedProgram | None = None
     settings: Mapping[str, Any] | None = None
+    exact: Mapping[str, Callable[[], Tensor]] = field(default_factory=dict, repr=False)
 
     @property
     def rounds_activations(self) -> bool:
@@ -84,11 +86,13 @@ def rotated(
     steps: Steps,
     *,
     certify: bool = True,
+    exact: bool = False,
     allow_partial: bool = False,
     team: Team | None = None,
 ) -> Result:
     """Plan, rotate and certify; without a configuration, return the original. Raises what ``transform`` raises.
 
+    With ``exact`` the result knows what its constants were before they were rounded, for which the original is held.
     Of a ``team`` rank 0 certifies, and the others rotate as it does.
     """
     if config is None:
@@ -110,7 +114,7 @@ def rotated(
     left_out = [space.name for space in found.plan.spaces if space.name not in spaces]
     if left_out:  # by the certificate of rank 0
         found = rotate(program, plan=found.plan.without(*left_out))
-    return Result(found.program, found.plan)
+    return Result(found.program, found.plan, exact=found.exact if exact else {})
 
 
 def quantized(

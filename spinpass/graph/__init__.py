@@ -5,7 +5,7 @@ from .concrete import ConcreteSizes, called, drawn
 from .decomposition import decomposed, splice
 from .devices import HOST, Device, device_of, named_device, on_device, placed
 from .editor import ProgramEditor, copied_graph, shares_memory
-from .handles import Handle, is_streamed, linear_together, materialize, spooled, storage_key, unrounded, values_of
+from .handles import Handle, linear_together, materialize, spooled, storage_key, values_of
 from .invariants import Changes, Invariants
 from .layout import Layout, LayoutError, Size
 from .listing import listing
@@ -69,7 +69,6 @@ __all__ = [
     "is_random",
     "is_region",
     "is_size_class",
-    "is_streamed",
     "known_integers",
     "lifted",
     "linear_together",
@@ -90,7 +89,6 @@ __all__ = [
     "spooled",
     "storage_key",
     "trim",
-    "unrounded",
     "value",
     "values_of",
     "with_constants",

@@ -10,8 +10,7 @@ a view of a file, and is not to be written to either.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -227,21 +226,6 @@ def storage_key(tensor: Tensor) -> tuple[Any, ...]:
     if isinstance(held, torch._subclasses.FakeTensor) or held.numel() == 0:
         return (id(tensor),)
     return held.data_ptr(), tuple(held.shape), held.stride(), held.dtype, held.device
-
-
-def unrounded(program: ExportedProgram) -> dict[str, Callable[[], Tensor]]:
-    """Return by placeholder name what reads each floating handle in float64, as it was before it was rounded."""
-    held = {spec.arg.name: program.state_dict.get(spec.target or "") for spec in program.graph_signature.input_specs}
-    return {
-        name: partial(tensor.lifted, unrounded=True)
-        for name, tensor in held.items()
-        if isinstance(tensor, Handle) and tensor.is_floating_point()
-    }
-
-
-def is_streamed(program: ExportedProgram) -> bool:
-    """Return whether every floating parameter is read when it is used."""
-    return all(isinstance(program.state_dict[name], Handle) for name in program.graph_signature.parameters)
 
 
 def spooled(program: ExportedProgram, folder: Path, most: int) -> ExportedProgram:

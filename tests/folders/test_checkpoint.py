@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +157,28 @@ def test_a_wrong_file_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(layouts, "write_shards", lambda f, t: write_shards(f, dict(list(t.items())[1:])))
     with pytest.raises(VerificationError, match="does not load what was written as it is; missing keys"):
         rotate_checkpoint(tmp_path / "in", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("layer", ["q_proj", "o_proj", "input_layernorm"])
+def test_a_wrong_weight_is_noticed_before_it_is_written(
+    always_streamed: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layer: str
+) -> None:
+    """There is one proof, of the graph and the weights that are written."""
+    rotated = checkpoint.rotated
+
+    def spoiled(*args: Any, **options: Any) -> Any:
+        found = rotated(*args, **options)
+        state = found.program.state_dict
+        name = next(name for name in state if layer in name)
+        wrong = values_of(state[name]) * 1.25
+        state[name] = torch.nn.Parameter(wrong, requires_grad=False)
+        exact = {key: (lambda: wrong) if layer in key else compute for key, compute in found.exact.items()}
+        return replace(found, exact=exact)
+
+    monkeypatch.setattr(checkpoint, "rotated", spoiled)
+    with pytest.raises(VerificationError, match="is another function"):
+        rotate_checkpoint(saved(tmp_path / "in"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
