@@ -108,6 +108,11 @@ class Drawn:
         """The CPU."""
         return torch.device("cpu")
 
+    @property
+    def by_rows(self) -> bool:
+        """They do."""
+        return True
+
     def read(self, rows: Rows) -> torch.Tensor:
         """Return rows of the first axis, each drawn from its block's own seed."""
         assert isinstance(rows, slice)

@@ -47,6 +47,11 @@ class PackedWords:
         """That of the codes."""
         return self.codes.device
 
+    @property
+    def by_rows(self) -> bool:
+        """They do."""
+        return True
+
     def read(self, rows: Rows) -> Tensor:
         """Return these rows of the words; see :class:`spinpass.graph.ConstantSource`."""
         if isinstance(rows, Tensor):

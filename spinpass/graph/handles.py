@@ -73,8 +73,13 @@ class Handle(Tensor):
 
     @property
     def is_large(self) -> bool:
-        """Whether it is better read in parts."""
+        """Whether it is better read in parts, where it can be."""
         return self.nbytes > LARGE
+
+    @property
+    def in_parts(self) -> bool:
+        """Whether it is large, and rows of it cost less than the whole."""
+        return self.is_large and self.source.by_rows and not self.turned
 
     def blocks(self) -> Iterator[Tensor]:
         """Yield the values in order, a block of rows at a time; a transpose as a whole."""

@@ -36,6 +36,10 @@ class ConstantSource(Protocol):
     def device(self) -> torch.device:
         """Of what is read."""
 
+    @property
+    def by_rows(self) -> bool:
+        """Whether some rows cost less than all of them."""
+
     def read(self, rows: Rows) -> Tensor:
         """Return these rows of the first axis, a slice or indices (n,), as a tensor of its own or a view of a file."""
 
@@ -59,6 +63,11 @@ class Held:
     def device(self) -> torch.device:
         """That of the tensor."""
         return self.tensor.device
+
+    @property
+    def by_rows(self) -> bool:
+        """They do."""
+        return True
 
     def read(self, rows: Rows) -> Tensor:
         """Return the rows in the dtype; see :class:`ConstantSource`."""
@@ -90,6 +99,11 @@ class _Derived:
         """That of the source."""
         return self.source.device
 
+    @property
+    def by_rows(self) -> bool:
+        """As of the source."""
+        return self.source.by_rows
+
 
 @dataclass(frozen=True, eq=False)
 class FoldedSource(_Derived):
@@ -97,6 +111,11 @@ class FoldedSource(_Derived):
 
     source: ConstantSource
     steps: tuple[QueuedStep, ...]
+
+    @property
+    def by_rows(self) -> bool:
+        """Where no step mixes the rows."""
+        return sliceable(self.shape, self.steps) and self.source.by_rows
 
     def read(self, rows: Rows) -> Tensor:
         """Return the rows, folded and rounded once; see :class:`ConstantSource`."""
@@ -158,6 +177,11 @@ class Spooled(_Derived):
     folder: Path
     _kept: Tensor | None = field(default=None, init=False)
 
+    @property
+    def by_rows(self) -> bool:
+        """They do, once they are kept; what is exact is as the source."""
+        return self.source.by_rows
+
     def read(self, rows: Rows) -> Tensor:
         """Return the rows, as a view of the file for a slice; see :class:`ConstantSource`."""
         if self._kept is None:
@@ -197,8 +221,9 @@ class Wide(_Derived):
 
 
 def row_blocks(source: ConstantSource) -> list[slice]:
-    """Return slices that cut the first axis into blocks; one slice where the source is small."""
-    if not source.shape or math.prod(source.shape) * source.dtype.itemsize <= LARGE:
+    """Return slices that cut the first axis into blocks; one slice where the source is small, or where each block would
+    take as much as the whole."""
+    if not source.shape or not source.by_rows or math.prod(source.shape) * source.dtype.itemsize <= LARGE:
         return [EVERY_ROW]
     row = math.prod(source.shape[1:]) * source.dtype.itemsize
     count = max(1, _BLOCK // max(row, 1))

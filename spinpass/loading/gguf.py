@@ -59,6 +59,11 @@ class GgufRows:
         """It is the CPU."""
         return torch.device("cpu")
 
+    @property
+    def by_rows(self) -> bool:
+        """They do."""
+        return True
+
     def read(self, rows: Rows) -> Tensor:
         """Return the rows, dequantized in float32, in the basis of the model, cast to the dtype."""
         return self._made(rows, self.dtype)
@@ -104,6 +109,11 @@ class GgufStack:
     def device(self) -> torch.device:
         """It is the CPU."""
         return self.parts[0].device
+
+    @property
+    def by_rows(self) -> bool:
+        """They do."""
+        return True
 
     def read(self, rows: Rows) -> Tensor:
         """Return these matrices of the stack."""

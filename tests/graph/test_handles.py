@@ -176,3 +176,22 @@ def test_materialized_it_is_an_ordinary_program(tmp_path: Path) -> None:
     for each in (program, plain):
         assert len({t.data_ptr() for t in each.state_dict.values()}) < len(each.state_dict)  # the head is the table
     assert materialize(plain) is plain
+
+
+@pytest.mark.parametrize("axes", [{0}, {0, 1}])
+def test_what_mixes_its_rows_is_folded_once_however_it_is_read(axes: set[int]) -> None:
+    """A block of its rows would take a fold of the whole."""
+    table, folds = handle(64, 16), []
+
+    def step(t: Tensor) -> Tensor:
+        folds.append(t.shape)
+        return t * 2
+
+    folded = table.folded([QueuedStep(step, "double", frozenset(axes))])
+    x = torch.randn(3, 16)
+    for read in (lambda: list(folded.blocks()), lambda: nn.functional.linear(x, folded)):
+        folds.clear()
+        read()
+        assert sum(shape.numel() for shape in folds) == 64 * 16
+    assert not folded.in_parts and table.in_parts
+    torch.testing.assert_close(nn.functional.linear(x, folded), x @ (2 * values_of(table)).t())

@@ -134,7 +134,7 @@ class PartTensor(ir.LazyTensor):
     def tofile(self, file: Any) -> None:
         """Write the bytes: of the transpose of a large matrix a block of its rows at a time."""
         held = self.part.constant.detach()
-        if isinstance(held, Handle) and held.is_large and not held.turned and self.part.transposes:
+        if isinstance(held, Handle) and held.in_parts and self.part.transposes:
             _write_transposed(held, file)
         else:
             super().tofile(file)

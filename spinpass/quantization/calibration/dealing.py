@@ -218,7 +218,7 @@ def _row_pieces(job: Job) -> Iterator[Callable[[], Tensor]]:
     whole: list[Tensor] = []  # read once, where it is not read by rows
 
     def read(part: slice) -> Tensor:
-        if isinstance(stored, Handle) and stored.is_large and dim % 2 == 1 and not stored.turned:
+        if isinstance(stored, Handle) and stored.in_parts and dim % 2 == 1:
             return stored.read(part).float()
         if not whole:
             whole.append(_matrix(stored, dim))

@@ -33,9 +33,14 @@ class Coded:
         """That of the codes."""
         return self.codes.q.device
 
+    @property
+    def by_rows(self) -> bool:
+        """Where a row of the constant is one of the codes."""
+        return len(self.shape) == 2 and self.dim % 2 == 1
+
     def read(self, rows: Rows) -> Tensor:
         """Return the values of some rows of the first axis."""
-        if len(self.shape) == 2 and self.dim % 2 == 1:
+        if self.by_rows:
             return self.codes.rows(rows).dequantized().to(self.dtype)
         moved = [size for axis, size in enumerate(self.shape) if axis != self.dim % len(self.shape)]
         whole = self.codes.dequantized().reshape(*moved, -1).movedim(-1, self.dim)
