@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from spinpass.graph.folding import QueuedStep, folded
+from spinpass.graph import QueuedStep, folded
 from spinpass.rotations import Rotation, hadamard
 
 FOLDED = (14336, 4096)

@@ -5,6 +5,7 @@ from .concrete import ConcreteSizes, called, drawn
 from .decomposition import decomposed, splice
 from .devices import HOST, Device, device_of, named_device, on_device, placed
 from .editor import ProgramEditor, copied_graph, shares_memory
+from .folding import QueuedStep, folded
 from .handles import Handle, linear_together, materialize, spooled, storage_key, values_of
 from .invariants import Changes, Invariants
 from .layout import Layout, LayoutError, Size
@@ -46,6 +47,7 @@ __all__ = [
     "Layout",
     "LayoutError",
     "ProgramEditor",
+    "QueuedStep",
     "Rows",
     "Size",
     "arguments",
@@ -58,6 +60,7 @@ __all__ = [
     "differing",
     "drawn",
     "elements",
+    "folded",
     "frozen",
     "functional_target",
     "integers_as_buffers",

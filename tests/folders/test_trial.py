@@ -157,6 +157,7 @@ def test_a_file_that_does_not_open_is_an_error(loaded: LoadedModel, folder: Path
         tried(loaded, folder)
 
 
+@pytest.mark.cold
 def test_a_runtime_that_dies_is_an_error(loaded: LoadedModel, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(elsewhere, "_CHILD", "import os, sys; print('the last words', file=sys.stderr, flush=True); os.abort()")
     with pytest.raises(ExportError, match=r"died \(signal 6\): the last words"):
@@ -174,6 +175,7 @@ def test_a_failed_trial_leaves_nothing(source: Path, tmp_path: Path, monkeypatch
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.cold
 def test_without_a_certificate_the_folder_is_run_all_the_same(source: Path, tmp_path: Path) -> None:
     export(source, tmp_path / "out", None, certify=False, bits=16)
     found = trials(tmp_path / "out")
