@@ -9,7 +9,6 @@ logits are compared with the program's.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,25 +16,24 @@ from pathlib import Path
 from spinpass.config import RotationConfig
 from spinpass.errors import ConfigError
 from spinpass.formats import Draft, KeptWork, drafted
-from spinpass.graph import HOST, Device, named_device, on_device, spooled
+from spinpass.graph import HOST, Device, named_device, on_device
 from spinpass.loading import LoadedModel, load_model
 from spinpass.passes import online_transforms
 from spinpass.progress import Silent, Steps
 
 from .companions import Written, check_target, write_companions
-from .endings import still_the_same
+from .endings import kept_for_another_try, still_the_same
 from .gptq import certify_as_exported, check_not_online, check_rotation, check_same_architecture, described
 from .judge import FolderTrial
 from .layout_trial import tried_layout
 from .layouts import CheckpointLayout, CheckpointRequest, write_layout
-from .result import Result, quantized, rotated, run_of
+from .result import Result, kept_on_disk, quantized, rotated, run_of
 
 FOLDED = RotationConfig(rotations=("R1", "R2"), form="offline", tied="untie")
 """What a checkpoint can hold: rotations that are folded into weights."""
 
 
 _EXPERTS = "batched_mm"  # transformers' grouped product has no float64, which proofs compute in
-_SPOOLED_SHARE = 4  # of the free disk, what is computed from the weights is kept in one of so many parts
 
 
 def rotate_checkpoint(
@@ -109,7 +107,7 @@ def rotate_checkpoint(
                 "config.json declares: name the original"
             )
         check_not_online(loaded)
-        with still_the_same(loaded.files, steps):
+        with kept_for_another_try(draft), still_the_same(loaded.files, steps):
             placed = replace(loaded, program=on_device(loaded.program, there))
             # what is written is the original's graph: where nothing is rounded, one proof is of both
             at_once = certify and asked.scheme is None
@@ -154,10 +152,9 @@ def _quantized(
         return result
     text = None if asked.calibration is None else Path(asked.calibration)
     run = run_of(loaded, asked.config, scheme, text, asked.windows, target=f"{asked.written}, {dtype}")
-    place = draft.folder.parent
-    kept = spooled(result.program, place, shutil.disk_usage(place).free // _SPOOLED_SHARE)
+    kept = replace(result, program=kept_on_disk(result.program, draft.folder.parent))
     work = KeptWork.of(draft.work, run)
-    return quantized(replace(result, program=kept), loaded, scheme, text, steps, asked.windows, work)
+    return quantized(kept, loaded, scheme, text, steps, asked.windows, work)
 
 
 def _is_tied(loaded: LoadedModel) -> bool:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from spinpass.errors import SpinpassError, WorkerError
+from spinpass.formats import Draft
 from spinpass.graph import HOST
 from spinpass.loading import SourceFiles
 from spinpass.progress import Steps
+from spinpass.workers import Team
 
 from .request import ExportRequest
 
@@ -32,6 +35,18 @@ def still_the_same(files: SourceFiles, steps: Steps) -> Iterator[None]:
             files.check_unchanged()
         raise
     files.check_unchanged(steps.start("check the weights again", "bytes"))
+
+
+@contextmanager
+def kept_for_another_try(draft: Draft, team: Team | None = None) -> Iterator[None]:
+    """Keep what a run has rounded where it may end otherwise the next time, as when the disk was full; elsewhere the
+    same command would end in the same way, and what is kept would stand in the way of another."""
+    try:
+        yield
+    except SpinpassError as error:
+        if (team is None or team.leads) and not of_the_machine(error):
+            shutil.rmtree(draft.work, ignore_errors=True)
+        raise
 
 
 def out_of_memory(error: BaseException | None) -> bool:

@@ -5,7 +5,6 @@ model  ->  program  ->  rotated  ->  rounded  ->  a folder that was run and scor
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +23,7 @@ from spinpass.evaluation import (
     token_ids,
 )
 from spinpass.formats import Draft, KeptWork, drafted
-from spinpass.graph import HOST, Device, on_device, spooled
+from spinpass.graph import HOST, Device, on_device
 from spinpass.loading import LoadedModel, check_program_options, load_model
 from spinpass.passes import last_token
 from spinpass.progress import Silent, Steps
@@ -33,14 +32,14 @@ from spinpass.workers import Team
 
 from .companions import Written, check_target
 from .compared import Made, the_better
-from .endings import cheaper, of_the_machine, out_of_memory, still_the_same, whose_memory
+from .endings import cheaper, kept_for_another_try, out_of_memory, still_the_same, whose_memory
 from .forecast import Forecast
 from .gptq import check_rotation
 from .onnx import CacheBits, onnx_tools
 from .preflight import Known
 from .recipes import RecipeName
 from .request import ExportRequest, IntegerCache, Target
-from .result import Result, quantized, rotated, run_of, window_length
+from .result import Result, kept_on_disk, quantized, rotated, run_of, window_length
 from .settings import settings_of
 from .writers import writer_of
 
@@ -54,7 +53,6 @@ _EXPERTS = {"onnx": "grouped_mm", "executorch": "batched_mm"}
 2048 with eight experts of width 768 at a time. The grouped product reads a weight once, however many tokens go to it.
 """
 _ROWS = 16  # texts that a model writes at once
-_SPOOLED_SHARE = 4  # of the free disk, what is computed from the weights is kept in one of so many parts
 _DEFAULT = RotationConfig()
 
 
@@ -204,20 +202,12 @@ class _Run:
         loaded = self._loaded(cache=self.request.cache and self.request.to != "gptq")
         text = self._text(loaded)
         work = self._work(loaded, text)
-        try:
+        with kept_for_another_try(self.draft, self.team), still_the_same(loaded.files, self.steps):
             result, written = self._better(loaded, text, work)
             manifest, files = self.team.told([written.manifest, written.files])
             return result, replace(written, manifest=manifest, files=files)
-        except SpinpassError as error:
-            if self.team.leads and not of_the_machine(error):
-                shutil.rmtree(self.draft.work, ignore_errors=True)  # the same again would end in the same way
-            raise
 
     def _better(self, loaded: LoadedModel, text: Path | None, work: KeptWork | None) -> tuple[Result, Written]:
-        with still_the_same(loaded.files, self.steps):
-            return self._the_better(loaded, text, work)
-
-    def _the_better(self, loaded: LoadedModel, text: Path | None, work: KeptWork | None) -> tuple[Result, Written]:
         made = self._of(loaded, self.request.config, text, work, self.draft)
         if self.request.compare:
             beside = Draft(self.draft.out, self.draft.folder.parent / "original")
@@ -258,8 +248,7 @@ class _Run:
 
     def _kept(self, program: ExportedProgram) -> ExportedProgram:
         """Return the program with what is read again and again kept on the disk, if there is room for it."""
-        folder = self.draft.folder.parent
-        return spooled(program, folder, shutil.disk_usage(folder).free // (_SPOOLED_SHARE * self.team.size))
+        return kept_on_disk(program, self.draft.folder.parent, self.team.size)
 
     def _headed(self, result: Result) -> Result:
         """Return the result with the logits that are asked for. Raises ConfigError where those of the last token alone

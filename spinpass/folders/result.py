@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -19,6 +20,7 @@ from spinpass.certificate import Certificate
 from spinpass.config import RotationConfig
 from spinpass.errors import ConfigError
 from spinpass.evaluation import CALIBRATION_LENGTH, calibration_inputs, token_ids
+from spinpass.graph import spooled
 from spinpass.loading import Companions, LoadedModel
 from spinpass.pipeline import rotate
 from spinpass.planning import RotationPlan
@@ -26,6 +28,7 @@ from spinpass.progress import Progress, Steps
 from spinpass.quantization import CodesStore, QuantizationConfig, QuantizationReport, Quantized, quantize
 from spinpass.workers import Team
 
+_SPOOLED_SHARE = 4  # of the free disk, what is computed from the weights is kept in one of so many parts
 _PACKAGES = ("spinpass", "torch", "transformers", "onnx", "onnxscript", "onnxruntime", "openvino", "executorch")
 
 
@@ -115,6 +118,14 @@ def rotated(
     if left_out:  # by the certificate of rank 0
         found = rotate(program, plan=found.plan.without(*left_out))
     return Result(found.program, found.plan, exact=found.exact if exact else {})
+
+
+def kept_on_disk(program: ExportedProgram, folder: Path, ranks: int = 1) -> ExportedProgram:
+    """Return the program with what is computed from its weights kept in files of a folder once it was read.
+
+    It takes a share of the free disk at most, which so many ranks divide among them.
+    """
+    return spooled(program, folder, shutil.disk_usage(folder).free // (_SPOOLED_SHARE * ranks))
 
 
 def quantized(

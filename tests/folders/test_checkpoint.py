@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 import spinpass
 from spinpass.cli.app import app
-from spinpass.errors import ConfigError, VerificationError
+from spinpass.errors import ConfigError, ExportError, VerificationError
 from spinpass.folders import checkpoint, layouts, rotate_checkpoint
 from spinpass.formats import write_shards
 from spinpass.formats.safetensors_header import safetensors_header
@@ -277,3 +277,23 @@ def test_another_model_than_the_one_that_was_named(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(checkpoint, "load_model", other)
     with pytest.raises(VerificationError, match="than .*in gives"):
         rotate_checkpoint(tmp_path / "in", tmp_path / "out")
+
+
+@pytest.mark.parametrize(("error", "kept"), [(ConfigError("no such layout"), False), (ExportError("the disk is full"), True)])
+def test_what_was_rounded_is_kept_where_another_try_may_end_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, kept: bool
+) -> None:
+    """The advice of a refusal, other options, would be refused as another run of what is kept."""
+
+    def refused(*args: object) -> None:
+        raise error from (OSError(28, "No space left on device") if kept else None)
+
+    model, out = saved(tmp_path / "in"), tmp_path / "out"
+    write = checkpoint.write_layout
+    monkeypatch.setattr(checkpoint, "write_layout", refused)
+    with pytest.raises(type(error)):
+        rotate_checkpoint(model, out, quantize="w4g16-rtn", certify=False)
+    assert [path.name for path in tmp_path.iterdir() if path.name != "in"] == ([".out.spinpass"] if kept else [])
+    monkeypatch.setattr(checkpoint, "write_layout", write)
+    rotate_checkpoint(model, out, quantize="w4g16-rtn" if kept else "w8g16-rtn", certify=False)
+    assert (out / "config.json").is_file() and not (tmp_path / ".out.spinpass").exists()
