@@ -8,7 +8,6 @@ from typing import Annotated, Any
 import typer
 
 from spinpass.config import RotationConfig
-from spinpass.errors import ConfigError
 from spinpass.folders import ExportRequest, Result, card_lines, carry_out
 from spinpass.formats import GptqReport
 
@@ -16,6 +15,7 @@ from .options import (
     AllowPartial,
     AsJson,
     Bits,
+    CalibrationText,
     CalibrationWindows,
     Compare,
     Context,
@@ -37,6 +37,7 @@ from .options import (
     To,
     TrustRemoteCode,
     Verbose,
+    layer_schemes,
     rotation_options,
 )
 from .screen import screen_of, team_of
@@ -67,15 +68,7 @@ def export_command(
     quantize: Annotated[
         str, typer.Option(help="Scheme to quantize by in place of a recipe, for example w4g128-gptq-a8-head8.")
     ] = "",
-    calibration: Annotated[
-        str | None,
-        typer.Option(
-            help="What GPTQ, static ranges and --kv-cache calibrate on: the file of a UTF-8 text; a dataset, as in "
-            "eval --dataset; or self, text that MODEL writes.",
-            metavar="FILE|DATASET|self",
-            show_default="text of this package",
-        ),
-    ] = None,
+    calibration: CalibrationText = None,
     calibration_windows: CalibrationWindows = None,
     kv_cache: KvCache = None,
     last_logits: LastLogits = None,
@@ -104,7 +97,7 @@ def export_command(
         cache=not no_cache, context=context, dequantize=dequantize, trust_remote_code=trust_remote_code,
         last_logits=last_logits, fuse=not no_fuse, certify=not no_verify, calibration_windows=calibration_windows,
         force=force, allow_partial=allow_partial, bits=bits, recipe=recipe,
-        keep=tuple(keep or ()), layers=tuple(_layer(each) for each in layer or ()), compare=compare, memory=memory,
+        keep=tuple(keep or ()), layers=layer_schemes(layer), compare=compare, memory=memory,
         device=device,
     )  # fmt: skip
     with screen.steps() as steps:
@@ -129,14 +122,6 @@ def _left_lines(result: Result) -> list[str]:
         return []
     kept = [f"{count} layers stay in floats: {why}" for why, count in result.quantization.obstacles.items()]
     return [*kept, *filter(None, [result.quantization.experts])]
-
-
-def _layer(given: str) -> tuple[str, str]:
-    """A pattern and a scheme. Raises ConfigError for anything else."""
-    pattern, equals, scheme = given.rpartition("=")
-    if not (pattern and equals and scheme):
-        raise ConfigError(f"--layer {given!r} is not PATTERN=SCHEME: write it as *.down_proj.*=w8")
-    return pattern, scheme
 
 
 def _report_lines(report: Any) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -148,6 +148,16 @@ Compare = Annotated[
     bool,
     typer.Option("--compare", help="Make the original by the same scheme as well, and keep which does better on text."),
 ]
+CalibrationText = Annotated[
+    str | None,
+    typer.Option(
+        "--calibration",
+        help="What GPTQ, static ranges and --kv-cache calibrate on: the file of a UTF-8 text; a dataset, as in "
+        "eval --dataset; or self, text that MODEL writes.",
+        metavar="FILE|DATASET|self",
+        show_default="text of this package",
+    ),
+]
 CalibrationWindows = Annotated[
     int | None,
     typer.Option(
@@ -242,3 +252,15 @@ def configuration(
 
 rotation_options = spelled_out("config", configuration)
 """Gives a command the options of a rotation in place of its parameter ``config``."""
+
+
+def layer_schemes(given: Sequence[str] | None) -> tuple[tuple[str, str], ...]:
+    """What --layer was given, as patterns and schemes. Raises ConfigError for anything else."""
+    return tuple(_layer_scheme(each) for each in given or ())
+
+
+def _layer_scheme(given: str) -> tuple[str, str]:
+    pattern, equals, scheme = given.rpartition("=")
+    if not (pattern and equals and scheme):
+        raise ConfigError(f"--layer {given!r} is not PATTERN=SCHEME: write it as *.down_proj.*=w8")
+    return pattern, scheme

@@ -18,12 +18,16 @@ from .options import (
     ALL,
     AsJson,
     Bits,
+    CalibrationText,
     CalibrationWindows,
     Compare,
+    Context,
     Dequantize,
     Dtype,
     Int4,
+    Keep,
     KvCache,
+    LayerScheme,
     Memory,
     Model,
     NoCache,
@@ -32,6 +36,7 @@ from .options import (
     To,
     TrustRemoteCode,
     Verbose,
+    layer_schemes,
     rotation_options,
 )
 from .screen import screen_of
@@ -47,10 +52,14 @@ def plan_command(
     no_cache: NoCache = False,
     bits: Bits = None,
     recipe: RecipeOption = "auto",
+    keep: Keep = None,
+    layer: LayerScheme = None,
     quantize: Annotated[str, typer.Option(help="Scheme to quantize by in place of a recipe.")] = "",
     int4: Int4 = False,
     kv_cache: KvCache = None,
     to: To = "onnx",
+    context: Context = None,
+    calibration: CalibrationText = None,
     calibration_windows: CalibrationWindows = None,
     compare: Compare = False,
     no_verify: NoVerify = False,
@@ -76,7 +85,8 @@ def plan_command(
     request = ExportRequest(
         model, Path(), config, to, quantize=quantize, int4=int4, kv_cache=kv_cache, dtype=dtype, cache=not no_cache,
         dequantize=dequantize, trust_remote_code=trust_remote_code, certify=not no_verify, compare=compare,
-        calibration_windows=calibration_windows, bits=bits, recipe=recipe, memory=memory,
+        calibration_windows=calibration_windows, bits=bits, recipe=recipe, memory=memory, context=context,
+        calibration=calibration, keep=tuple(keep or ()), layers=layer_schemes(layer),
     )  # fmt: skip
     with screen.steps() as steps:
         loaded = load_model(

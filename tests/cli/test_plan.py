@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 
 import torch
 
+from spinpass.cli.export import export_command
+from spinpass.cli.plan import plan_command
 from spinpass.formats.pt2 import save_program
 from tests.support.commands import document, run
 
@@ -46,3 +49,14 @@ def test_it_says_what_an_export_takes(folder: Path) -> None:
     found = document(run("plan", folder, "--no-cache", "--bits", 16, "--memory", "1GB", "--json"))["forecast"]
     assert found["memory_margin"] == 0.3 and 0 < found["memory_bytes"] < 10**9 and found["seconds"] > 0
     assert [step["name"] for step in found["steps"]][:2] == ["load", "export"] and found["disk_bytes"] >= found["written_bytes"] > 0
+
+
+def test_it_takes_what_changes_an_export(folder: Path) -> None:
+    """Options of export that change memory, disk or time are options of plan."""
+    of_export, of_plan = (set(inspect.signature(command).parameters) for command in (export_command, plan_command))
+    only_written = {"out", "settings", "device", "last_logits", "no_fuse", "allow_partial", "force"}
+    assert of_export - of_plan == only_written
+    asked = ("plan", folder, "--no-cache", "--quantize", "w4g16-gptq-head8", "--samples", 1, "--json")
+    assert document(run(*asked, "--keep", "*o_proj*", "--layer", "*down_proj*=w8"))["forecast"]["written_bytes"] > 0
+    result = run(*asked, "--layer", "x")
+    assert result.exit_code == 2 and "--layer 'x' is not PATTERN=SCHEME" in result.stderr
