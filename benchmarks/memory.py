@@ -128,19 +128,21 @@ class Drawn:
 
 @dataclass(eq=False)
 class Measured:
-    """What a run took: bytes of its own and of the processes that it began, CPU seconds of them all."""
+    """What a run took: bytes of its own, of the processes that it began, and of all at one time; CPU seconds of all."""
 
     peak_bytes: int = 0
     others_bytes: int = 0
+    together_bytes: int = 0
     cpu_seconds: float = 0.0
-    steps: dict[str, tuple[int, float]] = field(default_factory=dict)
-    """The process's own peak and CPU seconds by step."""
+    steps: dict[str, tuple[int, int, float]] = field(default_factory=dict)
+    """The process's own peak, that of the others, and CPU seconds by step."""
 
     def sampled(self, step: str, own: int, others: int, seconds: float) -> None:
         """Take a sample: bytes now, and the process's CPU seconds until now."""
-        peak, spent = self.steps.get(step, (0, 0.0))
-        self.steps[step] = max(peak, own), spent + seconds - self.cpu_seconds
+        peak, beside, spent = self.steps.get(step, (0, 0, 0.0))
+        self.steps[step] = max(peak, own), max(beside, others), spent + seconds - self.cpu_seconds
         self.peak_bytes, self.others_bytes = max(self.peak_bytes, own), max(self.others_bytes, others)
+        self.together_bytes = max(self.together_bytes, own + others)
         self.cpu_seconds = seconds
 
 
@@ -173,32 +175,34 @@ def main(
                         words = [word.format(model=folder, out=Path(target, "out")) for word in COMMANDS[kind]]
                         found = _sampled([sys.executable, "-m", "spinpass", *words, "--json"])
                         found.peak_bytes = max(0, found.peak_bytes - base)
+                        found.together_bytes = max(0, found.together_bytes - base)
                 about = {"shape": name, "parameters": parameters, "run": kind, "peak_bytes": found.peak_bytes}
-                about |= {"others_bytes": found.others_bytes, "cpu_seconds": found.cpu_seconds}
+                about |= {"others_bytes": found.others_bytes, "together_bytes": found.together_bytes}
+                about |= {"cpu_seconds": found.cpu_seconds}
                 about |= {"bytes_per_parameter": found.peak_bytes / parameters}
-                by_name = {step: (max(0, peak - base), spent) for step, (peak, spent) in found.steps.items()}
+                by_name = {step: (max(0, peak - base), *more) for step, (peak, *more) in found.steps.items()}
                 rows.append(about | _foreseen(kind, folder) | {"steps": by_name})
                 screen.note(f"{name}, {kind}: {rows[-1]}")
     if as_json:
         screen.document({"imports_bytes": base, "rows": rows})
         return
-    columns = "parameters", "run", "peak MB", "foreseen ÷", "bytes/parameter", "beside it, MB", "CPU s", "foreseen ÷"
+    columns = "parameters", "run", "peak MB", "bytes/parameter", "with others", "foreseen ÷", "CPU s", "foreseen ÷"
     table = Table("", *columns, "ns/parameter")
     for row in rows:
         per = f"{1e9 * row['cpu_seconds'] / row['parameters']:.0f}"
         size, count = f"{row['peak_bytes'] / MEGABYTE:.0f}", f"{row['parameters'] / 1e6:.0f} M"
-        ratio, beside = f"{row['bytes_per_parameter']:.1f}", f"{row['others_bytes'] / MEGABYTE:.0f}"
+        ratio, beside = f"{row['bytes_per_parameter']:.1f}", f"{row['together_bytes'] / MEGABYTE:.0f}"
         memory, seconds = (
             f"{row[foreseen] / row[measured]:.2f}" if row[foreseen] else ""
-            for foreseen, measured in (("foreseen_bytes", "peak_bytes"), ("foreseen_seconds", "cpu_seconds"))
+            for foreseen, measured in (("foreseen_bytes", "together_bytes"), ("foreseen_seconds", "cpu_seconds"))
         )
         spent = f"{row['cpu_seconds']:.0f}"
-        table.add_row(row["shape"], count, row["run"], size, memory, ratio, beside, spent, seconds, per)
+        table.add_row(row["shape"], count, row["run"], size, ratio, beside, memory, spent, seconds, per)
     screen.show(table)
     for row in rows if by_step else ():
-        table = Table("step", "peak MB", "CPU s", title=f"{row['shape']}, {row['run']}")
-        for step, (peak, spent) in row["steps"].items():
-            table.add_row(step, f"{peak / MEGABYTE:.0f}", f"{spent:.1f}")
+        table = Table("step", "peak MB", "beside it", "CPU s", title=f"{row['shape']}, {row['run']}")
+        for step, (peak, others, spent) in row["steps"].items():
+            table.add_row(step, f"{peak / MEGABYTE:.0f}", f"{others / MEGABYTE:.0f}", f"{spent:.1f}")
         screen.show(table)
 
 
@@ -213,7 +217,8 @@ def _foreseen(kind: str, model: Path) -> dict[str, float | None]:
     torch.set_num_threads(1)
     forecast = Forecast.of(work, Rates.measured(work.files[0]))
     torch.set_num_threads(threads)
-    return {"foreseen_bytes": forecast.memory_bytes, "foreseen_seconds": forecast.seconds}
+    most = max(forecast.memory_bytes, forecast.runtime_bytes)
+    return {"foreseen_bytes": most, "foreseen_seconds": forecast.seconds}
 
 
 def checkpoint(shape: Shape, folder: Path) -> int:

@@ -72,6 +72,9 @@ def forecast_table(forecast: Forecast, request: ExportRequest, *, every_step: bo
     )
     fits = "" if forecast.least_bytes <= there else ": it does not fit"
     table.add_row("peak memory", f"{needs}, of {in_bytes(there)}{fits}")
+    if forecast.runtime_bytes > forecast.memory_bytes:
+        left = ": it is not run here" if forecast.runtime_bytes > there else ""
+        table.add_row("with the file in its runtime", f"{in_bytes(forecast.runtime_bytes)}{left}")
     table.add_row("read, written", f"{in_bytes(forecast.read_bytes)}, {in_bytes(forecast.written_bytes)}")
     table.add_row("free disk needed", in_bytes(forecast.disk_bytes))
     table.add_row("time", f"about {in_time(forecast.seconds)}, half to twice as long")

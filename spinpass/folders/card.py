@@ -116,13 +116,17 @@ def scored_card(
     steps: Steps,
     program: ExportedProgram | None = None,
     team: Team | None = None,
+    why: str = "",
 ) -> Card | str:
     """Score the model of a folder against the model that was loaded; a sentence where that cannot be done.
 
     ``program``: what is scored in place of a file that no runtime here runs. ``team``: the others of it call
-    :func:`score_share`.
+    :func:`score_share`. ``why``: the reason that it is not scored, empty where it is.
     """
     team = team or Team()
+    if why:
+        team.told(False)
+        return f"not scored: {why}"
     with ExitStack() as held:
         try:
             asked = held.enter_context(_scored(loaded, folder, program))

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from spinpass.evaluation import CALIBRATION_LENGTH
 
 from .machine import Rates
+from .room import SESSION_FLOATS, SESSION_INTEGERS
 from .workload import Workload
 
 _TRIED = 400  # tokens that the written folder reads and writes for its trial
@@ -34,7 +35,6 @@ _TRAINED, _WIDE = 20.0, 1 << 10  # bytes of a scale that is trained; weights of 
 _FEW, _CODED = 1024, 5.0  # rows that GPTQ rounds at once; bytes of a weight as it is read, and of its code
 _ROOM = 50 << 20  # bytes of what is made of a constant in float64
 _PACKED = 2.3  # bytes for each weight, of codes that a file is written from
-_SESSION = 2.0  # bytes of a runtime, here or in a process of its own, for each of the file that it has opened
 _LOGITS = 24  # bytes for each logit of a window that is scored: both models', copies, their softmax in blocks
 _TRANSLATED = 0.8e6  # bytes of an ONNX graph for each tensor
 _GRAPH, _TENSOR = 80 << 20, 0.4e6  # bytes of a program and what runs it
@@ -140,6 +140,9 @@ def memory_of(step: str, work: Workload) -> int:
     return int(graph + held + max(_beside(step, work), default=0))
 
 
+RUN = ("try", "score the file")
+"""The steps in which a runtime has the file open, which are left out where the memory does not hold it."""
+
 _BEFORE = ("load", "export", "compare", "plan")
 _ROUNDED = ("quantize", "onnx: translate")
 _THERE = ("rotate", "certify", "quantize")  # on another device, if there is one
@@ -168,11 +171,12 @@ def _beside(step: str, work: Workload) -> Iterator[float]:
         yield _TRANSLATED * work.tensors
     if step == "quantize":
         yield from _of_rounding(work)
-    if work.scheme is not None and step in _LATE:
-        packed = _PACKED * work.values
-        session = _SESSION * work.written + _ROOM if step in ("try", "score the file") else 0.0
+    if step in _LATE:
+        integers = work.scheme is not None or work.packs
+        packed = _PACKED * work.values if work.scheme is not None and not work.streams else 0.0
+        session = (SESSION_INTEGERS if integers else SESSION_FLOATS) * work.written + _ROOM if step in RUN else 0.0
         scored = _LOGITS * CALIBRATION_LENGTH * work.vocabulary if step == "score the file" else 0.0
-        yield (0.0 if work.streams else packed) + session + scored
+        yield packed + session + scored
 
 
 def _in_float64(work: Workload) -> float:

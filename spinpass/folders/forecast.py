@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from .costs import memory_of, seconds_of, steps_of
+from .costs import RUN, memory_of, seconds_of, steps_of
 from .machine import Rates
 from .workload import Workload
 
@@ -72,8 +72,14 @@ class Forecast:
 
     @property
     def memory_bytes(self) -> int:
-        """The most memory that the process has beyond its imports."""
-        return max(step.bytes for step in self.steps)
+        """The most memory that the process has beyond its imports, until the file is written and certified."""
+        return max(step.bytes for step in self.steps if step.name not in RUN)
+
+    @property
+    def runtime_bytes(self) -> int:
+        """The most that it has, and the runtime with it, when the written file is run; where there is less, it is not
+        run."""
+        return max((step.bytes for step in self.steps if step.name in RUN), default=0)
 
     @property
     def seconds(self) -> float:
@@ -93,6 +99,7 @@ class Forecast:
             "written_bytes": self.written_bytes,
             "disk_bytes": self.disk_bytes,
             "memory_bytes": self.memory_bytes,
+            "runtime_bytes": self.runtime_bytes,
             "memory_margin": MARGIN if self.exact else None,
             "seconds": self.seconds,
             "steps": [vars(step) for step in self.steps],

@@ -22,6 +22,7 @@ from .card import Card, score_share, scored_card
 from .companions import Written, write_companions
 from .judge import KERNEL_BOUND, TIE_BOUND, FolderTrial
 from .result import Result, window_length
+from .room import no_room
 from .trial import try_folder, try_unrounded, unjudged
 
 if TYPE_CHECKING:
@@ -117,6 +118,7 @@ def write_folder(
     fuse: bool = True,
     cache: CacheBits | None = None,
     certify: bool = True,
+    memory: int | None = None,
     team: Team | None = None,
 ) -> Written:
     """Export, pack, quantize the cache, put beside it what belongs to the model, and try the folder.
@@ -133,6 +135,7 @@ def write_folder(
         fuse: use ONNX Runtime's own operators.
         cache: how the KV cache is stored; None leaves it in floats.
         certify: compare the file and the folder with the program.
+        memory: bytes that may be taken, by runtimes too: what they have no room for is certified, but not run.
         team: of whose ranks this is the first; the others call :func:`assist_folder`.
 
     Raises:
@@ -154,14 +157,18 @@ def write_folder(
         return replace(made, uncertified=_AT_A_TIE) if certify and result.rounds_activations else made
 
     texts = [] if cache is None else _calibration(loaded, cache)
+    rounded = _is_rounded(result, int4=int4, cache=cache)
 
     def tried() -> list[FolderTrial]:
         expected = _expected(onnx, result, draft.folder, int4=int4, certify=certify)
+        why = no_room(draft.folder, memory, integers=rounded)
+        if why:
+            return [FolderTrial("all", "all", reason=why)]
         return _tried(onnx, loaded, result, expected, draft.folder, steps, texts)
 
     def scored() -> Card | str | None:
-        rounded = _is_rounded(result, int4=int4, cache=cache)
-        return scored_card(loaded, draft.folder, steps, team=team) if rounded else None
+        why = no_room(draft.folder, memory, integers=rounded)
+        return scored_card(loaded, draft.folder, steps, team=team, why=why) if rounded else None
 
     later: dict[str, _Step] = {"pack": onnx.quantize_4bit} if int4 else {}
     if cache is not None:

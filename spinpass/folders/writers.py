@@ -26,7 +26,7 @@ def writer_of(request: ExportRequest, team: Team) -> _Writer:
     trained = request.scheme is not None and bool(request.scheme.distill)
     if request.to == "onnx" and not trained:
         if team.leads:
-            return partial(write_folder, onnx_tools(), int4=request.int4, fuse=request.fuse, team=team)
+            return partial(_onnx(request), team=team)
         return partial(assist_folder, onnx_tools(), team, int4=request.int4, fuse=request.fuse)
     return _alone(request) if team.leads else _wait
 
@@ -39,7 +39,11 @@ def _alone(request: ExportRequest) -> _Writer:
         return partial(write_pte_folder, executorch_tools())
     if request.to == "openvino":
         return partial(write_openvino_folder, openvino_tools())
-    return partial(write_folder, onnx_tools(), int4=request.int4, fuse=request.fuse)
+    return _onnx(request)
+
+
+def _onnx(request: ExportRequest) -> _Writer:
+    return partial(write_folder, onnx_tools(), int4=request.int4, fuse=request.fuse, memory=request.memory_bytes)
 
 
 def _wait(loaded: LoadedModel, *_: object, **__: object) -> Written:

@@ -168,7 +168,20 @@ def test_an_error_within_the_margin_refuses_nothing() -> None:
 def test_integers_of_a_large_model_fit_where_their_file_does() -> None:
     """The runtime that tries the file has it twice, whichever process it is in."""
     plain = Forecast.of(work(LARGE, bits=4, recipe="plain"))
-    assert plain.memory_bytes < 3 * plain.written_bytes
+    assert plain.memory_bytes < plain.written_bytes < plain.runtime_bytes < 3 * plain.written_bytes
+
+
+def test_a_file_that_no_runtime_can_hold_is_written_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is for a larger machine; its certificate leaves the weights in the file."""
+    whole = Forecast.of(work(LARGE, bits=16, dtype="float32"))
+    assert whole.least_bytes < 4e9 < 1e10 < 4 * LARGE.values < whole.runtime_bytes
+    model, out = folders.model_folder(tmp_path / "model"), tmp_path / "out"
+    monkeypatch.setattr("spinpass.folders.room.free_memory", lambda: 1000)
+    export(model, out, quantize="w4g16-rtn")
+    about = json.loads((out / "spinpass.json").read_text())
+    assert [(t["runtime"], t["tokens"]) for t in about["trials"]] == [("all", 0)]
+    assert about["trials"][0]["reason"].startswith("ONNX Runtime takes about 0.0 GB for it, and 0.0 GB are free")
+    assert about["card"].startswith("not scored: ONNX Runtime takes") and about["onnx"]["certificate"]["ok"]
 
 
 def test_a_large_gguf_file_stays_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
