@@ -19,7 +19,7 @@ from torch.export.graph_signature import ConstantArgument
 
 from spinpass import execution
 from spinpass.errors import ProgramError, VerificationError
-from spinpass.execution import InputRole
+from spinpass.execution import InputRole, Watch
 
 from .certificate import BOUNDS, Difference, difference_of, has_finite
 from .vectors import Noise, Returned, Rounding, judged, vector_error
@@ -221,21 +221,24 @@ def rounding_of(ep: ExportedProgram, values: _Values) -> Rounding:
 
     Operators that round to integers may exist in the program's own dtypes alone; then it is run and shaken in those.
     """
-    lifted = True
 
-    def run(watch: execution.Watch | None = None) -> Returned:
-        found = execution.execute(ep, execution.copies(values), float64=lifted, watch=watch)
-        return found.outputs, found.state
+    def run(watches: Sequence[Watch | None], *, lifted: bool) -> list[Returned]:
+        given = [execution.copies(values) for _ in watches]
+        found: list[Returned] = []
+        for result in execution.execute_together(ep, given, float64=lifted, watch=watches):
+            if isinstance(result, ProgramError):
+                raise result
+            found.append((result.outputs, result.state))
+        return found
 
-    def plain() -> Returned:
-        nonlocal lifted
+    def runs(watches: Sequence[Watch]) -> tuple[Returned, list[Returned]]:
         try:
-            return run()
+            plain, *shaken = run([None, *watches], lifted=True)
         except ProgramError:
-            lifted = False
-            return run()
+            plain, *shaken = run([None, *watches], lifted=False)
+        return plain, shaken
 
-    return Rounding(plain, run, torch.finfo(narrowest_dtype(ep)).eps)
+    return Rounding(runs, torch.finfo(narrowest_dtype(ep)).eps)
 
 
 def badness(output: FileOutput) -> tuple[bool, float]:

@@ -239,7 +239,7 @@ class _Round:
         """Give ``tally`` what the four sessions have returned and hold by now."""
         original = self.exact_before
         plain = original.plain_outputs(), {name: original.current(name) for name in original.changed}
-        shaken = Rounding(lambda: plain, original.again, tally.unit)
+        shaken = Rounding(lambda watches: (plain, list(original.again(watches))), tally.unit)
         for i, results in enumerate(zip(*returned, strict=True)):
             noise = partial(shaken.of_output, i)
             tally.add(tally.names[i], _Results(*results), noise, argmax=i not in self.returned)

@@ -11,7 +11,7 @@ allowed relative to the largest value of the whole output.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -143,19 +143,17 @@ class Rounding:
     """How far rounding alone moves what a run returns: it is run again, shaken, when that is first asked.
 
     Args:
-        plain: what the run has returned, or what runs it.
-        again: runs it once more, with a watch.
+        runs: given the watches of two runs, what a run without one returns, and what each of the two does.
         unit: the size of one rounding.
     """
 
-    def __init__(self, plain: Callable[[], Returned], again: Callable[[Watch], Returned], unit: float) -> None:
-        self._plain = plain
-        self._again = again
+    def __init__(self, runs: Callable[[Sequence[Watch]], tuple[Returned, list[Returned]]], unit: float) -> None:
+        self._run = runs
         self._unit = unit
 
     @cached_property
     def _runs(self) -> tuple[Returned, list[Returned]]:
-        return self._plain(), [self._again(Shaken(seed, self._unit)) for seed in (1, 2)]
+        return self._run([Shaken(seed, self._unit) for seed in (1, 2)])
 
     def of_output(self, i: int) -> Tensor | None:
         """Return how far each value of an output moves; None where runs return different things."""

@@ -179,13 +179,13 @@ def execute_together(
     *,
     float64: bool = False,
     tick: Tick | None = None,
-    watch: Watch | None = None,
+    watch: Watch | Sequence[Watch | None] | None = None,
     gradients: bool = False,
 ) -> list[Execution | ProgramError]:
     """Run ``ep`` on several inputs at once, node by node: a constant is read, folded and lifted once for all of them.
 
-    The arguments are those of :func:`execute`. Where a node cannot be run on some inputs, their place holds the error,
-    and the others go on.
+    The arguments are those of :func:`execute`; ``watch`` may be one for each of the inputs. Where a node cannot be run
+    on some inputs, their place holds the error, and the others go on.
 
     Raises:
         ProgramError: a value is missing, or an output is of a kind that inference has not.
@@ -195,7 +195,8 @@ def execute_together(
     together = Together()
     ended: list[Any] = [None] * len(feeds)
     with torch.set_grad_enabled(gradients), _default_dtype(torch.float64 if float64 else torch.get_default_dtype()):
-        runners = [Runner(ep.graph_module, float64=float64, tick=tick, watch=watch, together=together) for _ in feeds]
+        watches = watch if isinstance(watch, Sequence) else [watch] * len(feeds)
+        runners = [Runner(ep.graph_module, float64=float64, tick=tick, watch=w, together=together) for w in watches]
         for runner, feed in zip(runners, feeds, strict=True):
             runner.args_iter = iter(feed)
         for node in ep.graph_module.graph.nodes:

@@ -14,7 +14,7 @@ from spinpass import record
 from spinpass.errors import ProgramError
 from spinpass.record import Carried
 
-from .interpreter import Deferred, Execution, Watch, constants, execute, execute_together
+from .interpreter import Deferred, Execution, Watch, constants, execute_together
 
 
 @dataclass
@@ -74,14 +74,22 @@ class Session:
         self.known |= self.fed
         return self.plain_outputs()
 
-    def again(self, watch: Watch) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Run the last step once more, with a watch; return its flat user outputs and the state that it leaves.
+    def again(self, watches: Sequence[Watch]) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+        """Run the last step once more with each watch; return the flat user outputs and the state that each run leaves.
 
-        The watch may write to the inputs, which are copies.
+        A watch may write to the inputs, which are copies.
+
+        Raises:
+            ProgramError: the program could not be run.
         """
-        result = execute(self.ep, {**self.deferred, **copies(self.fed)}, float64=self.float64, watch=watch)
-        state = {name: self._plain(held, self.carried_in.get(name)) for name, held in result.state.items()}
-        return self._in_plain_basis(result.outputs), state
+        given = [{**self.deferred, **copies(self.fed)} for _ in watches]
+        found = []
+        for result in execute_together(self.ep, given, float64=self.float64, watch=watches):
+            if isinstance(result, ProgramError):
+                raise result
+            state = {name: self._plain(held, self.carried_in.get(name)) for name, held in result.state.items()}
+            found.append((self._in_plain_basis(result.outputs), state))
+        return found
 
     def plain_outputs(self) -> tuple[Any, ...]:
         """Return the flat user outputs of the last step in the basis of the original."""

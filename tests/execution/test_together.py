@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from spinpass.errors import ProgramError
-from spinpass.execution import execute
-from spinpass.execution.interpreter import execute_together
+from spinpass.execution import execute, execute_together
 from spinpass.graph import Handle, Held, sources, with_other_values
 
 
