@@ -23,7 +23,7 @@ from spinpass.workers import Team
 from .texts import Windows
 
 _Read = tuple[float, int, float]  # of a window: the loss, at how many tokens as the first would, the divergence
-_ROWS = 64  # of logits that are float64 at a time: a vocabulary is large
+_AT_ONCE = 1 << 22  # logits that are float64 at a time: a vocabulary is large
 
 
 class Scorer(Protocol):
@@ -172,32 +172,43 @@ def _read(before: Scorer, others: Sequence[Scorer], windows: Windows, progress: 
     """Let all decoders read windows; of each window return what ``before`` and the others make of it."""
     own: list[list[_Read]] = []
     for done, ids in enumerate(windows):
-        following = ids[1:]
-        expected = before.logits(ids)[:-1]
-        own.append([(_loss(expected, following), len(following), 0.0)])
-        for other in others:
-            found = other.logits(ids)[:-1].to(expected.device)  # a file computes on another
-            equal = int((expected.argmax(-1) == found.argmax(-1)).sum())
-            own[-1].append((_loss(found, following), equal, _divergence(expected, found)))
+        own.append(_read_window(before, others, ids))  # whose logits are gone before there are others
         if progress is not None:
             progress(done + 1, len(windows))
     return own
 
 
+def _read_window(before: Scorer, others: Sequence[Scorer], ids: Sequence[int]) -> list[_Read]:
+    following = ids[1:]
+    expected = before.logits(ids)[:-1]
+    own = [(_loss(expected, following), len(following), 0.0)]
+    for other in others:
+        found = other.logits(ids)[:-1].to(expected.device)  # a file computes on another
+        equal = int((expected.argmax(-1) == found.argmax(-1)).sum())
+        own.append((_loss(found, following), equal, _divergence(expected, found)))
+        del found
+    return own
+
+
 def _loss(logits: Tensor, following: Sequence[int]) -> float:
     """The mean negative log-likelihood of the tokens that follow, of logits (length, vocabulary)."""
-    tokens = torch.tensor(list(following), device=logits.device)
-    parts = zip(torch.split(logits, _ROWS), torch.split(tokens, _ROWS), strict=True)
+    tokens, rows = torch.tensor(list(following), device=logits.device), _rows(logits)
+    parts = zip(torch.split(logits, rows), torch.split(tokens, rows), strict=True)
     return sum(float(functional.cross_entropy(x.double(), y, reduction="sum")) for x, y in parts) / len(following)
 
 
 def _divergence(expected: Tensor, found: Tensor) -> float:
     """The mean of KL(expected ‖ found) over the rows of logits (length, vocabulary)."""
     total = 0.0
-    for p, q in zip(torch.split(expected, _ROWS), torch.split(found, _ROWS), strict=True):
+    rows = _rows(expected)
+    for p, q in zip(torch.split(expected, rows), torch.split(found, rows), strict=True):
         wanted, made = (x.double().log_softmax(-1) for x in (p, q))
-        total += float((wanted.exp() * (wanted - made)).sum())
+        total += float((wanted.exp() * made.neg_().add_(wanted)).sum())
     return total / len(expected)
+
+
+def _rows(logits: Tensor) -> int:
+    return max(1, _AT_ONCE // max(1, logits.shape[-1]))
 
 
 def change(before: Perplexity, after: Perplexity) -> Change:

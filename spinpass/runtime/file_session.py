@@ -11,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from spinpass.formats import EXTERNAL_BYTES, model_path, runtime_file
@@ -20,6 +21,7 @@ from .elsewhere import Elsewhere
 from .served import Served
 
 _Self = TypeVar("_Self", bound="_Asked")
+_AT_ONCE = 1 << 25  # bytes of logits
 
 
 class _Asked:
@@ -82,8 +84,15 @@ class DecoderSession(_Asked):
         return context
 
     def logits(self, ids: Sequence[int]) -> Tensor:
-        """Return the logits of every position, see :meth:`.decoder.Decoder.logits`."""
-        found: Tensor = self.ask("logits", ids=list(ids))
+        """Return the logits of every position, see :meth:`.decoder.Decoder.logits`.
+
+        They come over some rows at a time: of a large vocabulary, several copies at once take more than a model.
+        """
+        length, vocabulary = self.ask("logits", ids=list(ids))
+        found = torch.empty(length, vocabulary, device="cpu")
+        rows = max(1, _AT_ONCE // (4 * vocabulary))
+        for first in range(0, length, rows):
+            found[first : first + rows] = self.ask("rows of logits", first=first, last=first + rows)
         return found
 
     def generate(self, ids: Sequence[int], max_new_tokens: int, *, end: Collection[int] | None = None) -> Generation:

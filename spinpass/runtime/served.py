@@ -47,6 +47,8 @@ class Served:
 
     files: dict[str, Any] = field(default_factory=dict)
     decoders: dict[str, Decoder] = field(default_factory=dict)
+    logits: Tensor | None = None
+    """Those that were computed last, until they have been asked for."""
 
     def answer(self, request: Mapping[str, Any]) -> Any:
         """Do what is requested; raise what the runtime's own classes raise."""
@@ -60,7 +62,11 @@ class Served:
                 decoder = self.decoders[str(path)] = open_decoder(path, threads=request["threads"])
                 return getattr(decoder, "context", None)
             case "logits":
-                return self.decoders[str(path)].logits(request["ids"])
+                self.logits = None  # before there are others: they may be as large as a model
+                self.logits = self.decoders[str(path)].logits(request["ids"])
+                return list(self.logits.shape)
+            case "rows of logits":
+                return self._rows(request["first"], request["last"])
             case "generate":
                 made = self.decoders[str(path)].generate(request["ids"], request["new"], end=request["end"])
                 return vars(made)
@@ -68,6 +74,14 @@ class Served:
                 return _continued(path, request)
             case _:
                 return _run_once(path, request["inputs"], request["threads"])
+
+    def _rows(self, first: int, last: int) -> Tensor:
+        """Return rows of the last logits, which are gone with the last row."""
+        assert self.logits is not None
+        found = self.logits[first:last].clone()  # a view would be sent with all that it is a view of
+        if last >= len(self.logits):
+            self.logits = None
+        return found
 
     def _opened(self, path: Path, threads: int | None, *, prepack: bool) -> Any:
         from .onnx_session import open_session

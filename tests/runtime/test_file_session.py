@@ -43,6 +43,8 @@ def test_logits_and_tokens_are_the_same_in_both_places(folder: Path, monkeypatch
         tokens = decoder.generate([5, 9, 17], 4, end=()).tokens
     monkeypatch.setattr(file_session, "EXTERNAL_BYTES", 0)
     assert torch.equal(logits(folder), here)
+    monkeypatch.setattr(file_session, "_AT_ONCE", 1)  # a row at a time
+    assert torch.equal(logits(folder), here)
     with DecoderSession(folder) as decoder:
         decoder.open()
         assert decoder.generate([5, 9, 17], 4, end=()).tokens == tokens
