@@ -25,7 +25,7 @@ _BLOCK = 128
 
 
 Factors = dict[tuple[float, bool], Tensor]
-"""Of one Hessian: by damping and whether columns are ordered, the factor that GPTQ corrects by."""
+"""Of one Hessian: by damping and whether columns are ordered, the factor that GPTQ corrects by, in the weights' dtype."""
 
 
 def rounded_by_gptq(matrix: Tensor, hessian: Tensor, scheme: Weights, factors: Factors | None = None) -> Codes:
@@ -56,8 +56,10 @@ def rounded_by_gptq(matrix: Tensor, hessian: Tensor, scheme: Weights, factors: F
         work, group_of = work[:, order], group_of[order]
     key = (scheme.damping, scheme.act_order)
     if key not in known:
-        known[key] = _inverse_factor(hessian, scheme.damping, order if scheme.act_order else None)
-    upper = known[key].to(matrix.dtype)
+        factor = _inverse_factor(hessian, scheme.damping, order if scheme.act_order else None)
+        known[key] = factor.to(matrix.dtype)
+        del factor
+    upper = known[key]
     q = torch.empty_like(work)
     for start in range(0, columns, _BLOCK):
         end = min(start + _BLOCK, columns)
@@ -158,18 +160,26 @@ def _descended(matrix: Tensor, codes: Codes, hessian: Tensor) -> Codes:
 
 
 def _inverse_factor(hessian: Tensor, damping: float, order: Tensor | None) -> Tensor:
-    """The upper Cholesky factor of (H + λ·mean(diag H))⁻¹; λ grows tenfold until the factor exists."""
-    h = hessian.double().clone() if order is None else hessian.double()[order][:, order]
-    diagonal = h.diagonal()
-    diagonal[diagonal == 0] = 1
+    """The upper Cholesky factor of (H + λ·mean(diag H))⁻¹; λ grows tenfold until the factor exists.
+
+    It takes one matrix beside H, which LAPACK works in: columns lie side by side, so that torch makes no copy.
+    """
+    diagonal = hessian.diagonal().double()
+    diagonal = torch.where(diagonal == 0, 1, diagonal)
     mean = diagonal.mean()
     while True:
-        diagonal += damping * mean
-        lower, failed = torch.linalg.cholesky_ex(h)
-        if not int(failed):
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not int(failed):
-                factor: Tensor = upper
-                return factor
-        diagonal -= damping * mean
+        h = (hessian.to(torch.float64, copy=True) if order is None else hessian.double()[order][:, order]).mT
+        h.diagonal().copy_((diagonal if order is None else diagonal[order]) + damping * mean)
+        if _factored(h, upper=False):
+            torch.cholesky_inverse(h, out=h)
+            if _factored(h, upper=True):
+                return h
+        del h
         damping *= 10
+
+
+def _factored(matrix: Tensor, *, upper: bool) -> bool:
+    """Put the Cholesky factor in the place of a matrix; return whether it exists."""
+    failed = torch.empty((), dtype=torch.int32, device=matrix.device)
+    torch.linalg.cholesky_ex(matrix, upper=upper, out=(matrix, failed))
+    return not int(failed)
