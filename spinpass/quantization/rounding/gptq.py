@@ -25,7 +25,7 @@ _BLOCK = 128
 
 
 Factors = dict[tuple[float, bool], Tensor]
-"""Of one Hessian: by damping and whether columns are ordered, the factor that GPTQ corrects by, in the weights' dtype."""
+"""Of a Hessian: by damping and whether columns are ordered, the factor that GPTQ corrects by, of the weights' dtype."""
 
 
 def rounded_by_gptq(matrix: Tensor, hessian: Tensor, scheme: Weights, factors: Factors | None = None) -> Codes:
