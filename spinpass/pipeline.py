@@ -39,7 +39,8 @@ class Rotated:
         program: the rotated program.
         plan: every decision behind it.
         certificate: the proof that both programs are one function. It is None where it was switched off.
-        exact: by placeholder name, what computes each changed constant in float64, as it was before it was rounded.
+        exact: where that was asked for, by placeholder name what computes each changed constant in float64, as it was
+            before it was rounded. It holds the original's constants.
     """
 
     program: ExportedProgram
@@ -55,6 +56,7 @@ def rotate(
     plan: RotationPlan | None = None,
     progress: Progress | None = None,
     allow_partial: bool = False,
+    exact: bool = False,
 ) -> Rotated:
     """Rotate a program without changing the function it computes, and say how.
 
@@ -65,6 +67,7 @@ def rotate(
         progress: called with (constants done, all constants) while weights are computed; planning is done by then.
         allow_partial: where the certificate fails, leave out the spaces that are to blame and return what is certified
             without them. The plan's refusals say what was left out and why.
+        exact: return what constants were before they were rounded.
 
     Returns:
         The rotated program, its plan and its certificate. The program has the same inputs, outputs, dtypes and dynamic
@@ -81,7 +84,7 @@ def rotate(
     Source: R1–R4 of SpinQuant, arXiv 2405.16406, section 3; online Hadamards of QuaRot, arXiv 2404.00456.
     """
     config = _config(config, plan)
-    made = _rotated(program, config, plan, progress)
+    made = _rotated(program, config, plan, progress, exact=exact)
     left_out: list[Refusal] = []
     while made.certificate is not None and not made.certificate.ok:
         guilty = _guilty(program, made)
@@ -93,14 +96,19 @@ def rotate(
         remaining = made.plan.without(guilty)
         if not remaining.spaces:
             raise _failure(made, guilty)
-        made = _rotated(program, config, remaining, progress)
+        made = _rotated(program, config, remaining, progress, exact=exact)
     if left_out:
         made = replace(made, plan=replace(made.plan, refusals=(*made.plan.refusals, *left_out)))
     return made
 
 
 def _rotated(
-    program: ExportedProgram, config: RotationConfig, plan: RotationPlan | None, progress: Progress | None
+    program: ExportedProgram,
+    config: RotationConfig,
+    plan: RotationPlan | None,
+    progress: Progress | None,
+    *,
+    exact: bool = False,
 ) -> Rotated:
     """Rotate, and compare unless the configuration says no; a failed certificate is part of the result."""
     editor, planner = _edited(program, config, plan)
@@ -110,13 +118,14 @@ def _rotated(
     made = _record(planner)
     record.write(editor.graph, made)
     result = editor.finish(progress)
-    exact = editor.exact_constants()
+    unrounded = editor.exact_constants()
+    kept = unrounded if exact else {}
     if config.verify is False:
-        return Rotated(result, decided, None, exact)
-    certificate = verify(program, result, exact=exact)
+        return Rotated(result, decided, None, kept)
+    certificate = verify(program, result, exact=unrounded)
     if certificate.ok:
         record.write(result.graph, replace(made, certificate=certificate.to_dict()))
-    return Rotated(result, decided, certificate, exact)
+    return Rotated(result, decided, certificate, kept)
 
 
 def _guilty(program: ExportedProgram, made: Rotated) -> str | None:

@@ -71,7 +71,7 @@ def plan_command(
 ) -> None:
     """Show what would be rotated, in which form and at what cost, what is refused and why, and what an export takes.
 
-    Nothing is written. Memory, disk and hours are those of spinpass export with the
+    Nothing is written. Rotations, memory, disk and hours are those of spinpass export with the
     same options, by the shapes of the weights and by how fast this machine is, which
     two seconds of measurements tell. The exit code is 1 if nothing can be rotated.
 
@@ -99,7 +99,7 @@ def plan_command(
             progress=steps.begin,
         )
         steps.start("plan")
-        decided = plan(loaded.program, config)
+        decided = plan(loaded.program, request.config or config)
         forecast = _foreseen(request, steps)
     show_loading(screen, loaded.report)
     if as_json:
@@ -111,6 +111,8 @@ def plan_command(
             "forecast": forecast and forecast.to_dict(),
         }
         screen.document(about | {"plan": decided.to_dict()})
+    if request.config is None:
+        screen.show(f"--recipe {recipe} rotates nothing; with the rotations of --rotations and --form:")
     show_plan(screen, decided)
     if forecast is not None:
         screen.show(forecast_table(forecast, request, every_step=screen.verbose))

@@ -60,7 +60,7 @@ def rotate_checkpoint_command(
     Any tool that quantizes or runs such checkpoints takes it: nothing is computed
     online, but what compressed-tensors is told of. The weights are read from their
     files and written one after the other, so a model may be larger than the memory.
-    OUT is loaded again and compared.
+    OUT is loaded again and compared, where that takes no more than 100 MB.
 
     Example: spinpass rotate-checkpoint ./model rotated --quantize w4g128-gptq
     """
@@ -98,4 +98,5 @@ def rotate_checkpoint_command(
         return
     show_result(screen, result)
     tried = trial_lines(written.manifest["trials"])
-    screen.show(written.report.summary, *tried, files_table(out, written.files))
+    left = filter(None, [written.report.left])
+    screen.show(written.report.summary, *left, *tried, files_table(out, written.files))

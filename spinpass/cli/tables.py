@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from spinpass.evaluation import Comparison, Perplexity
-from spinpass.folders import MARGIN, ExportRequest, Forecast, Result, free_memory, plural
+from spinpass.folders import IMPORTED, MARGIN, ExportRequest, Forecast, Result, free_memory, own_memory, plural
 from spinpass.loading import LoadingReport
 from spinpass.planning import RotationPlan, grouped_refusals, grouped_spaces, online_parts
 from spinpass.tuning import Tuned
@@ -64,17 +64,14 @@ def forecast_table(forecast: Forecast, request: ExportRequest, *, every_step: bo
     table = Table(
         "", "", title=f"spinpass export, {asked}", title_justify="left", caption_justify="left", show_header=False
     )
-    there = request.memory_bytes or free_memory()
-    needs = (
-        f"{in_bytes(forecast.memory_bytes)} ± {MARGIN:.0%}"
-        if forecast.exact
-        else (f"{in_bytes(forecast.memory_bytes)} at least")
-    )
-    fits = "" if forecast.least_bytes <= there else ": it does not fit"
+    there = request.memory_bytes or free_memory() + own_memory()
+    whole, runtime = forecast.memory_bytes + IMPORTED, forecast.runtime_bytes + IMPORTED  # with what is imported
+    needs = f"{in_bytes(whole)} ± {MARGIN:.0%}" if forecast.exact else f"{in_bytes(whole)} at least"
+    fits = "" if forecast.least_bytes + IMPORTED <= there else ": it does not fit"
     table.add_row("peak memory", f"{needs}, of {in_bytes(there)}{fits}")
-    if forecast.runtime_bytes > forecast.memory_bytes:
-        left = ": it is not run here" if forecast.runtime_bytes > there else ""
-        table.add_row("with the file in its runtime", f"{in_bytes(forecast.runtime_bytes)}{left}")
+    if runtime > whole:
+        left = ": it is not run here" if runtime > there else ""
+        table.add_row("with the file in its runtime", f"{in_bytes(runtime)}{left}")
     table.add_row("read, written", f"{in_bytes(forecast.read_bytes)}, {in_bytes(forecast.written_bytes)}")
     table.add_row("free disk needed", in_bytes(forecast.disk_bytes))
     table.add_row("time", f"about {in_time(forecast.seconds)}, half to twice as long")

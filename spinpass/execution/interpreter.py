@@ -391,7 +391,7 @@ class Runner(Interpreter):
     def operand(self, node: Node) -> Any:
         """Return what an operator that reads the value of a node is called with; None where there is none."""
         found = self.env.get(node)
-        return self._lift(found) if self.float64 else found
+        return self._lift(found) if self.float64 else self._read(found)
 
     def _lift(self, value: Any) -> Any:
         return _Body(value) if isinstance(value, GraphModule) else self._once(value, lift)

@@ -55,21 +55,30 @@ class Together:
         return result
 
     def linear(self, run: _Run, x: Tensor, weight: Handle, bias: Tensor | None = None) -> Tensor:
-        """Return the product of one run; the first that asks computes those of all."""
+        """Return the product of one run; the first that asks computes those of all that multiply by the same weight,
+        each with the bias that it has computed."""
         if id(run) not in self._products:
-            mine = {id(run): x}
+            mine: dict[int, tuple[Tensor, Tensor | None]] = {id(run): (x, bias)}
             for other in self._runs:
-                given = None if other is run else self._operand(other)
-                if isinstance(given, Tensor) and (given.shape[-1:], given.dtype) == (x.shape[-1:], x.dtype):
-                    mine[id(other)] = given
+                taken = None if other is run else self._operands(other)
+                if taken is not None and taken[1] is weight and _is_like(taken[0], x) and _is_like(taken[2], bias):
+                    mine[id(other)] = taken[0], taken[2]
             self._read = True
-            self._products = dict(zip(mine, linear_together(list(mine.values()), weight, bias), strict=True))
+            self._products = dict(zip(mine, linear_together(list(mine.values()), weight), strict=True))
         return self._products.pop(id(run))
 
-    def _operand(self, run: _Run) -> Any:
+    def _operands(self, run: _Run) -> tuple[Any, Any, Any] | None:
+        """What a run calls the operator with: its input, its weight and its bias."""
         assert self._node is not None
-        read = self._node.args[0]
-        return run.operand(read) if isinstance(read, Node) else None
+        read = [run.operand(each) if isinstance(each, Node) else each for each in self._node.args]
+        return (read[0], read[1], read[2] if len(read) > 2 else None)
+
+
+def _is_like(value: Any, other: Tensor | None) -> bool:
+    """Whether both are tensors that the same product takes, or none is one."""
+    if not isinstance(value, Tensor) or other is None:
+        return value is None and other is None
+    return value.dtype == other.dtype and value.shape[-1:] == other.shape[-1:]
 
 
 def is_in_parts(weight: Any) -> bool:

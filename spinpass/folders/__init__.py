@@ -8,7 +8,7 @@ from .checkpoint import FOLDED, rotate_checkpoint
 from .companions import SETTINGS, Written, check_target, check_writable
 from .forecast import MARGIN, Forecast, StepForecast
 from .layouts import CheckpointLayout, CheckpointReport, CheckpointRequest
-from .machine import Rates, free_memory
+from .machine import IMPORTED, Rates, free_memory, own_memory
 from .making import carry_out, export
 from .onnx import onnx_tools, write_folder
 from .preflight import Known, check_space
@@ -20,6 +20,7 @@ from .workload import Workload
 __all__ = [
     "BITS",
     "FOLDED",
+    "IMPORTED",
     "MARGIN",
     "MEASURED",
     "SETTINGS",
@@ -50,6 +51,7 @@ __all__ = [
     "free_memory",
     "measured",
     "onnx_tools",
+    "own_memory",
     "plural",
     "quantized",
     "recipe_of",

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from spinpass.config import RotationConfig
-from spinpass.errors import ConfigError
+from spinpass.errors import ConfigError, VerificationError
 from spinpass.formats import Draft, KeptWork, drafted
 from spinpass.graph import HOST, Device, named_device, on_device
 from spinpass.loading import LoadedModel, load_model
@@ -117,7 +117,12 @@ def rotate_checkpoint(
             transforms = online_transforms(result.program) if declares else ()
             if at_once:
                 steps.start("certify the checkpoint")
-                certify_as_exported(placed, result, transforms)
+                try:
+                    certify_as_exported(placed, result, transforms)
+                except VerificationError:
+                    rotated(placed.program, config, steps)  # which names the space, if it is the rotation's fault
+                    raise
+                result = replace(result, exact={})  # it holds the original
             result = _quantized(asked, loaded, result, draft, f"{dtype}, {there.type}", steps)
             result = replace(result, program=on_device(result.program, HOST))
             if certify and not at_once:

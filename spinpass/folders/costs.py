@@ -7,8 +7,9 @@ folds and copies of values, products. Memory is the largest of what stands toget
 |---|---|
 | the graph | some for each tensor |
 | a program that is not read from files | its constants; twice when it was rotated |
-| a certificate | the largest constant in float64, or blocks of it |
-| GPTQ at one weight (out, in) | 40·in² or 20·in² + 5·out·in + 45·k·in + 24·k·groups² of k rows, windows' operands |
+| a certificate | the largest constant in float64, or blocks of it; one that is rotated on both sides; logits |
+| GPTQ at one weight (out, in) | 16·in² + 5·out·in + 45·k·in + 24·k·groups² of k rows, what windows hold around it |
+| tables | their codes, twice |
 | a file that is tried | twice its bytes, in the runtime |
 | training | at least the codes, the scales with their moments, the logits of a window |
 """
@@ -27,6 +28,9 @@ from .workload import Workload
 _TRIED = 400  # tokens that the written folder reads and writes for its trial
 _SCORED = 8 * 512  # tokens of the card
 _DRAWN = 64  # tokens of a certificate
+_COMPARED = 24 * _DRAWN  # bytes for each word of the vocabulary, of what the programs of a certificate return
+_WRITTEN = 24  # bytes for each weight of a matrix that is rotated on both sides, as it is written
+_TABLE = 3.5  # bytes for each weight of a table, of codes that are put together
 _LARGE = 1 << 26  # bytes above which a constant is computed in blocks
 _BLOCKS = 100 << 20  # bytes of blocks, in float64, with what is made of them
 _SEARCHED = 6_000  # how often a weight is passed over while the range of its group is searched
@@ -164,11 +168,12 @@ def _beside(step: str, work: Workload) -> Iterator[float]:
     if step == "load" and not work.streams:
         yield work.stored
     if step == "certify":
-        yield _in_float64(work)
+        yield _in_float64(work) + _COMPARED * work.vocabulary
     if step == "onnx: certify":
-        yield _in_float64(work) if work.streams else 2 * _in_float64(work)
-    if step == "onnx: translate":
-        yield _TRANSLATED * work.tensors
+        yield (_in_float64(work) if work.streams else 2 * _in_float64(work)) + _COMPARED * work.vocabulary
+    if step in ("onnx: translate", "onnx: write"):
+        both_sides = _WRITTEN * work.widest if step == "onnx: write" and work.scheme is None and work.rotates else 0.0
+        yield _TRANSLATED * work.tensors + both_sides
     if step == "quantize":
         yield from _of_rounding(work)
     if step in _LATE:
@@ -182,7 +187,9 @@ def _beside(step: str, work: Workload) -> Iterator[float]:
 def _in_float64(work: Workload) -> float:
     """Return the bytes of the largest constant in float64, or of the blocks in which it is computed."""
     whole = 8.0 * work.largest + _ROOM
-    return min(whole, 3 * _BLOCKS) if work.streams and work.largest * work.width > _LARGE else whole
+    both_sides = 16.0 * work.widest if work.rotates else 0.0
+    blocks = min(whole, 3 * _BLOCKS) if work.streams and work.largest * work.width > _LARGE else whole
+    return max(blocks, both_sides)
 
 
 def _of_rounding(work: Workload) -> Iterator[float]:
@@ -200,7 +207,9 @@ def _of_rounding(work: Workload) -> Iterator[float]:
         groups = columns // (scheme.weights.group_size or columns)
         few = min(rows, _FEW)
         swept = 45.0 * few * columns + 24.0 * few * groups**2 + _CODED * rows * columns
-        at_once = swept if gptq else 30.0 * rows * columns
-        hessian = 20.0 * columns**2 if gptq else 0.0
-        streams = 4.0 * work.tokens * (2 * work.hidden + columns)
-        yield streams + hessian + max(at_once, hessian)
+        at_once = swept if gptq else 30.0 * min(rows * columns, _FEW * columns) + _CODED * rows * columns
+        hessian = 16.0 * columns**2 if gptq else 0.0
+        streams = 4.0 * work.tokens * (2 * work.hidden + 4 * columns)
+        yield streams + hessian + at_once
+    for rows, columns in work.tables:
+        yield _TABLE * rows * columns + _ROOM

@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.export import ExportedProgram
 
 from spinpass import record
@@ -31,10 +33,17 @@ from .judge import FolderTrial
 from .result import Result
 
 _ONLINE = ("R4", "heads")
+_FOLDED_ROLES = ("R1", "R2")
 _NO_ONLINE = "loaders of such checkpoints know no online rotation"
 _FOLDED = "use --rotations R1,R2 --form offline --tied untie"
+_WITHOUT = "in this model it cannot be folded: leave {role} out of --rotations"
 _NOT_TRIED = FolderTrial("transformers", "all", reason="what runs checkpoints of integers is no part of spinpass")
 WEIGHTS_ONLY = "--to gptq writes quantized weights: add --quantize, for example w4g128-gptq"
+
+
+def is_online(config: RotationConfig) -> bool:
+    """Return whether a rotation is asked for that may stand online."""
+    return config.form == "online" or any(role not in _FOLDED_ROLES for role in config.rotations)
 
 
 def check_offline(config: RotationConfig) -> None:
@@ -75,10 +84,28 @@ def check_rotation(loaded: LoadedModel, result: Result, *, declared: bool = Fals
     check_not_online(loaded)
     online = [space for space in result.plan.spaces if space.online] if result.plan is not None else []
     if online and not declared:
-        raise ConfigError(f"{_NO_ONLINE}, such as that of {online[0].name}: {_FOLDED}")
+        first = online[0]
+        config = result.plan.config if result.plan is not None else None
+        folded = config is not None and not is_online(config)
+        advice = _WITHOUT.format(role=first.name.partition(":")[0]) if folded else _FOLDED
+        raise ConfigError(f"{_NO_ONLINE}, such as that of {first.name}: {advice}")
     added = sorted(result.program.state_dict.keys() - loaded.program.state_dict.keys())
     if added:
         raise ConfigError(f"the rotation adds {added[0]}, which the model of the configuration has not: leave out R1")
+    made, before = result.program.constants, loaded.program.constants
+    changed = [name for name in sorted(made.keys() & before.keys()) if not _is_same(made[name], before[name])]
+    if changed:
+        raise ConfigError(
+            f"the rotation changes {changed[0]}, which the model of the configuration makes itself, and no checkpoint "
+            "holds: leave out R1"
+        )
+
+
+def _is_same(made: Any, before: Any) -> bool:
+    """Whether two constants are the same values; what is no tensor is nobody's to change."""
+    if made is before or not isinstance(made, Tensor) or not isinstance(before, Tensor):
+        return True
+    return made.dtype == before.dtype and torch.equal(made.cpu(), before.cpu())
 
 
 def write_gptq_folder(
@@ -129,7 +156,8 @@ def certify_as_exported(loaded: LoadedModel, result: Result, transforms: Sequenc
     Raises VerificationError where it does not.
     """
     made = _as_exported(loaded, result, transforms)
-    taken = {spec.arg.name for spec in made.graph_signature.input_specs}
+    # what is no parameter or buffer of a checkpoint is as the loader makes it
+    taken = {spec.arg.name for spec in made.graph_signature.input_specs if spec.target in made.state_dict}
     found = verify(loaded.program, made, exact={name: f for name, f in result.exact.items() if name in taken})
     if not found.ok:
         raise VerificationError(_another(found.verdict))

@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -26,16 +26,21 @@ from spinpass.passes import OnlineTransform
 from spinpass.quantization import QuantizationConfig, QuantizedWeight
 
 from .card import plural
-from .gptq import check_offline, check_weights_alone
+from .gptq import check_offline, check_weights_alone, is_online
 from .result import Result
 
 CheckpointLayout = Literal["transformers", "gptq", "compressed-tensors"]
+_NOTHING_DECLARED = (
+    "nothing is quantized, and nothing is rotated online: leave out --layout compressed-tensors, or add --quantize or "
+    "R4 to --rotations"
+)
 
 
 @dataclass(frozen=True)
 class CheckpointReport:
     """What was written: the folder, its files of weights and their bytes, what was untied, and the
-    ``quantization_config`` of its configuration, None where it has none. ``layout`` says more of it."""
+    ``quantization_config`` of its configuration, None where it has none. ``layout`` says more of it. ``floats`` are,
+    beside integers, the names of matrices that stay in floats, and their bytes."""
 
     path: Path
     files: tuple[Path, ...]
@@ -43,6 +48,17 @@ class CheckpointReport:
     untied: bool
     quantization: Mapping[str, Any] | None = None
     layout: str = ""
+    floats: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def left(self) -> str:
+        """Say which matrices are floats beside the integers; empty where there are no integers or no such matrices."""
+        if not self.floats:
+            return ""
+        first, *others = sorted(self.floats, key=lambda name: -self.floats[name])
+        size = f"{sum(self.floats.values()) / 1e6:.1f} of {self.bytes / 1e6:.1f} MB"
+        more = f" and {plural(len(others), 'other')}" if others else ""
+        return f"{size} stay in floats: {first}{more}, tables, heads and experts, whose integers loaders do not read"
 
     @property
     def summary(self) -> str:
@@ -89,6 +105,8 @@ class CheckpointRequest:
     def _check_floats(self) -> None:
         if self.layout == "gptq":
             raise ConfigError("--layout gptq holds integers: add --quantize, for example w4g128-gptq")
+        if self.layout == "compressed-tensors" and not is_online(self.config):
+            raise ConfigError(_NOTHING_DECLARED)
         if self.calibration is not None or self.keep:
             raise ConfigError("--calibration and --keep are of weights that are quantized: add --quantize")
 
@@ -119,18 +137,21 @@ def write_layout(
         return CheckpointReport(folder, files, sum(path.stat().st_size for path in files), False)
     if layout == "gptq":
         gptq = write_gptq(folder, weights, tensors=tensors)
-        return CheckpointReport(folder, gptq.files, gptq.bytes, False, gptq.config, gptq.summary)
+        return CheckpointReport(folder, gptq.files, gptq.bytes, False, gptq.config, gptq.summary, _matrices(tensors))
     if not weights and not transforms:
-        raise ConfigError(
-            "nothing is quantized, and nothing is rotated online: leave out --layout compressed-tensors, or add "
-            "--quantize or R4 to --rotations"
-        )
+        raise ConfigError(_NOTHING_DECLARED)
     dtypes = {result.program.state_dict[name].dtype for name in weights} or {torch.float32}
     if len(dtypes) > 1:
         raise ConfigError(f"weights are of {' and '.join(sorted(map(str, dtypes)))}: choose one, --dtype float32")
     (dtype,) = dtypes
     made = write_compressed_tensors(folder, weights, transforms, tensors=tensors, scales_dtype=dtype)
-    return CheckpointReport(folder, made.files, made.bytes, False, made.config, made.summary)
+    left = _matrices(tensors) if weights else {}
+    return CheckpointReport(folder, made.files, made.bytes, False, made.config, made.summary, left)
+
+
+def _matrices(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """Return the bytes of every matrix, and of every stack of matrices, by name."""
+    return {name: tensor.nbytes for name, tensor in tensors.items() if tensor.ndim > 1}
 
 
 def _floats(tensors: Mapping[str, Tensor], weights: Mapping[str, QuantizedWeight]) -> dict[str, Tensor]:

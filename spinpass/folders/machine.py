@@ -18,6 +18,8 @@ _GEMM, _CHOLESKY, _WIDTH = 512, 768, 4096  # milliseconds each, shorter than ano
 _BLOCK = 1 << 22  # bytes that are copied, hashed and read at once
 _READ = 1 << 27  # bytes of a file that are read
 _CALLS = 500
+IMPORTED = 250 << 20
+"""Bytes of the process when all packages are imported."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,11 @@ def free_memory() -> int:
     Where nothing says so (no /proc), it is all that there could be.
     """
     return min(_available(), *_left_in_groups(), 1 << 62)
+
+
+def said(count: float) -> str:
+    """Return a number of bytes of memory as a message has it."""
+    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.0f} MB"
 
 
 def own_memory() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -159,16 +160,19 @@ def write_folder(
     texts = [] if cache is None else _calibration(loaded, cache)
     rounded = _is_rounded(result, int4=int4, cache=cache)
 
+    @functools.cache
+    def not_run() -> str:  # asked once: what is free changes
+        packed = int4 or bool(result.quantization is not None and result.quantization.weights)
+        return no_room(draft.folder, memory, integers=packed)
+
     def tried() -> list[FolderTrial]:
         expected = _expected(onnx, result, draft.folder, int4=int4, certify=certify)
-        why = no_room(draft.folder, memory, integers=rounded)
-        if why:
-            return [FolderTrial("all", "all", reason=why)]
+        if not_run():
+            return [FolderTrial("all", "all", reason=not_run())]
         return _tried(onnx, loaded, result, expected, draft.folder, steps, texts)
 
     def scored() -> Card | str | None:
-        why = no_room(draft.folder, memory, integers=rounded)
-        return scored_card(loaded, draft.folder, steps, team=team, why=why) if rounded else None
+        return scored_card(loaded, draft.folder, steps, team=team, why=not_run()) if rounded else None
 
     later: dict[str, _Step] = {"pack": onnx.quantize_4bit} if int4 else {}
     if cache is not None:
@@ -176,6 +180,8 @@ def write_folder(
         later["cache"] = lambda source, target: onnx.quantize_cache(source, target, bits, texts)
     if not later:
         report = export(draft.folder)
+        if result.rounds_activations and not_run():
+            report = replace(report, uncertified=_unproved(not_run()))
         return _written(onnx, loaded, result, draft, report, _packed(report), tried, scored)
     made: dict[str, _Made] = {}
     with TemporaryDirectory(dir=draft.folder.parent, prefix=PREFIX) as staging:  # in the draft's it would be cleared up
@@ -190,7 +196,13 @@ def write_folder(
             source = made[step].path
     made = _packed(report) | made
     report = replace(report, path=source, files=made[step].files)
+    if (cache is not None or result.rounds_activations) and not_run():  # the certificate is of the file before this
+        report = replace(report, certificate=None, uncertified=_unproved(not_run()))
     return _written(onnx, loaded, result, draft, report, made, tried, scored)
+
+
+def _unproved(why: str) -> str:
+    return f"a file that rounds as it runs is judged by what it generates, and it was not run: {why}"
 
 
 def assist_folder(

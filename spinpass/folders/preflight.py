@@ -26,12 +26,11 @@ from spinpass.loading import (
 )
 
 from .forecast import MARGIN, Forecast, fitting
-from .machine import free_memory, own_memory
+from .machine import IMPORTED, free_memory, own_memory, said
 from .request import ExportRequest
 from .workload import Workload
 
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "torch.float32": 4, "torch.float16": 2, "torch.bfloat16": 2}
-_IMPORTED = 250 << 20  # bytes of the process when all packages are imported
 _HEAD_STEP = 8  # GroupQueryAttention's heads are multiples of this
 _LATENT = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim")  # heads of another size than the configuration's
 
@@ -165,17 +164,19 @@ class Known:
         """
         if work is None:
             return
-        forecast, imported = Forecast.of(work), max(0, _IMPORTED - own_memory())
+        # what is free is free beside what this process has already, what is allowed is for all of it
+        forecast, own = Forecast.of(work), own_memory()
+        imported = max(0, IMPORTED - own) + (0 if request.memory_bytes is None else own)
         there = request.memory_bytes or free_memory()
         if forecast.least_bytes + imported <= there:
             return
         setting = fitting(work, there - imported)
-        needed = f"{(forecast.memory_bytes + imported) / 1e9:,.1f} GB of memory"
+        needed = f"{said(forecast.memory_bytes + imported)} of memory"
         needed = f"about {needed}, give or take {MARGIN:.0%}" if forecast.exact else f"at least {needed}"
         advice = f"try {setting}" if setting else "take a machine with more, or a smaller model"
         whose = "are allowed" if request.memory_bytes else "are free"
         raise ExportError(
-            f"this needs {needed}, and {there / 1e9:,.1f} GB {whose}: {advice}; or say with --memory what it may take"
+            f"this needs {needed}, and {said(there)} {whose}: {advice}; or say with --memory what it may take"
         )
 
     def check_disk(

@@ -112,12 +112,13 @@ def rotated(
         if done == total and certify:
             steps.start("certify")
 
-    found = rotate(program, replace(config, verify=certify), progress=progress, allow_partial=allow_partial)
+    options: dict[str, Any] = {"allow_partial": allow_partial, "exact": exact}
+    found = rotate(program, replace(config, verify=certify), progress=progress, **options)
     spaces: list[str] = team.told([space.name for space in found.plan.spaces])
     left_out = [space.name for space in found.plan.spaces if space.name not in spaces]
     if left_out:  # by the certificate of rank 0
         found = rotate(program, plan=found.plan.without(*left_out))
-    return Result(found.program, found.plan, exact=found.exact if exact else {})
+    return Result(found.program, found.plan, exact=found.exact)
 
 
 def kept_on_disk(program: ExportedProgram, folder: Path, ranks: int = 1) -> ExportedProgram:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .machine import free_memory, own_memory
+from .machine import free_memory, own_memory, said
 
 SESSION_FLOATS, SESSION_INTEGERS = 1.2, 2.0
 """Bytes that ONNX Runtime takes for each of a file of floats, and of integers, which it also keeps in another order."""
@@ -24,7 +24,4 @@ def no_room(folder: Path, allowed: int | None, *, integers: bool) -> str:
     if needed <= there:
         return ""
     whose = "are free" if allowed is None else "are left of --memory"
-    return (
-        f"ONNX Runtime takes about {needed / 1e9:,.1f} GB for it, and {there / 1e9:,.1f} GB {whose}: run it on a "
-        "machine with more"
-    )
+    return f"ONNX Runtime takes about {said(needed)} for it, and {said(there)} {whose}: run it on a machine with more"

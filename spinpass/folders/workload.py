@@ -116,6 +116,11 @@ class Workload:
         return self.scheme is not None and bool(self.scheme.distill or self.scheme.average_bits)
 
     @property
+    def widest(self) -> int:
+        """Weights of the largest matrix that a linear layer reads."""
+        return max((rows * columns for rows, columns in self.linears), default=0)
+
+    @property
     def reads(self) -> int:
         """How often the model's files are read: hashed, looked through, certified, rounded or written, hashed again."""
         return 4 if self.streams else 3

@@ -153,21 +153,20 @@ def _values(handle: Handle) -> Tensor:
     return handle.read().contiguous()  # as its strides say
 
 
-def linear_together(each: Sequence[Tensor], weight: Handle, bias: Tensor | None = None) -> list[Tensor]:
-    """Return ``x Wᵀ + b`` for several x, of shape (..., in), with each block of the rows of W read once for all.
+def linear_together(each: Sequence[tuple[Tensor, Tensor | None]], weight: Handle) -> list[Tensor]:
+    """Return ``x Wᵀ + b`` for several x and b, with each block of the rows of W read once for all.
 
     Args:
-        each: the inputs, in the dtype of the weight.
+        each: the inputs (..., in), in the dtype of the weight, each with its bias (out,), (1,) or none.
         weight: (out, in), which is not turned.
-        bias: (out,) or (1,).
     """
-    flat = [x.reshape(-1, x.shape[-1]) for x in each]
+    flat = [x.reshape(-1, x.shape[-1]) for x, _ in each]
     made = [torch.empty(len(x), weight.shape[0], dtype=x.dtype, device=x.device) for x in flat]
     for rows in row_blocks(weight.source):
         block = weight.read(rows).t()
-        for x, y in zip(flat, made, strict=True):
+        for x, (_, bias), y in zip(flat, each, made, strict=True):
             y[:, rows] = x @ block if bias is None else torch.addmm(_part(bias, rows), x, block)
-    return [y.view(*x.shape[:-1], weight.shape[0]) for x, y in zip(each, made, strict=True)]
+    return [y.view(*x.shape[:-1], weight.shape[0]) for (x, _), y in zip(each, made, strict=True)]
 
 
 def _by_blocks(func: Any, operands: tuple[Any, ...], matrix: Handle) -> Tensor:

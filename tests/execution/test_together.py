@@ -73,3 +73,25 @@ def test_one_that_fails_leaves_the_others_alone(in_parts: bool) -> None:
     assert isinstance(found[0], ProgramError) and isinstance(found[2], ProgramError)
     assert not isinstance(found[1], ProgramError)
     torch.testing.assert_close(found[1].outputs[0], model(given[1]["x"]))
+
+
+class Shifted(nn.Module):
+    """A product whose bias is computed of what the run is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(8, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.first.weight, self.first.bias * x.mean())
+
+
+def test_each_run_has_its_own_bias_and_weight(in_parts: bool) -> None:
+    program = torch.export.export(Shifted().eval(), (torch.randn(3, 8),))
+    weights = {n: Handle(Counted(t.detach(), t.dtype)) for n, t in program.state_dict.items()}
+    streamed = with_other_values(program, weights)
+    given = [{"x": torch.randn(3, 8)} for _ in range(3)]
+    given[2]["p_first_weight"] = Handle(Counted(torch.randn(64, 8), torch.float32))
+    for values, result in zip(given, execute_together(streamed, given), strict=True):
+        assert not isinstance(result, ProgramError)
+        torch.testing.assert_close(result.outputs[0], execute(streamed, values).outputs[0])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,8 @@ from typer.testing import CliRunner
 import spinpass
 from spinpass.cli.app import app
 from spinpass.errors import ConfigError, ExportError, VerificationError
-from spinpass.folders import checkpoint, layouts, rotate_checkpoint
+from spinpass.folders import Result, checkpoint, layouts, rotate_checkpoint
+from spinpass.folders.gptq import check_rotation
 from spinpass.formats import write_shards
 from spinpass.formats.safetensors_header import safetensors_header
 from spinpass.graph import Handle, Held, values_of
@@ -180,6 +182,60 @@ def test_a_wrong_weight_is_noticed_before_it_is_written(
     with pytest.raises(VerificationError, match="is another function"):
         rotate_checkpoint(saved(tmp_path / "in"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_space_to_blame_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fault of the rotation is none of the architecture."""
+    from spinpass.graph import constants
+
+    def wrong(compute: Any) -> Any:
+        return lambda self: compute(self) * (1.3 if "v_proj" in self.fqn and self.steps else 1)
+
+    for name in ("compute", "compute_float64"):
+        monkeypatch.setattr(constants.Constant, name, wrong(getattr(constants.Constant, name)))
+    with pytest.raises(VerificationError, match="the space to blame is"):
+        rotate_checkpoint(saved(tmp_path / "in"), tmp_path / "out")
+
+
+class Shifted(torch.nn.Module):
+    """A buffer that no file holds: a loader makes it itself."""
+
+    def __init__(self, size: float) -> None:
+        super().__init__()
+        self.register_buffer("pos", size * torch.arange(4.0), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.pos
+
+
+def test_what_no_file_holds_is_not_rotated() -> None:
+    before, after = (torch.export.export(Shifted(size).eval(), (torch.randn(2, 4),)) for size in (1.0, 2.0))
+    loaded: Any = SimpleNamespace(program=before)
+    check_rotation(loaded, Result(before))
+    with pytest.raises(ConfigError, match="changes pos, which the model of the configuration makes itself"):
+        check_rotation(loaded, Result(after))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"layout": "compressed-tensors"}, "nothing is quantized, and nothing is rotated online"),
+        ({"layout": "gptq"}, "holds integers"),
+    ],
+)
+def test_what_options_alone_decide_is_said_before_a_model_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], message: str
+) -> None:
+    monkeypatch.setattr(checkpoint, "load_model", lambda *_, **__: pytest.fail("it was loaded"))
+    with pytest.raises(ConfigError, match=message):
+        rotate_checkpoint(tmp_path, tmp_path / "out", **options)
+
+
+def test_matrices_that_stay_in_floats_are_named(tmp_path: Path) -> None:
+    _, written = rotate_checkpoint(saved(tmp_path / "in"), tmp_path / "out", quantize="w4g16-rtn", certify=False)
+    assert "MB stay in floats: " in written.report.left and "embed_tokens" in "".join(written.report.floats)
+    _, written = rotate_checkpoint(saved(tmp_path / "in"), tmp_path / "plain", certify=False)
+    assert written.report.left == ""
 
 
 def test_the_command(tmp_path: Path) -> None:

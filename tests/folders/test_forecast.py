@@ -58,7 +58,7 @@ def test_what_stays_in_files_takes_no_memory_for_it() -> None:
 
 def test_gptq_needs_the_square_of_the_widest_input() -> None:
     of_four_layers = Forecast.of(work(llama(4096, 4, 14336, 128_256), **GPTQ)).memory_bytes
-    assert 40 * 14336**2 <= of_four_layers <= 1.3 * 40 * 14336**2
+    assert 16 * 14336**2 <= of_four_layers <= 2 * 16 * 14336**2
     longer = Forecast.of(work(llama(4096, 4, 14336, 128_256), **GPTQ | {"calibration_windows": 64})).memory_bytes
     assert longer - of_four_layers == pytest.approx(56 * 512 * 4 * (2 * 4096 + 14336), rel=0.01)
 
@@ -93,10 +93,10 @@ def test_steps_are_those_of_a_run(tmp_path: Path) -> None:
 def test_what_cannot_fit_is_refused_before_it_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = folders.model_folder(tmp_path / "model")
     monkeypatch.setattr(making, "load_model", lambda *_, **__: pytest.fail("it was loaded"))
-    with pytest.raises(ExportError, match=r"needs about .* GB of memory, give or take 30%, and 0.0 GB are allowed: take a machine with more"):
+    with pytest.raises(ExportError, match=r"needs about .* (GB|MB) of memory, give or take 30%, and 1 MB are allowed: take a machine with more"):
         export(model, tmp_path / "out", bits=16, memory="1MB")
     monkeypatch.setattr("spinpass.folders.preflight.free_memory", lambda: 2000)
-    with pytest.raises(ExportError, match=r"0.0 GB are free: .*--memory"):
+    with pytest.raises(ExportError, match=r" 0 MB are free: .*--memory"):
         export(model, tmp_path / "out", bits=16)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     with pytest.raises(ConfigError, match="--memory much is no size: write it as 12GB"):
@@ -180,7 +180,7 @@ def test_a_file_that_no_runtime_can_hold_is_written_all_the_same(tmp_path: Path,
     export(model, out, quantize="w4g16-rtn")
     about = json.loads((out / "spinpass.json").read_text())
     assert [(t["runtime"], t["tokens"]) for t in about["trials"]] == [("all", 0)]
-    assert about["trials"][0]["reason"].startswith("ONNX Runtime takes about 0.0 GB for it, and 0.0 GB are free")
+    assert about["trials"][0]["reason"].startswith("ONNX Runtime takes about 0 MB for it, and 0 MB are free")
     assert about["card"].startswith("not scored: ONNX Runtime takes") and about["onnx"]["certificate"]["ok"]
 
 
@@ -226,4 +226,4 @@ def test_what_another_device_holds_takes_no_memory_of_this_one() -> None:
     here = work(llama(4096, 4, 14336, 1000), **GPTQ)
     there = replace(here, elsewhere=True)
     steps = [{step.name: step.bytes for step in Forecast.of(each).steps} for each in (here, there)]
-    assert steps[0]["quantize"] > 8e9 > 1e9 > steps[1]["quantize"] and not Forecast.of(there).exact
+    assert steps[0]["quantize"] > 4e9 > 1e9 > steps[1]["quantize"] and not Forecast.of(there).exact

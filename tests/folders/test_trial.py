@@ -264,3 +264,13 @@ def test_a_rounded_file_without_a_cache_is_judged(tmp_path: Path) -> None:
     loaded = load_model(source)
     with pytest.raises(VerificationError, match="an output is .* away"):
         try_folder(loaded, loaded.program, tmp_path / "out", Silent(), bound=KERNEL_BOUND)
+
+
+@pytest.mark.parametrize("options", [{"quantize": "w4g16-rtn-a8"}, {"bits": 16, "kv_cache": "int8"}], ids=["a8", "cache"])
+def test_what_only_a_run_proves_is_not_certified_without_one(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    monkeypatch.setattr("spinpass.folders.room.free_memory", lambda: 1000)
+    export(source, tmp_path / "out", RotationConfig(), **options)
+    about = json.loads((tmp_path / "out" / "spinpass.json").read_text())
+    assert about["onnx"]["certificate"] is None and "it was not run: ONNX Runtime takes" in about["onnx"]["uncertified"]

@@ -24,6 +24,9 @@ class Warm:
             if "died" in str(error):
                 Warm.end()
             raise
+        except BaseException:  # an answer may be on its way that nobody waits for
+            Warm.end()
+            raise
 
     @staticmethod
     def end() -> None:
