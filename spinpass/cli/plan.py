@@ -9,7 +9,7 @@ import typer
 
 from spinpass.config import RotationConfig
 from spinpass.errors import ConfigError
-from spinpass.folders import ExportRequest, Forecast, Known, Rates
+from spinpass.folders import ExportRequest, Forecast, Known, Rates, check_names
 from spinpass.loading import check_program_options, load_model, locate
 from spinpass.pipeline import plan
 from spinpass.progress import Steps
@@ -98,6 +98,7 @@ def plan_command(
             streamed=True,
             progress=steps.begin,
         )
+        check_names(request.scheme, loaded.program)
         steps.start("plan")
         decided = plan(loaded.program, request.config or config)
         forecast = _foreseen(request, steps)

@@ -14,7 +14,7 @@ from .onnx import onnx_tools, write_folder
 from .preflight import Known, check_space
 from .recipes import BITS, MEASURED, Recipe, RecipeName, measured, recipe_of
 from .request import ExportRequest, IntegerCache, Target
-from .result import Result, quantized, rotated, version_of
+from .result import Result, check_names, quantized, rotated, version_of
 from .workload import Workload
 
 __all__ = [
@@ -44,6 +44,7 @@ __all__ = [
     "card_lines",
     "carry_out",
     "check_basis",
+    "check_names",
     "check_space",
     "check_target",
     "check_writable",

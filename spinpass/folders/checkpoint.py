@@ -27,7 +27,7 @@ from .gptq import certify_as_exported, check_not_online, check_rotation, check_s
 from .judge import FolderTrial
 from .layout_trial import tried_layout
 from .layouts import CheckpointLayout, CheckpointRequest, write_layout
-from .result import Result, kept_on_disk, quantized, rotated, run_of
+from .result import Result, check_names, kept_on_disk, quantized, rotated, run_of
 
 FOLDED = RotationConfig(rotations=("R1", "R2"), form="offline", tied="untie")
 """What a checkpoint can hold: rotations that are folded into weights."""
@@ -107,6 +107,7 @@ def rotate_checkpoint(
                 "config.json declares: name the original"
             )
         check_not_online(loaded)
+        check_names(asked.scheme, loaded.program)
         with kept_for_another_try(draft), still_the_same(loaded.files, steps):
             placed = replace(loaded, program=on_device(loaded.program, there))
             # what is written is the original's graph: where nothing is rounded, one proof is of both

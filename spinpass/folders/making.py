@@ -39,7 +39,7 @@ from .onnx import CacheBits, onnx_tools
 from .preflight import Known
 from .recipes import RecipeName
 from .request import ExportRequest, IntegerCache, Target
-from .result import Result, kept_on_disk, quantized, rotated, run_of, window_length
+from .result import Result, check_names, kept_on_disk, quantized, rotated, run_of, window_length
 from .settings import settings_of
 from .writers import writer_of
 
@@ -277,6 +277,7 @@ class _Run:
             streamed=asked.to == "onnx",
             progress=self.steps.begin,
         )
+        check_names(asked.scheme, loaded.program)
         if asked.to == "onnx":
             onnx_tools().check_operators(loaded.program)
             if asked.certify:

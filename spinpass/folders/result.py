@@ -121,6 +121,12 @@ def rotated(
     return Result(found.program, found.plan, exact=found.exact)
 
 
+def check_names(scheme: QuantizationConfig | None, program: ExportedProgram) -> None:
+    """Raise ConfigError where a pattern of a scheme matches no matrix that a program has, before there is any work."""
+    if scheme is not None:
+        scheme.check_used([name for name, tensor in program.state_dict.items() if tensor.ndim > 1])
+
+
 def kept_on_disk(program: ExportedProgram, folder: Path, ranks: int = 1) -> ExportedProgram:
     """Return the program with what is computed from its weights kept in files of a folder once it was read.
 

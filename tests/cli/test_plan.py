@@ -58,5 +58,7 @@ def test_it_takes_what_changes_an_export(folder: Path) -> None:
     assert of_export - of_plan == only_written
     asked = ("plan", folder, "--no-cache", "--quantize", "w4g16-gptq-head8", "--samples", 1, "--json")
     assert document(run(*asked, "--keep", "*o_proj*", "--layer", "*down_proj*=w8"))["forecast"]["written_bytes"] > 0
+    result = run(*asked, "--keep", "*o_porj*")
+    assert result.exit_code == 2 and "'*o_porj*' is no linear layer or table of this program" in result.stderr
     result = run(*asked, "--layer", "x")
     assert result.exit_code == 2 and "--layer 'x' is not PATTERN=SCHEME" in result.stderr
