@@ -93,6 +93,11 @@ def _verify_models(screen: Any, before: Path, after: Path, matrices: Path | None
         certificate = verify(original.program, other.program, progress=steps.start("compare"))
     for loaded in (original, other):
         show_loading(screen, loaded.report)
+    if rounded:
+        screen.note(
+            f"{after} holds integers, so that it is another function than {before}: the errors say how far rounding "
+            "moves the outputs, and spinpass eval how well each predicts a text"
+        )
     _show(screen, certificate, proof)
 
 
