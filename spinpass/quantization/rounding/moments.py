@@ -128,5 +128,5 @@ def _product(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
     width = left[0].shape[-1]
     total = torch.zeros(width, width, dtype=torch.float64, device=left[0].device)
     for a, b in zip(left, right):
-        total += (a.reshape(-1, width).float().T @ b.reshape(-1, width).float()).double()
+        total += a.reshape(-1, width).float().T @ b.reshape(-1, width).float()  # widened as it is added
     return total
