@@ -119,11 +119,11 @@ class KeptWork:
                     continue
                 data = tensor.detach().cpu().contiguous()
                 tensors[part] = {"at": size, "shape": list(data.shape), "dtype": str(data.dtype)}
-                content = data.view(-1).view(torch.uint8).numpy().tobytes() if data.numel() else b""
-                content += bytes(-len(content) % _ALIGNED)
-                out.write(content)
-                digest.update(content)
-                size += len(content)
+                content = memoryview(data.view(-1).view(torch.uint8).numpy()) if data.numel() else memoryview(b"")
+                for each in (content, bytes(-len(content) % _ALIGNED)):
+                    out.write(each)
+                    digest.update(each)
+                    size += len(each)
         os.replace(staging, file)
         about: dict[str, Any] = {
             "name": name, "scheme": repr(weight.scheme), "dim": weight.dim, "error": weight.error.hex(),

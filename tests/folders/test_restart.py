@@ -167,6 +167,7 @@ def test_what_never_comes_to_the_work_leaves_it(
     assert contents(out) == unbroken and os.listdir(tmp_path) == ["out"]
 
 
+@pytest.mark.cold
 def test_a_trial_that_the_system_ends_leaves_the_work(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("spinpass.runtime.elsewhere._CHILD", "import os; os.kill(os.getpid(), 9)")
     with pytest.raises(ExportError, match="this machine's memory is not enough: "):

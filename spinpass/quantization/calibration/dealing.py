@@ -95,13 +95,12 @@ class Dealer:
                 if owners[-1] == self.team.rank:
                     own[len(owners) - 1] = piece()
             counts.append(len(owners) - before)
-        parts = iter(self._collected(own, owners, jobs[0].stored.device))
-        return [_joined(job, [next(parts) for _ in range(count)]) for job, count in zip(jobs, counts, strict=True)]
+        parts = self._collected(own, owners, jobs[0].stored.device)
+        return [_joined(job, itertools.islice(parts, count)) for job, count in zip(jobs, counts, strict=True)]
 
-    def _collected(self, own: dict[int, _Part], owners: Sequence[int], device: torch.device) -> list[_Part]:
-        """Return all pieces, each from the rank that has it."""
+    def _collected(self, own: dict[int, _Part], owners: Sequence[int], device: torch.device) -> Iterator[_Part]:
+        """Yield all pieces, each from the rank that has it, which lets go of it."""
         said = [iter(each) for each in self.team.gathered([part.told() for part in own.values()])]
-        found: list[_Part] = []
         for k, rank in enumerate(owners):
             about = next(said[rank])
             tensors = dict[str, Tensor | None](dict.fromkeys(_TENSORS))
@@ -112,8 +111,8 @@ class Dealer:
             q, scales, zeros, index = (tensors[name] for name in _TENSORS)
             assert q is not None and scales is not None and zeros is not None
             codes = Codes(q, scales, zeros, bits, symmetric, index, None if widths is None else tuple(widths))
-            found.append(_Part(codes, tuple(about["error"]), tuple(about["tokens"])))
-        return found
+            own.pop(k, None)
+            yield _Part(codes, tuple(about["error"]), tuple(about["tokens"]))
 
 
 def _empty(shape: Sequence[int], dtype: str, device: torch.device) -> Tensor:
@@ -162,11 +161,21 @@ def _seen(team: Team, store: CodesStore, job: Job) -> QuantizedWeight:
         time.sleep(0.1)
 
 
-def _joined(job: Job, parts: Sequence[_Part]) -> QuantizedWeight:
-    lost, size = (math.fsum(each) for each in zip(*(part.error for part in parts), strict=True))
-    tokens = tuple(number for part in parts for number in part.tokens)
-    codes = stacked([part.codes for part in parts]).on(HOST)
-    return QuantizedWeight(codes, job.dim, job.scheme, lost / max(size, _TINY), job.stack, tokens)
+def _joined(job: Job, parts: Iterator[_Part]) -> QuantizedWeight:
+    errors: list[tuple[float, float]] = []
+    tokens: list[int] = []
+
+    def codes() -> Iterator[Codes]:
+        for part in parts:
+            errors.append(part.error)
+            tokens.extend(part.tokens)
+            yield part.codes
+            trim()  # of the part before, whose room nothing else fits into
+
+    rows = job.stored.numel() // max(1, job.stored.shape[job.dim])
+    made = stacked(codes(), rows).on(HOST)
+    lost, size = (math.fsum(each) for each in zip(*errors, strict=True))
+    return QuantizedWeight(made, job.dim, job.scheme, lost / max(size, _TINY), job.stack, tuple(tokens))
 
 
 # -- pieces -----------------------------------------------------------------------------------------------------------

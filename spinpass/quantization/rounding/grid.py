@@ -7,7 +7,7 @@ is exact.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -121,13 +121,24 @@ class Codes:
         return found
 
 
-def stacked(parts: Sequence[Codes]) -> Codes:
-    """The codes of the rows of all parts, which are of one scheme and width."""
-    first, *others = parts
-    if not others:
-        return first
-    q, scales, zeros = (torch.cat([getattr(part, name) for part in parts]) for name in ("q", "scales", "zeros"))
-    return replace(first, q=q, scales=scales, zeros=zeros)
+def stacked(parts: Iterable[Codes], rows: int) -> Codes:
+    """The codes of the rows of all parts, ``rows`` together, which are of one scheme and width.
+
+    Parts are taken one by one, so that those of an iterator need not stand beside what is made of them.
+    """
+    made: Codes | None = None
+    at = 0
+    for part in parts:
+        if len(part.q) == rows:
+            return part
+        if made is None:
+            q, scales, zeros = (t.new_empty(rows, *t.shape[1:]) for t in (part.q, part.scales, part.zeros))
+            made = replace(part, q=q, scales=scales, zeros=zeros)
+        for whole, own in ((made.q, part.q), (made.scales, part.scales), (made.zeros, part.zeros)):
+            whole[at : at + len(own)] = own
+        at += len(part.q)
+    assert made is not None and at == rows
+    return made
 
 
 def rounded(matrix: Tensor, scheme: Weights) -> Codes:
