@@ -60,14 +60,15 @@ class Together:
         if id(run) not in self._products:
             mine: dict[int, tuple[Tensor, Tensor | None]] = {id(run): (x, bias)}
             for other in self._runs:
-                taken = None if other is run else self._operands(other)
-                if taken is not None and taken[1] is weight and _is_like(taken[0], x) and _is_like(taken[2], bias):
-                    mine[id(other)] = taken[0], taken[2]
+                if other is not run:
+                    its_x, its_weight, its_bias = self._operands(other)
+                    if its_weight is weight and _is_like(its_x, x) and _is_like(its_bias, bias):
+                        mine[id(other)] = its_x, its_bias
             self._read = True
             self._products = dict(zip(mine, linear_together(list(mine.values()), weight), strict=True))
         return self._products.pop(id(run))
 
-    def _operands(self, run: _Run) -> tuple[Any, Any, Any] | None:
+    def _operands(self, run: _Run) -> tuple[Any, Any, Any]:
         """What a run calls the operator with: its input, its weight and its bias."""
         assert self._node is not None
         read = [run.operand(each) if isinstance(each, Node) else each for each in self._node.args]

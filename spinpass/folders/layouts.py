@@ -58,7 +58,7 @@ class CheckpointReport:
         first, *others = sorted(self.floats, key=lambda name: -self.floats[name])
         size = f"{sum(self.floats.values()) / 1e6:.1f} of {self.bytes / 1e6:.1f} MB"
         more = f" and {plural(len(others), 'other')}" if others else ""
-        return f"{size} stay in floats: {first}{more}, tables, heads and experts, whose integers loaders do not read"
+        return f"{size} stay in floats: {first}{more} (loaders read no integers of tables, heads and experts; --keep)"
 
     @property
     def summary(self) -> str:
