@@ -224,12 +224,8 @@ def rounding_of(ep: ExportedProgram, values: _Values) -> Rounding:
 
     def run(watches: Sequence[Watch | None], *, lifted: bool) -> list[Returned]:
         given = [execution.copies(values) for _ in watches]
-        found: list[Returned] = []
-        for result in execution.execute_together(ep, given, float64=lifted, watch=watches):
-            if isinstance(result, ProgramError):
-                raise result
-            found.append((result.outputs, result.state))
-        return found
+        found = execution.execute_each(ep, given, float64=lifted, watch=watches)
+        return [(result.outputs, result.state) for result in found]
 
     def runs(watches: Sequence[Watch]) -> tuple[Returned, list[Returned]]:
         try:

@@ -167,9 +167,16 @@ def execute(
     Raises:
         ProgramError: a value is missing, a node could not be run, or an output is of a kind that inference has not.
     """
-    found = execute_together(ep, [values], float64=float64, tick=tick, watch=watch, gradients=gradients)[0]
-    if isinstance(found, ProgramError):
-        raise found
+    return execute_each(ep, [values], float64=float64, tick=tick, watch=watch, gradients=gradients)[0]
+
+
+def execute_each(ep: ExportedProgram, each: Sequence[Mapping[str, Any]], **options: Any) -> list[Execution]:
+    """Run ``ep`` as :func:`execute_together`, but raise the first error."""
+    found: list[Execution] = []
+    for result in execute_together(ep, each, **options):
+        if isinstance(result, ProgramError):
+            raise result
+        found.append(result)
     return found
 
 

@@ -14,7 +14,7 @@ from spinpass import record
 from spinpass.errors import ProgramError
 from spinpass.record import Carried
 
-from .interpreter import Deferred, Execution, Watch, constants, execute_together
+from .interpreter import Deferred, Execution, Watch, constants, execute_each, execute_together
 
 
 @dataclass
@@ -84,9 +84,7 @@ class Session:
         """
         given = [{**self.deferred, **copies(self.fed)} for _ in watches]
         found = []
-        for result in execute_together(self.ep, given, float64=self.float64, watch=watches):
-            if isinstance(result, ProgramError):
-                raise result
+        for result in execute_each(self.ep, given, float64=self.float64, watch=watches):
             state = {name: self._plain(held, self.carried_in.get(name)) for name, held in result.state.items()}
             found.append((self._in_plain_basis(result.outputs), state))
         return found
