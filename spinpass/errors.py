@@ -33,6 +33,10 @@ class VerificationError(SpinpassError):
     it says of itself."""
 
 
+class LearningError(SpinpassError):
+    """Learning could not go on, for example because the loss became no number; the message names a setting to try."""
+
+
 class ExportError(SpinpassError):
     """Writing or reading an exported artefact failed; nothing was left half written."""
 

@@ -4,7 +4,7 @@ Whole configurations are quantized and scored on held-out text, paired over its 
 configuration is judged by itself (:func:`spinpass.quantization.site_errors`): where nothing is rounded it is left
 alone, and the configuration is tried once more with only the spaces whose layers lose less in the rotated basis. Among
 what is about as good as the best, what costs least is taken; no rotation, which costs nothing, also where nothing is
-significantly better. Scales are distilled last, those of what was chosen.
+significantly better. What is learned is learned last, of what was chosen.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from spinpass.evaluation import Comparison, ProgramScorer, Windows, compare, pai
 from spinpass.pipeline import rotate
 from spinpass.planning import PlannedSpace, RotationPlan
 from spinpass.progress import Silent, Steps
-from spinpass.quantization import QuantizationConfig, Quantized, distilled, quantize, site_errors
+from spinpass.quantization import QuantizationConfig, Quantized, learned, quantize, site_errors
 
 _JUDGED_ON = 2  # calibration windows that spaces are judged on
 _NOTHING = "none"
@@ -149,9 +149,9 @@ def tune(
     trials = tuple(work.trials)
     chosen = choose(trials)
     rotated, quantized = work.made[chosen.name]
-    if config.distill:
-        tick = work.steps.start(f"distill, {chosen.name}")
-        quantized = distilled(rotated, quantized, work.calibration, epochs=config.distill, progress=tick)
+    if config.learn is not None:
+        tick = work.steps.start(f"learn, {chosen.name}")
+        quantized = learned(rotated, quantized, work.calibration, config.learn, progress=tick)
     return Tuned(rotated, quantized, chosen, trials)
 
 
@@ -184,7 +184,7 @@ class _Tuning:
         held_out: Windows,
         steps: Steps,
     ) -> None:
-        self.program, self.config, self.steps = program, replace(config, distill=0), steps
+        self.program, self.config, self.steps = program, replace(config, learn=None), steps
         self.held_out, self.scorer = held_out, ProgramScorer(program)
         self.calibration = [self.scorer.inputs(ids) for ids in calibration]
         self.trials: list[Trial] = []

@@ -101,7 +101,7 @@ ROWS = (
     ("loading", "runtime"),
     ("formats", "pipeline"),
     ("quantization", "planning"),
-    ("passes", "certificate"),
+    ("passes", "certificate", "learning"),
     ("execution",),
     ("analysis", "operators", "record"),
     ("graph", "rotations", "config", "workers"),

@@ -27,8 +27,8 @@ def show_result(screen: Screen, result: Result) -> None:
         show_plan(screen, result.plan)
     if result.certificate is not None:
         screen.show(certificate_table(result.certificate, every_output=screen.verbose))
-    if result.quantization is not None and result.quantization.distillation is not None:
-        screen.show(result.quantization.distillation.summary)
+    if result.quantization is not None and result.quantization.learning is not None:
+        screen.show(result.quantization.learning.summary)
 
 
 def show_loading(screen: Screen, report: LoadingReport) -> None:

@@ -1,5 +1,6 @@
 """A program run on real or made-up inputs: what it takes, what it returns, what it hands itself."""
 
+from .blocks import block_run, blocks_of, read_constants
 from .draws import draws
 from .interpreter import (
     Deferred,
@@ -39,6 +40,8 @@ __all__ = [
     "Sizes",
     "UserInput",
     "Watch",
+    "block_run",
+    "blocks_of",
     "bound_sizes",
     "concrete",
     "constants",
@@ -56,6 +59,7 @@ __all__ = [
     "next_inputs",
     "origin",
     "output_names",
+    "read_constants",
     "read_in_pieces",
     "reading_inputs",
     "reading_sizes",

@@ -41,8 +41,8 @@ def first_output(ep: ExportedProgram, values: Mapping[str, Any], *, most: int = 
     Raises:
         ProgramError: a node could not be run.
     """
-    wanted = _first(ep)
-    nodes = _leading_to(wanted, ep.graph.nodes) if isinstance(wanted, Node) else []
+    wanted = main_output(ep)
+    nodes = nodes_behind(wanted, ep.graph.nodes) if isinstance(wanted, Node) else []
     if not nodes or any(map(mutates, ep.graph.nodes)):
         return execute(ep, values, gradients=True).outputs[0]
     known = {**constants(ep), **values}
@@ -56,12 +56,13 @@ def first_output(ep: ExportedProgram, values: Mapping[str, Any], *, most: int = 
     return env[wanted]
 
 
-def _first(ep: ExportedProgram) -> Any:
+def main_output(ep: ExportedProgram) -> Any:
+    """Return the node of the first user output, or the plain value where it is none."""
     at = next(i for i, spec in enumerate(ep.graph_signature.output_specs) if spec.kind.name == "USER_OUTPUT")
     return ep.graph.output_node().args[0][at]
 
 
-def _leading_to(wanted: Node, nodes: Collection[Node]) -> list[Node]:
+def nodes_behind(wanted: Node, nodes: Collection[Node]) -> list[Node]:
     """Return what has to be run for a value, in order."""
     needed = {wanted}
     for node in reversed(list(nodes)):
@@ -94,11 +95,11 @@ def _advanced(
 
 def _cuts(nodes: Sequence[Node], wanted: Node, sizes: Sizes, most: int) -> list[int]:
     """Return where stretches begin but the first; none where all values may be kept."""
-    bytes_of = [_bytes(node, sizes) for node in nodes]
+    bytes_of = [node_bytes(node, sizes) for node in nodes]
     before = [0, *accumulate(bytes_of)]
     if before[-1] <= most:
         return []
-    live = list(_live(nodes, wanted, bytes_of))
+    live = list(live_bytes(nodes, wanted, bytes_of))
     inside = live[1:-1]
     count = round(math.sqrt(before[-1] / max(1, min(inside, default=1))))
     found: list[int] = []
@@ -110,7 +111,7 @@ def _cuts(nodes: Sequence[Node], wanted: Node, sizes: Sizes, most: int) -> list[
     return found
 
 
-def _live(nodes: Sequence[Node], wanted: Node, bytes_of: Sequence[int]) -> Iterator[int]:
+def live_bytes(nodes: Sequence[Node], wanted: Node, bytes_of: Sequence[int]) -> Iterator[int]:
     """Yield how many bytes of values live in front of each node, and behind the last."""
     last = {source: i for i, node in enumerate(nodes) for source in node.all_input_nodes}
     ending: dict[int, int] = {}
@@ -124,7 +125,7 @@ def _live(nodes: Sequence[Node], wanted: Node, bytes_of: Sequence[int]) -> Itera
     yield total
 
 
-def _bytes(node: Node, sizes: Sizes) -> int:
+def node_bytes(node: Node, sizes: Sizes) -> int:
     """Return the bytes of a value that a run makes anew; 0 for what is no tensor or of a size that is not known."""
     fake = value(node)
     if not isinstance(fake, Tensor):

@@ -77,8 +77,8 @@ def cheaper(request: ExportRequest) -> str:
     if request.device != HOST:
         return f"leave out --device {request.device}, or read a shorter text (--samples 4)"
     scheme = request.scheme
-    if scheme is not None and scheme.distill:
-        return "leave the training of scales out (--recipe quick), or read a shorter text (--samples 8)"
+    if scheme is not None and scheme.learn is not None:
+        return "learn nothing (--recipe quick), or read a shorter text (--samples 8)"
     if scheme is not None and scheme.needs_calibration:
         return "read a shorter text (--samples 4), or round to nearest (--recipe plain)"
     if request.dtype == "float32":

@@ -293,8 +293,8 @@ class _Run:
         run = run_of(
             loaded,
             asked.config,
-            # which training begins with, whether there is to be any
-            None if asked.scheme is None else replace(asked.scheme, distill=0),
+            # which learning begins with, whether there is to be any
+            None if asked.scheme is None else replace(asked.scheme, learn=None),
             text,
             self.windows,
             device=str(asked.device).partition(":")[0],

@@ -159,7 +159,9 @@ def quantized(
         tokenize = token_ids(loaded.companions.tokenizer)
         length = window_length(loaded.companions)
         inputs = calibration_inputs(result.program, tokenize, text, length, windows)
-        if asked.distill or asked.average_bits:  # half as long: a backward pass holds what lies between all layers
+        if (
+            asked.learn is not None or asked.average_bits
+        ):  # half as long: a backward pass holds what lies between all layers
             training = calibration_inputs(result.program, tokenize, text, length // 2, 2 * len(inputs))
     tick = steps.start("quantize")
     made = quantize(result.program, asked, inputs, training=training, store=store, team=team, progress=tick)

@@ -113,7 +113,7 @@ class Workload:
     @property
     def trains(self) -> bool:
         """Whether a step needs gradients of the whole model."""
-        return self.scheme is not None and bool(self.scheme.distill or self.scheme.average_bits)
+        return self.scheme is not None and (self.scheme.learn is not None or self.scheme.average_bits is not None)
 
     @property
     def widest(self) -> int:
@@ -130,8 +130,8 @@ class Workload:
         scheme, now = self.scheme, self
         if scheme is not None and scheme.weights is not None:
             if self.trains:
-                now = replace(now, scheme=replace(scheme, distill=0, average_bits=None, mixed_rows=False))
-                yield "--recipe quick, which trains no scales", now
+                now = replace(now, scheme=replace(scheme, learn=None, average_bits=None, mixed_rows=False))
+                yield "--recipe quick, which learns nothing", now
             for windows in _FEWER:
                 if 0 < windows * CALIBRATION_LENGTH < now.tokens:
                     now = replace(now, tokens=windows * CALIBRATION_LENGTH)

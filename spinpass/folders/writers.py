@@ -23,7 +23,7 @@ def writer_of(request: ExportRequest, team: Team) -> _Writer:
 
     Raises ExportError where a package is missing.
     """
-    trained = request.scheme is not None and bool(request.scheme.distill)
+    trained = request.scheme is not None and request.scheme.learn is not None
     if request.to == "onnx" and not trained:
         if team.leads:
             return partial(_onnx(request), team=team)
@@ -32,7 +32,7 @@ def writer_of(request: ExportRequest, team: Team) -> _Writer:
 
 
 def _alone(request: ExportRequest) -> _Writer:
-    """Return what writes a folder in one process: trained scales, for one, are rank 0's alone."""
+    """Return what writes a folder in one process: what was learned, for one, is rank 0's alone."""
     if request.to == "gptq":
         return write_gptq_folder
     if request.to == "executorch":

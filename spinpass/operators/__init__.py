@@ -3,7 +3,7 @@
 from .formulas import FORMULAS
 from .hadamard import HADAMARD
 from .packed_linear import dequantized, nearest, packed_linear, round_weight
-from .rounding import round_rows, round_tensor, round_tokens
+from .rounding import round_rows, round_tensor, round_tokens, round_tokens_within
 from .words import pack_words, unpack_words, words
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "round_rows",
     "round_tensor",
     "round_tokens",
+    "round_tokens_within",
     "round_weight",
     "unpack_words",
     "words",

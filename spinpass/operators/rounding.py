@@ -29,6 +29,16 @@ def round_tokens(x: Tensor, bits: int, symmetric: bool, clip: float = 1.0) -> Te
     return torch.empty_like(x).copy_(tokens_formula(x, bits, symmetric, clip))
 
 
+@torch.library.custom_op(
+    "spinpass::round_tokens_within",
+    mutates_args=(),
+    schema="(Tensor x, int bits, bool symmetric, Tensor clip) -> Tensor",
+)
+def round_tokens_within(x: Tensor, bits: int, symmetric: bool, clip: Tensor) -> Tensor:
+    """Do as :func:`round_tokens` for a share ``clip``, float (), that is a value of the graph, as one that learns."""
+    return torch.empty_like(x).copy_(tokens_formula(x, bits, symmetric, float(clip)))
+
+
 def tokens_formula(x: Tensor, bits: int, symmetric: bool, clip: float = 1.0) -> Tensor:
     """Return what :func:`round_tokens` does, in operators of torch alone, with strides of its own."""
     wide = _wide(x)
@@ -87,6 +97,11 @@ def _wide(x: Tensor) -> Tensor:
 
 @round_tokens.register_fake
 def _tokens_fake(x: Tensor, bits: int, symmetric: bool, clip: float = 1.0) -> Tensor:
+    return torch.empty_like(x)
+
+
+@round_tokens_within.register_fake
+def _(x: Tensor, bits: int, symmetric: bool, clip: Tensor) -> Tensor:
     return torch.empty_like(x)
 
 

@@ -1,12 +1,13 @@
 """Quantization of exported programs: weights, activations and KV caches, as constants and nodes of the graph."""
 
 from .calibration import site_errors
+from .kinds import LEARNABLE, Learnable, check_kinds
 from .layers import WeightSite, cache_sites, unrounded_operands, weight_sites
+from .learned import learned
 from .packed import (
     Packed,
     Trainable,
     decode_scales,
-    distilled,
     double_quantize_program,
     pack,
     rewritten,
@@ -14,7 +15,7 @@ from .packed import (
     weight_name,
 )
 from .quantizer import check_shares, quantize
-from .report import CodesStore, Distillation, QuantizationReport, Quantized, QuantizedWeight, matrices_of
+from .report import CodesStore, QuantizationReport, Quantized, QuantizedWeight, matrices_of
 from .rounding import Codes
 from .scheme import GROUP_SIZES, WEIGHT_BITS, Activations, Cache, QuantizationConfig, Weights
 from .spelling import ALIASES, PARTS
@@ -22,13 +23,14 @@ from .spelling import ALIASES, PARTS
 __all__ = [
     "ALIASES",
     "GROUP_SIZES",
+    "LEARNABLE",
     "PARTS",
     "WEIGHT_BITS",
     "Activations",
     "Cache",
     "Codes",
     "CodesStore",
-    "Distillation",
+    "Learnable",
     "Packed",
     "QuantizationConfig",
     "QuantizationReport",
@@ -38,10 +40,11 @@ __all__ = [
     "WeightSite",
     "Weights",
     "cache_sites",
+    "check_kinds",
     "check_shares",
     "decode_scales",
-    "distilled",
     "double_quantize_program",
+    "learned",
     "matrices_of",
     "pack",
     "quantize",

@@ -8,7 +8,8 @@ on them (:mod:`.calibration.lockstep`): every layer is calibrated on what the qu
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -25,7 +26,8 @@ from spinpass.workers import Team
 
 from .calibration import Calibrator, allocated, run_in_lockstep
 from .layers import ORIGIN, ChosenSites
-from .packed import distilled, split_rows
+from .learned import learned
+from .packed import split_rows
 from .report import CodesStore, Quantized
 from .scheme import QuantizationConfig
 
@@ -38,6 +40,9 @@ def quantize(
     calibration: Sequence[object] = (),
     *,
     training: Sequence[object] | None = None,
+    held_out: Sequence[object] | None = None,
+    checkpoint: Path | None = None,
+    learning: Callable[[], Progress] | None = None,
     store: CodesStore | None = None,
     team: Team | None = None,
     progress: Progress | None = None,
@@ -49,13 +54,17 @@ def quantize(
         config: what to quantize. A string is parsed by :meth:`QuantizationConfig.parse`.
         calibration: inputs of the program, each as ``program.example_inputs`` has them or a mapping by name. GPTQ and
             static ranges are made on all of them together.
-        training: inputs for what needs gradients, ``distill`` and ``average_bits``; by default those of the
+        training: inputs for what needs gradients, ``learn`` and ``average_bits``; by default those of the
             calibration. Shorter ones need less memory.
+        held_out: inputs of another text, which decide whether what was learned is kept; None holds out some of those.
+        checkpoint: a file in which what is being learned is saved now and then, and from which it goes on.
+        learning: called once where learning begins; it returns what is called with the progress of that.
         store: where codes are kept, and found that a run of the same program, configuration and inputs has left; None
             keeps them in memory, a byte for each.
         team: the ranks that quantize together, see :mod:`spinpass.workers`; all call this alike. Each runs its share of
             the calibration inputs and rounds its share of the weights; ``average_bits`` is found by each rank, and
-            scales are trained by rank 0 alone, so that the others return the program before that.
+            learning is shared where a step has a window for each rank, and is rank 0's alone elsewhere, so that the
+            others return the program before that.
         progress: called with (steps done, all steps) while weights are rounded.
 
     Returns:
@@ -65,29 +74,36 @@ def quantize(
         ConfigError: calibration inputs are needed and there are none, or they do not fit the program, or the program
             has nothing to quantize.
         ProgramError: the program is not one of inference over dense tensors.
+        LearningError: the loss became no number.
         QuantizedWeightError: it is packed, or has other weights that are quantized already.
     """
     chosen = QuantizationConfig.parse(config) if isinstance(config, str) else config
     team = team or Team()
     if chosen.needs_calibration and not calibration:
         raise ConfigError(
-            "GPTQ, static activations, distill and average_bits need calibration inputs; give some, or use method='rtn'"
+            "GPTQ, static activations, learning and average_bits need calibration inputs: give some, or use "
+            "method='rtn'"
         )
     if calibration:
         check_shares(len(calibration), team)
     if chosen.average_bits is not None:
         judged = _spread(calibration, _JUDGED_ON) if training is None else _spread(training, 2 * _JUDGED_ON)
         chosen = allocated(program, chosen, judged, progress)
-    if not (chosen.distill and team.leads):
+    settings = chosen.learn
+    together = settings is not None and settings.batch >= team.size
+    if settings is None or not (together or team.leads):
         return _rounded(program, chosen, calibration, store, team, progress)
     shown = calibration if training is None else training
-    # no name here holds on to what was rounded: its weights are let go while the scales are trained
-    return distilled(
+    # no name here holds on to what was rounded: its weights are let go while it is learned
+    return learned(
         program,
         _rounded(program, chosen, calibration, store, team, progress),
         shown,
-        epochs=chosen.distill,
-        progress=progress,
+        settings,
+        held_out=held_out,
+        checkpoint=checkpoint,
+        team=team if together else None,
+        progress=progress if learning is None else learning(),
     )
 
 

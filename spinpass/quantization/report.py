@@ -10,6 +10,8 @@ from typing import Any, Protocol
 
 from torch.export import ExportedProgram
 
+from spinpass.learning import LearningRecord
+
 from .rounding import Codes
 from .scheme import Weights
 
@@ -64,28 +66,6 @@ class CodesStore(Protocol):
 
 
 @dataclass(frozen=True)
-class Distillation:
-    """What training the scales has done to the divergence from the original program, in nats per token, on so many
-    inputs that it was not trained on. It is kept where it helps."""
-
-    before: float
-    after: float
-    inputs: int
-
-    @property
-    def kept(self) -> bool:
-        """Say whether the trained scales are in the result."""
-        return self.after < self.before
-
-    @property
-    def summary(self) -> str:
-        """Say in one sentence what became of it."""
-        on = f"on {self.inputs} held-out input{'s' if self.inputs > 1 else ''}"
-        moved = f"the divergence went from {self.before:.4f} to {self.after:.4f} nats per token {on}"
-        return f"distilled: {moved}" if self.kept else f"distillation was dropped: {moved}"
-
-
-@dataclass(frozen=True)
 class QuantizationReport:
     """What was quantized, and why the rest was not.
 
@@ -96,7 +76,7 @@ class QuantizationReport:
         kept: by name of a linear layer's node, why its weight was not quantized.
         bytes_before: the size of all constants of the original program.
         bytes_after: the same with the codes of the weights packed.
-        distillation: what training the scales has done; None where they were not trained.
+        learning: what learning has done to the codes and other constants; None where nothing was learned.
     """
 
     weights: Mapping[str, QuantizedWeight]
@@ -105,7 +85,7 @@ class QuantizationReport:
     kept: Mapping[str, str]
     bytes_before: int
     bytes_after: int
-    distillation: Distillation | None = None
+    learning: LearningRecord | None = None
 
     @property
     def obstacles(self) -> Counter[str]:
@@ -140,9 +120,7 @@ class QuantizationReport:
             "kept": dict(self.kept),
             "bytes_before": self.bytes_before,
             "bytes_after": self.bytes_after,
-            "distillation": None
-            if self.distillation is None
-            else asdict(self.distillation) | {"kept": self.distillation.kept},
+            "learning": None if self.learning is None else self.learning.to_dict(),
         }
 
 

@@ -10,8 +10,10 @@ from typing import Any, Literal, get_args
 
 from spinpass.config import nearest_name
 from spinpass.errors import ConfigError
+from spinpass.learning import Learning
 
-from .spelling import parts_of
+from .kinds import check_kinds
+from .spelling import LEARNED, parts_of
 
 Method = Literal["rtn", "gptq"]
 Calibration = Literal["mse", "percentile", "minmax"]
@@ -183,8 +185,7 @@ class QuantizationConfig:
         mixed_rows: let ``average_bits`` give every group of a weight's inputs its own width.
         stacks: round also stacks of matrices that are multiplied by as a whole, which ONNX Runtime has no product of
             integers for. Those of experts whose tokens are sorted are rounded in any case.
-        distill: how many times to go through the calibration inputs to train the scales of the weights by what the
-            original program returns (:mod:`.packed.distill`).
+        learn: what is learned by what the original program returns, once all is rounded (:mod:`.learned`).
 
     Raises:
         ConfigError: a value out of range, or ``mixed_rows`` without ``average_bits`` or groups.
@@ -199,7 +200,7 @@ class QuantizationConfig:
     exclude: tuple[str, ...] = ()
     average_bits: float | None = None
     mixed_rows: bool = False
-    distill: int = 0
+    learn: Learning | None = None
     stacks: bool = True
 
     def __post_init__(self) -> None:
@@ -212,8 +213,8 @@ class QuantizationConfig:
             raise ConfigError(
                 "mixed rows are groups of several widths: name average_bits and a group_size, for example w3.5g64"
             )
-        if self.distill < 0:
-            raise ConfigError(f"{self.distill} rounds of distillation: choose 0 or more")
+        if self.learn is not None:
+            check_kinds(self.learn.kinds)
         if self.average_bits is not None and not least <= self.average_bits <= most:
             raise ConfigError(f"{self.average_bits} bits on average: choose a number from {least} to {most}")
 
@@ -237,8 +238,11 @@ class QuantizationConfig:
                 weights["method"] = part
             elif part == "rows":
                 found["mixed_rows"] = True
-            elif match := re.fullmatch(r"distill(\d*)", part):
-                found["distill"] = int(match[1] or 1)
+            elif match := re.fullmatch(r"(distill|learn)(\d*)", part):
+                kinds, rounds = LEARNED[match[1]], int(match[2] or 1)
+                if not rounds:
+                    raise ConfigError(f"{part} in {text!r} is no round of learning: leave it out, or name 1 or more")
+                found["learn"] = Learning(kinds, rounds=rounds)
             elif part in ("asym", "order"):
                 weights |= {"symmetric": False} if part == "asym" else {"act_order": True}
             elif part == "bf16":
@@ -254,17 +258,15 @@ class QuantizationConfig:
             elif match := re.fullmatch(r"(head|embed)(\d+)(?:g(\d+))?", part):
                 role, group_size = "head" if match[1] == "head" else "embedding", int(match[3]) if match[3] else None
                 found[role] = Weights(int(match[2]), group_size=group_size, method="rtn")
-        if (weights or "distill" in found) and "bits" not in weights:
+        if (weights or "learn" in found) and "bits" not in weights:
             raise ConfigError(f"{text!r} says how to round weights but not to how many bits: add a width such as w4")
-        if found.get("distill") == 0:
-            raise ConfigError(f"distill0 in {text!r} is no round of distillation: leave it out, or name 1 or more")
         return replace(cls(), **found | ({"weights": Weights(**weights)} if weights else {}))
 
     @property
     def needs_calibration(self) -> bool:
         """Whether :func:`~spinpass.quantization.quantize` needs calibration inputs."""
         static = self.activations is not None and self.activations.static
-        asked = static or self.average_bits is not None or self.distill > 0
+        asked = static or self.average_bits is not None or self.learn is not None
         return asked or any(w.method == "gptq" for w in self._layers())
 
     @property

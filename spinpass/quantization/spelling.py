@@ -49,10 +49,15 @@ PARTS: tuple[Part, ...] = (
          "as weights; one copy with the table where they are one", "the width of the head"),
     Part(r"embed(\d+)(?:g(\d+))?", "embed8", "the token tables in 2, 4 or 8 bits; in groups, embed8g64",
          "GatherBlockQuantized", "the width of the token tables"),
-    Part(r"distill(\d*)", "distill", "one round of training scales, or as many as follow it", "the same",
-         "the rounds of distillation"),
+    Part(r"(distill|learn)(\d*)", "distill", "one round of learning scales from the original, or as many as follow it",
+         "the same", "what is learned"),
+    Part(r"(distill|learn)(\d*)", "learn", "the same, and what every weight is rounded to", "the same",
+         "what is learned"),
 )  # fmt: skip
 """Every kind of part, in the order in which a scheme is usually written."""
+
+LEARNED: Mapping[str, tuple[str, ...]] = {"distill": ("scales",), "learn": ("scales", "offsets")}
+"""What the parts stand for that ask to learn."""
 
 ALIASES: Mapping[str, str] = {
     "int4": "w4g32-rtn-a8-head8-embed8",

@@ -74,13 +74,13 @@ def test_gradients_are_the_same_and_less_is_kept() -> None:
 def test_stretches_begin_between_layers() -> None:
     """Where they did begin at random, the wide values in the middle of a layer would be kept."""
     ep, values = deep()
-    nodes = module._leading_to(module._first(ep), ep.graph.nodes)
+    nodes = module.nodes_behind(module.main_output(ep), ep.graph.nodes)
     sizes = module.bound_sizes(module.user_inputs(ep), values)
-    cuts = module._cuts(nodes, module._first(ep), sizes, 0)
-    live = list(module._live(nodes, module._first(ep), [module._bytes(node, sizes) for node in nodes]))
+    cuts = module._cuts(nodes, module.main_output(ep), sizes, 0)
+    live = list(module.live_bytes(nodes, module.main_output(ep), [module.node_bytes(node, sizes) for node in nodes]))
     two = 2 * values["x"].nbytes
     assert 8 <= len(cuts) <= 24 and {live[cut] for cut in cuts} == {two}
-    assert not module._cuts(nodes, module._first(ep), sizes, 1 << 30)
+    assert not module._cuts(nodes, module.main_output(ep), sizes, 1 << 30)
 
 
 def test_a_decoder_with_a_cache_has_the_same_gradients() -> None:

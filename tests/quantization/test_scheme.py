@@ -44,11 +44,11 @@ def test_a_scheme_is_spelled_in_parts() -> None:
         ("kv4-kv8", "both say the width of keys and values"),
         ("w4-head8-head4", "both say the width of the head"),
         ("embed8-embed4", "both say the width of the token tables"),
-        ("w4-distill-distill2", "both say the rounds of distillation"),
+        ("w4-distill-distill2", "both say what is learned"),
         ("w4-asym-asym", "both say the same"),
         ("w4-rtn-order", "'order' in 'w4-rtn-order' is GPTQ's"),
         ("a8-distill", "add a width such as w4"),
-        ("w4-distill0", "no round of distillation"),
+        ("w4-distill0", "no round of learning"),
         ("w4-rows", "name average_bits and a group_size"),
         ("w4-", "'' in 'w4-'"),
         ("", "'' in ''"),
@@ -101,6 +101,6 @@ def test_a_name_is_the_scheme_that_it_stands_for(name: str) -> None:
 
 def test_every_part_that_is_listed_is_understood() -> None:
     for part in PARTS:
-        alone = part.example in ("rows", "order", "asym", "bf16", "gptq", "distill")
+        alone = part.example in ("rows", "order", "asym", "bf16", "gptq", "distill", "learn")
         given = {"rows": "w3.5g64-rows"}.get(part.example, f"w4-{part.example}" if alone else part.example)
         assert QuantizationConfig.parse(given) != QuantizationConfig(weights=None), part

@@ -1,6 +1,5 @@
-"""What is made of a quantized program: layers on packed codes, layers split by width, scales trained or rounded."""
+"""What is made of a quantized program: layers on packed codes, layers split by width, scales stored twice rounded."""
 
-from .distill import distilled
 from .double_scales import decode_scales, double_quantize_program
 from .mixed_rows import split_rows, splittable
 from .program import Packed, pack, rewritten, unpack, weight_name
@@ -10,7 +9,6 @@ __all__ = [
     "Packed",
     "Trainable",
     "decode_scales",
-    "distilled",
     "double_quantize_program",
     "pack",
     "rewritten",

@@ -1,0 +1,21 @@
+"""Learning: constants of a program as functions of moves, and one loss by which another program teaches it."""
+
+from .divergence import divergence
+from .lesson import Lesson, parted
+from .moves import LearningPart, values
+from .record import LearningRecord
+from .settings import PHASES, Learning, Phase
+from .teach import taught
+
+__all__ = [
+    "PHASES",
+    "Learning",
+    "LearningPart",
+    "LearningRecord",
+    "Lesson",
+    "Phase",
+    "divergence",
+    "parted",
+    "taught",
+    "values",
+]

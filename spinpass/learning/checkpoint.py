@@ -1,0 +1,77 @@
+"""A run of learning that was stopped, and what goes on from there:  one file, replaced as a whole."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SAVED_EVERY = 300.0
+"""Seconds between two times that a run is saved."""
+
+
+@dataclass
+class Checkpoint:
+    """Where a run is saved.
+
+    Args:
+        path: of the file.
+        run: what the run is of; a file of another run is not used.
+        writes: whether this rank saves; all of them read.
+    """
+
+    path: Path
+    run: str
+    writes: bool = True
+    _last: float = field(default_factory=time.monotonic, init=False)
+
+    def load(self) -> dict[str, Any] | None:
+        """Return what was saved of this very run; None where there is nothing that can be read."""
+        if not self.path.exists():
+            return None
+        try:
+            found: dict[str, Any] = torch.load(self.path, map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, ValueError, EOFError, KeyError):
+            return None
+        except Exception as error:  # a damaged pickle raises errors of its own
+            if type(error).__module__.split(".")[0] not in ("_pickle", "pickle", "zipfile"):
+                raise
+            return None
+        return found if isinstance(found, dict) and found.get("run") == self.run else None
+
+    @property
+    def is_due(self) -> bool:
+        """Whether it is time to save."""
+        return self.writes and time.monotonic() - self._last >= SAVED_EVERY
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Save a state of this run."""
+        if self.writes:
+            _write(self.path, state | {"run": self.run})
+            self._last = time.monotonic()
+
+    def remember(self, moves: Sequence[Tensor], name: str) -> None:
+        """Keep moves beside the run."""
+        if self.writes:
+            _write(self._beside(name), [move.detach() for move in moves])
+
+    def recalled(self, name: str) -> list[Tensor]:
+        """Return what :meth:`remember` has kept."""
+        found: list[Tensor] = torch.load(self._beside(name), map_location="cpu", weights_only=True)
+        return found
+
+    def _beside(self, name: str) -> Path:
+        return self.path.with_suffix(f".{name}")
+
+
+def _write(path: Path, content: object) -> None:
+    """Write a file that is there whole or not at all."""
+    staging = path.with_name(path.name + ".new")
+    torch.save(content, staging)
+    os.replace(staging, path)

@@ -1,0 +1,57 @@
+"""A lesson: the program that learns, the one that teaches, and the windows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+
+from spinpass.execution import log_probabilities
+from spinpass.progress import Tick
+
+from .divergence import divergence
+
+_HELD_OUT = 16  # one input of so many decides whether what was learned is kept
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """Who learns what from whom.
+
+    Args:
+        student: a program whose first output are logits (…, vocabulary), some of whose constants are learned.
+        teacher: the original, of the same inputs and outputs.
+        shown: inputs to learn from.
+        held_out: inputs that decide, by which nothing is learned.
+    """
+
+    student: ExportedProgram
+    teacher: ExportedProgram
+    shown: Sequence[object]
+    held_out: Sequence[object]
+
+    def loss(self, inputs: object, constants: Mapping[str, Tensor], *, gradients: bool = True) -> Tensor:
+        """The mean over tokens of KL(teacher ‖ student), in nats, for constants of the student by placeholder name."""
+        with torch.no_grad():
+            wanted = log_probabilities(self.teacher, inputs, {})
+        found = log_probabilities(self.student, inputs, constants, gradients=gradients)
+        return divergence(found, wanted)
+
+    def judged(self, constants: Mapping[str, Tensor], tick: Tick) -> float:
+        """The mean of :meth:`loss` over the inputs held out."""
+        total = 0.0
+        for each in self.held_out:
+            total += float(self.loss(each, constants, gradients=False))
+            tick()
+        return total / len(self.held_out)
+
+
+def parted(inputs: Sequence[object]) -> tuple[list[object], list[object]]:
+    """Return those to learn from and those held out, the last of every sixteen: each part of a text is in both."""
+    count = max(1, len(inputs) // _HELD_OUT)
+    held_out = {(k + 1) * len(inputs) // count - 1 for k in range(count)}
+    shown = [each for k, each in enumerate(inputs) if k not in held_out]
+    return shown or list(inputs), [inputs[k] for k in sorted(held_out)]

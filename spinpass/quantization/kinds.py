@@ -1,0 +1,42 @@
+"""The kinds of moves: what each is, and how fast it is learned."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+from spinpass.config import nearest_name
+from spinpass.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Learnable:
+    """One kind of moves.
+
+    Attributes:
+        name: as it is asked for.
+        rate: of Adam. Three times as much fits the text that is learned from and loses on any other.
+        meaning: what it moves, for people.
+    """
+
+    name: str
+    rate: float
+    meaning: str
+
+
+SCALE = Learnable("scales", 1e-3, "the scale of every group of a weight: s·e^θ")
+ZERO = Learnable("zeros", 4e-3, "the zero point of every group that has one: round(z + ζ)")
+OFFSET = Learnable("offsets", 4e-3, "what every weight is rounded to: round(q + δ), δ in steps of its grid")
+GAIN = Learnable("gains", 1e-3, "the scales of norms and other vectors of floats: g·(1 + γ)")
+CLIP = Learnable("clips", 2e-3, "the share of a token's range that activations and caches cover: c·e^κ")
+
+LEARNABLE: Mapping[str, Learnable] = {kind.name: kind for kind in (SCALE, ZERO, OFFSET, GAIN, CLIP)}
+"""All kinds by name."""
+
+
+def check_kinds(names: Collection[str]) -> None:
+    """Raise ConfigError for a name that is none of a kind."""
+    for name in names:
+        if name not in LEARNABLE:
+            near, all_ = nearest_name(name, LEARNABLE), ", ".join(LEARNABLE)
+            raise ConfigError(f"{name!r} is nothing that can be learned{near}; there are {all_}")
