@@ -28,7 +28,9 @@ from .options import (
     KvCache,
     LastLogits,
     LayerScheme,
+    LearnOption,
     Memory,
+    Minutes,
     Model,
     NoCache,
     NoFuse,
@@ -60,6 +62,8 @@ def export_command(
     keep: Keep = None,
     layer: LayerScheme = None,
     compare: Compare = False,
+    learn: LearnOption = None,
+    minutes: Minutes = None,
     int4: Int4 = False,
     to: To = "onnx",
     context: Context = None,
@@ -98,7 +102,7 @@ def export_command(
         last_logits=last_logits, fuse=not no_fuse, certify=not no_verify, calibration_windows=calibration_windows,
         force=force, allow_partial=allow_partial, bits=bits, recipe=recipe,
         keep=tuple(keep or ()), layers=layer_schemes(layer), compare=compare, memory=memory,
-        device=device,
+        learn=learn, minutes=minutes, device=device,
     )  # fmt: skip
     with screen.steps() as steps:
         result, written = carry_out(request, steps, team_of(ctx))

@@ -12,7 +12,7 @@ import typer
 
 from spinpass.config import DEFAULT_ROLES, ROLES, CacheBasis, Form, Kind, RotationConfig, Tied
 from spinpass.errors import ConfigError
-from spinpass.folders import IntegerCache, RecipeName, Target
+from spinpass.folders import IntegerCache, LearnName, RecipeName, Target
 from spinpass.formats import read_matrices
 
 ALL = ",".join(ROLES)
@@ -126,6 +126,19 @@ LayerScheme = Annotated[
         help="Scheme of the weights of some layers, for example *.down_proj.*=w8; may be repeated.",
         metavar="PATTERN=SCHEME",
     ),
+]
+LearnOption = Annotated[
+    LearnName | None,
+    typer.Option(
+        "--learn",
+        help="What is learned from the unrounded model once all is rounded: none; local, scales and roundings block by "
+        "block, in little memory; or full, all together by what it predicts.",
+        show_default="scales, by --bits 4, 3 or 2; full, with --minutes",
+    ),
+]
+Minutes = Annotated[
+    float | None,
+    typer.Option(help="Minutes that learning may take.", show_default="three rounds through the text"),
 ]
 Int4 = Annotated[bool, typer.Option("--int4", help="Pack the weights to 4 bits (MatMulNBits), without a scheme.")]
 KvCache = Annotated[

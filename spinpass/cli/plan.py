@@ -28,7 +28,9 @@ from .options import (
     Keep,
     KvCache,
     LayerScheme,
+    LearnOption,
     Memory,
+    Minutes,
     Model,
     NoCache,
     NoVerify,
@@ -62,6 +64,8 @@ def plan_command(
     calibration: CalibrationText = None,
     calibration_windows: CalibrationWindows = None,
     compare: Compare = False,
+    learn: LearnOption = None,
+    minutes: Minutes = None,
     no_verify: NoVerify = False,
     dequantize: Dequantize = False,
     trust_remote_code: TrustRemoteCode = False,
@@ -85,6 +89,7 @@ def plan_command(
     request = ExportRequest(
         model, Path(), config, to, quantize=quantize, int4=int4, kv_cache=kv_cache, dtype=dtype, cache=not no_cache,
         dequantize=dequantize, trust_remote_code=trust_remote_code, certify=not no_verify, compare=compare,
+        learn=learn, minutes=minutes,
         calibration_windows=calibration_windows, bits=bits, recipe=recipe, memory=memory, context=context,
         calibration=calibration, keep=tuple(keep or ()), layers=layer_schemes(layer),
     )  # fmt: skip

@@ -14,10 +14,11 @@ from .calibration import (
     needs_text,
 )
 from .comparison import Change, Comparison, Perplexity, Scorer, change, compare, compare_each, paired, perplexity
+from .learning_text import LearningText, learning_text
 from .own_text import own_tokens
 from .request import EvalRequest, Evaluated, RotateAs
 from .scoring import OnnxScorer, Opened, ProgramScorer, is_exported, open_scorer, open_tokenizer, token_ids
-from .texts import Windows, library_docs, read_dataset, read_text, windows
+from .texts import Windows, library_docs, read_dataset, read_text, windows, windows_between
 from .timing import Speed, speed
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "Comparison",
     "EvalRequest",
     "Evaluated",
+    "LearningText",
     "OnnxScorer",
     "Opened",
     "Perplexity",
@@ -46,6 +48,7 @@ __all__ = [
     "compare_each",
     "cut_windows",
     "is_exported",
+    "learning_text",
     "library_docs",
     "named_dataset",
     "needs_text",
@@ -59,4 +62,5 @@ __all__ = [
     "speed",
     "token_ids",
     "windows",
+    "windows_between",
 ]

@@ -128,3 +128,13 @@ def windows(ids: Sequence[int], length: int, count: int) -> list[list[int]]:
         )
     step = len(ids) // count
     return [list(ids[start : start + length]) for start in range(0, count * step, step)]
+
+
+def windows_between(ids: Sequence[int], length: int, count: int) -> list[list[int]]:
+    """Cut ``count`` windows from between those of :func:`windows`, in the middle of what follows each.
+
+    Raises ConfigError where the text is too short for both.
+    """
+    whole = windows(ids, 2 * length, count)
+    step = len(ids) // count
+    return [list(ids[start + step // 2 : start + step // 2 + length]) for start in range(0, len(whole) * step, step)]

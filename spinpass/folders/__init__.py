@@ -12,7 +12,7 @@ from .machine import IMPORTED, Rates, free_memory, own_memory
 from .making import carry_out, export
 from .onnx import onnx_tools, write_folder
 from .preflight import Known, check_space
-from .recipes import BITS, MEASURED, Recipe, RecipeName, measured, recipe_of
+from .recipes import BITS, MEASURED, LearnName, Recipe, RecipeName, measured, recipe_of
 from .request import ExportRequest, IntegerCache, Target
 from .result import Result, check_names, quantized, rotated, version_of
 from .workload import Workload
@@ -33,6 +33,7 @@ __all__ = [
     "Forecast",
     "IntegerCache",
     "Known",
+    "LearnName",
     "Rates",
     "Recipe",
     "RecipeName",

@@ -11,7 +11,7 @@ folds and copies of values, products. Memory is the largest of what stands toget
 | GPTQ at one weight (out, in) | 16·in² + 5·out·in + 45·k·in + 24·k·groups² of k rows, what windows hold around it |
 | tables | their codes, twice |
 | a file that is tried | twice its bytes, in the runtime |
-| training | at least the codes, the scales with their moments, the logits of a window |
+| learning | at least what is learned with its moments, the constants it makes, the logits of a window |
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ _BLOCKS = 100 << 20  # bytes of blocks, in float64, with what is made of them
 _SEARCHED = 6_000  # how often a weight is passed over while the range of its group is searched
 _PASSED = 12_000  # how often a weight is passed over, column by column within its block
 _TRAINED, _WIDE = 20.0, 1 << 10  # bytes of a scale that is trained; weights of a group that is a whole row, about
+_RUNS = 6  # forward passes that learning from a window takes: the original's, the student's, its backward pass twice
+_BLOCK = 0.1  # of all weights, in a block
 _FEW, _CODED = 1024, 5.0  # rows that GPTQ rounds at once; bytes of a weight as it is read, and of its code
 _ROOM = 50 << 20  # bytes of what is made of a constant in float64
 _PACKED = 2.3  # bytes for each weight, of codes that a file is written from
@@ -83,6 +85,7 @@ _COSTS = {
     "rotate": _Cost(calls=1e3, folds=0.5),
     "certify": _Cost(fixed=2e5, calls=6e3, folds=6, wide=_DRAWN),
     "quantize": _Cost(fixed=1e5, calls=5e3),
+    "learn": _Cost(fixed=1e5, calls=5e3),
     "onnx: translate": _Cost(fixed=4e5, calls=20e3),
     "onnx: write": _Cost(calls=5e2, folds=1, copies=2),
     "onnx: certify": _Cost(fixed=2e5, calls=3e3, folds=1, tokens=_DRAWN),
@@ -100,7 +103,8 @@ def steps_of(work: Workload) -> list[str]:
     for rotates in [work.rotates, False] if work.compares else [work.rotates]:
         if rotates:
             made += ["plan", "rotate", *(["certify"] if work.certifies else [])]
-        made += ["quantize"] if work.scheme is not None and not work.packs else []
+        rounds = work.scheme is not None and not work.packs
+        made += ["quantize", *(["learn"] if work.learns else [])] if rounds else []
         if work.target == "onnx":
             made += ["onnx: translate", "onnx: write", *(["onnx: certify"] if work.certifies else [])]
         else:
@@ -114,7 +118,19 @@ def steps_of(work: Workload) -> list[str]:
 def seconds_of(step: str, work: Workload, rates: Rates) -> float:
     """Return the seconds of a step on a machine of these rates."""
     seconds = _COSTS[step].seconds(work, rates)
+    if step == "learn":
+        return seconds + _learning_seconds(work, rates)
     return seconds + _rounding_seconds(work, rates) if step == "quantize" else seconds
+
+
+def _learning_seconds(work: Workload, rates: Rates) -> float:
+    """Return the seconds in which a rounded program learns from the text, by how many runs each window takes."""
+    assert work.scheme is not None and work.scheme.learn is not None
+    settings = work.scheme.learn
+    if settings.minutes is not None:
+        return 60 * settings.minutes * len(settings.phases)
+    tokens = work.tokens if settings.kinds == ("scales",) else (work.text or work.tokens)
+    return 2 * (work.linear_values + work.table_values) * _RUNS * settings.rounds * tokens / rates.gemm32
 
 
 def _rounding_seconds(work: Workload, rates: Rates) -> float:
@@ -124,7 +140,8 @@ def _rounding_seconds(work: Workload, rates: Rates) -> float:
     searched = _SEARCHED * 4 / rates.copy  # for each weight
     if not work.tokens:
         return searched * work.values
-    run = 2 * work.linear_values * work.tokens / rates.gemm32 * (1 + 3 * work.trains)
+    allocates = scheme.average_bits is not None
+    run = 2 * work.linear_values * work.tokens / rates.gemm32 * (1 + 3 * allocates)
     if scheme.weights.method != "gptq":
         return run + searched * work.values
     sweeps = 0.0
@@ -148,8 +165,8 @@ RUN = ("try", "score the file")
 """The steps in which a runtime has the file open, which are left out where the memory does not hold it."""
 
 _BEFORE = ("load", "export", "compare", "plan")
-_ROUNDED = ("quantize", "onnx: translate")
-_THERE = ("rotate", "certify", "quantize")  # on another device, if there is one
+_ROUNDED = ("quantize", "learn", "onnx: translate")
+_THERE = ("rotate", "certify", "quantize", "learn")  # on another device, if there is one
 _LATE = ("onnx: write", "onnx: certify", "pack", "write", "try", "score the file")
 
 
@@ -176,6 +193,8 @@ def _beside(step: str, work: Workload) -> Iterator[float]:
         yield _TRANSLATED * work.tensors + both_sides
     if step == "quantize":
         yield from _of_rounding(work)
+    if step == "learn":
+        yield _of_learning(work)
     if step in _LATE:
         integers = work.scheme is not None or work.packs
         packed = _PACKED * work.values if work.scheme is not None and not work.streams else 0.0
@@ -192,16 +211,24 @@ def _in_float64(work: Workload) -> float:
     return max(blocks, both_sides)
 
 
+def _of_learning(work: Workload) -> float:
+    """Return what learning takes at least: what lies between the layers for a backward pass comes on top."""
+    scheme = work.scheme
+    assert scheme is not None and scheme.weights is not None and scheme.learn is not None
+    each = 2 * _TRAINED / (scheme.weights.group_size or _WIDE) if "scales" in scheme.learn.kinds else 0.0
+    each += _TRAINED if "offsets" in scheme.learn.kinds else 0.0
+    block = _BLOCK if scheme.learn.phases == ("local",) else 1.0
+    values = work.linear_values + work.table_values
+    return values * (1 + 4 * block + each) + _LOGITS * CALIBRATION_LENGTH / 2 * work.vocabulary
+
+
 def _of_rounding(work: Workload) -> Iterator[float]:
     """Yield what rounding takes: at the end, where folded constants are cast, and of each kind of matrix."""
     scheme = work.scheme
     assert scheme is not None and scheme.weights is not None
     yield _in_float64(work) if work.streams else 2 * _in_float64(work)
-    if work.trains:  # at least: what lies between the layers for a backward pass comes on top
-        scales = _TRAINED / (scheme.weights.group_size or _WIDE)
-        yield (
-            work.linear_values * (scheme.weights.bits / 8 + scales) + _LOGITS * CALIBRATION_LENGTH / 2 * work.vocabulary
-        )
+    if scheme.average_bits is not None:  # at least: what lies between the layers for a backward pass comes on top
+        yield _LOGITS * CALIBRATION_LENGTH / 2 * work.vocabulary
     gptq = scheme.weights.method == "gptq" and bool(work.tokens)
     for rows, columns in work.linears:
         groups = columns // (scheme.weights.group_size or columns)

@@ -37,7 +37,7 @@ from .forecast import Forecast
 from .gptq import check_rotation
 from .onnx import CacheBits, onnx_tools
 from .preflight import Known
-from .recipes import RecipeName
+from .recipes import LearnName, RecipeName
 from .request import ExportRequest, IntegerCache, Target
 from .result import Result, check_names, kept_on_disk, quantized, rotated, run_of, window_length
 from .settings import settings_of
@@ -68,6 +68,8 @@ def export(
     keep: Sequence[str] = (),
     layers: Sequence[tuple[str, str]] = (),
     compare: bool = False,
+    learn: LearnName | None = None,
+    minutes: float | None = None,
     calibration: str | Path | None = None,
     calibration_windows: int | None = None,
     int4: bool = False,
@@ -101,6 +103,9 @@ def export(
         quantize: a scheme in place of a recipe, for example ``"w4g128-gptq-a8"``.
         keep: patterns of parameter names whose layers are left in floats; one that matches nothing is an error.
         layers: pairs of a pattern of parameter names and a scheme of weights for their layers; the first match counts.
+        learn: what the rounded model learns from the original: ``none``; ``local``, block by block; ``full``, by what
+            it predicts. None leaves it to the recipe or scheme, and is ``full`` with ``minutes``.
+        minutes: the wall-clock time that learning may take, in minutes; None for three rounds through the text.
         compare: make the original by the same scheme as well, and keep which does better on text.
         calibration: the file of a UTF-8 text for GPTQ, static ranges and ``kv_cache``; or a dataset, as
             :func:`spinpass.evaluation.read_dataset` takes it; or ``"self"``, text that the model writes. By default,
@@ -140,7 +145,7 @@ def export(
     request = ExportRequest(
         str(model), Path(out), config, to, quantize=quantize, calibration=calibration, int4=int4, kv_cache=kv_cache,
         dtype=dtype, cache=cache, context=context, dequantize=dequantize, bits=bits, recipe=recipe,
-        keep=tuple(keep), layers=tuple(layers), compare=compare, device=device,
+        keep=tuple(keep), layers=tuple(layers), compare=compare, learn=learn, minutes=minutes, device=device,
         trust_remote_code=trust_remote_code, last_logits=last_logits, fuse=fuse, certify=certify,
         calibration_windows=calibration_windows, force=force, allow_partial=allow_partial, memory=memory,
     )  # fmt: skip
@@ -235,7 +240,8 @@ class _Run:
             check_rotation(loaded, result)
         if asked.scheme is not None:
             kept = None if work is None else work.of_kind("original" if config is None else "rotated")
-            result = quantized(result, loaded, asked.scheme, text, steps, self.windows, kept, self.team)
+            file = None if kept is None else kept.learning
+            result = quantized(result, loaded, asked.scheme, text, steps, self.windows, kept, self.team, file)
             result = replace(result, program=self._kept(result.program))
         result = replace(result, program=on_device(result.program, HOST))
         options = {"certify": asked.certify}

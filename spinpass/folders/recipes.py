@@ -16,8 +16,10 @@ from typing import Any, Literal, get_args
 
 from spinpass.config import DEFAULT_ROLES, RotationConfig
 from spinpass.errors import ConfigError
+from spinpass.learning import Learning
 
 RecipeName = Literal["auto", "quick", "plain"]
+LearnName = Literal["none", "local", "full"]
 BITS = (16, 8, 4, 3, 2)
 DEFAULT_BITS = 4
 MEASURED = Path(__file__).with_name("measured.json")
@@ -26,6 +28,8 @@ MEASURED = Path(__file__).with_name("measured.json")
 _ROTATED = RotationConfig(form="online", rotations=tuple(role for role in DEFAULT_ROLES if role != "R3"))
 _CACHED = RotationConfig(form="online")
 _TABLES = "head8g64-embed8g64"  # of one copy where they are one; a scale for each row alone costs 0.3 % of perplexity
+_LEARNED = ("scales", "offsets")
+_ROUNDS = 3
 _WINDOWS = {"auto": 32, "quick": 8}
 
 # Groups of 32 and 64 divide the widths of every model but a few, and no kernel pads them. Groups of 32 with scales of
@@ -91,6 +95,18 @@ def recipe_of(name: str, bits: int, to: str, *, rounds_cache: bool = False) -> R
         rotated = _CACHED if rounds_cache or to == "openvino" else _ROTATED
     scheme = schemes[bits] if name == "auto" else _without(schemes[bits], "distill")
     return Recipe(rotated, scheme, _WINDOWS[name])
+
+
+def learning_of(name: LearnName, minutes: float | None) -> Learning | None:
+    """Return what ``--learn`` and ``--minutes`` stand for.
+
+    Args:
+        name: none; local, block by block in the memory of one; or full, all together by what the original predicts.
+        minutes: the wall-clock time that it may take; None for three rounds through the text.
+    """
+    if name == "none":
+        return None
+    return Learning(_LEARNED, (name,), rounds=_ROUNDS, minutes=minutes)
 
 
 def measured() -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from spinpass.loading import check_dtype
 from spinpass.quantization import QuantizationConfig, Weights
 
 from .gptq import WEIGHTS_ONLY, check_offline, check_weights_alone
-from .recipes import DEFAULT_BITS, RecipeName, recipe_of
+from .recipes import DEFAULT_BITS, LearnName, RecipeName, learning_of, recipe_of
 
 Target = Literal["onnx", "openvino", "executorch", "gptq"]
 IntegerCache = Literal["int8", "int4"]
@@ -53,6 +54,8 @@ class ExportRequest:
     keep: tuple[str, ...] = ()
     layers: tuple[tuple[str, str], ...] = ()
     compare: bool = False
+    learn: LearnName | None = None
+    minutes: float | None = None
     device: Device = HOST
     memory: str | int | None = None
     most_windows: int = field(default=CALIBRATION_WINDOWS, init=False)  # where the text holds so many
@@ -81,10 +84,13 @@ class ExportRequest:
     def _check_values(self) -> None:
         for name, value, allowed in (
             ("to", self.to, get_args(Target)),
+            ("learn", self.learn, (None, *get_args(LearnName))),
             ("kv_cache", self.kv_cache, (None, *get_args(IntegerCache))),
         ):
             if value not in allowed:
                 raise ConfigError(f"{name}={value!r} is not one of {', '.join(map(str, allowed))}")
+        if self.minutes is not None and not 0 < self.minutes < math.inf:
+            raise ConfigError(f"--minutes {self.minutes}: choose more than 0, or leave it out")
         check_dtype(self.dtype)
         object.__setattr__(self, "device", named_device(self.device))
         if self.memory is not None and not self.memory_bytes:
@@ -127,6 +133,7 @@ class ExportRequest:
         if self.compare and (self.config is None or not (scheme or self.int4)):
             why = "the original" if self.config is None else "in floats"
             raise ConfigError(f"--compare is of a rotated model and its original, both rounded, and this is {why}")
+        self._check_learning()
         patterns = [pattern for pattern, _ in self.layers]
         twice = next((pattern for pattern in patterns if patterns.count(pattern) > 1), None)
         if twice is not None:
@@ -142,6 +149,19 @@ class ExportRequest:
             )
         if not self.fuse and self.to != "onnx":
             raise ConfigError(f"--no-fuse is for ONNX: leave it out with --to {self.to}")
+
+    def _check_learning(self) -> None:
+        """Raise ConfigError where something is to be learned of what learns nothing."""
+        if self.minutes is not None and self.learn == "none":
+            raise ConfigError("--learn none and --minutes disagree: leave one of them out")
+        option = f"--learn {self.learn}" if self.learn is not None else f"--minutes {self.minutes}"
+        if self.learn in (None, "none") and self.minutes is None:
+            return
+        scheme = self.scheme
+        if self.int4 or scheme is None or scheme.weights is None:
+            raise ConfigError(f"{option} is of rounded weights: add --bits or --quantize, or leave it out")
+        if self.bits is not None and self.recipe == "plain":
+            raise ConfigError(f"--recipe plain rounds to nearest without a text: leave it or {option} out")
 
     def _check_checkpoint(self) -> None:
         if self.int4 or self.kv_cache is not None:
@@ -220,6 +240,8 @@ class ExportRequest:
         overrides = {pattern: _weights_of(pattern, scheme) for pattern, scheme in self.layers}
         stacks = self.to != "onnx"  # which multiplies by one matrix of integers at a time
         asked = QuantizationConfig.parse(self.quantize)
+        if self.learn is not None or self.minutes is not None:
+            asked = replace(asked, learn=learning_of(self.learn or "full", self.minutes))
         return replace(asked, exclude=self.keep, overrides=overrides, stacks=stacks)
 
     @property

@@ -19,7 +19,7 @@ from spinpass import record
 from spinpass.certificate import Certificate
 from spinpass.config import RotationConfig
 from spinpass.errors import ConfigError
-from spinpass.evaluation import CALIBRATION_LENGTH, calibration_inputs, token_ids
+from spinpass.evaluation import CALIBRATION_LENGTH, LearningText, calibration_inputs, learning_text, token_ids
 from spinpass.graph import spooled
 from spinpass.loading import Companions, LoadedModel
 from spinpass.pipeline import rotate
@@ -144,27 +144,29 @@ def quantized(
     windows: int | None = None,
     store: CodesStore | None = None,
     team: Team | None = None,
+    checkpoint: Path | None = None,
 ) -> Result:
-    """Calibrate on windows of the text where there is one, and quantize; ``store`` keeps the codes, which the ranks of
-    a ``team`` make together.
+    """Calibrate on windows of the text where there is one, quantize, and learn what the scheme asks for.
+
+    ``store`` keeps the codes, which the ranks of a ``team`` make together, and ``checkpoint`` what is being learned.
 
     Raises ConfigError if the text cannot be read.
     """
     asked = QuantizationConfig.parse(scheme) if isinstance(scheme, str) else scheme
     inputs: list[Any] = []
-    training: list[Any] | None = None
+    read: LearningText | None = None
     if text is not None:
         if loaded.companions is None or loaded.companions.tokenizer is None:
             raise ConfigError(f"{loaded.source.location} has no tokenizer to read {text} with: quantize with -rtn")
         tokenize = token_ids(loaded.companions.tokenizer)
         length = window_length(loaded.companions)
         inputs = calibration_inputs(result.program, tokenize, text, length, windows)
-        if (
-            asked.learn is not None or asked.average_bits
-        ):  # half as long: a backward pass holds what lies between all layers
-            training = calibration_inputs(result.program, tokenize, text, length // 2, 2 * len(inputs))
+        if asked.learn is not None or asked.average_bits:
+            read = learning_text(result.program, tokenize, text, asked.learn, len(inputs), length)
+    options: dict[str, Any] = {} if read is None else {"training": read.shown, "held_out": read.held_out}
+    options |= {"checkpoint": checkpoint, "learning": lambda: steps.start("learn")}
     tick = steps.start("quantize")
-    made = quantize(result.program, asked, inputs, training=training, store=store, team=team, progress=tick)
+    made = quantize(result.program, asked, inputs, store=store, team=team, progress=tick, **options)
     return replace(result, program=made.program, quantization=made.report)
 
 

@@ -43,6 +43,8 @@ def settings_of(
         "layer": [f"{pattern}={scheme}" for pattern, scheme in request.layers],
         "calibration": None if text is None or text == SHIPPED_TEXT else str(text),
         "samples": windows,
+        "learn": request.learn,
+        "minutes": request.minutes,
         "kv-cache": request.kv_cache,
         "dtype": None if request.dtype == "float32" else request.dtype,
         "no-cache": not request.cache,

@@ -25,6 +25,7 @@ _STORED = {2: 2, 3: 4, 4: 4, 8: 8}  # bits that codes take in a file
 _SCALE = 2  # bytes
 _NARROW = 16  # rows and columns of a matrix that is worth rounding, at least
 _FEWER = (8, 4, 1)  # windows of a shorter text
+_CHARACTERS = 4  # bytes of a token of text, about
 _UNKNOWN = (1024, 4)  # of a program whose shapes are not known: its width, and how many times as many rows
 
 CountedShapes = dict[tuple[int, int], int]
@@ -49,6 +50,7 @@ class Workload:
         linears: matrices that linear layers read; those of a stack one by one.
         tables: matrices of the vocabulary.
         tokens: of calibration, all windows together.
+        text: tokens of the whole calibration text, about.
         rotates, certifies, compares: what is asked for.
         packs: the weights are packed from a file of floats (``--int4``).
         copies: there are intermediate files of floats.
@@ -68,6 +70,7 @@ class Workload:
     linears: CountedShapes
     tables: CountedShapes
     tokens: int
+    text: int
     rotates: bool
     certifies: bool
     compares: bool
@@ -105,7 +108,8 @@ class Workload:
             elsewhere=request.device != HOST, target=request.to,
             width=_BYTES.get(dtype if request.dtype == "auto" else request.dtype, 2),
             tensors=sum(math.prod(shape) > 1 for shape in stored.shapes), linears=dict(linears), tables=dict(tables),
-            tokens=count * CALIBRATION_LENGTH if reads else 0, rotates=request.config is not None,
+            tokens=count * CALIBRATION_LENGTH if reads else 0, text=_tokens_of(request.calibration),
+            rotates=request.config is not None,
             certifies=request.certify, compares=request.compare, packs=request.int4,
             copies=request.int4 or (to_onnx and request.kv_cache is not None), scheme=_rounding(request),
         )  # fmt: skip
@@ -114,6 +118,11 @@ class Workload:
     def trains(self) -> bool:
         """Whether a step needs gradients of the whole model."""
         return self.scheme is not None and (self.scheme.learn is not None or self.scheme.average_bits is not None)
+
+    @property
+    def learns(self) -> bool:
+        """Whether the rounded program learns."""
+        return self.scheme is not None and self.scheme.learn is not None
 
     @property
     def widest(self) -> int:
@@ -186,6 +195,13 @@ class Workload:
         """Bytes beside the folder while it is made: a file of floats, or the codes of what is rounded."""
         kept = self.linear_values + self.table_values if self.scheme is not None and not self.copies else 0
         return (self.values * self.width if self.copies else 0) + kept
+
+
+def _tokens_of(text: str | Path | None) -> int:
+    """Return about how many tokens a text in a file has; 0 for what is no file."""
+    if text is None or not Path(text).is_file():
+        return 0
+    return Path(text).stat().st_size // _CHARACTERS
 
 
 def _values(matrices: CountedShapes) -> int:

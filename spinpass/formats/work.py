@@ -76,6 +76,11 @@ class KeptWork:
         return replace(self, kind=kind)
 
     @property
+    def learning(self) -> Path:
+        """The file for what is being learned."""
+        return self.folder / f"{self.kind or 'program'}.learning.pt"
+
+    @property
     def count(self) -> int:
         """How many weights there are, of all kinds."""
         return sum(1 for file in self.folder.glob("*.json") if file.name != _RUN)

@@ -101,6 +101,7 @@ class Blocks:
             return 0, 0.0
         fitted = [node for node in living if node not in self.students[0]]
         fixed = self._constants(reads, [part for part in self.parts if part not in parts])
+        wanted = [self._wanted(window, fitted) for window in range(len(self.students))]
         descent, total, began = Descent(parts, self.rates, self.team), 0.0, 0.0
         generator = torch.Generator("cpu").manual_seed(self.settings.seed)
         order: list[int] = []
@@ -114,7 +115,7 @@ class Blocks:
             for _ in range(self.settings.batch):
                 order = order or torch.randperm(len(self.students), generator=generator, device="cpu").tolist()
                 batch.append(order.pop())
-            loss = self._loss(batch, fitted, fixed, parts)
+            loss = self._loss([(window, wanted[window]) for window in batch], fitted, fixed, parts)
             descent.step(at, self._steps, loss)
             total += loss
             at += 1
@@ -147,19 +148,26 @@ class Blocks:
         return {name: value.detach() for name, value in values(read).items()}
 
     def _loss(
-        self, batch: Sequence[int], fitted: Sequence[Node], fixed: Mapping[str, Tensor], parts: Sequence[LearningPart]
+        self,
+        batch: Sequence[tuple[int, Sequence[Any]]],
+        fitted: Sequence[Node],
+        fixed: Mapping[str, Tensor],
+        parts: Sequence[LearningPart],
     ) -> float:
         total = torch.zeros((), dtype=torch.float64, device="cpu")
-        for window in self.team.dealt(batch):
+        for window, wanted in self.team.dealt(batch):
             constants = {**fixed, **values(parts)}
             found = block_run(self.lesson.student, self.students[window], fitted, constants, gradients=True)
-            wanted = block_run(self.lesson.teacher, self.teachers[window], self._same(fitted), {})
-            pairs = zip(found.values(), wanted.values(), strict=True)
+            pairs = zip(found.values(), wanted, strict=True)
             loss = sum(_relative(a, b) for a, b in pairs if _is_fitted(a)) / len(batch)
             torch.autograd.backward(loss)
             self.tick()
             total += loss.detach().double().cpu()
         return float(self.team.sum(total))
+
+    def _wanted(self, window: int, fitted: Sequence[Node]) -> list[Any]:
+        """What the teacher returns where a block is fitted."""
+        return list(block_run(self.lesson.teacher, self.teachers[window], self._same(fitted), {}).values())
 
     def _same(self, nodes: Sequence[Node]) -> list[Node]:
         return [self._there[node.name] for node in nodes]

@@ -26,7 +26,9 @@ class Learnable:
 
 SCALE = Learnable("scales", 1e-3, "the scale of every group of a weight: s·e^θ")
 ZERO = Learnable("zeros", 4e-3, "the zero point of every group that has one: round(z + ζ)")
-OFFSET = Learnable("offsets", 4e-3, "what every weight is rounded to: round(q + δ), δ in steps of its grid")
+OFFSET = Learnable(
+    "offsets", 4e-3, "what every weight of less than 8 bits is rounded to: round(q + δ), δ in steps of its grid"
+)
 GAIN = Learnable("gains", 1e-3, "the scales of norms and other vectors of floats: g·(1 + γ)")
 CLIP = Learnable("clips", 2e-3, "the share of a token's range that activations and caches cover: c·e^κ")
 

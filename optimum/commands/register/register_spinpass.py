@@ -32,6 +32,8 @@ _VALUES = {
     "calibration": ("FILE", "what GPTQ, static ranges and --kv-cache calibrate on: a text, a dataset, or self"),
     "config": ("FILE", "YAML file with options, such as the recipe.yaml of a folder"),
     "samples": ("N", "number of calibration windows, of 512 tokens"),
+    "learn": ("NAME", "none, local (block by block) or full (all together): what rounding learns from the model"),
+    "minutes": ("N", "minutes that learning may take"),
     "to": ("TARGET", "runtime that the folder is for, onnx, openvino or executorch, or gptq for a checkpoint"),
     "context": ("N", "tokens that the KV cache inside an ExecuTorch program holds"),
     "memory": ("SIZE", "memory that the run may take, for example 12GB"),

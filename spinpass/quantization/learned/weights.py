@@ -22,6 +22,8 @@ from ..kinds import OFFSET, SCALE, ZERO
 from ..report import QuantizedWeight
 from ..rounding import Codes
 
+_FINE = 8  # bits of codes whose steps are too small to gain by what they are rounded to
+
 
 @dataclass(frozen=True, eq=False)
 class LearnedWeight:
@@ -44,7 +46,9 @@ class LearnedWeight:
 
     def __post_init__(self) -> None:
         codes = self.weight.codes
-        sizes = {SCALE.name: codes.scales.shape, OFFSET.name: codes.q.shape}
+        sizes = {SCALE.name: codes.scales.shape}
+        if codes.bits < _FINE:
+            sizes[OFFSET.name] = codes.q.shape
         if not codes.symmetric:
             sizes[ZERO.name] = codes.zeros.shape
         device = codes.q.device

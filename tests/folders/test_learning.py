@@ -1,0 +1,92 @@
+"""``--learn`` and ``--minutes``: what a folder has learned, what is said of it, and what means nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import yaml
+
+from spinpass import RotationConfig
+from spinpass.errors import ConfigError
+from spinpass.evaluation import read_text, windows, windows_between
+from spinpass.folders import ExportRequest, export
+from tests.support import folders
+from tests.support.commands import run
+
+
+def text(tmp_path: Path) -> Path:
+    file = tmp_path / "text.txt"
+    file.write_text(" ".join(folders.WORDS[(i * i + i // 7) % len(folders.WORDS)] for i in range(9000)))
+    return file
+
+
+@pytest.mark.parametrize("how", ["local", "full"])
+def test_a_folder_learns_and_says_so(how: str, tmp_path: Path) -> None:
+    model = folders.model_folder(tmp_path / "model")
+    asked = ["--bits", 4, "--recipe", "quick", "--samples", 2, "--calibration", text(tmp_path)]
+    told = {}
+    for name in ("none", how):
+        made = run("export", model, tmp_path / name, *asked, "--learn", name)
+        assert made.exit_code == 0, made.stderr
+        told[name] = json.loads((tmp_path / name / "spinpass.json").read_text())
+    assert told["none"]["quantization"]["learning"] is None
+    learning = told[how]["quantization"]["learning"]
+    assert set(learning["kinds"]) | set(learning["dropped"]) == {"scales", "offsets"}
+    assert learning["inputs"] == 8 and learning["steps"] > 35, "three rounds through all of the text, of each block or all"
+    assert "learn" in made.stderr and "the divergence went from" in made.stdout
+    sizes = [(tmp_path / name / "model.onnx").stat().st_size for name in ("none", how)]
+    kinds = [[n.op_type for n in onnx.load(tmp_path / name / "model.onnx").graph.node] for name in ("none", how)]
+    assert sizes[0] == pytest.approx(sizes[1], rel=0.01) and kinds[0] == kinds[1], "the same kernels"
+    if learning["kept"]:
+        assert learning["after"] < learning["before"]
+        assert (tmp_path / "none" / "model.onnx").read_bytes() != (tmp_path / how / "model.onnx").read_bytes()
+    assert yaml.safe_load((tmp_path / how / "recipe.yaml").read_text())["learn"] == how
+
+
+def test_minutes_ask_for_it_and_bound_it(tmp_path: Path) -> None:
+    model = folders.model_folder(tmp_path / "model")
+    options: dict[str, Any] = {"bits": 4, "calibration": text(tmp_path), "calibration_windows": 2, "minutes": 0.02}
+    made = export(model, tmp_path / "out", **options).manifest["quantization"]["learning"]
+    assert 4 <= made["steps"] < 100 and {*made["kinds"], *made["dropped"]} == {"scales", "offsets"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"learn": "all"}, "learn='all' is not one of None, none, local, full"),
+        ({"learn": "none", "minutes": 5.0}, "--learn none and --minutes disagree"),
+        ({"minutes": 0.0}, "--minutes 0.0: choose more than 0"),
+        ({"bits": 16, "learn": "full"}, "--learn full is of rounded weights: add --bits or --quantize"),
+        ({"int4": True, "minutes": 5.0}, "--minutes 5.0 is of rounded weights"),
+        ({"quantize": "a8", "learn": "local"}, "--learn local is of rounded weights"),
+        ({"recipe": "plain", "learn": "full"}, "--recipe plain rounds to nearest without a text: leave it or --learn full out"),
+    ],
+)
+def test_what_learns_nothing_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        ExportRequest("m", Path("out"), RotationConfig(), **options)
+    assert message in str(refused.value)
+
+
+def test_what_is_asked_for_reaches_the_scheme() -> None:
+    def learn(**options: Any) -> Any:
+        scheme = ExportRequest("m", Path("out"), RotationConfig(), **options).scheme
+        assert scheme is not None
+        return scheme.learn
+
+    assert learn().kinds == ("scales",) and learn(learn="none") is None and learn(recipe="quick") is None
+    assert learn(learn="local").phases == ("local",) and learn(minutes=3.0).minutes == 3.0
+    assert learn(minutes=3.0).phases == ("full",) and learn(quantize="w4g32-rtn", learn="full").kinds == ("scales", "offsets")
+
+
+def test_windows_that_decide_are_not_those_that_score() -> None:
+    ids = list(range(len(read_text(None)) // 4))
+    scored, judged = windows(ids, 512, 8), windows_between(ids, 256, 8)
+    assert not {i for each in scored for i in each} & {i for each in judged for i in each}
+    assert len(judged) == 8 and {len(each) for each in judged} == {256}
+    with pytest.raises(ConfigError, match="8 windows"):
+        windows_between(ids[:100], 256, 8)
