@@ -11,12 +11,15 @@ from typing import Any, Literal, get_args
 from torch import Tensor
 
 from spinpass.errors import ConfigError
+from spinpass.rotations import Rotation
 
 Role = Literal["R1", "R2", "R3", "R4", "latent", "heads"]
 Kind = Literal["hadamard", "random-hadamard", "random-matrix"]
 Tied = Literal["keep", "untie", "auto"]
 Form = Literal["auto", "offline", "online"]
 CacheBasis = Literal["rotated", "plain"]
+Matrix = Tensor | Rotation
+"""A matrix of the user's: the matrix itself, or the change of basis that was made of it."""
 ROLES: tuple[Role, ...] = get_args(Role)
 DEFAULT_ROLES: tuple[Role, ...] = ("R1", "R2", "R3", "R4", "latent")
 
@@ -76,9 +79,11 @@ class RotationConfig:
         cache: the basis of a KV cache. ``rotated`` lets it enter and leave the program in the rotated basis. ``plain``
             keeps it in the original basis and leaves out the rotations that would change it.
         overrides: settings per rotation or per space name.
-        matrices: rotation matrices of your own, per rotation or per space name: (n, n), orthogonal, float32 or
-            float64; a vector x becomes x @ matrix. A sequence of them, for a rotation, has one for each of its spaces,
-            in the order in which the program computes them (:func:`spinpass.formats.read_matrices`).
+        matrices: matrices of your own, per rotation or per space name: (n, n), float32 or float64; a vector x becomes
+            x @ matrix. They are orthogonal, or invertible where the space admits that, as :func:`spinpass.plan` says. A
+            :class:`spinpass.Rotation`, for example of :meth:`spinpass.Rotation.from_factors`, is taken as it is. A
+            sequence of them, for a rotation, has one for each of its spaces, in the order in which the program computes
+            them (:func:`spinpass.formats.read_matrices`).
         exclude: patterns of space names or of parameter names. A space that matches is not rotated.
         verify: whether to certify the result. None certifies as well; False does not.
 
@@ -94,7 +99,7 @@ class RotationConfig:
     form: Form = "auto"
     cache: CacheBasis = "rotated"
     overrides: Mapping[str, Override] = field(default_factory=dict)
-    matrices: Mapping[str, Tensor | Sequence[Tensor]] = field(default_factory=dict)
+    matrices: Mapping[str, Matrix | Sequence[Matrix]] = field(default_factory=dict)
     exclude: tuple[str, ...] = ()
     verify: bool | None = None
 
@@ -168,7 +173,7 @@ class RotationConfig:
         """
         for role, matrices in self.matrices.items():
             of_role = [name for name in spaces if name.split(":")[0] == role]
-            if not isinstance(matrices, Tensor) and role in self.rotations and len(matrices) != len(of_role):
+            if not isinstance(matrices, Matrix) and role in self.rotations and len(matrices) != len(of_role):
                 raise ConfigError(
                     f"there are {len(matrices)} matrices for {role}, and {len(of_role)} spaces for it in this program: "
                     "they belong to another model, or to another form of the rotation (see spinpass.plan)"
@@ -198,14 +203,14 @@ class RotationConfig:
             )
         return chosen
 
-    def matrix(self, name: str, place: int = 0) -> Tensor | None:
+    def matrix(self, name: str, place: int = 0) -> Matrix | None:
         """The user's matrix for the space ``name``, or None. The longest key that matches wins.
 
         ``place`` is that of the space among those of its rotation. A sequence that ends before it has none.
         """
         keys = sorted((k for k in self.matrices if _covers(k, name)), key=len)
         found = self.matrices[keys[-1]] if keys else None
-        if found is None or isinstance(found, Tensor):
+        if found is None or isinstance(found, Matrix):
             return found
         return found[place] if place < len(found) else None
 
@@ -227,7 +232,7 @@ class RotationConfig:
 
     @staticmethod
     def from_dict(
-        data: Mapping[str, Any], matrices: Mapping[str, Tensor | Sequence[Tensor]] | None = None
+        data: Mapping[str, Any], matrices: Mapping[str, Matrix | Sequence[Matrix]] | None = None
     ) -> RotationConfig:
         """The configuration that :meth:`to_dict` has written, with the matrices that it names.
 
@@ -278,8 +283,10 @@ def _check_matrices(key: str, given: object) -> None:
             f"{key!r} has several matrices: a sequence of them is for all spaces of a rotation, as in 'R2'"
         )
     for matrix in given if several else (given,):  # type: ignore[attr-defined]
-        if not isinstance(matrix, Tensor):
-            raise ConfigError(f"the matrix for {key!r} is a {type(matrix).__name__}, not a torch.Tensor")
+        if not isinstance(matrix, Matrix):
+            raise ConfigError(
+                f"the matrix for {key!r} is a {type(matrix).__name__}, neither a torch.Tensor nor a spinpass.Rotation"
+            )
 
 
 def _check_kind(kind: object) -> None:

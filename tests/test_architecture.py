@@ -104,7 +104,8 @@ ROWS = (
     ("passes", "certificate", "learning"),
     ("execution",),
     ("analysis", "operators", "record"),
-    ("graph", "rotations", "config", "workers"),
+    ("graph", "config", "workers"),
+    ("rotations",),
     ("errors", "progress"),
 )
 ROW_OF = {part: row for row, parts in enumerate(ROWS, 1) for part in parts}

@@ -56,7 +56,7 @@ def test_rotations_are_put_in_order(given: Any, taken: tuple[str, ...]) -> None:
         (dict(overrides=[1]), r"overrides=\[1\] is no mapping by the names"),
         (dict(matrices=3), "matrices=3 is no mapping by the names"),
         (dict(overrides={"R2": "hadamard"}), "the override for 'R2' is a str, not a spinpass.Override"),
-        (dict(matrices={"R1": [[1.0]]}), "the matrix for 'R1' is a list, not a torch.Tensor"),
+        (dict(matrices={"R1": [[1.0]]}), "the matrix for 'R1' is a list, neither a torch.Tensor nor a spinpass.Rotation"),
         (dict(seed=3), "seed=3 changes nothing: kind='hadamard' draws nothing"),
         (dict(form="online", rotations="R2,R4"), r"form='online' is of R1, and R1 is not among the rotations \(R2, R4\)"),
         (dict(tied="untie", rotations="R2"), "tied='untie' is of R1"),

@@ -3,6 +3,7 @@
 The analysis reads the graph and edits nothing.
 """
 
+from .basis.group import Admitted, Group, admitted_by
 from .basis.linear_input import LinearInputWalk
 from .basis.space import AxisType, CacheEdge, ConstantUse, Entry, Refusal, ShiftUse, Space
 from .basis.spot_check import Checked, Fault, SpotCheck
@@ -19,6 +20,7 @@ from .statistics import FlatNumber, Place, Statistics, Symbol, VectorForm
 __all__ = [
     "ACTIVATIONS",
     "SOFTMAX",
+    "Admitted",
     "Attention",
     "AxisType",
     "CacheEdge",
@@ -29,6 +31,7 @@ __all__ = [
     "Entry",
     "Fault",
     "FlatNumber",
+    "Group",
     "Linear",
     "LinearInputWalk",
     "Monomial",
@@ -48,6 +51,7 @@ __all__ = [
     "VectorForm",
     "Walk",
     "Zeros",
+    "admitted_by",
     "as_linear",
     "cache_values",
     "cancel",

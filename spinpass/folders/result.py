@@ -17,7 +17,7 @@ from torch.export import ExportedProgram
 
 from spinpass import record
 from spinpass.certificate import Certificate
-from spinpass.config import RotationConfig
+from spinpass.config import Matrix, RotationConfig
 from spinpass.errors import ConfigError
 from spinpass.evaluation import CALIBRATION_LENGTH, LearningText, calibration_inputs, learning_text, token_ids
 from spinpass.graph import spooled
@@ -26,6 +26,7 @@ from spinpass.pipeline import rotate
 from spinpass.planning import RotationPlan
 from spinpass.progress import Progress, Steps
 from spinpass.quantization import CodesStore, QuantizationConfig, QuantizationReport, Quantized, quantize
+from spinpass.rotations import Rotation
 from spinpass.workers import Team
 
 _SPOOLED_SHARE = 4  # of the free disk, what is computed from the weights is kept in one of so many parts
@@ -174,12 +175,15 @@ def told(config: RotationConfig | None) -> str:
     """Return all of a configuration as a text, its matrices by their hashes."""
     if config is None or not config.matrices:
         return repr(config)
-    held = {name: [given] if isinstance(given, Tensor) else given for name, given in config.matrices.items()}
-    digests = {
-        name: [hashlib.sha256(matrix.double().cpu().numpy().tobytes()).hexdigest() for matrix in matrices]
-        for name, matrices in held.items()
-    }
+    held = {name: [given] if isinstance(given, Matrix) else given for name, given in config.matrices.items()}
+    digests = {name: list(map(_digest, matrices)) for name, matrices in held.items()}
     return f"{replace(config, matrices={})!r} {digests}"
+
+
+def _digest(matrix: Matrix) -> str:
+    if isinstance(matrix, Rotation):
+        return matrix.fingerprint()
+    return hashlib.sha256(matrix.double().cpu().numpy().tobytes()).hexdigest()
 
 
 def run_of(

@@ -18,6 +18,7 @@ FORMULAS: Mapping[str, Callable[..., Tensor]] = {
     "spinpass::round_rows": rows_formula,
     "spinpass::round_tensor": tensor_formula,
     "spinpass::round_tokens": tokens_formula,
+    "spinpass::round_tokens_within": tokens_formula,
     "spinpass::round_weight": weight_formula,
 }
 """By operator, a function that takes its arguments and returns its result; only the strides may differ."""

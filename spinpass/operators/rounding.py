@@ -36,10 +36,10 @@ def round_tokens(x: Tensor, bits: int, symmetric: bool, clip: float = 1.0) -> Te
 )
 def round_tokens_within(x: Tensor, bits: int, symmetric: bool, clip: Tensor) -> Tensor:
     """Do as :func:`round_tokens` for a share ``clip``, float (), that is a value of the graph, as one that learns."""
-    return torch.empty_like(x).copy_(tokens_formula(x, bits, symmetric, float(clip)))
+    return torch.empty_like(x).copy_(tokens_formula(x, bits, symmetric, clip))
 
 
-def tokens_formula(x: Tensor, bits: int, symmetric: bool, clip: float = 1.0) -> Tensor:
+def tokens_formula(x: Tensor, bits: int, symmetric: bool, clip: float | Tensor = 1.0) -> Tensor:
     """Return what :func:`round_tokens` does, in operators of torch alone, with strides of its own."""
     wide = _wide(x)
     if symmetric:

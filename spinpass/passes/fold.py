@@ -1,7 +1,8 @@
-"""FoldRotations:  reader W -> W R;  writer W -> Rᵀ W, b -> Rᵀ b;  table E -> E R.
+"""FoldRotations:  reader W -> W R⁻ᵀ;  writer W -> Rᵀ W, b -> Rᵀ b;  table E -> E R.
 
 In row-vector form all of these are one operation: every vector of the space that lies in the constant is multiplied by
-R. It is one step per constant, computed at the end.
+R, or by R⁻ᵀ where it is contracted with vectors of the space, which is R again for an orthogonal one. It is one step
+per constant, computed at the end.
 
 Source: computational invariance, SliceGPT, Ashkboos et al., arXiv 2401.15024, section 3.1.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+from torch import Tensor
 from torch.fx import Node
 
 from spinpass.analysis import Space
@@ -22,15 +24,19 @@ from .site_pass import SitePass
 def fold_rotation(editor: ProgramEditor, space: Space, rotation: Rotation) -> Space:
     """Queue the rotation on every constant of the space, and return the space."""
     for use in space.constants:
-        rotate_constant(editor, editor.current(use.node), use.type.layout, rotation)
+        rotate_constant(editor, editor.current(use.node), use.type.layout, rotation, dual=use.reads)
     return space
 
 
-def rotate_constant(editor: ProgramEditor, node: Node, layout: Layout, rotation: Rotation) -> None:
-    """Queue ``v -> v R`` for the vectors of ``layout`` in the stored constant ``node``."""
-    editor.queue(
-        node, lambda tensor: layout.apply(tensor, lambda vectors, dim: rotation.apply(vectors, dim)), layout.dims
-    )
+def rotate_constant(
+    editor: ProgramEditor, node: Node, layout: Layout, rotation: Rotation, *, dual: bool = False
+) -> None:
+    """Queue ``v -> v R``, or ``v R⁻ᵀ`` with ``dual``, for the vectors of ``layout`` in the stored constant ``node``."""
+
+    def rotated(vectors: Tensor, dim: int) -> Tensor:
+        return rotation.apply(vectors, dim, dual=dual)
+
+    editor.queue(node, lambda tensor: layout.apply(tensor, rotated), layout.dims)
 
 
 def _broken(editor: ProgramEditor, space: Space, rotation: Rotation, changes: Changes) -> str | None:

@@ -1,18 +1,21 @@
-"""InsertRotations:  an entry x -> x R,  an exit x' -> x' Rᵀ.
+"""InsertRotations:  an entry x -> x R,  an exit x' -> x' R⁻¹.
 
-What could not be folded stands in the graph as Hadamard operators, or as products with a stored matrix where the
-rotation is dense.
+What could not be folded stands in the graph as Hadamard operators, or as products with stored factors where the
+rotation is none of them.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch import Tensor
 from torch.fx import Node
 
 from spinpass.analysis import Space
 from spinpass.graph import Changes, Layout, ProgramEditor, arguments, op_name, shape, value
 from spinpass.operators import HADAMARD
-from spinpass.rotations import Rotation
+from spinpass.rotations import Rotation, hadamard
 
 from .site_pass import SitePass
 
@@ -47,7 +50,7 @@ def rotate_value(
     origin: str,
     inverse: bool = False,
 ) -> Node:
-    """Insert nodes that compute ``x R`` (``x Rᵀ`` with ``inverse``) along the layout's one axis; return the last.
+    """Insert nodes that compute ``x R`` (``x R⁻¹`` with ``inverse``) along the layout's one axis; return the last.
 
     Args:
         editor: the program.
@@ -61,7 +64,7 @@ def rotate_value(
     dim, rank = layout.dims[0], len(shape(node))
     if dim != rank - 1:
         node = editor.call(torch.ops.aten.transpose.int, node, dim, rank - 1, after=node, origin=origin)
-    apply = _dense if not rotation.is_structured else _hadamard
+    apply = _hadamard if rotation.is_structured else _product
     node = apply(editor, node, layout, rotation, stored, origin, inverse)
     if dim != rank - 1:
         node = editor.call(torch.ops.aten.transpose.int, node, dim, rank - 1, after=node, origin=origin)
@@ -101,7 +104,7 @@ def _signs(
     return stored[key]
 
 
-def _dense(
+def _product(
     editor: ProgramEditor,
     node: Node,
     layout: Layout,
@@ -110,27 +113,81 @@ def _dense(
     origin: str,
     inverse: bool,
 ) -> Node:
-    """x -> x·Q:  insert a rotation without structure, or its inverse, block by block along the last axis."""
-    key = f"matrix {value(node).dtype}"
-    if key not in stored:
-        matrix = rotation.matrix()[: rotation.order, : rotation.order].contiguous().to(value(node).device)
-        stored[key] = editor.add_constant(
-            f"spinpass.{_identifier(origin)}.matrix", matrix.to(value(node).dtype), steps=[lambda _: matrix]
+    """x -> x·(I ⊗ F1 ⊗ F2 …):  insert a stored matrix, or its inverse, factor by factor along the last axis.
+
+    The last factor is multiplied from the right, the others, transposed, from the left, so that no axis is moved.
+    """
+    chain = _Chain(editor, node, origin)
+    factors = rotation.operands(inverse=inverse)
+    dtype = value(node).dtype
+    compute = hadamard.precision_of(value(node)) if rotation.factors else dtype
+    if compute != dtype:
+        chain.call(torch.ops.aten.to.dtype, compute)
+    size, behind = layout.sizes[0], 1
+    for place, factor in reversed(list(enumerate(factors))):
+        f = len(factor)
+        ahead = size // (behind * f)
+        view = [*([ahead] if ahead > 1 else []), f, *([behind] if behind > 1 else [])]
+        if len(view) > 1:
+            chain.call(torch.ops.aten.unflatten.int, -1, view)
+        operand = _factor(
+            editor, factor if behind == 1 else factor.t(), stored, rotation, origin, place, inverse, chain
         )
-    matrix_node, start = stored[key], node
-    blocks = layout.sizes[0] // rotation.order
-    if blocks > 1:
-        node = editor.call(torch.ops.aten.unflatten.int, node, -1, [blocks, rotation.order], after=node, origin=origin)
-    if inverse:
-        matrix_node = editor.call(torch.ops.aten.t.default, matrix_node, after=node, origin=origin)
-        node = editor.call(torch.ops.aten.matmul.default, node, matrix_node, after=matrix_node, origin=origin)
-    else:
-        node = editor.call(torch.ops.aten.matmul.default, node, matrix_node, after=node, origin=origin)
-    if blocks > 1:
-        node = editor.call(torch.ops.aten.flatten.using_ints, node, -2, -1, after=node, origin=origin)
+        chain.multiply(operand, left=behind > 1)
+        if len(view) > 1:
+            chain.call(torch.ops.aten.flatten.using_ints, -len(view), -1)
+        behind *= f
+    if compute != dtype:
+        chain.call(torch.ops.aten.to.dtype, dtype)
     # a matrix product returns other strides than its operand had; views that follow need those of the operand
-    like = editor.call(torch.ops.aten.empty_like.default, start, after=node, origin=origin)
-    return editor.call(torch.ops.aten.copy.default, like, node, after=like, origin=origin)
+    like = editor.call(torch.ops.aten.empty_like.default, node, after=chain.last, origin=origin)
+    return editor.call(torch.ops.aten.copy.default, like, chain.last, after=like, origin=origin)
+
+
+def _factor(
+    editor: ProgramEditor,
+    factor: Tensor,
+    stored: dict[str, Node],
+    rotation: Rotation,
+    origin: str,
+    place: int,
+    inverse: bool,
+    chain: _Chain,
+) -> Node:
+    """Return the stored factor (f, f) in the dtype of the values, made once for a space."""
+    held = value(chain.last)
+    inverted = inverse and not (len(rotation.operands()) == 1 and rotation.is_orthogonal)
+    key = f"factor {place} {held.dtype} {'inverse' if inverted else ''}"
+    turned = inverse and not inverted  # the transpose of the one that is stored
+    matrix = (factor.t() if turned else factor).contiguous().to(held.device)
+    if key not in stored:
+        name = "matrix" if not rotation.factors else f"factor{place + 1}"
+        stored[key] = editor.add_constant(
+            f"spinpass.{_identifier(origin)}.{name}{'_inverse' if inverted else ''}",
+            matrix.to(held.dtype),
+            steps=[lambda _: matrix],
+        )
+    if not turned:
+        return stored[key]
+    return editor.call(torch.ops.aten.t.default, stored[key], after=chain.last, origin=origin)
+
+
+class _Chain:
+    """Nodes in a row, each of which reads the one before."""
+
+    def __init__(self, editor: ProgramEditor, first: Node, origin: str) -> None:
+        self.last = first
+        self._editor, self._origin = editor, origin
+
+    def call(self, target: Any, *args: Any) -> None:
+        """Append ``target(last, *args)``."""
+        self.last = self._editor.call(target, self.last, *args, after=self.last, origin=self._origin)
+
+    def multiply(self, matrix: Node, *, left: bool) -> None:
+        """Append the product with a matrix, from the left or from the right."""
+        pair = (matrix, self.last) if left else (self.last, matrix)
+        after = matrix if matrix.op == "call_function" else self.last
+        self.last = self._editor.call(torch.ops.aten.matmul.default, *pair, after=after, origin=self._origin)
 
 
 def _identifier(origin: str) -> str:
@@ -145,9 +202,11 @@ def _broken(editor: ProgramEditor, space: Space, rotation: Rotation, changes: Ch
         if any(h["order"] != rotation.order for h in hadamards):
             return f"a Hadamard of another order than {rotation.order} was inserted"
     else:
-        products = [n for n in changes.made if op_name(n) == "aten::matmul"]
-        inverses = sum(op_name(n.all_input_nodes[-1]) == "aten::t" for n in products)
-        made = (len(products) - inverses, inverses)
+        products = sum(op_name(n) == "aten::matmul" for n in changes.made)
+        due_products = (len(space.entries) + len(space.exits)) * len(rotation.operands())
+        if products != due_products:
+            return f"{products} products with factors were inserted, not {due_products}"
+        made = (len(space.entries), len(space.exits))
     due = (len(space.entries), len(space.exits))
     if made != due:
         return f"{made[0]} rotations and {made[1]} inverses were inserted, not {due[0]} and {due[1]}"

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.fx import Node
 
-from spinpass.analysis import Refusal, Space
+from spinpass.analysis import Group, Refusal, Space
 from spinpass.config import Role, RotationConfig
 from spinpass.errors import ConfigError
 from spinpass.rotations import Rotation
@@ -46,6 +46,8 @@ class PlannedSpace:
         cache: the KV caches that travel in the rotated basis, by placeholder name or as ``output 1``.
         bytes_added: bytes of constants that the rotation adds; 0 until its passes have run.
         notes: what stays as it is, and why.
+        group: the matrices that the space admits in this form: ``orthogonal`` ones alone, or any ``invertible``.
+        admits: why no larger group, or why this one, as a phrase.
     """
 
     name: str
@@ -59,6 +61,8 @@ class PlannedSpace:
     cache: tuple[str, ...]
     bytes_added: int
     notes: tuple[str, ...] = ()
+    group: Group = "orthogonal"
+    admits: str = ""
 
     @property
     def flops(self) -> int:
@@ -136,6 +140,8 @@ class RotationPlan:
                     "size": s.size,
                     "form": s.form,
                     "matrix": str(s.rotation),
+                    "group": s.group,
+                    "admits": s.admits,
                     "fingerprint": s.rotation.fingerprint(),
                     "writers": list(s.writers),
                     "readers": list(s.readers),
@@ -154,13 +160,14 @@ class RotationPlan:
         }
 
     def __str__(self) -> str:
-        head = ("space", "size", "rotation", "form", "writers", "readers", "online", "FLOP/token", "bytes")
+        head = ("space", "size", "rotation", "form", "admits", "writers", "readers", "online", "FLOP/token", "bytes")
         rows = [
             (
                 s.name,
                 str(s.size),
                 str(s.rotation),
                 s.form,
+                s.group,
                 _short(s.writers),
                 _short(s.readers),
                 _online_text(s),
@@ -170,6 +177,8 @@ class RotationPlan:
             for s in self.spaces
         ]
         lines = _table([head, *rows])
+        reasons = {(s.role, s.form, s.group, s.admits) for s in self.spaces}
+        lines += [f"admits   {role} {form}: {group}, {why}" for role, form, group, why in sorted(reasons)]
         lines += [f"refused  {r}" for r in self.refusals]
         lines.append(
             f"total: {len(self.spaces)} spaces, {self.flops:,} FLOP per token added, {self.bytes_added:,} bytes added"

@@ -5,12 +5,26 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
+import torch
+from torch import Tensor
 from torch.fx import Node
 
-from spinpass.analysis import CacheEdge, Entry, Refusal, Space, SpotCheck, find_linears, tokens_per_call
+from spinpass.analysis import (
+    Admitted,
+    CacheEdge,
+    Entry,
+    Refusal,
+    Space,
+    SpotCheck,
+    admitted_by,
+    find_linears,
+    rule_of,
+    tokens_per_call,
+)
+from spinpass.certificate import BOUNDS
 from spinpass.config import ROLES, Role, RotationConfig
 from spinpass.errors import ConfigError
-from spinpass.graph import ProgramEditor, elements, is_region, op_name
+from spinpass.graph import ProgramEditor, elements, is_region, op_name, value
 from spinpass.record import Record
 from spinpass.rotations import Rotation
 
@@ -112,7 +126,9 @@ class Planner:
         if checked.fault is not None:
             self._refuse(Refusal(name, checked.fault.why, (checked.fault.node.name,)))
             return None
+        admitted = admitted_by(self.editor, space, rule_of)
         rotation = self.only[name].rotation if self.only is not None else self._rotation(name, space.width, place)
+        _check_admitted(name, rotation, admitted, space)
         if rotation.order == 1:
             self._refuse(Refusal(name, f"no Hadamard order above 1 divides {space.width}"))
             return None
@@ -129,6 +145,8 @@ class Planner:
             online=tuple(parts),
             cache=tuple(c.node.name if c.output is None else f"output {c.output}" for c in space.carried),
             bytes_added=0,
+            group=admitted.group,
+            admits=admitted.why,
             notes=(*(f"{self.editor.fqn(n)} kept: {w}" for n, w in space.kept.items()), *checked.unchecked),
         )
         self.planned.append(planned)
@@ -174,7 +192,7 @@ class Planner:
         matrix = self.config.matrix(name, place)
         try:
             if matrix is not None:
-                rotation = Rotation.from_matrix(matrix, identity=name)
+                rotation = matrix if isinstance(matrix, Rotation) else _of_matrix(matrix, name)
                 if rotation.size != size:
                     raise ConfigError(f"the matrix is {rotation.size}×{rotation.size}, the space has size {size}")
                 return rotation
@@ -197,6 +215,36 @@ class Planner:
             unique, k = f"{name}#{k}", k + 1
         self._names_seen.add(unique)  # accepted or not: a space left out must not pass its name on
         return unique
+
+
+def _of_matrix(matrix: Tensor, name: str) -> Rotation:
+    """Return the orthogonal rotation by a matrix, or the change of basis by one that is none and has an inverse."""
+    try:
+        return Rotation.from_matrix(matrix, identity=name)
+    except ConfigError:
+        square = matrix.dim() == 2 and matrix.shape[0] == matrix.shape[1]
+        if not square or matrix.dtype not in (torch.float32, torch.float64):
+            raise
+        return Rotation.from_factors([matrix], identity=name)
+
+
+def _check_admitted(name: str, rotation: Rotation, admitted: Admitted, space: Space) -> None:
+    """Raise ConfigError for a matrix that a space does not admit, or whose rounding would be felt."""
+    if rotation.is_orthogonal:
+        return
+    if admitted.group == "orthogonal":
+        raise ConfigError(
+            f"{name}: the matrix is not orthogonal, and here only orthogonal ones change nothing: {admitted.why}; give "
+            "an orthogonal one, or leave the space out with `exclude`"
+        )
+    values = [value(node).dtype for node in space.members]
+    dtype = min((d for d in values if d in BOUNDS), key=lambda d: d.itemsize, default=torch.float64)
+    eps = torch.finfo(torch.float32 if dtype.itemsize == 2 else dtype).eps
+    if not rotation.condition * eps <= BOUNDS[dtype]:
+        raise ConfigError(
+            f"{name}: the matrix has a condition number of {rotation.condition:.1e}, by which rounding of {dtype} "
+            f"grows above the {BOUNDS[dtype]:.0e} that a certificate allows: give one nearer to orthogonal"
+        )
 
 
 _NOTHING: dict[Role, str] = {

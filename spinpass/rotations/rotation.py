@@ -1,4 +1,4 @@
-"""The value :class:`Rotation`: an orthogonal change of basis of row vectors, ``x' = x R``."""
+"""The value :class:`Rotation`: a change of basis of row vectors, ``x' = x R``, as a rule an orthogonal one."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import base64
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any
@@ -16,18 +16,20 @@ from torch import Tensor
 
 from spinpass.errors import ConfigError
 
-from . import hadamard
+from . import hadamard, kronecker
 
 HADAMARD_KINDS = ("hadamard", "random-hadamard")
-KINDS = (*HADAMARD_KINDS, "random-matrix", "learned")
-"""``learned`` stands for every matrix that the user brings."""
+KINDS = (*HADAMARD_KINDS, "random-matrix", "learned", "kronecker")
+"""``learned`` and ``kronecker`` stand for the matrices that the user brings."""
 
 _ORTHOGONAL_WITHIN = {torch.float32: 1e-4, torch.float64: 1e-8}
 
 
 @dataclass(frozen=True, eq=False)
 class Rotation:
-    """An orthogonal matrix R of shape (size, size) that is block-diagonal with equal blocks of ``order`` rows.
+    """A matrix R of shape (size, size) that is block-diagonal with equal blocks of ``order`` rows.
+
+    It is orthogonal, but for the last kind, which takes any invertible factors.
 
     =================  ========================================================================================
     kind               R
@@ -35,11 +37,12 @@ class Rotation:
     hadamard           I ⊗ H/√order
     random-hadamard    diag(signs) · (I ⊗ H/√order), signs drawn from (seed, identity) (QuaRot, arXiv 2404.00456)
     random-matrix      I ⊗ Q, Q of shape (order, order) uniformly distributed (Haar), drawn from (seed, identity)
-    learned            the user's matrix, whose ``order`` equals its ``size``
+    learned            the user's orthogonal matrix, whose ``order`` equals its ``size``
+    kronecker          I ⊗ (F1 ⊗ F2 ⊗ …), the user's invertible factors, whose sizes multiply to ``order``
     =================  ========================================================================================
 
-    Make one with :meth:`create` or :meth:`from_matrix`. Two rotations are equal when they are the same matrix by
-    construction, which is when their :meth:`fingerprint` is equal.
+    Make one with :meth:`create`, :meth:`from_matrix` or :meth:`from_factors`. Two rotations are equal when they are the
+    same matrix by construction, which is when their :meth:`fingerprint` is equal.
 
     Args:
         kind: of the table.
@@ -48,6 +51,7 @@ class Rotation:
         seed: of the random kinds.
         identity: the name of what is rotated, so that the same space of two programs gets the same rotation.
         matrix_: of a learned rotation, float64 (size, size), else None.
+        factors: of a Kronecker product, float64 (f, f) each, else empty.
 
     Raises:
         ConfigError: an unknown kind, or fields that do not fit together.
@@ -59,6 +63,7 @@ class Rotation:
     seed: int = 0
     identity: str = ""
     matrix_: Tensor | None = field(default=None, repr=False)
+    factors: tuple[Tensor, ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -72,6 +77,12 @@ class Rotation:
         self._check_matrix()
 
     def _check_matrix(self) -> None:
+        if bool(self.factors) != (self.kind == "kronecker"):
+            raise ConfigError(
+                f"factors are those of a 'kronecker', and this is {self.kind!r}: use Rotation.from_factors"
+            )
+        if self.factors and math.prod(map(len, self.factors)) != self.order:
+            raise ConfigError(f"factors of {self._factor_sizes} make no matrix of order {self.order}")
         if self.kind != "learned":
             if self.matrix_ is not None:
                 raise ConfigError(f"a {self.kind!r} rotation takes no matrix: use Rotation.from_matrix")
@@ -126,9 +137,49 @@ class Rotation:
             raise ConfigError(f"the matrix is not orthogonal: max |M Mᵀ - I| is {error:.1e}, above {bound:.0e}")
         return cls("learned", len(exact), len(exact), identity=identity, matrix_=_nearest_orthogonal(exact))
 
+    @classmethod
+    def from_factors(cls, factors: Sequence[Tensor], identity: str = "", *, size: int | None = None) -> Rotation:
+        """The change of basis ``x' = x (F1 ⊗ F2 ⊗ …)`` by the user's own invertible factors, float32 or float64 (f, f).
+
+        Args:
+            factors: F1, F2, …; one of them is a dense matrix.
+            identity: the name of what is changed.
+            size: of the vectors, a multiple of the product of the factors' sizes, whose blocks are each changed alike.
+                None for that product.
+
+        Raises ConfigError: a factor is not square, has another dtype or no inverse, or the sizes do not fit.
+        """
+        exact = kronecker.checked_factors(factors)
+        order = math.prod(map(len, exact))
+        return cls("kronecker", order if size is None else size, order, identity=identity, factors=exact)
+
+    @property
+    def _factor_sizes(self) -> str:
+        return " ⊗ ".join(str(len(factor)) for factor in self.factors)
+
+    @cached_property
+    def is_orthogonal(self) -> bool:
+        """Whether the inverse is the transpose, so that it may pass norms, and products of two of its vectors."""
+        return self.kind != "kronecker" or kronecker.are_orthogonal(self.factors)
+
+    @cached_property
+    def condition(self) -> float:
+        """The condition number in the 2-norm: by how much more than itself rounding may be felt."""
+        return 1.0 if self.is_orthogonal else kronecker.condition_of(self.factors)
+
+    def operands(self, *, inverse: bool = False) -> list[Tensor]:
+        """The factors of what row vectors are multiplied by from the right: those of R, or of R⁻¹; float64.
+
+        Of kinds without structure it is one dense block; Hadamards have operators of their own.
+        """
+        if self.factors:
+            return kronecker.right_operands(self.factors, inverse=inverse, dual=False)
+        block = self.matrix()[: self.order, : self.order].contiguous()
+        return [block.t() if inverse else block]
+
     @property
     def is_structured(self) -> bool:
-        """Whether it is applied through small factors, never as a dense block."""
+        """Whether it is applied through the factors of a Hadamard matrix, never as a dense block."""
         return self.kind in HADAMARD_KINDS
 
     @property
@@ -136,6 +187,8 @@ class Rotation:
         """The multiplications and additions that rotate one vector. Sign flips are not counted."""
         if self.is_structured:
             return self.size // self.order * hadamard.flops(self.order)
+        if self.factors:
+            return 2 * self.size * sum(map(len, self.factors))
         return 2 * self.size * self.order
 
     def signs(self) -> Tensor | None:
@@ -154,14 +207,23 @@ class Rotation:
         """R as a dense matrix (size, size). Prefer :meth:`apply`, which does not form it, where that will do."""
         return self.apply(torch.eye(self.size, dtype=torch.float64, device="cpu")).to(dtype)
 
-    def apply(self, x: Tensor, dim: int = -1, *, inverse: bool = False, compute: torch.dtype | None = None) -> Tensor:
-        """``x R`` along axis ``dim`` of ``x``, or ``x Rᵀ``.
+    def apply(
+        self,
+        x: Tensor,
+        dim: int = -1,
+        *,
+        inverse: bool = False,
+        dual: bool = False,
+        compute: torch.dtype | None = None,
+    ) -> Tensor:
+        """``x R`` along axis ``dim`` of ``x``, or ``x R⁻¹``.
 
         Args:
             x: floating point. The size of the axis is a multiple of ``self.size``: several vectors may lie back to
                 back, and each is rotated.
             dim: the axis.
-            inverse: multiply by Rᵀ.
+            inverse: multiply by R⁻¹, which is Rᵀ unless the factors are not orthogonal.
+            dual: multiply by R⁻ᵀ (with ``inverse`` by Rᵀ): what is contracted with x R, so that the product stays.
             compute: float32 or float64, the precision of the arithmetic. None takes that of ``x``, and float32 for
                 float16 and bfloat16.
 
@@ -179,6 +241,12 @@ class Rotation:
             signs = self.signs()
             signs = None if signs is None else signs.repeat(x.shape[dim] // self.size)
             return hadamard.hadamard_transform(x, self.order, transpose=inverse, dim=dim, signs=signs, compute=compute)
+        if self.factors:
+            precision = hadamard.precision_of(x, compute)
+            right = kronecker.right_operands(self.factors, inverse=inverse, dual=dual)
+            return hadamard.multiply(
+                x, [factor.t().to(x.device, precision).contiguous() for factor in right], dim=dim, compute=compute
+            )
         block = self.matrix_ if self.matrix_ is not None else _haar(self.order, self.seed, self.identity)
         block = block.to(x.device, hadamard.precision_of(x, compute))
         return hadamard.multiply(x, [block if inverse else block.t()], dim=dim, compute=compute)
@@ -186,6 +254,8 @@ class Rotation:
     def to_dict(self) -> dict[str, Any]:
         """The rotation as JSON can hold it, without loss. A learned matrix is base64 of float64 rows, little-endian."""
         fields = {name: getattr(self, name) for name in ("kind", "size", "order", "seed", "identity")}
+        if self.factors:
+            return fields | {"factors": [base64.b64encode(_to_bytes(f)).decode("ascii") for f in self.factors]}
         if self.matrix_ is None:
             return fields
         return fields | {"matrix": base64.b64encode(_to_bytes(self.matrix_)).decode("ascii")}
@@ -201,11 +271,16 @@ class Rotation:
             kind, size, order = str(data["kind"]), int(data["size"]), int(data["order"])
             seed, identity = int(data["seed"]), str(data["identity"])
             raw = base64.b64decode(data["matrix"], validate=True) if "matrix" in data else None
+            parts = [base64.b64decode(part, validate=True) for part in data.get("factors", ())]
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"this is no description of a rotation: {error!r}") from error
         if raw is not None and len(raw) != 8 * size * size:
             raise ConfigError(f"the matrix of a rotation of size {size} takes {8 * size * size} bytes, got {len(raw)}")
-        return cls(kind, size, order, seed, identity, None if raw is None else _from_bytes(raw, size))
+        sides = [math.isqrt(len(part) // 8) for part in parts]
+        if any(8 * side * side != len(part) for side, part in zip(sides, parts, strict=True)):
+            raise ConfigError("a factor of a rotation is no square matrix of float64")
+        factors = tuple(_from_bytes(part, side) for part, side in zip(parts, sides, strict=True))
+        return cls(kind, size, order, seed, identity, None if raw is None else _from_bytes(raw, size), factors)
 
     def fingerprint(self) -> str:
         """The SHA-256, in hexadecimal, of everything that determines R and of nothing else."""
@@ -215,7 +290,8 @@ class Rotation:
     def _fingerprint(self) -> str:
         drawn = self.kind.startswith("random")
         parts = [self.kind, self.size, self.order, self.seed if drawn else 0, self.identity if drawn else ""]
-        matrix = b"" if self.matrix_ is None else _to_bytes(self.matrix_)
+        matrix = b"".join(map(_to_bytes, self.factors)) if self.matrix_ is None else _to_bytes(self.matrix_)
+        parts += [list(map(len, self.factors))] if self.factors else []
         return hashlib.sha256(json.dumps(parts).encode() + matrix).hexdigest()
 
     def __eq__(self, other: object) -> bool:
@@ -225,6 +301,9 @@ class Rotation:
         return hash(self._fingerprint)
 
     def __str__(self) -> str:
+        if self.factors:
+            blocks = self.size // self.order
+            return f"kronecker({self._factor_sizes}{f', {blocks} blocks' if blocks > 1 else ''})"
         shape = f"{self.size}" if self.order == self.size else f"{self.size // self.order} blocks of {self.order}"
         return f"{self.kind}({shape}, seed {self.seed})" if self.kind.startswith("random") else f"{self.kind}({shape})"
 

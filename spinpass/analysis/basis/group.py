@@ -1,0 +1,62 @@
+"""Which changes of basis a space admits: any invertible one, or orthogonal ones alone.
+
+    (x A)(w A⁻ᵀ)ᵀ = x wᵀ  for every invertible A;   ‖x A‖ = ‖x‖  and  (x A)(y A)ᵀ = x yᵀ  for orthogonal ones
+
+An invertible matrix passes where values of the space are moved, added, multiplied by what is none of it, and contracted
+with constants, which take the other basis. A norm's statistic, and a product of two computed values of the space, such
+as queries with keys, need an orthogonal one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from torch.fx import Node
+
+from spinpass.graph import ProgramEditor, op_name
+
+from ..ops.rules import Concatenate, Ignored, Movement, Multilinear, Rule, Several, Zeros
+from .space import Space
+
+Group = Literal["orthogonal", "invertible"]
+_PASSED = (Movement, Concatenate, Ignored, Zeros, Several)
+
+
+@dataclass(frozen=True)
+class Admitted:
+    """The largest group of matrices that a space admits, and why no larger one, as a phrase."""
+
+    group: Group
+    why: str
+
+
+def admitted_by(editor: ProgramEditor, space: Space, rule: Callable[[Node], Rule]) -> Admitted:
+    """Return the group of matrices that a space admits.
+
+    Args:
+        editor: the program.
+        space: of it.
+        rule: gives the rule of a node, as :func:`spinpass.analysis.rule_of` does.
+    """
+    if space.scales or space.shifts or space.centrings or space.centred or any(e.centre for e in space.entries):
+        return Admitted("orthogonal", "a norm measures it")
+    inside = {node for node in space.members if not editor.is_weight(node)}
+    leaving = {(x.node, user) for x in space.exits for user in x.users}
+    kept = {(entry.node, user) for entry in space.entries for user in entry.keep}
+    for node in inside:
+        for user in node.users:
+            if user.op != "call_function" or (node, user) in leaving or (node, user) in kept:
+                continue
+            found = rule(user)
+            if isinstance(found, _PASSED):
+                continue
+            if not isinstance(found, Multilinear):
+                return Admitted("orthogonal", f"{user.name} ({op_name(user)}) measures it")
+            if any(sum(operand.node in inside for operand in term) > 1 for term in found.terms):
+                return Admitted("orthogonal", f"{user.name} ({op_name(user)}) multiplies two of its values")
+    for use in space.constants:
+        if use.reads and any(other.node is use.node and not other.reads for other in space.constants):
+            return Admitted("orthogonal", f"{editor.fqn(use.node)} writes into it and reads it")
+    return Admitted("invertible", "it is contracted with constants alone")

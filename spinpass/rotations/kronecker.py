@@ -1,0 +1,69 @@
+"""Kronecker products of small invertible matrices:  A = F1 ⊗ F2 ⊗ …,  applied without being formed.
+
+    x A,   x A⁻¹ = x (F1⁻¹ ⊗ F2⁻¹ ⊗ …),   x A⁻ᵀ,   x Aᵀ
+
+A product costs n (f1 + f2 + …) multiplications for vectors of n = f1·f2·… elements, as that with a Hadamard matrix of
+the same factors does. Sources: affine transforms of this form before linear layers, Sun et al., FlatQuant, arXiv
+2410.09426; the mixed-product property, Van Loan, J. Comput. Appl. Math. 123, 2000.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from spinpass.errors import ConfigError
+
+_ORTHOGONAL = 1e-12  # max |F Fᵀ − I| of a factor that is orthogonal to float64
+
+
+def checked_factors(factors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Return the factors as float64 on the CPU.
+
+    Raises ConfigError: there is none, one is not square, not float, not finite, or cannot be inverted.
+    """
+    if not factors:
+        raise ConfigError("a Kronecker product needs at least one factor")
+    made: list[Tensor] = []
+    for number, given in enumerate(factors, 1):
+        if not isinstance(given, Tensor) or given.dim() != 2 or given.shape[0] != given.shape[1] or not len(given):
+            found = tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__
+            raise ConfigError(f"factor {number} must be a square matrix that is not empty, got {found}")
+        if given.dtype not in (torch.float32, torch.float64):
+            raise ConfigError(f"factor {number} must be float32 or float64, got {given.dtype}")
+        exact = given.detach().to(device="cpu", dtype=torch.float64, copy=True).contiguous()
+        if not bool(exact.isfinite().all()) or not math.isfinite(_condition(exact)):
+            raise ConfigError(f"factor {number} has no inverse, or values that are no numbers")
+        made.append(exact)
+    return tuple(made)
+
+
+def condition_of(factors: Sequence[Tensor]) -> float:
+    """The condition number of A in the 2-norm, which is the product of those of its factors."""
+    return math.prod(_condition(factor) for factor in factors)
+
+
+def are_orthogonal(factors: Sequence[Tensor]) -> bool:
+    """Whether every factor is orthogonal to float64."""
+    return all(
+        float((f @ f.t() - torch.eye(len(f), dtype=f.dtype, device=f.device)).abs().max()) <= _ORTHOGONAL
+        for f in factors
+    )
+
+
+def right_operands(factors: Sequence[Tensor], *, inverse: bool, dual: bool) -> list[Tensor]:
+    """The factors of what a row vector is multiplied by from the right.
+
+    A; with ``inverse`` A⁻¹; with ``dual`` A⁻ᵀ, the basis in which products with vectors of the other stay what they
+    are; with both Aᵀ.
+    """
+    made = [torch.linalg.inv(factor) if inverse != dual else factor for factor in factors]
+    return [factor.t() if dual else factor for factor in made]
+
+
+def _condition(matrix: Tensor) -> float:
+    values = torch.linalg.svdvals(matrix)
+    return float(values[0] / values[-1]) if float(values[-1]) > 0 else math.inf
