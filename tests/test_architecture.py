@@ -96,7 +96,7 @@ def test_only_the_command_line_knows_a_terminal(path: Path) -> None:
 
 ROWS = (
     ("cli",),
-    ("folders", "reporting", "tuning"),
+    ("folders", "reporting", "tuning", "learned"),
     ("exporters", "evaluation"),
     ("loading", "runtime"),
     ("formats", "pipeline"),

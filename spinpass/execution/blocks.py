@@ -46,19 +46,20 @@ def blocks_of(
     sizes = bound_sizes(user_inputs(ep), values)
     inside = set(nodes)
     live = list(live_bytes(nodes, wanted, [node_bytes(node, sizes) for node in nodes]))[1:-1]
+    first = [_read_first(node, counted, seen) for seen in [set[str]()] for node in nodes]
+    within = [at for at in range(1, len(nodes)) if any(first[:at]) and any(first[at:])]
+    least = min((live[at - 1] for at in within), default=0)
     found: list[list[Node]] = []
-    read, seen, before = 0, set[str](), set(nodes[:1])
-    for at, (node, bytes_) in enumerate(zip(nodes[:-1], live, strict=True), 1):
+    read, before = 0, set[Node]()
+    for at, node in enumerate(nodes[:-1], 1):
         before.add(node)
-        new = {source.name for source in _constants_of(node) if source.name in counted} - seen
-        seen |= new
-        read += len(new)
-        if read >= each and bytes_ <= _NARROW * min(live, default=0):
+        read += first[at - 1]
+        if read >= each and at in within and live[at - 1] <= _NARROW * least:
             living = [each for each in nodes[:at] if any(n in inside and n not in before for n in each.users)]
             if all(node.name in known for node in living):
                 found.append(living)
                 read = 0
-    if found and read < each:
+    if found and read + first[-1] < each:
         found.pop()  # what little is left belongs to the last
     assert isinstance(wanted, Node)
     return [*found, [wanted]]
@@ -108,8 +109,11 @@ def _is_there(node: Node, given: Mapping[Node, Any]) -> bool:
     return node in given or node.op == "placeholder"
 
 
-def _constants_of(node: Node) -> set[Node]:
-    return {source for source in node.all_input_nodes if source.op == "placeholder"}
+def _read_first(node: Node, counted: Collection[str], seen: set[str]) -> int:
+    """Return how many of the constants a node reads that none before it has, and take them down."""
+    new = {source.name for source in node.all_input_nodes if source.name in counted} - seen
+    seen |= new
+    return len(new)
 
 
 def _last_uses(ep: ExportedProgram, needed: Collection[Node], wanted: Collection[Node]) -> dict[Node, list[Node]]:

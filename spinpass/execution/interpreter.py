@@ -41,6 +41,7 @@ _DTYPE_ASSERTION = "aten._assert_tensor_metadata.default"
 # A lookup commutes with a cast; to look up first avoids a float64 copy of the whole table.
 _LOOKUPS = frozenset({"aten.embedding.default", "aten.index_select.default"})
 _LINEAR = "aten.linear.default"
+_COPY = "aten.copy.default"
 # Neither disabling gradients nor autocast means anything in a float64 run without gradients.
 _SCOPES = frozenset({"wrap_with_set_grad_enabled", "wrap_with_autocast"})
 _COPIES = frozenset({"aten::clone", "aten::_to_copy", "aten::lift_fresh_copy"})
@@ -393,6 +394,8 @@ class Runner(Interpreter):
     def _called(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._together is not None and str(target) == _LINEAR and not kwargs and is_in_parts(args[1]):
             return self._together.linear(self, *args)
+        if str(target) == _COPY and torch.is_grad_enabled():
+            return args[0].clone().copy_(args[1])  # the same, with a gradient
         return super().call_function(target, args, kwargs)
 
     def operand(self, node: Node) -> Any:

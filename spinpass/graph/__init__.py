@@ -29,6 +29,7 @@ from .nodes import (
     op_name,
     reachable,
     remembered,
+    same_strides,
     shape,
     value,
 )
@@ -86,6 +87,7 @@ __all__ = [
     "reachable",
     "remembered",
     "row_blocks",
+    "same_strides",
     "shape",
     "shares_memory",
     "splice",

@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .layout import Size
 
@@ -250,3 +251,9 @@ def lifted(node: Node) -> tuple[Any, Any]:
 
 _CONTEXTS = {"wrap_with_set_grad_enabled", "wrap_with_autocast"}
 _COPIES = {"aten::lift_fresh_copy", "aten::lift_fresh", "aten::detach", "aten::detach_", "aten::clone", "aten::alias"}
+
+
+def same_strides(a: Node, b: Node) -> bool:
+    """Return whether two values of one rank are known to have the same strides."""
+    pairs = zip(value(a).stride(), value(b).stride(), strict=True)
+    return all(statically_known_true(x == y) for x, y in pairs)

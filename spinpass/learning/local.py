@@ -96,6 +96,8 @@ class Blocks:
         """Move the parts that a block reads, and return the steps and the mean loss."""
         reads = read_constants(self.lesson.student, self.students[0], living)
         parts = [part for part in self.parts if reads.intersection(part.places) and part not in self.fitted]
+        parts += [other for part in parts for other in part.depends if other not in self.fitted]
+        parts = list(dict.fromkeys(parts))
         self.fitted += parts
         if not parts:
             return 0, 0.0

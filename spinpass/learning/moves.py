@@ -22,6 +22,7 @@ class LearningPart(Protocol):
     Attributes:
         moves: by kind the tensor that is learned, a leaf that requires gradients and begins at zero.
         places: the placeholders whose values the part computes.
+        depends: other parts, by whose moves its value is computed, too.
     """
 
     @property
@@ -31,6 +32,10 @@ class LearningPart(Protocol):
     @property
     def places(self) -> tuple[str, ...]:
         """The placeholders that the part has values for."""
+
+    @property
+    def depends(self) -> tuple[LearningPart, ...]:
+        """The parts of whose moves the value is made as well."""
 
     def value(self) -> Tensor:
         """Return the constant, with gradients where they are recorded."""

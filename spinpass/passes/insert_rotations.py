@@ -13,11 +13,13 @@ from torch import Tensor
 from torch.fx import Node
 
 from spinpass.analysis import Space
-from spinpass.graph import Changes, Layout, ProgramEditor, arguments, op_name, shape, value
+from spinpass.graph import Changes, Layout, ProgramEditor, arguments, op_name, same_strides, shape, value
 from spinpass.operators import HADAMARD
 from spinpass.rotations import Rotation, hadamard
 
 from .site_pass import SitePass
+
+_INVERSE = "_inverse"
 
 
 def insert_rotations(editor: ProgramEditor, space: Space, rotation: Rotation, origin: str) -> Space:
@@ -139,9 +141,25 @@ def _product(
         behind *= f
     if compute != dtype:
         chain.call(torch.ops.aten.to.dtype, dtype)
+    if same_strides(chain.last, node):
+        return chain.last
     # a matrix product returns other strides than its operand had; views that follow need those of the operand
     like = editor.call(torch.ops.aten.empty_like.default, node, after=chain.last, origin=origin)
     return editor.call(torch.ops.aten.copy.default, like, chain.last, after=like, origin=origin)
+
+
+def factor_names(rotation: Rotation, space: str) -> dict[str, tuple[int, bool, bool]]:
+    """The constants that may stand for the factors of a Kronecker product, by the name of the parameter.
+
+    Each with the number of the factor, and whether it is the inverse, and whether it is transposed, because all but
+    the last are multiplied from the left.
+    """
+    last, base = len(rotation.factors) - 1, f"spinpass.{_identifier(space)}.factor"
+    return {
+        f"{base}{place + 1}{_INVERSE if inverse else ''}": (place, inverse, place < last)
+        for place in range(last + 1)
+        for inverse in (False, True)
+    }
 
 
 def _factor(
@@ -156,14 +174,14 @@ def _factor(
 ) -> Node:
     """Return the stored factor (f, f) in the dtype of the values, made once for a space."""
     held = value(chain.last)
-    inverted = inverse and not (len(rotation.operands()) == 1 and rotation.is_orthogonal)
+    inverted = inverse and bool(rotation.factors)
     key = f"factor {place} {held.dtype} {'inverse' if inverted else ''}"
     turned = inverse and not inverted  # the transpose of the one that is stored
     matrix = (factor.t() if turned else factor).contiguous().to(held.device)
     if key not in stored:
         name = "matrix" if not rotation.factors else f"factor{place + 1}"
         stored[key] = editor.add_constant(
-            f"spinpass.{_identifier(origin)}.{name}{'_inverse' if inverted else ''}",
+            f"spinpass.{_identifier(origin)}.{name}{_INVERSE if inverted else ''}",
             matrix.to(held.dtype),
             steps=[lambda _: matrix],
         )

@@ -16,11 +16,10 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 from torch.fx import Node
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from spinpass import record
 from spinpass.errors import ExportError
-from spinpass.graph import ProgramEditor, arguments, op_name, shape, value
+from spinpass.graph import ProgramEditor, arguments, op_name, same_strides, shape, value
 from spinpass.operators import HADAMARD
 from spinpass.rotations import hadamard
 
@@ -57,7 +56,7 @@ def replace_hadamards(editor: ProgramEditor) -> None:
 
 def put_in_place(editor: ProgramEditor, node: Node, by: Node) -> None:
     """Let what reads ``node`` read ``by``, an equal value whose strides may be others."""
-    if not _same_strides(by, node):
+    if not same_strides(by, node):
         _allow_copies(node.users)
     editor.replace(node, by)
 
@@ -155,11 +154,6 @@ class _Chain:
     def join(self) -> None:
         """Join the last two axes into one."""
         self.call(torch.ops.aten.flatten.using_ints, -2, -1)
-
-
-def _same_strides(a: Node, b: Node) -> bool:
-    pairs = zip(value(a).stride(), value(b).stride(), strict=True)
-    return all(statically_known_true(x == y) for x, y in pairs)
 
 
 def _allow_copies(users: Iterable[Node]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch.fx import Node
@@ -10,6 +10,7 @@ from torch.fx import Node
 from spinpass.analysis import Group, Refusal, Space
 from spinpass.config import Role, RotationConfig
 from spinpass.errors import ConfigError
+from spinpass.graph import Layout
 from spinpass.rotations import Rotation
 
 
@@ -31,6 +32,21 @@ class OnlinePart:
 
 
 @dataclass(frozen=True)
+class Fold:
+    """A constant that takes up a rotation.
+
+    Attributes:
+        constant: the name of the parameter.
+        layout: where vectors of the space lie in it.
+        reads: it contracts the space, so that it takes R⁻ᵀ; otherwise it writes into it and takes R.
+    """
+
+    constant: str
+    layout: Layout
+    reads: bool
+
+
+@dataclass(frozen=True)
 class PlannedSpace:
     """One decision, in names and numbers.
 
@@ -48,6 +64,7 @@ class PlannedSpace:
         notes: what stays as it is, and why.
         group: the matrices that the space admits in this form: ``orthogonal`` ones alone, or any ``invertible``.
         admits: why no larger group, or why this one, as a phrase.
+        folds: the constants that take up the rotation.
     """
 
     name: str
@@ -63,6 +80,7 @@ class PlannedSpace:
     notes: tuple[str, ...] = ()
     group: Group = "orthogonal"
     admits: str = ""
+    folds: tuple[Fold, ...] = field(default=(), repr=False, compare=False)
 
     @property
     def flops(self) -> int:

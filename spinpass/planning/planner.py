@@ -31,7 +31,7 @@ from spinpass.rotations import Rotation
 from .candidates import Candidate, Candidates
 from .claims import Claims
 from .names import common_name, parameter_names
-from .plan import OnlinePart, PlannedSpace, RotationPlan, Site, UntieRequest
+from .plan import Fold, OnlinePart, PlannedSpace, RotationPlan, Site, UntieRequest
 
 
 class Planner:
@@ -147,6 +147,7 @@ class Planner:
             bytes_added=0,
             group=admitted.group,
             admits=admitted.why,
+            folds=tuple(Fold(self.editor.fqn(c.node), c.type.layout, c.reads) for c in space.constants),
             notes=(*(f"{self.editor.fqn(n)} kept: {w}" for n, w in space.kept.items()), *checked.unchecked),
         )
         self.planned.append(planned)

@@ -3,7 +3,7 @@
 from .calibration import site_errors
 from .kinds import LEARNABLE, Learnable, check_kinds
 from .layers import WeightSite, cache_sites, unrounded_operands, weight_sites
-from .learned import learned
+from .learned import Basis, learned, learned_bases
 from .packed import (
     Packed,
     Trainable,
@@ -27,6 +27,7 @@ __all__ = [
     "PARTS",
     "WEIGHT_BITS",
     "Activations",
+    "Basis",
     "Cache",
     "Codes",
     "CodesStore",
@@ -45,6 +46,7 @@ __all__ = [
     "decode_scales",
     "double_quantize_program",
     "learned",
+    "learned_bases",
     "matrices_of",
     "pack",
     "quantize",

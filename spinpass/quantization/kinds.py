@@ -32,7 +32,9 @@ OFFSET = Learnable(
 GAIN = Learnable("gains", 1e-3, "the scales of norms and other vectors of floats: g·(1 + γ)")
 CLIP = Learnable("clips", 2e-3, "the share of a token's range that activations and caches cover: c·e^κ")
 
-LEARNABLE: Mapping[str, Learnable] = {kind.name: kind for kind in (SCALE, ZERO, OFFSET, GAIN, CLIP)}
+TRANSFORM = Learnable("transforms", 2e-3, "the factors of changes of basis, before anything is rounded: F·(I + E)")
+
+LEARNABLE: Mapping[str, Learnable] = {kind.name: kind for kind in (SCALE, ZERO, OFFSET, GAIN, CLIP, TRANSFORM)}
 """All kinds by name."""
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from spinpass import operators
+from spinpass.learning import LearningPart
 
 from ..kinds import CLIP
 
@@ -36,6 +37,7 @@ class LearnedClip:
     places: tuple[str, ...]
     device: torch.device
     moves: Mapping[str, Tensor] = field(init=False)
+    depends: tuple[LearningPart, ...] = field(default=(), init=False)
 
     def __post_init__(self) -> None:
         move = torch.zeros((), dtype=torch.float32, device=self.device).requires_grad_()

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from spinpass.learning import LearningPart
+
 from ..kinds import GAIN
 
 
@@ -22,6 +24,7 @@ class LearnedVector:
     stored: Tensor
     places: tuple[str, ...]
     moves: Mapping[str, Tensor] = field(init=False)
+    depends: tuple[LearningPart, ...] = field(default=(), init=False)
 
     def __post_init__(self) -> None:
         move = torch.zeros(self.stored.shape, dtype=torch.float32, device=self.stored.device).requires_grad_()

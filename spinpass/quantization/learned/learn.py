@@ -34,14 +34,17 @@ from spinpass.learning import Learning, LearningPart, Lesson, parted, taught
 from spinpass.progress import Progress
 from spinpass.workers import Team
 
-from ..kinds import CLIP, GAIN, LEARNABLE, check_kinds
+from ..kinds import CLIP, GAIN, LEARNABLE, OFFSET, TRANSFORM, check_kinds
 from ..layers import ORIGIN
-from ..packed import training  # noqa: F401  (registers the gradients of roundings)
+from ..packed import (
+    source_of,
+    training,  # noqa: F401  (registers the gradients of roundings)
+)
 from ..report import Quantized, QuantizedWeight
 from ..rounding import Coded
 from .clips import LearnedClip
 from .gains import LearnedVector
-from .weights import LearnedWeight
+from .weights import LearnedWeight, rests_of
 
 _ROUNDING = "spinpass::round_tokens"
 
@@ -83,11 +86,13 @@ def learned(
     """
     settings = settings or Learning()
     check_kinds(settings.kinds)
+    if TRANSFORM.name in settings.kinds:
+        raise ConfigError("transforms are learned before anything is rounded: use spinpass.learn, or leave them out")
     if not inputs:
         raise ConfigError("learning needs calibration inputs; give some")
     if not quantized.report.weights.keys() & quantized.program.state_dict.keys():
         raise ConfigError("nothing of the program is rounded, so there is nothing to learn: quantize it first")
-    made = _Learner(quantized, settings.kinds)
+    made = _Learner(program, quantized, settings.kinds)
     run = _described(quantized, settings.kinds)
     shown, judged = parted(inputs) if held_out is None else (list(inputs), list(held_out))
     del quantized  # its weights are made again of the codes, which are kept
@@ -105,11 +110,12 @@ class _Learner:
         parts: what learns.
     """
 
-    def __init__(self, quantized: Quantized, kinds: Sequence[str]) -> None:
+    def __init__(self, original: ExportedProgram, quantized: Quantized, kinds: Sequence[str]) -> None:
         program, self.report = quantized.program, quantized.report
         self.names = _names(program, self.report.weights)
         self.weights = {
-            name: _weight(program, self.report.weights[name], names, kinds) for name, names in self.names.items()
+            name: _weight(original, program, self.report.weights[name], names, kinds)
+            for name, names in self.names.items()
         }
         self.device = device_of(program)
         self.weights = {name: part for name, part in self.weights.items() if part.moves}
@@ -141,11 +147,33 @@ class _Learner:
 
 
 def _weight(
-    program: ExportedProgram, weight: QuantizedWeight, names: Sequence[str], kinds: Sequence[str]
+    original: ExportedProgram,
+    program: ExportedProgram,
+    weight: QuantizedWeight,
+    names: Sequence[str],
+    kinds: Sequence[str],
 ) -> LearnedWeight:
     stored, places = program.state_dict[names[0]], _places(program)
     there = replace(weight, codes=weight.codes.on(stored.device))
-    return LearnedWeight(there, tuple(places[name] for name in names), stored.shape, stored.dtype, kinds)
+    rests = _rests(original, program, there, names) if OFFSET.name in kinds else None
+    return LearnedWeight(there, tuple(places[name] for name in names), stored.shape, stored.dtype, kinds, rests)
+
+
+def _rests(
+    original: ExportedProgram, program: ExportedProgram, weight: QuantizedWeight, names: Sequence[str]
+) -> Tensor | None:
+    """Return how far the weight of the original lies from its codes; None where it does not have it."""
+    for name in names:
+        source, columns = source_of(name, program.state_dict)
+        exact = original.state_dict.get(source)
+        if exact is None:
+            continue
+        whole = (exact.read() if isinstance(exact, Handle) else exact.detach()).movedim(weight.dim, -1)
+        matrix = whole.reshape(-1, whole.shape[-1])
+        matrix = matrix if columns is None else matrix[:, columns]
+        if matrix.shape == weight.codes.q.shape:
+            return rests_of(matrix, weight.codes)
+    return None
 
 
 def _places(program: ExportedProgram) -> dict[str, str]:

@@ -1,7 +1,9 @@
-"""A rounded weight that learns:  Ŵ = s·e^θ ∘ (clip(round(q + δ)) − round(z + ζ)).
+"""A rounded weight that learns:  Ŵ = s·e^θ ∘ (clip(round(q + r + δ)) − round(z + ζ)).
 
-With L = q + δ in steps of the grid, z' = round(z + ζ), s' = s·e^θ and the gradient G of Ŵ, rounding passed straight
-through (Bengio et al., arXiv 1308.3432):
+r is how far the weight that was rounded lies from q, cut at ±0.4, so that a small move is enough where rounding was a
+close call, and where GPTQ has taken another code than the nearest. With L = q + r + δ in steps of the grid,
+z' = round(z + ζ), s' = s·e^θ and the gradient G of Ŵ, rounding passed straight through (Bengio et al., arXiv
+1308.3432):
 
     dδ = s' ∘ G where L is within the grid      dζ = −s' ΣG      dθ = s' ΣG ∘ (round(L) − z')
 
@@ -18,10 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spinpass.learning import LearningPart
+
 from ..kinds import OFFSET, SCALE, ZERO
 from ..report import QuantizedWeight
 from ..rounding import Codes
 
+_STEPS, _REST = 256, 0.4  # of r in a step of the grid, and the most of it: moves of 0.1 are noise
 _FINE = 8  # bits of codes whose steps are too small to gain by what they are rounded to
 
 
@@ -35,6 +40,7 @@ class LearnedWeight:
         shape: of the stored constant.
         dtype: of the stored constant.
         kinds: what is learned of it.
+        rests: r (out, in) in steps of 1/256, int8; None for zeros.
     """
 
     weight: QuantizedWeight
@@ -42,7 +48,9 @@ class LearnedWeight:
     shape: torch.Size
     dtype: torch.dtype
     kinds: Collection[str]
+    rests: Tensor | None = None
     moves: Mapping[str, Tensor] = field(init=False)
+    depends: tuple[LearningPart, ...] = field(default=(), init=False)
 
     def __post_init__(self) -> None:
         codes = self.weight.codes
@@ -66,7 +74,7 @@ class LearnedWeight:
         if SCALE.name in moves:
             scales = scales * moves[SCALE.name].exp()
         matrix: Tensor = _Rounded.apply(  # type: ignore[no-untyped-call]
-            codes, scales, moves.get(OFFSET.name), moves.get(ZERO.name)
+            codes, scales, moves.get(OFFSET.name), moves.get(ZERO.name), self.rests
         )
         axis = self.weight.dim % len(self.shape)
         left = [size for at, size in enumerate(self.shape) if at != axis]
@@ -77,7 +85,7 @@ class LearnedWeight:
         codes, moves = self.weight.codes, {kind: move.detach() for kind, move in self.moves.items()}
         q, zeros, scales = codes.q, codes.zeros, codes.scales
         if OFFSET.name in moves:
-            q = _levels(codes, moves[OFFSET.name]).to(torch.uint8)
+            q = _levels(codes, moves[OFFSET.name], self.rests).to(torch.uint8)
         if ZERO.name in moves:
             zeros = _zeros(codes, moves[ZERO.name]).to(torch.uint8)
         if SCALE.name in moves:
@@ -86,11 +94,24 @@ class LearnedWeight:
         return replace(self.weight, codes=moved.in_steps_of(self.dtype, self.weight.scheme.scales))
 
 
-def _levels(codes: Codes, offsets: Tensor | None) -> Tensor:
+def rests_of(weight: Tensor, codes: Codes) -> Tensor:
+    """How far a weight (out, in) lies from its codes, in steps of 1/256 of the grid, int8."""
+    at = codes.group_of
+    exact = weight.float() / codes.scales.float()[:, at] + codes.zeros[:, at].float()
+    return (exact - codes.q).clamp_(-_REST, _REST).mul_(_STEPS).round_().to(torch.int8)
+
+
+def _latent(codes: Codes, offsets: Tensor, rests: Tensor | None) -> Tensor:
+    """q + r + δ."""
+    level = offsets.add(codes.q)
+    return level if rests is None else level.add_(rests, alpha=1 / _STEPS)
+
+
+def _levels(codes: Codes, offsets: Tensor | None, rests: Tensor | None) -> Tensor:
     """The codes that weights are rounded to, as floats (out, in)."""
     if offsets is None:
         return codes.q.float()
-    return offsets.add(codes.q).round_().clamp_(0, 2**codes.bits - 1)
+    return _latent(codes, offsets, rests).round_().clamp_(0, 2**codes.bits - 1)
 
 
 def _zeros(codes: Codes, moves: Tensor | None) -> Tensor:
@@ -102,21 +123,23 @@ class _Rounded(torch.autograd.Function):
     """Ŵ (out, in) of codes, scales (out, groups) and moves, which keeps no more than these for the way back."""
 
     @staticmethod
-    def forward(ctx: Any, codes: Codes, scales: Tensor, offsets: Tensor | None, zeros: Tensor | None) -> Tensor:
-        ctx.codes, ctx.moves = codes, (offsets, zeros)
+    def forward(
+        ctx: Any, codes: Codes, scales: Tensor, offsets: Tensor | None, zeros: Tensor | None, rests: Tensor | None
+    ) -> Tensor:
+        ctx.codes, ctx.moves = codes, (offsets, zeros, rests)
         ctx.save_for_backward(scales)
-        matrix = _levels(codes, offsets)
+        matrix = _levels(codes, offsets, rests)
         _grouped(codes, matrix, lambda part, group: part.sub_(group), _zeros(codes, zeros))
         _grouped(codes, matrix, lambda part, group: part.mul_(group), scales)
         return matrix
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        codes, (offsets, zeros) = ctx.codes, ctx.moves
+        codes, (offsets, zeros, rests) = ctx.codes, ctx.moves
         (scales,) = ctx.saved_tensors
         by_scales = by_offsets = by_zeros = None
         if ctx.needs_input_grad[1]:
-            distance = _levels(codes, offsets)
+            distance = _levels(codes, offsets, rests)
             _grouped(codes, distance, lambda part, group: part.sub_(group), _zeros(codes, zeros))
             by_scales = _summed(codes, distance.mul_(gradient))
         if zeros is not None and ctx.needs_input_grad[3]:
@@ -124,9 +147,9 @@ class _Rounded(torch.autograd.Function):
         if offsets is not None and ctx.needs_input_grad[2]:
             by_offsets = gradient.clone()
             _grouped(codes, by_offsets, lambda part, group: part.mul_(group), scales)
-            level = offsets.add(codes.q)
+            level = _latent(codes, offsets, rests)
             by_offsets.masked_fill_((level < -0.5) | (level > 2**codes.bits - 0.5), 0.0)
-        return None, by_scales, by_offsets, by_zeros
+        return None, by_scales, by_offsets, by_zeros, None
 
 
 def _grouped(codes: Codes, matrix: Tensor, apply: Any, group: Tensor) -> None:

@@ -1,7 +1,7 @@
 """What is made of a quantized program: layers on packed codes, layers split by width, scales stored twice rounded."""
 
 from .double_scales import decode_scales, double_quantize_program
-from .mixed_rows import split_rows, splittable
+from .mixed_rows import source_of, split_rows, splittable
 from .program import Packed, pack, rewritten, unpack, weight_name
 from .training import Trainable
 
@@ -12,6 +12,7 @@ __all__ = [
     "double_quantize_program",
     "pack",
     "rewritten",
+    "source_of",
     "split_rows",
     "splittable",
     "unpack",

@@ -8,6 +8,7 @@ what EXL2 files have.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -60,6 +61,19 @@ def split_rows(quantized: Quantized) -> Quantized:
     program = integers_as_buffers(without_constants(editor.finish(), dead))
     kept = {name: weight for name, weight in quantized.report.weights.items() if name not in mixed}
     return Quantized(program, replace(quantized.report, weights=kept | parts))
+
+
+def source_of(name: str, state: Mapping[str, Tensor]) -> tuple[str, Tensor | None]:
+    """Return the name of the weight that a weight of a split program is a part of, and the columns; itself and None
+    where it is none.
+
+    Args:
+        name: of the weight.
+        state: the constants of the split program.
+    """
+    found = re.fullmatch(r"(.*)\.bits\d", name.removesuffix(".weight"))
+    columns = state.get(f"{name.removesuffix('.weight')}.inputs")
+    return (name, None) if found is None or columns is None else (f"{found[1]}.weight", columns)
 
 
 def _parts(name: str, weight: QuantizedWeight) -> dict[str, QuantizedWeight]:

@@ -74,7 +74,7 @@ def test_no_input_is_changed() -> None:
 def test_gradients_reach_the_scales_through_the_whole_program(monkeypatch: pytest.MonkeyPatch) -> None:
     """Against a difference quotient of the loss along the gradient, in a program whose inputs are not rounded."""
     quantized = quantize(program(), "w4g16-rtn")
-    made = learning._Learner(quantized, ["scales"])
+    made = learning._Learner(program(), quantized, ["scales"])
     (ids, *_) = inputs()
 
     def loss() -> Tensor:

@@ -1,0 +1,174 @@
+"""learn:  a program, a scheme, text  ->  the program in the bases and with the numbers that the scheme does best with.
+
+    rotate  ->  learn changes of basis  ->  rotate by them, certify  ->  round  ->  learn scales and roundings
+
+Everything that is learned folds into constants or stands where a Hadamard of the same cost stood, so what comes out is
+what the exporters take: a program, its integers, and a plan with matrices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch.export import ExportedProgram
+
+from spinpass.config import RotationConfig
+from spinpass.errors import ConfigError
+from spinpass.learning import Learning, LearningRecord
+from spinpass.pipeline import rotate
+from spinpass.planning import PlannedSpace, RotationPlan
+from spinpass.progress import Silent, Steps
+from spinpass.quantization import (
+    Basis,
+    QuantizationConfig,
+    Quantized,
+    check_kinds,
+    learned_bases,
+    quantize,
+)
+from spinpass.rotations import Rotation, hadamard
+from spinpass.workers import Team
+
+TRANSFORMS = "transforms"
+"""The kind of moves that is learned before anything is rounded."""
+
+_DENSE = 1024  # coordinates of a space, above which a matrix without structure is not learned
+_DEFAULT = Learning((TRANSFORMS, "scales", "offsets"))
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What :func:`learn` returns.
+
+    Attributes:
+        program: the rotated program, in floats.
+        quantized: what was made of it, with its integers, as the exporters take it.
+        config: the rotations, with the matrices that were learned.
+        plan: every decision behind them.
+        bases: how learning the changes of basis went; None where none was learned.
+    """
+
+    program: ExportedProgram
+    quantized: Quantized
+    config: RotationConfig
+    plan: RotationPlan
+    bases: LearningRecord | None
+
+    @property
+    def numbers(self) -> LearningRecord | None:
+        """How learning scales, roundings and the like went; None where nothing of the kind was."""
+        return self.quantized.report.learning
+
+
+def learn(
+    program: ExportedProgram,
+    scheme: QuantizationConfig | str,
+    calibration: Sequence[object],
+    *,
+    config: RotationConfig | None = None,
+    settings: Learning | None = None,
+    training: Sequence[object] | None = None,
+    held_out: Sequence[object] | None = None,
+    checkpoint: Path | None = None,
+    team: Team | None = None,
+    steps: Steps | None = None,
+) -> Learned:
+    """Rotate, round and learn a program for a scheme. The program is not changed.
+
+    Args:
+        program: a language model, from ``torch.export.export`` or any exporter built on it.
+        scheme: what is rounded, as for :func:`spinpass.quantization.quantize`. What it says of learning is replaced.
+        calibration: inputs of the program, by which weights are rounded.
+        config: what is rotated; R1 online by default, which admits any invertible matrix.
+        settings: what is learned, and for how long; by default changes of basis, then scales and roundings.
+        training: inputs to learn from; those of the calibration by default. Shorter ones need less memory.
+        held_out: inputs of another text, which decide what is kept. None holds out one of sixteen.
+        checkpoint: a folder in which the run is saved now and then, and from which it goes on, to the same result.
+        team: the ranks that share the work, see :mod:`spinpass.workers`.
+        steps: told what begins.
+
+    Raises:
+        ConfigError: a value out of range, nothing that can be learned, or too few inputs.
+        LearningError: the loss became no number.
+        ProgramError, QuantizedWeightError, RefusedError, VerificationError: as :func:`spinpass.rotate`.
+    """
+    asked = settings or _DEFAULT
+    check_kinds(asked.kinds)
+    if not calibration:
+        raise ConfigError("learning needs calibration inputs; give some")
+    chosen = QuantizationConfig.parse(scheme) if isinstance(scheme, str) else scheme
+    config, steps = config or RotationConfig(form="online"), steps or Silent()
+    shown = calibration if training is None else training
+    files = (None, None) if checkpoint is None else (checkpoint / "bases.pt", checkpoint / "numbers.pt")
+    course: LearningRecord | None = None
+    if TRANSFORMS in asked.kinds:
+        config, course = with_learned_bases(
+            program, config, chosen, shown, asked, held_out=held_out, checkpoint=files[0], team=team, steps=steps
+        )
+    steps.begin("rotate")
+    found = rotate(program, config)
+    rest = tuple(kind for kind in asked.kinds if kind != TRANSFORMS)
+    options: dict[str, Any] = {"training": training, "held_out": held_out, "checkpoint": files[1], "team": team}
+    made = quantize(
+        found.program,
+        replace(chosen, learn=replace(asked, kinds=rest) if rest else None),
+        calibration,
+        progress=steps.start("quantize"),
+        learning=lambda: steps.start("learn"),
+        **options,
+    )
+    return Learned(found.program, made, config, found.plan, course)
+
+
+def with_learned_bases(
+    program: ExportedProgram,
+    config: RotationConfig,
+    scheme: QuantizationConfig,
+    inputs: Sequence[object],
+    settings: Learning,
+    *,
+    held_out: Sequence[object] | None = None,
+    checkpoint: Path | None = None,
+    team: Team | None = None,
+    steps: Steps | None = None,
+) -> tuple[RotationConfig, LearningRecord]:
+    """Return a configuration with the matrices that were learned for a scheme, and how that went. See :func:`learn`."""
+    steps = steps or Silent()
+    steps.begin("plan")
+    plain = rotate(program, replace(config, verify=False)).plan
+    begun = {space.name: begin for space in plain.spaces for begin in (_factored(space),) if begin is not None}
+    if not begun:
+        raise ConfigError("none of the rotations can be learned: " + "; ".join(str(r) for r in plain.refusals))
+    rotated = rotate(program, replace(config, verify=False, matrices={**config.matrices, **begun}))
+    bases = [
+        Basis(
+            space.name,
+            space.rotation,
+            space.group == "orthogonal",
+            [(f.constant, f.layout, f.reads) for f in space.folds],
+        )
+        for space in rotated.plan.spaces
+        if space.name in begun
+    ]
+    options: dict[str, Any] = {"held_out": held_out, "checkpoint": checkpoint, "team": team}
+    options["progress"] = steps.start("learn bases")
+    found, course = learned_bases(program, rotated.program, bases, scheme, inputs, settings, **options)
+    return replace(config, matrices={**config.matrices, **found}), course
+
+
+def _factored(space: PlannedSpace) -> Rotation | None:
+    """Return a space's rotation in factors, where it has such and they are few enough to be learned."""
+    rotation = space.rotation
+    if rotation.kind == "hadamard":
+        sizes = hadamard.kronecker_factors(rotation.order)
+        factors = [matrix / len(matrix) ** 0.5 for matrix in hadamard.factor_matrices(rotation.order)]
+        if max(sizes) <= _DENSE:
+            return Rotation.from_factors(factors, space.name, size=rotation.size)
+    if rotation.factors:
+        return rotation
+    if rotation.size > _DENSE:
+        return None
+    return Rotation.from_factors([rotation.matrix()], space.name)
