@@ -139,27 +139,24 @@ def with_learned_bases(
     steps = steps or Silent()
     steps.begin("plan")
     plain = rotate(program, replace(config, verify=False)).plan
-    begun = {space.name: begin for space in plain.spaces for begin in (_factored(space),) if begin is not None}
+    begun = {space.name: begin for space in plain.spaces for begin in (factored(space),) if begin is not None}
     if not begun:
         raise ConfigError("none of the rotations can be learned: " + "; ".join(str(r) for r in plain.refusals))
     rotated = rotate(program, replace(config, verify=False, matrices={**config.matrices, **begun}))
-    bases = [
-        Basis(
-            space.name,
-            space.rotation,
-            space.group == "orthogonal",
-            [(f.constant, f.layout, f.reads) for f in space.folds],
-        )
-        for space in rotated.plan.spaces
-        if space.name in begun
-    ]
+    bases = [basis_of(space) for space in rotated.plan.spaces if space.name in begun]
     options: dict[str, Any] = {"held_out": held_out, "checkpoint": checkpoint, "team": team}
     options["progress"] = steps.start("learn bases")
     found, course = learned_bases(program, rotated.program, bases, scheme, inputs, settings, **options)
     return replace(config, matrices={**config.matrices, **found}), course
 
 
-def _factored(space: PlannedSpace) -> Rotation | None:
+def basis_of(space: PlannedSpace) -> Basis:
+    """Return what is learned of a space, and the constants that take it up."""
+    folds = [(fold.constant, fold.layout, fold.reads) for fold in space.folds]
+    return Basis(space.name, space.rotation, space.group == "orthogonal", folds)
+
+
+def factored(space: PlannedSpace) -> Rotation | None:
     """Return a space's rotation in factors, where it has such and they are few enough to be learned."""
     rotation = space.rotation
     if rotation.kind == "hadamard":
