@@ -96,8 +96,8 @@ def test_only_the_command_line_knows_a_terminal(path: Path) -> None:
 
 ROWS = (
     ("cli",),
-    ("folders", "reporting", "tuning", "learned"),
-    ("exporters", "evaluation"),
+    ("folders", "reporting", "tuning"),
+    ("exporters", "evaluation", "learned"),
     ("loading", "runtime"),
     ("formats", "pipeline"),
     ("quantization", "planning"),

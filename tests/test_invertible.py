@@ -84,7 +84,7 @@ def test_the_plan_says_which_matrices_a_space_admits_and_why() -> None:
     groups = {space.name.split(":")[0]: space.group for space in offline.spaces}
     assert groups == {"R1": "orthogonal", "R2": "invertible", "R3": "orthogonal", "R4": "invertible"}
     assert {s.group for s in online.spaces if s.role == "R1"} == {"invertible"}
-    assert "admits   R1 offline: orthogonal, a norm measures it" in str(offline)
+    assert "R1 offline admits orthogonal matrices: a norm measures it" in str(offline)
     assert "multiplies two of its values" in str(offline) and "invertible" in str(online)
     assert {each["group"] for each in offline.to_dict()["spaces"]} == {"orthogonal", "invertible"}
 

@@ -27,6 +27,7 @@ from .evaluate import evaluate_command
 from .export import export_command
 from .generate import generate_command
 from .inspect import inspect_command
+from .learn import learn_command
 from .plain import plain_streams
 from .plan import plan_command
 from .report import report_command
@@ -139,6 +140,7 @@ app.command("rotate-checkpoint")(rotate_checkpoint_command)
 app.command("plan")(plan_command)
 app.command("verify")(verify_command)
 app.command("tune")(tune_command)
+app.command("learn")(learn_command)
 app.command("eval")(evaluate_command)
 app.command("generate")(generate_command)
 app.command("chat")(chat_command)

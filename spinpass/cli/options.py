@@ -81,7 +81,7 @@ AllowPartial = Annotated[
 Matrices = Annotated[
     Path | None,
     typer.Option(
-        help="SpinQuant's learned matrices (R.bin: R1, and R2 of every layer); other rotations are as --kind says.",
+        help="Learned matrices: a file of spinpass learn, or SpinQuant's R.bin; other rotations are as --kind says.",
         metavar="FILE",
     ),
 ]

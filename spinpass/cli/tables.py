@@ -54,7 +54,7 @@ def plan_table(plan: RotationPlan, *, every_space: bool = False) -> Table:
         label = f"{name} ({len(spaces)}×)" if len(spaces) > 1 else name
         table.add_row(label, str(first.rotation), first.form, online_parts(spaces), f"{sum(s.flops for s in spaces):,}")
     total = f"{len(plan.spaces)} spaces, {plan.flops:,} FLOP per token and {plan.bytes_added:,} bytes added"
-    table.caption = "\n".join([total, *_notes(plan)])
+    table.caption = "\n".join([total, *plan.admissions, *_notes(plan)])
     return table
 
 

@@ -28,10 +28,17 @@ class LearningText:
 
 
 def learning_text(
-    program: ExportedProgram, tokenize: Tokenize, path: Path, learning: Learning | None, windows: int, longest: int
+    program: ExportedProgram,
+    tokenize: Tokenize,
+    path: Path,
+    learning: Learning | None,
+    windows: int,
+    longest: int,
+    *,
+    judge: Path | None = None,
 ) -> LearningText:
     """Cut what a program learns from. Where no more than scales are learned, which little text is enough for, it is as
-    many tokens as calibrate; elsewhere all of the text, and Python's documentation decides.
+    many tokens as calibrate; elsewhere all of the text, and another text decides.
 
     Args:
         program: it reads token ids.
@@ -40,6 +47,7 @@ def learning_text(
         learning: what is learned; None for what needs gradients and learns nothing.
         windows: how many calibrate.
         longest: tokens that the model has positions for.
+        judge: the text that decides; None for Python's documentation.
 
     Raises ConfigError: the text cannot be read, or is too short.
     """
@@ -48,7 +56,7 @@ def learning_text(
         return LearningText(calibration_inputs(program, tokenize, path, length, _SHARE * windows), None)
     most = max(1, min(_MOST, len(tokenize(read_text(path))) // length))
     scorer = ProgramScorer(program)
-    judged = windows_between(tokenize(read_text(None)), length, _JUDGED)
+    judged = windows_between(tokenize(read_text(judge)), length, _JUDGED)
     return LearningText(
         calibration_inputs(program, tokenize, path, length, most), [scorer.inputs(ids) for ids in judged]
     )

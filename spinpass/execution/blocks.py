@@ -7,7 +7,7 @@ Cuts are made where few values live, which in a decoder is between two layers, a
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,8 +21,6 @@ from spinpass.graph import mutates, reachable
 from .interpreter import Runner, constants
 from .recomputed import live_bytes, main_output, node_bytes, nodes_behind
 from .synthetic import bound_sizes, user_inputs
-
-_NARROW = 1.05  # times the least that lives anywhere inside, a cut may have
 
 
 def blocks_of(
@@ -47,20 +45,12 @@ def blocks_of(
     inside = set(nodes)
     live = list(live_bytes(nodes, wanted, [node_bytes(node, sizes) for node in nodes]))[1:-1]
     first = [_read_first(node, counted, seen) for seen in [set[str]()] for node in nodes]
-    within = [at for at in range(1, len(nodes)) if any(first[:at]) and any(first[at:])]
-    least = min((live[at - 1] for at in within), default=0)
     found: list[list[Node]] = []
-    read, before = 0, set[Node]()
-    for at, node in enumerate(nodes[:-1], 1):
-        before.add(node)
-        read += first[at - 1]
-        if read >= each and at in within and live[at - 1] <= _NARROW * least:
-            living = [each for each in nodes[:at] if any(n in inside and n not in before for n in each.users)]
-            if all(node.name in known for node in living):
-                found.append(living)
-                read = 0
-    if found and read + first[-1] < each:
-        found.pop()  # what little is left belongs to the last
+    for at in _cuts(first, live, each):
+        before = set(nodes[:at])
+        living = [node for node in nodes[:at] if any(n in inside and n not in before for n in node.users)]
+        if all(node.name in known for node in living):
+            found.append(living)
     assert isinstance(wanted, Node)
     return [*found, [wanted]]
 
@@ -107,6 +97,30 @@ def _needed(given: Collection[Node], wanted: Sequence[Node]) -> set[Node]:
 
 def _is_there(node: Node, given: Mapping[Node, Any]) -> bool:
     return node in given or node.op == "placeholder"
+
+
+def _cuts(read: Sequence[int], live: Sequence[int], each: int) -> Iterator[int]:
+    """Yield where blocks begin but the first: where the least lives, ``each`` constants on and before twice as many.
+
+    Args:
+        read: how many constants each node reads that none before it has.
+        live: how many bytes live behind each node.
+        each: how many constants a block has at least, the last one included.
+    """
+    left, at = sum(read), 0
+    while left >= 2 * each:
+        counted, best = 0, 0
+        for end in range(at + 1, len(read)):
+            counted += read[end - 1]
+            if counted >= 2 * each or left - counted < each:
+                break
+            if counted >= each and (not best or live[end - 1] < live[best - 1]):
+                best = end
+        if not best:
+            return
+        left -= sum(read[at:best])
+        at = best
+        yield at
 
 
 def _read_first(node: Node, counted: Collection[str], seen: set[str]) -> int:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from spinpass import record
-from spinpass.config import RotationConfig
+from spinpass.config import Matrix, RotationConfig
 from spinpass.errors import RefusedError, VerificationError
 from spinpass.graph import values_of
 from spinpass.pipeline import rotate
@@ -40,7 +40,7 @@ def check_basis(
     original: ExportedProgram,
     rotated: ExportedProgram,
     declared: record.Record,
-    matrices: Mapping[str, Tensor | Sequence[Tensor]] | None = None,
+    matrices: Mapping[str, Matrix | Sequence[Matrix]] | None = None,
 ) -> BasisProof:
     """Compare each weight of a checkpoint with that of the original in the basis that the checkpoint declares.
 

@@ -17,6 +17,7 @@ from spinpass.errors import ConfigError, ExportError, SpinpassError
 from spinpass.evaluation import (
     CALIBRATION_LENGTH,
     SELF,
+    learning_text,
     named_dataset,
     own_tokens,
     read_dataset,
@@ -24,6 +25,8 @@ from spinpass.evaluation import (
 )
 from spinpass.formats import Draft, KeptWork, drafted
 from spinpass.graph import HOST, Device, on_device
+from spinpass.learned import with_learned_bases
+from spinpass.learning import Learning, LearningRecord
 from spinpass.loading import LoadedModel, check_program_options, load_model
 from spinpass.passes import last_token
 from spinpass.progress import Silent, Steps
@@ -234,7 +237,9 @@ class _Run:
         asked, steps = self.request, self.steps
         there = on_device(loaded.program, asked.device)
         options: dict[str, Any] = {"certify": asked.certify, "allow_partial": asked.allow_partial}
-        result = rotated(there, config, steps, team=self.team, **options)
+        learning = asked.bases if config is not None else None
+        chosen, record = (config, None) if learning is None else self._based(loaded, there, learning, text)
+        result = replace(rotated(there, chosen, steps, team=self.team, **options), bases=record)
         result = replace(result, program=self._kept(result.program))
         if asked.to == "gptq":
             check_rotation(loaded, result)
@@ -251,6 +256,21 @@ class _Run:
             result, settings=settings_of(asked, config, windows=self.windows, last_logits=result.scored is not None)
         )
         return Made(result, self.write(loaded, result, draft, steps, **options))
+
+    def _based(
+        self, loaded: LoadedModel, program: ExportedProgram, learning: Learning, text: Path | None
+    ) -> tuple[RotationConfig | None, LearningRecord]:
+        """Return what is rotated, with the changes of basis that were learned for the scheme."""
+        asked, scheme = self.request, self.request.scheme
+        assert asked.config is not None and scheme is not None and text is not None
+        if loaded.companions is None or loaded.companions.tokenizer is None:
+            raise ConfigError(f"{loaded.source.location} has no tokenizer to read {text} with: leave --learn out")
+        tokenize, longest = token_ids(loaded.companions.tokenizer), window_length(loaded.companions)
+        read = learning_text(program, tokenize, text, learning, 1, longest)
+        self.draft.work.mkdir(exist_ok=True)
+        options: dict[str, Any] = {"team": self.team, "checkpoint": self.draft.work / "bases.pt"}
+        options |= {"held_out": read.held_out, "steps": self.steps}
+        return with_learned_bases(program, asked.config, scheme, read.shown, learning, **options)
 
     def _kept(self, program: ExportedProgram) -> ExportedProgram:
         """Return the program with what is read again and again kept on the disk, if there is room for it."""
@@ -305,7 +325,7 @@ class _Run:
             self.windows,
             device=str(asked.device).partition(":")[0],
             target=f"{asked.to}, {asked.dtype}, {asked.cache}, {asked.context}, {asked.dequantize}",
-            rotation=f"{asked.certify}, {asked.allow_partial}",
+            rotation=f"{asked.certify}, {asked.allow_partial}, {asked.bases}",
         )
         self._check_one_run(run)
         wanted = self.team.told(asked.scheme is not None or self.draft.work.exists())

@@ -109,6 +109,11 @@ def learning_of(name: LearnName, minutes: float | None) -> Learning | None:
     return Learning(_LEARNED, (name,), rounds=_ROUNDS, minutes=minutes)
 
 
+def bases_of(minutes: float | None) -> Learning:
+    """Return how changes of basis are learned: block by block, in one round through the text."""
+    return Learning(("transforms",), ("local",), minutes=minutes)
+
+
 def measured() -> dict[str, Any]:
     """Return what ``python -m benchmarks.yardstick`` has kept of the recipes for ONNX Runtime.
 

@@ -12,17 +12,19 @@ from spinpass.config import RotationConfig
 from spinpass.errors import ConfigError
 from spinpass.evaluation import CALIBRATION_WINDOWS, SHIPPED_TEXT, check_windows
 from spinpass.graph import HOST, Device, named_device
+from spinpass.learning import Learning
 from spinpass.loading import check_dtype
 from spinpass.quantization import QuantizationConfig, Weights
 
 from .gptq import WEIGHTS_ONLY, check_offline, check_weights_alone
-from .recipes import DEFAULT_BITS, LearnName, RecipeName, learning_of, recipe_of
+from .recipes import DEFAULT_BITS, LearnName, RecipeName, bases_of, learning_of, recipe_of
 
 Target = Literal["onnx", "openvino", "executorch", "gptq"]
 IntegerCache = Literal["int8", "int4"]
 
 
 _DEFAULT = RotationConfig()
+_FEW = 8  # bits, below which the ranges of what is computed are narrow
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
 
 
@@ -243,6 +245,18 @@ class ExportRequest:
         if self.learn is not None or self.minutes is not None:
             asked = replace(asked, learn=learning_of(self.learn or "full", self.minutes))
         return replace(asked, exclude=self.keep, overrides=overrides, stacks=stacks)
+
+    @property
+    def bases(self) -> Learning | None:
+        """How changes of basis are learned, before anything is rounded; None where they stay as they begin. They pay
+        where activations or caches have few bits, whose ranges they level; weights have their own."""
+        scheme = self.scheme
+        if scheme is None or scheme.learn is None or self.learn in (None, "none") or self.config is None:
+            return None
+        few = [each for each in (scheme.activations, scheme.cache) if each is not None and each.bits < _FEW]
+        if not few or (scheme.activations is not None and scheme.activations.static):
+            return None
+        return bases_of(self.minutes)
 
     @property
     def notes(self) -> list[str]:

@@ -21,6 +21,7 @@ from spinpass.config import Matrix, RotationConfig
 from spinpass.errors import ConfigError
 from spinpass.evaluation import CALIBRATION_LENGTH, LearningText, calibration_inputs, learning_text, token_ids
 from spinpass.graph import spooled
+from spinpass.learning import LearningRecord
 from spinpass.loading import Companions, LoadedModel
 from spinpass.pipeline import rotate
 from spinpass.planning import RotationPlan
@@ -40,7 +41,8 @@ class Result:
     ``plan`` is None where no rotation was asked for, ``quantization`` where nothing was rounded. ``scored`` computes
     the logits of every token where the program has those of the last one alone; else it is None. ``settings`` are the
     options that make it again, None where options cannot say it. ``exact`` computes in float64, by placeholder name,
-    what rotated constants were before they were rounded, where that was asked for.
+    what rotated constants were before they were rounded, where that was asked for. ``bases`` says how learning the
+    changes of basis went, None where none was learned.
     """
 
     program: ExportedProgram
@@ -49,6 +51,7 @@ class Result:
     scored: ExportedProgram | None = None
     settings: Mapping[str, Any] | None = None
     exact: Mapping[str, Callable[[], Tensor]] = field(default_factory=dict, repr=False)
+    bases: LearningRecord | None = None
 
     @property
     def rounds_activations(self) -> bool:
@@ -81,6 +84,7 @@ class Result:
             "plan": self.plan and self.plan.to_dict(),
             "record": found and found.to_dict(),
             "quantization": self.quantization and self.quantization.to_dict(),
+            "bases": self.bases and self.bases.to_dict(),
         }
 
 

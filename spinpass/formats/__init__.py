@@ -31,7 +31,7 @@ from .manifest import (
     sealed,
     sha256,
 )
-from .matrices import read_matrices
+from .matrices import read_matrices, write_matrices
 from .paths import (
     EXTERNAL_BYTES,
     PROTOBUF_LIMIT,
@@ -123,6 +123,7 @@ __all__ = [
     "transform_config",
     "write_compressed_tensors",
     "write_gptq",
+    "write_matrices",
     "write_shards",
     "xml_path",
 ]

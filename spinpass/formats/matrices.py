@@ -1,4 +1,7 @@
-"""Rotation matrices that SpinQuant has learned, as ``optimize_rotation.py`` of its authors saves them: ``R.bin``.
+"""Matrices that were learned: those of ``spinpass learn``, and SpinQuant's.
+
+``spinpass learn`` writes JSON: by name of a space its change of basis, as :meth:`spinpass.Rotation.to_dict` has it, and
+what it was learned for. SpinQuant's is what ``optimize_rotation.py`` of its authors saves, ``R.bin``:
 
     R1                             (hidden, hidden)   of the residual stream
     model.layers.K.self_attn.R2    (head, head)       of the values of layer K
@@ -11,32 +14,46 @@ model with RMSNorm, and puts exact Hadamards at the inputs of down projections, 
 
 from __future__ import annotations
 
+import json
 import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from spinpass.config import ROLES
+from spinpass.config import ROLES, Matrix
 from spinpass.errors import ConfigError, DamageError, first_line
 from spinpass.rotations import Rotation
 
 from .archives import check_archive
+from .staging import staged
 
 
-def read_matrices(path: str | Path) -> Mapping[str, tuple[Tensor, ...]]:
-    """Read rotation matrices from a file as SpinQuant saves them, for ``RotationConfig(matrices=...)``.
+def write_matrices(path: str | Path, matrices: Mapping[str, Rotation], about: Mapping[str, Any]) -> None:
+    """Write changes of basis by the names of their spaces, and what they were learned for, for :func:`read_matrices`.
 
-    Names say which rotation a matrix is of and, by their numbers, in which order those of one rotation come; nothing
-    else in them is looked at. Nothing that is in the file is run.
+    The file is there whole or not at all.
+    """
+    content = {"spinpass": "matrices", "about": dict(about), "matrices": {k: m.to_dict() for k, m in matrices.items()}}
+    path, text = Path(path), json.dumps(content, indent=1)
+    with staged(path.parent, len(text)) as staging:
+        (staging / path.name).write_text(text, encoding="utf-8")
+
+
+def read_matrices(path: str | Path) -> Mapping[str, Matrix | tuple[Matrix, ...]]:
+    """Read matrices of ``spinpass learn``, or as SpinQuant saves them, for ``RotationConfig(matrices=...)``.
+
+    SpinQuant's names say which rotation a matrix is of and, by their numbers, in which order those of one rotation
+    come; nothing else in them is looked at. Nothing that is in the file is run.
 
     Args:
         path: the file, a dict of tensors that ``torch.save`` has written.
 
     Returns:
-        The matrices of each rotation in order, float32 or float64 (n, n).
+        By name of a space its change of basis; or the matrices of each rotation in order, float32 or float64 (n, n).
 
     Raises:
         ConfigError: there is no such file; it holds something else than rotation matrices, or one is not orthogonal.
@@ -45,6 +62,8 @@ def read_matrices(path: str | Path) -> Mapping[str, tuple[Tensor, ...]]:
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"there is no file {path}: name one with rotation matrices, such as SpinQuant's R.bin")
+    if path.open("rb").read(1) == b"{":
+        return _learned(path)
     found: dict[str, dict[tuple[int, ...], Tensor]] = {}
     for name, matrix in _stored(path).items():
         role = name.rpartition(".")[2]
@@ -61,6 +80,21 @@ def read_matrices(path: str | Path) -> Mapping[str, tuple[Tensor, ...]]:
     if not found:
         raise ConfigError(f"{path} holds no rotation matrix")
     return {role: tuple(of_role[place] for place in sorted(of_role)) for role, of_role in found.items()}
+
+
+def _learned(path: Path) -> dict[str, Rotation]:
+    """Return what :func:`write_matrices` has written."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise DamageError(f"{path} is damaged: {first_line(error)}") from error
+    held = content.get("matrices")
+    if content.get("spinpass") != "matrices" or not isinstance(held, dict) or not held:
+        raise ConfigError(f"{path} holds no matrices of spinpass learn")
+    try:
+        return {str(space): Rotation.from_dict(data) for space, data in held.items()}
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
 
 
 def _stored(path: Path) -> dict[str, Tensor]:

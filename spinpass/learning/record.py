@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -46,6 +47,16 @@ class LearningRecord:
             return f"learned {what} and dropped them: {moved}"
         left = f"; dropped {' and '.join(self.dropped)}, which did not help there" if self.dropped else ""
         return f"learned {what}: {moved}{left}"
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> LearningRecord:
+        """Return the value that :meth:`to_dict` has written."""
+        given = {name: value for name, value in data.items() if name != "kept"}
+        for name in ("kinds", "dropped"):
+            given[name] = tuple(given[name])
+        for name in ("losses", "checks"):
+            given[name] = tuple(map(tuple, given[name]))
+        return LearningRecord(**given)
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON-able values."""

@@ -118,6 +118,9 @@ class _Course:
         found = self.saved.load() or {}
         self.team.gathered(None)  # none saves before all have looked
         moves = all_moves(self.parts)
+        if "ended" in found:
+            set_moves(moves, found["moves"])
+            return LearningRecord.from_dict(found["ended"])
         self.state = {key: found.get(key, start) for key, start in _start().items()}
         self._tick, self._total = self._counter(), self._expected(None)
         began = time.monotonic()
@@ -130,7 +133,9 @@ class _Course:
             self._local(found.get("block", 0))
         if "full" in self.settings.phases:
             self._full(found if found.get("phase") == "full" else {})
-        return self._ended()
+        record = self._ended()
+        self.saved.save({"ended": record.to_dict(), "moves": [move.detach() for move in moves]})
+        return record
 
     def _local(self, first: int) -> None:
         """Fit block after block, from one of them on."""

@@ -129,6 +129,12 @@ class RotationPlan:
         """Return the bytes of constants that the rotated program has and the original has not."""
         return sum(s.bytes_added for s in self.spaces)
 
+    @property
+    def admissions(self) -> list[str]:
+        """Return which matrices the spaces admit, and why, a sentence for each kind of them."""
+        reasons = {(s.role, s.form, s.group): s.admits for s in self.spaces}
+        return [f"{role} {form} admits {group} matrices: {why}" for (role, form, group), why in sorted(reasons.items())]
+
     def without(self, *names: str) -> RotationPlan:
         """Return the plan without the spaces of these names, which are left alone.
 
@@ -195,8 +201,7 @@ class RotationPlan:
             for s in self.spaces
         ]
         lines = _table([head, *rows])
-        reasons = {(s.role, s.form, s.group, s.admits) for s in self.spaces}
-        lines += [f"admits   {role} {form}: {group}, {why}" for role, form, group, why in sorted(reasons)]
+        lines += self.admissions
         lines += [f"refused  {r}" for r in self.refusals]
         lines.append(
             f"total: {len(self.spaces)} spaces, {self.flops:,} FLOP per token added, {self.bytes_added:,} bytes added"

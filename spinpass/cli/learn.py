@@ -1,0 +1,130 @@
+"""``spinpass learn``: the changes of basis that a model is rounded best in, as a file of matrices."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from spinpass.config import RotationConfig
+from spinpass.errors import ConfigError
+from spinpass.evaluation import SHIPPED_TEXT, learning_text, token_ids
+from spinpass.folders import Known, check_space, check_writable, window_length
+from spinpass.formats import write_matrices
+from spinpass.graph import named_device, on_device
+from spinpass.learned import with_learned_bases
+from spinpass.learning import Learning, Phase
+from spinpass.loading import load_model
+from spinpass.quantization import QuantizationConfig
+from spinpass.rotations import Rotation
+
+from .options import (
+    ALL,
+    AsJson,
+    Dequantize,
+    DeviceOption,
+    Dtype,
+    Minutes,
+    Model,
+    TrustRemoteCode,
+    Verbose,
+    rotation_options,
+)
+from .screen import screen_of
+from .tables import files_table, show_loading
+
+_BYTES = 1 << 24  # of a file of matrices, about
+
+
+@rotation_options
+def learn_command(
+    ctx: typer.Context,
+    model: Model,
+    out: Annotated[Path, typer.Argument(metavar="OUT.json", help="File to write the matrices to.")],
+    quantize: Annotated[str, typer.Option(help="Scheme to learn them for, for example w4-asym-gptq-a4-kv4.")],
+    config: RotationConfig | None = None,
+    phase: Annotated[
+        Phase, typer.Option(help="Learn block by block, in little memory, or by what the whole model predicts.")
+    ] = "local",
+    rounds: Annotated[int, typer.Option(help="Rounds through the text.")] = 1,
+    minutes: Minutes = None,
+    learning_seed: Annotated[int, typer.Option("--learning-seed", help="Seed of the order of windows.")] = 0,
+    calibration: Annotated[
+        Path, typer.Option(help="UTF-8 text to learn from.", show_default="text of this package")
+    ] = SHIPPED_TEXT,
+    text: Annotated[
+        Path | None,
+        typer.Option(
+            help="UTF-8 text that decides, of another source than the other.", show_default="Python's documentation"
+        ),
+    ] = None,
+    dtype: Dtype = "float32",
+    device: DeviceOption = "cpu",
+    dequantize: Dequantize = False,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: AsJson = False,
+    verbose: Verbose = 0,
+) -> None:
+    """Learn, for a scheme, the matrices of the rotations that MODEL admits, and write them for --matrices.
+
+    Online rotations become any invertible matrix in the factors of the Hadamard that they begin at,
+    at its cost; those that are folded through norms stay orthogonal. They are
+    kept where they help on the text that decides. A run that was stopped goes on.
+
+    Example: spinpass learn ./model bases.json --quantize w4-asym-gptq-a4-kv4 --form online
+    """
+    screen = screen_of(ctx, as_json, verbose)
+    there = named_device(device)
+    if config is None:
+        raise ConfigError("nothing is learned without a rotation; choose from " + ALL)
+    scheme = QuantizationConfig.parse(quantize)
+    settings = Learning(("transforms",), (phase,), rounds=rounds, minutes=minutes, seed=learning_seed)
+    if out.suffix != ".json":
+        raise ConfigError(f"{out} does not end in .json, as a file of matrices does")
+    check_writable(out.parent)
+    check_space(out.parent, _BYTES)
+    known = Known.of(model, dequantize=dequantize, trust_remote_code=trust_remote_code)
+    known.token_ids(calibration)
+    if text is not None and text.resolve() == calibration.resolve():
+        raise ConfigError(f"{text} is learned from and decides, which finds what fits that text: name two of them")
+    with screen.steps() as steps:
+        loaded = load_model(
+            model,
+            dtype=dtype,
+            cache=False,
+            dequantize=dequantize,
+            trust_remote_code=trust_remote_code,
+            progress=steps.begin,
+        )
+        if loaded.companions is None or loaded.companions.tokenizer is None:
+            raise ConfigError(f"{loaded.source.location} has no tokenizer to read a text with")
+        tokenize, program = token_ids(loaded.companions.tokenizer), on_device(loaded.program, there)
+        longest = window_length(loaded.companions)
+        read = learning_text(program, tokenize, calibration, settings, 1, longest, judge=text)
+        found, record = with_learned_bases(
+            program,
+            config,
+            scheme,
+            read.shown,
+            settings,
+            held_out=read.held_out,
+            checkpoint=out.with_suffix(".learning.pt"),
+            steps=steps,
+        )
+    matrices = {name: each for name, each in found.matrices.items() if isinstance(each, Rotation)}
+    show_loading(screen, loaded.report)
+    about = {"model": model, "scheme": quantize, "config": config.to_dict(), "learning": record.to_dict()}
+    if record.kept:
+        write_matrices(out, matrices, about)
+    for file in out.parent.glob(f"{out.stem}.learning.*"):
+        file.unlink()
+    if as_json:
+        told = {"ok": record.kept, "out": str(out), "spaces": sorted(matrices), "seconds": steps.seconds}
+        screen.document(told | about)
+    screen.show(record.summary)
+    if not record.kept:
+        screen.show(f"{out} was not written: Hadamards round this model as well, for {quantize}")
+        raise typer.Exit(1)
+    after = f"next: spinpass export {model} OUT --form {config.form} --quantize {quantize} --matrices {out}"
+    screen.show(files_table(out.parent, [out.name]), after)

@@ -1,0 +1,72 @@
+"""``spinpass learn``: matrices in a file, which export, plan and verify take."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from spinpass.errors import ConfigError, DamageError
+from spinpass.formats import read_matrices
+from spinpass.rotations import Rotation
+from tests.support import folders
+from tests.support.commands import document, run
+
+SCHEME = "w4-asym-rtn-a4-kv4"
+
+
+def text(tmp_path: Path, name: str = "text.txt") -> Path:
+    file = tmp_path / name
+    file.write_text(" ".join(folders.WORDS[(i * i + i // 7 + len(name)) % len(folders.WORDS)] for i in range(6000)))
+    return file
+
+
+def test_matrices_are_learned_and_exported(tmp_path: Path) -> None:
+    model, out = folders.model_folder(tmp_path / "model"), tmp_path / "bases.json"
+    asked = ("learn", model, out, "--quantize", SCHEME, "--form", "online", "--calibration", text(tmp_path), "--rounds", 3)
+    asked = (*asked, "--text", text(tmp_path, "other.txt"))
+    made = run(*asked, "--json")
+    assert made.exit_code == 0, made.stderr
+    told = document(made)
+    assert told["learning"]["kinds"] == ["transforms"] and told["learning"]["after"] < told["learning"]["before"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bases.json", "model", "other.txt", "text.txt"], "nothing else is left"
+    matrices = read_matrices(out)
+    assert sorted(matrices) == told["spaces"] and all(isinstance(each, Rotation) for each in matrices.values())
+    assert json.loads(out.read_text())["about"]["scheme"] == SCHEME
+    options = ("--form", "online", "--matrices", out, "--quantize", SCHEME)
+    exported = run("export", model, tmp_path / "folder", *options)
+    assert exported.exit_code == 0, exported.stderr
+    plan = json.loads((tmp_path / "folder" / "spinpass.json").read_text())["plan"]
+    kinds = {space["name"]: space["matrix"] for space in plan["spaces"]}
+    assert all(kinds[name].startswith("kronecker(") for name in matrices)
+    planned = run("plan", model, "--form", "online", "--matrices", out)
+    assert planned.exit_code == 0 and "kronecker" in planned.stdout and "invertible" in planned.stdout
+
+
+def test_what_cannot_be_learned_is_refused(tmp_path: Path) -> None:
+    model, here = folders.model_folder(tmp_path / "model"), tmp_path / "bases.json"
+    for options, why in (
+        ((here, "--quantize", SCHEME, "--rotations", "none"), "nothing is learned without a rotation"),
+        ((tmp_path / "bases.bin", "--quantize", SCHEME), "does not end in .json"),
+        ((here, "--quantize", "w4a"), "is not a part of a scheme"),
+        ((here, "--quantize", SCHEME, "--rounds", 0), "0 rounds of learning"),
+        ((here, "--quantize", "w8-rtn-a8static", "--calibration", text(tmp_path)), "learn bases with ranges per token"),
+        ((here, "--quantize", SCHEME, "--calibration", tmp_path / "no.txt"), "no.txt"),
+        ((here, "--quantize", SCHEME, "--calibration", text(tmp_path), "--text", text(tmp_path)), "name two of them"),
+    ):
+        refused = run("learn", model, *options)
+        assert refused.exit_code == 2 and why in " ".join(refused.stderr.split()), refused.stderr
+        assert not here.exists()
+
+
+def test_matrices_of_another_model_and_damaged_files_are_refused(tmp_path: Path) -> None:
+    model, file = folders.model_folder(tmp_path / "model"), tmp_path / "bases.json"
+    given = {"R4:model.layers.9.mlp.down_proj": Rotation.create("hadamard", 4).to_dict()}
+    file.write_text(json.dumps({"spinpass": "matrices", "matrices": given}))
+    refused = run("plan", model, "--matrices", file)
+    assert refused.exit_code == 2 and "is no space of this program; the nearest is" in " ".join(refused.stderr.split())
+    for content, error in (("{", DamageError), ("{}", ConfigError), ('{"spinpass": "matrices", "matrices": {"R1": {}}}', ConfigError)):
+        file.write_text(content)
+        with pytest.raises(error, match="bases.json"):
+            read_matrices(file)
