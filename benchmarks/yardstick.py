@@ -70,7 +70,7 @@ class Row:
 def main(
     spread: Annotated[float, typer.Option(help="Of the off-grid weights; 1 keeps those of the file.")] = SPREADS[-1],
     gguf: Annotated[Path | None, typer.Option(help="The model, of the Llama family; the demo's if none.")] = None,
-    rows: Annotated[str, typer.Option(help="Bits, perhaps with a recipe, separated by commas.")] = ",".join(ROWS),
+    rows: Annotated[str, typer.Option(help="BITS[/RECIPE[/OPTIONS]], by commas: 4,4//--learn full")] = ",".join(ROWS),
     kinds: Annotated[str, typer.Option(help="Kinds of llama.cpp, separated by commas.")] = ",".join(KINDS),
     python: Annotated[str, typer.Option(help="Interpreter that has llama-cpp-python.")] = "",
     text: Annotated[list[str] | None, typer.Option(help="NAME=FILE to score on as well; may be repeated.")] = None,
@@ -126,9 +126,9 @@ def _kept(rows: Sequence[Mapping[str, Any]], model: str, texts: Sequence[str]) -
 
 def _ours(row: str, source: Path, out: Path, cut: Mapping[str, Windows], steps: Steps) -> Row:
     """Run ``spinpass export`` and score what it writes."""
-    bits, _, recipe = row.partition("/")
-    name = f"--bits {bits}" + (f" --recipe {recipe}" if recipe else "")
-    folder = out / f"{source.stem}-{bits}-{recipe or 'auto'}"
+    bits, recipe, options = (*row.split("/", 2), "", "")[:3]
+    name = f"--bits {bits}" + (f" --recipe {recipe}" if recipe else "") + (f" {options}" if options else "")
+    folder = out / "-".join([source.stem, bits, recipe or "auto", *options.replace("-", "").split()])
     steps.start(f"spinpass export {name}")
     command = [sys.executable, "-m", "spinpass", "export", str(source.resolve()), str(folder.resolve()), *name.split()]
     started = subprocess.Popen([*command, "--json"], cwd=ROOT, stdout=subprocess.PIPE, text=True)

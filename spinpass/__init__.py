@@ -6,6 +6,7 @@ from spinpass.errors import (
     ConfigError,
     ExportError,
     InvariantError,
+    LearningError,
     ProgramError,
     QuantizedWeightError,
     RefusedError,
@@ -13,6 +14,8 @@ from spinpass.errors import (
     VerificationError,
 )
 from spinpass.graph import materialize, on_device
+from spinpass.learned import Learned, learn
+from spinpass.learning import Learning
 from spinpass.passes import lower
 from spinpass.pipeline import Rotated, plan, rotate, transform
 from spinpass.planning import RotationPlan
@@ -23,6 +26,9 @@ __all__ = [
     "ConfigError",
     "ExportError",
     "InvariantError",
+    "Learned",
+    "Learning",
+    "LearningError",
     "Override",
     "ProgramError",
     "QuantizedWeightError",
@@ -33,6 +39,7 @@ __all__ = [
     "RotationPlan",
     "SpinpassError",
     "VerificationError",
+    "learn",
     "lower",
     "materialize",
     "on_device",
