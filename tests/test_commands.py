@@ -236,7 +236,7 @@ def test_what_is_whole_begins_to_work(number: int, desk: Path, monkeypatch: pyte
         words = [*_as_export(words), "--force"]
     if words[0] != "spinpass" or words[1:] == ["schemes"]:  # which opens nothing
         return
-    for place in ("folders.making", "folders.checkpoint", "cli.plan", "cli.tune", "cli.verify", "evaluation.scoring"):
+    for place in ("folders.making", "folders.checkpoint", "cli.learn", "cli.plan", "cli.tune", "cli.verify", "evaluation.scoring"):
         monkeypatch.setattr(f"spinpass.{place}.load_model", reach)
     for place in ("verify", "rotate"):
         monkeypatch.setattr(f"spinpass.cli.{place}.load_program", reach)

@@ -80,7 +80,8 @@ class Blocks:
         for number, living in enumerate(self.living):
             if number >= first:
                 yield (number, *self.fit(living))
-            self.advance(living)
+            if living is not self.living[-1]:  # logits are many, and nothing reads them
+                self.advance(living)
 
     @property
     def windows(self) -> int:
@@ -103,7 +104,8 @@ class Blocks:
             return 0, 0.0
         fitted = [node for node in living if node not in self.students[0]]
         fixed = self._constants(reads, [part for part in self.parts if part not in parts])
-        wanted = [self._wanted(window, fitted) for window in range(len(self.students))]
+        # what the teacher returns is computed once for each window, but for logits, of which there are too many
+        kept = None if living is self.living[-1] else [self._wanted(k, fitted) for k in range(len(self.students))]
         descent, total, began = Descent(parts, self.rates, self.team), 0.0, 0.0
         generator = torch.Generator("cpu").manual_seed(self.settings.seed)
         order: list[int] = []
@@ -117,7 +119,8 @@ class Blocks:
             for _ in range(self.settings.batch):
                 order = order or torch.randperm(len(self.students), generator=generator, device="cpu").tolist()
                 batch.append(order.pop())
-            loss = self._loss([(window, wanted[window]) for window in batch], fitted, fixed, parts)
+            wanted = [self._wanted(k, fitted) if kept is None else kept[k] for k in batch]
+            loss = self._loss(list(zip(batch, wanted, strict=True)), fitted, fixed, parts)
             descent.step(at, self._steps, loss)
             total += loss
             at += 1
