@@ -17,7 +17,7 @@ CONSUMER := .venv-consumer
 NEWEST := .venv-newest
 CUDA := ^(nvidia|cuda)-|^triton\b
 
-.PHONY: help venv runtimes lint test newest goldens slow demo bench yardstick peers accuracy tokens conversations speed consumer zoo zoo-all clean
+.PHONY: help venv runtimes lint test newest goldens slow demo bench yardstick learning peers accuracy tokens conversations speed consumer zoo zoo-all clean
 
 help:
 	@echo "make venv   build .venv with everything (about 2 GB)"
@@ -28,6 +28,7 @@ help:
 	@echo "make slow   the wide sweeps that make test leaves out"
 	@echo "make bench  exactness on real and tiny models, cost of the pass, speed of the Hadamards"
 	@echo "make yardstick  recipes beside llama.cpp on off-grid weights: MB, perplexity on texts of several sources (about an hour)"
+	@echo "make learning  what learning bases, scales and roundings is worth on off-grid weights (hours)"
 	@echo "make peers  other tools' files beside ours on off-grid weights, in environments of their own: bytes, what is stored how, perplexity, speed (hours, resumable)"
 	@echo "make accuracy  what rotation buys under quantization: perplexities, paired (about an hour and a half, resumable)"
 	@echo "make tokens    greedy tokens of every runtime against those of transformers (about half an hour)"
@@ -94,6 +95,9 @@ bench: $(READY)
 # YARDSTICK="--gguf out/trained.gguf --spread 1" measures on what `python -m benchmarks.trained out/trained.gguf` trained
 yardstick: $(READY)
 	$(BIN)/python -m benchmarks.yardstick $(YARDSTICK)
+
+learning: $(READY)
+	$(BIN)/python -m benchmarks.learning $(LEARNING)
 
 # PEERS="--env genai=PYTHON" uses an environment that is there; else each is built under out/peers
 peers: $(READY)

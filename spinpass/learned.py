@@ -70,6 +70,7 @@ def learn(
     *,
     config: RotationConfig | None = None,
     settings: Learning | None = None,
+    bases: Learning | None = None,
     training: Sequence[object] | None = None,
     held_out: Sequence[object] | None = None,
     checkpoint: Path | None = None,
@@ -84,6 +85,7 @@ def learn(
         calibration: inputs of the program, by which weights are rounded.
         config: what is rotated; R1 online by default, which admits any invertible matrix.
         settings: what is learned, and for how long; by default changes of basis, then scales and roundings.
+        bases: how changes of basis are learned where that is not as ``settings`` have it, for example block by block.
         training: inputs to learn from; those of the calibration by default. Shorter ones need less memory.
         held_out: inputs of another text, which decide what is kept. None holds out one of sixteen.
         checkpoint: a folder in which the run is saved now and then, and from which it goes on, to the same result.
@@ -106,7 +108,15 @@ def learn(
     course: LearningRecord | None = None
     if TRANSFORMS in asked.kinds:
         config, course = with_learned_bases(
-            program, config, chosen, shown, asked, held_out=held_out, checkpoint=files[0], team=team, steps=steps
+            program,
+            config,
+            chosen,
+            shown,
+            bases or asked,
+            held_out=held_out,
+            checkpoint=files[0],
+            team=team,
+            steps=steps,
         )
     steps.begin("rotate")
     found = rotate(program, config)
