@@ -579,7 +579,7 @@ def test_programs_are_certified_unless_that_is_switched_off(monkeypatch: pytest.
 
 
 def test_a_failed_certificate_raises(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Rotation, "apply", lambda self, x, dim=-1, *, inverse=False: x * 1.01)
+    monkeypatch.setattr(Rotation, "apply", lambda self, x, dim=-1, *, inverse=False, dual=False: x * 1.01)
     with pytest.raises(VerificationError, match=r"not equivalent.*; the space to blame is R1:\S+: leave it out"):
         spinpass.transform(program("llama"))
 
@@ -591,7 +591,7 @@ def test_the_space_to_blame_is_named_and_can_be_left_out(monkeypatch: pytest.Mon
     guilty = next(s for s in sound.spaces if s.role == "R2")
     bad, real = guilty.rotation.fingerprint(), Rotation.apply
 
-    def apply(self: Rotation, x: torch.Tensor, dim: int = -1, *, inverse: bool = False) -> torch.Tensor:
+    def apply(self: Rotation, x: torch.Tensor, dim: int = -1, *, inverse: bool = False, dual: bool = False) -> torch.Tensor:
         return real(self, x, dim, inverse=inverse) * (1.01 if self.fingerprint() == bad else 1)
 
     monkeypatch.setattr(Rotation, "apply", apply)

@@ -84,7 +84,7 @@ class Result:
             "plan": self.plan and self.plan.to_dict(),
             "record": found and found.to_dict(),
             "quantization": self.quantization and self.quantization.to_dict(),
-            "bases": self.bases and self.bases.to_dict(),
+            "learned_bases": self.bases and self.bases.to_dict(),
         }
 
 

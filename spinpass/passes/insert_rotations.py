@@ -220,11 +220,11 @@ def _broken(editor: ProgramEditor, space: Space, rotation: Rotation, changes: Ch
         if any(h["order"] != rotation.order for h in hadamards):
             return f"a Hadamard of another order than {rotation.order} was inserted"
     else:
-        products = sum(op_name(n) == "aten::matmul" for n in changes.made)
-        due_products = (len(space.entries) + len(space.exits)) * len(rotation.operands())
-        if products != due_products:
-            return f"{products} products with factors were inserted, not {due_products}"
-        made = (len(space.entries), len(space.exits))
+        products = [n for n in changes.made if op_name(n) == "aten::matmul"]
+        inverses, each = sum(_is_inverse(editor, n) for n in products), len(rotation.operands())
+        if inverses % each or len(products) % each:
+            return f"{len(products)} products with factors were inserted, of {each} to a rotation"
+        made = ((len(products) - inverses) // each, inverses // each)
     due = (len(space.entries), len(space.exits))
     if made != due:
         return f"{made[0]} rotations and {made[1]} inverses were inserted, not {due[0]} and {due[1]}"
@@ -237,6 +237,12 @@ def _broken(editor: ProgramEditor, space: Space, rotation: Rotation, changes: Ch
         if past:
             return f"{past[0].name} reads {leaving.node.name} in the rotated basis"
     return None
+
+
+def _is_inverse(editor: ProgramEditor, product: Node) -> bool:
+    """Return whether a product is with the inverse: a stored factor of it, or the transpose of an orthogonal one."""
+    stored = [n for n in product.all_input_nodes if editor.is_stored(n)]
+    return not stored or any(editor.fqn(n).endswith(_INVERSE) for n in stored)
 
 
 INSERT_ROTATIONS = SitePass(

@@ -222,11 +222,11 @@ def _of_matrix(matrix: Tensor, name: str) -> Rotation:
     """Return the orthogonal rotation by a matrix, or the change of basis by one that is none and has an inverse."""
     try:
         return Rotation.from_matrix(matrix, identity=name)
-    except ConfigError:
-        square = matrix.dim() == 2 and matrix.shape[0] == matrix.shape[1]
-        if not square or matrix.dtype not in (torch.float32, torch.float64):
-            raise
-        return Rotation.from_factors([matrix], identity=name)
+    except ConfigError as error:
+        try:
+            return Rotation.from_factors([matrix], identity=name)
+        except ConfigError:
+            raise error from None
 
 
 def _check_admitted(name: str, rotation: Rotation, admitted: Admitted, space: Space) -> None:

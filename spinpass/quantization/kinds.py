@@ -29,12 +29,13 @@ ZERO = Learnable("zeros", 4e-3, "the zero point of every group that has one: rou
 OFFSET = Learnable(
     "offsets", 4e-3, "what every weight of less than 8 bits is rounded to: round(q + δ), δ in steps of its grid"
 )
+LATENT = Learnable("latents", 2e-3, "the same, by a move of low rank in place of one for each weight: round(q + A·B)")
 GAIN = Learnable("gains", 1e-3, "the scales of norms and other vectors of floats: g·(1 + γ)")
 CLIP = Learnable("clips", 2e-3, "the share of a token's range that activations and caches cover: c·e^κ")
 
 TRANSFORM = Learnable("transforms", 2e-3, "the factors of changes of basis, before anything is rounded: F·(I + E)")
 
-LEARNABLE: Mapping[str, Learnable] = {kind.name: kind for kind in (SCALE, ZERO, OFFSET, GAIN, CLIP, TRANSFORM)}
+LEARNABLE: Mapping[str, Learnable] = {kind.name: kind for kind in (SCALE, ZERO, OFFSET, LATENT, GAIN, CLIP, TRANSFORM)}
 """All kinds by name."""
 
 

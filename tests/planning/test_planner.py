@@ -91,13 +91,14 @@ def test_a_table_prints_with_one_line_per_space() -> None:
         "size",
         "rotation",
         "form",
+        "admits",
         "writers",
         "readers",
         "online",
         "FLOP/token",
         "bytes",
     ]
-    assert len(lines) == 2 + len(plan.spaces) + len(plan.refusals) + 1
+    assert len(lines) == 2 + len(plan.spaces) + len(plan.admissions) + len(plan.refusals) + 1
     assert (
         lines[-1]
         == f"total: {len(plan.spaces)} spaces, {plan.flops:,} FLOP per token added, {plan.bytes_added:,} bytes added"

@@ -34,7 +34,7 @@ from spinpass.learning import Learning, LearningPart, Lesson, parted, taught
 from spinpass.progress import Progress
 from spinpass.workers import Team
 
-from ..kinds import CLIP, GAIN, LEARNABLE, OFFSET, TRANSFORM, check_kinds
+from ..kinds import CLIP, GAIN, LATENT, LEARNABLE, OFFSET, TRANSFORM, check_kinds
 from ..layers import ORIGIN
 from ..packed import (
     source_of,
@@ -155,7 +155,7 @@ def _weight(
 ) -> LearnedWeight:
     stored, places = program.state_dict[names[0]], _places(program)
     there = replace(weight, codes=weight.codes.on(stored.device))
-    rests = _rests(original, program, there, names) if OFFSET.name in kinds else None
+    rests = _rests(original, program, there, names) if {OFFSET.name, LATENT.name} & set(kinds) else None
     return LearnedWeight(there, tuple(places[name] for name in names), stored.shape, stored.dtype, kinds, rests)
 
 

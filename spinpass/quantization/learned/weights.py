@@ -22,11 +22,12 @@ from torch import Tensor
 
 from spinpass.learning import LearningPart
 
-from ..kinds import OFFSET, SCALE, ZERO
+from ..kinds import LATENT, OFFSET, SCALE, ZERO
 from ..report import QuantizedWeight
 from ..rounding import Codes
 
 _STEPS, _REST = 256, 0.4  # of r in a step of the grid, and the most of it: moves of 0.1 are noise
+_RANK = 8  # of a move of low rank
 _FINE = 8  # bits of codes whose steps are too small to gain by what they are rounded to
 
 
@@ -57,6 +58,7 @@ class LearnedWeight:
         sizes = {SCALE.name: codes.scales.shape}
         if codes.bits < _FINE:
             sizes[OFFSET.name] = codes.q.shape
+            sizes[LATENT.name] = torch.Size([_RANK * sum(codes.q.shape)])
         if not codes.symmetric:
             sizes[ZERO.name] = codes.zeros.shape
         device = codes.q.device
@@ -74,18 +76,30 @@ class LearnedWeight:
         if SCALE.name in moves:
             scales = scales * moves[SCALE.name].exp()
         matrix: Tensor = _Rounded.apply(  # type: ignore[no-untyped-call]
-            codes, scales, moves.get(OFFSET.name), moves.get(ZERO.name), self.rests
+            codes, scales, self._offsets(), moves.get(ZERO.name), self.rests
         )
         axis = self.weight.dim % len(self.shape)
         left = [size for at, size in enumerate(self.shape) if at != axis]
         return matrix.reshape(*left, -1).movedim(-1, axis).contiguous().to(self.dtype)
 
+    def _offsets(self) -> Tensor | None:
+        """Return δ (out, in), of a move for each weight, of one of low rank A·B, or of both; None for neither."""
+        found = self.moves.get(OFFSET.name)
+        if LATENT.name not in self.moves:
+            return found
+        out, columns = self.weight.codes.q.shape
+        a, b = torch.split(self.moves[LATENT.name], [_RANK * out, _RANK * columns])
+        start = torch.randn(out, _RANK, generator=torch.Generator("cpu").manual_seed(0), device="cpu") / _RANK**0.5
+        low: Tensor = (a.view(out, _RANK) + start.to(a.device)) @ b.view(_RANK, columns)
+        return low if found is None else low + found
+
     def learned(self) -> QuantizedWeight:
         """Return the weight with what its moves have made of its codes."""
         codes, moves = self.weight.codes, {kind: move.detach() for kind, move in self.moves.items()}
         q, zeros, scales = codes.q, codes.zeros, codes.scales
-        if OFFSET.name in moves:
-            q = _levels(codes, moves[OFFSET.name], self.rests).to(torch.uint8)
+        offsets = self._offsets()
+        if offsets is not None:
+            q = _levels(codes, offsets.detach(), self.rests).to(torch.uint8)
         if ZERO.name in moves:
             zeros = _zeros(codes, moves[ZERO.name]).to(torch.uint8)
         if SCALE.name in moves:
