@@ -1,6 +1,6 @@
 """learned_bases:  a rotated program, where it was folded, inputs  ->  the changes of basis that round best.
 
-    min over M  Σ KL( softmax f(x) ‖ softmax f̂(x; M) ),  f̂ with every weight, activation and cache rounded
+    min over M  Σ KL( softmax f(x) ‖ softmax f̂(x; M) ),  f̂ with every activation and cache rounded, and some weights
 
 No kernel gets slower by it: a learned Kronecker product takes the place of the Hadamard's of the same factors, and what
 is folded into weights costs nothing at all.
@@ -69,7 +69,9 @@ def learned_bases(
         original: whose predictions are aimed at.
         rotated: what was made of it with the ``bases``, in floats.
         bases: what is learned. Those whose constants the program does not have under their names stay as they are.
-        config: what will be rounded; while learning, weights are rounded to nearest in the range of all their values.
+        config: what will be rounded. Weights that GPTQ will round stay in floats while bases are learned: what it
+            makes up for is another error than that of rounding to nearest, and learning from the latter does harm
+            (measured). Others are rounded to nearest in the range of all their values.
         inputs, settings, held_out, checkpoint, team, progress: as for :func:`.learn.learned`; of the kinds, only
             ``transforms`` counts.
 
@@ -145,9 +147,10 @@ def _folded(
         own = next((folds[name] for name in each if name in folds), [])
         dim, scheme = next((schemes[name] for name in each if name in schemes), (-1, None))
         used = tuple(places[name] for name in each if name in places)
-        if used and (own or scheme is not None):
+        if used and (own or (scheme is not None and scheme.method == "rtn")):
             tensor = state[each[0]]
             stored = tensor.read() if isinstance(tensor, Handle) else tensor.detach()
-            plain = None if scheme is None else replace(scheme, clip=False, group_bits=None)
+            nearest = scheme is not None and scheme.method == "rtn"
+            plain = replace(scheme, clip=False, group_bits=None) if scheme is not None and nearest else None
             found.append(FoldedConstant(stored, own, used, dim, plain))
     return found

@@ -3,8 +3,8 @@
     x' = x F M,   M = I + E for any invertible matrix,   M = (I − S)⁻¹ (I + S), S = E − Eᵀ, for a rotation (Cayley)
 
 factor by factor of a Kronecker product, F being where it begins. A weight W that was folded with F becomes W M⁻ᵀ where
-it reads the space and W M where it writes into it, and is rounded to nearest anew at every step, with gradients passed
-straight through. Sources: SpinQuant, Liu et al., arXiv 2405.16406, section 3.2; FlatQuant, Sun et al., arXiv
+it reads the space and W M where it writes into it, and may be rounded to nearest anew at every step, with gradients
+passed straight through. Sources: SpinQuant, Liu et al., arXiv 2405.16406, section 3.2; FlatQuant, Sun et al., arXiv
 2410.09426.
 """
 

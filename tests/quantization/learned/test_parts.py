@@ -12,11 +12,11 @@ from spinpass.operators import round_tokens, round_tokens_within
 from spinpass.quantization import QuantizedWeight, Weights
 from spinpass.quantization.learned import clips  # noqa: F401  (registers the gradient)
 from spinpass.quantization.learned.gains import LearnedVector
-from spinpass.quantization.learned.weights import LearnedWeight
+from spinpass.quantization.learned.weights import LearnedWeight, rests_of
 from spinpass.quantization.rounding.coded import Coded
 from spinpass.quantization.rounding.grid import rounded
 
-KINDS = ("scales", "offsets", "zeros")
+KINDS = ("scales", "offsets", "latents", "zeros")
 
 
 def weight(columns: int = 32, *, stack: int = 1, dim: int = -1, size: int = 8) -> LearnedWeight:
@@ -29,6 +29,7 @@ def weight(columns: int = 32, *, stack: int = 1, dim: int = -1, size: int = 8) -
     return LearnedWeight(QuantizedWeight(codes, dim, scheme, 0.0, stack), ("w",), shape, torch.float32, KINDS)
 
 
+RANK = 8
 CASES = {
     "even groups": {"size": 16}, "a shorter group": {"size": 16, "columns": 40}, "no groups": {},
     "transposed": {"size": 16, "dim": 0}, "a stack": {"size": 16, "stack": 3},
@@ -48,6 +49,7 @@ def test_what_is_learned_is_what_was_computed(case: str) -> None:
     torch.manual_seed(1)
     with torch.no_grad():
         part.moves["offsets"].normal_(0, 1.0)
+        part.moves["latents"].normal_(0, 0.3)
         part.moves["zeros"].normal_(0, 1.0)
         part.moves["scales"].normal_(0, 0.1)
     after = part.learned()
@@ -66,6 +68,7 @@ def test_gradients_are_those_of_the_formula(case: str) -> None:
     torch.manual_seed(2)
     with torch.no_grad():
         part.moves["offsets"].normal_(0, 2.0)
+        part.moves["latents"].normal_(0, 0.3)
         part.moves["zeros"].normal_(0, 0.6)
         part.moves["scales"].normal_(0, 0.1)
     toward = torch.randn(part.shape)
@@ -76,7 +79,10 @@ def test_gradients_are_those_of_the_formula(case: str) -> None:
         inside = (x >= -0.5) & (x <= 7.5)
         return (x.round().clamp(0, 7) - x).detach() + torch.where(inside, x, x.detach())
 
-    level = through(codes.q + moves["offsets"])
+    out, columns = codes.q.shape
+    a, b = torch.split(moves["latents"], [RANK * out, RANK * columns])
+    start = torch.randn(out, RANK, generator=torch.Generator().manual_seed(0)) / RANK**0.5
+    level = through(codes.q + moves["offsets"] + (a.view(out, RANK) + start) @ b.view(RANK, columns))
     zero = codes.zeros + moves["zeros"]
     zero = (zero.round().clamp(0, 7) - zero).detach() + zero
     matrix = (level - zero[:, at]) * (codes.scales * moves["scales"].exp())[:, at]
@@ -89,7 +95,7 @@ def test_gradients_are_those_of_the_formula(case: str) -> None:
 def test_a_symmetric_weight_has_no_zero_points_to_move() -> None:
     part = weight(size=16)
     symmetric = replace(part.weight, codes=replace(part.weight.codes, symmetric=True))
-    assert set(LearnedWeight(symmetric, ("w",), part.shape, part.dtype, KINDS).moves) == {"scales", "offsets"}
+    assert set(LearnedWeight(symmetric, ("w",), part.shape, part.dtype, KINDS).moves) == {"scales", "offsets", "latents"}
 
 
 def test_a_vector_moves_by_shares_of_itself() -> None:
@@ -110,3 +116,18 @@ def test_the_gradient_of_a_range_is_the_slope_of_the_error(symmetric: bool) -> N
         assert torch.equal(found.detach(), round_tokens(x, 4, symmetric, share))
         torch.autograd.backward((found - x).square().sum())
         assert clip.grad is not None and float(clip.grad) * sign > 0
+
+
+def test_offsets_begin_where_the_weight_lay() -> None:
+    """Codes stay as they are, and the nearest boundary is crossed first."""
+    part = weight(size=16)
+    torch.manual_seed(0)
+    matrix = torch.randn(24, 32)
+    rests = rests_of(matrix, part.weight.codes)
+    begun = LearnedWeight(part.weight, part.places, part.shape, part.dtype, ("offsets",), rests)
+    assert torch.equal(begun.value(), part.value())
+    assert float(rests.abs().max()) / 256 <= 0.4 and (rests != 0).float().mean() > 0.9
+    with torch.no_grad():
+        begun.moves["offsets"].fill_(0.2)
+    crossed = begun.learned().codes.q != part.weight.codes.q
+    assert bool(crossed.any()) and bool((rests[crossed] > 0.29 * 256).all())
