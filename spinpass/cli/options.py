@@ -131,8 +131,8 @@ LearnOption = Annotated[
     LearnName | None,
     typer.Option(
         "--learn",
-        help="What is learned from the unrounded model once all is rounded: none; local, scales and roundings block by "
-        "block, in little memory; or full, all together by what it predicts.",
+        help="What is learned from the unrounded model once all is rounded: none; local, scales of weights and norms "
+        "block by block, in little memory; or full, all together by what it predicts.",
         show_default="scales, by --bits 4, 3 or 2; full, with --minutes",
     ),
 ]

@@ -28,7 +28,8 @@ MEASURED = Path(__file__).with_name("measured.json")
 _ROTATED = RotationConfig(form="online", rotations=tuple(role for role in DEFAULT_ROLES if role != "R3"))
 _CACHED = RotationConfig(form="online")
 _TABLES = "head8g64-embed8g64"  # of one copy where they are one; a scale for each row alone costs 0.3 % of perplexity
-_LEARNED = ("scales", "offsets")
+# Moves of what weights are rounded to gain nothing in the time that an export may take, and need most of its memory.
+_LEARNED = ("scales", "gains")
 _ROUNDS = 3
 _WINDOWS = {"auto": 32, "quick": 8}
 

@@ -35,7 +35,7 @@ def test_a_folder_learns_and_says_so(how: str, tmp_path: Path) -> None:
         told[name] = json.loads((tmp_path / name / "spinpass.json").read_text())
     assert told["none"]["quantization"]["learning"] is None
     learning = told[how]["quantization"]["learning"]
-    assert set(learning["kinds"]) | set(learning["dropped"]) == {"scales", "offsets"}
+    assert set(learning["kinds"]) | set(learning["dropped"]) == {"scales", "gains"}
     assert learning["inputs"] == 8 and learning["steps"] > 35, "three rounds through all of the text, of each block or all"
     assert "learn" in made.stderr and "the divergence went from" in made.stdout
     sizes = [(tmp_path / name / "model.onnx").stat().st_size for name in ("none", how)]
@@ -51,7 +51,7 @@ def test_minutes_ask_for_it_and_bound_it(tmp_path: Path) -> None:
     model = folders.model_folder(tmp_path / "model")
     options: dict[str, Any] = {"bits": 4, "calibration": text(tmp_path), "calibration_windows": 2, "minutes": 0.02}
     made = export(model, tmp_path / "out", **options).manifest["quantization"]["learning"]
-    assert 4 <= made["steps"] < 100 and {*made["kinds"], *made["dropped"]} == {"scales", "offsets"}
+    assert 4 <= made["steps"] < 100 and {*made["kinds"], *made["dropped"]} == {"scales", "gains"}
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_what_is_asked_for_reaches_the_scheme() -> None:
 
     assert learn().kinds == ("scales",) and learn(learn="none") is None and learn(recipe="quick") is None
     assert learn(learn="local").phases == ("local",) and learn(minutes=3.0).minutes == 3.0
-    assert learn(minutes=3.0).phases == ("full",) and learn(quantize="w4g32-rtn", learn="full").kinds == ("scales", "offsets")
+    assert learn(minutes=3.0).phases == ("full",) and learn(quantize="w4g32-rtn", learn="full").kinds == ("scales", "gains")
 
 
 def test_windows_that_decide_are_not_those_that_score() -> None:
