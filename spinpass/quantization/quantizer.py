@@ -138,7 +138,7 @@ def _rounded(
     prepared = editor.finish()
     calibrator = Calibrator(prepared, sites, store, team)
     if calibration:
-        reference = {*sites.activations, *sites.caches} if chosen.follows else None
+        reference = set(sites.roundings) if chosen.follows else None
         run_in_lockstep(prepared, team.dealt(calibration), calibrator.watches(), reference, progress)
     calibrator.rest(progress if not calibration else None)
     result = ProgramEditor(prepared)

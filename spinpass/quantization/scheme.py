@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
@@ -18,6 +19,9 @@ from .spelling import LEARNED, parts_of
 Method = Literal["rtn", "gptq"]
 Calibration = Literal["mse", "percentile", "minmax"]
 ScaleDtype = Literal["float16", "bfloat16"]
+MASSIVE = 8.0
+"""Times the median of all tokens' largest values, above which a token is massive."""
+_EXACT = 8  # bits that massive tokens have
 WEIGHT_BITS, GROUP_SIZES = (2, 3, 4, 8), (16, 32, 64, 128, 256)
 
 
@@ -111,6 +115,9 @@ class Activations:
         clip: the share of each token's range that is covered, above 0 and at most 1. None takes the share of least
             error for 4 bits where there are calibration inputs, and all of the range otherwise.
         per_channel: fix a range for each channel of a tensor. The activations have to be static.
+        massive: round tokens whose largest value is above so many times the median of all tokens' to 8 bits, in a range
+            per token. They are few, the first of a text as a rule, and every other token reads them. None rounds all
+            alike.
 
     Raises:
         ConfigError: a value out of range, one that would change nothing, or ``per_channel`` ranges not static.
@@ -124,8 +131,10 @@ class Activations:
     sinks: bool = True
     clip: float | None = None
     per_channel: bool = False
+    massive: float | None = None
 
     def __post_init__(self) -> None:
+        _check_massive(self.massive, self.bits, static=self.static)
         if self.per_channel and not self.static:
             raise ConfigError("activations per_channel need ranges that are known before: static=True")
         if self.bits not in (4, 8):
@@ -154,6 +163,7 @@ class Cache:
         bits: the width of a code, 4 or 8.
         symmetric: put zero in the middle of the range.
         clip: as for :class:`Activations`.
+        massive: likewise.
 
     Raises:
         ConfigError: a value out of range.
@@ -162,8 +172,10 @@ class Cache:
     bits: int = 4
     symmetric: bool = False
     clip: float | None = None
+    massive: float | None = None
 
     def __post_init__(self) -> None:
+        _check_massive(self.massive, self.bits)
         if self.bits not in (4, 8):
             raise ConfigError(f"a KV cache of {self.bits} bits: choose 4 or 8")
         _check_clip(self.clip)
@@ -229,6 +241,7 @@ class QuantizationConfig:
         """
         weights: dict[str, Any] = {}
         found: dict[str, Any] = {"weights": None}
+        sinks = False
         for part in parts_of(text):
             if match := re.fullmatch(r"w(\d+)(\.\d+)?(?:g(\d+))?", part):
                 if match[2]:
@@ -255,18 +268,28 @@ class QuantizationConfig:
                 found["activations"] = Activations(int(match[1]), static, symmetric, per_channel=per_channel)
             elif match := re.fullmatch(r"kv(\d+)", part):
                 found["cache"] = Cache(int(match[1]))
+            elif part == "sinks":
+                sinks = True
             elif match := re.fullmatch(r"(head|embed)(\d+)(?:g(\d+))?", part):
                 role, group_size = "head" if match[1] == "head" else "embedding", int(match[3]) if match[3] else None
                 found[role] = Weights(int(match[2]), group_size=group_size, method="rtn")
         if (weights or "learn" in found) and "bits" not in weights:
             raise ConfigError(f"{text!r} says how to round weights but not to how many bits: add a width such as w4")
+        if sinks:
+            few = {key: found[key] for key in ("activations", "cache") if key in found and found[key].bits < _EXACT}
+            if not few or any(getattr(each, "static", False) for each in few.values()):
+                raise ConfigError(
+                    f"'sinks' in {text!r} is of a4 and kv4, with ranges of tokens: add one, or leave it out"
+                )
+            found |= {key: replace(each, massive=MASSIVE) for key, each in few.items()}
         return replace(cls(), **found | ({"weights": Weights(**weights)} if weights else {}))
 
     @property
     def needs_calibration(self) -> bool:
         """Whether :func:`~spinpass.quantization.quantize` needs calibration inputs."""
         static = self.activations is not None and self.activations.static
-        asked = static or self.average_bits is not None or self.learn is not None
+        massive = any(each is not None and each.massive is not None for each in (self.activations, self.cache))
+        asked = static or massive or self.average_bits is not None or self.learn is not None
         return asked or any(w.method == "gptq" for w in self._layers())
 
     @property
@@ -323,6 +346,13 @@ class QuantizationConfig:
     def excludes(self, fqn: str) -> bool:
         """Whether the name of a parameter matches a pattern of ``exclude``."""
         return any(fnmatchcase(fqn, pattern) for pattern in self.exclude)
+
+
+def _check_massive(massive: float | None, bits: int, *, static: bool = False) -> None:
+    if massive is not None and not 1 < massive < math.inf:
+        raise ConfigError(f"massive={massive} times the median of tokens: choose more than 1")
+    if massive is not None and (bits == 8 or static):
+        raise ConfigError("massive tokens are told apart where ranges are of tokens and have less than 8 bits")
 
 
 def _check_clip(clip: float | None) -> None:

@@ -45,6 +45,7 @@ PARTS: tuple[Part, ...] = (
          "the width of activations"),
     Part(r"kv(\d+)", "kv4", "keys and values in 4 or 8 bits, a range for each token and head",
          "simulated; --kv-cache has kernels", "the width of keys and values"),
+    Part(r"sinks", "sinks", "tokens with massive values keep 8 bits where a4 and kv4 meet them", "simulated"),
     Part(r"head(\d+)(?:g(\d+))?", "head8", "the last layer in 2, 3, 4 or 8 bits; in groups, head8g64",
          "as weights; one copy with the table where they are one", "the width of the head"),
     Part(r"embed(\d+)(?:g(\d+))?", "embed8", "the token tables in 2, 4 or 8 bits; in groups, embed8g64",

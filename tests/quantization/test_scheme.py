@@ -102,5 +102,5 @@ def test_a_name_is_the_scheme_that_it_stands_for(name: str) -> None:
 def test_every_part_that_is_listed_is_understood() -> None:
     for part in PARTS:
         alone = part.example in ("rows", "order", "asym", "bf16", "gptq", "distill", "learn")
-        given = {"rows": "w3.5g64-rows"}.get(part.example, f"w4-{part.example}" if alone else part.example)
+        given = {"rows": "w3.5g64-rows", "sinks": "kv4-sinks"}.get(part.example, f"w4-{part.example}" if alone else part.example)
         assert QuantizationConfig.parse(given) != QuantizationConfig(weights=None), part

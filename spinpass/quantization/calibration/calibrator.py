@@ -15,13 +15,14 @@ from spinpass.workers import Team
 
 from ..layers import ChosenSites, WeightSite
 from ..report import CodesStore, QuantizationReport, QuantizedWeight
-from ..rounding import Coded, Moments, experts_moments, static_range, token_clip
+from ..rounding import Coded, Moments, experts_moments, median_peak, static_range, token_clip
 from ..scheme import Weights
 from .dealing import Dealer, Job, KnownInputs, keep, kept_by_all
 from .lockstep import SiteWatch
 
 _LIMIT = 3  # of the arguments of round_rows
 _CLIP = 3  # of those of round_tokens
+_OPERAND = 1  # of those of le, the limit
 _BATCH = 1 << 26  # bytes of weights that each rank but one rounds in turn before they are exchanged
 _Site = tuple[WeightSite, Weights]
 _Asked = tuple[str, int, Weights]
@@ -60,6 +61,8 @@ class Calibrator:
         found: dict[str, SiteWatch] = {}
         for name, operand in self.sites.static.items():
             found[name] = (operand, lambda values, _, node=name: self._static(values, node))
+        for name, (operand, limit, times) in self.sites.massive.items():
+            found[name] = (operand, lambda values, _, node=limit, t=times: self._massive(values, node, t))
         for name, operand in self.sites.clipped.items():
             found[name] = (operand, lambda values, _, node=name: self._clip(values, node))
         for group in self._groups():
@@ -156,7 +159,15 @@ class Calibrator:
     def _clip(self, values: list[Tensor], name: str) -> Mapping[str, Tensor]:
         node = self._nodes[name]
         args = arguments(node)
+        beside = self.sites.beside.get(name)
+        if beside is not None:
+            limit = self._nodes[beside].args[_OPERAND]
+            values = [each[each.abs().amax(-1) <= limit] for each in values]
         node.update_arg(_CLIP, token_clip(values, args["bits"], args["symmetric"], self.team))
+        return {}
+
+    def _massive(self, values: list[Tensor], name: str, times: float) -> Mapping[str, Tensor]:
+        self._nodes[name].update_arg(_OPERAND, times * median_peak(values, self.team))
         return {}
 
     def _static(self, values: list[Tensor], name: str) -> Mapping[str, Tensor]:

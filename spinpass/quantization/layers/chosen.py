@@ -18,9 +18,11 @@ from spinpass import operators  # noqa: F401  (registers torch.ops.spinpass)
 from spinpass.graph import ProgramEditor, value
 
 from ..report import EXCLUDED, NOT_ASKED
-from ..scheme import QuantizationConfig, Weights
+from ..scheme import Activations, Cache, QuantizationConfig, Weights
 from .products import ORIGIN
 from .sites import WeightSite, cache_sites, table_sites, weight_sites
+
+_EXACT = 8  # bits that massive tokens have
 
 
 class ChosenSites:
@@ -37,6 +39,10 @@ class ChosenSites:
         caches: the names of the nodes that round keys and values.
         static: of the nodes that round in a range fixed beforehand, by name, the name of the operand.
         clipped: likewise of those whose share of a token's range is to be chosen.
+        massive: of the nodes that begin to tell ordinary tokens from massive ones, by name, the name of the operand,
+            that of the node whose limit is to be chosen, and how many times the median a token has to reach.
+        roundings: the names of all nodes that round.
+        beside: of nodes in ``clipped`` that round ordinary tokens alone, by name, the node that tells them apart.
         inputs: by name of a layer, the name of the node that it reads, which is the rounding if there is one.
         fqns: by name of the node of a weight or table, the name of the parameter.
         kept: by name of a layer, why its weight is not rounded.
@@ -48,6 +54,9 @@ class ChosenSites:
         self.weights: list[tuple[WeightSite, Weights]] = []
         self.static: dict[str, str] = {}
         self.clipped: dict[str, str] = {}
+        self.massive: dict[str, tuple[str, str, float]] = {}
+        self.roundings: list[str] = []
+        self.beside: dict[str, str] = {}
         self.activations: list[str] = []
         self.fqns = {site.weight.name: editor.fqn(site.weight) for site in sites}
         self.caches = [self._round_cache(node) for node in cache_sites(editor)] if config.cache else []
@@ -83,7 +92,7 @@ class ChosenSites:
         scheme = self.config.activations
         assert scheme is not None
         if not scheme.static:
-            made = self._round_tokens(node, scheme.bits, scheme.is_symmetric, scheme.clip)
+            made = self._round_tokens(node, scheme.bits, scheme.is_symmetric, scheme)
         else:
             each = value(node).shape[-1:] if scheme.per_channel else ()
             scale, zero = (
@@ -101,16 +110,35 @@ class ChosenSites:
         scheme = self.config.cache
         assert scheme is not None
         users = list(node.users)
-        made = self._round_tokens(node, scheme.bits, scheme.symmetric, scheme.clip)
+        made = self._round_tokens(node, scheme.bits, scheme.symmetric, scheme)
         self.editor.replace(node, made, users)
         return made.name
 
-    def _round_tokens(self, node: Node, bits: int, symmetric: bool, clip: float | None) -> Node:
-        made = self._call("round_tokens", node, bits, symmetric, 1.0 if clip is None else clip)
-        if clip is None and bits < 8:  # at 8 bits there is nothing to win
+    def _round_tokens(self, node: Node, bits: int, symmetric: bool, scheme: Activations | Cache) -> Node:
+        clip, near = scheme.clip, None
+        if scheme.massive is not None:
+            near = self._ordinary(node, scheme.massive)
+        made = self._call("round_tokens", node, bits, symmetric, 1.0 if clip is None else clip, after=near)
+        if clip is None and bits < _EXACT:  # at 8 bits there is nothing to win
             self.clipped[made.name] = node.name
-        return made
+        if near is None:
+            return made
+        if made.name in self.clipped:
+            self.beside[made.name] = near.name
+        exact = self._call("round_tokens", node, _EXACT, symmetric, 1.0, after=made)
+        where = torch.ops.aten.where.self
+        return self.editor.call(where, near, made, exact, after=exact, origin=ORIGIN)
 
-    def _call(self, name: str, node: Node, *args: Any) -> Node:
+    def _ordinary(self, node: Node, massive: float) -> Node:
+        """Return a node that says which tokens have no massive value, (..., 1); the limit is left open."""
+        magnitude = self.editor.call(torch.ops.aten.abs.default, node, after=node, origin=ORIGIN)
+        peak = self.editor.call(torch.ops.aten.amax.default, magnitude, [-1], True, after=magnitude, origin=ORIGIN)
+        near = self.editor.call(torch.ops.aten.le.Scalar, peak, math.inf, after=peak, origin=ORIGIN)
+        self.massive[magnitude.name] = (node.name, near.name, massive)
+        return near
+
+    def _call(self, name: str, node: Node, *args: Any, after: Node | None = None) -> Node:
         target = getattr(torch.ops.spinpass, name).default
-        return self.editor.call(target, node, *args, after=node, origin=ORIGIN)
+        made = self.editor.call(target, node, *args, after=after or node, origin=ORIGIN)
+        self.roundings.append(made.name)
+        return made

@@ -5,7 +5,7 @@ from .double import round_statistics
 from .gptq import rounded_by_gptq
 from .grid import Codes, rounded, stacked
 from .moments import ExpertMoments, Moments, experts_moments
-from .ranges import static_range, token_clip
+from .ranges import median_peak, static_range, token_clip
 
 __all__ = [
     "Coded",
@@ -13,6 +13,7 @@ __all__ = [
     "ExpertMoments",
     "Moments",
     "experts_moments",
+    "median_peak",
     "round_statistics",
     "rounded",
     "rounded_by_gptq",

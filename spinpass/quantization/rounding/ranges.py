@@ -28,6 +28,11 @@ _WORTH = 0.5  # a limit costs a maximum per token: it has to lower the error to 
 _CLIPS = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.76, 0.72, 0.68)
 
 
+def median_peak(values: Sequence[Tensor], team: Team | None = None) -> float:
+    """The median of the tokens' largest magnitudes, of values (…, channels)."""
+    return float(_Tokens.of(values, team).peaks().median())
+
+
 @dataclass(frozen=True)
 class StaticRange:
     """A range that is fixed for all tokens.
