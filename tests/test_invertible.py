@@ -10,7 +10,7 @@ import onnx
 import onnx.inliner
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 import spinpass
@@ -163,3 +163,51 @@ def test_onnx_runtime_computes_what_the_program_does(tmp_path: Path) -> None:
         model = onnx.inliner.inline_local_functions(onnx.load(report.path))
         products.append(sum(node.op_type == "MatMul" for node in model.graph.node))
     assert products[0] == products[1]
+
+
+class Hidden(nn.Module):
+    """A gated layer between a table and a head; what makes a constant be used in two ways, or computed with, is chosen."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.how, self.e, self.g, self.u = how, nn.Embedding(40, 16), nn.Linear(16, 32), nn.Linear(16, 32)
+        self.d, self.h, self.c = nn.Linear(32, 16), nn.Linear(16, 40, bias=False), nn.Parameter(torch.randn(32, 16))
+        self.q, self.p = nn.Parameter(torch.randn(16)), nn.Parameter(torch.randn(16, 16))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.e(ids)
+        if self.how == "delta":
+            gate = nn.functional.linear(x, self.g.weight + self.c)
+        elif self.how == "product":
+            gate = nn.functional.linear(x, self.g.weight @ self.p)
+        else:
+            gate = self.g(x)
+        x = x + self.d(nn.functional.silu(gate) * self.u(x))
+        if self.how == "tied":
+            return x @ self.e.weight.t()
+        if self.how == "codebook":
+            x = x + torch.softmax(x @ self.c.t(), -1) @ self.c
+        if self.how == "vector":
+            x = x + self.q
+            return self.h(x) * torch.sigmoid(x @ self.q)[..., None]  # type: ignore[no-any-return]
+        return self.h(x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("form", ["offline", "online"])
+@pytest.mark.parametrize("how", ["plain", "delta", "product", "tied", "codebook", "vector"])
+def test_a_space_admits_only_what_keeps_the_function(how: str, form: Any) -> None:
+    ids = torch.randint(0, 40, (2, 7), generator=torch.Generator().manual_seed(0))
+    before = torch.export.export(Hidden(how).double().eval(), (ids,))
+    plan = spinpass.plan(before, config(form=form))
+    asked = matrices(plan)
+    spinpass.transform(before, config(form=form, matrices=asked, verify=None))
+    if how == "plain" and form == "offline":
+        assert any(key.startswith("R1:residual") for key in asked)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_is_stored_in_two_bytes_takes_less(dtype: torch.dtype) -> None:
+    spread = torch.diag(torch.logspace(0, -2, models.FFN, dtype=torch.float64))
+    with pytest.raises(ConfigError, match=f"condition number of 1.0e\\+02, by which rounding of {dtype} grows"):
+        spinpass.transform(program("llama", dtype=dtype), config(matrices={"R4": spread}))

@@ -240,8 +240,7 @@ def _check_admitted(name: str, rotation: Rotation, admitted: Admitted, space: Sp
         )
     values = [value(node).dtype for node in space.members]
     dtype = min((d for d in values if d in BOUNDS), key=lambda d: d.itemsize, default=torch.float64)
-    eps = torch.finfo(torch.float32 if dtype.itemsize == 2 else dtype).eps
-    if not rotation.condition * eps <= BOUNDS[dtype]:
+    if not rotation.condition * torch.finfo(dtype).eps <= BOUNDS[dtype]:  # what is folded is stored in it
         raise ConfigError(
             f"{name}: the matrix has a condition number of {rotation.condition:.1e}, by which rounding of {dtype} "
             f"grows above the {BOUNDS[dtype]:.0e} that a certificate allows: give one nearer to orthogonal"

@@ -57,6 +57,43 @@ def admitted_by(editor: ProgramEditor, space: Space, rule: Callable[[Node], Rule
             if any(sum(operand.node in inside for operand in term) > 1 for term in found.terms):
                 return Admitted("orthogonal", f"{user.name} ({op_name(user)}) multiplies two of its values")
     for use in space.constants:
-        if use.reads and any(other.node is use.node and not other.reads for other in space.constants):
-            return Admitted("orthogonal", f"{editor.fqn(use.node)} writes into it and reads it")
+        if _uses(editor, space, use.node, rule) != {use.reads}:
+            return Admitted("orthogonal", f"{editor.fqn(use.node)} is not used in one way alone")
     return Admitted("invertible", "it is contracted with constants alone")
+
+
+def _uses(editor: ProgramEditor, space: Space, constant: Node, rule: Callable[[Node], Rule]) -> set[bool | None]:
+    """Return how a stored constant is used: contracted with a value of the space (True), or writing into it (False).
+
+    None stands for what is neither, such as a weight that is computed with before it is multiplied by.
+    """
+    found: set[bool | None] = set()
+    todo = [constant]
+    while todo:
+        node = todo.pop()
+        for user in node.users:
+            made = rule(user) if user.op == "call_function" else None
+            if isinstance(made, Ignored):
+                continue
+            if isinstance(made, Movement) and made.source is node and user in space.members:
+                todo.append(user)
+            elif isinstance(made, Multilinear) and not editor.is_weight(user):
+                found.add(_use(editor, space, node, made))
+            else:
+                found.add(None)
+    return found
+
+
+def _use(editor: ProgramEditor, space: Space, node: Node, rule: Multilinear) -> bool | None:
+    """Return how a product uses a constant, as :func:`_uses`."""
+    axes = {dim for axis in space.members.get(node, ()) for dim in axis.layout.dims}
+    own = [operand for term in rule.terms for operand in term if operand.node is node]
+    labels = {operand.labels[dim] for operand in own for dim in axes}
+    beside = [o.node for term in rule.terms for o in term if o.node is not node and node in {p.node for p in term}]
+    sharing = [o.node for term in rule.terms for o in term if o.node in beside and labels & set(o.labels)]
+    if not labels or None in labels:
+        return None
+    if labels <= set(rule.out):
+        return None if sharing else False
+    values = [other for other in sharing if other in space.members and not editor.is_weight(other)]
+    return True if labels.isdisjoint(rule.out) and len(sharing) == 1 == len(values) else None
