@@ -36,6 +36,7 @@ TRANSFORMS = "transforms"
 """The kind of moves that is learned before anything is rounded."""
 
 _DENSE = 1024  # coordinates of a space, above which a matrix without structure is not learned
+_OF_WEIGHTS = ("scales", "zeros", "offsets", "latents")
 _DEFAULT = Learning((TRANSFORMS, "scales", "offsets"))
 
 
@@ -99,6 +100,7 @@ def learn(
     """
     asked = settings or _DEFAULT
     check_kinds(asked.kinds)
+    calibration = list(calibration)
     if not calibration:
         raise ConfigError("learning needs calibration inputs; give some")
     chosen = QuantizationConfig.parse(scheme) if isinstance(scheme, str) else scheme
@@ -120,7 +122,8 @@ def learn(
         )
     steps.begin("rotate")
     found = rotate(program, config)
-    rest = tuple(kind for kind in asked.kinds if kind != TRANSFORMS)
+    without = chosen.weights is None and chosen.head is None and chosen.embedding is None
+    rest = tuple(k for k in asked.kinds if k != TRANSFORMS and not (without and k in _OF_WEIGHTS))
     options: dict[str, Any] = {"training": training, "held_out": held_out, "checkpoint": files[1], "team": team}
     made = quantize(
         found.program,

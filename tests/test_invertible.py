@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -107,13 +109,23 @@ def test_a_matrix_that_would_let_rounding_grow_is_refused() -> None:
     for wrong in (torch.zeros(4, 4), torch.full((2, 2), float("nan")), torch.ones(2, 3), torch.eye(2).half(), "x"):
         with pytest.raises(ConfigError, match="factor 1"):
             Rotation.from_factors([wrong])  # type: ignore[list-item]
-    with pytest.raises(ConfigError, match="at least one"):
-        Rotation.from_factors([])
+    for empty in ([], torch.eye(4).view(1, 4, 4)):
+        with pytest.raises(ConfigError, match="at least one"):
+            Rotation.from_factors(empty)  # type: ignore[arg-type]
+    for odd in (torch.eye(4, device="meta"), torch.eye(4).to_sparse()):
+        with pytest.raises(ConfigError, match="a plain tensor"):
+            Rotation.from_factors([odd])
+    with pytest.raises(ConfigError, match="is not an integer"):
+        Rotation.from_factors([torch.eye(4)], size=8.0)  # type: ignore[arg-type]
 
 
 def test_a_square_matrix_is_taken_as_it_is() -> None:
     dense = factors(models.FFN, 1)[0] if len(factors(models.FFN, 1)) == 1 else torch.kron(*factors(models.FFN, 1))
     spinpass.transform(program("llama"), config(matrices={"R4": dense}, verify=None))
+
+
+def encoded(matrix: Tensor) -> str:
+    return base64.b64encode(matrix.contiguous().numpy().tobytes()).decode()
 
 
 @pytest.mark.parametrize("of", [(6,), (2, 3), (3, 4, 2)], ids=str)
@@ -136,6 +148,10 @@ def test_what_a_product_of_factors_computes(of: tuple[int, ...], blocks: int) ->
     again = Rotation.from_dict(json.loads(json.dumps(rotation.to_dict())))
     assert again == rotation and again.fingerprint() == rotation.fingerprint() and str(again) == str(rotation)
     assert Rotation.from_factors([2 * given[0], *given[1:]], size=blocks * order) != rotation
+    told = rotation.to_dict()
+    for damage in ({"size": math.inf}, {"factors": [encoded(math.nan * given[0])]}, {"kind": "learned", "factors": [], "matrix": encoded(2 * whole)}):
+        with pytest.raises(ConfigError):
+            Rotation.from_dict(told | {"size": order, "order": order} | damage)
     with pytest.raises(ConfigError, match="factor of a rotation is no square"):
         Rotation.from_dict(rotation.to_dict() | {"factors": ["AAAA"]})
 

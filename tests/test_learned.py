@@ -7,20 +7,24 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import spinpass
 from spinpass import RotationConfig
+from spinpass.certificate.programs import synthetic_inputs
 from spinpass.errors import ConfigError, LearningError
 from spinpass.execution import execute, flat_inputs, run
 from spinpass.learned import basis_of, factored, learn
 from spinpass.learning import Learning, Lesson, checkpoint, values
+from spinpass.learning.descent import Descent
 from spinpass.quantization import Basis, QuantizationConfig, Weights, pack, quantize
 from spinpass.quantization.learned.bases import _Student
-from spinpass.quantization.learned.transforms import FoldedConstant
+from spinpass.quantization.learned.transforms import FoldedConstant, LearnedFactor
 from tests.support import models
 from tests.support.decoders import relative_error
 from tests.support.programs import program as decoder
 from tests.support.quantizable import inputs, outlying
+from tests.support.quantizable import program as plain
 
 ONLINE = RotationConfig(form="online")
 PLAIN = QuantizationConfig(weights=Weights(8, method="rtn", clip=False))
@@ -112,7 +116,104 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_matrices(tmp_path: Path, mon
         assert each.config.matrices == whole.config.matrices and each.bases == whole.bases
 
 
+def test_another_scheme_model_or_text_does_not_go_on_from_what_one_has_saved(tmp_path: Path) -> None:
+    settings = Learning(("transforms",), rounds=2, rate=5)
+
+    def said(scheme: str, program: Any, text: Any, folder: Path | None) -> Any:
+        return learn(program, scheme, inputs(2), training=text, config=ONLINE, settings=settings, checkpoint=folder).bases
+
+    flipped = [(ids.flip(1),) for (ids,) in inputs(6)]
+    cases = [("w4-rtn-a4", outlying(), inputs(6)), ("w4-rtn-a8", outlying(), inputs(6)),
+             ("w4-rtn-a4", plain(), inputs(6)), ("w4-rtn-a4", outlying(), flipped)]  # fmt: skip
+    found = [said(*case, tmp_path / "deep" / "er") for case in cases]
+    assert found == [said(*case, None) for case in cases]
+
+
+def test_float64_programs_and_schemes_without_weights_learn_bases() -> None:
+    program = decoder("llama")
+    shown = [synthetic_inputs(program, seed=seed) for seed in range(4)]
+    found = learn(program, "a4", shown, config=ONLINE, settings=Learning(("transforms", "scales"), ("local",), rate=5))
+    assert found.bases is not None and found.numbers is None
+    found = learn(outlying(), "a4-kv4", inputs(4), config=ONLINE, settings=Learning(("clips",), rate=20))
+    assert found.bases is None and found.numbers is not None and {*found.numbers.kinds, *found.numbers.dropped} == {"clips"}
+
+
+class Pair(nn.Module):
+    """Two layers whose names differ in a dot and an underscore."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.e, self.n, self.h = nn.Embedding(96, 16), nn.RMSNorm(16), nn.Linear(16, 96, bias=False)
+        self.a, self.a_b = nn.Module(), self._layer()
+        self.a.b = self._layer()
+
+    def _layer(self) -> nn.ModuleDict:
+        return nn.ModuleDict({"up": nn.Linear(16, 32), "down": nn.Linear(32, 16)})
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.e(ids)
+        for layer in (self.a.b, self.a_b):
+            x = x + layer["down"](nn.functional.silu(layer["up"](self.n(x))))  # type: ignore[index]
+        return self.h(self.n(x))  # type: ignore[no-any-return]
+
+
+def test_factors_of_names_that_look_alike_are_told_apart() -> None:
+    ids = torch.randint(0, 96, (2, 7))
+    program = torch.export.export(Pair().eval(), (ids,))
+    rotated = begun(program, ONLINE)
+    student = _Student(rotated.program, bases(rotated.plan), PLAIN)
+    factors = [part.places for part in student.parts if isinstance(part, LearnedFactor)]
+    assert len(factors) == len(set(factors)) > 2
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for transform in student.transforms.values():
+            transform.moves["transforms"].normal_(0, 0.05)
+    for part in student.parts:
+        if isinstance(part, FoldedConstant):
+            object.__setattr__(part, "scheme", None)
+    exact = list(execute(student.program, {**flat_inputs(program, (ids,)), **values(student.parts)}).outputs)
+    assert relative_error(run(program, (ids,)), exact) < 1e-4
+
+
+def test_nothing_is_left_in_the_programs() -> None:
+    program = plain()
+    before = {name: tensor.detach().clone() for name, tensor in program.state_dict.items()}
+    for phase in ("local", "full"):
+        settings = Learning(("transforms", "scales", "gains"), (phase,), rate=5)  # type: ignore[arg-type]
+        learn(program, "w4-rtn-a4", inputs(4), config=ONLINE, settings=settings)
+    for name, tensor in program.state_dict.items():
+        assert torch.equal(tensor, before[name]) and tensor.grad is None
+
+
+def test_minutes_are_counted_anew_in_a_run_that_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "SAVED_EVERY", 0.0)
+    settings = Learning(("transforms",), rounds=8, minutes=1.0)
+    real, taken = Descent.step, []
+
+    def step(self: Descent, *given: Any) -> None:
+        if len(taken) == 3:
+            raise KeyboardInterrupt
+        taken.append(1)
+        real(self, *given)
+
+    options: dict[str, Any] = {"config": ONLINE, "settings": settings, "training": inputs(12), "checkpoint": tmp_path}
+    with monkeypatch.context() as patched:
+        patched.setattr(Descent, "step", step)
+        with pytest.raises(KeyboardInterrupt):
+            learn(outlying(), "w4-rtn-a4", inputs(2), **options)
+    found = learn(outlying(), "w4-rtn-a4", inputs(2), **options).bases
+    assert found is not None and found.steps > 20
+
+
 def test_refusals() -> None:
+    with pytest.raises(ConfigError, match="two windows at least"):
+        learn(outlying(), "w4-rtn-a4", inputs(1), config=ONLINE)
+    with pytest.raises(ConfigError, match="no basis is better than another here"):
+        learn(outlying(), "w4-gptq", inputs(4), config=ONLINE)
+    for wrong in ({"batch": "2"}, {"rounds": 1.5}, {"seed": None}, {"kinds": "scales"}):
+        with pytest.raises(ConfigError):
+            Learning(**wrong)
     with pytest.raises(ConfigError, match="learning needs calibration inputs"):
         learn(outlying(), "w4-rtn", [])
     with pytest.raises(ConfigError, match="'matrix' is nothing that can be learned"):

@@ -18,8 +18,8 @@ from torch.fx import Node
 from spinpass.errors import ConfigError
 from spinpass.graph import mutates, reachable
 
-from .interpreter import Runner, constants
-from .recomputed import live_bytes, main_output, node_bytes, nodes_behind
+from .interpreter import Runner
+from .recomputed import fixed_constants, live_bytes, main_output, node_bytes, nodes_behind
 from .synthetic import bound_sizes, user_inputs
 
 
@@ -75,7 +75,7 @@ def block_run(
     Raises ProgramError: a node could not be run.
     """
     needed = _needed(given, wanted)
-    known = {**constants(ep), **replaced}
+    known = {**fixed_constants(ep), **replaced}
     runner = Runner(ep.graph_module, float64=False)
     runner.env = {node: given[node] if node in given else known[node.name] for node in needed if _is_there(node, given)}
     runner.user_to_last_uses = _last_uses(ep, needed, wanted)

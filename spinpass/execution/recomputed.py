@@ -44,8 +44,8 @@ def first_output(ep: ExportedProgram, values: Mapping[str, Any], *, most: int = 
     wanted = main_output(ep)
     nodes = nodes_behind(wanted, ep.graph.nodes) if isinstance(wanted, Node) else []
     if not nodes or any(map(mutates, ep.graph.nodes)):
-        return execute(ep, values, gradients=True).outputs[0]
-    known = {**constants(ep), **values}
+        return execute(ep, {**fixed_constants(ep), **values}, gradients=True).outputs[0]
+    known = {**fixed_constants(ep), **values}
     env = {node: known[node.name] for node in ep.graph.nodes if node.op == "placeholder" and node.name in known}
     cuts = _cuts(nodes, wanted, bound_sizes(user_inputs(ep), values), most)
     with torch.enable_grad():
@@ -54,6 +54,14 @@ def first_output(ep: ExportedProgram, values: Mapping[str, Any], *, most: int = 
             env |= _advanced(ep, nodes[start:end], living, env, again=bool(cuts))
             env = {node: found for node, found in env.items() if node in living}
     return env[wanted]
+
+
+def fixed_constants(ep: ExportedProgram) -> dict[str, Any]:
+    """Return the constants of a program without gradients, so that a backward pass leaves nothing in them."""
+    known = constants(ep)
+    return {
+        name: each.detach() if isinstance(each, Tensor) and each.requires_grad else each for name, each in known.items()
+    }
 
 
 def main_output(ep: ExportedProgram) -> Any:

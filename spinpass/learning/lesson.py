@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -9,11 +10,14 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from spinpass.execution import log_probabilities
+from spinpass.errors import ConfigError
+from spinpass.execution import flat_inputs, log_probabilities
+from spinpass.graph import Handle
 from spinpass.progress import Tick
 
 from .divergence import divergence
 
+_PIECE = 4096  # values of a constant's first row
 _HELD_OUT = 16  # one input of so many decides whether what was learned is kept
 
 
@@ -33,6 +37,20 @@ class Lesson:
     shown: Sequence[object]
     held_out: Sequence[object]
 
+    @property
+    def described(self) -> str:
+        """The hash of all windows, and of a piece of every constant of both programs: what a run depends on."""
+        digest = hashlib.sha256()
+        for inputs in (*self.shown, *self.held_out):
+            for name, each in flat_inputs(self.student, inputs).items():
+                digest.update(name.encode() + (_bytes(each) if isinstance(each, Tensor) else repr(each).encode()))
+        for program in (self.student, self.teacher):
+            for name, tensor in program.state_dict.items():
+                digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+                if not isinstance(tensor, Handle):  # reading one may cost all that it is computed of
+                    digest.update(_bytes(tensor[:1].flatten()[:_PIECE] if tensor.ndim else tensor))
+        return digest.hexdigest()
+
     def loss(self, inputs: object, constants: Mapping[str, Tensor], *, gradients: bool = True) -> Tensor:
         """The mean over tokens of KL(teacher ‖ student), in nats, for constants of the student by placeholder name."""
         with torch.no_grad():
@@ -49,9 +67,18 @@ class Lesson:
         return total / len(self.held_out)
 
 
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+
+
 def parted(inputs: Sequence[object]) -> tuple[list[object], list[object]]:
-    """Return those to learn from and those held out, the last of every sixteen: each part of a text is in both."""
+    """Return those to learn from and those held out, the last of every sixteen: each part of a text is in both.
+
+    Raises ConfigError: there are fewer than two.
+    """
+    if len(inputs) < 2:
+        raise ConfigError("learning needs two windows at least, one to learn from and one to judge by; give more text")
     count = max(1, len(inputs) // _HELD_OUT)
     held_out = {(k + 1) * len(inputs) // count - 1 for k in range(count)}
     shown = [each for k, each in enumerate(inputs) if k not in held_out]
-    return shown or list(inputs), [inputs[k] for k in sorted(held_out)]
+    return shown, [inputs[k] for k in sorted(held_out)]

@@ -41,6 +41,14 @@ class Learning:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for what, named in (("kinds", self.kinds), ("phases", self.phases)):
+            if not isinstance(named, (tuple, list)) or not all(isinstance(name, str) for name in named):
+                raise ConfigError(f"{what}={named!r} is no sequence of names")
+            object.__setattr__(self, what, tuple(named))
+        for what in ("rounds", "batch", "seed"):
+            number = getattr(self, what)
+            if not isinstance(number, int) or isinstance(number, bool):
+                raise ConfigError(f"{what}={number!r} is not an integer")
         for what, given in (("kinds", self.kinds), ("phases", self.phases)):
             if not given or len(set(given)) != len(given):
                 raise ConfigError(f"{what}={given!r}: name at least one, and each once")

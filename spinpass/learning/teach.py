@@ -80,9 +80,11 @@ def taught(
             f"{team.size} ranks share {settings.batch} windows to a step: learn with batch={team.size} or more, or "
             "with fewer ranks"
         )
+    if checkpoint is not None:
+        checkpoint.parent.mkdir(parents=True, exist_ok=True)
     rates = {kind: settings.rate * rates[kind] for kind in kinds_of(parts)}
     with _file(checkpoint) as path:
-        about = f"{settings} {len(lesson.shown)} {len(lesson.held_out)} {_shapes(parts)} {run}"
+        about = f"{settings} {len(lesson.shown)} {len(lesson.held_out)} {_shapes(parts)} {lesson.described} {run}"
         writes = checkpoint is None or team.leads  # files of its own, or one of all ranks
         saved = Checkpoint(path, hashlib.sha256(about.encode()).hexdigest(), writes)
         return _Course(lesson, parts, settings, rates, saved, team, progress).run()
@@ -158,16 +160,17 @@ class _Course:
         descent = Descent(self.parts, self.rates, self.team)
         if "adam" in found:
             descent.resume(found)
-        began, timed = time.monotonic(), 0.0
+        began, timed, taken = time.monotonic(), 0.0, 0
         while self.state["total"] is None or self.state["at"] < self.state["total"]:
             at = self.state["at"]
-            if at == 1:
+            if taken == 1:
                 timed = time.monotonic()  # the first step makes things that stay
-            if self.state["total"] is None and at == _TIMED + 1:
+            if self.state["total"] is None and taken == _TIMED + 1:
                 self.state["total"] = self._affordable((time.monotonic() - timed) / _TIMED, time.monotonic() - began)
                 self._total = self._expected(self.state["total"])
             loss = self._loss(at)
             descent.step(at, self.state["total"], loss)
+            taken += 1
             self.state["at"] += 1
             self.state["steps"] += 1
             self._note(loss)

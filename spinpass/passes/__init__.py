@@ -4,7 +4,7 @@ from .center import CENTER
 from .fold import FOLD_ROTATIONS
 from .functionalize import open_program
 from .fuse_norm_scale import FUSE_NORM_SCALE
-from .insert_rotations import INSERT_ROTATIONS, factor_names
+from .insert_rotations import INSERT_ROTATIONS, stored_factors
 from .last_token import last_token
 from .lower_hadamards import lower_hadamards
 from .lower_operators import lower
@@ -35,7 +35,6 @@ __all__ = [
     "PassRunner",
     "SitePass",
     "TransformLocation",
-    "factor_names",
     "give_own_constants",
     "is_rotated_online",
     "last_token",
@@ -44,6 +43,7 @@ __all__ = [
     "online_transforms",
     "open_program",
     "return_states",
+    "stored_factors",
     "transform_places",
     "untie",
     "with_online_transforms",

@@ -6,6 +6,7 @@ rotation is none of them.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -148,18 +149,22 @@ def _product(
     return editor.call(torch.ops.aten.copy.default, like, chain.last, after=like, origin=origin)
 
 
-def factor_names(rotation: Rotation, space: str) -> dict[str, tuple[int, bool, bool]]:
-    """The constants that may stand for the factors of a Kronecker product, by the name of the parameter.
+def stored_factors(editor: ProgramEditor, rotation: Rotation, space: str) -> dict[str, tuple[int, bool, bool]]:
+    """Return the constants that stand for the factors of a space's Kronecker product, by the name of the parameter.
 
     Each with the number of the factor, and whether it is the inverse, and whether it is transposed, because all but
-    the last are multiplied from the left.
+    the last are multiplied from the left. They are found where the space's products read them.
     """
-    last, base = len(rotation.factors) - 1, f"spinpass.{_identifier(space)}.factor"
-    return {
-        f"{base}{place + 1}{_INVERSE if inverse else ''}": (place, inverse, place < last)
-        for place in range(last + 1)
-        for inverse in (False, True)
-    }
+    found: dict[str, tuple[int, bool, bool]] = {}
+    for node in editor.nodes:
+        if op_name(node) != "aten::matmul" or node.meta.get("custom", {}).get("spinpass_origin") != space:
+            continue
+        for stored in filter(editor.is_stored, node.all_input_nodes):
+            told = re.search(rf"\.factor(\d+)({_INVERSE})?(_\d+)?$", editor.fqn(stored))
+            if told is not None:
+                place = int(told[1]) - 1
+                found[editor.fqn(stored)] = (place, told[2] is not None, place < len(rotation.factors) - 1)
+    return found
 
 
 def _factor(

@@ -25,8 +25,8 @@ def checked_factors(factors: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
     Raises ConfigError: there is none, one is not square, not float, not finite, or cannot be inverted.
     """
-    if not factors:
-        raise ConfigError("a Kronecker product needs at least one factor")
+    if isinstance(factors, Tensor) or not factors:
+        raise ConfigError("a Kronecker product needs at least one factor, in a list")
     made: list[Tensor] = []
     for number, given in enumerate(factors, 1):
         if not isinstance(given, Tensor) or given.dim() != 2 or given.shape[0] != given.shape[1] or not len(given):
@@ -34,6 +34,8 @@ def checked_factors(factors: Sequence[Tensor]) -> tuple[Tensor, ...]:
             raise ConfigError(f"factor {number} must be a square matrix that is not empty, got {found}")
         if given.dtype not in (torch.float32, torch.float64):
             raise ConfigError(f"factor {number} must be float32 or float64, got {given.dtype}")
+        if given.layout != torch.strided or given.is_meta:
+            raise ConfigError(f"factor {number} must be a plain tensor with its values")
         exact = given.detach().to(device="cpu", dtype=torch.float64, copy=True).contiguous()
         if not bool(exact.isfinite().all()) or not math.isfinite(_condition(exact)):
             raise ConfigError(f"factor {number} has no inverse, or values that are no numbers")

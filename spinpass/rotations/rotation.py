@@ -151,6 +151,8 @@ class Rotation:
         """
         exact = kronecker.checked_factors(factors)
         order = math.prod(map(len, exact))
+        if size is not None and (not isinstance(size, int) or isinstance(size, bool)):
+            raise ConfigError(f"size={size!r} is not an integer")
         return cls("kronecker", order if size is None else size, order, identity=identity, factors=exact)
 
     @property
@@ -272,7 +274,7 @@ class Rotation:
             seed, identity = int(data["seed"]), str(data["identity"])
             raw = base64.b64decode(data["matrix"], validate=True) if "matrix" in data else None
             parts = [base64.b64decode(part, validate=True) for part in data.get("factors", ())]
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ConfigError(f"this is no description of a rotation: {error!r}") from error
         if raw is not None and len(raw) != 8 * size * size:
             raise ConfigError(f"the matrix of a rotation of size {size} takes {8 * size * size} bytes, got {len(raw)}")
@@ -280,7 +282,12 @@ class Rotation:
         if any(8 * side * side != len(part) for side, part in zip(sides, parts, strict=True)):
             raise ConfigError("a factor of a rotation is no square matrix of float64")
         factors = tuple(_from_bytes(part, side) for part, side in zip(parts, sides, strict=True))
-        return cls(kind, size, order, seed, identity, None if raw is None else _from_bytes(raw, size), factors)
+        matrix = None if raw is None else _from_bytes(raw, size)
+        if factors:
+            factors = kronecker.checked_factors(factors)
+        if matrix is not None and not _non_orthogonality(matrix) <= _ORTHOGONAL_WITHIN[torch.float64]:
+            raise ConfigError("the matrix of a learned rotation is not orthogonal")
+        return cls(kind, size, order, seed, identity, matrix, factors)
 
     def fingerprint(self) -> str:
         """The SHA-256, in hexadecimal, of everything that determines R and of nothing else."""

@@ -19,7 +19,7 @@ from torch.export import ExportedProgram
 from spinpass.errors import ConfigError
 from spinpass.graph import Handle, Layout, ProgramEditor, device_of, storage_key
 from spinpass.learning import Learning, LearningPart, LearningRecord, Lesson, parted, taught
-from spinpass.passes import factor_names
+from spinpass.passes import stored_factors
 from spinpass.progress import Progress
 from spinpass.rotations import Rotation
 from spinpass.workers import Team
@@ -89,7 +89,7 @@ def learned_bases(
     teacher = original if settings.phases == ("full",) else rotated
     rates = {TRANSFORM.name: LEARNABLE[TRANSFORM.name].rate}
     options: dict[str, Any] = {"checkpoint": checkpoint, "team": team, "progress": progress}
-    run = " ".join(basis.rotation.fingerprint() for basis in bases)
+    run = " ".join([repr(replace(config, learn=None)), *(basis.rotation.fingerprint() for basis in bases)])
     asked = replace(settings, kinds=(TRANSFORM.name,))
     course = taught(Lesson(made.program, teacher, shown, judged), made.parts, asked, rates, run=run, **options)
     learned = {space: transform.learned() for space, transform in made.transforms.items()} if course.kept else {}
@@ -104,6 +104,12 @@ class _Student:
         sites = ChosenSites(editor, replace(config, learn=None, average_bits=None, mixed_rows=False))
         schemes = {editor.fqn(site.weight): (site.dim, scheme) for site, scheme in sites.weights}
         schemes |= {editor.fqn(table): (1, scheme) for table, scheme in sites.tables}
+        nearest = [name for name, (_, scheme) in schemes.items() if scheme.method == "rtn"]
+        if not (sites.activations or sites.caches or nearest):
+            raise ConfigError(
+                "no basis is better than another here: neither activations nor caches are rounded, and GPTQ's weights "
+                "stay in floats while bases are learned; leave transforms out"
+            )
         if sites.static:
             raise ConfigError("static ranges are not known before the weights are: learn bases with ranges per token")
         self.program = editor.finish()
@@ -123,11 +129,10 @@ class _Student:
                     folds.setdefault(name, []).append((self.transforms[basis.space], layout, reads))
         folded = _folded(state, folds, schemes, places)
         factors = [
-            LearnedFactor(self.transforms[basis.space], place, inverse, turned, (places[name],))
+            LearnedFactor(self.transforms[basis.space], *how, state[name].dtype, (places[name],))
             for basis in bases
             if basis.space in self.transforms
-            for name, (place, inverse, turned) in factor_names(basis.rotation, basis.space).items()
-            if name in places
+            for name, how in stored_factors(editor, basis.rotation, basis.space).items()
         ]
         self.parts: list[LearningPart] = [*self.transforms.values(), *factors, *folded]
 

@@ -91,7 +91,8 @@ def learned(
         raise ConfigError("transforms are learned before anything is rounded: use spinpass.learn, or leave them out")
     if not inputs:
         raise ConfigError("learning needs calibration inputs; give some")
-    if not quantized.report.weights.keys() & quantized.program.state_dict.keys():
+    report = quantized.report
+    if not (report.weights or report.activations or report.caches):
         raise ConfigError("nothing of the program is rounded, so there is nothing to learn: quantize it first")
     made = _Learner(program, quantized, settings.kinds)
     run = _described(quantized, settings.kinds)

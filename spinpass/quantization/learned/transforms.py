@@ -95,6 +95,7 @@ class LearnedFactor:
     place: int
     inverse: bool
     transposed: bool
+    dtype: torch.dtype
     places: tuple[str, ...]
     moves: Mapping[str, Tensor] = field(default_factory=dict, init=False)
 
@@ -106,7 +107,7 @@ class LearnedFactor:
     def value(self) -> Tensor:
         """Return the factor as it is stored."""
         found = self.transform.factor(self.place, inverse=self.inverse)
-        return (found.t() if self.transposed else found).contiguous()
+        return (found.t() if self.transposed else found).contiguous().to(self.dtype)
 
 
 @dataclass(frozen=True, eq=False)

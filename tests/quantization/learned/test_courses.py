@@ -131,7 +131,7 @@ def test_a_loss_that_is_no_number_says_what_to_try(phase: Any) -> None:
 
 
 def test_refusals() -> None:
-    nothing = Quantized(program(), replace(made().report, weights={}))
+    nothing = Quantized(program(), replace(made().report, weights={}, activations=(), caches=()))
     with pytest.raises(ConfigError, match="nothing of the program is rounded"):
         learned(program(), nothing, inputs(4))
     with pytest.raises(ConfigError, match="learning needs windows"):
