@@ -20,7 +20,7 @@ from tests.support.commands import run
 
 def text(tmp_path: Path) -> Path:
     file = tmp_path / "text.txt"
-    file.write_text(" ".join(folders.WORDS[(i * i + i // 7) % len(folders.WORDS)] for i in range(9000)))
+    file.write_text(" ".join(folders.WORDS[(i * i + i // 7) % len(folders.WORDS)] for i in range(2500)))
     return file
 
 
