@@ -70,8 +70,17 @@ class Checkpoint:
         return self.path.with_suffix(f".{name}")
 
 
+def _on_host(content: Any) -> Any:
+    """The content with its tensors on the host, from which any device can go on."""
+    if isinstance(content, Tensor):
+        return content.cpu()
+    if isinstance(content, dict):
+        return {name: _on_host(each) for name, each in content.items()}
+    return [_on_host(each) for each in content] if isinstance(content, (list, tuple)) else content
+
+
 def _write(path: Path, content: object) -> None:
     """Write a file that is there whole or not at all."""
     staging = path.with_name(path.name + ".new")
-    torch.save(content, staging)
+    torch.save(_on_host(content), staging)
     os.replace(staging, path)

@@ -60,7 +60,7 @@ def test_what_is_to_blame_is_named_or_left_out(pt2: Path, tmp_path: Path, monkey
     guilty = next(s for s in sound.spaces if s.role == "R2")
     bad, real = guilty.rotation.fingerprint(), Rotation.apply
 
-    def apply(self: Rotation, x: torch.Tensor, dim: int = -1, *, inverse: bool = False) -> torch.Tensor:
+    def apply(self: Rotation, x: torch.Tensor, dim: int = -1, *, inverse: bool = False, dual: bool = False) -> torch.Tensor:
         return real(self, x, dim, inverse=inverse) * (1.01 if self.fingerprint() == bad else 1)
 
     monkeypatch.setattr(Rotation, "apply", apply)

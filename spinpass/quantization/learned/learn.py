@@ -134,7 +134,9 @@ class _Learner:
         """Return the program and report with what was learned."""
         weights: dict[str, QuantizedWeight] = dict(self.report.weights)
         if course.kept:
-            weights |= {name: part.learned() for name, part in self.weights.items()}
+            for name, part in self.weights.items():
+                made, host = part.learned(), weights[name].codes.q.device
+                weights[name] = replace(made, codes=made.codes.on(host))
         changed: dict[str, Tensor] = {}
         for name, part in self.weights.items():
             source = moved(Coded(weights[name].codes, part.weight.dim, part.shape, part.dtype), self.device)
