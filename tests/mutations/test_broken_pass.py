@@ -74,7 +74,7 @@ def rotation_with(
 ) -> Patch:
     def patch(m: pytest.MonkeyPatch) -> None:
         real = Rotation.apply
-        m.setattr(Rotation, "apply", lambda self, x, dim=-1, *, inverse=False: change(self, x, dim, inverse, real))
+        m.setattr(Rotation, "apply", lambda self, x, dim=-1, *, inverse=False, dual=False: change(self, x, dim, inverse, real))
 
     return patch
 
