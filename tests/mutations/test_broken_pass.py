@@ -226,11 +226,12 @@ MUTATIONS: dict[str, tuple[tuple[str, ...], Patch]] = {
             fold,
             "rotate_constant",
             lambda real: (
-                lambda editor, node, layout, rotation: real(
+                lambda editor, node, layout, rotation, **how: real(
                     editor,
                     node,
                     layout if layout.width == 24 else Layout(layout.dims, layout.sizes, layout.blocks.flip(1)),
                     rotation,
+                    **how,
                 )
             ),
         ),
