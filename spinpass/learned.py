@@ -18,7 +18,7 @@ from torch.export import ExportedProgram
 from spinpass.config import RotationConfig
 from spinpass.errors import ConfigError
 from spinpass.learning import Learning, LearningRecord
-from spinpass.pipeline import rotate
+from spinpass.pipeline import plan, rotate
 from spinpass.planning import PlannedSpace, RotationPlan
 from spinpass.progress import Silent, Steps
 from spinpass.quantization import (
@@ -151,9 +151,9 @@ def with_learned_bases(
     """Return a configuration with the matrices that were learned for a scheme, and how that went. See :func:`learn`."""
     steps = steps or Silent()
     steps.begin("plan")
-    plain = rotate(program, replace(config, verify=False)).plan
+    plain = plan(program, replace(config, verify=False))
     begun = {space.name: begin for space in plain.spaces for begin in (factored(space),) if begin is not None}
-    if not begun:
+    if plain.spaces and not begun:
         raise ConfigError("none of the rotations can be learned: " + "; ".join(str(r) for r in plain.refusals))
     rotated = rotate(program, replace(config, verify=False, matrices={**config.matrices, **begun}))
     bases = [basis_of(space) for space in rotated.plan.spaces if space.name in begun]

@@ -22,6 +22,7 @@ from spinpass.rotations import Rotation
 from .options import (
     ALL,
     AsJson,
+    DecidingText,
     Dequantize,
     DeviceOption,
     Dtype,
@@ -53,12 +54,7 @@ def learn_command(
     calibration: Annotated[
         Path, typer.Option(help="UTF-8 text to learn from.", show_default="text of this package")
     ] = SHIPPED_TEXT,
-    text: Annotated[
-        Path | None,
-        typer.Option(
-            help="UTF-8 text that decides, of another source than the other.", show_default="Python's documentation"
-        ),
-    ] = None,
+    text: DecidingText = None,
     dtype: Dtype = "float32",
     device: DeviceOption = "cpu",
     dequantize: Dequantize = False,

@@ -171,6 +171,14 @@ CalibrationText = Annotated[
         show_default="text of this package",
     ),
 ]
+DecidingText = Annotated[
+    Path | None,
+    typer.Option(
+        "--text",
+        help="UTF-8 text that decides, of another source than the other.",
+        show_default="Python's documentation",
+    ),
+]
 CalibrationWindows = Annotated[
     int | None,
     typer.Option(

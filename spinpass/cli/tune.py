@@ -18,7 +18,7 @@ from spinpass.loading import load_model
 from spinpass.quantization import QuantizationConfig
 from spinpass.tuning import candidates, tune
 
-from .options import AsJson, Dequantize, DeviceOption, Dtype, Force, Model, TrustRemoteCode, Verbose
+from .options import AsJson, DecidingText, Dequantize, DeviceOption, Dtype, Force, Model, TrustRemoteCode, Verbose
 from .screen import screen_of
 from .tables import files_table, show_loading, tuning_table
 
@@ -30,12 +30,7 @@ def tune_command(
     calibration: Annotated[
         Path, typer.Option(help="UTF-8 text that calibrates.", show_default="text of this package")
     ] = SHIPPED_TEXT,
-    text: Annotated[
-        Path | None,
-        typer.Option(
-            help="UTF-8 text that decides, of another source than the other.", show_default="Python's documentation"
-        ),
-    ] = None,
+    text: DecidingText = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write the best model to, for ONNX Runtime.")] = None,
     calibration_windows: Annotated[
         int, typer.Option("--samples", help="Number of calibration windows, of --length tokens.")

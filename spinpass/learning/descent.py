@@ -11,7 +11,7 @@ import torch
 from spinpass.errors import LearningError
 from spinpass.workers import Team
 
-from .moves import LearningPart, all_moves, kinds_of, of_kind
+from .moves import LearningPart, all_moves, kinds_of, of_kind, set_moves
 
 _WARM_UP = 10  # steps, or a tenth of them
 _BETAS = (0.9, 0.95)
@@ -63,7 +63,5 @@ class Descent:
 
     def resume(self, state: Mapping[str, Any]) -> None:
         """Go on from a state."""
-        with torch.no_grad():
-            for move, saved in zip(self._moves, state["moves"], strict=True):
-                move.copy_(saved)
+        set_moves(self._moves, state["moves"])
         self._adam.load_state_dict(state["adam"])

@@ -91,7 +91,7 @@ class Blocks:
 
     @property
     def _most(self) -> int:
-        return max(1, self.settings.rounds * len(self.lesson.shown) // self.settings.batch)
+        return self.settings.steps(len(self.lesson.shown))
 
     def fit(self, living: Sequence[Node]) -> tuple[int, float]:
         """Move the parts that a block reads, and return the steps and the mean loss."""

@@ -63,3 +63,7 @@ class Learning:
             raise ConfigError(f"{self.minutes} minutes of learning: choose more than 0, or leave them out")
         if not 0 < self.rate < math.inf:
             raise ConfigError(f"rate={self.rate} is not above 0")
+
+    def steps(self, windows: int) -> int:
+        """Return how many steps all rounds through so many windows are."""
+        return max(1, self.rounds * windows // self.batch)

@@ -28,7 +28,7 @@ from .checkpoint import Checkpoint
 from .descent import Descent
 from .lesson import Lesson
 from .local import Blocks
-from .moves import LearningPart, all_moves, kinds_of, set_moves, values, without
+from .moves import LearningPart, all_moves, kinds_of, of_kind, set_moves, values, without
 from .record import LearningRecord
 from .settings import Learning
 
@@ -206,7 +206,7 @@ class _Course:
     _tick: Tick = field(default=lambda: None, init=False)
 
     def _steps(self) -> int:
-        return max(1, self.settings.rounds * len(self.lesson.shown) // self.settings.batch)
+        return self.settings.steps(len(self.lesson.shown))
 
     def _affordable(self, step: float, spent: float) -> int:
         """Return how many steps there is time for, by what one takes. All ranks take as many as the first."""
@@ -258,7 +258,7 @@ class _Course:
                 if found <= after:
                     dropped.append(kind)
                     after = found
-                    set_moves([part.moves[kind] for part in self.parts if kind in part.moves], None)
+                    set_moves(of_kind(self.parts, kind), None)
         else:
             dropped = list(kinds)
             set_moves(all_moves(self.parts), None)

@@ -50,10 +50,12 @@ def condition_of(factors: Sequence[Tensor]) -> float:
 
 def are_orthogonal(factors: Sequence[Tensor]) -> bool:
     """Whether every factor is orthogonal to float64."""
-    return all(
-        float((f @ f.t() - torch.eye(len(f), dtype=f.dtype, device=f.device)).abs().max()) <= _ORTHOGONAL
-        for f in factors
-    )
+    return all(non_orthogonality(factor) <= _ORTHOGONAL for factor in factors)
+
+
+def non_orthogonality(matrix: Tensor) -> float:
+    """max |M Mᵀ − I|."""
+    return float((matrix @ matrix.t() - torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)).abs().max())
 
 
 def right_operands(factors: Sequence[Tensor], *, inverse: bool, dual: bool) -> list[Tensor]:

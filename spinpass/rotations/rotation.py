@@ -132,7 +132,7 @@ class Rotation:
         if matrix.dtype not in _ORTHOGONAL_WITHIN:
             raise ConfigError(f"a rotation matrix must be float32 or float64, got {matrix.dtype}")
         exact = matrix.detach().to(device="cpu", dtype=torch.float64, copy=True)
-        error, bound = _non_orthogonality(exact), _ORTHOGONAL_WITHIN[matrix.dtype]
+        error, bound = kronecker.non_orthogonality(exact), _ORTHOGONAL_WITHIN[matrix.dtype]
         if not error <= bound:
             raise ConfigError(f"the matrix is not orthogonal: max |M Mᵀ - I| is {error:.1e}, above {bound:.0e}")
         return cls("learned", len(exact), len(exact), identity=identity, matrix_=_nearest_orthogonal(exact))
@@ -285,7 +285,7 @@ class Rotation:
         matrix = None if raw is None else _from_bytes(raw, size)
         if factors:
             factors = kronecker.checked_factors(factors)
-        if matrix is not None and not _non_orthogonality(matrix) <= _ORTHOGONAL_WITHIN[torch.float64]:
+        if matrix is not None and not kronecker.non_orthogonality(matrix) <= _ORTHOGONAL_WITHIN[torch.float64]:
             raise ConfigError("the matrix of a learned rotation is not orthogonal")
         return cls(kind, size, order, seed, identity, matrix, factors)
 
@@ -336,14 +336,10 @@ def _random_bytes(count: int, seed: int, identity: str) -> bytearray:
     return bytearray(hashlib.shake_256(key).digest(count))
 
 
-def _non_orthogonality(matrix: Tensor) -> float:
-    return float((matrix @ matrix.t() - torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)).abs().max())
-
-
 def _nearest_orthogonal(matrix: Tensor) -> Tensor:
     """Newton-Schulz steps M <- M (3 I - Mᵀ M) / 2, each of which squares the error, for as long as it gets smaller."""
     last = math.inf
-    while (error := _non_orthogonality(matrix)) < last / 2:
+    while (error := kronecker.non_orthogonality(matrix)) < last / 2:
         matrix = 1.5 * matrix - 0.5 * matrix @ (matrix.t() @ matrix)
         last = error
     return matrix.contiguous()

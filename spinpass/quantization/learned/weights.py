@@ -24,7 +24,7 @@ from spinpass.learning import LearningPart
 
 from ..kinds import LATENT, OFFSET, SCALE, ZERO
 from ..report import QuantizedWeight
-from ..rounding import Codes
+from ..rounding import Codes, laid_out
 
 _STEPS, _REST = 256, 0.4  # of r in a step of the grid, and the most of it: moves of 0.1 are noise
 _RANK = 8  # of a move of low rank
@@ -78,9 +78,7 @@ class LearnedWeight:
         matrix: Tensor = _Rounded.apply(  # type: ignore[no-untyped-call]
             codes, scales, self._offsets(), moves.get(ZERO.name), self.rests
         )
-        axis = self.weight.dim % len(self.shape)
-        left = [size for at, size in enumerate(self.shape) if at != axis]
-        return matrix.reshape(*left, -1).movedim(-1, axis).contiguous().to(self.dtype)
+        return laid_out(matrix, self.weight.dim, self.shape).contiguous().to(self.dtype)
 
     def _offsets(self) -> Tensor | None:
         """Return δ (out, in), of a move for each weight, of one of low rank A·B, or of both; None for neither."""

@@ -1,6 +1,6 @@
 """A matrix becomes codes with scales and zero points, and values get the range in which they are rounded."""
 
-from .coded import Coded
+from .coded import Coded, laid_out
 from .double import round_statistics
 from .gptq import rounded_by_gptq
 from .grid import Codes, rounded, stacked
@@ -13,6 +13,7 @@ __all__ = [
     "ExpertMoments",
     "Moments",
     "experts_moments",
+    "laid_out",
     "median_peak",
     "round_statistics",
     "rounded",

@@ -42,10 +42,15 @@ class Coded:
         """Return the values of some rows of the first axis."""
         if self.by_rows:
             return self.codes.rows(rows).dequantized().to(self.dtype)
-        moved = [size for axis, size in enumerate(self.shape) if axis != self.dim % len(self.shape)]
-        whole = self.codes.dequantized().reshape(*moved, -1).movedim(-1, self.dim)
+        whole = laid_out(self.codes.dequantized(), self.dim, self.shape)
         return whole.to(self.dtype).contiguous()[rows]
 
     def exact(self, rows: Rows) -> Tensor:
         """Return the same in float64."""
         return self.read(rows).double()
+
+
+def laid_out(matrix: Tensor, dim: int, shape: torch.Size) -> Tensor:
+    """Return a matrix, whose columns lie along ``dim`` of a constant, as a view of the constant's shape."""
+    left = [size for axis, size in enumerate(shape) if axis != dim % len(shape)]
+    return matrix.reshape(*left, -1).movedim(-1, dim)
