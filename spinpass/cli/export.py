@@ -28,6 +28,7 @@ from .options import (
     KvCache,
     LastLogits,
     LayerScheme,
+    LearningSeed,
     LearnOption,
     Memory,
     Minutes,
@@ -64,6 +65,7 @@ def export_command(
     compare: Compare = False,
     learn: LearnOption = None,
     minutes: Minutes = None,
+    learning_seed: LearningSeed = 0,
     int4: Int4 = False,
     to: To = "onnx",
     context: Context = None,
@@ -102,7 +104,7 @@ def export_command(
         last_logits=last_logits, fuse=not no_fuse, certify=not no_verify, calibration_windows=calibration_windows,
         force=force, allow_partial=allow_partial, bits=bits, recipe=recipe,
         keep=tuple(keep or ()), layers=layer_schemes(layer), compare=compare, memory=memory,
-        learn=learn, minutes=minutes, device=device,
+        learn=learn, minutes=minutes, learning_seed=learning_seed, device=device,
     )  # fmt: skip
     with screen.steps() as steps:
         result, written = carry_out(request, steps, team_of(ctx))

@@ -26,6 +26,7 @@ from .options import (
     Dequantize,
     DeviceOption,
     Dtype,
+    LearningSeed,
     Minutes,
     Model,
     TrustRemoteCode,
@@ -50,7 +51,7 @@ def learn_command(
     ] = "local",
     rounds: Annotated[int, typer.Option(help="Rounds through the text.")] = 1,
     minutes: Minutes = None,
-    learning_seed: Annotated[int, typer.Option("--learning-seed", help="Seed of the order of windows.")] = 0,
+    learning_seed: LearningSeed = 0,
     calibration: Annotated[
         Path, typer.Option(help="UTF-8 text to learn from.", show_default="text of this package")
     ] = SHIPPED_TEXT,

@@ -140,6 +140,9 @@ Minutes = Annotated[
     float | None,
     typer.Option(help="Minutes that learning may take.", show_default="three rounds through the text"),
 ]
+LearningSeed = Annotated[
+    int, typer.Option(help="Seed of the order in which learning goes through the text.", min=0)
+]
 Int4 = Annotated[bool, typer.Option("--int4", help="Pack the weights to 4 bits (MatMulNBits), without a scheme.")]
 KvCache = Annotated[
     IntegerCache | None,

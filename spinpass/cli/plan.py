@@ -28,6 +28,7 @@ from .options import (
     Keep,
     KvCache,
     LayerScheme,
+    LearningSeed,
     LearnOption,
     Memory,
     Minutes,
@@ -66,6 +67,7 @@ def plan_command(
     compare: Compare = False,
     learn: LearnOption = None,
     minutes: Minutes = None,
+    learning_seed: LearningSeed = 0,
     no_verify: NoVerify = False,
     dequantize: Dequantize = False,
     trust_remote_code: TrustRemoteCode = False,
@@ -89,7 +91,7 @@ def plan_command(
     request = ExportRequest(
         model, Path(), config, to, quantize=quantize, int4=int4, kv_cache=kv_cache, dtype=dtype, cache=not no_cache,
         dequantize=dequantize, trust_remote_code=trust_remote_code, certify=not no_verify, compare=compare,
-        learn=learn, minutes=minutes,
+        learn=learn, minutes=minutes, learning_seed=learning_seed,
         calibration_windows=calibration_windows, bits=bits, recipe=recipe, memory=memory, context=context,
         calibration=calibration, keep=tuple(keep or ()), layers=layer_schemes(layer),
     )  # fmt: skip

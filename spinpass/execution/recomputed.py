@@ -26,7 +26,7 @@ from spinpass.graph import mutates, shape, value
 from .interpreter import Runner, constants, execute
 from .synthetic import Sizes, bound_sizes, concrete, user_inputs
 
-KEPT_BYTES = 4 << 30
+KEPT_BYTES = 1 << 30
 """How many bytes of values are kept for a backward pass. What has more is computed twice, a third more time."""
 
 

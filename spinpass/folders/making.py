@@ -73,6 +73,7 @@ def export(
     compare: bool = False,
     learn: LearnName | None = None,
     minutes: float | None = None,
+    learning_seed: int = 0,
     calibration: str | Path | None = None,
     calibration_windows: int | None = None,
     int4: bool = False,
@@ -109,6 +110,7 @@ def export(
         learn: what the rounded model learns from the original: ``none``; ``local``, block by block; ``full``, by what
             it predicts. None leaves it to the recipe or scheme, and is ``full`` with ``minutes``.
         minutes: the wall-clock time that learning may take, in minutes; None for three rounds through the text.
+        learning_seed: of the order in which learning goes through the text.
         compare: make the original by the same scheme as well, and keep which does better on text.
         calibration: the file of a UTF-8 text for GPTQ, static ranges and ``kv_cache``; or a dataset, as
             :func:`spinpass.evaluation.read_dataset` takes it; or ``"self"``, text that the model writes. By default,
@@ -148,7 +150,8 @@ def export(
     request = ExportRequest(
         str(model), Path(out), config, to, quantize=quantize, calibration=calibration, int4=int4, kv_cache=kv_cache,
         dtype=dtype, cache=cache, context=context, dequantize=dequantize, bits=bits, recipe=recipe,
-        keep=tuple(keep), layers=tuple(layers), compare=compare, learn=learn, minutes=minutes, device=device,
+        keep=tuple(keep), layers=tuple(layers), compare=compare, learn=learn, minutes=minutes,
+        learning_seed=learning_seed, device=device,
         trust_remote_code=trust_remote_code, last_logits=last_logits, fuse=fuse, certify=certify,
         calibration_windows=calibration_windows, force=force, allow_partial=allow_partial, memory=memory,
     )  # fmt: skip

@@ -110,9 +110,9 @@ def learning_of(name: LearnName, minutes: float | None) -> Learning | None:
     return Learning(_LEARNED, (name,), rounds=_ROUNDS, minutes=minutes)
 
 
-def bases_of(minutes: float | None) -> Learning:
+def bases_of(minutes: float | None, seed: int = 0) -> Learning:
     """Return how changes of basis are learned: block by block, in one round through the text."""
-    return Learning(("transforms",), ("local",), minutes=minutes)
+    return Learning(("transforms",), ("local",), minutes=minutes, seed=seed)
 
 
 def measured() -> dict[str, Any]:

@@ -58,6 +58,7 @@ class ExportRequest:
     compare: bool = False
     learn: LearnName | None = None
     minutes: float | None = None
+    learning_seed: int = 0
     device: Device = HOST
     memory: str | int | None = None
     most_windows: int = field(default=CALIBRATION_WINDOWS, init=False)  # where the text holds so many
@@ -93,6 +94,8 @@ class ExportRequest:
                 raise ConfigError(f"{name}={value!r} is not one of {', '.join(map(str, allowed))}")
         if self.minutes is not None and not 0 < self.minutes < math.inf:
             raise ConfigError(f"--minutes {self.minutes}: choose more than 0, or leave it out")
+        if not isinstance(self.learning_seed, int) or self.learning_seed < 0:
+            raise ConfigError(f"--learning-seed {self.learning_seed}: choose an integer from 0 on")
         check_dtype(self.dtype)
         object.__setattr__(self, "device", named_device(self.device))
         if self.memory is not None and not self.memory_bytes:
@@ -156,10 +159,12 @@ class ExportRequest:
         """Raise ConfigError where something is to be learned of what learns nothing."""
         if self.minutes is not None and self.learn == "none":
             raise ConfigError("--learn none and --minutes disagree: leave one of them out")
+        scheme = self.scheme
         option = f"--learn {self.learn}" if self.learn is not None else f"--minutes {self.minutes}"
         if self.learn in (None, "none") and self.minutes is None:
+            if self.learning_seed and (scheme is None or scheme.learn is None):
+                raise ConfigError(f"--learning-seed {self.learning_seed}: nothing is learned here, so leave it out")
             return
-        scheme = self.scheme
         if self.int4 or scheme is None or scheme.weights is None:
             raise ConfigError(f"{option} is of rounded weights: add --bits or --quantize, or leave it out")
         if self.bits is not None and self.recipe == "plain":
@@ -244,6 +249,8 @@ class ExportRequest:
         asked = QuantizationConfig.parse(self.quantize)
         if self.learn is not None or self.minutes is not None:
             asked = replace(asked, learn=learning_of(self.learn or "full", self.minutes))
+        if asked.learn is not None:
+            asked = replace(asked, learn=replace(asked.learn, seed=self.learning_seed))
         return replace(asked, exclude=self.keep, overrides=overrides, stacks=stacks)
 
     @property
@@ -256,7 +263,7 @@ class ExportRequest:
         few = [each for each in (scheme.activations, scheme.cache) if each is not None and each.bits < _FEW]
         if not few or (scheme.activations is not None and scheme.activations.static):
             return None
-        return bases_of(self.minutes)
+        return bases_of(self.minutes, self.learning_seed)
 
     @property
     def notes(self) -> list[str]:

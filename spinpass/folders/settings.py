@@ -45,6 +45,7 @@ def settings_of(
         "samples": windows,
         "learn": request.learn,
         "minutes": request.minutes,
+        "learning-seed": request.learning_seed or None,
         "kv-cache": request.kv_cache,
         "dtype": None if request.dtype == "float32" else request.dtype,
         "no-cache": not request.cache,

@@ -61,6 +61,9 @@ def test_minutes_ask_for_it_and_bound_it(tmp_path: Path) -> None:
         ({"learn": "none", "minutes": 5.0}, "--learn none and --minutes disagree"),
         ({"minutes": 0.0}, "--minutes 0.0: choose more than 0"),
         ({"bits": 16, "learn": "full"}, "--learn full is of rounded weights: add --bits or --quantize"),
+        ({"bits": 16, "learning_seed": 1}, "--learning-seed 1: nothing is learned here"),
+        ({"learn": "none", "learning_seed": 1}, "--learning-seed 1: nothing is learned here"),
+        ({"learning_seed": -1}, "--learning-seed -1: choose an integer from 0 on"),
         ({"int4": True, "minutes": 5.0}, "--minutes 5.0 is of rounded weights"),
         ({"quantize": "a8", "learn": "local"}, "--learn local is of rounded weights"),
         ({"recipe": "plain", "learn": "full"}, "--recipe plain rounds to nearest without a text: leave it or --learn full out"),
@@ -80,6 +83,7 @@ def test_what_is_asked_for_reaches_the_scheme() -> None:
 
     assert learn().kinds == ("scales",) and learn(learn="none") is None and learn(recipe="quick") is None
     assert learn(learn="local").phases == ("local",) and learn(minutes=3.0).minutes == 3.0
+    assert learn(learning_seed=2).seed == 2 and learn(learn="full", learning_seed=2).seed == 2
     assert learn(minutes=3.0).phases == ("full",) and learn(quantize="w4g32-rtn", learn="full").kinds == ("scales", "gains")
 
 

@@ -34,6 +34,7 @@ _VALUES = {
     "samples": ("N", "number of calibration windows, of 512 tokens"),
     "learn": ("NAME", "none, local (block by block) or full (all together): what rounding learns from the model"),
     "minutes": ("N", "minutes that learning may take"),
+    "learning-seed": ("N", "seed of the order in which learning goes through the text"),
     "to": ("TARGET", "runtime that the folder is for, onnx, openvino or executorch, or gptq for a checkpoint"),
     "context": ("N", "tokens that the KV cache inside an ExecuTorch program holds"),
     "memory": ("SIZE", "memory that the run may take, for example 12GB"),
