@@ -4,11 +4,13 @@ Whole configurations are quantized and scored on held-out text, paired over its 
 configuration is judged by itself (:func:`spinpass.quantization.site_errors`): where nothing is rounded it is left
 alone, and the configuration is tried once more with only the spaces whose layers lose less in the rotated basis. Among
 what is about as good as the best, what costs least is taken; no rotation, which costs nothing, also where nothing is
-significantly better. What is learned is learned last, of what was chosen.
+significantly better. What may be learned is tried last, on what was chosen, and kept where the same text confirms it
+beyond the noise: it costs the user nothing when the model runs.
 """
 
 from __future__ import annotations
 
+import glob
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -20,6 +22,8 @@ from torch.export import ExportedProgram
 from spinpass.config import ROLES, RotationConfig
 from spinpass.errors import ConfigError, RefusedError
 from spinpass.evaluation import Comparison, ProgramScorer, Windows, compare, paired
+from spinpass.learned import TRANSFORMS, learn
+from spinpass.learning import Learning
 from spinpass.pipeline import rotate
 from spinpass.planning import PlannedSpace, RotationPlan
 from spinpass.progress import Silent, Steps
@@ -49,12 +53,21 @@ class SpaceVerdict:
 
 @dataclass(frozen=True)
 class Trial:
-    """One configuration, quantized and scored on held-out text. ``plan`` is None for no rotation."""
+    """One configuration, quantized and scored on held-out text.
+
+    Attributes:
+        name: of the configuration, and of what was learned.
+        plan: what is rotated; None for no rotation.
+        comparison: with the original.
+        spaces: what each space of the configuration is worth by itself.
+        learned: the kinds of moves that were learned.
+    """
 
     name: str
     plan: RotationPlan | None
     comparison: Comparison
     spaces: tuple[SpaceVerdict, ...]
+    learned: tuple[str, ...] = ()
 
     @property
     def flops(self) -> int:
@@ -67,6 +80,7 @@ class Trial:
             "name": self.name,
             "flops_per_token": self.flops,
             "spaces": 0 if self.plan is None else len(self.plan.spaces),
+            "learned": list(self.learned),
             "comparison": self.comparison.to_dict(),
             "judged": [{"space": s.space, "original": s.original, "rotated": s.rotated} for s in self.spaces],
         }
@@ -85,7 +99,7 @@ class Tuned:
     def verdict(self) -> str:
         """What was found, in one sentence."""
         found = {t.name: t.comparison for t in self.trials}
-        if self.chosen.plan is None:
+        if self.chosen.name == _NOTHING:
             return f"rotation is not worth it here: perplexity × {found[_NOTHING].ratio:.4f} without any"
         return (
             f"{self.chosen.name}: perplexity × {self.chosen.comparison.ratio:.4f} after quantization, "
@@ -123,9 +137,10 @@ def tune(
     held_out: Windows,
     *,
     configs: Mapping[str, RotationConfig] | None = None,
+    learning: Sequence[Learning] = (),
     steps: Steps | None = None,
 ) -> Tuned:
-    """Choose what to rotate for a scheme. The program is not changed.
+    """Choose what to rotate for a scheme, and what to learn. The program is not changed.
 
     Args:
         program: a language model, which takes token ids.
@@ -134,10 +149,14 @@ def tune(
         held_out: other windows, at least two, on which the choice is made.
         configs: what is tried besides no rotation, by name; :func:`candidates` by default. A configuration that the
             program refuses is left out.
+        learning: what may be learned, each tried on the rotation that was chosen; what the scheme asks for comes first.
+            Changes of basis are learned only where something is rotated.
         steps: told what begins.
 
     Raises:
-        ConfigError: there is too little text, or the scheme cannot be read or does not fit.
+        ConfigError: there is too little text, or the scheme cannot be read or does not fit, or nothing of the kinds
+            to learn is in it.
+        LearningError: a loss became no number.
     """
     config = QuantizationConfig.parse(scheme) if isinstance(scheme, str) else scheme
     if not calibration or len(held_out) < 2:
@@ -146,13 +165,13 @@ def tune(
     work.try_plan(_NOTHING, None)
     for name, tried in (candidates() if configs is None else configs).items():
         work.try_config(name, tried)
-    trials = tuple(work.trials)
-    chosen = choose(trials)
-    rotated, quantized = work.made[chosen.name]
-    if config.learn is not None:
-        tick = work.steps.start(f"learn, {chosen.name}")
-        quantized = learned(rotated, quantized, work.calibration, config.learn, progress=tick)
-    return Tuned(rotated, quantized, chosen, trials)
+    chosen = choose(work.trials)
+    asked = [*([] if config.learn is None else [config.learn]), *learning]
+    for settings in dict.fromkeys(asked):
+        work.try_learning(chosen, settings)
+    best = confirmed(chosen, work.trials)
+    rotated, quantized = work.made[best.name]
+    return Tuned(rotated, quantized, best, tuple(work.trials))
 
 
 def choose(trials: Sequence[Trial]) -> Trial:
@@ -162,6 +181,15 @@ def choose(trials: Sequence[Trial]) -> Trial:
     best = min(trials, key=lambda t: t.comparison.divergence)
     as_good = [t for t in trials if _is_about(t, best) or (t.plan is None and _is_within_noise(t, best))]
     return min(as_good, key=lambda t: (t.flops, t is not best))
+
+
+def confirmed(chosen: Trial, trials: Sequence[Trial]) -> Trial:
+    """Return the best of what was learned on the ``chosen`` trial, where it diverges less by more than one standard
+    error of the difference; else the chosen one itself."""
+    learned_ones = [t for t in trials if t.learned]
+    best = min([chosen, *learned_ones], key=lambda t: t.comparison.divergence)
+    change = paired(chosen.comparison.divergences, best.comparison.divergences)
+    return best if best is not chosen and change.mean < -change.error else chosen
 
 
 def _is_about(tried: Trial, best: Trial) -> bool:
@@ -218,6 +246,31 @@ class _Tuning:
             if trial.plan is not None and not _is_about(trial, best):
                 self.made.pop(trial.name, None)
 
+    def try_learning(self, chosen: Trial, settings: Learning) -> None:
+        """Learn on what was chosen, and score, unless windows held out of the calibration are against it already."""
+        (rotated, made), plan = self.made[chosen.name], chosen.plan
+        name = f"{chosen.name}, learning {' and '.join(settings.kinds)}"
+        if TRANSFORMS in settings.kinds:
+            if chosen.plan is None:
+                return
+            found = learn(
+                self.program, self.config, self.calibration, config=_config_of(chosen), settings=settings,
+                steps=self.steps,
+            )  # fmt: skip
+            rotated, made, plan = found.program, found.quantized, found.plan
+            records = [found.bases, found.numbers]
+        else:
+            tick = self.steps.start(f"learn, {name}")
+            made = learned(rotated, made, self.calibration, settings, progress=tick)
+            records = [made.report.learning]
+        kept = tuple(kind for record in records if record is not None for kind in record.kinds)
+        if not kept:
+            return
+        tick = self.steps.start(f"score, {name}")
+        compared = compare(self.scorer, ProgramScorer(made.program), self.held_out, tick)
+        self.trials.append(Trial(name, plan, compared, chosen.spaces, kept))
+        self.made[name] = (rotated, made)
+
     def _site_errors(self, program: ExportedProgram, name: str) -> dict[str, float]:
         tick = self.steps.start(f"judge spaces, {name}")
         return site_errors(program, self.config, self.calibration[:_JUDGED_ON], tick)
@@ -235,3 +288,11 @@ class _Tuning:
             return SpaceVerdict(space.name, None, None)
         before, after = (statistics.fmean(e[fqn] for fqn in readers) for e in (self._original, rotated))
         return SpaceVerdict(space.name, before, after)
+
+
+def _config_of(trial: Trial) -> RotationConfig:
+    """Return the configuration that plans the spaces of a trial alone."""
+    assert trial.plan is not None
+    kept = {space.name for space in trial.plan.spaces}
+    left_out = tuple(glob.escape(verdict.space) for verdict in trial.spaces if verdict.space not in kept)
+    return replace(trial.plan.config, exclude=(*trial.plan.config.exclude, *left_out))

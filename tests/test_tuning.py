@@ -17,10 +17,11 @@ from spinpass import RotationConfig, tuning
 from spinpass.errors import ConfigError
 from spinpass.evaluation.comparison import Comparison, Perplexity
 from spinpass.execution.interpreter import run
+from spinpass.learning import Learning
 from spinpass.planning import RotationPlan
 from spinpass.quantization import QuantizationConfig
 from spinpass.quantization.calibration.site_error import site_errors
-from spinpass.tuning import SpaceVerdict, Trial, candidates, choose, tune
+from spinpass.tuning import SpaceVerdict, Trial, candidates, choose, confirmed, tune
 from tests.support.decoders import SEQ, VOCAB, Decoder, exported, made, with_outliers
 
 
@@ -68,8 +69,8 @@ def test_scales_of_what_was_chosen_are_distilled() -> None:
     plain, trained = (
         tune(program(True), f"w2-rtn{part}", shown, decisive, configs=configs) for part in ("", "-distill16")
     )
-    assert trained.chosen.name == plain.chosen.name
-    assert trained.chosen.comparison.divergence == plain.chosen.comparison.divergence, "trials are made without"
+    assert trained.chosen.name == f"{plain.chosen.name}, learning scales" and trained.chosen.learned == ("scales",)
+    assert [t.comparison for t in trained.trials[:-1]] == [t.comparison for t in plain.trials], "trials are made without"
     ids = (torch.tensor(windows(2, 3)),)
     wanted, *found = (
         torch.log_softmax(run(p, ids)[0].double(), -1)
@@ -77,6 +78,35 @@ def test_scales_of_what_was_chosen_are_distilled() -> None:
     )
     before, after = ((wanted.exp() * (wanted - f)).sum(-1).mean() for f in found)
     assert after < 0.9 * before
+
+
+def test_kinds_are_tried_and_what_text_confirms_is_kept() -> None:
+    shown, decisive = windows(16, 0), windows(4, 1)
+    configs = {"online": RotationConfig(form="online", verify=False)}
+    kinds = [Learning(("scales",), rounds=8), Learning(("transforms", "scales"), rounds=2), Learning(("gains",), rate=1e-9)]
+    found = tune(program(True), "w3-rtn-a4", shown, decisive, configs=configs, learning=kinds)
+    tried = [t for t in found.trials if t.learned]
+    assert all(set(t.learned) <= {"scales", "transforms", "gains"} for t in tried)
+    assert found.chosen.learned, "scales help at three bits"
+    assert found.chosen.comparison.divergence == min(t.comparison.divergence for t in found.trials)
+    assert found.to_dict()["trials"][-1]["learned"]
+    # where nothing was rotated there is no basis to learn
+    alone = tune(program(False), "w3-rtn", shown, decisive, configs={}, learning=[Learning(("transforms",))])
+    assert [t.name for t in alone.trials] == ["none"]
+
+
+def test_what_was_learned_is_left_where_text_does_not_confirm_it() -> None:
+    chosen = dear("best", 0.10, 0.14, 0.12)
+    noisy = replace(dear("noisy", 0.09, 0.145, 0.115), learned=("scales",))
+    assert confirmed(chosen, [chosen, noisy]) is chosen
+    better = replace(dear("better", 0.05, 0.09, 0.07), learned=("scales",))
+    assert confirmed(chosen, [chosen, noisy, better]) is better
+    assert confirmed(chosen, [chosen, dear("not learned", 0.01, 0.01, 0.01)]) is chosen
+
+
+def test_kinds_that_there_are_not_are_refused() -> None:
+    with pytest.raises(ConfigError, match="nothing that can be learned"):
+        tune(program(True), "w3-rtn", windows(2, 0), windows(2, 1), configs={}, learning=[Learning(("scale",))])
 
 
 def dear(name: str, *divergences: float, flops: int = 7) -> Trial:

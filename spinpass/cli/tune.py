@@ -14,11 +14,23 @@ from spinpass.evaluation import windows as cut
 from spinpass.folders import Known, Result, check_target, onnx_tools, write_folder
 from spinpass.formats import drafted
 from spinpass.graph import HOST, named_device, on_device
+from spinpass.learning import Learning
 from spinpass.loading import load_model
-from spinpass.quantization import QuantizationConfig
+from spinpass.quantization import LEARNABLE, QuantizationConfig, check_kinds
 from spinpass.tuning import candidates, tune
 
-from .options import AsJson, DecidingText, Dequantize, DeviceOption, Dtype, Force, Model, TrustRemoteCode, Verbose
+from .options import (
+    AsJson,
+    DecidingText,
+    Dequantize,
+    DeviceOption,
+    Dtype,
+    Force,
+    Minutes,
+    Model,
+    TrustRemoteCode,
+    Verbose,
+)
 from .screen import screen_of
 from .tables import files_table, show_loading, tuning_table
 
@@ -37,6 +49,15 @@ def tune_command(
     ] = CALIBRATION_WINDOWS,
     windows: Annotated[int, typer.Option(help="Number of windows to decide on.")] = 16,
     length: Annotated[int, typer.Option(help="Tokens of each window.")] = CALIBRATION_LENGTH,
+    learn: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Also try to learn these kinds of numbers on what was chosen, by commas, of "
+            f"{', '.join(LEARNABLE)}; may be repeated.",
+            metavar="KINDS",
+        ),
+    ] = None,
+    minutes: Minutes = None,
     block_sizes: Annotated[str, typer.Option(help="Also try diagonal blocks of these sizes, for example 64,128.")] = "",
     dtype: Dtype = "float32",
     device: DeviceOption = "cpu",
@@ -48,6 +69,9 @@ def tune_command(
 ) -> None:
     """Measure what each way to rotate MODEL is worth under a scheme, and keep what helps, which may be nothing.
 
+    With --learn the same is asked of what can be learned: scales,gains once and
+    scales,offsets another time are two tries.
+
     With --out the best model is written, quantized, as spinpass export writes it;
     without --out nothing is.
 
@@ -57,6 +81,11 @@ def tune_command(
     there = named_device(device)
     configs = candidates(_sizes(block_sizes))
     scheme = QuantizationConfig.parse(quantize)
+    learning = [Learning(tuple(kind.strip() for kind in kinds.split(",")), minutes=minutes) for kinds in learn or ()]
+    for settings in learning:
+        check_kinds(settings.kinds)
+    if minutes is not None and not learning:
+        raise ConfigError(f"--minutes {minutes:g} is of learning: add --learn scales, or leave it out")
     check_windows(calibration_windows, calibration, length)
     if text is not None and text.resolve() == calibration.resolve():
         raise ConfigError(f"{text} calibrates and decides, which finds what fits that text: name two of them")
@@ -84,7 +113,9 @@ def tune_command(
             trust_remote_code=trust_remote_code,
             progress=steps.begin,
         )
-        found = tune(on_device(loaded.program, there), quantize, shown, decisive, configs=configs, steps=steps)
+        found = tune(
+            on_device(loaded.program, there), quantize, shown, decisive, configs=configs, learning=learning, steps=steps
+        )
         written = None
         if onnx is not None and draft is not None:
             made = Result(on_device(found.quantized.program, HOST), found.chosen.plan, found.quantized.report)

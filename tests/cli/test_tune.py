@@ -35,5 +35,9 @@ def test_tune_says_what_is_wrong(folder: Path, pt2: Path, tmp_path: Path) -> Non
     assert result.exit_code == 2 and "--block-sizes '4,x' is not a list of numbers: write them" in result.stderr
     result = run("tune", pt2, *given)
     assert result.exit_code == 2 and "has no tokenizer to read" in result.stderr
+    result = run("tune", folder, *given, "--learn", "scale")
+    assert result.exit_code == 2 and "'scale' is nothing that can be learned" in result.stderr
+    result = run("tune", folder, *given, "--minutes", 3)
+    assert result.exit_code == 2 and "--minutes 3 is of learning: add --learn scales" in result.stderr
     result = run("tune", folder, "--quantize", "a5", "--calibration", text)
     assert result.exit_code == 2 and "activations of 5 bits" in result.stderr
