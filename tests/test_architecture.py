@@ -107,7 +107,7 @@ ROWS = (
     ("analysis", "operators", "record"),
     ("graph", "config", "workers"),
     ("rotations",),
-    ("errors", "progress"),
+    ("errors", "progress", "version"),
 )
 ROW_OF = {part: row for row, parts in enumerate(ROWS, 1) for part in parts}
 FACES = {f"spinpass.exporters.{runtime}" for runtime in ("onnx", "executorch", "openvino", "transformers")}
