@@ -286,7 +286,7 @@ def test_the_readme_names_what_there_is() -> None:
 
 # -- sizes -------------------------------------------------------------------------------------------------------------
 
-ALONE, LONGEST, LONGEST_CLASS = 8, 450, 320
+ALONE, LONGEST, LONGEST_CLASS = 9, 450, 320
 
 
 def test_few_modules_stand_alone() -> None:
