@@ -20,6 +20,7 @@ from spinpass.passes import lower
 from spinpass.pipeline import Rotated, plan, rotate, transform
 from spinpass.planning import RotationPlan
 from spinpass.rotations import Rotation
+from spinpass.version import __version__ as __version__
 
 __all__ = [
     "Certificate",

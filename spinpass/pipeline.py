@@ -6,7 +6,6 @@ import gc
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from importlib.metadata import PackageNotFoundError, version
 
 from torch import Tensor
 from torch.export import ExportedProgram
@@ -20,6 +19,7 @@ from spinpass.graph import ProgramEditor, shape
 from spinpass.passes import CENTER, FOLD_ROTATIONS, FUSE_NORM_SCALE, INSERT_ROTATIONS, MATERIALIZE, PassRunner, SitePass
 from spinpass.planning import Planner, RotationPlan, UntieRequest
 from spinpass.progress import Progress
+from spinpass.version import __version__
 
 PASSES: list[SitePass] = [
     MATERIALIZE,  # first, with the values that the expressions have before anything is queued
@@ -237,7 +237,7 @@ def _config(config: RotationConfig | None, plan: RotationPlan | None) -> Rotatio
 
 def _record(planner: Planner) -> record.Record:
     """Return what the program will say of itself, the caches of earlier rotations included."""
-    earlier = planner.earlier or record.Record(_version())
+    earlier = planner.earlier or record.Record(__version__)
     inputs, outputs = dict(earlier.inputs), dict(earlier.outputs)
     for planned, carried in planner.carried:
         entry = record.Carried(planned.rotation, carried.layout.dims[0] - len(shape(carried.node)), planned.name)
@@ -246,11 +246,4 @@ def _record(planner: Planner) -> record.Record:
         else:
             outputs[planner.editor.user_output_index(carried.output)] = entry
     rotations = earlier.rotations | {s.name: s.rotation.fingerprint() for s in planner.planned}
-    return record.Record(_version(), inputs, outputs, planner.config.to_dict(), rotations)
-
-
-def _version() -> str:
-    try:
-        return version("spinpass")
-    except PackageNotFoundError:  # run from a source tree
-        return "0"
+    return record.Record(__version__, inputs, outputs, planner.config.to_dict(), rotations)

@@ -19,7 +19,7 @@ import typer
 from typer.core import TyperGroup
 
 from spinpass.errors import ConfigError, SpinpassError
-from spinpass.folders import version_of
+from spinpass.version import __version__
 from spinpass.workers import joined_team, launched
 
 from .chat import chat_command
@@ -44,7 +44,7 @@ _OF_MANY = {"export"}  # the commands that a team can do
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"spinpass {version_of('spinpass')}, torch {torch.__version__}")
+        typer.echo(f"spinpass {__version__}, torch {torch.__version__}")
         raise typer.Exit
 
 

@@ -14,7 +14,7 @@ from .onnx import onnx_tools, write_folder
 from .preflight import Known, check_space
 from .recipes import BITS, MEASURED, LearnName, Recipe, RecipeName, measured, recipe_of
 from .request import ExportRequest, IntegerCache, Target
-from .result import Result, check_names, quantized, rotated, version_of, window_length
+from .result import Result, check_names, quantized, rotated, window_length
 from .workload import Workload
 
 __all__ = [
@@ -59,7 +59,6 @@ __all__ = [
     "recipe_of",
     "rotate_checkpoint",
     "rotated",
-    "version_of",
     "weight_count",
     "window_length",
     "write_folder",

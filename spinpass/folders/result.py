@@ -28,6 +28,7 @@ from spinpass.planning import RotationPlan
 from spinpass.progress import Progress, Steps
 from spinpass.quantization import CodesStore, QuantizationConfig, QuantizationReport, Quantized, quantize
 from spinpass.rotations import Rotation
+from spinpass.version import __version__
 from spinpass.workers import Team
 
 _SPOOLED_SHARE = 4  # of the free disk, what is computed from the weights is kept in one of so many parts
@@ -80,7 +81,7 @@ class Result:
         """Return JSON-able values: versions, plan, record, quantization."""
         found = record.read(self.program)
         return {
-            "versions": {name: version_of(name) for name in _PACKAGES} | {"python": platform.python_version()},
+            "versions": {name: _version_of(name) for name in _PACKAGES} | {"python": platform.python_version()},
             "plan": self.plan and self.plan.to_dict(),
             "record": found and found.to_dict(),
             "quantization": self.quantization and self.quantization.to_dict(),
@@ -206,7 +207,7 @@ def run_of(
         "scheme": repr(scheme),
         "text": "" if text is None else f"{windows} of {hashlib.sha256(text.read_bytes()).hexdigest()}",
         **more,
-        "version": ", ".join(f"{name} {version_of(name)}" for name in ("spinpass", "torch", "transformers")),
+        "version": ", ".join(f"{name} {_version_of(name)}" for name in ("spinpass", "torch", "transformers")),
     }
 
 
@@ -215,9 +216,11 @@ def window_length(companions: Companions) -> int:
     return min(CALIBRATION_LENGTH, companions.positions or CALIBRATION_LENGTH)
 
 
-def version_of(package: str) -> str:
-    """The version of an installed package, for people to read."""
+def _version_of(package: str) -> str:
+    """The version of an installed package, or of spinpass as it runs, for people to read."""
+    if package == "spinpass":  # a source tree may be newer than what is installed
+        return __version__
     try:
         return version(package)
-    except PackageNotFoundError:  # not installed, or run from a source tree
+    except PackageNotFoundError:
         return "not installed"
