@@ -47,7 +47,7 @@ def arguments(given: Mapping[str, Any]) -> list[str]:
 
 
 class _DeferredParser(ArgumentParser):
-    """A parser whose options are defined when it is used: to read them off takes torch, which other commands need not."""
+    """A parser whose options are defined when it is used: to read them off takes torch."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         if not any("--model" in action.option_strings for action in self._actions):
