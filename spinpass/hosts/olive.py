@@ -5,6 +5,7 @@ Olive finds a pass by a file that says where its module lies, which :func:`write
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import json
 import re
@@ -62,6 +63,18 @@ class SpinPass(Pass):  # type: ignore[misc]  # Olive has no types
         first = PassConfigParam(type_=dict[str, Any] | str, default_value={}, description=rotation)
         return {"rotation": first} | options
 
+    @classmethod
+    def get_config_params(cls, accelerator_spec: Any, config: Any = None, disable_search: Any = False) -> Any:
+        """Return what :meth:`Pass.get_config_params` returns. Raises ConfigError for an option that there is not, which
+        Olive would leave out."""
+        known = cls.default_config(accelerator_spec)
+        unknown = next((name for name in config or {} if name not in known), None)
+        if unknown is not None:
+            near = difflib.get_close_matches(unknown, known, 1)
+            meant = f"did you mean {near[0]}?" if near else f"it has {', '.join(known)}"
+            raise ConfigError(f"SpinPass has no option {unknown}: {meant}")
+        return super().get_config_params(accelerator_spec, config, disable_search)
+
     def _run_for_config(self, model: Any, config: Any, output_model_path: str) -> Any:
         """Export the model into the folder that Olive names.
 
@@ -69,10 +82,10 @@ class SpinPass(Pass):  # type: ignore[misc]  # Olive has no types
             ConfigError: the model is none of transformers, or an option means nothing.
             ExportError, RefusedError, VerificationError: :func:`spinpass.folders.export` raises them.
         """
-        folder = Path(output_model_path).with_suffix("")
+        source, folder = _source_of(model), Path(output_model_path).with_suffix("")
         options = {name: value for name, value in config.model_dump().items() if name != "rotation"}
         options["trust_remote_code"] = bool(model.get_load_kwargs().get("trust_remote_code"))
-        written = export(_source_of(model), folder, _rotation_of(config.rotation), **options)
+        written = export(source, folder, _rotation_of(config.rotation), **options)
         model_files = {path.name for path in written.report.files}
         beside = [str(folder / name) for name in sorted({*written.files} - model_files)]
         return ONNXModelHandler(
