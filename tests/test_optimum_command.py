@@ -13,6 +13,8 @@ import pytest
 import typer.main
 
 from spinpass.cli import app as commands
+from spinpass.cli import command_options
+from spinpass.errors import ConfigError
 from spinpass.runtime.decoder import OrtDecoder
 from tests.support import folders
 
@@ -32,10 +34,16 @@ def optimum_cli(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent.parent)
 
 
-def parsed(*arguments: str) -> list[str]:
+def filled() -> ArgumentParser:
+    """The parser as it is when it has parsed something."""
     parser = ArgumentParser()
     register.SpinpassExportCommand.parse_args(parser)
-    return list(register.arguments(vars(parser.parse_args(arguments))))
+    parser.parse_args(["-m", "a", "b"])
+    return parser
+
+
+def parsed(*arguments: str) -> list[str]:
+    return list(register.arguments(vars(filled().parse_args(arguments))))
 
 
 def test_it_writes_what_the_command_line_writes(folder: Path, tmp_path: Path) -> None:
@@ -49,14 +57,39 @@ def test_it_writes_what_the_command_line_writes(folder: Path, tmp_path: Path) ->
     assert len(OrtDecoder(tmp_path / "out").generate([5, 6, 7], 4, end=()).tokens) == 4
 
 
-def test_every_option_of_the_export_is_there() -> None:
+def of_the_export() -> dict[str, Any]:
+    """The options of ``spinpass export`` by every name that they have."""
     export: Any = typer.main.get_command(commands.app).commands["export"]  # type: ignore[attr-defined]
-    spelled = [name for option in export.params for name in (*option.opts, *option.secondary_opts)]
-    theirs = {name for name in spelled if name.startswith("--")}
-    parser = ArgumentParser()
-    register.SpinpassExportCommand.parse_args(parser)
-    ours = {name for name in parser._option_string_actions if name.startswith("--")}
-    assert ours - {"--help", "--model", "--weights"} == theirs - {"--int4"}  # what --weights says
+    options = [param for param in export.params if param.param_type_name == "option"]
+    return {name: option for option in options for name in (*option.opts, *option.secondary_opts)}
+
+
+def test_every_option_of_the_export_is_there_as_it_is_defined() -> None:
+    parser = filled()
+    ours = dict(parser._option_string_actions)
+    assert {"-m", "--model", "-h", "--help", "--weights"} == ours.keys() - of_the_export().keys()
+    assert not of_the_export().keys() - ours.keys()
+    for name, option in of_the_export().items():
+        takes_value = not (option.is_flag or option.count)
+        assert (ours[name].nargs is None) is takes_value, name
+        assert name in option.secondary_opts or str(ours[name].help).startswith(option.help.replace("%", "%%")), name
+    text = " ".join(parser.format_help().split())
+    assert "--to {onnx,openvino,executorch,gptq}" in text and "--memory SIZE" in text and "--seed N" in text
+
+
+def test_an_option_that_the_export_gets_is_an_option_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    from spinpass.cli import definitions
+
+    new = definitions.CommandOption(("--dry",), None, "100% new.", False)
+    listed = definitions.command_options
+    monkeypatch.setattr(definitions, "command_options", lambda command: [*listed(command), new])
+    assert parsed("-m", "a", "b", "--dry") == ["export", "--dry", "--", "a", "b"]
+    assert "100% new." in filled().format_help()
+
+
+def test_options_of_a_command_that_there_is_not() -> None:
+    with pytest.raises(ConfigError, match="there is no command spinpass exprot: there are export, rotate"):
+        command_options("exprot")
 
 
 def test_options_become_those_of_the_export() -> None:
@@ -83,19 +116,29 @@ def test_it_fails_in_one_line(folder: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_two_ways_to_say_what_the_weights_become(folder: Path, tmp_path: Path) -> None:
-    done = optimum_cli("-m", folder, tmp_path / "out", "--weights", "int8", "--quantize", "w4-rtn")
-    assert done.returncode == 2
-    assert "--weights and --quantize both say what the weights become: give one of them" in done.stderr
+@pytest.mark.parametrize("given", [["--quantize", "w4-rtn"], ["--quantize=w4-rtn"], ["--int4"]])
+def test_two_ways_to_say_what_the_weights_become(given: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    parser = filled()
+    read = parser.parse_args(["-m", "a", "b", "--weights", "int8", *given])
+    command = register.SpinpassExportCommand(None, read, from_defaults_factory=True, parser=parser)
+    with pytest.raises(SystemExit):
+        command.run()
+    word = given[0].split("=")[0]
+    assert f"--weights and {word} both say what the weights become: give one of them" in capsys.readouterr().err
 
 
 def test_optimum_starts_without_the_heavy_packages() -> None:
+    """Not even for its help, which makes the parsers of all commands."""
     code = (
-        "import sys; from optimum.commands.optimum_cli import load_optimum_namespace_cli_commands as load\n"
-        "print([c.COMMAND.name for c, parent in load() if parent.COMMAND.name == 'export'])\n"
-        "print(sorted({'torch', 'typer', 'spinpass'} & set(sys.modules)))"
+        "import sys; sys.argv = ['optimum-cli', 'export', '--help']; from optimum.commands.optimum_cli import main\n"
+        "try:\n    main()\nexcept SystemExit:\n"
+        "    print(sorted({'torch', 'typer', 'spinpass'} & set(sys.modules)))"
     )
     root = Path(__file__).parent.parent
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=root)
-    names, heavy = done.stdout.splitlines()
-    assert "spinpass" in names and heavy == "[]", done.stderr
+    assert "Rotate a model (SpinQuant's R1-R4)" in done.stdout and done.stdout.splitlines()[-1] == "[]", done.stderr
+
+
+def test_its_help_lists_the_options_of_the_export() -> None:
+    done = optimum_cli("--help")
+    assert done.returncode == 0 and "--rotations R1,R2,R3,R4" in done.stdout, done.stderr

@@ -4,10 +4,21 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from .plain import print_traceback
 
-__all__ = ["main"]
+if TYPE_CHECKING:
+    from .definitions import CommandOption
+
+__all__ = ["command_options", "main"]
+
+
+def command_options(command: str) -> list[CommandOption]:
+    """List the options of a command: see :func:`.definitions.command_options`, imported when it is asked for."""
+    from .definitions import command_options as listed
+
+    return listed(command)
 
 
 def main(arguments: Sequence[str] | None = None, name: str = "spinpass") -> None:

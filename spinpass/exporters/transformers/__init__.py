@@ -17,12 +17,14 @@ from spinpass.errors import ExportError
 if TYPE_CHECKING:
     from .dynamo import RotatedDynamoExporter
     from .executorch import RotatedExecutorchExporter
+    from .four_bits import MatMulNBitsQuantizer
     from .generation import generate_exported
     from .mixin import RotationMixin
     from .onnx import RotatedOnnxExporter
     from .openvino import RotatedOpenVINOExporter
 
 __all__ = [
+    "MatMulNBitsQuantizer",
     "RotatedDynamoExporter",
     "RotatedExecutorchExporter",
     "RotatedOnnxExporter",
@@ -38,6 +40,7 @@ _HOMES = {
     "RotatedOnnxExporter": "onnx",
     "RotatedExecutorchExporter": "executorch",
     "RotatedOpenVINOExporter": "openvino",
+    "MatMulNBitsQuantizer": "four_bits",
     "generate_exported": "generation",
 }
 _FORMATS = {

@@ -41,6 +41,11 @@ def calibrated(config: Any, sample_inputs: Sample, rotated: Callable[[], Exporte
     return dataclasses.replace(config, quantizer=quantizer.with_calibration(RotatedSamples(samples, rotated)))
 
 
+def traced_samples(program: ExportedProgram, samples: Iterable[Sample]) -> Iterator[Sample]:
+    """Yield of each sample what the program was traced with. Raises ExportError where a sample lacks some of it."""
+    return (_traced(program, sample) for sample in samples)
+
+
 class RotatedSamples:
     """These are forward kwargs whose cache tensors are those that the rotated program takes. They are copies: the
     samples stay as they are."""

@@ -11,10 +11,12 @@ from __future__ import annotations
 from collections.abc import Collection
 from pathlib import Path
 
+import onnx_ir as ir
+
 from spinpass.errors import ConfigError
 from spinpass.formats import model_path
 
-from .copies import QuantizeReport, load, write_quantized
+from .copies import QuantizeReport, check_replaced, load, write_quantized
 from .rewrite import Work
 
 _BLOCKS = (16, 32, 64, 128, 256)
@@ -62,6 +64,26 @@ def quantize_4bit(
     work = Work(model.graph, block_size, symmetric, accuracy_level, head_bits, table_bits, frozenset(keep))
     work.run()
     return write_quantized(model, work, source, model_path(destination), external_data)
+
+
+def round_converted(
+    model: ir.Model,
+    *,
+    block_size: int,
+    symmetric: bool,
+    accuracy_level: int,
+    head_bits: int | None,
+    table_bits: int | None,
+) -> Work:
+    """Round the weights of a model as :func:`quantize_4bit` does, in place, and return what was replaced.
+
+    Raises ConfigError for an option out of its range, and ExportError where there is nothing to round.
+    """
+    _check_options(block_size, accuracy_level, head_bits, table_bits)
+    work = Work(model.graph, block_size, symmetric, accuracy_level, head_bits, table_bits, frozenset())
+    work.run()
+    check_replaced(model, work, "the model")
+    return work
 
 
 def _check_options(block_size: int, accuracy_level: int, head_bits: int | None, table_bits: int | None) -> None:

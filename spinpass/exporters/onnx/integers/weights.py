@@ -90,6 +90,18 @@ def pack_translated(
     return work
 
 
+def pack_converted(model: ir.Model, weights: Mapping[str, QuantizedWeight], *, accuracy_level: int) -> Work:
+    """Replace the constants that these integers stand for in a model that another exporter has made, in place.
+
+    Constants are known by their values, so the model must be that of the quantized program. Returns what was replaced.
+    Raises as :func:`pack_translated` does.
+    """
+    _check_level(accuracy_level)
+    work = _packed(model, ByValue(model.graph, matrices_of(weights)), accuracy_level, "the model")
+    check_replaced(model, work, "the model")
+    return work
+
+
 def _check_level(accuracy_level: int) -> None:
     if accuracy_level not in range(5):
         raise ConfigError(f"accuracy_level {accuracy_level} is not one of 0, 1, 2, 3, 4")
