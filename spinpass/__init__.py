@@ -27,6 +27,7 @@ from spinpass.planning import RotationPlan
 from spinpass.rotations import Rotation
 
 if TYPE_CHECKING:
+    from spinpass.formats import load_plan, save_plan
     from spinpass.learned import Learned, learn
     from spinpass.learning import Learning
 
@@ -49,16 +50,24 @@ __all__ = [
     "SpinpassError",
     "VerificationError",
     "learn",
+    "load_plan",
     "lower",
     "materialize",
     "on_device",
     "plan",
     "rotate",
+    "save_plan",
     "transform",
     "verify",
 ]
 
-_LATE = {"Learned": "spinpass.learned", "Learning": "spinpass.learning", "learn": "spinpass.learned"}
+_LATE = {
+    "Learned": "spinpass.learned",
+    "Learning": "spinpass.learning",
+    "learn": "spinpass.learned",
+    "load_plan": "spinpass.formats",
+    "save_plan": "spinpass.formats",
+}
 
 if not TYPE_CHECKING:  # for the type checker every name is imported above, so that it still knows which there are
 

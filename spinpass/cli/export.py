@@ -35,11 +35,13 @@ from .options import (
     NoCache,
     NoFuse,
     NoVerify,
+    PlanFile,
     RecipeOption,
     To,
     TrustRemoteCode,
     Verbose,
     layer_schemes,
+    plan_of,
     rotation_options,
 )
 from .screen import screen_of, team_of
@@ -54,6 +56,7 @@ def export_command(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write the model and its companions to.")],
     config: RotationConfig | None = None,
     settings: Settings = None,
+    plan_file: PlanFile = None,
     dtype: Dtype = "float32",
     device: DeviceOption = "cpu",
     no_cache: NoCache = False,
@@ -102,7 +105,7 @@ def export_command(
         last_logits=last_logits, fuse=not no_fuse, certify=not no_verify, calibration_windows=calibration_windows,
         force=force, allow_partial=allow_partial, bits=bits, recipe=recipe,
         keep=tuple(keep or ()), layers=layer_schemes(layer), compare=compare, memory=memory,
-        learn=learn, minutes=minutes, device=device,
+        learn=learn, minutes=minutes, device=device, plan=plan_of(plan_file),
     )  # fmt: skip
     with screen.steps() as steps:
         result, written = carry_out(request, steps, team_of(ctx))

@@ -70,7 +70,7 @@ def test_words_about_the_code_change_no_key(tree: Path) -> None:
 
 
 ZOO = {"analysis", "certificate", "execution", "graph", "operators", "passes", "planning", "rotations",
-       "config", "errors", "pipeline", "progress", "record"}  # fmt: skip
+       "config", "errors", "pipeline", "progress", "record", "values"}  # fmt: skip
 ACCURACY = ZOO | {"evaluation", "exporters", "formats", "learning", "loading", "quantization", "runtime", "tuning", "workers"}
 
 

@@ -19,6 +19,7 @@ _VALUES = {
     "rotations": ("R1,R2,R3,R4", "rotations to make, separated by commas; none writes the original, to compare with"),
     "kind": ("KIND", "kind of the rotation matrices: hadamard, random-hadamard or random-matrix"),
     "matrices": ("FILE", "rotation matrices that SpinQuant has learned, R.bin"),
+    "plan": ("FILE", "plan to carry out, written by spinpass plan MODEL --save FILE"),
     "block-size": ("N", "rotate in diagonal blocks of this size"),
     "seed": ("N", "seed for the random kinds"),
     "tied": ("TIED", "keep a table that embedding and head share, or untie it; auto unties where that is cheap"),
