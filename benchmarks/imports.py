@@ -19,13 +19,15 @@ TOPS = ("spinpass", "benchmarks", "examples", "optimum")
 class Import:
     """``module`` (a module of the project, or the name of a foreign one) is imported at ``path``:``line``.
 
-    The path is relative to the root. ``late``: inside a function, or for the type checker alone.
+    The path is relative to the root. ``late``: inside a function, or for the type checker alone; ``unrun``: the latter,
+    which no run ever does.
     """
 
     path: Path
     line: int
     module: str
     late: bool
+    unrun: bool = False
 
     def __str__(self) -> str:
         return f"{self.path}:{self.line}"
@@ -57,10 +59,12 @@ def imports(path: Path, root: Path = ROOT) -> tuple[Import, ...]:
 def _imports(path: Path, root: Path) -> Iterator[Import]:
     here = path.relative_to(root)
     package = module_of(path, root) if path.name == "__init__.py" else module_of(path, root).rpartition(".")[0]
-    early = set(_executed(parsed(path)))
+    early, unrun = set(_executed(parsed(path))), set(_for_types(parsed(path)))
     for node in ast.walk(parsed(path)):
+        late = (node not in early, node in unrun)
         if isinstance(node, ast.Import):
-            yield from (Import(here, node.lineno, a.name, node not in early) for a in node.names)
+            yield from (Import(here, node.lineno, a.name, *late) for a in node.names)
+            yield from (Import(here, n.lineno, m, n not in early) for n, m in _asked_of_faces(path, node, root))
         elif isinstance(node, ast.ImportFrom):
             base = node.module or ""
             if node.level:
@@ -69,9 +73,11 @@ def _imports(path: Path, root: Path) -> Iterator[Import]:
             named = {f"{base}.{a.name}" for a in node.names}
             functions = {f"{base}.{name}" for name in exported(base, root) if not package.startswith(base)}
             inner = (named & modules(root).keys()) - functions
-            yield from (Import(here, node.lineno, name, node not in early) for name in sorted(inner))
+            yield from (Import(here, node.lineno, name, *late) for name in sorted(inner))
             if len(inner) < len(named):
-                yield Import(here, node.lineno, base, node not in early)
+                yield Import(here, node.lineno, base, *late)
+            homes = {given_late(base, root)[a.name] for a in node.names if a.name in given_late(base, root)}
+            yield from (Import(here, node.lineno, name, *late) for name in sorted(homes))
         elif isinstance(node, ast.Call) and (name := _imported_by_call(node)):
             yield Import(here, node.lineno, name, node not in early)
 
@@ -92,6 +98,32 @@ def exported(module: str, root: Path = ROOT) -> frozenset[str]:
     tree = parsed(path) if path is not None else ast.Module([], [])
     lists = (n.value for n in tree.body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "__all__")
     return frozenset(name for found in lists for name in ast.literal_eval(found))
+
+
+@cache
+def given_late(module: str, root: Path = ROOT) -> dict[str, str]:
+    """The names that a package gives when they are asked for, and the modules that they come from: those
+    that its ``__init__`` exports and imports for the type checker alone."""
+    path = modules(root).get(module)
+    if path is None or path.name != "__init__.py":
+        return {}
+    made = [n for n in _for_types(parsed(path)) if isinstance(n, ast.ImportFrom) and n.module]
+    return {a.name: n.module for n in made for a in n.names if a.name in exported(module, root)}  # type: ignore[misc]
+
+
+def _asked_of_faces(path: Path, made: ast.Import, root: Path) -> Iterator[tuple[ast.AST, str]]:
+    """Where a file that imports a package whole asks it for what it gives late, and the module of that."""
+    homes = {a.asname or a.name: given_late(a.name, root) for a in made.names}
+    for node in ast.walk(parsed(path)):
+        if isinstance(node, ast.Attribute) and node.attr in homes.get(ast.unparse(node.value), {}):
+            yield node, homes[ast.unparse(node.value)][node.attr]
+
+
+def _for_types(tree: ast.AST) -> Iterator[ast.AST]:
+    """The nodes that are for the type checker alone."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
+            yield from (each for part in node.body for each in ast.walk(part))
 
 
 def _executed(tree: ast.AST) -> Iterator[ast.AST]:
@@ -116,7 +148,7 @@ def with_packages(module: str) -> Iterator[str]:
 def reached(module: str, *, late: bool = False, root: Path = ROOT) -> dict[str, Import]:
     """Everything that importing ``module`` imports, at whatever distance, and where; packages run on the way included.
 
-    ``late``: imports inside functions count, too.
+    ``late``: imports inside functions count, too. What is for the type checker alone is imported by no run.
     """
     found: dict[str, Import] = {}
     todo = [module]
@@ -124,7 +156,7 @@ def reached(module: str, *, late: bool = False, root: Path = ROOT) -> dict[str, 
         for each in with_packages(todo.pop()):
             path = modules(root).get(each)
             for made in imports(path, root) if path is not None else ():
-                if made.module not in found and (late or not made.late):
+                if made.module not in found and not made.unrun and (late or not made.late):
                     found[made.module] = made
                     todo.append(made.module)
     return found

@@ -240,7 +240,7 @@ class RotationConfig:
         """
         try:
             plain = dict(data)
-            named = list(plain.pop("matrices"))
+            named = list(_names("matrices", plain.pop("matrices")))
             overrides = {key: Override(**each) for key, each in plain.pop("overrides").items()}
             plain |= {key: tuple(plain[key]) for key in ("rotations", "exclude")}
             made = RotationConfig(**plain, overrides=overrides, matrices=matrices or {})

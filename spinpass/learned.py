@@ -8,13 +8,14 @@ what the exporters take: a program, its integers, and a plan with matrices.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch.export import ExportedProgram
 
+from spinpass import record
 from spinpass.config import RotationConfig
 from spinpass.errors import ConfigError
 from spinpass.learning import Learning, LearningRecord
@@ -30,19 +31,21 @@ from spinpass.quantization import (
     quantize,
 )
 from spinpass.rotations import Rotation, hadamard
+from spinpass.values import Fields, check_told, notebook_lines, notebook_parts, titled
 from spinpass.workers import Team
 
 TRANSFORMS = "transforms"
 """The kind of moves that is learned before anything is rounded."""
 
+_VERSION = 1
 _DENSE = 1024  # coordinates of a space, above which a matrix without structure is not learned
 _OF_WEIGHTS = ("scales", "zeros", "offsets", "latents")
 _DEFAULT = Learning((TRANSFORMS, "scales", "offsets"))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Learned:
-    """What :func:`learn` returns.
+    """What :func:`learn` returns. A notebook shows what was learned and the plan.
 
     Attributes:
         program: the rotated program, in floats.
@@ -62,6 +65,55 @@ class Learned:
     def numbers(self) -> LearningRecord | None:
         """How learning scales, roundings and the like went; None where nothing of the kind was."""
         return self.quantized.report.learning
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what JSON can hold: the plan with its matrices, and how learning went; not the programs."""
+        fields = {
+            "plan": self.plan.to_dict(),
+            "bases": self.bases and self.bases.to_dict(),
+            "numbers": self.numbers and self.numbers.to_dict(),
+        }
+        return titled("learned", _VERSION, fields)
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any], program: ExportedProgram, quantized: Quantized) -> Learned:
+        """Return the value that :meth:`to_dict` has written, with the programs that JSON cannot hold.
+
+        Raises ConfigError: it is none, one of another version, incomplete or changed; or the program was rotated by
+        another plan, or the quantized one learned in another run.
+        """
+        fields = Fields.of(data, "learned", _VERSION)
+        planned, bases = RotationPlan.from_dict(fields.plain("plan")), fields.perhaps("bases", fields.plain)
+        course = None if bases is None else LearningRecord.from_dict(bases)
+        _check_rotated(program, planned)
+        found = Learned(program, quantized, planned.config, planned, course)
+        check_told("learned", data, found.to_dict())
+        return found
+
+    @property
+    def _summaries(self) -> list[str]:
+        return [each.summary for each in (self.bases, self.numbers) if each is not None]
+
+    def __repr__(self) -> str:
+        told = "; ".join(self._summaries) or "nothing was learned"
+        return f"<Learned: {self.plan.total}; {len(self.quantized.report.weights)} weights rounded; {told}>"
+
+    def __str__(self) -> str:
+        return "\n".join([str(self.plan), *self._summaries])
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows: what learning was worth, and the plan."""
+        return notebook_lines(self._summaries) + notebook_parts(self.plan)
+
+
+def _check_rotated(program: ExportedProgram, planned: RotationPlan) -> None:
+    """Raise ConfigError, which names a space, where a program is in other bases than a plan's."""
+    said = record.read(program)
+    told = {} if said is None else said.rotations
+    for space in planned.spaces:
+        if told.get(space.name) != space.rotation.fingerprint():
+            how = "by another matrix" if space.name in told else "not at all"
+            raise ConfigError(f"the program is rotated {how} at {space.name}: give the one that was learned with it")
 
 
 def learn(

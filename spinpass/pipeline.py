@@ -19,6 +19,7 @@ from spinpass.graph import ProgramEditor, shape
 from spinpass.passes import CENTER, FOLD_ROTATIONS, FUSE_NORM_SCALE, INSERT_ROTATIONS, MATERIALIZE, PassRunner, SitePass
 from spinpass.planning import Planner, RotationPlan, UntieRequest
 from spinpass.progress import Progress
+from spinpass.values import notebook_parts
 from spinpass.version import __version__
 
 PASSES: list[SitePass] = [
@@ -31,9 +32,9 @@ PASSES: list[SitePass] = [
 """What is run for every decided space, in this order."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Rotated:
-    """What :func:`rotate` returns.
+    """What :func:`rotate` returns. A notebook shows the plan and the certificate.
 
     Attributes:
         program: the rotated program.
@@ -46,12 +47,23 @@ class Rotated:
     program: ExportedProgram
     plan: RotationPlan
     certificate: Certificate | None
-    exact: Mapping[str, Callable[[], Tensor]] = field(default_factory=dict, repr=False)
+    exact: Mapping[str, Callable[[], Tensor]] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        verdict = "not certified" if self.certificate is None else self.certificate.verdict
+        return f"<Rotated: {self.plan.total}; {verdict}>"
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, filter(None, [self.plan, self.certificate])))
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows: the plan and the certificate."""
+        return notebook_parts(self.plan, self.certificate)
 
 
 def rotate(
     program: ExportedProgram,
-    config: RotationConfig | None = None,
+    config: RotationConfig | RotationPlan | None = None,
     *,
     plan: RotationPlan | None = None,
     progress: Progress | None = None,
@@ -62,8 +74,9 @@ def rotate(
 
     Args:
         program: a language model, from ``torch.export.export`` or any exporter built on it. It is not changed.
-        config: what to rotate and how. The default inserts R1–R4 and the rotations of latents.
-        plan: decisions made earlier by :func:`plan`, perhaps with spaces left out. Its configuration is used.
+        config: what to rotate and how. The default inserts R1–R4 and the rotations of latents. A plan may stand here.
+        plan: decisions made earlier by :func:`plan`, perhaps with spaces left out, or read from a file by
+            :func:`spinpass.load_plan`. Its configuration and its matrices are used.
         progress: called with (constants done, all constants) while weights are computed; planning is done by then.
         allow_partial: where the certificate fails, leave out the spaces that are to blame and return what is certified
             without them. The plan's refusals say what was left out and why.
@@ -75,7 +88,8 @@ def rotate(
 
     Raises:
         ProgramError, QuantizedWeightError: the input is not a floating-point inference program.
-        ConfigError: a setting or the plan does not fit the program, or both a config and a plan are given.
+        ConfigError: a setting does not fit the program; the plan is of another one, and what differs is named; or both
+            a config and a plan are given.
         RefusedError: no requested rotation can be applied exactly; the reasons are listed.
         InvariantError: a pass broke the program, which is a bug in spinpass.
         VerificationError: the result is not equivalent, which is one as well; the message names the space to blame.
@@ -83,7 +97,7 @@ def rotate(
 
     Source: R1–R4 of SpinQuant, arXiv 2405.16406, section 3; online Hadamards of QuaRot, arXiv 2404.00456.
     """
-    config = _config(config, plan)
+    config, plan = _asked(config, plan)
     made = _rotated(program, config, plan, progress, exact=exact)
     left_out: list[Refusal] = []
     while made.certificate is not None and not made.certificate.ok:
@@ -98,7 +112,8 @@ def rotate(
             raise _failure(made, guilty)
         made = _rotated(program, config, remaining, progress, exact=exact)
     if left_out:
-        made = replace(made, plan=replace(made.plan, refusals=(*made.plan.refusals, *left_out)))
+        others = (r for r in made.plan.refusals if r.what not in {each.what for each in left_out})
+        made = replace(made, plan=replace(made.plan, refusals=(*others, *left_out)))
     return made
 
 
@@ -159,7 +174,7 @@ def _failure(made: Rotated, guilty: str | None) -> VerificationError:
 
 def transform(
     program: ExportedProgram,
-    config: RotationConfig | None = None,
+    config: RotationConfig | RotationPlan | None = None,
     *,
     plan: RotationPlan | None = None,
     progress: Progress | None = None,
@@ -172,13 +187,15 @@ def transform(
     return rotate(program, config, plan=plan, progress=progress, allow_partial=allow_partial).program
 
 
-def plan(program: ExportedProgram, config: RotationConfig | None = None) -> RotationPlan:
+def plan(program: ExportedProgram, config: RotationConfig | RotationPlan | None = None) -> RotationPlan:
     """Return the decisions that :func:`rotate` would make. No weight is read, and the program is not changed.
+
+    Of a plan made earlier it returns what it does to this program.
 
     Raises:
         ProgramError, QuantizedWeightError, ConfigError: as :func:`rotate`.
     """
-    return _edited(program, _config(config, None), None)[1].plan()
+    return _edited(program, *_asked(config, None))[1].plan()
 
 
 def _edited(
@@ -207,7 +224,7 @@ def _planned(
 ) -> tuple[ProgramEditor, Planner]:
     """Decide and edit, space by space."""
     runner = PassRunner(program)
-    planner = Planner(runner.editor, config, plan, record.read(program))
+    planner = Planner(runner.editor, config, plan, record.read(program), _parameters(program))
     for edit in planner.edits():
         if isinstance(edit, UntieRequest):
             runner.untie(edit.constants)
@@ -224,15 +241,28 @@ def _planned(
     return runner.editor, planner
 
 
-def _config(config: RotationConfig | None, plan: RotationPlan | None) -> RotationConfig:
-    """Return the configuration that counts, the plan's or the one given or the default."""
+def _parameters(program: ExportedProgram) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the program's parameters by name."""
+    return {name: tuple(program.state_dict[name].shape) for name in program.graph_signature.parameters}
+
+
+def _asked(
+    config: RotationConfig | RotationPlan | None, plan: RotationPlan | None
+) -> tuple[RotationConfig, RotationPlan | None]:
+    """Return the configuration that counts, the plan's or the one given or the default, and the plan."""
+    if isinstance(config, RotationPlan):
+        if plan is not None:
+            raise ConfigError("two plans are given: give one of them")
+        return config.config, config
     if plan is not None:
+        if not isinstance(plan, RotationPlan):
+            raise ConfigError(f"plan is a {type(plan).__name__}, not a spinpass.RotationPlan (spinpass.load_plan)")
         if config is not None and config is not plan.config:
             raise ConfigError("give either a config or a plan: the plan brings its own configuration")
-        return plan.config
+        return plan.config, plan
     if config is not None and not isinstance(config, RotationConfig):
         raise ConfigError(f"config is a {type(config).__name__}, not a spinpass.RotationConfig")
-    return config or RotationConfig()
+    return config or RotationConfig(), None
 
 
 def _record(planner: Planner) -> record.Record:

@@ -112,7 +112,7 @@ class Tuned:
             "chosen": self.chosen.name,
             "verdict": self.verdict,
             "trials": [t.to_dict() for t in self.trials],
-            "plan": self.chosen.plan and self.chosen.plan.to_dict(),
+            "plan": self.chosen.plan and self.chosen.plan.to_dict(matrices=False),
         }
 
 

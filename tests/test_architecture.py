@@ -106,7 +106,7 @@ ROWS = (
     ("execution",),
     ("analysis", "operators", "record"),
     ("graph", "config", "workers"),
-    ("rotations",),
+    ("rotations", "values"),
     ("errors", "progress", "version"),
 )
 ROW_OF = {part: row for row, parts in enumerate(ROWS, 1) for part in parts}
@@ -342,11 +342,13 @@ def test_the_public_api() -> None:
         "SpinpassError",
         "VerificationError",
         "learn",
+        "load_plan",
         "lower",
         "materialize",
         "on_device",
         "plan",
         "rotate",
+        "save_plan",
         "transform",
         "verify",
     ]

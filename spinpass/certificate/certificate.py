@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,7 +11,9 @@ import torch
 from torch import Tensor
 
 from spinpass.errors import VerificationError
+from spinpass.values import Fields, check_told, columns, notebook_table, titled
 
+_VERSION = 1
 _ROWS = 12  # how many outputs the table shows
 
 BOUNDS = {torch.float64: 1e-9, torch.float32: 2e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -45,6 +48,11 @@ class Difference:
     error: float
     scale: float
     argmax: float | None
+
+    @staticmethod
+    def from_dict(data: Fields) -> Difference:
+        """Read what a certificate has written. Raises ConfigError where a field is missing or wrong."""
+        return Difference(data.number("error"), data.number("scale"), data.perhaps("argmax", data.number))
 
     @property
     def relative(self) -> float:
@@ -133,6 +141,22 @@ class OutputCheck:
     vectors: float = 0.0
     compared: bool = True
 
+    @staticmethod
+    def from_dict(data: Fields) -> OutputCheck:
+        """Read what a certificate has written. Raises ConfigError where a field is missing or wrong."""
+        return OutputCheck(
+            name=data.text("name"),
+            shape=data.counts("shape"),
+            float64=Difference.from_dict(data.inner("float64")),
+            native=Difference.from_dict(data.inner("native")),
+            noise=data.number("noise"),
+            bound64=data.number("bound64"),
+            bound_native=data.number("bound_native"),
+            mismatch=data.text("mismatch"),
+            vectors=data.number("vectors"),
+            compared=data.flag("compared"),
+        )
+
     @property
     def failure(self) -> str:
         """Return why the output fails, or '' where it does not."""
@@ -151,9 +175,9 @@ class OutputCheck:
         return ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Certificate:
-    """The result of comparing two programs. ``print(certificate)`` shows a table.
+    """The result of comparing two programs. ``print(certificate)`` shows a table, a notebook one in HTML.
 
     Attributes:
         outputs: what was found about every output and every state that a program changed.
@@ -197,7 +221,7 @@ class Certificate:
             return f"NOT equivalent: {self.worst.name}: {self.worst.failure}"
         exact = max(o.float64.relative for o in self.outputs)
         native = max(o.native.relative for o in self.outputs)
-        return f"equivalent: relative error at most {exact:.1e} in float64, {native:.1e} in {_short(self.dtype)}"
+        return f"equivalent: relative error at most {exact:.1e} in float64, {native:.1e} in {dtype_name(self.dtype)}"
 
     def raise_if_failed(self) -> None:
         """Raise a VerificationError that names the worst output, unless :attr:`ok`."""
@@ -207,12 +231,12 @@ class Certificate:
             raise VerificationError(f"the programs are not equivalent: {self.worst.name}: {self.worst.failure}{others}")
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the certificate as values that JSON can hold; errors that are not finite become strings."""
-        outputs = [_plain(asdict(o) | {"ok": not o.failure, "failure": o.failure}) for o in self.outputs]
-        return {
+        """Return the certificate as values that JSON can hold; numbers that are not finite become texts."""
+        outputs = [plain_numbers(asdict(o) | {"ok": not o.failure, "failure": o.failure}) for o in self.outputs]
+        fields = {
             "ok": self.ok,
             "verdict": self.verdict,
-            "dtype": _short(self.dtype),
+            "dtype": dtype_name(self.dtype),
             "exact": self.exact,
             "constants": self.constants,
             "inputs": list(self.inputs),
@@ -222,12 +246,52 @@ class Certificate:
             "coverage": list(self.coverage),
             "outputs": outputs,
         }
+        return titled("certificate", _VERSION, fields)
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> Certificate:
+        """Return the certificate that :meth:`to_dict` has written.
+
+        Raises ConfigError: it is none, one of another version, incomplete, or says what its numbers do not.
+        """
+        fields = Fields.of(data, "certificate", _VERSION)
+        found = Certificate(
+            outputs=tuple(map(OutputCheck.from_dict, fields.each("outputs"))),
+            dtype=named_dtype(fields),
+            exact=fields.flag("exact"),
+            constants=fields.text("constants"),
+            inputs=fields.texts("inputs"),
+            closed_loop_steps=fields.count("closed_loop_steps"),
+            closed_loop=fields.text("closed_loop"),
+            draws=fields.count("draws"),
+            coverage=fields.texts("coverage"),
+        )
+        check_told("certificate", data, found.to_dict())
+        return found
+
+    def __repr__(self) -> str:
+        return f"<Certificate: {self.verdict}>"
 
     def __str__(self) -> str:
+        shown, hidden = self._shown()
+        return "\n".join([self.verdict, *columns([_HEADER, *map(_cells, shown)]), *self._notes(hidden)])
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows: the verdict, the outputs and how they were compared."""
+        shown, hidden = self._shown()
+        head, rows = ("output", "shape", "", *_HEADER[2:-1]), []
+        for name, shape, *numbers, verdict in map(_cells, shown):
+            rows.append((name, shape, verdict, *numbers))
+        return notebook_table(self.verdict, head, rows, numbers=len(head) - 3, notes=self._notes(hidden))
+
+    def _shown(self) -> tuple[list[OutputCheck], list[OutputCheck]]:
+        """Return the outputs that a table shows, those that fail first, and the others."""
         shown = sorted(self.outputs, key=lambda o: (not o.failure, o.float64.argmax is None))[:_ROWS]
-        dtype = _short(self.dtype)
-        hidden = [o for o in self.outputs if o not in shown]
-        lines = [self.verdict, *_table([_HEADER, *map(_cells, shown)])]
+        return shown, [o for o in self.outputs if o not in shown]
+
+    def _notes(self, hidden: list[OutputCheck]) -> list[str]:
+        """Return what stands below a table."""
+        dtype, lines = dtype_name(self.dtype), []
         if hidden:
             error = max(o.float64.relative for o in hidden)
             native = max(o.native.relative for o in hidden)
@@ -236,8 +300,7 @@ class Certificate:
         lines.append(f"native: {dtype}; noise: the original in {dtype} against itself in float64")
         lines.append(f"closed loop: {self.closed_loop}")
         lines.append(f"inputs: {_shortened(self.inputs)}; {self.draws} draw{'s' * (self.draws != 1)}")
-        lines += [f"not reached: {_shortened(self.coverage)}"] if self.coverage else []
-        return "\n".join(lines)
+        return [*lines, f"not reached: {_shortened(self.coverage)}"] if self.coverage else lines
 
 
 _HEADER = ("output", "shape", "max|ref|", "f64 error", "f64 rel", "argmax", "native error", "native rel", "bound",
@@ -251,17 +314,8 @@ def _cells(o: OutputCheck) -> tuple[str, ...]:
             f"{o.noise:.1e}", _share(native.argmax), "FAIL" if o.failure else "ok")  # fmt: skip
 
 
-def _table(rows: list[tuple[str, ...]]) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-
-
 def _share(agreement: float | None) -> str:
     return "-" if agreement is None else f"{agreement:.1%}"
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _shortened(items: tuple[str, ...], limit: int = 6) -> str:
@@ -269,9 +323,21 @@ def _shortened(items: tuple[str, ...], limit: int = 6) -> str:
     return ", ".join(items[:limit]) + rest
 
 
-def _plain(x: Any) -> Any:
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return what a dtype is called in a document, for example ``float32``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def named_dtype(fields: Fields) -> torch.dtype:
+    """Read the field ``dtype`` of a document. Raises ConfigError where it names none."""
+    names = {dtype_name(each): each for each in BOUNDS}
+    return names[fields.text("dtype", sorted(names))]
+
+
+def plain_numbers(x: Any) -> Any:
+    """Return what JSON can hold of values: lists for tuples, texts for numbers that are not finite."""
     if isinstance(x, dict):
-        return {key: _plain(v) for key, v in x.items()}
+        return {key: plain_numbers(v) for key, v in x.items()}
     if isinstance(x, list | tuple):
-        return [_plain(v) for v in x]
+        return [plain_numbers(v) for v in x]
     return str(x) if isinstance(x, float) and not math.isfinite(x) else x

@@ -20,9 +20,12 @@ from torch.export.graph_signature import ConstantArgument
 from spinpass import execution
 from spinpass.errors import ProgramError, VerificationError
 from spinpass.execution import InputRole, Watch
+from spinpass.values import Fields, check_told, notebook_table, titled
 
-from .certificate import BOUNDS, Difference, difference_of, has_finite
+from .certificate import BOUNDS, Difference, difference_of, dtype_name, has_finite, named_dtype, plain_numbers
 from .vectors import Noise, Returned, Rounding, judged, vector_error
+
+_VERSION = 1
 
 _Values = Mapping[str, Any]
 _Cases = Callable[[_Values], Sequence[_Values]]
@@ -45,6 +48,34 @@ class FileOutput:
     compared: bool = True
     vectors: float = 0.0
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return what JSON can hold; errors that are not finite become texts."""
+        fields = {
+            "name": self.name,
+            "shape": self.shape,
+            "max_abs_error": self.difference.error,
+            "max_abs": self.difference.scale,
+            "max_vector_error": self.vectors,
+            "argmax_agreement": self.difference.argmax,
+            "bound": self.bound,
+            "compared": self.compared,
+            "ok": self.ok,
+        }
+        return {name: plain_numbers(found) for name, found in fields.items()}
+
+    @staticmethod
+    def from_dict(data: Fields) -> FileOutput:
+        """Read what :meth:`to_dict` has written. Raises ConfigError where a field is missing or wrong."""
+        agreement = data.perhaps("argmax_agreement", data.number)
+        return FileOutput(
+            name=data.text("name"),
+            shape=data.counts("shape"),
+            difference=Difference(data.number("max_abs_error"), data.number("max_abs"), agreement),
+            bound=data.number("bound"),
+            compared=data.flag("compared"),
+            vectors=data.number("max_vector_error"),
+        )
+
     @property
     def ok(self) -> bool:
         """Say whether the error keeps to the bound."""
@@ -56,9 +87,9 @@ class FileOutput:
         return max(self.difference.relative, self.vectors)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class FileCertificate:
-    """The certificate says how far a file is from the program.
+    """The certificate says how far a file is from the program. A notebook shows it as a table.
 
     ``dtype`` is the narrowest float type the program computes in, which sets the bound
     (:data:`spinpass.certificate.BOUNDS`); ``inputs`` says what both were given first, ``draws`` how many sets of inputs
@@ -102,27 +133,48 @@ class FileCertificate:
             raise VerificationError(f"the {self.kind} does not compute what the program computes: {self.verdict}")
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what JSON can hold; errors that are not finite become strings."""
-        return {
+        """Return what JSON can hold; errors that are not finite become texts."""
+        fields = {
             "ok": self.ok,
             "verdict": self.verdict,
-            "dtype": str(self.dtype).removeprefix("torch."),
+            "kind": self.kind,
+            "dtype": dtype_name(self.dtype),
             "inputs": list(self.inputs),
             "draws": self.draws,
-            "outputs": [
-                {
-                    "name": o.name,
-                    "shape": list(o.shape),
-                    "max_abs_error": _plain(o.difference.error),
-                    "max_abs": _plain(o.difference.scale),
-                    "max_vector_error": _plain(o.vectors),
-                    "argmax_agreement": o.difference.argmax,
-                    "bound": o.bound,
-                    "ok": o.ok,
-                }
-                for o in self.outputs
-            ],
+            "outputs": [o.to_dict() for o in self.outputs],
         }
+        return titled("file certificate", _VERSION, fields)
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> FileCertificate:
+        """Return the certificate that :meth:`to_dict` has written.
+
+        Raises ConfigError: it is none, one of another version, incomplete, or says what its numbers do not.
+        """
+        fields = Fields.of(data, "file certificate", _VERSION)
+        found = FileCertificate(
+            outputs=tuple(map(FileOutput.from_dict, fields.each("outputs"))),
+            dtype=named_dtype(fields),
+            inputs=fields.texts("inputs"),
+            kind=fields.text("kind"),
+            draws=fields.count("draws"),
+        )
+        check_told("file certificate", data, found.to_dict())
+        return found
+
+    def __repr__(self) -> str:
+        return f"<FileCertificate: {self.kind}, {self.verdict}>"
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows: the verdict and every output, those that fail first."""
+        rows = [
+            (o.name, "x".join(map(str, o.shape)), "ok" if o.ok else "FAIL", f"{o.difference.scale:.3g}",
+             f"{o.difference.error:.1e}", f"{o.error:.1e}", f"{o.bound:.0e}")
+            for o in sorted(self.outputs, key=badness, reverse=True)
+        ]  # fmt: skip
+        head = ("output", "shape", "", "max|ref|", "error", "relative", "bound")
+        notes = (f"inputs: {', '.join(self.inputs)}; {self.draws} draw{'s' * (self.draws != 1)}",)
+        return notebook_table(f"{self.kind}: {self.verdict}", head, rows, numbers=4, notes=notes)
 
 
 @dataclass(frozen=True)
@@ -283,7 +335,3 @@ def as_tensor(value: Any) -> Tensor:
 def describe(value: Any) -> str:
     """Write a tensor as ``float32[2, 5]``, and anything else as it is."""
     return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}" if isinstance(value, Tensor) else repr(value)
-
-
-def _plain(x: float) -> float | str:
-    return x if math.isfinite(x) else str(x)

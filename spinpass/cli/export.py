@@ -36,11 +36,13 @@ from .options import (
     NoCache,
     NoFuse,
     NoVerify,
+    PlanFile,
     RecipeOption,
     To,
     TrustRemoteCode,
     Verbose,
     layer_schemes,
+    plan_of,
     rotation_options,
 )
 from .screen import screen_of, team_of
@@ -55,6 +57,7 @@ def export_command(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write the model and its companions to.")],
     config: RotationConfig | None = None,
     settings: Settings = None,
+    plan_file: PlanFile = None,
     dtype: Dtype = "float32",
     device: DeviceOption = "cpu",
     no_cache: NoCache = False,
@@ -104,7 +107,7 @@ def export_command(
         last_logits=last_logits, fuse=not no_fuse, certify=not no_verify, calibration_windows=calibration_windows,
         force=force, allow_partial=allow_partial, bits=bits, recipe=recipe,
         keep=tuple(keep or ()), layers=layer_schemes(layer), compare=compare, memory=memory,
-        learn=learn, minutes=minutes, learning_seed=learning_seed, device=device,
+        learn=learn, minutes=minutes, learning_seed=learning_seed, device=device, plan=plan_of(plan_file),
     )  # fmt: skip
     with screen.steps() as steps:
         result, written = carry_out(request, steps, team_of(ctx))

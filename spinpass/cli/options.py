@@ -13,7 +13,8 @@ import typer
 from spinpass.config import DEFAULT_ROLES, ROLES, CacheBasis, Form, Kind, RotationConfig, Tied
 from spinpass.errors import ConfigError
 from spinpass.folders import IntegerCache, LearnName, RecipeName, Target
-from spinpass.formats import read_matrices
+from spinpass.formats import load_plan, read_matrices
+from spinpass.planning import RotationPlan
 
 ALL = ",".join(ROLES)
 DEFAULT = ",".join(DEFAULT_ROLES)
@@ -82,6 +83,15 @@ Matrices = Annotated[
     Path | None,
     typer.Option(
         help="Learned matrices: a file of spinpass learn, or SpinQuant's R.bin; other rotations are as --kind says.",
+        metavar="FILE",
+    ),
+]
+PlanFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--plan",
+        help="Plan to carry out, written by spinpass plan MODEL --save FILE; it stands in place of all options of "
+        "rotations.",
         metavar="FILE",
     ),
 ]
@@ -276,6 +286,11 @@ def configuration(
 
 rotation_options = spelled_out("config", configuration)
 """Gives a command the options of a rotation in place of its parameter ``config``."""
+
+
+def plan_of(file: Path | None) -> RotationPlan | None:
+    """What --plan names; None where it was not given. Raises ConfigError and DamageError where that is no plan."""
+    return None if file is None else load_plan(file)
 
 
 def layer_schemes(given: Sequence[str] | None) -> tuple[tuple[str, str], ...]:

@@ -10,6 +10,7 @@ import typer
 from spinpass.config import RotationConfig
 from spinpass.errors import ConfigError
 from spinpass.folders import ExportRequest, Forecast, Known, Rates, check_names
+from spinpass.formats import save_plan
 from spinpass.loading import check_program_options, load_model, locate
 from spinpass.pipeline import plan
 from spinpass.progress import Steps
@@ -35,11 +36,13 @@ from .options import (
     Model,
     NoCache,
     NoVerify,
+    PlanFile,
     RecipeOption,
     To,
     TrustRemoteCode,
     Verbose,
     layer_schemes,
+    plan_of,
     rotation_options,
 )
 from .screen import screen_of
@@ -51,6 +54,11 @@ def plan_command(
     ctx: typer.Context,
     model: Model,
     config: RotationConfig | None = None,
+    plan_file: PlanFile = None,
+    save: Annotated[
+        Path | None,
+        typer.Option(help="File to write the plan to, matrices included, for --plan.", metavar="FILE"),
+    ] = None,
     dtype: Dtype = "float32",
     no_cache: NoCache = False,
     bits: Bits = None,
@@ -77,9 +85,9 @@ def plan_command(
 ) -> None:
     """Show what would be rotated, in which form and at what cost, what is refused and why, and what an export takes.
 
-    Nothing is written. Rotations, memory, disk and hours are those of spinpass export with the
-    same options, by the shapes of the weights and by how fast this machine is, which
-    two seconds of measurements tell. The exit code is 1 if nothing can be rotated.
+    Nothing is written but the plan, with --save. Rotations, memory, disk and hours are
+    those of spinpass export with the same options, by the shapes of the weights and by
+    how fast this machine is, which two seconds of measurements tell. The exit code is 1 if nothing can be rotated.
 
     Example: spinpass plan ./model --form online
     """
@@ -94,6 +102,7 @@ def plan_command(
         learn=learn, minutes=minutes, learning_seed=learning_seed,
         calibration_windows=calibration_windows, bits=bits, recipe=recipe, memory=memory, context=context,
         calibration=calibration, keep=tuple(keep or ()), layers=layer_schemes(layer),
+        plan=plan_of(plan_file),
     )  # fmt: skip
     with screen.steps() as steps:
         loaded = load_model(
@@ -107,23 +116,28 @@ def plan_command(
         )
         check_names(request.scheme, loaded.program)
         steps.start("plan")
-        decided = plan(loaded.program, request.config or config)
+        decided = plan(loaded.program, request.plan or request.config or config)
         forecast = _foreseen(request, steps)
+        if save is not None and decided.spaces:
+            save_plan(decided, save)
     show_loading(screen, loaded.report)
     if as_json:
         about = {
             "ok": bool(decided.spaces),
             "model": model,
+            "saved": str(save) if save is not None and decided.spaces else None,
             "loading": loaded.report.to_dict(),
             "seconds": steps.seconds,
             "forecast": forecast and forecast.to_dict(),
         }
-        screen.document(about | {"plan": decided.to_dict()})
+        screen.document(about | {"plan": decided.to_dict(matrices=False)})
     if request.config is None:
         screen.show(f"--recipe {recipe} rotates nothing; with the rotations of --rotations and --form:")
     show_plan(screen, decided)
     if forecast is not None:
         screen.show(forecast_table(forecast, request, every_step=screen.verbose))
+    if save is not None and decided.spaces:
+        screen.show(f"saved as {save}")
     if not decided.spaces:
         raise typer.Exit(1)
 

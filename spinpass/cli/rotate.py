@@ -13,7 +13,17 @@ from spinpass.folders import check_space, check_writable, rotated
 from spinpass.formats import load_program, save_program
 from spinpass.graph import device_of, named_device, on_device
 
-from .options import ALL, AllowPartial, AsJson, DeviceOption, NoVerify, Verbose, rotation_options
+from .options import (
+    ALL,
+    AllowPartial,
+    AsJson,
+    DeviceOption,
+    NoVerify,
+    PlanFile,
+    Verbose,
+    plan_of,
+    rotation_options,
+)
 from .screen import screen_of
 from .tables import files_table, show_result
 
@@ -24,6 +34,7 @@ def rotate_command(
     source: Annotated[Path, typer.Argument(metavar="IN.pt2", help="Exported program to rotate.")],
     target: Annotated[Path, typer.Argument(metavar="OUT.pt2", help="File to write the rotated program to.")],
     config: RotationConfig | None = None,
+    plan_file: PlanFile = None,
     device: DeviceOption = "cpu",
     no_verify: NoVerify = False,
     allow_partial: AllowPartial = False,
@@ -38,6 +49,9 @@ def rotate_command(
     there = named_device(device)
     if config is None:
         raise ConfigError("rotate needs a rotation; choose from " + ALL)
+    plan = plan_of(plan_file)
+    if plan is not None and config != RotationConfig():
+        raise ConfigError("--plan has rotations of its own: leave out the other options of rotations, or --plan")
     if target.suffix != ".pt2":
         raise ConfigError(f"{target} does not end in .pt2, the name of an exported program")
     if target.resolve() == source.resolve():
@@ -49,7 +63,8 @@ def rotate_command(
     with screen.steps() as steps:
         steps.start("load")
         given = load_program(source)
-        result = rotated(on_device(given, there), config, steps, certify=not no_verify, allow_partial=allow_partial)
+        program, decided = on_device(given, there), config if plan is None else plan.config
+        result = rotated(program, decided, steps, certify=not no_verify, allow_partial=allow_partial, plan=plan)
         steps.start("save")
         save_program(on_device(result.program, device_of(given)), target)
     if as_json:

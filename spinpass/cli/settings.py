@@ -64,11 +64,16 @@ Settings = Annotated[
 def _superseded(given: dict[str, Any], found: dict[str, Any]) -> frozenset[str]:
     """Return the options of a file that do not count beside those of the command line.
 
-    Other rotations take the place of the file's, another recipe or way to round that of the file's, and no text is read
-    that it has no use for. Raises ConfigError where the scheme of the command line cannot be read.
+    Other rotations, and a plan, take the place of the file's, another recipe or way to round that of the file's, and no
+    text is read that it has no use for. Raises ConfigError where the scheme of the command line cannot be read.
     """
     rotations = {name.strip() for name in given.get("rotations", "R1").split(",")}
     idle = _OF_ROTATIONS if rotations == {"none"} else frozenset() if "R1" in rotations else frozenset({"form", "tied"})
+    names = {name.replace("_", "-") for name in given}
+    if "plan-file" in names:
+        idle = _OF_ROTATIONS | {"rotations"}
+    elif names & (_OF_ROTATIONS | {"rotations"}):
+        idle |= {"plan"}
     return idle | _rounded_otherwise(given, found)
 
 

@@ -30,9 +30,11 @@ from spinpass.graph import storage_key
 from spinpass.loading import LoadedModel
 from spinpass.progress import Steps
 from spinpass.runtime import DecoderSession, ModelFolder
+from spinpass.values import Fields, check_told, notebook_table, titled
 from spinpass.workers import Team
 
 WINDOWS, LENGTH = 8, 512
+_VERSION = 1
 _RUNTIMES = {".onnx": "onnxruntime", ".xml": "openvino", ".pte": "executorch"}
 _MODELS = ("*.onnx*", "openvino_model.*", "*.pte", "*.safetensors")
 _NEW = 16  # tokens, timed
@@ -43,9 +45,9 @@ def plural(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Card:
-    """What a user wants to know of a folder.
+    """What a user wants to know of a folder. ``print(card)`` shows it in two lines, a notebook as a table.
 
     Args:
         runtime: what the file was scored in; ``"torch"`` where no runtime of its is here, and its program was.
@@ -72,8 +74,52 @@ class Card:
     length: int
 
     def to_dict(self) -> dict[str, Any]:
-        """Return JSON-able values."""
-        return asdict(self)
+        """Return what JSON can hold."""
+        return titled("card", _VERSION, asdict(self))
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> Card:
+        """Return the card that :meth:`to_dict` has written, for example of a folder: ``manifest["card"]``.
+
+        Raises ConfigError: it is none, one of another version, or incomplete.
+        """
+        fields = Fields.of(data, "card", _VERSION)
+        found = Card(
+            runtime=fields.text("runtime"),
+            ratio=fields.number("ratio"),
+            ratio_error=fields.perhaps("ratio_error", fields.number),
+            kl=fields.number("kl"),
+            agreement=fields.number("agreement"),
+            bytes=fields.count("bytes"),
+            bits_per_weight=fields.number("bits_per_weight"),
+            decode=fields.perhaps("decode", fields.number),
+            prefill=fields.perhaps("prefill", fields.number),
+            windows=fields.count("windows"),
+            length=fields.count("length"),
+        )
+        check_told("card", data, found.to_dict())
+        return found
+
+    def __repr__(self) -> str:
+        ratio = ratio_text(self.ratio, self.ratio_error)
+        return f"<Card: perplexity × {ratio}, {self.bytes / 1e6:,.1f} MB, {self.bits_per_weight:.2f} bits per weight>"
+
+    def __str__(self) -> str:
+        return "\n".join(card_lines(self.to_dict()))
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows: a figure a row."""
+        rows = [
+            ("perplexity ÷ the model's", ratio_text(self.ratio, self.ratio_error)),
+            ("same likeliest token", f"{self.agreement:.1%}"),
+            ("divergence, nats per token", f"{self.kl:.4f}"),
+            ("size", f"{self.bytes / 1e6:,.1f} MB, {self.bits_per_weight:.2f} bits per weight"),
+        ]
+        if self.decode is not None and self.prefill is not None:
+            rows += [("tokens per second, decode", f"{self.decode:.1f}")]
+            rows += [("tokens per second, prefill", f"{self.prefill:.0f}")]
+        note = f"{self.windows} windows of {self.length} tokens of Python's help, in {self.runtime}"
+        return notebook_table("Card", ("", ""), rows, numbers=1, notes=[note])
 
 
 @dataclass(frozen=True)
@@ -182,17 +228,22 @@ def weight_count(program: ExportedProgram) -> int:
     return sum({storage_key(tensor): tensor.numel() for tensor in program.state_dict.values()}.values())
 
 
+def ratio_text(ratio: float, error: float | None) -> str:
+    """Return a ratio with its standard error, where it has one."""
+    return f"{ratio:.4f}" if error is None else f"{ratio:.4f} ± {error:.4f}"
+
+
 def card_lines(card: Mapping[str, Any] | str | None, compared: Mapping[str, Any] | None = None) -> list[str]:
     """Return what a stored card says, in lines for people; none without a card. ``compared``: of ``--compare``."""
     if card is None or isinstance(card, str):
         return [card] if card else []
-    error = "" if card["ratio_error"] is None else f" ± {card['ratio_error']:.4f}"
     speeds = ""
     if card["decode"] is not None:
         speeds = f"; decode {card['decode']:.1f}, prefill {card['prefill']:.0f} tokens/s here"
+    ratio = ratio_text(card["ratio"], card["ratio_error"])
     lines = [
-        f"perplexity × {card['ratio']:.4f}{error}, the same likeliest token at {card['agreement']:.1%}, divergence "
-        f"{card['kl']:.4f} nats ({card['windows']} windows of {card['length']} tokens of Python's help, in "
+        f"perplexity × {ratio}, the same likeliest token at {card['agreement']:.1%}, divergence {card['kl']:.4f} nats "
+        f"({card['windows']} windows of {card['length']} tokens of Python's help, in "
         f"{card['runtime']})",
         f"{card['bytes'] / 1e6:,.1f} MB, {card['bits_per_weight']:.2f} bits per weight{speeds}",
     ]

@@ -29,6 +29,7 @@ from spinpass.learned import with_learned_bases
 from spinpass.learning import Learning, LearningRecord
 from spinpass.loading import LoadedModel, check_program_options, load_model
 from spinpass.passes import last_token
+from spinpass.planning import RotationPlan
 from spinpass.progress import Silent, Steps
 from spinpass.quantization import check_shares
 from spinpass.workers import Team
@@ -42,7 +43,7 @@ from .onnx import CacheBits, onnx_tools
 from .preflight import Known
 from .recipes import LearnName, RecipeName
 from .request import ExportRequest, IntegerCache, Target
-from .result import Result, check_names, kept_on_disk, quantized, rotated, run_of, window_length
+from .result import Result, check_names, kept_on_disk, quantized, rotated, run_of, told_plan, window_length
 from .settings import settings_of
 from .writers import writer_of
 
@@ -90,6 +91,7 @@ def export(
     allow_partial: bool = False,
     force: bool = False,
     memory: str | int | None = None,
+    plan: RotationPlan | None = None,
     steps: Steps | None = None,
     team: Team | None = None,
 ) -> Written:
@@ -133,6 +135,7 @@ def export(
         force: write into a folder that holds files of others, too.
         memory: how much the run may take beyond what is taken by others, ``"12GB"`` or a number of bytes; None for what
             is free. What cannot fit is refused before anything is read.
+        plan: decisions made earlier, in place of a ``config`` (:func:`spinpass.plan`, :func:`spinpass.load_plan`).
         steps: told what begins, and before it what will.
 
     Returns:
@@ -154,6 +157,7 @@ def export(
         learning_seed=learning_seed, device=device,
         trust_remote_code=trust_remote_code, last_logits=last_logits, fuse=fuse, certify=certify,
         calibration_windows=calibration_windows, force=force, allow_partial=allow_partial, memory=memory,
+        plan=plan,
     )  # fmt: skip
     steps = steps or Silent()
     try:
@@ -242,7 +246,8 @@ class _Run:
         options: dict[str, Any] = {"certify": asked.certify, "allow_partial": asked.allow_partial}
         learning = asked.bases if config is not None else None
         chosen, record = (config, None) if learning is None else self._based(loaded, there, learning, text)
-        result = replace(rotated(there, chosen, steps, team=self.team, **options), bases=record)
+        planned = asked.plan if config is not None else None
+        result = replace(rotated(there, chosen, steps, team=self.team, plan=planned, **options), bases=record)
         result = replace(result, program=self._kept(result.program))
         if asked.to == "gptq":
             check_rotation(loaded, result)
@@ -328,7 +333,7 @@ class _Run:
             self.windows,
             device=str(asked.device).partition(":")[0],
             target=f"{asked.to}, {asked.dtype}, {asked.cache}, {asked.context}, {asked.dequantize}",
-            rotation=f"{asked.certify}, {asked.allow_partial}, {asked.bases}",
+            rotation=f"{asked.certify}, {asked.allow_partial}, {asked.bases}{told_plan(asked.plan)}",
         )
         self._check_one_run(run)
         wanted = self.team.told(asked.scheme is not None or self.draft.work.exists())

@@ -14,6 +14,7 @@ from spinpass.evaluation import CALIBRATION_WINDOWS, SHIPPED_TEXT, check_windows
 from spinpass.graph import HOST, Device, named_device
 from spinpass.learning import Learning
 from spinpass.loading import check_dtype
+from spinpass.planning import RotationPlan
 from spinpass.quantization import QuantizationConfig, Weights
 
 from .gptq import WEIGHTS_ONLY, check_offline, check_weights_alone
@@ -61,9 +62,11 @@ class ExportRequest:
     learning_seed: int = 0
     device: Device = HOST
     memory: str | int | None = None
+    plan: RotationPlan | None = None
     most_windows: int = field(default=CALIBRATION_WINDOWS, init=False)  # where the text holds so many
 
     def __post_init__(self) -> None:
+        self._follow_plan()
         self._check_values()
         self._follow_recipe()
         if self.quantize and self.int4:
@@ -109,6 +112,18 @@ class ExportRequest:
                 f"verify={self.config.verify} in config and certify={self.certify} disagree: leave one out"
             )
 
+    def _follow_plan(self) -> None:
+        """Take the configuration of the plan. Raises ConfigError where another is given beside it."""
+        if self.plan is None:
+            return
+        if not isinstance(self.plan, RotationPlan):
+            raise ConfigError(f"plan is a {type(self.plan).__name__}: give what spinpass.load_plan returns, or None")
+        if self.config != _DEFAULT:
+            raise ConfigError(
+                "--plan has rotations of its own: leave out --rotations and the other options of rotations, or --plan"
+            )
+        object.__setattr__(self, "config", replace(self.plan.config, verify=None))  # which ``certify`` says
+
     def _follow_recipe(self) -> None:
         """Set what the recipe says. Raises ConfigError where something else says the same."""
         for option, given in (("--quantize", self.quantize), ("--int4", self.int4)):
@@ -123,7 +138,7 @@ class ExportRequest:
             raise ConfigError("--recipe quick is a way to round, and --bits 16 keeps the values: leave one of them out")
         followed = recipe_of(self.recipe, bits, self.to, rounds_cache=self.kv_cache is not None)
         object.__setattr__(self, "bits", bits)
-        if self.config == _DEFAULT:
+        if self.config == _DEFAULT and self.plan is None:
             object.__setattr__(self, "config", followed.config)
         object.__setattr__(self, "quantize", followed.scheme)
         if self.calibration is None and followed.windows is not None:
@@ -259,6 +274,8 @@ class ExportRequest:
         where activations or caches have few bits, whose ranges they level; weights have their own."""
         scheme = self.scheme
         if scheme is None or scheme.learn is None or self.learn in (None, "none") or self.config is None:
+            return None
+        if self.plan is not None:  # which has its matrices
             return None
         few = [each for each in (scheme.activations, scheme.cache) if each is not None and each.bits < _FEW]
         if not few or (scheme.activations is not None and scheme.activations.static):

@@ -82,7 +82,7 @@ class Result:
         found = record.read(self.program)
         return {
             "versions": {name: _version_of(name) for name in _PACKAGES} | {"python": platform.python_version()},
-            "plan": self.plan and self.plan.to_dict(),
+            "plan": self.plan and self.plan.to_dict(matrices=False),
             "record": found and found.to_dict(),
             "quantization": self.quantization and self.quantization.to_dict(),
             "learned_bases": self.bases and self.bases.to_dict(),
@@ -98,11 +98,12 @@ def rotated(
     exact: bool = False,
     allow_partial: bool = False,
     team: Team | None = None,
+    plan: RotationPlan | None = None,
 ) -> Result:
     """Plan, rotate and certify; without a configuration, return the original. Raises what ``transform`` raises.
 
     With ``exact`` the result knows what its constants were before they were rounded, for which the original is held.
-    Of a ``team`` rank 0 certifies, and the others rotate as it does.
+    A ``plan`` is carried out by its own decisions. Of a ``team`` rank 0 certifies, and the others rotate as it does.
     """
     if config is None:
         return Result(program)
@@ -119,7 +120,8 @@ def rotated(
             steps.start("certify")
 
     options: dict[str, Any] = {"allow_partial": allow_partial, "exact": exact}
-    found = rotate(program, replace(config, verify=certify), progress=progress, **options)
+    config = replace(config, verify=certify)
+    found = rotate(program, config if plan is None else replace(plan, config=config), progress=progress, **options)
     spaces: list[str] = team.told([space.name for space in found.plan.spaces])
     left_out = [space.name for space in found.plan.spaces if space.name not in spaces]
     if left_out:  # by the certificate of rank 0
@@ -183,6 +185,14 @@ def told(config: RotationConfig | None) -> str:
     held = {name: [given] if isinstance(given, Matrix) else given for name, given in config.matrices.items()}
     digests = {name: list(map(_digest, matrices)) for name, matrices in held.items()}
     return f"{replace(config, matrices={})!r} {digests}"
+
+
+def told_plan(plan: RotationPlan | None) -> str:
+    """Return by which matrices a plan rotates which spaces, as a hash; nothing without a plan."""
+    if plan is None:
+        return ""
+    spaces = "".join(f"{space.name}\0{space.rotation.fingerprint()}\0" for space in plan.spaces)
+    return hashlib.sha256(spaces.encode()).hexdigest()
 
 
 def _digest(matrix: Matrix) -> str:

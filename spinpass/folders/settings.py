@@ -27,10 +27,10 @@ def settings_of(
         last_logits: whether the logits are those of the last token alone.
 
     Returns:
-        None where settings cannot be written as options: matrices, and overrides for single spaces. Consent to run the
-        code of a model, and to write over files, is not repeated, nor is a device, which is of a machine.
+        None where settings cannot be written as options: a plan, matrices, and overrides for single spaces. Consent to
+        run the code of a model, and to write over files, is not repeated, nor is a device, which is of a machine.
     """
-    if config is not None and (config.overrides or config.matrices):
+    if config is not None and (request.plan is not None or config.overrides or config.matrices):
         return None
     rounded = request.scheme is not None or request.int4
     text = request.calibration

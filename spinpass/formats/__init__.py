@@ -43,6 +43,7 @@ from .paths import (
     xml_path,
 )
 from .people import README, is_for_people
+from .plans import load_plan, save_plan
 from .pt2 import load_program, save_program
 from .recorded import FileHash, check_recorded
 from .safetensors_header import check_safetensors, safetensors_header
@@ -100,6 +101,7 @@ __all__ = [
     "is_plain_name",
     "is_transform",
     "listed_files",
+    "load_plan",
     "load_program",
     "model_path",
     "online_alone",
@@ -116,6 +118,7 @@ __all__ = [
     "resolved_transforms",
     "runtime_file",
     "safetensors_header",
+    "save_plan",
     "save_program",
     "sealed",
     "sha256",

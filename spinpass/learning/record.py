@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from spinpass.errors import ConfigError
+
 
 @dataclass(frozen=True)
 class LearningRecord:
@@ -50,13 +52,16 @@ class LearningRecord:
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> LearningRecord:
-        """Return the value that :meth:`to_dict` has written."""
-        given = {name: value for name, value in data.items() if name != "kept"}
-        for name in ("kinds", "dropped"):
-            given[name] = tuple(given[name])
-        for name in ("losses", "checks"):
-            given[name] = tuple(map(tuple, given[name]))
-        return LearningRecord(**given)
+        """Return the value that :meth:`to_dict` has written. Raises ConfigError where it is none."""
+        try:
+            given = {name: value for name, value in data.items() if name != "kept"}
+            for name in ("kinds", "dropped"):
+                given[name] = tuple(given[name])
+            for name in ("losses", "checks"):
+                given[name] = tuple(map(tuple, given[name]))
+            return LearningRecord(**given)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ConfigError(f"this is no record of learning ({error}): take it as it was written") from error
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON-able values."""

@@ -32,7 +32,7 @@ from spinpass.graph import ProgramEditor, is_float, op_name, shape, value
 
 from .claims import Claims
 from .names import attention_name, leaf
-from .plan import UntieRequest
+from .planned import UntieRequest
 
 _ONLINE_PER_OFFLINE = 2  # ``form="auto"``: an online part in the stream counts as that many at inputs of linears
 _UNTIE_BELOW = 0.01  # ``tied="auto"`` unties where that adds less than this share of the constants' bytes

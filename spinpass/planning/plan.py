@@ -2,122 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torch.fx import Node
-
-from spinpass.analysis import Group, Refusal, Space
-from spinpass.config import Role, RotationConfig
+from spinpass.analysis import Refusal
+from spinpass.config import RotationConfig
 from spinpass.errors import ConfigError
-from spinpass.graph import Layout
-from spinpass.rotations import Rotation
+from spinpass.rotations import Rotation, rotation_by
+from spinpass.values import Fields, check_told, columns, notebook_table, titled
+
+from .planned import PlannedSpace
+from .summary import grouped_refusals, grouped_spaces, online_parts
+
+_VERSION = 1
+_VALUES = ("matrix", "factors")  # of a rotation's description, what a matrix of the user's holds
 
 
-@dataclass(frozen=True)
-class OnlinePart:
-    """A rotation that stays in the graph.
-
-    Attributes:
-        node: the name of the node behind which it stands.
-        why: the reason for which it cannot be folded.
-        flops: the floating-point operations it adds per token.
-        inverse: whether it is the inverse rotation, at an exit of the space.
-    """
-
-    node: str
-    why: str
-    flops: int
-    inverse: bool
-
-
-@dataclass(frozen=True)
-class Fold:
-    """A constant that takes up a rotation.
-
-    Attributes:
-        constant: the name of the parameter.
-        layout: where vectors of the space lie in it.
-        reads: it contracts the space, so that it takes R⁻ᵀ; otherwise it writes into it and takes R.
-    """
-
-    constant: str
-    layout: Layout
-    reads: bool
-
-
-@dataclass(frozen=True)
-class PlannedSpace:
-    """One decision, in names and numbers.
-
-    Attributes:
-        name: what the space is called.
-        role: which rotation it is.
-        size: how many coordinates the space has.
-        form: ``offline`` or ``online``.
-        rotation: the matrix.
-        writers: the parameters that write into the space.
-        readers: the parameters that read it.
-        online: the rotations that stay in the graph.
-        cache: the KV caches that travel in the rotated basis, by placeholder name or as ``output 1``.
-        bytes_added: bytes of constants that the rotation adds; 0 until its passes have run.
-        notes: what stays as it is, and why.
-        group: the matrices that the space admits in this form: ``orthogonal`` ones alone, or any ``invertible``.
-        admits: why no larger group, or why this one, as a phrase.
-        folds: the constants that take up the rotation.
-    """
-
-    name: str
-    role: Role
-    size: int
-    form: str
-    rotation: Rotation
-    writers: tuple[str, ...]
-    readers: tuple[str, ...]
-    online: tuple[OnlinePart, ...]
-    cache: tuple[str, ...]
-    bytes_added: int
-    notes: tuple[str, ...] = ()
-    group: Group = "orthogonal"
-    admits: str = ""
-    folds: tuple[Fold, ...] = field(default=(), repr=False, compare=False)
-
-    @property
-    def flops(self) -> int:
-        """Return the floating-point operations that are added per token."""
-        return sum(part.flops for part in self.online)
-
-
-@dataclass(frozen=True)
-class Site:
-    """A decision with the graph nodes it is about."""
-
-    planned: PlannedSpace
-    space: Space
-
-    @property
-    def name(self) -> str:
-        """Return the name of the space."""
-        return self.planned.name
-
-
-@dataclass(frozen=True)
-class UntieRequest:
-    """Constants that the planner asks to have untied: every use but one shall get a copy of its own."""
-
-    constants: tuple[Node, ...]
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RotationPlan:
     """Every decision about a program: what is rotated, in which form and at what cost, and what is refused and why.
 
-    ``print(plan)`` shows a table.
+    ``print(plan)`` shows a table, a notebook one in HTML. :func:`spinpass.save_plan` keeps a plan in a file, and
+    ``spinpass.transform(program, plan)`` carries it out.
+
+    Attributes:
+        config: what was asked for.
+        spaces: what is rotated.
+        refusals: what is left alone, and why.
+        parameters: the shape of every parameter of the program that it was made for, by name; empty where it is not
+            known. The plan fits any program with the same ones, whatever their values.
     """
 
     config: RotationConfig
     spaces: tuple[PlannedSpace, ...]
     refusals: tuple[Refusal, ...] = ()
+    parameters: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def flops(self) -> int:
@@ -135,6 +55,11 @@ class RotationPlan:
         reasons = {(s.role, s.form, s.group): s.admits for s in self.spaces}
         return [f"{role} {form} admits {group} matrices: {why}" for (role, form, group), why in sorted(reasons.items())]
 
+    @property
+    def total(self) -> str:
+        """Say in one line how much is rotated, and what it adds."""
+        return f"{len(self.spaces)} spaces, {self.flops:,} FLOP per token added, {self.bytes_added:,} bytes added"
+
     def without(self, *names: str) -> RotationPlan:
         """Return the plan without the spaces of these names, which are left alone.
 
@@ -151,37 +76,71 @@ class RotationPlan:
             self, spaces=tuple(s for s in self.spaces if s.name not in names), refusals=self.refusals + left_out
         )
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the plan as values that JSON can hold."""
-        return {
+    def to_dict(self, *, matrices: bool = True) -> dict[str, Any]:
+        """Return the plan as values that JSON can hold, for :meth:`from_dict`.
+
+        Args:
+            matrices: keep the matrices that were learned or given, base64 of float64. Without them they are named
+                alone, which is enough to read the plan and too little to carry it out.
+
+        Raises:
+            ConfigError: a matrix of the configuration, which no space uses, has no inverse.
+        """
+        rotations = {s.rotation.fingerprint(): s.rotation for s in self.spaces}
+        given = {key: _rotations(found) for key, found in self.config.matrices.items()} if matrices else {}
+        for of_key in given.values():
+            rotations |= {r.fingerprint(): r for r in (of_key if isinstance(of_key, list) else [of_key])}
+        told = {key: r.to_dict() for key, r in rotations.items()} if matrices else _described(rotations)
+        fields = {
             "config": self.config.to_dict(),
             "flops_per_token": self.flops,
             "bytes_added": self.bytes_added,
-            "spaces": [
-                {
-                    "name": s.name,
-                    "rotation": s.role,
-                    "size": s.size,
-                    "form": s.form,
-                    "matrix": str(s.rotation),
-                    "group": s.group,
-                    "admits": s.admits,
-                    "fingerprint": s.rotation.fingerprint(),
-                    "writers": list(s.writers),
-                    "readers": list(s.readers),
-                    "cache": list(s.cache),
-                    "flops_per_token": s.flops,
-                    "bytes_added": s.bytes_added,
-                    "notes": list(s.notes),
-                    "online": [
-                        {"node": p.node, "why": p.why, "flops_per_token": p.flops, "inverse": p.inverse}
-                        for p in s.online
-                    ],
-                }
-                for s in self.spaces
-            ],
+            "spaces": [s.to_dict() for s in self.spaces],
             "refusals": [{"what": r.what, "why": r.why, "nodes": list(r.nodes)} for r in self.refusals],
+            "rotations": told,
+            "matrices": {key: _fingerprints(of_key) for key, of_key in given.items()},
+            "parameters": {name: list(shape) for name, shape in self.parameters.items()},
         }
+        return titled("plan", _VERSION, fields)
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> RotationPlan:
+        """Return the plan that :meth:`to_dict` has written, but for the ``folds`` of its spaces, which are for a graph
+        to say.
+
+        Raises:
+            ConfigError: it is no plan, one of another version, incomplete, or was changed by hand in one place alone.
+        """
+        fields = Fields.of(data, "plan", _VERSION)
+        rotations = {key: _rotation(key, told) for key, told in fields.plain("rotations").items()}
+        given = {key: _of_key(key, told, rotations) for key, told in fields.plain("matrices").items()}
+        shapes = fields.inner("parameters")
+        found = RotationPlan(
+            RotationConfig.from_dict(fields.plain("config"), given),
+            tuple(PlannedSpace.from_dict(each, rotations) for each in fields.each("spaces")),
+            tuple(Refusal(r.text("what"), r.text("why"), r.texts("nodes")) for r in fields.each("refusals")),
+            {name: shapes.counts(name) for name in fields.plain("parameters")},
+        )
+        check_told("plan", data, found.to_dict())
+        return found
+
+    def check_parameters(self, parameters: Mapping[str, tuple[int, ...]]) -> None:
+        """Raise ConfigError, which names what differs, where the plan was made for other parameters than these."""
+        if not self.parameters or self.parameters == parameters:
+            return
+        for name in (*self.parameters, *parameters):
+            here, there = parameters.get(name), self.parameters.get(name)
+            if here != there:
+                raise ConfigError(
+                    f"the plan is of another program: {name} {_shape(here)} here and {_shape(there)} there; plan this "
+                    "program anew, or give the one that the plan was made for"
+                )
+
+    def __repr__(self) -> str:
+        roles = [s.role for s in self.spaces]
+        counted = ", ".join(f"{role} {roles.count(role)}" for role in dict.fromkeys(roles))
+        refused = f", {len(self.refusals)} refused" if self.refusals else ""
+        return f"<RotationPlan: {self.total}{f' ({counted})' if counted else ''}{refused}>"
 
     def __str__(self) -> str:
         head = ("space", "size", "rotation", "form", "admits", "writers", "readers", "online", "FLOP/token", "bytes")
@@ -200,13 +159,33 @@ class RotationPlan:
             )
             for s in self.spaces
         ]
-        lines = _table([head, *rows])
+        lines = columns([head, *rows], ruled=True)
         lines += self.admissions
         lines += [f"refused  {r}" for r in self.refusals]
-        lines.append(
-            f"total: {len(self.spaces)} spaces, {self.flops:,} FLOP per token added, {self.bytes_added:,} bytes added"
+        return "\n".join([*lines, f"total: {self.total}"])
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows: spaces that differ only in their layer stand in one row."""
+        head = ("space", "matrix", "form", "admits", "online", "size", "FLOP/token", "bytes")
+        groups = grouped_spaces(self).items()
+        notes = dict.fromkeys(note for s in self.spaces for note in s.notes)
+        table = notebook_table(
+            "Rotations", head, (_row(*each) for each in groups), numbers=3, notes=[self.total, *self.admissions, *notes]
         )
-        return "\n".join(lines)
+        if not self.refusals:
+            return table
+        refused = ((_times(what, count), why) for (what, why), count in grouped_refusals(self).items())
+        return table + notebook_table("Refused", ("left alone", "why"), refused)
+
+
+def _row(name: str, spaces: Sequence[PlannedSpace]) -> tuple[object, ...]:
+    first, flops, added = spaces[0], sum(s.flops for s in spaces), sum(s.bytes_added for s in spaces)
+    name = _times(name, len(spaces))
+    return name, first.rotation, first.form, first.group, online_parts(spaces), first.size, f"{flops:,}", f"{added:,}"
+
+
+def _times(name: str, count: int) -> str:
+    return f"{name} ({count}×)" if count > 1 else name
 
 
 def _short(names: tuple[str, ...]) -> str:
@@ -223,7 +202,43 @@ def _online_text(space: PlannedSpace) -> str:
     return "; ".join(parts + list(space.notes)) or "none"
 
 
-def _table(rows: list[tuple[str, ...]]) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
-    return [lines[0], "  ".join("─" * width for width in widths), *lines[1:]]
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "is missing" if shape is None else f"is {list(shape)}"
+
+
+# -- matrices in a document --------------------------------------------------------------------------------------------
+
+
+def _rotations(given: Any) -> Rotation | list[Rotation]:
+    """Return a key's matrix of a configuration, or its matrices, as changes of basis."""
+    return [rotation_by(each) for each in given] if isinstance(given, list | tuple) else rotation_by(given)
+
+
+def _fingerprints(rotations: Rotation | list[Rotation]) -> str | list[str]:
+    return [r.fingerprint() for r in rotations] if isinstance(rotations, list) else rotations.fingerprint()
+
+
+def _described(rotations: Mapping[str, Rotation]) -> dict[str, dict[str, Any]]:
+    """Return what rotations are without the values of those that nothing draws."""
+    names = ("kind", "size", "order", "seed", "identity")
+    return {key: {name: getattr(r, name) for name in names} for key, r in rotations.items()}
+
+
+def _rotation(fingerprint: str, told: object) -> Rotation:
+    """Return a rotation of a document. Raises ConfigError where its values were left out."""
+    described = Fields(told, f"plan.rotations.{fingerprint[:12]}…")
+    if described.text("kind") in ("learned", "kronecker") and not any(map(described.has, _VALUES)):
+        raise ConfigError(
+            f"the plan was written without its matrices (one of size {described.count('size')}): keep it with "
+            "spinpass.save_plan, or with to_dict() as it is"
+        )
+    return Rotation.from_dict(described.all)
+
+
+def _of_key(key: str, told: Any, rotations: Mapping[str, Rotation]) -> Rotation | tuple[Rotation, ...]:
+    """Return the matrix of a key, or its matrices, by fingerprint. Raises ConfigError where one is not there."""
+    several = isinstance(told, list)
+    for each in told if several else [told]:
+        if not isinstance(each, str) or each not in rotations:
+            raise ConfigError(f"plan.matrices: the matrix for {key} ({str(each)[:12]}…) is not in the document")
+    return tuple(rotations[each] for each in told) if several else rotations[told]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from types import MappingProxyType
 
 import torch
-from torch import Tensor
 from torch.fx import Node
 
 from spinpass.analysis import (
@@ -26,12 +26,13 @@ from spinpass.config import ROLES, Role, RotationConfig
 from spinpass.errors import ConfigError
 from spinpass.graph import ProgramEditor, elements, is_region, op_name, value
 from spinpass.record import Record
-from spinpass.rotations import Rotation
+from spinpass.rotations import Rotation, rotation_by
 
 from .candidates import Candidate, Candidates
 from .claims import Claims
 from .names import common_name, parameter_names
-from .plan import Fold, OnlinePart, PlannedSpace, RotationPlan, Site, UntieRequest
+from .plan import RotationPlan
+from .planned import Fold, OnlinePart, PlannedSpace, Site, UntieRequest
 
 
 class Planner:
@@ -43,10 +44,12 @@ class Planner:
     Args:
         editor: the program, functional.
         config: what is asked for.
-        only: a plan whose spaces alone are taken, with its rotations.
+        only: a plan whose spaces alone are taken, with its rotations; what it refuses stays refused.
         earlier: what a program that was rotated before says of itself.
+        parameters: the shapes of the program's parameters by name.
 
     Raises:
+        ConfigError: ``only`` was made for other parameters.
         QuantizedWeightError: the weight of a linear layer is unpacked from integers inside the program.
     """
 
@@ -56,14 +59,18 @@ class Planner:
         config: RotationConfig,
         only: RotationPlan | None = None,
         earlier: Record | None = None,
+        parameters: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
     ) -> None:
+        if only is not None:
+            only.check_parameters(parameters)
         self.editor = editor
+        self._parameters = dict(parameters)
         self._spot_check = SpotCheck(editor)
         self.earlier = earlier
         self.config = config
         self.only = None if only is None else {s.name: s for s in only.spaces}
         self.planned: list[PlannedSpace] = []
-        self.refusals: list[Refusal] = []
+        self.refusals: list[Refusal] = [] if only is None else list(only.refusals)
         self.carried: list[tuple[PlannedSpace, CacheEdge]] = []
         self._claims = Claims()
         self._tokens = tokens_per_call(editor.user_inputs())
@@ -106,7 +113,7 @@ class Planner:
     def plan(self) -> RotationPlan:
         """Return the decisions so far, in the order of the rotations."""
         spaces = sorted(self.planned, key=lambda s: ROLES.index(s.role))
-        return RotationPlan(self.config, tuple(spaces), tuple(self.refusals))
+        return RotationPlan(self.config, tuple(spaces), tuple(self.refusals), self._parameters)
 
     # -- one candidate -------------------------------------------------------------------------------------------------
 
@@ -116,8 +123,10 @@ class Planner:
         writers, readers = parameter_names(self.editor, space.writers), parameter_names(self.editor, space.readers)
         place = sum(seen.split(":")[0] == role for seen in self._names_seen)
         name = self._unique(f"{role}:{candidate.name or common_name(role, space, writers, readers)}")
-        if self.only is not None and name not in self.only:
-            return None
+        if self.only is not None:
+            if name not in self.only:
+                return None
+            _check_replayed(self.only[name], candidate)
         why = self._objection(name, space, writers + readers, candidate.over)
         if why is not None:
             self._refuse(Refusal(name, why))
@@ -193,7 +202,7 @@ class Planner:
         matrix = self.config.matrix(name, place)
         try:
             if matrix is not None:
-                rotation = matrix if isinstance(matrix, Rotation) else _of_matrix(matrix, name)
+                rotation = rotation_by(matrix, name)
                 if rotation.size != size:
                     raise ConfigError(f"the matrix is {rotation.size}×{rotation.size}, the space has size {size}")
                 return rotation
@@ -218,15 +227,17 @@ class Planner:
         return unique
 
 
-def _of_matrix(matrix: Tensor, name: str) -> Rotation:
-    """Return the orthogonal rotation by a matrix, or the change of basis by one that is none and has an inverse."""
-    try:
-        return Rotation.from_matrix(matrix, identity=name)
-    except ConfigError as error:
-        try:
-            return Rotation.from_factors([matrix], identity=name)
-        except ConfigError:
-            raise error from None
+def _check_replayed(planned: PlannedSpace, candidate: Candidate) -> None:
+    """Raise ConfigError where a space is another one than in the plan that is carried out."""
+    for what, here, there in (
+        ("size", candidate.space.width, planned.size),
+        ("form", candidate.form, planned.form),
+    ):
+        if here != there:
+            raise ConfigError(
+                f"the plan is of another program: {planned.name} has {what} {here} here and {there} in the plan; plan "
+                "this program anew, or give the one that the plan was made for"
+            )
 
 
 def _check_admitted(name: str, rotation: Rotation, admitted: Admitted, space: Space) -> None:

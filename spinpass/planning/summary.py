@@ -3,11 +3,27 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from typing import Protocol
 
-from .plan import PlannedSpace, RotationPlan
+from spinpass.analysis import Refusal
+
+from .planned import PlannedSpace
 
 
-def grouped_spaces(plan: RotationPlan, *, every_space: bool = False) -> dict[str, list[PlannedSpace]]:
+class Planned(Protocol):
+    """What was decided, as a plan has it."""
+
+    @property
+    def spaces(self) -> Sequence[PlannedSpace]:
+        """What is rotated."""
+
+    @property
+    def refusals(self) -> Sequence[Refusal]:
+        """What is left alone."""
+
+
+def grouped_spaces(plan: Planned, *, every_space: bool = False) -> dict[str, list[PlannedSpace]]:
     """Group spaces that differ only in their layer under one name; with ``every_space`` each keeps its own name."""
     groups: dict[tuple[str, ...], list[PlannedSpace]] = {}
     for space in plan.spaces:
@@ -20,7 +36,7 @@ def grouped_spaces(plan: RotationPlan, *, every_space: bool = False) -> dict[str
     return named
 
 
-def grouped_refusals(plan: RotationPlan, *, every_space: bool = False) -> dict[tuple[str, str], int]:
+def grouped_refusals(plan: Planned, *, every_space: bool = False) -> dict[tuple[str, str], int]:
     """Count how often each thing is left alone for each reason, as (what, why) -> how often.
 
     Refusals that differ only in their layer count together, unless ``every_space``.
@@ -38,7 +54,7 @@ def layer_pattern(name: str) -> str:
     return re.sub(r"(?<=[._])\d+(?=[._:]|$)", "*", name)
 
 
-def online_parts(spaces: list[PlannedSpace]) -> str:
+def online_parts(spaces: Sequence[PlannedSpace]) -> str:
     """Say how many rotations of these spaces stay in the graph, and why the first one does."""
     parts = [part for space in spaces for part in space.online]
     if not parts:

@@ -103,7 +103,7 @@ class Report:
             },
             "unquantized": self.unquantized.to_dict(),
             "schemes": {name: scheme.to_dict() for name, scheme in self.schemes.items()},
-            "plan": self.plan.to_dict(),
+            "plan": self.plan.to_dict(matrices=False),
             "certificate": self.certificate,
             "bytes": _sides(self.bytes),
             "tokens_per_second": _sides(self.rates),

@@ -2,11 +2,12 @@
 
 from . import hadamard
 from .hadamard import is_order, largest_order
-from .rotation import Rotation
+from .rotation import Rotation, rotation_by
 
 __all__ = [
     "Rotation",
     "hadamard",
     "is_order",
     "largest_order",
+    "rotation_by",
 ]

@@ -315,6 +315,22 @@ class Rotation:
         return f"{self.kind}({shape}, seed {self.seed})" if self.kind.startswith("random") else f"{self.kind}({shape})"
 
 
+def rotation_by(matrix: Tensor | Rotation, identity: str = "") -> Rotation:
+    """Return the orthogonal rotation by a matrix (n, n), or the change of basis by one that is none and has an inverse.
+
+    Raises ConfigError: it is neither.
+    """
+    if isinstance(matrix, Rotation):
+        return matrix
+    try:
+        return Rotation.from_matrix(matrix, identity)
+    except ConfigError as error:
+        try:
+            return Rotation.from_factors([matrix], identity)
+        except ConfigError:
+            raise error from None
+
+
 @lru_cache(maxsize=4)
 def _haar(order: int, seed: int, identity: str) -> Tensor:
     """A uniformly distributed orthogonal matrix (order, order), float64.
