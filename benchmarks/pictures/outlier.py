@@ -22,7 +22,7 @@ def vector_in_two_bases() -> tuple[Tensor, Tensor]:
 
 def rounding_step(x: Tensor) -> float:
     """Return the step of BITS-bit integers, symmetric around zero, whose range holds every value of the vector."""
-    return float(x.abs().max()) / (2 ** (BITS - 1) - 1)
+    return float(x.abs().max()) / ((1 << BITS - 1) - 1)
 
 
 def rounding_error(x: Tensor) -> float:
