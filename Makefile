@@ -17,7 +17,7 @@ CONSUMER := .venv-consumer
 NEWEST := .venv-newest
 CUDA := ^(nvidia|cuda)-|^triton\b
 
-.PHONY: help venv runtimes lint test newest goldens slow demo bench yardstick learning peers accuracy tokens conversations speed consumer zoo zoo-all clean
+.PHONY: help venv runtimes lint test newest goldens slow demo bench yardstick learning peers pictures accuracy tokens conversations speed consumer zoo zoo-all clean
 
 help:
 	@echo "make venv   build .venv with everything (about 2 GB)"
@@ -30,6 +30,7 @@ help:
 	@echo "make yardstick  recipes beside llama.cpp on off-grid weights: MB, perplexity on texts of several sources (about an hour)"
 	@echo "make learning  what learning bases, scales and roundings is worth on off-grid weights (hours)"
 	@echo "make peers  other tools' files beside ours on off-grid weights, in environments of their own: bytes, what is stored how, perplexity, speed (hours, resumable)"
+	@echo "make pictures  draw docs/pictures anew, from the code that they are about"
 	@echo "make accuracy  what rotation buys under quantization: perplexities, paired (about an hour and a half, resumable)"
 	@echo "make tokens    greedy tokens of every runtime against those of transformers (about half an hour)"
 	@echo "make conversations  padded batches and next turns of every runtime, on the demo's and tiny models (about 20 minutes)"
@@ -101,7 +102,11 @@ learning: $(READY)
 
 # PEERS="--env genai=PYTHON" uses an environment that is there; else each is built under out/peers
 peers: $(READY)
-	$(BIN)/python -m benchmarks.peers --picture docs/peers.svg $(PEERS)
+	$(BIN)/python -m benchmarks.peers $(PEERS)
+
+# docs/pictures; a test fails where one of them is not what the code draws
+pictures: $(READY)
+	$(BIN)/python -m benchmarks.pictures
 
 # ACCURACY="--text FILE --calibration FILE --model FOLDER" reads other texts, another model
 accuracy: $(READY)

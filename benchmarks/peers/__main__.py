@@ -18,6 +18,7 @@ import typer
 from rich.table import Table
 
 from benchmarks.offgrid import SPREADS, packaged_gguf
+from benchmarks.pictures.pareto import draw_rows
 from benchmarks.texts import scored_texts
 from benchmarks.timing import PHASES, Work, compared, measured
 from spinpass import evaluation
@@ -180,10 +181,10 @@ def tables(document: Mapping[str, Any]) -> list[Table]:
 
 
 def draw_picture(document: Mapping[str, Any], path: Path) -> None:
-    """Draw the rows of a document."""
-    from .picture import draw
-
-    draw(document["rows"], f"{document['weights'] / 1e6:.1f}M weights on no grid, spread {document['spread']}", path)
+    """Draw the rows of a document into an SVG file."""
+    about = f"{document['weights'] / 1e6:.1f}M weights on no grid, spread {document['spread']}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(draw_rows(document["rows"], about), encoding="utf-8")
 
 
 if __name__ == "__main__":

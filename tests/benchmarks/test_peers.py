@@ -16,13 +16,13 @@ from onnx import TensorProto, helper
 from torch import Tensor
 
 from benchmarks.peers import makers, rows
-from benchmarks.peers.__main__ import chosen, interpreters, tables, there
+from benchmarks.peers.__main__ import chosen, draw_picture, interpreters, tables, there
 from benchmarks.peers.environments import Cost, Environments, PeerError, last_words, run
 from benchmarks.peers.makers import Made, Workshop, settled
-from benchmarks.peers.picture import draw, front
 from benchmarks.peers.rows import Bench
 from benchmarks.peers.source import Source
 from benchmarks.peers.stored import counted, of_gguf, of_onnx, stored
+from benchmarks.pictures.pareto import front
 from spinpass.progress import Silent
 
 
@@ -270,14 +270,13 @@ def document(bench: Bench) -> dict[str, Any]:
 
 
 def test_the_picture_is_the_same_for_the_same_rows(bench: Bench, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     found = document(bench)
     drawn = []
     for name in ("a.svg", "b.svg"):
-        draw(found["rows"], "title", tmp_path / "new" / name)
+        draw_picture(found, tmp_path / "new" / name)
         drawn.append((tmp_path / "new" / name).read_text())
-    assert drawn[0] == drawn[1] and drawn[0].count("<svg") == 1
-    draw([], "nothing", tmp_path / "none.svg")
+    assert drawn[0] == drawn[1] and drawn[0].count("<svg") == 1 and drawn[0].count("<circle") == 2  # a point, and the legend's
+    draw_picture(found | {"rows": []}, tmp_path / "none.svg")
     assert (tmp_path / "none.svg").is_file()
 
 
