@@ -17,7 +17,7 @@ CONSUMER := .venv-consumer
 NEWEST := .venv-newest
 CUDA := ^(nvidia|cuda)-|^triton\b
 
-.PHONY: help venv runtimes lint test newest goldens slow demo bench yardstick learning peers pictures accuracy tokens conversations speed consumer zoo zoo-all clean
+.PHONY: help venv runtimes lint test newest goldens docs docs-serve docs-links slow demo bench yardstick learning peers pictures accuracy tokens conversations speed consumer zoo zoo-all clean
 
 help:
 	@echo "make venv   build .venv with everything (about 2 GB)"
@@ -25,6 +25,9 @@ help:
 	@echo "make test   all tests;  TESTS=tests/certificate  runs some"
 	@echo "make newest  all tests with the newest release of everything, in an environment of its own; writes constraints-newest.txt"
 	@echo "make goldens  write the listings of tests/goldens anew, to be read as a diff"
+	@echo "make docs   build the documentation site in out/site, and fail for a link or a name that leads nowhere"
+	@echo "make docs-serve  the same on a local port, built anew with every change"
+	@echo "make docs-links  list the links of the documents that lead out of the repository"
 	@echo "make slow   the wide sweeps that make test leaves out"
 	@echo "make bench  exactness on real and tiny models, cost of the pass, speed of the Hadamards"
 	@echo "make yardstick  recipes beside llama.cpp on off-grid weights: MB, perplexity on texts of several sources (about an hour)"
@@ -79,6 +82,15 @@ newest:
 
 goldens: $(READY)
 	SPINPASS_WRITE_GOLDENS=1 $(BIN)/python -m pytest tests/test_goldens.py
+
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+docs-serve: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve
+
+docs-links:
+	@grep -rhoE "https?://[A-Za-z0-9./_#?=&-]+" README.md docs --include=*.md | sort -u
 
 # threads that wait for each other give the core away: beside other work they would take ten times as long
 demo: $(READY)

@@ -271,17 +271,30 @@ def test_no_public_name_hides_a_module() -> None:
     assert not hidden, f"both a module and a name of spinpass: {', '.join(sorted(hidden))}"
 
 
-def test_the_readme_names_what_there_is() -> None:
-    text = (ROOT / "README.md").read_text()
-    for dotted in set(re.findall(r"(?<![\w.])spinpass(?:\.\w+)+", text)) - {"spinpass.json"}:
-        home, _, last = dotted.rpartition(".")
-        known = exported(home) | (public_names(modules()[home]) if home in modules() else set())
-        assert dotted in modules() or last in known, f"README.md: there is no {dotted}"
-    for module, names in re.findall(r"^from (spinpass[\w.]*) import (.+)$", text, re.M):
-        missing = set(re.split(r",\s*", names)) - exported(module)
-        assert not missing, f"README.md: {module} has no {', '.join(missing)}"
+def offered(module: str) -> set[str]:
+    """What can be imported from a module: what it exports or defines, and the modules in it."""
+    inside = {each.removeprefix(f"{module}.") for each in modules() if each.startswith(f"{module}.")}
+    return set(exported(module)) | (public_names(modules()[module]) if module in modules() else set()) | inside
+
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
+def test_the_pages_name_what_there_is(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    unlinked = re.sub(r"\]\([^)]*\)", "]", text)
+    for dotted in set(re.findall(r"(?<![\w./-])spinpass(?:\.\w+)+", unlinked)) - {"spinpass.json"}:
+        home = dotted
+        while home not in modules():
+            home = home.rpartition(".")[0]
+        name_ = dotted.removeprefix(home).removeprefix(".").split(".")[0]  # of a class, not what it has
+        assert not name_ or name_ in offered(home), f"{page.name}: there is no {dotted}"
+    for module, names in re.findall(r"^ *from (spinpass[\w.]*) import (.+)$", text, re.M):
+        missing = {each.split(" as ")[0] for each in re.split(r",\s*", names)} - offered(module)
+        assert not missing, f"{page.name}: {module} has no {', '.join(missing)}"
     for path in re.findall(r"\]\(([^)#:]+)\)", text):
-        assert (ROOT / path).exists(), f"README.md: there is no {path}"
+        assert (page.parent / path).exists(), f"{page.name}: there is no {path}"
 
 
 # -- sizes -------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Every command that is printed, in a message, a docstring, help, the README or beside it, is one that there is.
+"""Every command that is printed, in a message, a docstring, help, the README, the site or beside it, is one that there is.
 
 Commands are collected from all strings of the code and from the code spans and blocks of the documents. What is whole
 (a line of the README's console blocks, an ``Example:``) is started, up to the moment at which a model would be loaded;
@@ -18,19 +18,21 @@ from types import UnionType
 from typing import Any, Literal, get_args, get_origin
 
 import pytest
+import torch
 import typer.main
 
 from benchmarks.imports import ROOT
 from spinpass.cli import app as commands
 from spinpass.errors import ExportError, SpinpassError
-from spinpass.formats import hashes, sealed
+from spinpass.formats import hashes, sealed, write_matrices
+from spinpass.rotations import Rotation
 from tests.support import folders
 from tests.support.commands import document, run
 
 SOURCES = [path for top in ("spinpass", "optimum", "examples", "benchmarks") for path in sorted((ROOT / top).rglob("*.py"))]
-DOCUMENTS = [ROOT / name for name in ("README.md", "DESIGN.md", "CHANGELOG.md")]
+DOCUMENTS = [*(ROOT / name for name in ("README.md", "DESIGN.md", "CHANGELOG.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 COMPARED_WITH = ("llama-cpp-python",)  # no package that this one needs
-STARTS = re.compile(r"(spinpass (?!is|has)[a-z]+(?![\w.])|make [a-z]|python (-m )?[a-z]|pip install |optimum-cli )")
+STARTS = re.compile(r"(spinpass (?!is|has)[a-z]+(?![\w.])|make [a-z]|python (-m )?[a-z]|pip install |optimum-cli |torchrun )")
 
 
 def strings(path: Path) -> Iterator[str]:
@@ -59,7 +61,7 @@ def whole(text: str) -> Iterator[str]:
     lines = re.findall(r"^\s*Example: (.+)$", text, re.M) + re.findall(r"^\$ (.+)$", text, re.M)
     for line in lines:
         line = " ".join(re.sub(r"\s+# .*", "", line).split())
-        if "[" in line:
+        if "[" in line and not line.startswith("pip "):  # whose brackets hold extras
             yield re.sub(r"\s*\[[^]]*\]", "", line)
             line = re.sub(r"[][]", "", line)
         yield line
@@ -93,7 +95,7 @@ def choices_of(command: str, parameter: str) -> set[str]:
 def looked_up(command: str) -> None:
     """Fail where the command is none that there is."""
     words = shlex.split(command)
-    handler = {"spinpass": _spinpass, "make": _make, "python": _python, "pip": _pip, "optimum-cli": _optimum}[words[0]]
+    handler = {"spinpass": _spinpass, "make": _make, "python": _python, "pip": _pip, "optimum-cli": _optimum, "torchrun": _torchrun}[words[0]]
     handler(words[1:], command)
 
 
@@ -110,6 +112,12 @@ def _spinpass(words: list[str], command: str) -> None:
         value = next(rest, None)  # none where the option is only named
         allowed = choices_of(words[0], param.name)
         assert value is None or not allowed or value in allowed, f"{command}: {word} does not take {value!r}"
+
+
+def _torchrun(words: list[str], command: str) -> None:
+    assert "-m" in words, f"{command}: nothing that torchrun starts"
+    started = " ".join(words[words.index("-m") + 1 :])
+    looked_up(started if started.startswith("spinpass") else f"python -m {started}")
 
 
 def _make(words: list[str], command: str) -> None:
@@ -177,6 +185,8 @@ def test_the_collection_sees_commands() -> None:
         ("pip install 'spinpass[nothing]'", "there is no extra 'nothing'"),
         ("pip install no-such-package", "is no dependency"),
         ("optimum-cli export spinpass --int5", "no"),
+        ("torchrun --nproc-per-node 2 -m spinpass exprot", "there is no command"),
+        ("torchrun --nproc-per-node 2", "nothing that torchrun starts"),
     ],
 )
 def test_a_command_that_there_is_not_is_seen(command: str, why: str) -> None:
@@ -222,8 +232,10 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("TEXT", "text.txt"):
         (root / name).write_text("what is the weather like if it is on and not in a " * 3000)
     (root / "recipe.yaml").write_text("rotations: none\nquantize: w4-rtn\n")
-    for name in ("IN.pt2", "A.pt2", "B.pt2", "model.pt2", "rotated.pt2"):
+    for name in ("IN.pt2", "A.pt2", "B.pt2", "B.onnx", "model.pt2", "rotated.pt2"):
         (root / name).write_text("no program")
+    write_matrices(root / "bases.json", {"R1:residual": Rotation.from_matrix(torch.eye(32))}, {})
+    torch.save({"R1": torch.eye(32)}, root / "R.bin")
     return root
 
 
@@ -234,6 +246,8 @@ def test_what_is_whole_begins_to_work(number: int, desk: Path, monkeypatch: pyte
     words = shlex.split(command)
     if words[0] == "optimum-cli":
         words = [*_as_export(words), "--force"]
+    if words[0] == "torchrun":
+        words = words[words.index("-m") + 1 :]
     if words[0] != "spinpass" or words[1:] == ["schemes"]:  # which opens nothing
         return
     for place in ("folders.making", "folders.checkpoint", "cli.learn", "cli.plan", "cli.tune", "cli.verify", "evaluation.scoring"):
@@ -261,9 +275,7 @@ def _as_export(words: list[str]) -> list[str]:
 
 
 def test_a_chain_of_them_for_real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of the README that are cheap on a tiny model, one on what the other has written."""
-    import torch
-
+    """Those of the pages that are cheap on a tiny model, one on what the other has written."""
     from spinpass.formats import save_program
     from tests.support import programs
 

@@ -38,7 +38,9 @@ from .shards import SHARD_BYTES, check_storable, put_shards, shards_in
 from .staging import staged
 
 FORMATS = ("gptq", "gptq_v2")
-_MODEL, _CONFIG, QUANTIZE_CONFIG = "model.safetensors", "config.json", "quantize_config.json"
+QUANTIZE_CONFIG = "quantize_config.json"
+"""The file in which loaders of GPTQ checkpoints look for the widths."""
+_MODEL, _CONFIG = "model.safetensors", "config.json"
 _PARTS = ("qweight", "qzeros", "scales", "g_idx")
 _HEAD = "lm_head"  # both a key of the layout and the module that it speaks of
 

@@ -22,7 +22,10 @@ ScaleDtype = Literal["float16", "bfloat16"]
 MASSIVE = 8.0
 """Times the median of all tokens' largest values, above which a token is massive."""
 _EXACT = 8  # bits that massive tokens have
-WEIGHT_BITS, GROUP_SIZES = (2, 3, 4, 8), (16, 32, 64, 128, 256)
+WEIGHT_BITS = (2, 3, 4, 8)
+"""The widths that codes of weights may have."""
+GROUP_SIZES = (16, 32, 64, 128, 256)
+"""The numbers of inputs that may share a scale."""
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from tests.support.matrices import normal
 from tests.support.modules import Twice
 
 IDS = torch.randint(VOCAB, (2, SEQ), generator=torch.Generator().manual_seed(3))
-README = Path(__file__).parents[3] / "README.md"
+PAGE = Path(__file__).parents[3] / "docs" / "how-to" / "quantize.md"
 UP = "blocks.0.mlp.up"
 
 
@@ -193,13 +193,13 @@ def test_programs_with_rounded_activations_are_trained(scheme: str) -> None:
     assert len(moving) == 14 and all(p.grad is not None and p.grad.abs().sum() > 0 for p in moving)
 
 
-def test_the_passage_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_passage_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     sizes = dict(hidden=32, ffn=64, kv=4, heads=4)
     source = exported(made(Decoder(layers=1, **sizes), dtype=torch.float32))
     rotated = spinpass.transform(source, spinpass.RotationConfig(form="online"))
-    names: dict[str, Any] = {"program": rotated, "result": quantize(rotated, "w4g16-a8-kv4", [(IDS,)])}
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
+    names: dict[str, Any] = {"rotated": rotated, "result": quantize(rotated, "w4g16-a8-kv4", [(IDS,)])}
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S)
     (passage,) = (b for b in blocks if "write_gptq" in b)
     exec(passage, names)
     assert (tmp_path / "folder" / "model.safetensors").is_file()
