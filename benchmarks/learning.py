@@ -50,6 +50,9 @@ class Trained:
 def main(
     spread: Annotated[float, typer.Option(help="Of the off-grid weights; 1 keeps those of the file.")] = SPREADS[-1],
     gguf: Annotated[Path | None, typer.Option(help="The model, of the Llama family; the demo's if none.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="A folder or name to take as it is, in place of a GGUF file.")
+    ] = None,
     schemes: Annotated[str, typer.Option(help="Separated by commas.")] = ",".join(SCHEMES),
     kinds: Annotated[str, typer.Option(help="What is learned, separated by commas.")] = "transforms,scales,offsets",
     rounds: Annotated[int, typer.Option(help="Rounds through the text.")] = 1,
@@ -65,10 +68,13 @@ def main(
     screen = Screen(as_json=as_json)
     asked = Learning(tuple(kinds.split(",")), rounds=rounds, minutes=minutes)
     with screen.steps() as steps:
-        source = out / f"model-{spread}.gguf"
-        steps.start("rescale")
-        write(gguf or packaged_gguf(), source, spread)
-        loaded = load_model(str(source), cache=False, progress=steps.begin)
+        if model is None:
+            model = str(out / f"model-{spread}.gguf")
+            steps.start("rescale")
+            write(gguf or packaged_gguf(), Path(model), spread)
+        else:
+            spread = 1.0
+        loaded = load_model(model, cache=False, progress=steps.begin)
         assert loaded.companions is not None
         tokenize = token_ids(loaded.companions.tokenizer)
         cut = {n: evaluation.windows(tokenize(t), _LENGTH, windows) for n, t in scored_texts(text or ()).items()}
@@ -84,7 +90,7 @@ def main(
                     rows.append({"scheme": scheme, "variant": variant, **_row(made, floats, before)})
                     before = before if variant.startswith(LEARNED) else made
     if as_json:
-        screen.document({"spread": spread, "windows": windows, "rows": rows})
+        screen.document({"model": model, "spread": spread, "windows": windows, "rows": rows})
     screen.show(_table(rows, f"spread {spread}; {windows} windows of {_LENGTH} tokens of each text; simulated"))
 
 

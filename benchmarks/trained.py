@@ -12,6 +12,10 @@ hangs on its layers that even 2 bits cost it less than a percent of perplexity: 
 which of two rows is better; ``--steps`` says how far it goes. Widths are multiples of 256, as llama.cpp's k-quants need
 them, where those of the demo's model are not.
 
+``--type qwen3_moe`` trains a mixture of experts and ``--type gemma3_text`` a decoder with norms on both sides of its
+layers, of the same sizes; OUT is then a folder that transformers loads. ``python -m benchmarks.learning --model OUT``
+measures on either.
+
 Training takes one thread. Learning is done after ``--steps``, or, on a slow machine, faded out to end with
 ``--minutes`` of CPU time. A file that was made by the same settings from the same text is kept as it is.
 """
@@ -22,6 +26,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -39,6 +44,7 @@ from spinpass.cli.screen import Screen
 from spinpass.progress import Progress
 
 END = "<|endoftext|>"  # after every document
+_ABOUT = "trained.json"  # in a folder: what it was made of
 NAMES = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
@@ -57,10 +63,20 @@ NAMES = {
 """What a part of a parameter's name is called in a GGUF file."""
 
 
+LLAMA = "llama"
+SHAPES: dict[str, dict[str, Any]] = {
+    LLAMA: {},
+    "qwen3_moe": {"num_experts": 8, "num_experts_per_tok": 2, "decoder_sparse_step": 1, "mlp_only_layers": []},
+    "gemma3_text": {"sliding_window": 256, "query_pre_attn_scalar": 64},
+}
+"""The types of transformers that there are decoders of, with what they have beside the sizes of all."""
+
+
 @dataclass(frozen=True)
 class Settings:
     """The decoder and how it is trained: a batch has ``batch`` windows of ``context`` tokens."""
 
+    type: str = LLAMA
     hidden: int = 256
     inner: int = 768
     layers: int = 4
@@ -76,7 +92,8 @@ class Settings:
 
 
 def main(
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="GGUF file to write.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="GGUF file to write, or folder for another type.")],
+    type_: Annotated[str, typer.Option("--type", help=f"Of transformers: {', '.join(SHAPES)}.")] = LLAMA,
     steps: Annotated[int, typer.Option(help="Batches to learn from.")] = Settings.steps,
     minutes: Annotated[float, typer.Option(help="CPU minutes after which learning ends at the latest.")] = 40.0,
     total: Annotated[int, typer.Option(help="Characters of text to choose from.")] = TOTAL,
@@ -85,7 +102,11 @@ def main(
 ) -> None:
     """Train the decoder, write it, and say how well it predicts documents that it has not seen."""
     torch.set_num_threads(1)
-    screen, settings = Screen(as_json=as_json), Settings(steps=steps, seed=seed)
+    if type_ not in SHAPES:
+        raise typer.BadParameter(f"{type_!r} is not one of {', '.join(SHAPES)}")
+    if (type_ == LLAMA) != (out.suffix == ".gguf"):
+        raise typer.BadParameter(f"{out}: a decoder of type {LLAMA} is written as FILE.gguf, and others as a folder")
+    screen, settings = Screen(as_json=as_json), Settings(type=type_, steps=steps, seed=seed)
     with screen.steps() as shown:
         shown.start("read")
         corpus = read(total)
@@ -98,7 +119,7 @@ def main(
             shown.start("score")
             found = {"steps": done, "tokens": done * settings.batch * settings.context}
             found |= scored(model, learned, held_out, settings) | about
-            write(model, tokenizer, settings, out, json.dumps(found))
+            (write if type_ == LLAMA else write_folder)(model, tokenizer, settings, out, json.dumps(found))
     if as_json:
         screen.document(found)
     screen.show(
@@ -117,11 +138,14 @@ def kept(out: Path, about: dict[str, Any]) -> dict[str, Any] | None:
     """What an earlier run wrote about the file, where it was made of the same."""
     from gguf import GGUFReader
 
-    if not out.is_file():
-        return None
-    field = GGUFReader(out).fields.get("general.description")
     try:
-        found = dict(json.loads(field.contents())) if field else {}
+        if out.is_file():
+            field = GGUFReader(out).fields.get("general.description")
+            found = dict(json.loads(field.contents())) if field else {}
+        elif (out / _ABOUT).is_file():
+            found = dict(json.loads((out / _ABOUT).read_text(encoding="utf-8")))
+        else:
+            return None
     except ValueError:
         return None
     return found if about.items() <= found.items() else None
@@ -135,9 +159,7 @@ def trained_tokenizer(documents: Sequence[str], size: int) -> Any:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(
-        vocab_size=size, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
-    )
+    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=[END], initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(documents, trainer)
     return tokenizer
 
@@ -151,22 +173,24 @@ def encoded(tokenizer: Any, documents: Sequence[str]) -> Tensor:
 
 def trained(ids: Tensor, settings: Settings, minutes: float, tick: Progress) -> tuple[Any, int]:
     """The decoder in eval mode after it has read windows of ``ids`` in random order, and the number of its steps."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(settings.seed)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=settings.hidden,
-            intermediate_size=settings.inner,
-            num_hidden_layers=settings.layers,
-            num_attention_heads=settings.heads,
-            num_key_value_heads=settings.cached,
-            vocab_size=settings.vocabulary,
-            max_position_embeddings=settings.context,
-            bos_token_id=0,
-            eos_token_id=0,
-        )
-    )
+    sizes = {
+        "hidden_size": settings.hidden,
+        "intermediate_size": settings.inner,
+        "num_hidden_layers": settings.layers,
+        "num_attention_heads": settings.heads,
+        "num_key_value_heads": settings.cached,
+        "vocab_size": settings.vocabulary,
+        "max_position_embeddings": settings.context,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    }
+    if settings.type != LLAMA:
+        sizes |= {"head_dim": settings.hidden // settings.heads, "moe_intermediate_size": settings.inner // 4}
+        sizes |= {"pad_token_id": 0}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(settings.type, **sizes, **SHAPES[settings.type]))
     matrices, flat = ([p for p in model.parameters() if (p.ndim > 1) == wide] for wide in (True, False))
     groups: list[dict[str, Any]] = [{"params": matrices}, {"params": flat, "weight_decay": 0.0}]
     learner = torch.optim.AdamW(groups, lr=settings.rate, betas=(0.9, 0.95), weight_decay=settings.decay)
@@ -244,6 +268,20 @@ def write(model: Any, tokenizer: Any, settings: Settings, out: Path, description
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    os.replace(staging, out)
+
+
+def write_folder(model: Any, tokenizer: Any, settings: Settings, out: Path, description: str) -> None:
+    """Write a folder that transformers loads, with its tokenizer."""
+    from transformers import PreTrainedTokenizerFast
+
+    staging = out.with_name(f"{out.name}.{os.getpid()}.tmp")
+    model.save_pretrained(staging)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END, eos_token=END, pad_token=END).save_pretrained(
+        staging
+    )
+    (staging / _ABOUT).write_text(description, encoding="utf-8")
+    shutil.rmtree(out, ignore_errors=True)
     os.replace(staging, out)
 
 

@@ -81,8 +81,8 @@ def test_an_option_that_the_export_gets_is_an_option_here(monkeypatch: pytest.Mo
     from spinpass.cli import definitions
 
     new = definitions.CommandOption(("--dry",), None, "100% new.", False)
-    listed = definitions.command_options
-    monkeypatch.setattr(definitions, "command_options", lambda command: [*listed(command), new])
+    listed = definitions.options_of
+    monkeypatch.setattr(definitions, "options_of", lambda command: [*listed(command), new])
     assert parsed("-m", "a", "b", "--dry") == ["export", "--dry", "--", "a", "b"]
     assert "100% new." in filled().format_help()
 

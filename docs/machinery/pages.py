@@ -1,4 +1,4 @@
-"""What the site makes of the code by itself: the page of the command line, the list of schemes, and the glossary's tips.
+"""What the site makes of the code: the page of the command line, the list of schemes, and the glossary's tips.
 
 Named in ``mkdocs.yml`` as a hook. A page writes ``<!-- made: NAME -->`` where one of these is to stand.
 """
@@ -60,7 +60,9 @@ def _command(name: str, command: Any, callback: Any) -> str:
         lines += [f"| `{each.metavar or each.name.upper()}` | {_cell(each.help)} |" for each in arguments]
         lines.append("")
     lines += ["| option | value | unless given | what it does |", "| --- | --- | --- | --- |"]
-    lines += [f"| {_names(each)} | {_values(each, kinds[each.name].annotation)} | {_default(each)} | {_cell(each.help)} |" for each in options]
+    for each in options:
+        cells = _names(each), _values(each, kinds[each.name].annotation), _default(each), _cell(each.help)
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
 
 
@@ -110,9 +112,11 @@ def schemes() -> str:
     """Return the tables of ``spinpass schemes``."""
     lines = ["| part | meaning | in ONNX Runtime |", "| --- | --- | --- |"]
     lines += [f"| `{part.example}` | {_cell(part.meaning)} | {_cell(part.runs_as)} |" for part in PARTS]
-    lines += ["", "These names stand for schemes. Further parts may follow.", "", "| name | stands for |", "| --- | --- |"]
+    lines += ["", "These names stand for schemes. Further parts may follow."]
+    lines += ["", "| name | stands for |", "| --- | --- |"]
     lines += [f"| `{name}` | `{scheme}` |" for name, scheme in ALIASES.items()]
-    lines += ["", "These are the recipes for ONNX Runtime.", "", "| `--bits` | scheme | MB | perplexity ÷ float |", "| --- | --- | --- | --- |"]
+    lines += ["", "These are the recipes for ONNX Runtime."]
+    lines += ["", "| `--bits` | scheme | MB | perplexity ÷ float |", "| --- | --- | --- | --- |"]
     return "\n".join([*lines, *(_recipe(bits) for bits in BITS), "", f"Measured on: {measured()['about']}.", ""])
 
 

@@ -15,10 +15,10 @@ __all__ = ["command_options", "main"]
 
 
 def command_options(command: str) -> list[CommandOption]:
-    """List the options of a command: see :func:`.definitions.command_options`, imported when it is asked for."""
-    from .definitions import command_options as listed
+    """List the options of a command: see :func:`.definitions.options_of`, imported when it is asked for."""
+    from .definitions import options_of
 
-    return listed(command)
+    return options_of(command)
 
 
 def main(arguments: Sequence[str] | None = None, name: str = "spinpass") -> None:

@@ -30,7 +30,7 @@ class CommandOption:
     repeated: bool
 
 
-def command_options(command: str) -> list[CommandOption]:
+def options_of(command: str) -> list[CommandOption]:
     """List the options of a command of ``spinpass``, in the order of its help, without its arguments.
 
     Raises ConfigError where there is no such command.

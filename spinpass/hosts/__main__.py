@@ -7,7 +7,7 @@ import sys
 from spinpass.errors import SpinpassError
 
 
-def main(arguments: list[str]) -> int:
+def write_for_olive(arguments: list[str]) -> int:
     """Write the file; return 0, 2 without a name for it, or 1 where it cannot be written."""
     if len(arguments) != 1 or arguments[0].startswith("-"):
         print("usage: python -m spinpass.hosts FILE", file=sys.stderr)
@@ -23,4 +23,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(write_for_olive(sys.argv[1:]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -106,3 +107,18 @@ def test_a_text_of_ones_own_is_named(tmp_path: Path) -> None:
     assert scored_texts([f"own={tmp_path / 'own.txt'}"])["own"] == "Some words."
     with pytest.raises(typer.BadParameter, match="'own.txt' is not NAME=FILE"):
         scored_texts(["own.txt"])
+
+
+@pytest.mark.parametrize("kind", [each for each in trained.SHAPES if each != trained.LLAMA])
+def test_a_decoder_of_another_type_is_a_folder(kind: str, tmp_path: Path) -> None:
+    settings = replace(TINY, type=kind, steps=1)
+    tokenizer = trained.trained_tokenizer(DOCUMENTS, settings.vocabulary)
+    model, _ = trained.trained(trained.encoded(tokenizer, DOCUMENTS), settings, 1.0, lambda done, total: None)
+    out = tmp_path / "decoder"
+    trained.write_folder(model, tokenizer, settings, out, json.dumps({"loss": 1.0}))
+    assert trained.kept(out, {"loss": 1.0}) == {"loss": 1.0} and trained.kept(out, {"loss": 2.0}) is None
+    loaded = load_model(str(out), cache=False)
+    ids = token_ids(loaded.companions.tokenizer)(DOCUMENTS[0])[: settings.context]
+    with torch.no_grad():
+        expected = model(input_ids=torch.tensor([ids])).logits[0]
+    torch.testing.assert_close(ProgramScorer(loaded.program).logits(ids), expected, rtol=1e-4, atol=1e-4)

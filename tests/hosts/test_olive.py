@@ -64,7 +64,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (made / "text.txt").write_text(" ".join(folders.WORDS[i * i % len(folders.WORDS)] for i in range(1100)))
     (made / "evaluator.py").write_text("import spinpass.hosts.olive\n")
     (made / "run.json").write_text(json.dumps(RUN))
-    assert command.main([str(made / "olive.json")]) == 0
+    assert command.write_for_olive([str(made / "olive.json")]) == 0
     return made
 
 
@@ -183,9 +183,9 @@ def test_models_that_it_does_not_take(folder: Path, tmp_path: Path) -> None:
 def test_the_file_in_which_olive_finds_it(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     listed = json.loads((folder / "olive.json").read_text())["passes"]
     assert listed["SpinPass"]["module_path"] == "spinpass.hosts.olive.SpinPass" and "OnnxConversion" in listed
-    assert command.main([]) == 2 and "usage: python -m spinpass.hosts FILE" in capsys.readouterr().err
+    assert command.write_for_olive([]) == 2 and "usage: python -m spinpass.hosts FILE" in capsys.readouterr().err
     (tmp_path / "file").write_text("")
-    assert command.main([str(tmp_path / "file" / "olive.json")]) == 1
+    assert command.write_for_olive([str(tmp_path / "file" / "olive.json")]) == 1
     assert capsys.readouterr().err.startswith("spinpass: ")
 
 

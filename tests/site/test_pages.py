@@ -138,7 +138,7 @@ def abbreviations(text: str) -> set[str]:
     """Words of capitals, perhaps with digits, outside code and links; Q4_K is a name and none of them."""
     plain = re.sub(r"(?ms)^```.*?^```$|^<!--.*?-->$|^::: .*?$", "", text)
     plain = re.sub(r"``[^`]*``|`[^`]*`|\]\([^)]*\)|https?://\S+", "", plain)
-    return {found for found in re.findall(r"(?<![\w./-])[A-Z][A-Z0-9]*[A-Z0-9](?!\w|[.-]\w*[a-z])", plain)}
+    return set(re.findall(r"(?<![\w./-])[A-Z][A-Z0-9]*[A-Z0-9](?!\w|[.-]\w*[a-z])", plain))
 
 
 def glossary() -> set[str]:

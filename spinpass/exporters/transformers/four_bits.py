@@ -44,7 +44,7 @@ class MatMulNBitsQuantizer(ExportQuantizer):
         ConfigError: the scheme cannot be read, or says what no ``MatMulNBits`` does.
     """
 
-    supported_formats: tuple[ExportFormat, ...] = (ExportFormat.ONNX,)
+    supported_formats: tuple[Any, ...] = (ExportFormat.ONNX,)
     required_packages = ("onnx", "onnx_ir", "onnxruntime")
 
     def __init__(self, scheme: str = _DEFAULT, calibration_dataset: Iterable[dict[str, Any]] | None = None) -> None:
