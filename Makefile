@@ -94,7 +94,7 @@ docs-links:
 
 # threads that wait for each other give the core away: beside other work they would take ten times as long
 demo: $(READY)
-	OMP_WAIT_POLICY=passive $(BIN)/python examples/demo.py
+	OMP_WAIT_POLICY=passive $(BIN)/python -m spinpass demo
 
 slow: $(READY)
 	$(BIN)/python -m pytest -n $(WORKERS) -m slow $(TESTS)

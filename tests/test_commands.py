@@ -30,7 +30,7 @@ from tests.support import folders
 from tests.support.commands import document, run
 
 SOURCES = [path for top in ("spinpass", "optimum", "examples", "benchmarks") for path in sorted((ROOT / top).rglob("*.py"))]
-DOCUMENTS = [*(ROOT / name for name in ("README.md", "DESIGN.md", "CHANGELOG.md")), *sorted((ROOT / "docs").rglob("*.md"))]
+DOCUMENTS = [*(ROOT / name for name in ("README.md", "DESIGN.md", "CHANGELOG.md", "examples/README.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 COMPARED_WITH = ("llama-cpp-python",)  # no package that this one needs
 STARTS = re.compile(r"(spinpass (?!is|has)[a-z]+(?![\w.])|make [a-z]|python (-m )?[a-z]|pip install |optimum-cli |torchrun )")
 
@@ -167,7 +167,7 @@ def test_what_is_mentioned_is_there(number: int) -> None:
 def test_the_collection_sees_commands() -> None:
     assert len(MENTIONED) > 40 and len(WHOLE) > 20
     assert "pip install 'spinpass[onnx]'" in MENTIONED and "make zoo" in MENTIONED and "spinpass tune" in MENTIONED
-    assert "spinpass inspect out --check" in WHOLE and "spinpass inspect OUT" in WHOLE and "make demo" in WHOLE
+    assert "spinpass inspect out --check" in WHOLE and "spinpass inspect OUT" in WHOLE and "spinpass demo" in WHOLE
     assert list(mentioned("say ``spinpass plan --form online`` or pip install 'spinpass[x]', then")) == ["spinpass plan --form online", "pip install 'spinpass[x]'"]
     assert list(whole("$ spinpass plan M [--json]  # a plan")) == ["spinpass plan M", "spinpass plan M --json"]
 
