@@ -93,7 +93,7 @@ docs-serve: $(READY)
 # nothing is written: a notebook in the repository has no outputs
 notebooks: $(READY)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt ipykernel nbclient
-	OMP_WAIT_POLICY=passive $(BIN)/jupyter-execute --timeout=1800 notebooks/*.ipynb
+	PYTHONPATH=$(CURDIR) OMP_WAIT_POLICY=passive $(BIN)/jupyter-execute --timeout=1800 notebooks/*.ipynb
 
 docs-links:
 	@grep -rhoE "https?://[A-Za-z0-9./_#?=&-]+" README.md docs --include=*.md | sort -u
