@@ -95,7 +95,7 @@ class DemoRequest:
         repeats: repeats of every timing.
 
     Raises:
-        ConfigError: fewer than one window or repeat.
+        ConfigError: fewer than two windows, from which no error can be told, or fewer than one repeat.
     """
 
     out: Path
@@ -104,9 +104,9 @@ class DemoRequest:
     repeats: int = 3
 
     def __post_init__(self) -> None:
-        for option, value in (("--windows", self.count), ("--repeats", self.repeats)):
-            if value < 1:
-                raise ConfigError(f"{option} {value}: choose 1 or more")
+        for option, value, least in (("--windows", self.count, 2), ("--repeats", self.repeats, 1)):
+            if value < least:
+                raise ConfigError(f"{option} {value}: choose {least} or more")
 
     def run(self, steps: Steps) -> list[dict[str, Any]]:
         """Write the folders, and run them.

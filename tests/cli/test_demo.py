@@ -50,7 +50,7 @@ def test_without_the_package_of_the_model(tmp_path: Path, monkeypatch: pytest.Mo
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("option", ["--windows", "--repeats"])
-def test_nothing_to_measure_is_refused(option: str, tmp_path: Path) -> None:
-    result = run("demo", tmp_path / "out", "--model", tmp_path, option, 0)
-    assert result.exit_code == 2 and f"{option} 0: choose 1 or more" in result.stderr
+@pytest.mark.parametrize(("option", "value", "least"), [("--windows", 1, 2), ("--repeats", 0, 1)])
+def test_too_little_to_measure_is_refused(option: str, value: int, least: int, tmp_path: Path) -> None:
+    result = run("demo", tmp_path / "out", "--model", tmp_path, option, value)
+    assert result.exit_code == 2 and f"{option} {value}: choose {least} or more" in result.stderr
