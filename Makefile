@@ -17,7 +17,7 @@ CONSUMER := .venv-consumer
 NEWEST := .venv-newest
 CUDA := ^(nvidia|cuda)-|^triton\b
 
-.PHONY: help venv runtimes lint test newest goldens docs docs-serve docs-links slow demo bench yardstick learning peers pictures accuracy tokens conversations speed consumer zoo zoo-all clean
+.PHONY: help venv runtimes lint test newest goldens docs notebooks docs-serve docs-links slow demo bench yardstick learning peers pictures accuracy tokens conversations speed consumer zoo zoo-all clean
 
 help:
 	@echo "make venv   build .venv with everything (about 2 GB)"
@@ -28,6 +28,7 @@ help:
 	@echo "make docs   build the documentation site in out/site, and fail for a link or a name that leads nowhere"
 	@echo "make docs-serve  the same on a local port, built anew with every change"
 	@echo "make docs-links  list the links of the documents that lead out of the repository"
+	@echo "make notebooks  run the notebooks, in .venv with what they need (some minutes)"
 	@echo "make slow   the wide sweeps that make test leaves out"
 	@echo "make bench  exactness on real and tiny models, cost of the pass, speed of the Hadamards"
 	@echo "make yardstick  recipes beside llama.cpp on off-grid weights: MB, perplexity on texts of several sources (about an hour)"
@@ -89,12 +90,17 @@ docs: $(READY)
 docs-serve: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve
 
+# nothing is written: a notebook in the repository has no outputs
+notebooks: $(READY)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt ipykernel nbclient
+	PYTHONPATH=$(CURDIR) OMP_WAIT_POLICY=passive $(BIN)/jupyter-execute --timeout=1800 notebooks/*.ipynb
+
 docs-links:
 	@grep -rhoE "https?://[A-Za-z0-9./_#?=&-]+" README.md docs --include=*.md | sort -u
 
 # threads that wait for each other give the core away: beside other work they would take ten times as long
 demo: $(READY)
-	OMP_WAIT_POLICY=passive $(BIN)/python examples/demo.py
+	OMP_WAIT_POLICY=passive $(BIN)/python -m spinpass demo
 
 slow: $(READY)
 	$(BIN)/python -m pytest -n $(WORKERS) -m slow $(TESTS)

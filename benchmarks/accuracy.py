@@ -22,10 +22,10 @@ import typer
 from rich.table import Table
 
 from benchmarks.grid import ORIGINAL, TUNED, UNQUANTIZED, VARIANTS, Cell, Grid
-from examples.demo import packaged_model
 from spinpass import evaluation
 from spinpass.cli.screen import Screen
 from spinpass.evaluation import open_scorer
+from spinpass.folders import packaged_model
 
 SCHEMES = ("ort:w8-gptq-a8", "ort:w8-gptq-a8static", "ort:w4g128-gptq-a8-distill", "w4-asym-gptq-distill",
            "w4-asym-gptq-a8-kv4-distill", "a4-kv4", "w4-asym-gptq-a4-kv4-distill", "w4g32-gptq")  # fmt: skip

@@ -24,9 +24,8 @@ from rich.table import Table
 
 from benchmarks.consumers.expected import original_model
 from benchmarks.tiny_models import KINDS, save_tiny_model
-from examples.demo import PROMPTS, packaged_model
 from spinpass.cli.screen import Screen
-from spinpass.folders import export
+from spinpass.folders import PROMPTS, export, packaged_model
 from spinpass.progress import Steps
 from spinpass.runtime import GENAI_CONFIG, Turns, continued
 

@@ -19,14 +19,14 @@ from rich.table import Table
 import spinpass
 from spinpass.cli.screen import Screen
 from spinpass.exporters import onnx
+from spinpass.folders import packaged_model
 from spinpass.loading import load_model
 from spinpass.progress import Steps
 from spinpass.runtime import OrtDecoder
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "examples")]
-from demo import packaged_model  # noqa: E402
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from tests.support import models  # noqa: E402
+from tests.support import models
 
 PROMPTS = (
     "The capital of France is",

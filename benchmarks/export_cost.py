@@ -22,8 +22,8 @@ import typer
 from rich.table import Table
 
 from benchmarks.transform import MEGABYTE
-from examples.demo import packaged_model
 from spinpass.cli.screen import Screen
+from spinpass.folders import packaged_model
 
 OURS, THEIRS = "spinpass export --int4", "transformers OnnxExporter"
 _THEIR_EXPORT = """

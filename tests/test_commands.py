@@ -22,15 +22,17 @@ import torch
 import typer.main
 
 from benchmarks.imports import ROOT
+from spinpass import plan
 from spinpass.cli import app as commands
 from spinpass.errors import ExportError, SpinpassError
-from spinpass.formats import hashes, sealed, write_matrices
+from spinpass.formats import hashes, save_plan, sealed, write_matrices
 from spinpass.rotations import Rotation
 from tests.support import folders
 from tests.support.commands import document, run
+from tests.support.decoders import Decoder, exported, made, tokens
 
 SOURCES = [path for top in ("spinpass", "optimum", "examples", "benchmarks") for path in sorted((ROOT / top).rglob("*.py"))]
-DOCUMENTS = [*(ROOT / name for name in ("README.md", "DESIGN.md", "CHANGELOG.md")), *sorted((ROOT / "docs").rglob("*.md"))]
+DOCUMENTS = [*(ROOT / name for name in ("README.md", "DESIGN.md", "CHANGELOG.md", "examples/README.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 COMPARED_WITH = ("llama-cpp-python",)  # no package that this one needs
 STARTS = re.compile(r"(spinpass (?!is|has)[a-z]+(?![\w.])|make [a-z]|python (-m )?[a-z]|pip install |optimum-cli |torchrun )")
 
@@ -146,7 +148,7 @@ def _pip(words: list[str], command: str) -> None:
     for package in packages:
         name, extras = re.fullmatch(r"([\w.-]+?)(?:\[(.+)\])?(?:==.+)?", package).groups()  # type: ignore[union-attr]
         if name == "spinpass":
-            for extra in set((extras or "").split(",")) - {"X"}:
+            for extra in set((extras or "").split(",")) - {"X", ""}:
                 assert re.search(rf"(?m)^{extra} = \[", text), f"{command}: there is no extra {extra!r}"
         elif name not in (".", "X", *COMPARED_WITH):
             assert re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", text), f"{command}: {name} is no dependency"
@@ -167,7 +169,7 @@ def test_what_is_mentioned_is_there(number: int) -> None:
 def test_the_collection_sees_commands() -> None:
     assert len(MENTIONED) > 40 and len(WHOLE) > 20
     assert "pip install 'spinpass[onnx]'" in MENTIONED and "make zoo" in MENTIONED and "spinpass tune" in MENTIONED
-    assert "spinpass inspect out --check" in WHOLE and "spinpass inspect OUT" in WHOLE and "make demo" in WHOLE
+    assert "spinpass inspect out --check" in WHOLE and "spinpass inspect OUT" in WHOLE and "spinpass demo" in WHOLE
     assert list(mentioned("say ``spinpass plan --form online`` or pip install 'spinpass[x]', then")) == ["spinpass plan --form online", "pip install 'spinpass[x]'"]
     assert list(whole("$ spinpass plan M [--json]  # a plan")) == ["spinpass plan M", "spinpass plan M --json"]
 
@@ -197,7 +199,7 @@ def test_a_command_that_there_is_not_is_seen(command: str, why: str) -> None:
 def test_every_option_that_a_message_names_is_there() -> None:
     known: Any = typer.main.get_command(commands.app).commands  # type: ignore[attr-defined]
     there = {name for command in known.values() for param in command.params for name in (*param.opts, *param.secondary_opts)}
-    there |= {"--help", "--version", "--model", "--weights", "--no-deps", "--nproc-per-node"}  # pip's and torchrun's too
+    there |= {"--help", "--version", "--model", "--weights", "--no-deps", "--nproc-per-node", "--test"}  # pip's, torchrun's, Olive's
     named = {
         (option, path.name) for path in (ROOT / "spinpass").rglob("*.py") for text in strings(path)
         for option in re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", text)
@@ -220,15 +222,15 @@ def reach(*_: object, **__: object) -> Any:
 def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which everything lies that the examples name."""
     root = tmp_path_factory.mktemp("desk")
-    for name in ("model", "OUT"):
+    for name in ("model", "OUT", "ROTATED"):
         folders.model_folder(root / name, "llama", max_position_embeddings=2048)
     (root / "MODEL").symlink_to("model")
     (root / "OUT" / "model.onnx").write_text("no model")
-    names = [path.name for path in (root / "OUT").iterdir()]
-    (root / "OUT" / "spinpass.json").write_text(json.dumps(sealed({"files": hashes(root / "OUT", names)})))
+    for written in (root / "OUT", root / "ROTATED"):
+        names = [path.name for path in written.iterdir()]
+        (written / "spinpass.json").write_text(json.dumps(sealed({"files": hashes(written, names)})))
     (root / "out").symlink_to("OUT")
     (root / "OTHER").symlink_to("OUT")
-    (root / "ROTATED").symlink_to("model")
     for name in ("TEXT", "text.txt"):
         (root / name).write_text("what is the weather like if it is on and not in a " * 3000)
     (root / "recipe.yaml").write_text("rotations: none\nquantize: w4-rtn\n")
@@ -236,6 +238,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (root / name).write_text("no program")
     write_matrices(root / "bases.json", {"R1:residual": Rotation.from_matrix(torch.eye(32))}, {})
     torch.save({"R1": torch.eye(32)}, root / "R.bin")
+    save_plan(plan(exported(made(Decoder(layers=1), dtype=torch.float32), (tokens(),))), root / "plan.json")
     return root
 
 

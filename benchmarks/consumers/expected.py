@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from examples.demo import ANSWER, PROMPTS, packaged_model
+from spinpass.folders import ANSWER_TOKENS, PROMPTS, packaged_model
 from spinpass.loading import locate
 
 
@@ -47,7 +47,7 @@ def answer(model: Any, tokenizer: Any, prompt: str) -> dict[str, Any]:
     chat = [{"role": "user", "content": prompt}]
     ids = list(tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False))
     with torch.inference_mode():
-        out = model.generate(torch.tensor([ids]), max_new_tokens=ANSWER, do_sample=False)
+        out = model.generate(torch.tensor([ids]), max_new_tokens=ANSWER_TOKENS, do_sample=False)
     return {"prompt": prompt, "ids": ids, "tokens": out[0, len(ids) :].tolist()}
 
 

@@ -1,11 +1,14 @@
-"""What the site makes of the code: the page of the command line, the list of schemes, and the glossary's tips.
+"""What the site makes of the code: the page of the command line, the list of schemes, the examples, the notebooks, and
+the glossary's tips.
 
 Named in ``mkdocs.yml`` as a hook. A page writes ``<!-- made: NAME -->`` where one of these is to stand.
 """
 
 from __future__ import annotations
 
+import ast
 import inspect
+import json
 import re
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -24,7 +27,7 @@ _TERM = re.compile(r"^\| \*\*(.+?)\*\* \| (.+?) \|$", re.M)
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Fill in what is made, and explain the words of the glossary wherever they stand."""
-    made = {"command line": command_line, "schemes": schemes}
+    made = {"command line": command_line, "schemes": schemes, "examples": examples, "notebooks": notebooks}
     filled = _MARK.sub(lambda found: made[found[1]](), markdown)
     tips = [f"*[{term}]: {meaning}" for term, meaning in terms().items()]
     return "\n".join([filled, "", *tips, ""])
@@ -126,3 +129,30 @@ def _recipe(bits: int) -> str:
     row = measured()["rows"].get(str(bits))
     told = f"{row['mb']:.1f} | {row['mean']:.3f}, worst text {row['worst']:.3f}" if row else "|"
     return f"| {bits} | {spelled} | {told} |"
+
+
+def examples() -> str:
+    """Return a section for each script of ``examples/``: what it shows, and the script. What they share comes last."""
+    paths = sorted((ROOT / "examples").glob("*.py"))  # those with numbers come first
+    return "\n".join(_example(path) for path in paths)
+
+
+def _example(path: Path) -> str:
+    code = path.read_text(encoding="utf-8").rstrip()
+    told = (ast.get_docstring(ast.parse(code)) or "").partition("\n\n")[0].replace("``", "`")
+    return "\n".join([f"## {path.name}", "", " ".join(told.split()), "", "```python", code, "```", ""])
+
+
+def notebooks() -> str:
+    """Return a section for each notebook of ``notebooks/``: its text and its code, without what running it shows."""
+    paths = sorted((ROOT / "notebooks").glob("*.ipynb"))
+    return "\n".join(_notebook(json.loads(path.read_text(encoding="utf-8"))) for path in paths)
+
+
+def _notebook(book: dict[str, Any]) -> str:
+    lines: list[str] = []
+    for cell in book["cells"]:
+        text = "".join(cell["source"])
+        shown = ["```python", text, "```"] if cell["cell_type"] == "code" else [re.sub(r"(?m)^#", "##", text)]
+        lines += [*shown, ""]
+    return "\n".join(lines)

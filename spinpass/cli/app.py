@@ -23,6 +23,7 @@ from spinpass.version import __version__
 from spinpass.workers import joined_team, launched
 
 from .chat import chat_command
+from .demo import demo_command
 from .evaluate import evaluate_command
 from .export import export_command
 from .generate import generate_command
@@ -147,6 +148,7 @@ app.command("chat")(chat_command)
 app.command("report")(report_command)
 app.command("schemes")(schemes_command)
 app.command("inspect")(inspect_command)
+app.command("demo")(demo_command)
 
 
 def _one_line(error: object) -> str:

@@ -6,6 +6,18 @@ from .basis import BasisProof, check_basis
 from .card import Card, card_lines, plural, weight_count
 from .checkpoint import FOLDED, rotate_checkpoint
 from .companions import SETTINGS, Written, check_target, check_writable
+from .demo import (
+    ANSWER_TOKENS,
+    DEMO_MODELS,
+    DEMO_NEW_TOKENS,
+    DEMO_PROMPT,
+    DEMO_TEXTS,
+    DEMO_WINDOW,
+    PROMPTS,
+    DemoModel,
+    DemoRequest,
+    packaged_model,
+)
 from .forecast import MARGIN, Forecast, StepForecast
 from .layouts import CheckpointLayout, CheckpointReport, CheckpointRequest
 from .machine import IMPORTED, Rates, free_memory, own_memory
@@ -18,17 +30,26 @@ from .result import Result, check_names, quantized, rotated, window_length
 from .workload import Workload
 
 __all__ = [
+    "ANSWER_TOKENS",
     "BITS",
+    "DEMO_MODELS",
+    "DEMO_NEW_TOKENS",
+    "DEMO_PROMPT",
+    "DEMO_TEXTS",
+    "DEMO_WINDOW",
     "FOLDED",
     "IMPORTED",
     "MARGIN",
     "MEASURED",
+    "PROMPTS",
     "SETTINGS",
     "BasisProof",
     "Card",
     "CheckpointLayout",
     "CheckpointReport",
     "CheckpointRequest",
+    "DemoModel",
+    "DemoRequest",
     "ExportRequest",
     "Forecast",
     "IntegerCache",
@@ -54,6 +75,7 @@ __all__ = [
     "measured",
     "onnx_tools",
     "own_memory",
+    "packaged_model",
     "plural",
     "quantized",
     "recipe_of",

@@ -1,4 +1,4 @@
-"""What cannot be rotated exactly is refused, with the reason; nothing is changed."""
+"""What cannot be rotated exactly is refused, with the reason, and nothing is changed."""
 
 import torch
 from decoder import VOCABULARY, Decoder

@@ -1,4 +1,4 @@
-"""A rotated program for a taker that has no spinpass: torch's own operators alone, packaged by AOTInductor if asked."""
+"""A rotated program for those who have no spinpass: torch's own operators alone; AOTInductor compiles it if asked."""
 
 import importlib
 import sys

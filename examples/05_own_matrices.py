@@ -1,4 +1,4 @@
-"""Rotation matrices of your own, for example learned ones, for one rotation or one space, and settings per space."""
+"""Rotation matrices of your own, for one rotation or for one space, and other settings for some spaces."""
 
 import torch
 from decoder import HEAD, HIDDEN, export_decoder

@@ -1,6 +1,6 @@
 """A rotated and quantized model as a .pte file for ExecuTorch, whatever its family: by default a tiny random Qwen 3.
 
-python examples/executorch_qwen.py [MODEL]      # a folder of transformers or a name on the hub
+python examples/08_executorch.py [MODEL]      # a folder of transformers or a name on the hub
 """
 
 import sys

@@ -1,6 +1,6 @@
-"""transformers' own ONNX exporter with a rotation in between: prefill and decode graphs that share a rotated cache.
+"""Two graphs of one model, for prompts and for single tokens, rotated apart: they share one KV cache all the same.
 
-python examples/transformers_exporter.py
+transformers has an exporter that writes both as ONNX files. Here a rotation stands in between.
 """
 
 import tempfile
@@ -25,10 +25,14 @@ exported = exporter.export_for_generation(model, inputs, OnnxConfig(dynamic=True
 for name, component in zip(exported.components, exporter.records):
     print(f"{name}: {len(component.rotations)} spaces rotated, {len(component.outputs)} rotated cache outputs")
 
+# Each graph has a record of the basis in which it hands its cache on, and of that in which it takes it.
+prefill, decode = exporter.records
+gives, takes = ([cache.rotation for cache in each.values()] for each in (prefill.outputs, decode.inputs))
+print("same bases:", gives == takes)
+
 with tempfile.TemporaryDirectory() as folder:
     exported.save_pretrained(folder)  # an ordinary folder: who loads it needs no spinpass
-    loaded = ExportedModel.from_pretrained(folder)
-    tokens = generate_exported(loaded, PROMPT, NEW_TOKENS)
+    tokens = generate_exported(ExportedModel.from_pretrained(folder), PROMPT, NEW_TOKENS)
 
 expected = model.generate(torch.tensor([PROMPT]), max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None)
 same = sum(a == b for a, b in zip(tokens, expected[0, len(PROMPT) :].tolist()))

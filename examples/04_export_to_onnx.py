@@ -1,4 +1,4 @@
-"""A rotated program as ONNX: stock ONNX Runtime runs it, and the online Hadamards stay recognisable in the file."""
+"""A rotated program as an ONNX file: stock ONNX Runtime runs it, and online Hadamards stay recognisable in the file."""
 
 import tempfile
 from pathlib import Path
