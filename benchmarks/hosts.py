@@ -2,8 +2,8 @@
 
 Each host gets the same model folder and makes a 4-bit file of it: Olive by a workflow of ``SpinPass`` and
 ``SpinEvaluator``, optimum by its command line, both in a process of their own; transformers by its own exporter, to
-nearest, and by spinpass's, rotated and by GPTQ. Every file is scored on the same windows of text beside the model itself. Exits
-with 1 where a host fails, or a file scores far worse than the model.
+nearest, and by spinpass's, rotated and by GPTQ. Every file is scored on the same windows of text beside the model
+itself. Exits with 1 where a host fails, or a file scores far worse than the model.
 """
 
 from __future__ import annotations
@@ -93,7 +93,9 @@ class _Prefill:
 
 def main(
     hosts: Annotated[str, typer.Option(help="Of olive, transformers, optimum, separated by commas; all if none.")] = "",
-    model: Annotated[Path | None, typer.Option(help="A model folder; a tiny model with random weights if none.")] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="A model folder; a tiny model with random weights if none.")
+    ] = None,
     windows: Annotated[int, typer.Option(help=f"Windows of {_LENGTH} tokens that are scored.")] = 2,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
@@ -211,7 +213,9 @@ def _table(rows: list[Row], count: int) -> Table:
         if row.failed:
             table.add_row(row.host, "", "", row.failed)
         else:
-            table.add_row(row.host, *(f"{each:,.2f}" if each else "" for each in (row.megabytes, row.seconds, row.perplexity)))
+            table.add_row(
+                row.host, *(f"{each:,.2f}" if each else "" for each in (row.megabytes, row.seconds, row.perplexity))
+            )
     table.caption = f"{count} windows of {_LENGTH} tokens of Python's help texts"
     return table
 
