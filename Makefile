@@ -17,7 +17,7 @@ CONSUMER := .venv-consumer
 NEWEST := .venv-newest
 CUDA := ^(nvidia|cuda)-|^triton\b
 
-.PHONY: help venv runtimes lint test newest goldens docs notebooks docs-serve docs-links slow demo bench yardstick learning peers pictures accuracy tokens conversations speed consumer zoo zoo-all clean
+.PHONY: help venv runtimes lint test newest goldens docs notebooks docs-serve docs-links slow demo bench yardstick learning peers pictures accuracy tokens conversations speed consumer zoo zoo-all clean hosts
 
 help:
 	@echo "make venv   build .venv with everything (about 2 GB)"
@@ -39,6 +39,7 @@ help:
 	@echo "make tokens    greedy tokens of every runtime against those of transformers (about half an hour)"
 	@echo "make conversations  padded batches and next turns of every runtime, on the demo's and tiny models (about 20 minutes)"
 	@echo "make speed     ONNX Runtime, rotated against original, 4 bits against float (about half an hour)"
+	@echo "make hosts  a 4-bit file made inside of Olive, transformers and optimum, run and scored (two minutes on a tiny model)"
 	@echo "make consumer  the exported folder in optimum's ORTModelForCausalLM, in an environment of its own"
 	@echo "make runtimes  install ExecuTorch, OpenVINO and torchao into .venv, for the tests that need them"
 	@echo "make zoo    every model type of transformers, tiny: export, rotate, certify; writes COVERAGE.md (about 25 minutes, resumable)"
@@ -139,6 +140,10 @@ conversations: $(READY) $(CONSUMER)/.installed
 speed: $(READY)
 	$(BIN)/python -m benchmarks.speed $(SPEED)
 	$(BIN)/python -m benchmarks.speed --model 8b-layer $(SPEED)
+
+# HOSTS="--hosts olive --model FOLDER --windows 8" runs one of them, on a real model
+hosts: $(READY)
+	$(BIN)/python -m benchmarks.hosts $(HOSTS)
 
 # optimum's models for ONNX Runtime need transformers 4
 consumer: $(READY) $(CONSUMER)/.installed

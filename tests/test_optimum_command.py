@@ -127,6 +127,15 @@ def test_two_ways_to_say_what_the_weights_become(given: list[str], capsys: pytes
     assert f"--weights and {word} both say what the weights become: give one of them" in capsys.readouterr().err
 
 
+def test_an_option_that_there_is_not(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parsed("-m", "a", "b", "--bitz=4")
+    assert "there is no option --bitz: did you mean --bits?" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        parsed("-m", "a", "b", "--nothing-like-it")
+    assert "unrecognized arguments: --nothing-like-it" in capsys.readouterr().err
+
+
 def test_optimum_starts_without_the_heavy_packages() -> None:
     """Not even for its help, which makes the parsers of all commands."""
     code = (

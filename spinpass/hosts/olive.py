@@ -37,6 +37,7 @@ _OF_OLIVE = frozenset({"model", "out", "config", "to", "trust_remote_code", "for
 """Arguments of an export that Olive gives, or that mean nothing there."""
 
 _NOTHING = "none"  # is rotated
+_PROVIDER = "CPUExecutionProvider"
 
 
 class SpinPass(Pass):  # type: ignore[misc]  # Olive has no types
@@ -74,6 +75,18 @@ class SpinPass(Pass):  # type: ignore[misc]  # Olive has no types
             meant = f"did you mean {near[0]}?" if near else f"it has {', '.join(known)}"
             raise ConfigError(f"SpinPass has no option {unknown}: {meant}")
         return super().get_config_params(accelerator_spec, config, disable_search)
+
+    @classmethod
+    def validate_config(cls, config: Any, accelerator_spec: Any) -> bool:
+        """Return whether the options are valid. Raises ConfigError where the file is to be for another provider: its
+        kernels would not be those that it was tried with."""
+        asked = accelerator_spec.execution_provider
+        if asked not in (None, _PROVIDER):
+            raise ConfigError(
+                f"SpinPass tries its file with {_PROVIDER}, and Olive's target asks for {asked}: name that provider in "
+                "the target's accelerators"
+            )
+        return bool(super().validate_config(config, accelerator_spec))
 
     def _run_for_config(self, model: Any, config: Any, output_model_path: str) -> Any:
         """Export the model into the folder that Olive names.
@@ -133,7 +146,7 @@ def write_package_config(path: str | Path) -> Path:
     listed = json.loads(Path(OlivePackageConfig.get_default_config_path()).read_text(encoding="utf-8"))
     listed["passes"][SpinPass.__name__] = {
         "module_path": f"{SpinPass.__module__}.{SpinPass.__name__}",
-        "supported_providers": ["CPUExecutionProvider"],
+        "supported_providers": [_PROVIDER],
         "supported_accelerators": ["cpu"],
         "supported_precisions": ["*"],
     }

@@ -21,6 +21,7 @@ pytest.importorskip("olive")
 pytest.importorskip("onnxruntime")
 
 from olive.hardware import DEFAULT_CPU_ACCELERATOR as CPU
+from olive.hardware import AcceleratorSpec, Device
 from olive.model import HfModelHandler, ONNXModelHandler
 
 from spinpass.folders import export
@@ -156,6 +157,15 @@ def test_a_rotation_that_means_nothing(folder: Path, tmp_path: Path, given: Any,
     with pytest.raises(ConfigError, match=why):
         made.run(HfModelHandler(str(folder / "model")), str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("provider", ["CUDAExecutionProvider", "OpenVINOExecutionProvider"])
+def test_another_provider_is_refused_before_anything_is_read(provider: str) -> None:
+    made = olive.SpinPass.generate_config(CPU, {}, {}, True)
+    assert olive.SpinPass.validate_config(made, CPU)
+    other = AcceleratorSpec(Device.GPU if provider.startswith("CUDA") else Device.CPU, provider)
+    with pytest.raises(ConfigError, match=f"tries its file with CPUExecutionProvider, and Olive's target asks for {provider}"):
+        olive.SpinPass.validate_config(made, other)
 
 
 def test_rotations_as_json_has_them() -> None:

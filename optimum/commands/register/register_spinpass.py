@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from argparse import SUPPRESS, Action, ArgumentParser, Namespace
 from collections.abc import Mapping
+from difflib import get_close_matches
 from typing import Any
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
@@ -52,7 +53,12 @@ class _DeferredParser(ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         if not any("--model" in action.option_strings for action in self._actions):
             _define(self)
-        return super().parse_known_args(args, namespace)
+        read, left = super().parse_known_args(args, namespace)
+        unknown = next((word.partition("=")[0] for word in left if word.startswith("--")), None)
+        near = get_close_matches(unknown, self._option_string_actions, 1) if unknown else []
+        if near:  # else optimum says what it does not know
+            self.error(f"there is no option {unknown}: did you mean {near[0]}?")
+        return read, left
 
 
 class _AsSpelled(Action):

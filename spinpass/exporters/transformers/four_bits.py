@@ -3,11 +3,13 @@
     OnnxConfig(dynamic=True, ort_fusions="cpu", quantizer=MatMulNBitsQuantizer("w4g128-gptq-a8-head8-embed8", samples))
 
 Behind a rotation it rounds the rotated program, calibrated if the scheme asks for that, and packs those integers into
-the converted model. In transformers' own exporter there is no program to round, only the converted model.
+the converted model. In transformers' own exporter there is no program to round, only the converted model: its weights
+are rounded to nearest in blocks, as ONNX Runtime's own tool does it.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -42,6 +44,9 @@ class MatMulNBitsQuantizer(ExportQuantizer):
 
     Raises:
         ConfigError: the scheme cannot be read, or says what no ``MatMulNBits`` does.
+
+    transformers calls :meth:`validate_environment` before it traces, which raises ConfigError for a scheme that takes a
+    program, and ValueError for another format than ONNX.
     """
 
     supported_formats: tuple[Any, ...] = (ExportFormat.ONNX,)
@@ -56,6 +61,20 @@ class MatMulNBitsQuantizer(ExportQuantizer):
     def accuracy_level(self) -> int:
         """How ``MatMulNBits`` computes: 4 with activations rounded to int8 per block, 0 in floats."""
         return 0 if self.config.activations is None else 4
+
+    def validate_environment(self, export_format: Any) -> None:
+        """Check, before anything is traced, what transformers' own exporter can do with the scheme.
+
+        Raises:
+            ConfigError: the scheme takes a program.
+            ValueError, ImportError: transformers raises them, for another format or a missing package.
+        """
+        self.validate_for_program(export_format)
+        _options_of_blocks(self.scheme, self.config)
+
+    def validate_for_program(self, export_format: Any) -> None:
+        """Check the format and the packages, where a program is rounded. Raises as transformers does."""
+        super().validate_environment(export_format)
 
     def quantize(self, model: ir.Model, sample_inputs: Sample, export_format: Any) -> ir.Model:
         """Round the weights of a converted model to nearest, as transformers' own exporter asks for.
@@ -80,6 +99,12 @@ class MatMulNBitsQuantizer(ExportQuantizer):
             ConfigError: the samples do not fit the program, or it has nothing to round.
         """
         read = list(samples) if self.config.needs_calibration else []
+        if self.config.needs_calibration and len(read) == 1:
+            warnings.warn(
+                f"{self.scheme} calibrates on a single sample: give MatMulNBitsQuantizer some texts, "
+                "calibration_dataset=[…]",
+                stacklevel=2,
+            )
         made = quantize(program, self.config, read, store=kept.of(program))
         weights = made.report.weights
         # the kernels round activations, so the graph stays as it is, and only its constants are others
@@ -138,7 +163,8 @@ class _Store:
 def _checked(scheme: str) -> QuantizationConfig:
     """Return what a scheme says. Raises ConfigError where that is not all of weights, or of how they are multiplied."""
     found = QuantizationConfig.parse(scheme)
-    plain = found.activations is None or (found.activations.bits == 8 and not found.activations.static)
+    rounded = found.activations
+    plain = rounded is None or (rounded.bits == 8 and not rounded.static and rounded.is_symmetric)
     refused = {
         "no weights": found.weights is None,
         "activations of another kind than a8": not plain,
@@ -159,16 +185,28 @@ def _options_of_blocks(scheme: str, config: QuantizationConfig) -> dict[str, Any
     """Return how the blocks of a converted model are rounded. Raises ConfigError where that takes a program."""
     weights = config.weights
     assert weights is not None  # checked before
-    tables = {name: each for name, each in (("head", config.head), ("embed", config.embedding)) if each is not None}
-    if weights.method != "rtn" or weights.bits != 4 or weights.group_size is None:
+    tables = {"head": config.head, "embed": config.embedding}
+    others = [
+        f"{name}{each.bits}" + (f"g{each.group_size}" if each.group_size else "")
+        for name, each in tables.items()
+        if each is not None and (each.bits not in (4, 8) or each.group_size not in (None, weights.group_size))
+    ]
+    why = {
+        weights.method: weights.method != "rtn",
+        f"w{weights.bits}": weights.bits != 4,
+        "no groups": weights.group_size is None,
+        "bf16": weights.scales != "float16",
+        **dict.fromkeys(others, True),
+    }
+    asked = next((what for what, is_asked in why.items() if is_asked), None)
+    if asked is not None:
         raise ConfigError(
-            f"{scheme} rounds a program, and transformers' own exporter has converted it: use RotatedOnnxExporter, or "
-            f"four bits in groups to nearest, as {_DEFAULT}"
+            f"{scheme} has {asked}, which takes a program, and transformers' own exporter has converted it: use "
+            f"RotatedOnnxExporter, or four bits in groups to nearest, as in {_DEFAULT}"
         )
-    bits = {f"{name}_bits": each.bits for name, each in tables.items()}
     return {
         "block_size": weights.group_size,
         "symmetric": weights.symmetric,
-        "head_bits": bits.get("head_bits"),
-        "table_bits": bits.get("embed_bits"),
+        "head_bits": None if config.head is None else config.head.bits,
+        "table_bits": None if config.embedding is None else config.embedding.bits,
     }

@@ -44,9 +44,11 @@ class RotatedOnnxExporter(OnnxExporter, RotationMixin):
         """Export as transformers does; the quantizer's samples hold the cache in the rotated basis."""
         refuse_graph_quantizer(config)
         quantizer = config.quantizer
-        if quantizer is not None:
-            quantizer.validate_environment(config.export_format)
         rounds_program = isinstance(quantizer, MatMulNBitsQuantizer)
+        if rounds_program:
+            quantizer.validate_for_program(config.export_format)
+        elif quantizer is not None:
+            quantizer.validate_environment(config.export_format)
         self._rounded, self._rounding = None, partial(self._round, config, sample_inputs) if rounds_program else None
         with _hadamards_translated():
             plain = dataclasses.replace(config, quantizer=None)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -44,19 +45,26 @@ class KnownCodes(Protocol):
 class ByValue:
     """The codes of constants that are what they stand for, value for value.
 
+    A constant may be several matrices whose outputs lie one after the other, as exporters join the products that read
+    one value:  [x W₁ᵀ, x W₂ᵀ]  ->  x [W₁; W₂]ᵀ.  Its name is those of the matrices with a plus between them.
+
     Args:
         graph: whose constants they are.
         codes: by name of a matrix. Several may be equal.
     """
 
     def __init__(self, graph: ir.Graph, codes: Mapping[str, Codes]) -> None:
-        self.codes = codes
-        kinds = {v.dtype for v in graph.initializers.values() if v.dtype in FLOATS}
+        self.codes: Mapping[str, Codes] = dict(codes)
+        kinds = {_DTYPES[v.dtype] for v in graph.initializers.values() if v.dtype in FLOATS and v.dtype is not None}
         self._named: dict[bytes, list[str]] = {}
+        self._begun: dict[bytes, list[str]] = {}
         for name, found in codes.items():
-            for digest in {_digest_of_codes(found, _DTYPES[kind]) for kind in kinds if kind is not None}:
+            for digest in {_digest_of_codes(found, kind) for kind in kinds}:
                 self._named.setdefault(digest, []).append(name)
+            for digest in {_digest_of_codes(found.rows(slice(1)), kind) for kind in kinds}:
+                self._begun.setdefault(digest, []).append(name)
         self._names: dict[tuple[str, bool], str | None] = {}
+        self._parts: dict[str, list[str]] = {}
 
     def name(self, constant: ir.Value, by_column: bool) -> str | None:
         """See :class:`KnownCodes`."""
@@ -65,16 +73,38 @@ class ByValue:
             return None
         key = (str(constant.name), by_column)
         if key not in self._names:  # hashing a table takes a while
-            digest = _digest_of_stored(held, by_column)
-            self._names[key] = next(iter(self._named.get(digest, ())), None)
+            matrix = _stored(held, by_column)
+            self._names[key] = next(iter(self._named.get(_digest(matrix), ())), None) or self._joined(matrix)
+            del matrix
             if isinstance(held, ir.ExternalTensor):
                 held.release()  # a file that stays mapped counts as memory
         return self._names[key]
 
+    def _joined(self, matrix: Tensor) -> str | None:
+        """Return the name of several matrices that lie in one, and keep their codes; None where it is another."""
+        parts: list[str] = []
+        rows = 0
+        while rows < len(matrix):
+            begun = self._begun.get(_digest(matrix[rows : rows + 1]), ())
+            sizes = {len(self.codes[name].q) for name in begun}
+            digests = (_digest(matrix[rows : rows + size]) for size in sizes if rows + size <= len(matrix))
+            name = next((self._named[digest][0] for digest in digests if digest in self._named), None)
+            if name is None:
+                return None
+            parts.append(name)
+            rows += len(self.codes[name].q)
+        joined = _one_below_the_other([self.codes[name] for name in parts])
+        if joined is None:
+            return None
+        name = "+".join(parts)
+        self.codes, self._parts[name] = {**self.codes, name: joined}, parts
+        return name
+
     def left(self, found: set[str]) -> list[str]:
         """See :class:`KnownCodes`. An exporter makes one constant of weights that are equal."""
+        found = found.union(*(self._parts.get(name, ()) for name in found))
         equal = {name for names in self._named.values() if not found.isdisjoint(names) for name in names}
-        return sorted(set(self.codes) - equal)
+        return sorted(set(self.codes) - equal - set(self._parts))
 
 
 class ByOrigin:
@@ -129,13 +159,24 @@ class ByOrigin:
         return sorted(left.intersection(name for shape in shapes for name in self._of_shape(shape).left(found)))
 
 
-def _digest_of_stored(held: ir.TensorProtocol, by_column: bool) -> bytes:
-    """Hash the values of a stored matrix, which may lie in a mapped file: nothing holds on to it afterwards."""
+def _one_below_the_other(parts: list[Codes]) -> Codes | None:
+    """Return the codes of matrices with the same inputs as those of one; None where their groups are not alike."""
+    first = parts[0]
+    index = first.group_of
+    alike = all(p.bits == first.bits and p.group_bits is None and torch.equal(p.group_of, index) for p in parts)
+    if not alike:
+        return None
+    q, scales, zeros = (torch.cat([getattr(part, name) for part in parts]) for name in ("q", "scales", "zeros"))
+    return replace(first, q=q, scales=scales, zeros=zeros, symmetric=all(part.symmetric for part in parts))
+
+
+def _stored(held: ir.TensorProtocol, by_column: bool) -> Tensor:
+    """Return a stored matrix as (out, in), float32, which may lie in a mapped file."""
     array = held.numpy()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of memory that may not be written: nothing is
         stored = torch.from_numpy(array if array.dtype == np.float32 else array.astype(np.float32))
-    return _digest(stored if by_column else stored.T)
+    return stored if by_column else stored.T
 
 
 def _digest(matrix: Tensor) -> bytes:

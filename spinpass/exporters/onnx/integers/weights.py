@@ -93,11 +93,12 @@ def pack_translated(
 def pack_converted(model: ir.Model, weights: Mapping[str, QuantizedWeight], *, accuracy_level: int) -> Work:
     """Replace the constants that these integers stand for in a model that another exporter has made, in place.
 
-    Constants are known by their values, so the model must be that of the quantized program. Returns what was replaced.
-    Raises as :func:`pack_translated` does.
+    Constants are known by their values, so the model must be that of the quantized program. Weights that one product
+    joins stay joined. Returns what was replaced. Raises as :func:`pack_translated` does.
     """
     _check_level(accuracy_level)
-    work = _packed(model, ByValue(model.graph, matrices_of(weights)), accuracy_level, "the model")
+    known = ByValue(model.graph, matrices_of(weights))
+    work = _packed(model, known, accuracy_level, "the model", "leave out ort_fusions, which may have changed it")
     check_replaced(model, work, "the model")
     return work
 
@@ -107,7 +108,13 @@ def _check_level(accuracy_level: int) -> None:
         raise ConfigError(f"accuracy_level {accuracy_level} is not one of 0, 1, 2, 3, 4")
 
 
-def _packed(model: ir.Model, known: KnownCodes, accuracy_level: int, where: str) -> _Packing:
+def _packed(
+    model: ir.Model,
+    known: KnownCodes,
+    accuracy_level: int,
+    where: str,
+    advice: str = "export the program that quantize returned",
+) -> _Packing:
     """Pack all that is known. Raises ExportError where a weight has no use in the model."""
     work = _Packing(model.graph, 0, True, accuracy_level, None, None, frozenset(), known=known)
     work.run()
@@ -115,7 +122,7 @@ def _packed(model: ir.Model, known: KnownCodes, accuracy_level: int, where: str)
     if left:
         raise ExportError(
             f"no matrix product or table lookup of {where} has the constant that the integers of "
-            f"{left[0]} stand for; export the program that quantize returned"
+            f"{left[0]} stand for; {advice}"
         )
     return work
 
