@@ -28,7 +28,7 @@ from spinpass.evaluation import (
     read_text,
     token_ids,
 )
-from spinpass.formats import check_made_of, read_manifest, runtime_file
+from spinpass.formats import check_made_of, runtime_file
 from spinpass.graph import HOST, Device, named_device
 from spinpass.loading import check_program_options, locate
 from spinpass.planning import RotationPlan
@@ -174,9 +174,7 @@ class ReportRequest:
         new = max(2, min(_NEW_TOKENS, self.length - len(prompt)))
         speed = evaluation.speed({name: decoder}, prompt, new, repeats=_TURNS, progress=tick)[name]
         size = sum(each.stat().st_size for each in _files_of(file))
-        scheme = read_manifest(file.parent).get("quantization") or {}
-        named = str(scheme.get("scheme") or "") if isinstance(scheme, Mapping) else ""
-        return ExportedFile(comparison, size, _RUNTIMES[file.suffix], speed, named)
+        return ExportedFile(comparison, size, _RUNTIMES[file.suffix], speed)
 
     def _scheme(
         self,

@@ -173,14 +173,14 @@ def _map(alt: str, layers: Sequence[tuple[int, Tensor, Tensor]], ends: tuple[flo
     sheet = Sheet(_WIDTH, 2 * (height + LETTERS + 8), f"largest |x| of every channel of every layer, {alt}")
     top = 0.0
     for side, name in enumerate(SIDES):
-        rows = [functional.adaptive_max_pool1d(each[1 + side][None], min(widest, _COLUMNS))[0] for each in layers]
+        chosen = [(layer, both[side]) for layer, *both in layers]
+        rows = [functional.adaptive_max_pool1d(peaks[None], min(widest, _COLUMNS))[0] for _, peaks in chosen]
         levels = (torch.stack(rows).clamp_min(ends[0]).log() - low) / (high - low)
         sheet.text(0, top + LETTERS / 2 + 2, name, "start", name)
         top += LETTERS + 6
         sheet.bitmap(0, top, _WIDTH, height, heat(levels))
-        for k, each in enumerate(layers):
-            peaks = each[1 + side]
-            told = f"layer {each[0]}, {name}: at most {short(float(peaks.max()))}, in channel {int(peaks.argmax())}"
+        for k, (layer, peaks) in enumerate(chosen):
+            told = f"layer {layer}, {name}: at most {short(float(peaks.max()))}, in channel {int(peaks.argmax())}"
             sheet.area(0, top + k * height / len(layers), _WIDTH, height / len(layers), "hover", told)
         top += height + 2
     return sheet.svg()

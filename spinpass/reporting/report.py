@@ -47,21 +47,18 @@ class ExportedFile:
     """An exported folder, run by the runtime that it is for.
 
     ``comparison``: with the original unquantized program; ``bytes``: those of the model's files; ``runtime``: its name;
-    ``speed``: medians over a few turns on this machine; ``scheme``: what the folder says of its weights, empty where
-    that is nothing.
+    ``speed``: medians over a few turns on this machine.
     """
 
     comparison: Comparison
     bytes: int
     runtime: str
     speed: Speed
-    scheme: str
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON-able values."""
         found = {k: v for k, v in self.comparison.to_dict().items() if k != "before"}
-        about = {"bytes": self.bytes, "runtime": self.runtime, "scheme": self.scheme}
-        return about | found | self.speed.to_dict()
+        return {"bytes": self.bytes, "runtime": self.runtime} | found | self.speed.to_dict()
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ class Measured:
 def pareto(points: Sequence[Measured], called: Mapping[str, str]) -> Html:
     """Draw the points in one panel or two; a panel whose points all lie on one place is left out.
 
-    ``called``: what each kind of point is called.
+    ``called``: by kind, what such points are called.
     """
     finite = [p for p in points if math.isfinite(p.ratio) and p.ratio > 0]
     timed = [p for p in finite if math.isfinite(p.speed)]
@@ -51,7 +51,7 @@ def pareto(points: Sequence[Measured], called: Mapping[str, str]) -> Html:
         ("speed × quality", "tokens per second", timed, [-p.speed for p in timed]),
     ):
         if len({(x, p.ratio) for x, p in zip(xs, shown)}) > 1:
-            drawn.append(panel(title, _field(x_name, shown, xs), f"{title}: lower is better"))
+            drawn.append(panel(title, _field(x_name, shown, xs, called), f"{title}: lower is better"))
     kinds = [kind for kind in called if any(p.kind == kind for p in finite)]
     if not drawn:
         return Html()
@@ -69,7 +69,7 @@ def front(points: Sequence[Point]) -> list[int]:
     return found
 
 
-def _field(x_name: str, points: Sequence[Measured], xs: Sequence[float]) -> Html:
+def _field(x_name: str, points: Sequence[Measured], xs: Sequence[float], called: Mapping[str, str]) -> Html:
     """One panel. Where ``xs`` are negative, larger numbers are better: they are drawn to the right."""
     across, up = Axis.sizes([abs(x) for x in xs]), Axis.ratios(p.ratio for p in points)
     best = front([(x, p.ratio) for x, p in zip(xs, points)])
@@ -86,7 +86,7 @@ def _field(x_name: str, points: Sequence[Measured], xs: Sequence[float]) -> Html
     _lines(sheet, points, places, best)
     for (x, y), point in zip(places, points):
         speed = f", {short(point.speed)} tokens per second" if math.isfinite(point.speed) else ""
-        tip = f"{_full(point)}: {times(point.ratio)} × perplexity, {megabytes(point.bytes)}{speed}"
+        tip = f"{point.name}, {called[point.kind]}: {times(point.ratio)} × perplexity, {megabytes(point.bytes)}{speed}"
         mark = sheet.diamond if point.kind == "file" else sheet.dot
         mark(x, y, _MARKS[point.kind], f"mark {point.kind}", tip)
     _names(sheet, points, places, best)
@@ -96,10 +96,6 @@ def _field(x_name: str, points: Sequence[Measured], xs: Sequence[float]) -> Html
 def megabytes(size: int) -> str:
     """``92 MB``, with a digit more where there are few."""
     return f"{size / 1e6:,.0f} MB" if size >= 2e7 else f"{size / 1e6:.3g} MB"
-
-
-def _full(point: Measured) -> str:
-    return point.name + {"before": ", without rotation", "after": ", rotated"}.get(point.kind, "")
 
 
 def _lines(sheet: Sheet, points: Sequence[Measured], places: Sequence[Point], best: Sequence[int]) -> None:
