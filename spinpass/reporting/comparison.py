@@ -83,7 +83,12 @@ class SavedReport:
             each = files.inner(name)
             speed = each.number("decode_tokens_per_second")
             scored[name, _FILE] = Scored(each.count("bytes"), _losses(each, "after"), speed)
-        return cls(str(path), about, origin.text("text"), _losses(unquantized, "before"), scored, errors)
+        base = _losses(unquantized, "before")
+        for what, each in scored.items():
+            if len(each.losses) != len(base):
+                counts = f"has {counted(len(each.losses), 'window')}, the original {len(base)}"
+                raise ConfigError(f"{found.place}: {', '.join(what)} {counts}: write the report anew")
+        return cls(str(path), about, origin.text("text"), base, scored, errors)
 
     def ratio(self, what: tuple[str, str]) -> float:
         """The perplexity of a program or a file divided by that of the original program."""
@@ -186,8 +191,8 @@ def render_comparison(found: ComparedReports) -> str:
     a, b = found.names
     header = tag(
         "header",
-        tag("p", tag("strong", f"{a} and {b}"), f" · {found.first.about['model']}", class_="quiet"),
         tag("h1", found.verdict()),
+        tag("p", tag("strong", f"{a} and {b}"), f" · {found.first.about['model']}", class_="quiet"),
     )
     made = [
         ("schemes", "Size, quality, speed", list(_schemes(found))),

@@ -68,8 +68,8 @@ def _header(report: Report) -> Html:
     failed = report.certificate is not None and not report.certificate["ok"]
     return tag(
         "header",
-        tag("p", tag("strong", _title(report)), f" · {rotations} · {report.origin.date[:10]}", class_="quiet"),
         tag("h1", verdict(report)),
+        tag("p", tag("strong", _title(report)), f" · {rotations} · {report.origin.date[:10]}", class_="quiet"),
         *([tag("p", "NOT the same function: see the certificate.", class_="bad")] if failed else []),
         *(tag("p", line) for line in details_of_verdict(report)),
         *_advice(report),

@@ -150,7 +150,7 @@ def _row(name: str, entry: tuple[int, float, float], axis: Axis, sides: tuple[st
         sheet.dot(x, 10, 5, kind)
     sheet.area(0, 0, 200, 20, "hover", told)
     values = (tag("em", short(value), class_=kind) for value, kind in zip(entry[1:], SIDES))
-    return tag("div", tag("span", name), sheet.svg(), tag("b", *_between(values, " → ")), class_="row")
+    return tag("div", tag("span", name), tag("b", *_between(values, " → ")), sheet.svg(), class_="row")
 
 
 def _between(parts: Iterator[Html], what: str) -> list[object]:

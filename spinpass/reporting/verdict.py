@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 from spinpass.evaluation import Change
-from spinpass.planning import layer_pattern
+from spinpass.planning import PlannedSpace, layer_pattern
 from spinpass.quantization import QuantizationConfig
 
 from .activations import INPUT
@@ -102,23 +102,26 @@ def _without_a_scheme(report: Report) -> Iterator[Advice]:
 
 def _raised_errors(report: Report) -> Iterator[Advice]:
     """Offline, R1 folds norm scales into the weights that read the stream, which can make them harder to round."""
-    if not any(space.rotation == "R1" and space.form == "offline" for space in report.plan.spaces):
-        return
+    folded = {reader for space in _offline_streams(report) for reader in space.readers}
     for name, scheme in report.schemes.items():
-        raised = raised_kinds(scheme)
+        raised = raised_kinds(scheme, folded)
         if raised:
             listed = [f"{kind} (× {times(factor)})" for kind, factor in list(raised.items())[:_NAMED]]
             more = f" and {counted(len(raised) - _NAMED, 'other kind')}" if len(raised) > _NAMED else ""
-            why = f"Under {name}, offline R1 raises the error of {_listed(listed)}{more}: norm scales are folded into the weights."
-            yield Advice(f"{why} The online form leaves them where they are.", "--form online")
+            why = f"Under {name}, offline R1 raises the error of {_listed(listed)}{more}: norm scales are folded into them."
+            yield Advice(f"{why} The online form leaves the scales where they are.", "--form online")
             return
 
 
-def raised_kinds(scheme: Scheme) -> dict[str, float]:
-    """The kinds of layers whose errors rotation raises, and by what factor on average (geometric), the most first."""
+def _offline_streams(report: Report) -> list[PlannedSpace]:
+    return [space for space in report.plan.spaces if space.role == "R1" and space.form == "offline"]
+
+
+def raised_kinds(scheme: Scheme, weights: Collection[str]) -> dict[str, float]:
+    """Of some weights the kinds whose errors rotation raises, and by what factor on average (geometric), the most first."""
     kinds: dict[str, list[float]] = {}
     for fqn, (before, after) in scheme.errors().items():
-        if before > 0 and after > 0:
+        if fqn in weights and before > 0 and after > 0:
             kinds.setdefault(layer_pattern(joined([fqn])), []).append(math.log(after / before))
     factors = {kind: math.exp(statistics.fmean(logs)) for kind, logs in kinds.items()}
     raised = sorted((k for k in factors if factors[k] > _RAISED), key=factors.__getitem__, reverse=True)
@@ -150,8 +153,7 @@ def _no_gain(report: Report) -> Iterator[Advice]:
             )
         elif gain.mean > 0:
             worst = f"Rotation makes {name} worse, by {gain.percent:.1f} %."
-            form = "online" if any(s.form == "offline" for s in report.plan.spaces) else "offline"
-            if form == "online":
+            if _offline_streams(report):
                 yield Advice(worst, "--form online")
             else:
                 yield Advice(f"{worst} Leave out the rotations of the residual stream.", "--rotations R2,R4")
