@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from spinpass.formats import read_object
 from spinpass.values import Fields
 
 from .families import families, joined
-from .markup import Html, details, table, tag
+from .markup import details, table, tag
 from .numbers import counted, short, small, times, with_error
 from .page import document, put
 from .panels import layer_panels
@@ -84,9 +83,9 @@ class SavedReport:
             speed = each.number("decode_tokens_per_second")
             scored[name, _FILE] = Scored(each.count("bytes"), _losses(each, "after"), speed)
         base = _losses(unquantized, "before")
-        for what, each in scored.items():
-            if len(each.losses) != len(base):
-                counts = f"has {counted(len(each.losses), 'window')}, the original {len(base)}"
+        for what, read in scored.items():
+            if len(read.losses) != len(base):
+                counts = f"has {counted(len(read.losses), 'window')}, the original {len(base)}"
                 raise ConfigError(f"{found.place}: {', '.join(what)} {counts}: write the report anew")
         return cls(str(path), about, origin.text("text"), base, scored, errors)
 

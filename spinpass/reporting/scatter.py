@@ -16,8 +16,8 @@ from .markup import Html, tag
 from .numbers import short, times
 from .panels import legend, panel
 
-_WIDTH, _HEIGHT = 360.0, 270.0
-_LEFT, _RIGHT, _TOP, _LOW = 50.0, 350.0, 12.0, 226.0
+_WIDTH, _HEIGHT = 360.0, 284.0
+_LEFT, _RIGHT, _TOP, _LOW = 50.0, 350.0, 26.0, 240.0
 _MARKS = {"before": 5.0, "after": 5.0, "file": 6.5, "plain": 4.5}  # by kind, the size of its mark
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 
@@ -77,10 +77,11 @@ def _field(x_name: str, points: Sequence[Measured], xs: Sequence[float], called:
     sheet = Sheet(_WIDTH, _HEIGHT, f"perplexity ÷ unquantized over {x_name}. Best: {told}")
     for value, y in up.shown(_LOW, _TOP):
         sheet.line([(_LEFT, y), (_RIGHT, y)], "grid")
-        sheet.text(_LEFT - 6, y, f"{value:g} ×", "end")
+        sheet.text(_LEFT - 6, y, f"{value:g}", "end")
     for value, x in across.shown(_LEFT, _RIGHT, 44):
         sheet.line([(x, _TOP), (x, _LOW)], "grid")
         sheet.text(x, _LOW + 14, tick(value))
+    sheet.text(0, 8, "perplexity ÷ unquantized", "start")
     sheet.text((_LEFT + _RIGHT) / 2, _LOW + 34, x_name)
     places = [(across.place(abs(x), _LEFT, _RIGHT), up.place(p.ratio, _LOW, _TOP)) for x, p in zip(xs, points)]
     _lines(sheet, points, places, best)
