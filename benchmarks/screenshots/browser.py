@@ -43,7 +43,14 @@ def shown(page: Path, pictures: Path, *, dark: bool, widths: Sequence[int] = WID
     scheme = f"--blink-settings=preferredColorScheme={0 if dark else 1}"
     flags = f"--no-sandbox --disable-gpu --hide-scrollbars --force-device-scale-factor=1 {scheme}"
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.screenshots.qt", str(page.resolve()), str(pictures.resolve()), *map(str, widths)],
+        [
+            sys.executable,
+            "-m",
+            "benchmarks.screenshots.qt",
+            str(page.resolve()),
+            str(pictures.resolve()),
+            *map(str, widths),
+        ],
         env=os.environ | {"QT_QPA_PLATFORM": "offscreen", "QTWEBENGINE_CHROMIUM_FLAGS": flags},
         cwd=ROOT,
         capture_output=True,

@@ -1,7 +1,7 @@
 """``python -m benchmarks.screenshots.qt PAGE PICTURES WIDTH…``: a page as QtWebEngine, which is Chromium, shows it.
 
-Saves the whole page at each width as ``PICTURES-WIDTH.png``, and prints as JSON what the page says of itself there. Needs
-PySide6-WebEngine; the platform and the colour scheme come from the environment (:mod:`.browser`).
+Saves the whole page at each width as ``PICTURES-WIDTH.png``, and prints as JSON what the page says of itself there.
+Needs PySide6-WebEngine; the platform and the colour scheme come from the environment (:mod:`.browser`).
 """
 
 from __future__ import annotations

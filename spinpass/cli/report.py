@@ -25,7 +25,7 @@ def report_command(
     model: Annotated[
         str,
         typer.Argument(
-            metavar="MODEL", help="A model folder, a name on the hub, a GGUF file, a .pt2 file, or the JSON of a report."
+            metavar="MODEL", help="A model folder, a hub name, a GGUF file, a .pt2 file, or the JSON of a report."
         ),
     ],
     other: Annotated[

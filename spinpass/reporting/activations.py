@@ -136,8 +136,8 @@ def _made_by(node: Node, writers: Mapping[Node, str]) -> list[str]:
 class WatchedScorer:
     """Scores windows as :class:`spinpass.evaluation.ProgramScorer` does, and gathers the statistics of every site.
 
-    ``like``: the scorer of the original program, whose layers count. ``left``: linear layers that are no sites, by node,
-    and why; ``bytes``: those of all constants. Raises ConfigError as the scorer does.
+    ``like``: the scorer of the original program, whose layers count. ``left``: linear layers that are no sites, by
+    node, and why; ``bytes``: those of all constants. Raises ConfigError as the scorer does.
     """
 
     def __init__(self, program: ExportedProgram, like: WatchedScorer | None = None) -> None:

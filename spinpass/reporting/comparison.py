@@ -1,6 +1,6 @@
 """Two reports beside each other, read from the JSON that ``spinpass report --json`` prints.
 
-    A.json, B.json  ->  which is better, and by how much, window by window where both scored the same text
+A.json, B.json  ->  which is better, and by how much, window by window where both scored the same text
 """
 
 from __future__ import annotations
@@ -69,7 +69,11 @@ class SavedReport:
         about |= {key: str(value) for key, value in config.items()}
         about |= {key: str(value) for key, value in origin.plain("versions").items()}
         unquantized = found.inner("unquantized")
-        scored = {("unquantized", _ROTATED): Scored(found.inner("bytes").count("after"), _losses(unquantized, "after"), math.nan)}
+        scored = {
+            ("unquantized", _ROTATED): Scored(
+                found.inner("bytes").count("after"), _losses(unquantized, "after"), math.nan
+            )
+        }
         errors: dict[str, dict[str, float]] = {}
         schemes, files = found.inner("schemes"), found.inner("files")
         for name in schemes.all:

@@ -86,7 +86,7 @@ class Sheet:
 
 @dataclass(frozen=True)
 class Axis:
-    """Numbers from ``low`` to ``high`` along a line, evenly by what ``warp`` makes of them, and those written beside it."""
+    """Numbers from ``low`` to ``high`` along a line, evenly by what ``warp`` makes of them, and those beside it."""
 
     low: float
     high: float
@@ -110,8 +110,8 @@ class Axis:
 
     @classmethod
     def decades(cls, numbers: Iterable[float], lowest: float | None = None) -> Axis:
-        """A logarithmic axis of whole decades, so that what is nearly equal looks so; linear between −1 and 1 where a
-        number is negative."""
+        """A logarithmic axis of a decade and more, so that what is nearly equal looks so; linear between −1 and 1
+        where a number is negative."""
         finite = [x for x in numbers if math.isfinite(x)]
         if any(x < 0 for x in finite):
             high, low = (10.0 ** max(0, _decade(max(each, 1.0))) for each in (max(finite), -min(finite)))
@@ -119,12 +119,11 @@ class Axis:
             ticks = (*(-p for p in reversed(powers) if p <= low), 0.0, *(p for p in powers if p <= high))
             return cls(-low, high, math.asinh, ticks)
         positive = [x for x in finite if x > 0] or [1.0]
-        low = 10.0 ** math.floor(math.log10(min(positive))) if lowest is None else lowest
-        high = max(10.0 ** _decade(max(positive)), 10 * low)
-        first = math.ceil(math.log10(low) - 1e-9)
-        powers = [10.0**e for e in range(first, _decade(high) + 1)]
-        steps = (1, 2, 5) if len(powers) <= 2 else (1,)
-        ticks = tuple(m * p for p in powers for m in steps if low <= m * p <= high * (1 + 1e-9))
+        powers = [10.0**e for e in range(_decade(min(positive)) - 1, _decade(max(positive)) + 2)]
+        steps = [m * p for p in powers for m in (1, 2, 5)]
+        low = max(x for x in steps if x <= min(positive) * (1 + 1e-9)) if lowest is None else lowest
+        high = next(x for x in steps if x >= max(max(positive), 10 * low) * (1 - 1e-9))
+        ticks = tuple(x for x in (steps if high / low <= 50 else powers) if low <= x * (1 + 1e-9) and x <= high)
         return cls(low, high, lambda x: math.log10(max(x, low)), ticks)
 
     @classmethod

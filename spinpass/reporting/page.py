@@ -69,7 +69,7 @@ def _header(report: Report) -> Html:
     return tag(
         "header",
         tag("h1", verdict(report)),
-        tag("p", tag("strong", _title(report)), f" · {rotations} · {report.origin.date[:10]}", class_="quiet"),
+        tag("p", tag("strong", _title(report)), f" · {report.origin.date[:10]} · {rotations}", class_="quiet"),
         *([tag("p", "NOT the same function: see the certificate.", class_="bad")] if failed else []),
         *(tag("p", line) for line in details_of_verdict(report)),
         *_advice(report),

@@ -1,12 +1,14 @@
 """Small multiples: a panel for every kind of layer, all on one scale, two numbers for every layer.
 
-Channels are shown as in QuaRot (arXiv 2404.00456, figure 1) and SpinQuant (2405.16406, figure 2): the largest |x| of each.
+Channels are shown as in QuaRot (arXiv 2404.00456, figure 1) and SpinQuant (2405.16406, figure 2): the largest |x| of
+each.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -210,7 +212,7 @@ def _profile(alt: str, before: SiteStatistics, after: SiteStatistics) -> Html:
         sheet.fill([(_LEFT, _LOW), *corners, (_RIGHT, _LOW)], kind)
         sheet.line(corners, kind)
     edges = sorted({round(k * channels / _CHUNKS) for k in range(_CHUNKS + 1)})
-    for first, end in zip(edges, edges[1:]):
+    for first, end in pairwise(edges):
         told = ", ".join(f"{name} {short(float(x[first:end].max()))}" for x, name in zip(both, SIDES))
         left, right = (_LEFT + x * (_RIGHT - _LEFT) / channels for x in (first, end))
         sheet.area(left, _TOP, right - left, _LOW - _TOP, "hover", f"channels {first} to {end - 1}: at most {told}")

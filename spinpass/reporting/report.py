@@ -110,8 +110,8 @@ class Report:
     """A model before and after rotation.
 
     ``left``: linear layers that were not measured, by node of the original program, and why; ``unquantized``: the
-    rotated program compared with the original; ``files``: exported folders, by what they are called; ``bytes``: those of
-    the constants, before and after; ``seconds``: the time of every step; ``certificate``: as
+    rotated program compared with the original; ``files``: exported folders, by what they are called; ``bytes``: those
+    of the constants, before and after; ``seconds``: the time of every step; ``certificate``: as
     :meth:`spinpass.Certificate.to_dict`, None where it was switched off.
     """
 

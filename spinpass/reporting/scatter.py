@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from .figures import LETTER, Axis, Point, Sheet, tick
 from .markup import Html, tag
@@ -84,13 +85,13 @@ def _field(x_name: str, points: Sequence[Measured], xs: Sequence[float], called:
     sheet.text(0, 8, "perplexity ÷ unquantized", "start")
     sheet.text((_LEFT + _RIGHT) / 2, _LOW + 34, x_name)
     places = [(across.place(abs(x), _LEFT, _RIGHT), up.place(p.ratio, _LOW, _TOP)) for x, p in zip(xs, points)]
-    _lines(sheet, points, places, best)
+    lines = _lines(sheet, points, places, best)
     for (x, y), point in zip(places, points):
         speed = f", {short(point.speed)} tokens per second" if math.isfinite(point.speed) else ""
         tip = f"{point.name}, {called[point.kind]}: {times(point.ratio)} × perplexity, {megabytes(point.bytes)}{speed}"
         mark = sheet.diamond if point.kind == "file" else sheet.dot
         mark(x, y, _MARKS[point.kind], f"mark {point.kind}", tip)
-    _names(sheet, points, places, best)
+    _names(sheet, points, places, best, lines)
     return sheet.svg()
 
 
@@ -99,19 +100,26 @@ def megabytes(size: int) -> str:
     return f"{size / 1e6:,.0f} MB" if size >= 2e7 else f"{size / 1e6:.3g} MB"
 
 
-def _lines(sheet: Sheet, points: Sequence[Measured], places: Sequence[Point], best: Sequence[int]) -> None:
-    """Draw the front, and join the two programs of every scheme."""
+def _lines(sheet: Sheet, points: Sequence[Measured], places: Sequence[Point], best: Sequence[int]) -> list[Box]:
+    """Draw the front, and join the two programs of every scheme. Return what the lines cover."""
+    drawn: list[tuple[Point, Point]] = []
     corners = [places[k] for k in best]
-    for (x0, y0), (x1, y1) in zip(corners, corners[1:]):
+    for (x0, y0), (x1, y1) in pairwise(corners):
         sheet.line([(x0, y0), (x1, y0), (x1, y1)], "front")
+        drawn += [((x0, y0), (x1, y0)), ((x1, y0), (x1, y1))]
     for name in dict.fromkeys(p.name for p in points if p.kind in ("before", "after")):
         pair = [place for place, p in zip(places, points) if p.name == name and p.kind in ("before", "after")]
-        sheet.line(pair, "quiet")
+        if len(pair) > 1:
+            sheet.line(pair, "quiet")
+            drawn.append((pair[0], pair[1]))
+    return [(min(a[0], b[0]), min(a[1], b[1]), max(a[0], b[0]), max(a[1], b[1])) for a, b in drawn]
 
 
-def _names(sheet: Sheet, points: Sequence[Measured], places: Sequence[Point], best: Sequence[int]) -> None:
+def _names(
+    sheet: Sheet, points: Sequence[Measured], places: Sequence[Point], best: Sequence[int], lines: Sequence[Box]
+) -> None:
     """Write each name once, beside the better of its points, where that covers nothing; the table has the rest."""
-    taken: list[Box] = [(x - 7, y - 7, x + 7, y + 7) for x, y in places]
+    taken: list[Box] = [*lines, *((x - 7, y - 7, x + 7, y + 7) for x, y in places)]
     rest = sorted(set(range(len(points))) - set(best), key=lambda k: points[k].ratio)
     named: set[str] = set()
     for k in (*best, *rest):

@@ -18,6 +18,7 @@ from .panels import channel_lines, channel_maps, layer_panels
 from .report import Report
 from .scatter import Measured, megabytes, pareto
 from .statistics import SiteStatistics
+from .verdict import headline_of
 
 _SINGLE = 6  # sites whose channels are drawn
 _PANELS = 12  # kinds of layers in a picture
@@ -99,13 +100,21 @@ def layers_section(report: Report) -> Iterator[object]:
         "activations.",
         class_="quiet",
     )
-    for name, errors in schemes.items():
-        yield tag("h3", name)
-        kinds = families((joined([fqn]), both) for fqn, both in errors.items())
-        yield from _layers("relative error", kinds, None, ("original", "rotated"))
-        rows = ([fqn, *map(small, both), _quotient(*both)] for fqn, both in errors.items())
-        every = table(("weight", *_SIDES, "rotated ÷ original"), rows, numbers=3)
-        yield details(f"All {counted(len(errors), 'weight')}", every)
+    chosen = headline_of(report)
+    first = chosen if chosen in schemes else next(iter(schemes))
+    yield tag("h3", first)
+    yield from _losses(schemes[first])
+    for name in schemes:
+        if name != first:
+            yield details(name, *_losses(schemes[name]))
+
+
+def _losses(errors: Mapping[str, tuple[float, float]]) -> Iterator[Html]:
+    kinds = families((joined([fqn]), both) for fqn, both in errors.items())
+    yield from _layers("relative error", kinds, None, ("original", "rotated"))
+    rows = ([fqn, *map(small, both), _quotient(*both)] for fqn, both in errors.items())
+    every = table(("weight", *_SIDES, "rotated ÷ original"), rows, numbers=3)
+    yield details(f"All {counted(len(errors), 'weight')}", every)
 
 
 def _layers(

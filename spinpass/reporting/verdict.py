@@ -38,7 +38,7 @@ def verdict(report: Report) -> str:
     """What rotation and rounding come to, in one sentence."""
     if not report.schemes:
         return _of_activations(report)
-    name = headline({n: (s.rotated.comparison.ratio, s.rotated.bytes) for n, s in report.schemes.items()})
+    name = headline_of(report)
     scheme = report.schemes[name]
     rotated, original = scheme.rotated.comparison.ratio, scheme.original.comparison.ratio
     said = f"{name}: {times(rotated)} × perplexity at {megabytes(scheme.rotated.bytes)}"
@@ -69,6 +69,11 @@ def told_apart(change: Change) -> bool:
     return not math.isnan(change.error) and abs(change.mean) > 2 * change.error
 
 
+def headline_of(report: Report) -> str:
+    """The scheme that the sentence is about. There is one."""
+    return headline({name: (x.rotated.comparison.ratio, x.rotated.bytes) for name, x in report.schemes.items()})
+
+
 def headline(schemes: Mapping[str, tuple[float, int]]) -> str:
     """Of schemes, by name with (ratio of perplexities, bytes), the smallest that is good; where none is, the best."""
     good = [name for name, (ratio, _) in schemes.items() if ratio <= _ENOUGH]
@@ -85,14 +90,19 @@ def _of_activations(report: Report) -> str:
         return f"{same[0].upper()}{same[1:]} rotation."
     before, after = (max(or_zero(getattr(p, side).ratio) for p in inputs) for side in ("before", "after"))
     turns = "lowers" if after < before else "raises" if after > before else "keeps"
-    return (
-        f"Rotation {turns} the worst max/median of what linear layers read from {short(before)} to {short(after)}; {same}."
-    )
+    worst = f"the worst max/median of what linear layers read from {short(before)} to {short(after)}"
+    return f"Rotation {turns} {worst}; {same}."
 
 
 def advice(report: Report) -> list[Advice]:
     """What the numbers give reason to try."""
-    return [*_without_a_scheme(report), *_raised_errors(report), *_left_out(report), *_no_gain(report), *_rounding(report)]
+    return [
+        *_without_a_scheme(report),
+        *_raised_errors(report),
+        *_left_out(report),
+        *_no_gain(report),
+        *_rounding(report),
+    ]
 
 
 def _without_a_scheme(report: Report) -> Iterator[Advice]:
@@ -108,8 +118,8 @@ def _raised_errors(report: Report) -> Iterator[Advice]:
         if raised:
             listed = [f"{kind} (× {times(factor)})" for kind, factor in list(raised.items())[:_NAMED]]
             more = f" and {counted(len(raised) - _NAMED, 'other kind')}" if len(raised) > _NAMED else ""
-            why = f"Under {name}, offline R1 raises the error of {_listed(listed)}{more}: norm scales are folded into them."
-            yield Advice(f"{why} The online form leaves the scales where they are.", "--form online")
+            why = f"Under {name}, offline R1 raises the error of {_listed(listed)}{more}"
+            yield Advice(f"{why}: norm scales are folded into them. The online form leaves the scales where they are.", "--form online")
             return
 
 
@@ -118,7 +128,7 @@ def _offline_streams(report: Report) -> list[PlannedSpace]:
 
 
 def raised_kinds(scheme: Scheme, weights: Collection[str]) -> dict[str, float]:
-    """Of some weights the kinds whose errors rotation raises, and by what factor on average (geometric), the most first."""
+    """Of some weights the kinds whose errors rotation raises, and by what factor on average, the most first."""
     kinds: dict[str, list[float]] = {}
     for fqn, (before, after) in scheme.errors().items():
         if fqn in weights and before > 0 and after > 0:
@@ -149,7 +159,8 @@ def _no_gain(report: Report) -> Iterator[Advice]:
         if not told_apart(gain):
             windows = 4 * report.windows
             yield Advice(
-                f"{counted(report.windows, 'window')} do not tell whether rotation helps {name}.", f"--windows {windows}"
+                f"{counted(report.windows, 'window')} do not tell whether rotation helps {name}.",
+                f"--windows {windows}",
             )
         elif gain.mean > 0:
             worst = f"Rotation makes {name} worse, by {gain.percent:.1f} %."

@@ -36,7 +36,9 @@ def better(report: Report) -> Report:
 
 def test_what_is_read_is_what_was_measured(tmp_path: Path) -> None:
     report, found = reports.deep(), SavedReport.read(saved(tmp_path, "a.json", reports.deep()))
-    assert found.ratio(("w4-rtn-a8", "rotated")) == pytest.approx(1.29) and found.ratio(("int4", "file")) == pytest.approx(1.04)
+    assert found.ratio(("w4-rtn-a8", "rotated")) == pytest.approx(1.29) and found.ratio(
+        ("int4", "file")
+    ) == pytest.approx(1.04)
     assert found.scored["int4", "file"].speed == 31 and found.scored["w4-rtn-a8", "original"].bytes == 92_000_000
     assert found.errors["w4-rtn-a8"] == report.schemes["w4-rtn-a8"].rotated.errors and found.errors["kv4"] == {}
 
@@ -70,7 +72,9 @@ def test_equal_reports_are_not_told_apart(tmp_path: Path) -> None:
 def test_other_texts_are_not_paired(tmp_path: Path) -> None:
     found = compared(tmp_path, lambda r: replace(better(r), origin=replace(r.origin, text="another")))
     assert found.verdict().endswith("they scored different texts.") and found.change(found.common[0]) is None
-    assert "second_over_first" not in found.to_dict()["compared"][0] and "scored different texts" in render_comparison(found)
+    assert "second_over_first" not in found.to_dict()["compared"][0] and "scored different texts" in render_comparison(
+        found
+    )
 
 
 def test_nothing_in_common(tmp_path: Path) -> None:
@@ -98,8 +102,14 @@ def broken(change: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
         (lambda d: d.update(spinpass="plan"), "this is no report of spinpass, but says that it is 'plan'"),
         (lambda d: d.update(version=2), "the report is of version 2, and this one reads 1: update spinpass"),
         (lambda d: d["origin"].pop("text"), "report.origin has no 'text'"),
-        (lambda d: d["unquantized"]["before"].update(losses=["x"]), "report.unquantized.before.losses is not a list of numbers"),
-        (lambda d: d["unquantized"]["before"].update(losses=[1.0]), "report: unquantized, rotated has 3 windows, the original 1"),
+        (
+            lambda d: d["unquantized"]["before"].update(losses=["x"]),
+            "report.unquantized.before.losses is not a list of numbers",
+        ),
+        (
+            lambda d: d["unquantized"]["before"].update(losses=[1.0]),
+            "report: unquantized, rotated has 3 windows, the original 1",
+        ),
     ],
 )
 def test_what_is_no_report_is_refused(change: Callable[[dict[str, Any]], object], reason: str, tmp_path: Path) -> None:
@@ -117,7 +127,10 @@ def test_a_file_that_is_not_there() -> None:
 
 def test_one_window_has_no_standard_error(tmp_path: Path) -> None:
     def cut(document: dict[str, Any]) -> None:
-        for side in (document["unquantized"], *(s for x in document["schemes"].values() for s in (x["original"], x["rotated"]))):
+        for side in (
+            document["unquantized"],
+            *(s for x in document["schemes"].values() for s in (x["original"], x["rotated"])),
+        ):
             for name in ("before", "after"):
                 if name in side:
                     side[name]["losses"] = side[name]["losses"][:1]

@@ -7,6 +7,7 @@ import math
 import struct
 import xml.etree.ElementTree as ElementTree
 import zlib
+from itertools import pairwise
 
 import pytest
 import torch
@@ -41,8 +42,8 @@ def test_more_is_brighter() -> None:
 @pytest.mark.parametrize(
     ("numbers", "lowest", "ticks"),
     [
-        ([3.0, 4.0], None, (1, 2, 5, 10)),
-        ([0.002, 30.0, math.nan, math.inf, 0.0], None, (0.001, 0.01, 0.1, 1, 10, 100)),
+        ([3.0, 4.0], None, (2, 5, 10, 20)),
+        ([0.002, 30.0, math.nan, math.inf, 0.0], None, (0.01, 0.1, 1, 10)),
         ([2.0, 1000.0], 1.0, (1, 10, 100, 1000)),
         ([], None, (1, 2, 5, 10)),
         ([-3.0, 200.0], None, (-10, -1, 0, 1, 10, 100, 1000)),
@@ -52,7 +53,7 @@ def test_decades(numbers: list[float], lowest: float | None, ticks: tuple[float,
     axis = Axis.decades(numbers, lowest)
     assert axis.ticks == pytest.approx(ticks)
     places = [axis.place(value, 100, 0) for value in axis.ticks]
-    assert places == sorted(places, reverse=True) and places[0] == 100 and places[-1] == pytest.approx(0, abs=1e-9)
+    assert places == sorted(places, reverse=True) and all(-1e-9 <= place <= 100 + 1e-9 for place in places)
     assert axis.place(1e30, 100, 0) == 0 and axis.place(-1e30, 100, 0) == 100, "beyond the axis is at its end"
 
 
@@ -60,7 +61,7 @@ def test_decades(numbers: list[float], lowest: float | None, ticks: tuple[float,
 def test_ratios_have_numbers_beside_them(numbers: list[float]) -> None:
     axis = Axis.ratios(numbers)
     shown = axis.shown(226, 12)
-    assert len(shown) >= 2 and all(a[1] - b[1] >= 17 for a, b in zip(shown, shown[1:]))
+    assert len(shown) >= 2 and all(a[1] - b[1] >= 17 for a, b in pairwise(shown))
     assert all(0 < axis.place(x, 0, 1) < 1 for x in numbers if math.isfinite(x)), "no point lies on the edge"
 
 
@@ -72,7 +73,8 @@ def test_sizes_have_round_numbers(numbers: list[float]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "text"), [(0, "0"), (0.05, "0.05"), (1e-5, "1e-5"), (150, "150"), (1e3, "1k"), (2.5e6, "2.5M"), (-1e4, "-10k"), (1e9, "1G")]
+    ("value", "text"),
+    [(0, "0"), (0.05, "0.05"), (1e-5, "1e-5"), (150, "150"), (1e3, "1k"), (2.5e6, "2.5M"), (-1e4, "-10k"), (1e9, "1G")],
 )
 def test_numbers_beside_an_axis_are_short(value: float, text: str) -> None:
     assert tick(value) == text

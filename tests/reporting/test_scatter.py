@@ -55,11 +55,18 @@ def test_panels_without_a_difference_are_left_out() -> None:
 
 def test_names_cover_nothing() -> None:
     crowd = [Measured(f"scheme-{k}", "after", 92_000_000 + k, 1.05 + k / 1e4) for k in range(30)]
-    names = [each for each in parsed(pareto([*points()[:3], *crowd], CALLED)).iter("text") if each.attrib["class"] == "name"]
+    names = [
+        each for each in parsed(pareto([*points()[:3], *crowd], CALLED)).iter("text") if each.attrib["class"] == "name"
+    ]
     assert 2 <= len(names) < 20 and len(names) == len({each.text for each in names})
     places = [(float(each.attrib["x"]), float(each.attrib["y"])) for each in names]
     assert all(abs(a[1] - b[1]) >= 14 or abs(a[0] - b[0]) > 40 for a, b in combinations(places, 2))
 
 
 def test_megabytes() -> None:
-    assert [megabytes(size) for size in (14_100, 5_250_000, 92_400_000, 1_234_000_000)] == ["0.0141 MB", "5.25 MB", "92 MB", "1,234 MB"]
+    assert [megabytes(size) for size in (14_100, 5_250_000, 92_400_000, 1_234_000_000)] == [
+        "0.0141 MB",
+        "5.25 MB",
+        "92 MB",
+        "1,234 MB",
+    ]

@@ -34,11 +34,17 @@ def offline() -> Any:
 def test_the_sentence_of_a_scheme() -> None:
     assert verdict(of(w4a8=reports.scheme(1.29, 1.05))) == "w4a8: 1.05 × perplexity at 92 MB; without rotation 1.29."
     noisy = of(w4a8=reports.scheme(1.051, 1.05, spread=0.05))
-    assert verdict(noisy) == "w4a8: 1.05 × perplexity at 92 MB; without rotation 1.05, which 3 windows do not tell apart."
+    assert (
+        verdict(noisy) == "w4a8: 1.05 × perplexity at 92 MB; without rotation 1.05, which 3 windows do not tell apart."
+    )
 
 
 def test_the_sentence_is_about_the_smallest_scheme_that_is_good() -> None:
-    large, small, bad = reports.scheme(1.01, 1.001, size=160_000_000), reports.scheme(1.3, 1.09), reports.scheme(9, 2, size=60_000_000)
+    large, small, bad = (
+        reports.scheme(1.01, 1.001, size=160_000_000),
+        reports.scheme(1.3, 1.09),
+        reports.scheme(9, 2, size=60_000_000),
+    )
     assert verdict(of(w8_rtn=large, w4_rtn=small, w2_rtn=bad)).startswith("w4-rtn: 1.09 ×")
     assert verdict(of(w2_rtn=bad, w3_rtn=reports.scheme(9, 1.5))).startswith("w3-rtn: 1.50 ×"), "none is good"
     assert headline({"a": (1.0, 5), "b": (1.05, 5)}) == "a"
@@ -46,8 +52,12 @@ def test_the_sentence_is_about_the_smallest_scheme_that_is_good() -> None:
 
 def test_without_a_scheme_the_activations_are_the_verdict() -> None:
     said = verdict(of())
-    assert said.startswith("Rotation lowers the worst max/median of what linear layers read from 255 to 9.39; unquantized")
-    assert verdict(replace(of(), pairs=())).startswith("Unquantized, the perplexity is 65.91 before and 65.91 after rotation.")
+    assert said.startswith(
+        "Rotation lowers the worst max/median of what linear layers read from 255 to 9.39; unquantized"
+    )
+    assert verdict(replace(of(), pairs=())).startswith(
+        "Unquantized, the perplexity is 65.91 before and 65.91 after rotation."
+    )
 
 
 def test_what_follows_the_sentence() -> None:
@@ -63,7 +73,9 @@ def test_offline_r1_that_raises_errors_is_advised_against() -> None:
     report = replace(of(w4_rtn_a8=reports.scheme(1.2, 1.05, errors=UP | DOWN)), plan=offline())
     first = advice(report)[0]
     assert first.options == "--form online" and "raises the error of mlp.up (× 1.21): norm scales" in first.why
-    assert "--form online" not in [each.options for each in advice(replace(report, plan=reports.report().plan))], "online already"
+    assert "--form online" not in [each.options for each in advice(replace(report, plan=reports.report().plan))], (
+        "online already"
+    )
     lowered = replace(of(w4_rtn_a8=reports.scheme(1.2, 1.05, errors=DOWN)), plan=offline())
     assert not advice(lowered)
 
