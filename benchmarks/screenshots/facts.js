@@ -4,11 +4,16 @@ JSON.stringify((() => {
   const root = document.documentElement
   const name = text => text.trim().slice(0, 60)
   const labels = [], faults = []
+  const folded = element => { // in a part that is folded, and not what it is called
+    for (let each = element.closest('details:not([open])'); each; each = each.parentElement.closest('details:not([open])')) {
+      if (!each.querySelector(':scope > summary').contains(element)) return true
+    }
+    return false
+  }
   const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT)
   for (let node = walker.nextNode(); node; node = walker.nextNode()) {
     const parent = node.parentElement
-    const folded = parent.closest('details:not([open])')
-    if (!node.data.trim() || parent.closest('title') || (folded && !parent.closest('summary'))) continue
+    if (!node.data.trim() || parent.closest('title') || folded(parent)) continue
     const drawing = parent.closest('svg'), scroller = parent.closest('.scroll')
     const range = document.createRange()
     range.selectNodeContents(node)

@@ -13,7 +13,7 @@ from spinpass.folders import check_writable, rotated
 from spinpass.reporting import ReportRequest, SavedReport, compare_reports, write_comparison, write_page
 
 from .options import ALL, AsJson, Dequantize, DeviceOption, NoVerify, TrustRemoteCode, Verbose, rotation_options
-from .screen import Screen, command_of, screen_of
+from .screen import Screen, typed_command, screen_of
 from .tables import files_table
 
 _OF_TWO = {"model", "other", "out", "as_json", "verbose"}  # what a comparison of two reports reads
@@ -80,7 +80,7 @@ def report_command(
         result = rotated(program, config, steps, certify=not no_verify)
         assert result.plan is not None
         versions = result.to_dict()["versions"]
-        programs, command = (program, result.program), command_of(ctx)
+        programs, command = (program, result.program), typed_command(ctx)
         found = asked.measure(programs, cut, result.plan, result.certificate, steps, versions, command)
         write_page(found, out, steps.start("draw"))
     if as_json:

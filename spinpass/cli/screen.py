@@ -140,7 +140,7 @@ def screen_of(ctx: typer.Context, as_json: bool, verbose: int) -> Screen:
     return state.screen
 
 
-def command_of(ctx: typer.Context) -> str:
+def typed_command(ctx: typer.Context) -> str:
     """The command line of this context, as a shell takes it."""
     state: CommandState = ctx.obj
     return shlex.join(("spinpass", *state.words))

@@ -21,7 +21,7 @@ from .markup import details, table, tag
 from .numbers import counted, short, small, times, with_error
 from .page import document, put
 from .panels import layer_panels
-from .report import KIND, VERSION
+from .report import DOCUMENT, LAYOUT
 from .scatter import Measured, megabytes, pareto
 from .verdict import headline, told_apart
 
@@ -63,7 +63,7 @@ class SavedReport:
         """
         if not path.is_file():
             raise ConfigError(f"there is no file {path}: name what spinpass report --json printed")
-        found = Fields.of(read_object(path), KIND, VERSION)
+        found = Fields.of(read_object(path), DOCUMENT, LAYOUT)
         origin, config = found.inner("origin"), found.inner("plan").plain("config")
         about = {name: origin.text(name) for name in ("date", "command")} | {"model": found.text("model")}
         about |= {key: str(value) for key, value in config.items()}

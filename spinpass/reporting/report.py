@@ -13,7 +13,7 @@ from spinpass.values import titled
 
 from .activations import Pair, Unpaired
 
-KIND, VERSION = "report", 1  # of the document that --json prints
+DOCUMENT, LAYOUT = "report", 1  # of the document that --json prints
 
 
 @dataclass(frozen=True)
@@ -158,4 +158,4 @@ class Report:
             "seconds": dict(self.seconds),
             "origin": self.origin.to_dict(),
         }
-        return titled(KIND, VERSION, document)
+        return titled(DOCUMENT, LAYOUT, document)

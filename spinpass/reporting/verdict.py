@@ -119,7 +119,8 @@ def _raised_errors(report: Report) -> Iterator[Advice]:
             listed = [f"{kind} (× {times(factor)})" for kind, factor in list(raised.items())[:_NAMED]]
             more = f" and {counted(len(raised) - _NAMED, 'other kind')}" if len(raised) > _NAMED else ""
             why = f"Under {name}, offline R1 raises the error of {_listed(listed)}{more}"
-            yield Advice(f"{why}: norm scales are folded into them. The online form leaves the scales where they are.", "--form online")
+            means = "norm scales are folded into them. The online form leaves the scales where they are."
+            yield Advice(f"{why}: {means}", "--form online")
             return
 
 
