@@ -13,7 +13,7 @@ from spinpass.folders import check_writable, rotated
 from spinpass.reporting import ReportRequest, SavedReport, compare_reports, write_comparison, write_page
 
 from .options import ALL, AsJson, Dequantize, DeviceOption, NoVerify, TrustRemoteCode, Verbose, rotation_options
-from .screen import Screen, typed_command, screen_of
+from .screen import Screen, screen_of, typed_command
 from .tables import files_table
 
 _OF_TWO = {"model", "other", "out", "as_json", "verbose"}  # what a comparison of two reports reads
