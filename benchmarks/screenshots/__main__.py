@@ -48,7 +48,7 @@ def measured(work: Path) -> Path:
     if not (work / "report.html").is_file():
         schemes = [word for scheme in SCHEMES for word in ("--scheme", scheme)]
         files = [word for folder in FOLDERS for word in ("--file", folder)]
-        _spinpass(work, "report", model.name, "--form", "offline", *schemes, *files)
+        _spinpass(work, "report", model.name, "--form", "offline", *schemes, *files, "--save", "report.json")
     return work / "report.html"
 
 
@@ -62,8 +62,9 @@ def pictured(page: Path, folder: Path) -> list[Path]:
             for width in WIDTHS:
                 whole = Image.open(Path(where, f"{name}-{width}.png")).convert("RGB")
                 top = whole.crop((0, 0, width, min(TALL[width], whole.height)))
+                small = top.quantize(COLOURS, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
                 written.append(folder / f"report-{width}-{name}.png")
-                top.quantize(COLOURS, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(written[-1], optimize=True)
+                small.save(written[-1], optimize=True)
     return written
 
 

@@ -10,7 +10,7 @@ import typer
 from spinpass.config import RotationConfig
 from spinpass.errors import ConfigError
 from spinpass.folders import check_writable, rotated
-from spinpass.reporting import ReportRequest, SavedReport, compare_reports, write_comparison, write_page
+from spinpass.reporting import ReportRequest, SavedReport, compare_reports, save_report, write_comparison, write_page
 
 from .options import ALL, AsJson, Dequantize, DeviceOption, NoVerify, TrustRemoteCode, Verbose, rotation_options
 from .screen import Screen, screen_of, typed_command
@@ -32,6 +32,10 @@ def report_command(
         Path | None, typer.Argument(metavar="OTHER", help="The JSON of another report, to compare two.")
     ] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="HTML file to write.")] = Path("report.html"),
+    save: Annotated[
+        Path | None,
+        typer.Option(help="JSON file to keep the numbers in, for a comparison with another report.", metavar="FILE"),
+    ] = None,
     scheme: Annotated[
         list[str] | None, typer.Option(help="Scheme to quantize by, for example w4g128-a8; may be repeated.")
     ] = None,
@@ -57,13 +61,16 @@ def report_command(
     """Write a page on what rotation does to MODEL: a verdict, size, quality and speed, loss per layer, activations.
 
     The page is one HTML file that fetches nothing; --json prints every number
-    behind it. With two files of such numbers, the page compares them.
+    behind it, and --save keeps them. With two files of numbers, the page compares
+    them.
 
     Example: spinpass report ./model --scheme w4g128-rtn-a8 -o report.html
     """
     screen = screen_of(ctx, as_json, verbose)
     if out.is_dir():
         raise ConfigError(f"{out} is a folder; name a file in it, for example {out / 'report.html'}")
+    if save is not None and save.suffix != ".json":
+        raise ConfigError(f"--save {save} is known as a report by its name: let that end in .json")
     if model.endswith(".json") or other is not None:
         _compare(ctx, model, other, out, screen)
         return
@@ -73,7 +80,8 @@ def report_command(
         model, text, calibration, tuple(scheme or ()), tuple(file or ()), windows=windows, length=length,
         tokenizer=tokenizer, dequantize=dequantize, trust_remote_code=trust_remote_code, device=device,
     )  # fmt: skip
-    check_writable(out.parent)
+    for folder in {out.parent, (save or out).parent}:
+        check_writable(folder)
     with screen.steps() as steps:
         cut = asked.preflight()
         program = asked.open(steps)
@@ -83,6 +91,8 @@ def report_command(
         programs, command = (program, result.program), typed_command(ctx)
         found = asked.measure(programs, cut, result.plan, result.certificate, steps, versions, command)
         write_page(found, out, steps.start("draw"))
+        if save is not None:
+            save_report(found, save)
     if as_json:
         screen.document({"ok": True, "out": str(out)} | found.to_dict())
     screen.show(files_table(out.parent, [out.name]))

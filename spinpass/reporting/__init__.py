@@ -2,7 +2,7 @@
 
 from .comparison import ComparedReports, SavedReport, compare_reports, write_comparison
 from .measure import ReportRequest
-from .page import write_page
+from .page import save_report, write_page
 from .report import Report
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "ReportRequest",
     "SavedReport",
     "compare_reports",
+    "save_report",
     "write_comparison",
     "write_page",
 ]

@@ -1,4 +1,4 @@
-"""Two reports beside each other, read from the JSON that ``spinpass report --json`` prints.
+"""Two reports beside each other, read from the JSON that ``spinpass report --save`` keeps and ``--json`` prints.
 
 A.json, B.json  ->  which is better, and by how much, window by window where both scored the same text
 """
@@ -55,14 +55,14 @@ class SavedReport:
 
     @classmethod
     def read(cls, path: Path) -> SavedReport:
-        """Read what ``spinpass report --json`` printed.
+        """Read what ``spinpass report --save`` wrote.
 
         Raises:
             ConfigError: there is no such file, or it is no report, or one of another version.
             DamageError: it is no JSON.
         """
         if not path.is_file():
-            raise ConfigError(f"there is no file {path}: name what spinpass report --json printed")
+            raise ConfigError(f"there is no file {path}: name what spinpass report --save wrote")
         found = Fields.of(read_object(path), DOCUMENT, LAYOUT)
         origin, config = found.inner("origin"), found.inner("plan").plain("config")
         about = {name: origin.text(name) for name in ("date", "command")} | {"model": found.text("model")}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -30,8 +31,13 @@ def write_page(report: Report, path: Path, progress: Progress | None = None) -> 
     put(render(report, progress), path)
 
 
+def save_report(report: Report, path: Path) -> None:
+    """Keep the numbers as JSON at ``path``, whole or not at all. Raises ExportError where it cannot be written."""
+    put(json.dumps(report.to_dict(), indent=1) + "\n", path)
+
+
 def put(text: str, path: Path) -> None:
-    """Write a page, whole or not at all. Raises ExportError where it cannot be written."""
+    """Write a text, whole or not at all. Raises ExportError where it cannot be written."""
     with staged(path.parent, len(text.encode())) as staging:
         (staging / path.name).write_text(text, encoding="utf-8")
 

@@ -102,9 +102,13 @@ def test_exported_files_are_scored_and_timed(tmp_path: Path, warm: type[Warm], m
 
 def test_two_reports_are_compared(folder: Path, tmp_path: Path) -> None:
     paths = []
-    for form in ("online", "offline"):
-        paths.append(tmp_path / f"{form}.json")
-        paths[-1].write_text(run(folder, "-o", tmp_path / "one.html", "--scheme", "w4-rtn-a8", "--form", form, "--json").stdout)
+    for form, keep in (("online", "--json"), ("offline", "--save")):
+        paths.append(tmp_path / "kept" / f"{form}.json")
+        one = run(folder, "-o", tmp_path / "one.html", "--scheme", "w4-rtn-a8", "--form", form, keep, *[paths[-1]] * (keep == "--save"))
+        assert one.exit_code == 0, one.stderr
+        if keep == "--json":
+            paths[-1].parent.mkdir()
+            paths[-1].write_text(one.stdout)
     common = ["report", *map(str, paths), "-o", str(tmp_path / "both.html")]
     result = CliRunner().invoke(commands.app, [*common, "--json"])
     assert result.exit_code == 0, result.output
@@ -116,6 +120,8 @@ def test_two_reports_are_compared(folder: Path, tmp_path: Path) -> None:
     for arguments, reason in (
         (["report", str(paths[0])], "is the JSON of a report: name a second one to compare it with"),
         ([*common, "--scheme", "w4"], "two reports are compared as they are: leave out --scheme"),
+        ([*common, "--save", "both.txt"], "let that end in .json"),
+        ([*common, "--save", "both.json"], "two reports are compared as they are: leave out --save"),
         ([*common, "--form", "online"], "two reports are compared as they are: leave out --form"),
         (["report", str(folder), str(paths[0])], "there is no file"),
         (["report", str(paths[0]), "none.json"], "there is no file none.json"),

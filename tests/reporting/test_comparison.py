@@ -121,7 +121,7 @@ def test_what_is_no_report_is_refused(change: Callable[[dict[str, Any]], object]
 
 
 def test_a_file_that_is_not_there() -> None:
-    with pytest.raises(ConfigError, match="there is no file none.json: name what spinpass report --json printed"):
+    with pytest.raises(ConfigError, match="there is no file none.json: name what spinpass report --save wrote"):
         SavedReport.read(Path("none.json"))
 
 
