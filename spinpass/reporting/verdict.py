@@ -113,10 +113,10 @@ def _without_a_scheme(report: Report) -> Iterator[Advice]:
 def _raised_errors(report: Report) -> Iterator[Advice]:
     """Offline, R1 folds norm scales into the weights that read the stream, which can make them harder to round."""
     folded = {reader for space in _offline_streams(report) for reader in space.readers}
-    for name, scheme in report.schemes.items():
-        raised = raised_kinds(scheme, folded)
+    for name in sorted(report.schemes, key=lambda each: each != headline_of(report)):  # which stays in order else
+        raised = raised_kinds(report.schemes[name], folded)
         if raised:
-            listed = [f"{kind} (× {times(factor)})" for kind, factor in list(raised.items())[:_NAMED]]
+            listed = [f"{kind} (×\u00a0{times(factor)})" for kind, factor in list(raised.items())[:_NAMED]]
             more = f" and {counted(len(raised) - _NAMED, 'other kind')}" if len(raised) > _NAMED else ""
             why = f"Under {name}, offline R1 raises the error of {_listed(listed)}{more}"
             means = "norm scales are folded into them. The online form leaves the scales where they are."
