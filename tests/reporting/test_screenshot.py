@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from benchmarks.screenshots import browser
-from spinpass.reporting import page
+from spinpass.reporting import SavedReport, compare_reports, page, write_comparison
 from tests.support import reports
 
 REQUIRED = os.environ.get("SPINPASS_BROWSER") == "required"
@@ -47,6 +47,15 @@ def test_every_text_can_be_read_at_every_width(dark: bool, tmp_path: Path) -> No
         colours: Any = {colour: count for count, colour in image.getcolors(1 << 24) or []}
         assert image.width == width and max(colours, key=colours.__getitem__) == GROUNDS[dark]
         assert all(colours.get(colour, 0) > 500 for colour in SIDES[dark]), "both sides are painted"
+
+
+def test_a_comparison_can_be_read(tmp_path: Path) -> None:
+    for name in ("a.json", "another-report-with-a-long-name.json"):
+        page.save_report(reports.deep(), tmp_path / name)
+    both = compare_reports(*map(SavedReport.read, sorted(tmp_path.glob("*.json"))))
+    write_comparison(both, tmp_path / "both.html")
+    found = browser.shown(tmp_path / "both.html", tmp_path / "both", dark=False, widths=[360, 1280])
+    assert not faults(found) and all(facts["overflow"] == 0 and not facts["hollow"] for each in found for facts in each.values())
 
 
 def test_a_page_that_cannot_be_read_is_seen(tmp_path: Path) -> None:

@@ -72,10 +72,12 @@ def test_what_follows_the_sentence() -> None:
 def test_offline_r1_that_raises_errors_is_advised_against() -> None:
     report = replace(of(w4_rtn_a8=reports.scheme(1.2, 1.05, errors=UP | DOWN)), plan=offline())
     first = advice(report)[0]
-    assert first.options == "--form online" and "raises the error of mlp.up (× 1.21): norm scales" in first.why
+    assert first.options == "--form online" and "raises the error of mlp.up (×\u00a01.21): norm scales" in first.why
     assert "--form online" not in [each.options for each in advice(replace(report, plan=reports.report().plan))], (
         "online already"
     )
+    both = replace(report, schemes={"w8": reports.scheme(1.2, 1.01, size=160_000_000, errors=UP), **report.schemes})
+    assert "Under w4-rtn-a8, " in advice(both)[0].why, "the scheme of the verdict is told first"
     lowered = replace(of(w4_rtn_a8=reports.scheme(1.2, 1.05, errors=DOWN)), plan=offline())
     assert not advice(lowered)
 
