@@ -136,12 +136,14 @@ class ComparedReports:
         what, (a, b) = rotated[chosen], self.names
         ratios, change = (self.first.ratio(what), self.second.ratio(what)), self.change(what)
         sizes = " and ".join(dict.fromkeys(megabytes(each.scored[what].bytes) for each in (self.first, self.second)))
-        said = f"{b} has {times(ratios[1])} × perplexity, {a} {times(ratios[0])}, at {sizes}"
+        both = f"{a} has {times(ratios[0])} × perplexity, {b} {times(ratios[1])}, at {sizes}"
         if change is None:
-            return f"{chosen}: {said}; they scored different texts."
+            return f"{chosen}: {both}; they scored different texts."
         if not told_apart(change):
-            return f"{chosen}: {counted(len(self.first.base), 'window')} do not tell {a} and {b} apart: {said}."
-        return f"{chosen}: {b if change.mean < 0 else a} is better: {said}."
+            return f"{chosen}: {counted(len(self.first.base), 'window')} do not tell the two apart: {both}."
+        better = int(change.mean < 0)
+        against = f"{times(ratios[better])} × perplexity against {times(ratios[1 - better])} of {self.names[1 - better]}"
+        return f"{chosen}: {self.names[better]} is better, with {against}, at {sizes}."
 
     def differing(self) -> list[tuple[str, str, str]]:
         """What differs in how the two came about, as (what, in the first, in the second)."""
@@ -212,7 +214,7 @@ def _schemes(found: ComparedReports) -> Iterator[object]:
             if program != _ORIGINAL and name != "unquantized":
                 points.append(Measured(name, kind, scored.bytes, each.ratio((name, program)), scored.speed))
     yield pareto(points, dict(zip(("before", "after"), found.names)))
-    head = ("scheme", "program", *(f"{name}, ÷ unquantized" for name in found.names), "÷ first", "MB", "MB of second")
+    head = ("scheme", "program", *(f"{name}, ÷ unquantized" for name in found.names), "second ÷ first", "MB of first", "MB of second")
     yield table(head, [_cells(found, what) for what in found.common], numbers=5)
     if not found.same_text:
         why = "The two scored different texts, so that only their ratios to the unquantized program can be compared."

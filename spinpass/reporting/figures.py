@@ -156,7 +156,7 @@ class Axis:
 
 def heat(values: Tensor) -> str:
     """Draw numbers from 0 to 1, float (rows, columns), as a picture with a pixel each: a data URI of PNG."""
-    ramp = torch.tensor(_RAMP, dtype=torch.float32)
+    ramp = torch.tensor(_RAMP, dtype=torch.float32, device=values.device)
     at = values.clamp(0, 1).float() * (len(_RAMP) - 1)
     lower = at.floor().long().clamp_max(len(_RAMP) - 2)
     share = (at - lower)[..., None]

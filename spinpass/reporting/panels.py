@@ -194,7 +194,7 @@ def _scale(low: float, high: float) -> Html:
     sheet.text(0, 8, tick(float(f"{low:.2g}")), "start")
     sheet.text(_WIDTH / 2, 8, "largest |x|")
     sheet.text(_WIDTH, 8, tick(float(f"{high:.3g}")), "end")
-    sheet.bitmap(0, 18, _WIDTH, 10, heat(torch.linspace(0, 1, 64)[None]))
+    sheet.bitmap(0, 18, _WIDTH, 10, heat(torch.linspace(0, 1, 64, device="cpu")[None]))
     return tag("div", sheet.svg(), class_="scale")
 
 

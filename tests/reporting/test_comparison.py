@@ -45,7 +45,7 @@ def test_what_is_read_is_what_was_measured(tmp_path: Path) -> None:
 
 def test_the_better_one_is_named(tmp_path: Path) -> None:
     found = compared(tmp_path, better)
-    assert found.verdict() == "w4-rtn-a8: b.json is better: b.json has 1.05 × perplexity, a.json 1.29, at 92 MB."
+    assert found.verdict() == "w4-rtn-a8: b.json is better, with 1.05 × perplexity against 1.29 of a.json, at 92 MB."
     row = next(row for row in found.to_dict()["compared"] if (row["name"], row["program"]) == ("w4-rtn-a8", "rotated"))
     assert row["second_over_first"] == pytest.approx(1.05 / 1.29) and row["standard_error"] < 1e-3
     assert found.to_dict()["only"] == [[["kv4", "original"], ["kv4", "rotated"]], []]
@@ -65,7 +65,7 @@ def test_the_page_has_both(tmp_path: Path) -> None:
 
 def test_equal_reports_are_not_told_apart(tmp_path: Path) -> None:
     found = compared(tmp_path, lambda report: report)
-    assert "3 windows do not tell a.json and b.json apart" in found.verdict() and found.differing() == []
+    assert "3 windows do not tell the two apart: a.json has" in found.verdict() and found.differing() == []
     assert "What differs" not in render_comparison(found), "a section without a part is left out"
 
 
