@@ -142,7 +142,9 @@ class ComparedReports:
         if not told_apart(change):
             return f"{chosen}: {counted(len(self.first.base), 'window')} do not tell the two apart: {both}."
         better = int(change.mean < 0)
-        against = f"{times(ratios[better])} × perplexity against {times(ratios[1 - better])} of {self.names[1 - better]}"
+        against = (
+            f"{times(ratios[better])} × perplexity against {times(ratios[1 - better])} of {self.names[1 - better]}"
+        )
         return f"{chosen}: {self.names[better]} is better, with {against}, at {sizes}."
 
     def differing(self) -> list[tuple[str, str, str]]:
@@ -214,7 +216,14 @@ def _schemes(found: ComparedReports) -> Iterator[object]:
             if program != _ORIGINAL and name != "unquantized":
                 points.append(Measured(name, kind, scored.bytes, each.ratio((name, program)), scored.speed))
     yield pareto(points, dict(zip(("before", "after"), found.names)))
-    head = ("scheme", "program", *(f"{name}, ÷ unquantized" for name in found.names), "second ÷ first", "MB of first", "MB of second")
+    head = (
+        "scheme",
+        "program",
+        *(f"{name}, ÷ unquantized" for name in found.names),
+        "second ÷ first",
+        "MB of first",
+        "MB of second",
+    )
     yield table(head, [_cells(found, what) for what in found.common], numbers=5)
     if not found.same_text:
         why = "The two scored different texts, so that only their ratios to the unquantized program can be compared."
