@@ -17,7 +17,7 @@ CONSUMER := .venv-consumer
 NEWEST := .venv-newest
 CUDA := ^(nvidia|cuda)-|^triton\b
 
-.PHONY: help venv runtimes lint test newest goldens docs notebooks docs-serve docs-links slow demo bench yardstick learning peers pictures accuracy tokens conversations speed consumer zoo zoo-all clean hosts
+.PHONY: help venv runtimes lint test newest goldens docs notebooks docs-serve docs-links slow demo bench yardstick learning peers pictures accuracy tokens conversations speed consumer zoo zoo-all clean hosts browser screenshots
 
 help:
 	@echo "make venv   build .venv with everything (about 2 GB)"
@@ -35,6 +35,8 @@ help:
 	@echo "make learning  what learning bases, scales and roundings is worth on off-grid weights (hours)"
 	@echo "make peers  other tools' files beside ours on off-grid weights, in environments of their own: bytes, what is stored how, perplexity, speed (hours, resumable)"
 	@echo "make pictures  draw docs/pictures anew, from the code that they are about"
+	@echo "make browser  install Chromium as QtWebEngine into .venv, for the test that looks at the report"
+	@echo "make screenshots  the pictures of the report in docs/pictures, of the demo's model (about half an hour, resumable)"
 	@echo "make accuracy  what rotation buys under quantization: perplexities, paired (about an hour and a half, resumable)"
 	@echo "make tokens    greedy tokens of every runtime against those of transformers (about half an hour)"
 	@echo "make conversations  padded batches and next turns of every runtime, on the demo's and tiny models (about 20 minutes)"
@@ -126,6 +128,14 @@ peers: $(READY)
 # docs/pictures; a test fails where one of them is not what the code draws
 pictures: $(READY)
 	$(BIN)/python -m benchmarks.pictures
+
+# The screenshot test skips where no browser is, unless SPINPASS_BROWSER=required.
+browser: $(READY)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt "PySide6-WebEngine>=6.8"
+
+# What is measured lies under out/report and is used again.
+screenshots: browser
+	$(BIN)/python -m benchmarks.screenshots
 
 # ACCURACY="--text FILE --calibration FILE --model FOLDER" reads other texts, another model
 accuracy: $(READY)

@@ -234,7 +234,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("TEXT", "text.txt"):
         (root / name).write_text("what is the weather like if it is on and not in a " * 3000)
     (root / "recipe.yaml").write_text("rotations: none\nquantize: w4-rtn\n")
-    for name in ("IN.pt2", "A.pt2", "B.pt2", "B.onnx", "model.pt2", "rotated.pt2"):
+    for name in ("IN.pt2", "A.pt2", "B.pt2", "B.onnx", "model.pt2", "rotated.pt2", "offline.json", "online.json"):
         (root / name).write_text("no program")
     write_matrices(root / "bases.json", {"R1:residual": Rotation.from_matrix(torch.eye(32))}, {})
     torch.save({"R1": torch.eye(32)}, root / "R.bin")
@@ -258,6 +258,7 @@ def test_what_is_whole_begins_to_work(number: int, desk: Path, monkeypatch: pyte
     for place in ("verify", "rotate"):
         monkeypatch.setattr(f"spinpass.cli.{place}.load_program", reach)
     monkeypatch.setattr("spinpass.cli.inspect.read_artefact", reach)
+    monkeypatch.setattr("spinpass.reporting.comparison.read_object", reach)
     for place in ("cli.chat", "cli.generate"):
         monkeypatch.setattr(f"spinpass.{place}.open_decoder", reach)
     monkeypatch.setattr("spinpass.evaluation.request.read_dataset", lambda _: "what is the weather like " * 4000)

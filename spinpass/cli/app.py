@@ -67,7 +67,7 @@ class _Commands(TyperGroup):
         try:
             if launched()[0]:
                 stack.enter_context(_unheard())
-            ctx.obj = state = CommandState("--json" in words)
+            ctx.obj = state = CommandState("--json" in words, words)
             return self._invoked(ctx, state, words[0] if words else "", stack)
         finally:
             stack.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -121,6 +122,7 @@ class CommandState:
     """What the handling of errors has to know about the command under way."""
 
     as_json: bool = False
+    words: tuple[str, ...] = ()
     team: Team = field(default_factory=Team)
     streams: tuple[IO[str], IO[str]] = field(default_factory=lambda: (sys.stdout, sys.stderr))
     tracebacks: bool = False
@@ -136,6 +138,12 @@ def screen_of(ctx: typer.Context, as_json: bool, verbose: int) -> Screen:
     state.screen = Screen(as_json=as_json, verbose=verbose > 0, streams=state.streams)
     state.tracebacks = verbose > 1
     return state.screen
+
+
+def typed_command(ctx: typer.Context) -> str:
+    """The command line of this context, as a shell takes it."""
+    state: CommandState = ctx.obj
+    return shlex.join(("spinpass", *state.words))
 
 
 def team_of(ctx: typer.Context) -> Team:

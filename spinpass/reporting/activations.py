@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import Node
@@ -138,9 +136,8 @@ def _made_by(node: Node, writers: Mapping[Node, str]) -> list[str]:
 class WatchedScorer:
     """Scores windows as :class:`spinpass.evaluation.ProgramScorer` does, and gathers the statistics of every site.
 
-    ``like``: the scorer of the original program, whose layers count. ``rates``: tokens per second of each window, the
-    gathering not counted; ``left``: linear layers that are no sites, by node, and why; ``bytes``: those of all
-    constants. Raises ConfigError as the scorer does.
+    ``like``: the scorer of the original program, whose layers count. ``left``: linear layers that are no sites, by
+    node, and why; ``bytes``: those of all constants. Raises ConfigError as the scorer does.
     """
 
     def __init__(self, program: ExportedProgram, like: WatchedScorer | None = None) -> None:
@@ -152,25 +149,16 @@ class WatchedScorer:
         self._program = editor.finish()
         self._scorer = ProgramScorer(self._program)
         self._gathered: dict[str, Accumulator] = {}
-        self.rates: list[float] = []
 
     def logits(self, ids: Sequence[int]) -> Tensor:
         """Logits (length, vocabulary), float32."""
-        watching = 0.0
 
         def watch(node: Node, value: Any) -> Any:
-            nonlocal watching
             if node.name in self._names:
-                began = time.perf_counter()
                 self._gather(node.name, value)
-                watching += time.perf_counter() - began
             return value
 
-        began = time.perf_counter()
         logits: Tensor = execute(self._program, self._scorer.inputs(ids), watch=watch).outputs[0]
-        if logits.is_cuda:
-            torch.cuda.synchronize(logits.device)  # which is behind, and the clock is read
-        self.rates.append(len(ids) / (time.perf_counter() - began - watching))
         return logits[0].float()
 
     def _gather(self, name: str, value: Tensor) -> None:

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from html import escape
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from .pictures import Picture
 
 
 class Html(str):
@@ -38,13 +34,6 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]], *, numbers: int
     return tag("div", tag("table", *parts, tag("thead", cells("th", head)), body), class_="scroll")
 
 
-def figure(picture: Picture, caption: object) -> Html:
-    """A picture in the reader's colour scheme, with a caption."""
-    dark = Html(f'<source srcset="{escape(picture.dark)}" media="(prefers-color-scheme: dark)">')
-    light = Html(f'<img src="{escape(picture.light)}" alt="{escape(picture.alt)}">')
-    return tag("figure", tag("picture", dark, light), tag("figcaption", caption))
-
-
 def details(summary: str, *children: object) -> Html:
     """Parts that are folded until they are asked for."""
     return tag("details", tag("summary", summary), *children)
@@ -55,6 +44,3 @@ def section(identifier: str, title: str, *children: object) -> Html:
     return tag("section", tag("h2", title), *children, id=identifier)
 
 
-def arrow(before: str, after: str) -> Html:
-    """Two numbers, before and after, in the colours of the pictures."""
-    return Html(f"{tag('em', before, class_='before')} → {tag('em', after, class_='after')}")

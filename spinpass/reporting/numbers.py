@@ -35,3 +35,10 @@ def or_zero(value: float) -> float:
 def counted(count: int, what: str) -> str:
     """``1 window``, ``2 windows``."""
     return f"{count} {what}{'s' * (count != 1)}"
+
+
+def times(ratio: float) -> str:
+    """A ratio of perplexities, which is most often near 1: ``1.004``, ``1.05``, ``17.4``."""
+    if not math.isfinite(ratio):
+        return short(ratio)
+    return f"{ratio:.3f}" if abs(ratio - 1) < 0.02 else f"{ratio:.2f}" if ratio < 10 else short(ratio)

@@ -7,10 +7,58 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from spinpass.evaluation import Change, Comparison, Perplexity, change
+from spinpass.evaluation import Change, Comparison, Perplexity, Speed, change
 from spinpass.planning import RotationPlan
+from spinpass.values import titled
 
 from .activations import Pair, Unpaired
+
+DOCUMENT, LAYOUT = "report", 1  # of the document that --json prints
+
+
+@dataclass(frozen=True)
+class Origin:
+    """How a report came about.
+
+    ``date``: in ISO 8601, with the zone; ``command``: what was typed, empty from Python; ``text``: a hash of the tokens
+    that were scored, by which two reports know that they can be compared window by window; ``threads``: those that
+    PyTorch computed with; ``versions``: those of the packages.
+    """
+
+    date: str
+    command: str
+    text: str
+    threads: int
+    versions: Mapping[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON-able values."""
+        return {
+            "date": self.date,
+            "command": self.command,
+            "text": self.text,
+            "threads": self.threads,
+            "versions": dict(self.versions),
+        }
+
+
+@dataclass(frozen=True)
+class ExportedFile:
+    """An exported folder, run by the runtime that it is for.
+
+    ``comparison``: with the original unquantized program; ``bytes``: those of the model's files; ``runtime``: its name;
+    ``speed``: medians over a few turns on this machine.
+    """
+
+    comparison: Comparison
+    bytes: int
+    runtime: str
+    speed: Speed
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON-able values."""
+        found = {k: v for k, v in self.comparison.to_dict().items() if k != "before"}
+        return {"bytes": self.bytes, "runtime": self.runtime} | found | self.speed.to_dict()
 
 
 @dataclass(frozen=True)
@@ -62,8 +110,8 @@ class Report:
     """A model before and after rotation.
 
     ``left``: linear layers that were not measured, by node of the original program, and why; ``unquantized``: the
-    rotated program compared with the original; ``bytes``: those of the constants, before and after; ``rates``: tokens
-    per second through the exported graph, before and after; ``seconds``: the time of every step; ``certificate``: as
+    rotated program compared with the original; ``files``: exported folders, by what they are called; ``bytes``: those
+    of the constants, before and after; ``seconds``: the time of every step; ``certificate``: as
     :meth:`spinpass.Certificate.to_dict`, None where it was switched off.
     """
 
@@ -77,10 +125,10 @@ class Report:
     left: Mapping[str, str]
     unquantized: Comparison
     schemes: Mapping[str, Scheme]
+    files: Mapping[str, ExportedFile]
     bytes: tuple[int, int]
-    rates: tuple[float, float]
     seconds: Mapping[str, float]
-    versions: Mapping[str, str]
+    origin: Origin
 
     def perplexities(self) -> Iterator[tuple[str, str, Perplexity]]:
         """Every perplexity, as (scheme or "", original or rotated, perplexity)."""
@@ -92,7 +140,7 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON-able values."""
-        return {
+        document = {
             "model": self.model,
             "windows": self.windows,
             "length": self.length,
@@ -105,12 +153,9 @@ class Report:
             "schemes": {name: scheme.to_dict() for name, scheme in self.schemes.items()},
             "plan": self.plan.to_dict(matrices=False),
             "certificate": self.certificate,
-            "bytes": _sides(self.bytes),
-            "tokens_per_second": _sides(self.rates),
+            "files": {name: file.to_dict() for name, file in self.files.items()},
+            "bytes": dict(zip(("before", "after"), self.bytes)),
             "seconds": dict(self.seconds),
-            "versions": dict(self.versions),
+            "origin": self.origin.to_dict(),
         }
-
-
-def _sides(values: tuple[float, float]) -> dict[str, float]:
-    return dict(zip(("before", "after"), values))
+        return titled(DOCUMENT, LAYOUT, document)

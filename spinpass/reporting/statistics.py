@@ -3,7 +3,7 @@
     max|x| per channel;  max|x| / median|x| per vector;  excess kurtosis  m₄/m₂² − 3  of all values
 
 A vector is what a quantizer rounds with one scale: a token's input of a linear layer, a head's key or value.
-Sources: the ratios and surfaces of QuaRot (arXiv 2404.00456, figure 1) and SpinQuant (2405.16406, figures 2 and 3);
+Sources: the ratios of QuaRot (arXiv 2404.00456, figure 1) and SpinQuant (2405.16406, figures 2 and 3);
 moments are merged as in Pébay, Sandia report 2008-6212, equations 3.1 (one-pass, stable).
 """
 
@@ -15,9 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-SURFACE = (48, 96)  # at most as many bins along tokens and channels
 _WORST = 5
 
 
@@ -28,8 +26,7 @@ class SiteStatistics:
     ``vectors``: how many were seen; ``peaks``: float32 (channels,), the largest |x| of each channel; ``ratio``: the
     largest max|x| / median|x| of any vector, infinite where a median is 0; ``mean_ratio``: the mean of that over the
     vectors where it is finite (vectors of zeros count in neither); ``kurtosis``: the excess over all values, 0 for
-    Gaussian ones; ``surface``: float32, at most :data:`SURFACE`, |x| by vector and channel of the first window, each
-    bin the largest in it; ``surface_vectors``: how many vectors that window had.
+    Gaussian ones.
     """
 
     vectors: int
@@ -37,8 +34,6 @@ class SiteStatistics:
     ratio: float
     mean_ratio: float
     kurtosis: float
-    surface: Tensor
-    surface_vectors: int
 
     @property
     def peak(self) -> float:
@@ -71,7 +66,6 @@ class Accumulator:
         self._peaks = torch.zeros(channels, device="cpu")
         self._ratio = math.nan
         self._moments = CentralMoments()
-        self._surface, self._surface_vectors = torch.zeros(0, channels, device="cpu"), 0
 
     def update(self, values: Tensor) -> None:
         """Take ``values``, float (..., channels), which are read and not kept."""
@@ -79,8 +73,6 @@ class Accumulator:
         if not len(x):
             return
         size = x.abs()
-        if not self._vectors:
-            self._surface, self._surface_vectors = pooled(size).cpu(), len(size)
         self._vectors += len(x)
         self._peaks = torch.maximum(self._peaks, size.amax(0).cpu())
         self._add_ratios(size.sort(-1).values)
@@ -101,8 +93,7 @@ class Accumulator:
     def result(self) -> SiteStatistics:
         """The statistics of everything so far."""
         mean = self._ratios / self._finite if self._finite else math.nan
-        kurtosis, surface = self._moments.excess_kurtosis, (self._surface, self._surface_vectors)
-        return SiteStatistics(self._vectors, self._peaks.clone(), self._ratio, mean, kurtosis, *surface)
+        return SiteStatistics(self._vectors, self._peaks.clone(), self._ratio, mean, self._moments.excess_kurtosis)
 
 
 @dataclass(frozen=True)
@@ -148,10 +139,3 @@ class CentralMoments:
     def excess_kurtosis(self) -> float:
         """n·Σd⁴ / (Σd²)² − 3; nan where nothing varies."""
         return self.count * self.fourth / self.second**2 - 3 if self.second > 0 else math.nan
-
-
-def pooled(size: Tensor) -> Tensor:
-    """Pool |x| (vectors, channels) in at most :data:`SURFACE` bins; the largest of each, so that no spike is lost."""
-    rows, columns = (min(have, most) for have, most in zip(size.shape, SURFACE))
-    pooled: Tensor = functional.adaptive_max_pool2d(size[None], (rows, columns))[0]
-    return pooled

@@ -18,6 +18,7 @@ from benchmarks.pictures.anatomy import draw_block
 from benchmarks.pictures.canvas import GROUNDS, INKS, SMALL, WIDTH, Canvas
 from benchmarks.pictures.decoder import read_block
 from benchmarks.pictures.outlier import rounding_error, vector_in_two_bases
+from benchmarks.screenshots.browser import WIDTHS
 from spinpass import RotationConfig
 from spinpass.pipeline import PASSES
 
@@ -36,7 +37,8 @@ def test_what_lies_there_is_what_the_code_draws(name: str) -> None:
 
 
 def test_nothing_else_lies_there() -> None:
-    assert {path.name for path in HOME.iterdir()} == {f"{name}.svg" for name in PICTURES}
+    screenshots = {f"report-{width}-{scheme}.png" for width in WIDTHS for scheme in ("light", "dark")}
+    assert {path.name for path in HOME.iterdir()} == {f"{name}.svg" for name in PICTURES} | screenshots
 
 
 def test_the_command_writes_them(

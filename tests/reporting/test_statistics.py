@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from spinpass.reporting.statistics import SURFACE, Accumulator, CentralMoments, pooled
+from spinpass.reporting.statistics import Accumulator, CentralMoments
 
 
 def values(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -71,13 +71,10 @@ def test_nothing_seen_is_nothing_said() -> None:
     assert found.to_dict()["worst_channels"] == [] and found.to_dict()["peak"] is None
 
 
-def test_the_surface_is_small_and_keeps_a_spike() -> None:
+def test_a_spike_of_any_window_is_kept() -> None:
     x = torch.zeros(500, 1000, dtype=torch.bfloat16)
     x[250, 777] = -9
     gathered = Accumulator(1000)
+    gathered.update(x * 100)
     gathered.update(x)
-    gathered.update(x * 100)  # a later window does not enter the surface
-    found = gathered.result()
-    assert tuple(found.surface.shape) == SURFACE and float(found.surface.max()) == 9
-    assert found.surface_vectors == 500 and found.to_dict()["worst_channels"][0] == {"channel": 777, "peak": 900}
-    assert pooled(torch.ones(2, 3)).shape == (2, 3)
+    assert gathered.result().to_dict()["worst_channels"][0] == {"channel": 777, "peak": 900}
