@@ -1,0 +1,34 @@
+"""Print the lowest version of each package that pyproject.toml allows, a line each:  torch>=2.8  ->  torch==2.8.
+
+    python .ci/lowest.py cli onnx      of the project itself and of these extras
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import tomllib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def lowest(project: dict[str, Any], extras: Sequence[str]) -> Iterator[str]:
+    """Yield the requirements of a project and of some of its extras, each at its lower bound.
+
+    Raises ValueError for one without a bound: its oldest release is not known to work.
+    """
+    for requirement in (*project["dependencies"], *(each for extra in extras for each in project["optional-dependencies"][extra])):
+        if requirement.startswith(f"{project['name']}["):
+            continue
+        found = re.fullmatch(r"([\w.-]+(?:\[[\w,]+\])?)>=([\w.]+)", requirement)
+        if found is None:
+            raise ValueError(f"{requirement} in pyproject.toml has no lower bound: write NAME>=VERSION")
+        yield f"{found[1]}=={found[2]}"
+
+
+if __name__ == "__main__":
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    print("\n".join(lowest(tomllib.loads(text)["project"], sys.argv[1:])))
