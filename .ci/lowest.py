@@ -8,25 +8,29 @@ from __future__ import annotations
 import re
 import sys
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def lowest(project: dict[str, Any], extras: Sequence[str]) -> Iterator[str]:
-    """Yield the requirements of a project and of some of its extras, each at its lower bound.
+def lowest(project: dict[str, Any], extras: Sequence[str]) -> list[str]:
+    """Return the requirements of a project and of some of its extras, each at its lower bound.
 
-    Raises ValueError for one without a bound: its oldest release is not known to work.
+    What an extra asks for counts more than what the project asks for. Raises ValueError for a requirement without a
+    bound: its oldest release is not known to work.
     """
-    for requirement in (*project["dependencies"], *(each for extra in extras for each in project["optional-dependencies"][extra])):
+    asked = [each for extra in extras for each in project["optional-dependencies"][extra]]
+    found = {}
+    for requirement in (*project["dependencies"], *asked):
         if requirement.startswith(f"{project['name']}["):
             continue
-        found = re.fullmatch(r"([\w.-]+(?:\[[\w,]+\])?)>=([\w.]+)", requirement)
-        if found is None:
+        parts = re.fullmatch(r"([\w.-]+)>=([\w.]+)", requirement)
+        if parts is None:
             raise ValueError(f"{requirement} in pyproject.toml has no lower bound: write NAME>=VERSION")
-        yield f"{found[1]}=={found[2]}"
+        found[parts[1]] = parts[2]
+    return [f"{name}=={version}" for name, version in found.items()]
 
 
 if __name__ == "__main__":

@@ -171,7 +171,7 @@ def test_completion(monkeypatch: pytest.MonkeyPatch) -> None:
     assert completed("spinpass", "rot") == ["rotate", "rotate-checkpoint"]
     assert completed("spinpass", "export", "--to", "o") == ["onnx", "openvino"]
     assert "--quantize" in completed("spinpass", "export", "--qu")
-    monkeypatch.setattr("typer.completion._get_shell_name", lambda: "bash")
+    monkeypatch.setattr("shellingham.detect_shell", lambda *_: ("bash", "/bin/bash"))
     shown = CliRunner().invoke(commands.app, ["--show-completion"], prog_name="spinpass")
     assert shown.exit_code == 0 and "complete -o default -F _spinpass_completion spinpass" in shown.stdout
     assert "--install-completion" in run("--help").stdout
