@@ -13,17 +13,20 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-import tomllib
 import venv
 import zipfile
 from pathlib import Path
 
+import tomllib
+
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 EXTRAS: dict[str, list[str]] = PROJECT["project"]["optional-dependencies"]
-BESIDE = {"pyproject.toml", "setup.cfg", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff", "PKG-INFO"}
+BESIDE = {
+    "CHANGELOG.md", "CITATION.cff", "LICENSE", "MANIFEST.in", "PKG-INFO", "README.md", "pyproject.toml", "setup.cfg",
+}  # fmt: skip
 
-# What an extra is for: importing it is what fails where a package is missing. All of an extra are imported in one process.
+# What an extra is for: importing it fails where a package is missing. All of an extra are imported in one process.
 IMPORTS = {
     "all": ("spinpass.cli.app", "spinpass.hosts.olive", "spinpass.exporters.openvino", "spinpass.exporters.executorch"),
     "browser": ("PySide6.QtWebEngineCore",),

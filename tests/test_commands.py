@@ -30,7 +30,7 @@ from tests.support import folders
 from tests.support.commands import document, run
 
 SOURCES = [path for top in ("spinpass", "optimum", "examples", "benchmarks") for path in sorted((ROOT / top).rglob("*.py"))]
-DOCUMENTS = [*(ROOT / name for name in ("README.md", "DESIGN.md", "CHANGELOG.md")), *sorted((ROOT / "docs").rglob("*.md"))]
+DOCUMENTS = [*(ROOT / name for name in ("README.md", "DESIGN.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 COMPARED_WITH = ("llama-cpp-python",)  # no package that this one needs
 STARTS = re.compile(r"(spinpass (?!is|has)[a-z]+(?![\w.])|make [a-z]|python (-m )?[a-z]|pip install |optimum-cli |torchrun )")
 
