@@ -141,15 +141,16 @@ def used(python: Path, scratch: Path) -> str:
 def alone(extra: str, wheel: Path, scratch: Path, *, really: bool) -> str:
     """Resolve or install one extra in an environment of its own; where it is installed, import what it is for."""
     what = f"spinpass[{extra}] @ {wheel.as_uri()}"
-    python = environment(scratch / f"extra-{extra}")
-    install = (python, "-m", "pip", "install", "--quiet", "--constraint", ROOT / "constraints.txt")
-    if not really:
-        run(*install, "--dry-run", what)
-        return "resolves"
-    run(*install, what)
-    run(python, "-m", "pip", "check")
-    run(python, "-c", "".join(f"import {name}\n" for name in IMPORTS[extra]), cwd=scratch)
-    return "installed, imported"
+    with tempfile.TemporaryDirectory(dir=scratch) as folder:  # some extras take gigabytes
+        python = environment(Path(folder))
+        install = (python, "-m", "pip", "install", "--quiet", "--constraint", ROOT / "constraints.txt")
+        if not really:
+            run(*install, "--dry-run", what)
+            return "resolves"
+        run(*install, what)
+        run(python, "-m", "pip", "check")
+        run(python, "-c", "".join(f"import {name}\n" for name in IMPORTS[extra]), cwd=scratch)
+        return "installed, imported"
 
 
 def main() -> None:
