@@ -15,15 +15,18 @@ endif
 
 CONSUMER := .venv-consumer
 NEWEST := .venv-newest
+OLDEST := .venv-oldest
 CUDA := ^(nvidia|cuda)-|^triton\b
 
-.PHONY: help venv runtimes lint test newest goldens docs notebooks docs-serve docs-links slow demo bench yardstick learning peers pictures accuracy tokens conversations speed consumer zoo zoo-all clean hosts browser screenshots
+.PHONY: help venv runtimes lint test newest goldens docs notebooks docs-serve docs-links slow demo bench yardstick learning peers pictures accuracy tokens conversations speed consumer zoo zoo-all clean hosts browser screenshots oldest release-check
 
 help:
 	@echo "make venv   build .venv with everything (about 2 GB)"
 	@echo "make lint   ruff and mypy"
 	@echo "make test   all tests;  TESTS=tests/certificate  runs some"
 	@echo "make newest  all tests with the newest release of everything, in an environment of its own; writes constraints-newest.txt"
+	@echo "make oldest  the tests of the core with the oldest releases that pyproject.toml allows;  PYTHON=python3.10  with that Python"
+	@echo "make release-check  build wheel and sdist into dist, look into both, install and use them and every extra, run the notebooks;  RELEASE=--every  installs heavy extras too"
 	@echo "make goldens  write the listings of tests/goldens anew, to be read as a diff"
 	@echo "make docs   build the documentation site in out/site, and fail for a link or a name that leads nowhere"
 	@echo "make docs-serve  the same on a local port, built anew with every change"
@@ -83,6 +86,22 @@ newest:
 	@grep -E '^(torch|transformers|onnx|onnxruntime|onnxruntime-genai|optimum)==' constraints-newest.txt
 	@$(NEWEST)/bin/python -m pip list --outdated | sed -E '/$(CUDA)|^pip /d'
 	$(MAKE) test VENV=$(NEWEST)
+
+# The lowest version of each package that pyproject.toml names for the core, the command line and ONNX, with what they need.
+CORE := tests/test_config.py tests/test_face.py tests/rotations tests/passes/test_fold.py tests/passes/test_runner.py
+
+oldest: $(READY)
+	test -d $(OLDEST) || $(PYTHON) -m venv $(OLDEST)
+	$(BIN)/python .ci/lowest.py cli onnx > $(OLDEST)/lowest.txt
+	$(OLDEST)/bin/python -m pip install --quiet --requirement $(OLDEST)/lowest.txt hypothesis pytest pytest-xdist
+	@$(OLDEST)/bin/python -m pip freeze | grep -E '^(torch|numpy|onnx|onnxruntime|typer)=='
+	$(OLDEST)/bin/python -m spinpass --version
+	$(OLDEST)/bin/python -m pytest -n $(WORKERS) $(CORE)
+
+# dist holds what is to be published
+release-check: $(READY)
+	$(BIN)/python .ci/release.py dist $(RELEASE)
+	if test -d notebooks; then $(MAKE) notebooks; fi
 
 goldens: $(READY)
 	SPINPASS_WRITE_GOLDENS=1 $(BIN)/python -m pytest tests/test_goldens.py
@@ -176,4 +195,4 @@ zoo-all: $(READY)
 	$(BIN)/python -m benchmarks.zoo.coverage
 
 clean:
-	rm -rf .venv $(CONSUMER) $(NEWEST) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist out *.egg-info
+	rm -rf .venv $(CONSUMER) $(NEWEST) $(OLDEST) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist out *.egg-info

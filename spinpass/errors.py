@@ -3,6 +3,9 @@
 All derive from :class:`SpinpassError`; a message names the value that was wrong and says what to do about it.
 """
 
+import difflib
+from collections.abc import Iterable
+
 
 class SpinpassError(Exception):
     """The base of all errors that spinpass raises."""
@@ -53,3 +56,13 @@ def first_line(error: BaseException) -> str:
     """Return the first line of what another library says, at most 300 characters; its type where it says nothing."""
     lines = (line.strip() for line in str(error).splitlines())
     return next(filter(None, lines), type(error).__name__)[:300]
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return ``; did you mean NAME?`` with the known name that is nearest to a word, or nothing where none is near.
+
+    The dashes before an option count for nothing: they would make all options alike.
+    """
+    spelled = {name.lstrip("-"): name for name in known}
+    near = difflib.get_close_matches(word.lstrip("-"), spelled, 1)
+    return f"; did you mean {spelled[near[0]]}?" if near else ""

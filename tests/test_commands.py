@@ -32,7 +32,7 @@ from tests.support.commands import document, run
 from tests.support.decoders import Decoder, exported, made, tokens
 
 SOURCES = [path for top in ("spinpass", "optimum", "examples", "benchmarks") for path in sorted((ROOT / top).rglob("*.py"))]
-DOCUMENTS = [*(ROOT / name for name in ("README.md", "DESIGN.md", "CHANGELOG.md", "examples/README.md")), *sorted((ROOT / "docs").rglob("*.md"))]
+DOCUMENTS = [*(ROOT / name for name in ("README.md", "DESIGN.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "examples/README.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 COMPARED_WITH = ("llama-cpp-python",)  # no package that this one needs
 STARTS = re.compile(r"(spinpass (?!is|has)[a-z]+(?![\w.])|make [a-z]|python (-m )?[a-z]|pip install |optimum-cli |torchrun )")
 
@@ -74,8 +74,11 @@ WHOLE = sorted({c for path in SOURCES for text in strings(path) for c in whole(t
 
 
 def options_of(command: str) -> dict[str, Any]:
-    """The options of a command of spinpass by every name that they have. Fails where there is no such command."""
-    known: Any = typer.main.get_command(commands.app).commands  # type: ignore[attr-defined]
+    """The options of a command of spinpass by every name that they have, of spinpass itself where the name is empty.
+
+    Fails where there is no such command.
+    """
+    known: Any = {**typer.main.get_command(commands.app).commands, "": typer.main.get_command(commands.app)}  # type: ignore[attr-defined]
     assert command in known, f"there is no command spinpass {command}"
     return {name: param for param in known[command].params for name in param.opts} | {"--help": None}
 
@@ -102,6 +105,8 @@ def looked_up(command: str) -> None:
 
 
 def _spinpass(words: list[str], command: str) -> None:
+    if words[0].startswith("-"):
+        words = ["", *words]
     options = options_of(words[0])
     rest = iter(words[1:])
     for word in rest:
@@ -199,7 +204,8 @@ def test_a_command_that_there_is_not_is_seen(command: str, why: str) -> None:
 def test_every_option_that_a_message_names_is_there() -> None:
     known: Any = typer.main.get_command(commands.app).commands  # type: ignore[attr-defined]
     there = {name for command in known.values() for param in command.params for name in (*param.opts, *param.secondary_opts)}
-    there |= {"--help", "--version", "--model", "--weights", "--no-deps", "--nproc-per-node", "--test"}  # pip's, torchrun's, Olive's
+    there |= {"--help", "--version", "--model", "--weights"}
+    there |= {"--no-deps", "--nproc-per-node", "--test"}  # of other programs: pip, torchrun, Olive
     named = {
         (option, path.name) for path in (ROOT / "spinpass").rglob("*.py") for text in strings(path)
         for option in re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", text)
@@ -251,7 +257,7 @@ def test_what_is_whole_begins_to_work(number: int, desk: Path, monkeypatch: pyte
         words = [*_as_export(words), "--force"]
     if words[0] == "torchrun":
         words = words[words.index("-m") + 1 :]
-    if words[0] != "spinpass" or words[1:] == ["schemes"]:  # which opens nothing
+    if words[0] != "spinpass" or words[1] == "schemes" or words[1].startswith("-"):  # which open nothing
         return
     for place in ("folders.making", "folders.checkpoint", "cli.learn", "cli.plan", "cli.tune", "cli.verify", "evaluation.scoring"):
         monkeypatch.setattr(f"spinpass.{place}.load_model", reach)

@@ -18,7 +18,7 @@ import torch
 import typer
 from typer.core import TyperGroup
 
-from spinpass.errors import ConfigError, SpinpassError
+from spinpass.errors import ConfigError, SpinpassError, did_you_mean
 from spinpass.version import __version__
 from spinpass.workers import joined_team, launched
 
@@ -60,6 +60,23 @@ Version = Annotated[
 class _Commands(TyperGroup):
     """The group of all commands, which turns errors into one line and an exit code."""
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read the options before the command, and say what is wrong with them as a command would."""
+        given = tuple(args)  # of which reading takes away
+        try:
+            return super().parse_args(ctx, args)
+        except Exception as error:
+            if not given or not hasattr(error, "format_message"):  # without arguments help is printed, as an error
+                raise
+            _say(CommandState("--json" in given), _usage(error), "UsageError")
+            raise typer.Exit(2) from error
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Find the command, or say which name is near."""
+        if args[0] not in self.commands and not ctx.resilient_parsing:
+            ctx.fail(f"there is no command {args[0]}{did_you_mean(args[0], self.commands)}")
+        return super().resolve_command(ctx, args)
+
     def invoke(self, ctx: Any) -> Any:
         # what is wrong before the command begins is said in its way as well
         words = (*getattr(ctx, "_protected_args", ()), *ctx.args)
@@ -88,10 +105,7 @@ class _Commands(TyperGroup):
             raise typer.Exit(1) from error
         except Exception as error:  # the last place that can say it in one line
             if hasattr(error, "format_message"):  # an option that typer does not take
-                context: Any = getattr(error, "ctx", None)
-                command = context.command_path.split()[1:] if context is not None else []
-                help_ = " ".join(["spinpass", *command, "--help"])
-                _say(state, f"{_one_line(error.format_message()).rstrip('.')}; see {help_}", "UsageError")
+                _say(state, _usage(error), "UsageError")
                 raise typer.Exit(2) from error
             if state.tracebacks or hasattr(error, "exit_code"):  # typer's own way out
                 raise
@@ -103,6 +117,17 @@ class _Commands(TyperGroup):
             raise typer.Exit(2 if isinstance(error, ConfigError) else 1) from error
         finally:
             state.screen.close()
+
+
+def _usage(error: Any) -> str:
+    """Return what is said of a wrong option or command: the name that is near, and where the right ones stand."""
+    context = getattr(error, "ctx", None)
+    command = context.command_path.split()[1:] if context is not None else []
+    if hasattr(error, "possibilities"):
+        said = f"there is no option {error.option_name}{did_you_mean(error.option_name, error.possibilities or ())}"
+    else:
+        said = _one_line(error.format_message()).rstrip(".")
+    return f"{said}{'' if said.endswith('?') else ';'} see {' '.join(['spinpass', *command, '--help'])}"
 
 
 @contextmanager
@@ -124,9 +149,9 @@ def _say(state: CommandState, text: str, kind: str) -> None:
 app = typer.Typer(
     cls=_Commands,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     help="Rotate exported language models for low-bit quantization, and prove that they compute the same function.",
+    epilog="Example: spinpass export ./model out",
 )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,7 +9,7 @@ import typer
 import typer.core
 import yaml  # type: ignore[import-untyped]
 
-from spinpass.errors import ConfigError, first_line
+from spinpass.errors import ConfigError, did_you_mean, first_line
 from spinpass.evaluation import read_text
 from spinpass.quantization import QuantizationConfig
 
@@ -130,9 +129,8 @@ def _defaults(options: dict[str, Any], given: dict[str, Any], path: Path) -> dic
     for name, value in given.items():
         parameter = options.get(name)
         if parameter is None:
-            near = difflib.get_close_matches(name, options, 1)
             why = "is given on the command line alone" if name in _NEVER else "is no option"
-            raise ConfigError(f"{path}: {name} {why}" + (f"; did you mean {near[0]}?" if near else ""))
+            raise ConfigError(f"{path}: {name} {why}{did_you_mean(name, options)}")
         found[parameter.name] = _checked(name, parameter, value, path)
     return found
 

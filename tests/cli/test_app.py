@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import builtins
+import inspect
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import typer.main
 from typer.testing import CliRunner
 
 from spinpass import cli
@@ -131,6 +134,47 @@ def test_version_and_help() -> None:
     for command in ("export", "rotate", "plan", "verify", "eval", "report"):
         result = run(command, "--help")
         assert result.exit_code == 0 and "--json" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--verson",), "there is no option --verson; did you mean --version? see spinpass --help"),
+        (("zzz",), "there is no command zzz; see spinpass --help"),
+        (("export", "--quantise", "w4"), "there is no option --quantise; did you mean --quantize? see spinpass export --help"),
+        (("plan", "--nothing"), "there is no option --nothing; see spinpass plan --help"),
+        (("plan", "-q"), "there is no option -q; see spinpass plan --help"),
+    ],
+)
+def test_a_wrong_word_is_told_its_neighbour(arguments: tuple[str, ...], said: str) -> None:
+    result = run(*arguments)
+    assert (result.exit_code, result.stdout, result.stderr) == (2, "", f"spinpass: {said}\n")
+    told = document(run(*arguments, "--json"))
+    assert (told["ok"], told["error"], told["message"]) == (False, "UsageError", said)
+
+
+def test_every_command_shows_an_example() -> None:
+    known: Any = typer.main.get_command(commands.app)
+    for name, command in known.commands.items():
+        assert re.search(rf"(?m)^Example: spinpass {name}\b", inspect.cleandoc(command.help)), f"spinpass {name} --help has no Example"
+        assert f"Example: spinpass {name}" in run(name, "--help").stdout
+    assert "Example: spinpass export" in run("--help").stdout
+
+
+def completed(*words: str) -> list[str]:
+    """What the shell is told to complete the last word with."""
+    environment = {"_SPINPASS_COMPLETE": "complete_bash", "COMP_WORDS": " ".join(words), "COMP_CWORD": str(len(words) - 1)}
+    return CliRunner().invoke(commands.app, [], prog_name="spinpass", env=environment).stdout.split()
+
+
+def test_completion(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert completed("spinpass", "rot") == ["rotate", "rotate-checkpoint"]
+    assert completed("spinpass", "export", "--to", "o") == ["onnx", "openvino"]
+    assert "--quantize" in completed("spinpass", "export", "--qu")
+    monkeypatch.setattr("shellingham.detect_shell", lambda *_: ("bash", "/bin/bash"))
+    shown = CliRunner().invoke(commands.app, ["--show-completion"], prog_name="spinpass")
+    assert shown.exit_code == 0 and "complete -o default -F _spinpass_completion spinpass" in shown.stdout
+    assert "--install-completion" in run("--help").stdout
 
 
 @pytest.mark.parametrize("package", ["typer", "rich"])
