@@ -80,7 +80,8 @@ class RotationConfig:
             keeps it in the original basis and leaves out the rotations that would change it.
         overrides: settings per rotation or per space name.
         matrices: matrices of your own, per rotation or per space name: (n, n), float32 or float64; a vector x becomes
-            x @ matrix. They are orthogonal, or invertible where the space admits that, as :func:`spinpass.plan` says. A
+            x @ matrix. They are orthogonal, or invertible where the space admits that, as :func:`spinpass.plan` says.
+            A stack (heads, n, n) has one for each key/value head, where the plan says so. Of R3 they are the keys'. A
             :class:`spinpass.Rotation`, for example of :meth:`spinpass.Rotation.from_factors`, is taken as it is. A
             sequence of them, for a rotation, has one for each of its spaces, in the order in which the program computes
             them (:func:`spinpass.formats.read_matrices`).

@@ -4,6 +4,7 @@ The analysis reads the graph and edits nothing.
 """
 
 from .basis.group import Admitted, Group, admitted_by
+from .basis.heads import Heads, by_heads, head_count
 from .basis.linear_input import LinearInputWalk
 from .basis.space import AxisType, CacheEdge, ConstantUse, Entry, Refusal, ShiftUse, Space
 from .basis.spot_check import Checked, Fault, SpotCheck
@@ -32,6 +33,7 @@ __all__ = [
     "Fault",
     "FlatNumber",
     "Group",
+    "Heads",
     "Linear",
     "LinearInputWalk",
     "Monomial",
@@ -52,6 +54,7 @@ __all__ = [
     "Walk",
     "Zeros",
     "admitted_by",
+    "by_heads",
     "as_linear",
     "cache_values",
     "cancel",
@@ -59,6 +62,7 @@ __all__ = [
     "find_down_projections",
     "find_linears",
     "find_residual_sums",
+    "head_count",
     "normed_value",
     "root_of",
     "rule_of",
