@@ -49,7 +49,7 @@ class Carried:
         made = self.rotation.apply(blocks, inverse=inverse).flatten(-2)
         if self.heads is None:
             return made.movedim(-1, self.dim)
-        return made.unflatten(-1, (-1, x.shape[self.dim])).movedim((-2, -1), (self.heads, self.dim))
+        return torch.unflatten(made, -1, (-1, x.shape[self.dim])).movedim((-2, -1), (self.heads, self.dim))
 
     def to_dict(self) -> dict[str, Any]:
         """Return what :meth:`from_dict` reads, as values that JSON can hold."""

@@ -137,10 +137,11 @@ class Planner:
         rotation = self.only[name].rotation if self.only is not None else self._rotation(name, space.width, place)
         admitted = admitted_by(self.editor, space, rule_of)
         space = replace(space, constants=admitted.uses or space.constants)
-        parts, heads = (space,), self._heads(candidate)
+        heads = self._heads(candidate)
+        each: tuple[Space, ...] = (space,)
         if rotation.is_by_heads:
-            parts, space = self._by_heads(name, rotation, space, candidate)
-        checks = [self._spot_check(part) for part in parts]
+            each, space = self._by_heads(name, rotation, space, candidate)
+        checks = [self._spot_check(part) for part in each]
         for checked in checks:
             if checked.fault is not None:
                 self._refuse(Refusal(name, checked.fault.why, (checked.fault.node.name,)))

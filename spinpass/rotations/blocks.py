@@ -28,7 +28,7 @@ def checked_blocks(blocks: Tensor) -> Tensor:
     Raises ConfigError: they have another shape, are not float32 or float64, not finite, or one has no inverse.
     """
     wrong = not isinstance(blocks, Tensor) or blocks.dim() not in (1, 3) or not blocks.numel()
-    if wrong or blocks.dim() == 3 and blocks.shape[1] != blocks.shape[2]:
+    if wrong or (blocks.dim() == 3 and blocks.shape[1] != blocks.shape[2]):
         found = tuple(blocks.shape) if isinstance(blocks, Tensor) else type(blocks).__name__
         raise ConfigError(f"matrices for each head are (heads, n, n), and scales (n,); got {found}")
     if blocks.dtype not in (torch.float32, torch.float64):
@@ -74,17 +74,19 @@ def multiply_blocks(
     """
     right = torch.linalg.inv(blocks) if inverse != dual else blocks
     right = (right.mT if dual else right).to(x.device, hadamard.precision_of(x, compute))
-    parts = x.movedim(dim, -1).unflatten(-1, (-1, *right.shape[:2]))
+    parts = torch.unflatten(x.movedim(dim, -1), -1, (-1, *right.shape[:2]))
     has_autocast = torch.amp.is_autocast_available(x.device.type)
     with torch.autocast(x.device.type, enabled=False) if has_autocast else contextlib.nullcontext():
         if right.shape[1] == 1:
             made = parts.to(right.dtype) * right[:, 0]
         else:
             made = torch.einsum("...hi,hij->...hj", parts.to(right.dtype), right)
-    return made.flatten(-3).movedim(-1, dim).to(x.dtype).contiguous()
+    found: Tensor = made.flatten(-3).movedim(-1, dim).to(x.dtype).contiguous()
+    return found
 
 
 def take_order(x: Tensor, order: Tensor, dim: int, *, inverse: bool) -> Tensor:
     """``x P`` along ``dim``: channel j is channel ``order[j]`` of x; with ``inverse`` the way back."""
     at = (order.argsort() if inverse else order).to(x.device)
-    return x.movedim(dim, -1).unflatten(-1, (-1, len(order)))[..., at].flatten(-2).movedim(-1, dim).contiguous()
+    vectors = torch.unflatten(x.movedim(dim, -1), -1, (-1, len(order)))
+    return vectors[..., at].flatten(-2).movedim(-1, dim).contiguous()

@@ -77,31 +77,7 @@ class Rotation:
             raise ConfigError(f"block size {self.order} does not divide the size {self.size}")
         if self.kind in HADAMARD_KINDS and not hadamard.is_order(self.order):
             raise ConfigError(f"no Hadamard matrix of order {self.order} can be built")
-        self._check_matrix()
-
-    def _check_matrix(self) -> None:
-        if bool(self.factors) != (self.kind == "kronecker"):
-            raise ConfigError(
-                f"factors are those of a 'kronecker', and this is {self.kind!r}: use Rotation.from_factors"
-            )
-        if self.factors and math.prod(map(len, self.factors)) != self.order:
-            raise ConfigError(f"factors of {self._factor_sizes} make no matrix of order {self.order}")
-        due = {
-            "learned": (torch.float64, (self.size, self.size)),
-            "blocks": (torch.float64, (self.size // self.order, self.order, self.order)),
-            "permutation": (torch.int64, (self.size,)),
-        }.get(self.kind)
-        if due is None:
-            if self.matrix_ is not None:
-                raise ConfigError(f"a {self.kind!r} rotation takes no matrix: use Rotation.from_matrix")
-            return
-        if self.matrix_ is None:
-            raise ConfigError(f"a {self.kind!r} rotation needs its matrix: use Rotation.from_matrix")
-        found = (self.matrix_.dtype, tuple(self.matrix_.shape))
-        if found != due or (self.kind != "blocks" and self.order != self.size):
-            raise ConfigError(
-                f"a {self.kind!r} rotation needs a {due[0]} matrix of size {list(due[1])}, got {found[0]} {list(found[1])}"
-            )
+        _check_tensors(self)
 
     @classmethod
     def create(
@@ -333,7 +309,8 @@ class Rotation:
     def _fingerprint(self) -> str:
         drawn = self.kind.startswith("random")
         parts = [self.kind, self.size, self.order, self.seed if drawn else 0, self.identity if drawn else ""]
-        matrix = b"".join(map(encoding.to_bytes, self.factors)) if self.matrix_ is None else encoding.to_bytes(self.matrix_)
+        tensors = self.factors if self.matrix_ is None else (self.matrix_,)
+        matrix = b"".join(map(encoding.to_bytes, tensors))
         parts += [list(map(len, self.factors))] if self.factors else []
         return hashlib.sha256(json.dumps(parts).encode() + matrix).hexdigest()
 
@@ -374,6 +351,34 @@ def rotation_by(matrix: Tensor | Rotation, identity: str = "") -> Rotation:
             return Rotation.from_factors([matrix], identity)
         except ConfigError:
             raise error from None
+
+
+def _check_tensors(rotation: Rotation) -> None:
+    """Raise ConfigError where a rotation's tensors are not those of its kind and size."""
+    if bool(rotation.factors) != (rotation.kind == "kronecker"):
+        raise ConfigError(
+            f"factors are those of a 'kronecker', and this is {rotation.kind!r}: use Rotation.from_factors"
+        )
+    if rotation.factors and math.prod(map(len, rotation.factors)) != rotation.order:
+        sizes = " ⊗ ".join(str(len(factor)) for factor in rotation.factors)
+        raise ConfigError(f"factors of {sizes} make no matrix of order {rotation.order}")
+    due = {
+        "learned": (torch.float64, (rotation.size, rotation.size)),
+        "blocks": (torch.float64, (rotation.size // rotation.order, rotation.order, rotation.order)),
+        "permutation": (torch.int64, (rotation.size,)),
+    }.get(rotation.kind)
+    if due is None:
+        if rotation.matrix_ is not None:
+            raise ConfigError(f"a {rotation.kind!r} rotation takes no matrix: use Rotation.from_matrix")
+        return
+    if rotation.matrix_ is None:
+        raise ConfigError(f"a {rotation.kind!r} rotation needs its matrix: use Rotation.from_matrix")
+    found = (rotation.matrix_.dtype, tuple(rotation.matrix_.shape))
+    if found != due or (rotation.kind != "blocks" and rotation.order != rotation.size):
+        raise ConfigError(
+            f"a {rotation.kind!r} rotation needs a {due[0]} matrix of size {list(due[1])}, got {found[0]} "
+            f"{list(found[1])}"
+        )
 
 
 @lru_cache(maxsize=4)

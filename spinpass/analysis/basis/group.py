@@ -3,8 +3,8 @@
     (x A)(w A⁻ᵀ)ᵀ = x wᵀ  for every invertible A;   ‖x A‖ = ‖x‖  and  (x A)(y A)ᵀ = x yᵀ  for orthogonal ones
 
 An invertible matrix passes where values of the space are moved, added, multiplied by what is none of it, and contracted
-with constants, which take the other basis. A norm's statistic needs an orthogonal one. So does a product of two computed
-values of the space, such as queries with keys, unless everything folds and one of them takes the dual basis.
+with constants, which take the other basis. A norm's statistic needs an orthogonal one. So does a product of two
+computed values of the space, such as queries with keys, unless all of it folds and one of them takes the dual basis.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def admitted_by(editor: ProgramEditor, space: Space, rule: Callable[[Node], Rule
         uses = by_sides(editor, space)
     except Unsided as error:
         return Admitted("orthogonal", f"{product}, and {error}")
-    return Admitted("invertible", "where it is contracted with itself, queries take the inverse transposed of what keys take", uses)
+    return Admitted("invertible", "queries take the inverse transposed of what keys take", uses)
 
 
 def _uses(editor: ProgramEditor, space: Space, constant: Node, rule: Callable[[Node], Rule]) -> set[bool | None]:

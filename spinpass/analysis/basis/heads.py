@@ -2,8 +2,8 @@
 
     diag(A1, A2, …)  on the vector of all heads,  Aₖ on head k;  query heads have the matrix of the head that they read
 
-Nothing about heads is assumed: from one vector of what a weight writes, another walk grows. Where such walks end without
-an edge, and share the constants of the whole space among them, each of them may have a basis of its own.
+Nothing about heads is assumed: from one vector of what a weight writes, another walk grows. Where such walks end
+without an edge, and share the constants of the whole space among them, each of them may have a basis of its own.
 """
 
 from __future__ import annotations
@@ -82,12 +82,9 @@ def by_heads(editor: ProgramEditor, space: Space) -> Heads | str:
     for cached in space.carried:
         layouts = [each.layout for part in parts for each in part.carried if _same(each, cached)]
         try:
-            wide = _side_by_side(layouts, cached.layout) if len(layouts) == len(parts) else None
+            carried.append(replace(cached, layout=_plain(layouts, cached.layout, len(parts))))
         except LayoutError:
-            wide = None
-        if wide is None or not _is_plain(wide):
             return f"the cache at {cached.node.name} does not keep each head once, in their order"
-        carried.append(replace(cached, layout=wide))
     width = space.width * len(parts)
     return Heads(tuple(parts), replace(space, width=width, constants=tuple(constants), carried=tuple(carried)))
 
@@ -151,7 +148,13 @@ def _side_by_side(layouts: list[Layout], shared: Layout) -> Layout:
     return Layout(first.dims, first.sizes, torch.cat([layout.blocks for layout in layouts], 1))
 
 
-def _is_plain(layout: Layout) -> bool:
-    """Return whether one vector fills its axes in order, and heads lie on the last of them or on the last two."""
-    whole = torch.arange(layout.width, device="cpu")
-    return len(layout.dims) <= 2 and layout.count == 1 and bool(torch.equal(layout.blocks[0], whole))
+def _plain(layouts: list[Layout], shared: Layout, count: int) -> Layout:
+    """Return where the vector of all heads lies in a cache, which it fills in order along one axis or two.
+
+    Raises LayoutError: it does not.
+    """
+    wide = _side_by_side(layouts, shared) if len(layouts) == count else shared
+    in_order = torch.equal(wide.blocks.flatten(), torch.arange(wide.blocks.numel(), device="cpu"))
+    if len(layouts) != count or len(wide.dims) > 2 or wide.count != 1 or not in_order:
+        raise LayoutError("a cache has heads elsewhere")
+    return wide

@@ -49,7 +49,7 @@ class SideWalk(HeadWalk):
 
 
 def by_sides(editor: ProgramEditor, space: Space) -> tuple[ConstantUse, ...]:
-    """Return the constants of a space by the side of their values. The seed's is the dual one, and caches are not on it.
+    """Return the constants of a space by the side of their values: the seed's is the dual one, that of caches is not.
 
     Args:
         editor: the program.
