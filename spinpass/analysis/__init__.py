@@ -12,6 +12,7 @@ from .basis.walk import Walk
 from .ops.rules import Centring, Concatenate, Movement, Multilinear, Normalization, Opaque, Square, Zeros
 from .ops.table import rule_of, tokens_per_call
 from .patterns.attention import SOFTMAX, Attention, cache_values, find_attention
+from .patterns.gates import Gate, find_gate
 from .patterns.linear import Linear, as_linear, find_linears, normed_value, root_of, whole_axis
 from .patterns.mlp import ACTIVATIONS, find_down_projections
 from .patterns.residual import find_residual_sums
@@ -32,6 +33,7 @@ __all__ = [
     "Entry",
     "Fault",
     "FlatNumber",
+    "Gate",
     "Group",
     "Heads",
     "Linear",
@@ -60,6 +62,7 @@ __all__ = [
     "cancel",
     "find_attention",
     "find_down_projections",
+    "find_gate",
     "find_linears",
     "find_residual_sums",
     "head_count",

@@ -13,6 +13,7 @@ from spinpass.analysis import (
     Admitted,
     CacheEdge,
     Entry,
+    Gate,
     Heads,
     Refusal,
     Space,
@@ -134,12 +135,18 @@ class Planner:
         if why is not None:
             self._refuse(Refusal(name, why))
             return None
+        admitted = _admitted_by_gate(candidate.gate) if candidate.gate else admitted_by(self.editor, space, rule_of)
+        if candidate.gate and self.only is None and self.config.matrix(name, place) is None:
+            what = _SCALES_AND_ORDERS if admitted.group == "diagonal" else _ORDERS
+            self._refuse(Refusal(name, f"it takes {what} of yours, from `matrices`: {admitted.why}"))
+            return None
         rotation = self.only[name].rotation if self.only is not None else self._rotation(name, space.width, place)
-        admitted = admitted_by(self.editor, space, rule_of)
         space = replace(space, constants=admitted.uses or space.constants)
         heads = self._heads(candidate)
         each: tuple[Space, ...] = (space,)
-        if rotation.is_by_heads:
+        if candidate.gate:
+            each, space = candidate.gate.parts, _folded_at_gate(name, rotation, candidate.gate)
+        elif rotation.is_by_heads:
             each, space = self._by_heads(name, rotation, space, candidate)
         checks = [self._spot_check(part) for part in each]
         for checked in checks:
@@ -147,7 +154,7 @@ class Planner:
                 self._refuse(Refusal(name, checked.fault.why, (checked.fault.node.name,)))
                 return None
         _check_admitted(name, rotation, admitted, space)
-        if rotation.order == 1:
+        if rotation.order == 1 and not rotation.is_offline:
             self._refuse(Refusal(name, f"no Hadamard order above 1 divides {space.width}"))
             return None
         parts = [OnlinePart(e.node.name, e.why, self._flops(e.node, rotation), False) for e in space.entries]
@@ -158,8 +165,8 @@ class Planner:
             size=space.width,
             form=candidate.form,
             rotation=rotation,
-            writers=tuple(writers),
-            readers=tuple(readers),
+            writers=tuple(parameter_names(self.editor, space.writers)),
+            readers=tuple(parameter_names(self.editor, space.readers)),
             online=tuple(parts),
             cache=tuple(c.node.name if c.output is None else f"output {c.output}" for c in space.carried),
             bytes_added=0,
@@ -171,7 +178,8 @@ class Planner:
         )
         self.planned.append(planned)
         self.carried += [(planned, c) for c in space.carried]
-        self._claims.take(name, space)
+        if not candidate.gate:  # whatever is folded later lies on top of it
+            self._claims.take(name, space)
         return Site(planned, space)
 
     def _heads(self, candidate: Candidate) -> int:
@@ -282,6 +290,23 @@ def _check_replayed(planned: PlannedSpace, candidate: Candidate) -> None:
             )
 
 
+def _admitted_by_gate(gate: Gate) -> Admitted:
+    """Return what channels that are computed one by one admit."""
+    if gate.scaled is None:
+        return Admitted("permutation", "what is computed of its channels one by one is linear in no operand")
+    return Admitted("diagonal", "it is linear in one operand, which takes scales, and all operands take one order")
+
+
+def _folded_at_gate(name: str, rotation: Rotation, gate: Gate) -> Space:
+    """Return the space that takes scales, or the one that takes an order. Raises ConfigError: the matrix is neither."""
+    if rotation.kind == "permutation":
+        return gate.permuted
+    if rotation.kind == "blocks" and rotation.order == 1 and gate.scaled is not None:
+        return gate.scaled
+    what = _ORDERS if gate.scaled is None else _SCALES_AND_ORDERS
+    raise ConfigError(f"{name}: {rotation} does not pass channels that are computed one by one; give {what}")
+
+
 def _check_admitted(name: str, rotation: Rotation, admitted: Admitted, space: Space) -> None:
     """Raise ConfigError for a matrix that a space does not admit, or whose rounding would be felt."""
     if rotation.is_offline and space.online:
@@ -305,6 +330,8 @@ def _check_admitted(name: str, rotation: Rotation, admitted: Admitted, space: Sp
         )
 
 
+_ORDERS = "an order of channels (integers)"
+_SCALES_AND_ORDERS = f"a scale for each channel (a vector), or {_ORDERS}"
 _OF_HEADS: tuple[Role, ...] = ("R2", "R3")
 _NOTHING: dict[Role, str] = {
     "R1": "the program has no residual stream that linear layers write into and read through norms",
@@ -312,4 +339,5 @@ _NOTHING: dict[Role, str] = {
     "R3": "the program has no attention that contracts queries with keys",
     "R4": "the program has no linear layer that reads a nonlinearity",
     "heads": "the program has no linear layer that reads several heads of attention at once",
+    "gates": "the program has no linear layer that reads channels computed one by one",
 }

@@ -21,7 +21,8 @@ from ..ops.rules import Concatenate, Ignored, Movement, Multilinear, Rule, Sever
 from .sides import Unsided, by_sides
 from .space import ConstantUse, Space
 
-Group = Literal["orthogonal", "invertible"]
+Group = Literal["orthogonal", "invertible", "diagonal", "permutation"]
+"""The last two are those of gates: a scale for each channel and an order of them, or the order alone."""
 _PASSED = (Movement, Concatenate, Ignored, Zeros, Several)
 
 
