@@ -93,7 +93,7 @@ class Between(nn.Module):
 
     def forward(self, ids: Tensor) -> Any:
         x = self.e(ids)
-        g, u = self.g(x), self.u(x)
+        g, u = self.g(x), (self.g if self.how == "one weight" else self.u)(x)
         if self.how == "vector inside":
             g = torch.tanh(torch.sigmoid(g) + self.c)
         if self.how == "softmax":
@@ -114,7 +114,7 @@ def between(how: str) -> ExportedProgram:
 
 @pytest.mark.parametrize(
     ("how", "admits"),
-    [("plain", "diagonal"), ("squared", "permutation"), ("sum", "permutation"), ("vector inside", ""), ("softmax", ""),
+    [("plain", "diagonal"), ("squared", "permutation"), ("sum", "permutation"), ("one weight", "permutation"), ("vector inside", ""), ("softmax", ""),
      ("operand out", ""), ("result out", "")],
 )  # fmt: skip
 def test_what_passes_is_what_the_operators_let_pass(how: str, admits: str) -> None:
@@ -158,7 +158,7 @@ def not_inverted(m: pytest.MonkeyPatch) -> None:
 
 
 def everything_is_linear(m: pytest.MonkeyPatch) -> None:
-    m.setattr(gates, "_is_linear_in", lambda result, operand, inside: True)
+    m.setattr(gates, "_is_linear_in", lambda result, operands, inside: True)
 
 
 def one_side_of_an_order(m: pytest.MonkeyPatch) -> None:

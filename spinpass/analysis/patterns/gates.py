@@ -66,7 +66,7 @@ def find_gate(editor: ProgramEditor, linear: Linear) -> Gate | str:
         return f"{past[0].name if past else result.name} is read elsewhere, too"
     if not out.readers or any(space.scales or space.shifts or space.centrings for space in (*into, out)):
         return "a norm is taken of it"
-    linear_in = [space for operand, space in zip(operands, into, strict=True) if _is_linear_in(result, operand, inside)]
+    linear_in = [space for space in into if _is_linear_in(result, {leaving.node for leaving in space.exits}, inside)]
     scaled = [space for space in linear_in if all(_admits_scales(editor, each) for each in (space, out))]
     return Gate(_together(result, [*into, out]), _together(result, [scaled[-1], out]) if scaled else None, (*into, out))
 
@@ -115,9 +115,12 @@ def _tensors(node: Node) -> list[Node]:
     return [operand for operand in node.all_input_nodes if isinstance(value(operand), Tensor)]
 
 
-def _is_linear_in(result: Node, operand: Node, inside: set[Node]) -> bool:
-    """Return whether a result is linear in an operand: each term of each operator on the way has it once."""
-    known: dict[Node, bool | None] = {operand: True}  # None: it does not depend on the operand
+def _is_linear_in(result: Node, operands: set[Node], inside: set[Node]) -> bool:
+    """Return whether a result is linear in operands together: each term of each operator on the way has one, once.
+
+    There are several where one weight makes them.
+    """
+    known: dict[Node, bool | None] = dict.fromkeys(operands, True)  # None: it does not depend on them
 
     def state(node: Node) -> bool | None:
         if node not in known:
