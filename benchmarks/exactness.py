@@ -4,6 +4,9 @@ The first table is about SmolLM2-135M (its package, or ``--model``), exported wi
 shows the largest change of a logit in float64 and float32, in the program and in ONNX Runtime, greedy text, and the
 size of the files. The second table takes every tiny random-weight model of ``tests/support/models.py`` and rotates it
 in both forms of R1.
+
+With ``--transforms random`` it takes random matrices of what each space admits in place of Hadamards: on tiny models,
+and on a sample of the types of transformers that a file names (``--types FILE --sample N``). It fails above 1e-9.
 """
 
 from __future__ import annotations
@@ -26,6 +29,9 @@ from spinpass.runtime import OrtDecoder
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from benchmarks import random_transforms
+from benchmarks.zoo.export import NotExported
+from benchmarks.zoo.variants import NotBuilt, export_variant
 from tests.support import models
 
 PROMPTS = (
@@ -44,10 +50,18 @@ def main(
     model: Annotated[str, typer.Option(help="Another model than the packaged one.")] = "",
     form: Annotated[str, typer.Option(help="The form of R1.")] = "auto",
     tiny: Annotated[bool, typer.Option(help="The table of tiny models as well.")] = True,
+    transforms: Annotated[str, typer.Option(help="random: no real model, matrices drawn from what is admitted.")] = "",
+    types: Annotated[Path | None, typer.Option(help="A file that names types of transformers.")] = None,
+    sample: Annotated[int, typer.Option(help="How many of them.")] = 24,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Measure exactness."""
     screen = Screen(as_json=as_json)
+    if transforms:
+        with screen.steps() as steps:
+            drawn = random_rows(types, sample, tiny, steps)
+        screen.document({"random": drawn}) if as_json else screen.show(random_transforms.table(drawn))
+        raise typer.Exit(0 if drawn and all(row["ok"] for row in drawn) else 1)
     with screen.steps() as steps:
         real = real_model(model or packaged_model(), out, form, steps)
         rows = [row for name in models.NAMES for row in tiny_model(name, steps)] if tiny else []
@@ -117,6 +131,23 @@ def tiny_model(name: str, steps: Steps) -> list[dict[str, Any]]:
             }
         )
     tick(1, 1)
+    return rows
+
+
+def random_rows(types: Path | None, sample: int, tiny: bool, steps: Steps) -> list[dict[str, Any]]:
+    """Transform programs by random matrices of what they admit, in both forms of R1; returns a row for each."""
+    rows: list[dict[str, Any]] = []
+    for name in models.NAMES if tiny else ():
+        steps.start(f"tiny {name}")
+        program = models.export_plain(models.build(name, dtype=torch.float64), models.sample_inputs(name))
+        rows += [random_transforms.measured(name, program, form) for form in ("offline", "online")]
+    for name in random_transforms.types_of(types, sample) if types else ():
+        steps.start(f"type {name}")
+        try:
+            program = export_variant(name, "prefill").program
+        except (NotBuilt, NotExported):
+            continue  # what transformers cannot make, or torch cannot export, shows nothing
+        rows += [random_transforms.measured(name, program, form) for form in ("offline", "online")]
     return rows
 
 

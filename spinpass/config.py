@@ -13,7 +13,7 @@ from torch import Tensor
 from spinpass.errors import ConfigError
 from spinpass.rotations import Rotation
 
-Role = Literal["R1", "R2", "R3", "R4", "latent", "heads"]
+Role = Literal["R1", "R2", "R3", "R4", "latent", "heads", "gates"]
 Kind = Literal["hadamard", "random-hadamard", "random-matrix"]
 Tied = Literal["keep", "untie", "auto"]
 Form = Literal["auto", "offline", "online"]
@@ -59,6 +59,8 @@ class RotationConfig:
             projections.
             ``heads`` puts one online Hadamard across all heads at the input of the output projection, on top of R2. It
             is not among the defaults: it pays for low-bit activations.
+            ``gates`` folds an order of channels, or a scale for each, into the layers around act(g) · u. It takes what
+            ``matrices`` has for it and nothing else: no other matrix passes there.
         kind: what matrix rotates. ``hadamard`` is deterministic, ``random-hadamard`` has random signs, and
             ``random-matrix`` is random orthogonal and dense, hence slow where it stays online.
         block_size: rotate in diagonal blocks of this size, which must divide the size of every space. None rotates
@@ -80,7 +82,9 @@ class RotationConfig:
             keeps it in the original basis and leaves out the rotations that would change it.
         overrides: settings per rotation or per space name.
         matrices: matrices of your own, per rotation or per space name: (n, n), float32 or float64; a vector x becomes
-            x @ matrix. They are orthogonal, or invertible where the space admits that, as :func:`spinpass.plan` says. A
+            x @ matrix. They are orthogonal, or invertible where the space admits that, as :func:`spinpass.plan` says.
+            A stack (heads, n, n) has one for each key/value head, where the plan says so. Of R3 they are the keys'. Of
+            ``gates`` they are a vector (n,) of scales of u, or one of integers, an order of channels. A
             :class:`spinpass.Rotation`, for example of :meth:`spinpass.Rotation.from_factors`, is taken as it is. A
             sequence of them, for a rotation, has one for each of its spaces, in the order in which the program computes
             them (:func:`spinpass.formats.read_matrices`).

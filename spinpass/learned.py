@@ -217,13 +217,15 @@ def with_learned_bases(
 
 def basis_of(space: PlannedSpace) -> Basis:
     """Return what is learned of a space, and the constants that take it up."""
-    folds = [(fold.constant, fold.layout, fold.reads) for fold in space.folds]
+    folds = [(fold.constant, fold.layout, fold.dual) for fold in space.folds]
     return Basis(space.name, space.rotation, space.group == "orthogonal", folds)
 
 
 def factored(space: PlannedSpace) -> Rotation | None:
     """Return a space's rotation in factors, where it has such and they are few enough to be learned."""
     rotation = space.rotation
+    if rotation.is_offline:
+        return None  # it stays what was given
     if rotation.kind == "hadamard":
         sizes = hadamard.kronecker_factors(rotation.order)
         factors = [matrix / len(matrix) ** 0.5 for matrix in hadamard.factor_matrices(rotation.order)]

@@ -270,7 +270,8 @@ def _record(planner: Planner) -> record.Record:
     earlier = planner.earlier or record.Record(__version__)
     inputs, outputs = dict(earlier.inputs), dict(earlier.outputs)
     for planned, carried in planner.carried:
-        entry = record.Carried(planned.rotation, carried.layout.dims[0] - len(shape(carried.node)), planned.name)
+        *heads, dim = (axis - len(shape(carried.node)) for axis in carried.layout.dims)
+        entry = record.Carried(planned.rotation, dim, planned.name, heads[0] if heads else None)
         if carried.output is None:
             inputs[carried.node.name] = entry
         else:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import Graph, Node
 
@@ -27,20 +29,37 @@ class Carried:
         rotation: R.
         dim: the axis that holds blocks of ``rotation.size`` elements, counted from the end, so that it is negative.
         space: the name of the space that the cache belongs to.
+        heads: the axis that a vector's parts lie along, in front of ``dim``, where each of them has a matrix of its
+            own; likewise negative. None where vectors lie on ``dim`` alone.
     """
 
     rotation: Rotation
     dim: int
     space: str
+    heads: int | None = None
+
+    def applied(self, x: Tensor, *, inverse: bool = False) -> Tensor:
+        """Return x R in float64, with ``inverse`` x R⁻¹, for a value of the cache, of any floating dtype."""
+        wide = x.detach().to(torch.float64)
+        if self.heads is None:
+            last = wide.movedim(self.dim, -1)
+        else:
+            last = wide.movedim((self.heads, self.dim), (-2, -1)).flatten(-2)
+        blocks = last.reshape(*last.shape[:-1], -1, self.rotation.size)
+        made = self.rotation.apply(blocks, inverse=inverse).flatten(-2)
+        if self.heads is None:
+            return made.movedim(-1, self.dim)
+        return torch.unflatten(made, -1, (-1, x.shape[self.dim])).movedim((-2, -1), (self.heads, self.dim))
 
     def to_dict(self) -> dict[str, Any]:
         """Return what :meth:`from_dict` reads, as values that JSON can hold."""
-        return {"rotation": self.rotation.to_dict(), "dim": self.dim, "space": self.space}
+        told = {"rotation": self.rotation.to_dict(), "dim": self.dim, "space": self.space}
+        return told if self.heads is None else told | {"heads": self.heads}
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> Carried:
         """Return the value that :meth:`to_dict` has written."""
-        return Carried(Rotation.from_dict(data["rotation"]), data["dim"], data["space"])
+        return Carried(Rotation.from_dict(data["rotation"]), data["dim"], data["space"], data.get("heads"))
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
@@ -104,7 +103,7 @@ class Session:
         """Return a value in the basis of the original, in the dtype that the program returned."""
         if carried is None or not isinstance(out, Tensor):
             return out
-        restored = _blockwise(out, carried, inverse=True)
+        restored = carried.applied(out, inverse=True)
         return restored if self.float64 else restored.to(out.dtype)
 
     def feed_back(self, returned: Mapping[int, str]) -> None:
@@ -139,11 +138,4 @@ def _into(given: Any, carried: Carried | None, float64: bool) -> Any:
 
 def into_basis(x: Tensor, carried: Carried) -> Tensor:
     """Return a cache tensor of the original as the rotated program takes it: the same shape, in float64."""
-    return _blockwise(x, carried, inverse=False)
-
-
-def _blockwise(x: Tensor, carried: Carried, *, inverse: bool) -> Tensor:
-    """Return x R (x Rᵀ with ``inverse``) in float64, on each contiguous block of the axis as long as the rotation."""
-    last = x.detach().to(torch.float64).movedim(carried.dim, -1)
-    blocks = last.reshape(*last.shape[:-1], -1, carried.rotation.size)
-    return carried.rotation.apply(blocks, inverse=inverse).flatten(-2).movedim(-1, carried.dim)
+    return carried.applied(x)

@@ -198,7 +198,8 @@ def told_plan(plan: RotationPlan | None) -> str:
 def _digest(matrix: Matrix) -> str:
     if isinstance(matrix, Rotation):
         return matrix.fingerprint()
-    return hashlib.sha256(matrix.double().cpu().numpy().tobytes()).hexdigest()
+    shape = str(tuple(matrix.shape)).encode()
+    return hashlib.sha256(shape + matrix.double().cpu().numpy().tobytes()).hexdigest()
 
 
 def run_of(

@@ -1,8 +1,9 @@
 """FoldRotations:  reader W -> W R⁻ᵀ;  writer W -> Rᵀ W, b -> Rᵀ b;  table E -> E R.
 
 In row-vector form all of these are one operation: every vector of the space that lies in the constant is multiplied by
-R, or by R⁻ᵀ where it is contracted with vectors of the space, which is R again for an orthogonal one. It is one step
-per constant, computed at the end.
+R, or by R⁻ᵀ where it is contracted with vectors of the space, which is R again for an orthogonal one. What makes
+values that are in the dual basis, such as queries, has the other one of the two. It is one step per constant, computed
+at the end.
 
 Source: computational invariance, SliceGPT, Ashkboos et al., arXiv 2401.15024, section 3.1.
 """
@@ -24,7 +25,7 @@ from .site_pass import SitePass
 def fold_rotation(editor: ProgramEditor, space: Space, rotation: Rotation) -> Space:
     """Queue the rotation on every constant of the space, and return the space."""
     for use in space.constants:
-        rotate_constant(editor, editor.current(use.node), use.type.layout, rotation, dual=use.reads)
+        rotate_constant(editor, editor.current(use.node), use.type.layout, rotation, dual=use.dual)
     return space
 
 

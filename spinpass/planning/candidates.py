@@ -13,6 +13,7 @@ import torch
 from torch.fx import Node
 
 from spinpass.analysis import (
+    Gate,
     Linear,
     LinearInputWalk,
     Refusal,
@@ -21,6 +22,7 @@ from spinpass.analysis import (
     cache_values,
     find_attention,
     find_down_projections,
+    find_gate,
     find_linears,
     find_residual_sums,
     normed_value,
@@ -48,6 +50,7 @@ class Candidate:
         form: ``offline`` or ``online``.
         name: what the space is called where its parameters do not say so.
         over: the rotation whose blocks this one may lie on top of.
+        gate: what it is, where it is no space of one value.
     """
 
     role: Role
@@ -55,6 +58,7 @@ class Candidate:
     form: str
     name: str | None = None
     over: Role | None = None
+    gate: Gate | None = None
 
 
 Found = Candidate | Refusal | UntieRequest
@@ -81,6 +85,7 @@ class Candidates:
             ("R1", self._residual),
             ("R2", self._values),
             ("R3", self._queries),
+            ("gates", self._gates),
             ("R4", self._down_projections),
             ("heads", self._across_heads),
             ("latent", self._latents),
@@ -228,6 +233,16 @@ class Candidates:
             else:
                 form = "online" if space.entries else "offline"
                 yield Candidate("R3", space, form, attention_name(self.editor, attention))
+
+    def _gates(self) -> Iterator[Found]:
+        done: set[Node] = set()
+        for linear in list(find_down_projections(self.editor, self._streams)):
+            gate = find_gate(self.editor, linear)
+            if isinstance(gate, str):
+                yield Refusal(f"gates at {linear.node.name}", gate, (linear.node.name,))
+            elif gate.permuted.seed not in done:
+                done.add(gate.permuted.seed)
+                yield Candidate("gates", gate.permuted, "offline", gate=gate)
 
     def _down_projections(self) -> Iterator[Found]:
         for linear in list(find_down_projections(self.editor, self._streams)):

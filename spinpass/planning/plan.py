@@ -9,7 +9,7 @@ from typing import Any
 from spinpass.analysis import Refusal
 from spinpass.config import RotationConfig
 from spinpass.errors import ConfigError
-from spinpass.rotations import Rotation, rotation_by
+from spinpass.rotations import GIVEN_KINDS, Rotation, rotation_by
 from spinpass.values import Fields, check_told, columns, notebook_table, titled
 
 from .planned import PlannedSpace
@@ -52,8 +52,11 @@ class RotationPlan:
     @property
     def admissions(self) -> list[str]:
         """Return which matrices the spaces admit, and why, a sentence for each kind of them."""
-        reasons = {(s.role, s.form, s.group): s.admits for s in self.spaces}
-        return [f"{role} {form} admits {group} matrices: {why}" for (role, form, group), why in sorted(reasons.items())]
+        reasons = {(s.role, s.form, s.group, s.heads): s.admits for s in self.spaces}
+        return [
+            f"{role} {form} admits {group} matrices{f', one for each of {heads} heads' * (heads > 1)}: {why}"
+            for (role, form, group, heads), why in sorted(reasons.items())
+        ]
 
     @property
     def total(self) -> str:
@@ -227,7 +230,7 @@ def _described(rotations: Mapping[str, Rotation]) -> dict[str, dict[str, Any]]:
 def _rotation(fingerprint: str, told: object) -> Rotation:
     """Return a rotation of a document. Raises ConfigError where its values were left out."""
     described = Fields(told, f"plan.rotations.{fingerprint[:12]}…")
-    if described.text("kind") in ("learned", "kronecker") and not any(map(described.has, _VALUES)):
+    if described.text("kind") in GIVEN_KINDS and not any(map(described.has, _VALUES)):
         raise ConfigError(
             f"the plan was written without its matrices (one of size {described.count('size')}): keep it with "
             "spinpass.save_plan, or with to_dict() as it is"

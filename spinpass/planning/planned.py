@@ -49,12 +49,12 @@ class Fold:
     Attributes:
         constant: the name of the parameter.
         layout: where vectors of the space lie in it.
-        reads: it contracts the space, so that it takes R⁻ᵀ; otherwise it writes into it and takes R.
+        dual: it takes R⁻ᵀ, as what contracts the space does; otherwise R, as what writes into it does.
     """
 
     constant: str
     layout: Layout
-    reads: bool
+    dual: bool
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,7 @@ class PlannedSpace:
         notes: what stays as it is, and why.
         group: the matrices that the space admits in this form: ``orthogonal`` ones alone, or any ``invertible``.
         admits: why no larger group, or why this one, as a phrase.
+        heads: how many matrices it takes, one for each head; 1 where all heads share one.
         folds: the constants that take up the rotation; empty in a plan that was read from a document.
     """
 
@@ -91,6 +92,7 @@ class PlannedSpace:
     notes: tuple[str, ...] = ()
     group: Group = "orthogonal"
     admits: str = ""
+    heads: int = 1
     folds: tuple[Fold, ...] = field(default=(), repr=False, compare=False)
 
     @property
@@ -108,6 +110,7 @@ class PlannedSpace:
             "matrix": str(self.rotation),
             "group": self.group,
             "admits": self.admits,
+            "heads": self.heads,
             "fingerprint": self.rotation.fingerprint(),
             "writers": list(self.writers),
             "readers": list(self.readers),
@@ -141,6 +144,7 @@ class PlannedSpace:
             notes=data.texts("notes"),
             group=data.text("group", get_args(Group)),  # type: ignore[arg-type]
             admits=data.text("admits"),
+            heads=data.count("heads"),
         )
 
 

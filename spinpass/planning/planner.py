@@ -13,11 +13,15 @@ from spinpass.analysis import (
     Admitted,
     CacheEdge,
     Entry,
+    Gate,
+    Heads,
     Refusal,
     Space,
     SpotCheck,
     admitted_by,
+    by_heads,
     find_linears,
+    head_count,
     rule_of,
     tokens_per_call,
 )
@@ -131,14 +135,26 @@ class Planner:
         if why is not None:
             self._refuse(Refusal(name, why))
             return None
-        checked = self._spot_check(space)
-        if checked.fault is not None:
-            self._refuse(Refusal(name, checked.fault.why, (checked.fault.node.name,)))
+        admitted = _admitted_by_gate(candidate.gate) if candidate.gate else admitted_by(self.editor, space, rule_of)
+        if candidate.gate and self.only is None and self.config.matrix(name, place) is None:
+            what = _SCALES_AND_ORDERS if admitted.group == "diagonal" else _ORDERS
+            self._refuse(Refusal(name, f"it takes {what} of yours, from `matrices`: {admitted.why}"))
             return None
-        admitted = admitted_by(self.editor, space, rule_of)
         rotation = self.only[name].rotation if self.only is not None else self._rotation(name, space.width, place)
+        space = replace(space, constants=admitted.uses or space.constants)
+        heads = self._heads(candidate)
+        each: tuple[Space, ...] = (space,)
+        if candidate.gate:
+            each, space = candidate.gate.parts, _folded_at_gate(name, rotation, candidate.gate)
+        elif rotation.is_by_heads:
+            each, space = self._by_heads(name, rotation, space, candidate)
+        checks = [self._spot_check(part) for part in each]
+        for checked in checks:
+            if checked.fault is not None:
+                self._refuse(Refusal(name, checked.fault.why, (checked.fault.node.name,)))
+                return None
         _check_admitted(name, rotation, admitted, space)
-        if rotation.order == 1:
+        if rotation.order == 1 and not rotation.is_offline:
             self._refuse(Refusal(name, f"no Hadamard order above 1 divides {space.width}"))
             return None
         parts = [OnlinePart(e.node.name, e.why, self._flops(e.node, rotation), False) for e in space.entries]
@@ -149,20 +165,51 @@ class Planner:
             size=space.width,
             form=candidate.form,
             rotation=rotation,
-            writers=tuple(writers),
-            readers=tuple(readers),
+            writers=tuple(parameter_names(self.editor, space.writers)),
+            readers=tuple(parameter_names(self.editor, space.readers)),
             online=tuple(parts),
             cache=tuple(c.node.name if c.output is None else f"output {c.output}" for c in space.carried),
             bytes_added=0,
             group=admitted.group,
             admits=admitted.why,
-            folds=tuple(Fold(self.editor.fqn(c.node), c.type.layout, c.reads) for c in space.constants),
-            notes=(*(f"{self.editor.fqn(n)} kept: {w}" for n, w in space.kept.items()), *checked.unchecked),
+            heads=heads,
+            folds=tuple(Fold(self.editor.fqn(c.node), c.type.layout, c.dual) for c in space.constants),
+            notes=(*(f"{self.editor.fqn(n)} kept: {w}" for n, w in space.kept.items()), *checks[0].unchecked),
         )
         self.planned.append(planned)
         self.carried += [(planned, c) for c in space.carried]
-        self._claims.take(name, space)
+        if not candidate.gate:  # whatever is folded later lies on top of it
+            self._claims.take(name, space)
         return Site(planned, space)
+
+    def _heads(self, candidate: Candidate) -> int:
+        """Return how many matrices a space takes, one for each head; 1 where heads cannot be told apart."""
+        space = candidate.space
+        if candidate.role not in _OF_HEADS or not space.is_offline:
+            return 1
+        return head_count(self.editor, space)
+
+    def _by_heads(
+        self, name: str, rotation: Rotation, space: Space, candidate: Candidate
+    ) -> tuple[tuple[Space, ...], Space]:
+        """Return the spaces of the heads of a space, and one of all of them side by side.
+
+        Raises ConfigError: the heads cannot have matrices of their own, or there are more of them, or fewer.
+        """
+        found: Heads | str = "heads are those of values, or of queries and keys, where everything folds"
+        if candidate.role in _OF_HEADS and space.is_offline:
+            found = by_heads(self.editor, space)
+        if isinstance(found, str):
+            raise ConfigError(
+                f"{name}: there is a matrix for each of {rotation.size // rotation.order} heads, and here all have to "
+                f"share one: {found}; give one of size {candidate.space.width}"
+            )
+        if found.whole.width != rotation.size:
+            raise ConfigError(
+                f"{name}: there are matrices for {rotation.size // rotation.order} heads, and {len(found.parts)} "
+                "key/value heads: give one for each"
+            )
+        return found.parts, found.whole
 
     def _refuse(self, refusal: Refusal) -> None:
         if refusal not in self.refusals:
@@ -203,7 +250,9 @@ class Planner:
         try:
             if matrix is not None:
                 rotation = rotation_by(matrix, name)
-                if rotation.size != size:
+                if rotation.is_by_heads and rotation.order != size:
+                    raise ConfigError(f"the matrices of heads are of size {rotation.order}, the space has size {size}")
+                if rotation.size != size and not rotation.is_by_heads:
                     raise ConfigError(f"the matrix is {rotation.size}×{rotation.size}, the space has size {size}")
                 return rotation
             chosen = self.config.settings(name)
@@ -229,8 +278,9 @@ class Planner:
 
 def _check_replayed(planned: PlannedSpace, candidate: Candidate) -> None:
     """Raise ConfigError where a space is another one than in the plan that is carried out."""
+    rotation = planned.rotation
     for what, here, there in (
-        ("size", candidate.space.width, planned.size),
+        ("size", candidate.space.width, rotation.order if rotation.is_by_heads else planned.size),
         ("form", candidate.form, planned.form),
     ):
         if here != there:
@@ -240,8 +290,30 @@ def _check_replayed(planned: PlannedSpace, candidate: Candidate) -> None:
             )
 
 
+def _admitted_by_gate(gate: Gate) -> Admitted:
+    """Return what channels that are computed one by one admit."""
+    if gate.scaled is None:
+        return Admitted("permutation", "what is computed of its channels one by one is linear in no operand")
+    return Admitted("diagonal", "it is linear in one operand, which takes scales, and all operands take one order")
+
+
+def _folded_at_gate(name: str, rotation: Rotation, gate: Gate) -> Space:
+    """Return the space that takes scales, or the one that takes an order. Raises ConfigError: the matrix is neither."""
+    if rotation.kind == "permutation":
+        return gate.permuted
+    if rotation.kind == "blocks" and rotation.order == 1 and gate.scaled is not None:
+        return gate.scaled
+    what = _ORDERS if gate.scaled is None else _SCALES_AND_ORDERS
+    raise ConfigError(f"{name}: {rotation} does not pass channels that are computed one by one; give {what}")
+
+
 def _check_admitted(name: str, rotation: Rotation, admitted: Admitted, space: Space) -> None:
     """Raise ConfigError for a matrix that a space does not admit, or whose rounding would be felt."""
+    if rotation.is_offline and space.online:
+        raise ConfigError(
+            f"{name}: {rotation} can be folded and not run, and here {space.online[0].node.name} needs it online "
+            f"({space.online[0].why}); give a matrix of size {space.width}"
+        )
     if rotation.is_orthogonal:
         return
     if admitted.group == "orthogonal":
@@ -258,10 +330,14 @@ def _check_admitted(name: str, rotation: Rotation, admitted: Admitted, space: Sp
         )
 
 
+_ORDERS = "an order of channels (integers)"
+_SCALES_AND_ORDERS = f"a scale for each channel (a vector), or {_ORDERS}"
+_OF_HEADS: tuple[Role, ...] = ("R2", "R3")
 _NOTHING: dict[Role, str] = {
     "R1": "the program has no residual stream that linear layers write into and read through norms",
     "R2": "the program has no attention whose values come from and go to linear layers",
     "R3": "the program has no attention that contracts queries with keys",
     "R4": "the program has no linear layer that reads a nonlinearity",
     "heads": "the program has no linear layer that reads several heads of attention at once",
+    "gates": "the program has no linear layer that reads channels computed one by one",
 }

@@ -2,9 +2,10 @@
 
 from . import hadamard
 from .hadamard import is_order, largest_order
-from .rotation import Rotation, rotation_by
+from .rotation import GIVEN_KINDS, Rotation, rotation_by
 
 __all__ = [
+    "GIVEN_KINDS",
     "Rotation",
     "hadamard",
     "is_order",

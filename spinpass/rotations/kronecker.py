@@ -19,6 +19,9 @@ from spinpass.errors import ConfigError
 
 _ORTHOGONAL = 1e-12  # max |F Fᵀ − I| of a factor that is orthogonal to float64
 
+ORTHOGONAL_WITHIN = {torch.float32: 1e-4, torch.float64: 1e-8}
+"""The same of a matrix that somebody gives as an orthogonal one."""
+
 
 def checked_factors(factors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Return the factors as float64 on the CPU.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import json
 import math
@@ -16,20 +15,20 @@ from torch import Tensor
 
 from spinpass.errors import ConfigError
 
-from . import hadamard, kronecker
+from . import blocks, encoding, hadamard, kronecker
 
 HADAMARD_KINDS = ("hadamard", "random-hadamard")
-KINDS = (*HADAMARD_KINDS, "random-matrix", "learned", "kronecker")
-"""``learned`` and ``kronecker`` stand for the matrices that the user brings."""
+GIVEN_KINDS = ("learned", "kronecker", "blocks", "permutation")
+"""They stand for the matrices that the user brings."""
 
-_ORTHOGONAL_WITHIN = {torch.float32: 1e-4, torch.float64: 1e-8}
+KINDS = (*HADAMARD_KINDS, "random-matrix", *GIVEN_KINDS)
 
 
 @dataclass(frozen=True, eq=False)
 class Rotation:
-    """A matrix R of shape (size, size) that is block-diagonal with equal blocks of ``order`` rows.
+    """A matrix R of shape (size, size) that is block-diagonal with blocks of ``order`` rows.
 
-    It is orthogonal, but for the last kind, which takes any invertible factors.
+    It is orthogonal, but for ``kronecker`` and ``blocks``, which take any invertible matrices.
 
     =================  ========================================================================================
     kind               R
@@ -39,9 +38,12 @@ class Rotation:
     random-matrix      I ⊗ Q, Q of shape (order, order) uniformly distributed (Haar), drawn from (seed, identity)
     learned            the user's orthogonal matrix, whose ``order`` equals its ``size``
     kronecker          I ⊗ (F1 ⊗ F2 ⊗ …), the user's invertible factors, whose sizes multiply to ``order``
+    blocks             diag(A1, A2, …), the user's invertible matrices, one for each head; or a scale for each channel
+    permutation        the user's order of channels: channel j of x R is channel ``order[j]`` of x
     =================  ========================================================================================
 
-    Make one with :meth:`create`, :meth:`from_matrix` or :meth:`from_factors`. Two rotations are equal when they are the
+    Make one with :meth:`create`, :meth:`from_matrix`, :meth:`from_factors`, :meth:`from_blocks` or
+    :meth:`from_permutation`. Two rotations are equal when they are the
     same matrix by construction, which is when their :meth:`fingerprint` is equal.
 
     Args:
@@ -50,7 +52,8 @@ class Rotation:
         order: of the blocks, which divides the size.
         seed: of the random kinds.
         identity: the name of what is rotated, so that the same space of two programs gets the same rotation.
-        matrix_: of a learned rotation, float64 (size, size), else None.
+        matrix_: of a learned rotation float64 (size, size), of blocks float64 (size / order, order, order), of a
+            permutation int64 (size,), else None.
         factors: of a Kronecker product, float64 (f, f) each, else empty.
 
     Raises:
@@ -74,26 +77,7 @@ class Rotation:
             raise ConfigError(f"block size {self.order} does not divide the size {self.size}")
         if self.kind in HADAMARD_KINDS and not hadamard.is_order(self.order):
             raise ConfigError(f"no Hadamard matrix of order {self.order} can be built")
-        self._check_matrix()
-
-    def _check_matrix(self) -> None:
-        if bool(self.factors) != (self.kind == "kronecker"):
-            raise ConfigError(
-                f"factors are those of a 'kronecker', and this is {self.kind!r}: use Rotation.from_factors"
-            )
-        if self.factors and math.prod(map(len, self.factors)) != self.order:
-            raise ConfigError(f"factors of {self._factor_sizes} make no matrix of order {self.order}")
-        if self.kind != "learned":
-            if self.matrix_ is not None:
-                raise ConfigError(f"a {self.kind!r} rotation takes no matrix: use Rotation.from_matrix")
-            return
-        if self.matrix_ is None:
-            raise ConfigError("a 'learned' rotation needs its matrix: use Rotation.from_matrix")
-        if tuple(self.matrix_.shape) != (self.order, self.size) or self.matrix_.dtype != torch.float64:
-            found = f"{self.matrix_.dtype} {tuple(self.matrix_.shape)}"
-            raise ConfigError(
-                f"a learned rotation needs a float64 matrix of one block of size {self.size}, got {found}"
-            )
+        _check_tensors(self)
 
     @classmethod
     def create(
@@ -129,10 +113,10 @@ class Rotation:
         """
         if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1] or not len(matrix):
             raise ConfigError(f"a rotation matrix must be square and not empty, got shape {tuple(matrix.shape)}")
-        if matrix.dtype not in _ORTHOGONAL_WITHIN:
+        if matrix.dtype not in kronecker.ORTHOGONAL_WITHIN:
             raise ConfigError(f"a rotation matrix must be float32 or float64, got {matrix.dtype}")
         exact = matrix.detach().to(device="cpu", dtype=torch.float64, copy=True)
-        error, bound = kronecker.non_orthogonality(exact), _ORTHOGONAL_WITHIN[matrix.dtype]
+        error, bound = kronecker.non_orthogonality(exact), kronecker.ORTHOGONAL_WITHIN[matrix.dtype]
         if not error <= bound:
             raise ConfigError(f"the matrix is not orthogonal: max |M Mᵀ - I| is {error:.1e}, above {bound:.0e}")
         return cls("learned", len(exact), len(exact), identity=identity, matrix_=_nearest_orthogonal(exact))
@@ -155,6 +139,29 @@ class Rotation:
             raise ConfigError(f"size={size!r} is not an integer")
         return cls("kronecker", order if size is None else size, order, identity=identity, factors=exact)
 
+    @classmethod
+    def from_blocks(cls, matrices: Tensor, identity: str = "") -> Rotation:
+        """The change of basis of each part of a vector by a matrix of its own: of each head, or of each channel.
+
+        Args:
+            matrices: float32 or float64 (heads, n, n), invertible; or (n,), a scale for each channel.
+            identity: the name of what is changed.
+
+        Raises ConfigError: they have another shape or dtype, or one has no inverse.
+        """
+        exact = blocks.checked_blocks(matrices)
+        order = exact.shape[1]
+        return cls("blocks", len(exact) * order, order, identity=identity, matrix_=exact)
+
+    @classmethod
+    def from_permutation(cls, order: Tensor, identity: str = "") -> Rotation:
+        """The order of channels in which channel j is channel ``order[j]``, int64 (n,).
+
+        Raises ConfigError: it does not have each channel once, or has another shape or dtype.
+        """
+        exact = blocks.checked_order(order)
+        return cls("permutation", len(exact), len(exact), identity=identity, matrix_=exact)
+
     @property
     def _factor_sizes(self) -> str:
         return " ⊗ ".join(str(len(factor)) for factor in self.factors)
@@ -162,18 +169,41 @@ class Rotation:
     @cached_property
     def is_orthogonal(self) -> bool:
         """Whether the inverse is the transpose, so that it may pass norms, and products of two of its vectors."""
+        if self.kind == "blocks":
+            return blocks.blocks_are_orthogonal(self._given)
         return self.kind != "kronecker" or kronecker.are_orthogonal(self.factors)
 
     @cached_property
     def condition(self) -> float:
         """The condition number in the 2-norm: by how much more than itself rounding may be felt."""
-        return 1.0 if self.is_orthogonal else kronecker.condition_of(self.factors)
+        if self.is_orthogonal:
+            return 1.0
+        return blocks.block_condition(self._given) if self.kind == "blocks" else kronecker.condition_of(self.factors)
+
+    @property
+    def _given(self) -> Tensor:
+        assert self.matrix_ is not None  # checked where it was made
+        return self.matrix_
+
+    @property
+    def is_by_heads(self) -> bool:
+        """Whether each head has a matrix of its own."""
+        return self.kind == "blocks" and self.order > 1
+
+    @property
+    def is_offline(self) -> bool:
+        """Whether it has no form for graphs, so that it takes a place where everything folds into constants."""
+        return self.kind in ("blocks", "permutation")
 
     def operands(self, *, inverse: bool = False) -> list[Tensor]:
         """The factors of what row vectors are multiplied by from the right: those of R, or of R⁻¹; float64.
 
         Of kinds without structure it is one dense block; Hadamards have operators of their own.
+
+        Raises ConfigError: it is offline.
         """
+        if self.is_offline:
+            raise ConfigError(f"{self} has no factors that a graph could multiply by")
         if self.factors:
             return kronecker.right_operands(self.factors, inverse=inverse, dual=False)
         block = self.matrix()[: self.order, : self.order].contiguous()
@@ -249,6 +279,10 @@ class Rotation:
             return hadamard.multiply(
                 x, [factor.t().to(x.device, precision).contiguous() for factor in right], dim=dim, compute=compute
             )
+        if self.kind == "blocks":
+            return blocks.multiply_blocks(x, self._given, dim, inverse=inverse, dual=dual, compute=compute)
+        if self.kind == "permutation":
+            return blocks.take_order(x, self._given, dim, inverse=inverse)
         block = self.matrix_ if self.matrix_ is not None else _haar(self.order, self.seed, self.identity)
         block = block.to(x.device, hadamard.precision_of(x, compute))
         return hadamard.multiply(x, [block if inverse else block.t()], dim=dim, compute=compute)
@@ -256,11 +290,7 @@ class Rotation:
     def to_dict(self) -> dict[str, Any]:
         """The rotation as JSON can hold it, without loss. A learned matrix is base64 of float64 rows, little-endian."""
         fields = {name: getattr(self, name) for name in ("kind", "size", "order", "seed", "identity")}
-        if self.factors:
-            return fields | {"factors": [base64.b64encode(_to_bytes(f)).decode("ascii") for f in self.factors]}
-        if self.matrix_ is None:
-            return fields
-        return fields | {"matrix": base64.b64encode(_to_bytes(self.matrix_)).decode("ascii")}
+        return fields | encoding.encoded(self.matrix_, self.factors)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Rotation:
@@ -269,25 +299,7 @@ class Rotation:
         Raises:
             ConfigError: the data describe no rotation.
         """
-        try:
-            kind, size, order = str(data["kind"]), int(data["size"]), int(data["order"])
-            seed, identity = int(data["seed"]), str(data["identity"])
-            raw = base64.b64decode(data["matrix"], validate=True) if "matrix" in data else None
-            parts = [base64.b64decode(part, validate=True) for part in data.get("factors", ())]
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise ConfigError(f"this is no description of a rotation: {error!r}") from error
-        if raw is not None and len(raw) != 8 * size * size:
-            raise ConfigError(f"the matrix of a rotation of size {size} takes {8 * size * size} bytes, got {len(raw)}")
-        sides = [math.isqrt(len(part) // 8) for part in parts]
-        if any(8 * side * side != len(part) for side, part in zip(sides, parts, strict=True)):
-            raise ConfigError("a factor of a rotation is no square matrix of float64")
-        factors = tuple(_from_bytes(part, side) for part, side in zip(parts, sides, strict=True))
-        matrix = None if raw is None else _from_bytes(raw, size)
-        if factors:
-            factors = kronecker.checked_factors(factors)
-        if matrix is not None and not kronecker.non_orthogonality(matrix) <= _ORTHOGONAL_WITHIN[torch.float64]:
-            raise ConfigError("the matrix of a learned rotation is not orthogonal")
-        return cls(kind, size, order, seed, identity, matrix, factors)
+        return cls(*encoding.fields_of(data))
 
     def fingerprint(self) -> str:
         """The SHA-256, in hexadecimal, of everything that determines R and of nothing else."""
@@ -297,7 +309,8 @@ class Rotation:
     def _fingerprint(self) -> str:
         drawn = self.kind.startswith("random")
         parts = [self.kind, self.size, self.order, self.seed if drawn else 0, self.identity if drawn else ""]
-        matrix = b"".join(map(_to_bytes, self.factors)) if self.matrix_ is None else _to_bytes(self.matrix_)
+        tensors = self.factors if self.matrix_ is None else (self.matrix_,)
+        matrix = b"".join(map(encoding.to_bytes, tensors))
         parts += [list(map(len, self.factors))] if self.factors else []
         return hashlib.sha256(json.dumps(parts).encode() + matrix).hexdigest()
 
@@ -309,8 +322,10 @@ class Rotation:
 
     def __str__(self) -> str:
         if self.factors:
-            blocks = self.size // self.order
-            return f"kronecker({self._factor_sizes}{f', {blocks} blocks' if blocks > 1 else ''})"
+            count = self.size // self.order
+            return f"kronecker({self._factor_sizes}{f', {count} blocks' if count > 1 else ''})"
+        if self.kind == "blocks":
+            return f"diagonal({self.size})" if self.order == 1 else f"{self.size // self.order} matrices({self.order})"
         shape = f"{self.size}" if self.order == self.size else f"{self.size // self.order} blocks of {self.order}"
         return f"{self.kind}({shape}, seed {self.seed})" if self.kind.startswith("random") else f"{self.kind}({shape})"
 
@@ -318,10 +333,17 @@ class Rotation:
 def rotation_by(matrix: Tensor | Rotation, identity: str = "") -> Rotation:
     """Return the orthogonal rotation by a matrix (n, n), or the change of basis by one that is none and has an inverse.
 
-    Raises ConfigError: it is neither.
+    A stack (heads, n, n) has a matrix for each head, a vector (n,) a scale for each channel, and one of integers an
+    order of channels.
+
+    Raises ConfigError: it is none of these.
     """
     if isinstance(matrix, Rotation):
         return matrix
+    if matrix.dim() == 1 and not matrix.is_floating_point():
+        return Rotation.from_permutation(matrix, identity)
+    if matrix.dim() in (1, 3):
+        return Rotation.from_blocks(matrix, identity)
     try:
         return Rotation.from_matrix(matrix, identity)
     except ConfigError as error:
@@ -329,6 +351,34 @@ def rotation_by(matrix: Tensor | Rotation, identity: str = "") -> Rotation:
             return Rotation.from_factors([matrix], identity)
         except ConfigError:
             raise error from None
+
+
+def _check_tensors(rotation: Rotation) -> None:
+    """Raise ConfigError where a rotation's tensors are not those of its kind and size."""
+    if bool(rotation.factors) != (rotation.kind == "kronecker"):
+        raise ConfigError(
+            f"factors are those of a 'kronecker', and this is {rotation.kind!r}: use Rotation.from_factors"
+        )
+    if rotation.factors and math.prod(map(len, rotation.factors)) != rotation.order:
+        sizes = " ⊗ ".join(str(len(factor)) for factor in rotation.factors)
+        raise ConfigError(f"factors of {sizes} make no matrix of order {rotation.order}")
+    due = {
+        "learned": (torch.float64, (rotation.size, rotation.size)),
+        "blocks": (torch.float64, (rotation.size // rotation.order, rotation.order, rotation.order)),
+        "permutation": (torch.int64, (rotation.size,)),
+    }.get(rotation.kind)
+    if due is None:
+        if rotation.matrix_ is not None:
+            raise ConfigError(f"a {rotation.kind!r} rotation takes no matrix: use Rotation.from_matrix")
+        return
+    if rotation.matrix_ is None:
+        raise ConfigError(f"a {rotation.kind!r} rotation needs its matrix: use Rotation.from_matrix")
+    found = (rotation.matrix_.dtype, tuple(rotation.matrix_.shape))
+    if found != due or (rotation.kind != "blocks" and rotation.order != rotation.size):
+        raise ConfigError(
+            f"a {rotation.kind!r} rotation needs a {due[0]} matrix of size {list(due[1])}, got {found[0]} "
+            f"{list(found[1])}"
+        )
 
 
 @lru_cache(maxsize=4)
@@ -359,13 +409,3 @@ def _nearest_orthogonal(matrix: Tensor) -> Tensor:
         matrix = 1.5 * matrix - 0.5 * matrix @ (matrix.t() @ matrix)
         last = error
     return matrix.contiguous()
-
-
-def _to_bytes(matrix: Tensor) -> bytes:
-    raw = bytearray(matrix.numel() * 8)
-    torch.frombuffer(raw, dtype=torch.float64).copy_(matrix.flatten())
-    return bytes(raw)
-
-
-def _from_bytes(raw: bytes, size: int) -> Tensor:
-    return torch.frombuffer(bytearray(raw), dtype=torch.float64).view(size, size)

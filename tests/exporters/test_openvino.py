@@ -20,6 +20,7 @@ from spinpass.execution.interpreter import run
 from spinpass.quantization import Codes, Quantized, quantize
 from tests.support import models
 from tests.support.decoders import made
+from tests.support.kronecker import by_factors
 from tests.support.programs import program
 
 openvino = pytest.importorskip("openvino")
@@ -66,6 +67,24 @@ def test_a_rotated_decoder_is_certified(written: exporter.OpenVINOReport, rotate
     found = openvino.Core().read_model(written.path)
     kept = record.Record.from_dict(json.loads(found.get_rt_info(["spinpass", "record"]).astype(str)))
     assert kept == record.read(rotated)
+
+
+def test_kronecker_factors_run_as_products_and_caches_keep_each_head_in_its_basis(tmp_path: Path) -> None:
+    before = program("llama", "cache", torch.float32)
+    config = spinpass.RotationConfig(form="online", rotations=("R1", "R2", "R4"), verify=False)
+    asked: dict[str, Any] = dict(by_factors(before, config))
+    asked |= {s.name: _per_head(s.heads, s.size) for s in spinpass.plan(before, config).spaces if s.heads > 1}
+    after = spinpass.transform(before, replace(config, matrices=asked))
+    report = exporter.export(after, tmp_path)
+    assert report.certificate is not None and report.certificate.ok, report.uncertified
+    found = record.read(after)
+    assert found is not None and {each.heads for each in found.inputs.values()} == {-3}
+    assert any(key.startswith("R1") for key in asked) and any(key.startswith("R4") for key in asked)
+
+
+def _per_head(heads: int, size: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.eye(size) + 0.1 * torch.randn(heads, size, size, generator=generator)
 
 
 def test_greedy_tokens_are_those_of_the_model(written: exporter.OpenVINOReport) -> None:

@@ -216,7 +216,7 @@ def test_unfit_fields_are_refused() -> None:
     with pytest.raises(ConfigError, match="a 'hadamard' rotation takes no matrix"):
         Rotation("hadamard", 4, 4, matrix_=torch.eye(4, dtype=torch.float64))
     with pytest.raises(
-        ConfigError, match=r"needs a float64 matrix of one block of size 4, got torch\.float32 \(4, 4\)"
+        ConfigError, match=r"needs a torch\.float64 matrix of size \[4, 4\], got torch\.float32 \[4, 4\]"
     ):
         Rotation("learned", 4, 4, matrix_=torch.eye(4))
 

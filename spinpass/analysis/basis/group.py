@@ -3,14 +3,14 @@
     (x A)(w A⁻ᵀ)ᵀ = x wᵀ  for every invertible A;   ‖x A‖ = ‖x‖  and  (x A)(y A)ᵀ = x yᵀ  for orthogonal ones
 
 An invertible matrix passes where values of the space are moved, added, multiplied by what is none of it, and contracted
-with constants, which take the other basis. A norm's statistic, and a product of two computed values of the space, such
-as queries with keys, need an orthogonal one.
+with constants, which take the other basis. A norm's statistic needs an orthogonal one. So does a product of two
+computed values of the space, such as queries with keys, unless all of it folds and one of them takes the dual basis.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from torch.fx import Node
@@ -18,18 +18,24 @@ from torch.fx import Node
 from spinpass.graph import ProgramEditor, op_name
 
 from ..ops.rules import Concatenate, Ignored, Movement, Multilinear, Rule, Several, Zeros
-from .space import Space
+from .sides import Unsided, by_sides
+from .space import ConstantUse, Space
 
-Group = Literal["orthogonal", "invertible"]
+Group = Literal["orthogonal", "invertible", "diagonal", "permutation"]
+"""The last two are those of gates: a scale for each channel and an order of them, or the order alone."""
 _PASSED = (Movement, Concatenate, Ignored, Zeros, Several)
 
 
 @dataclass(frozen=True)
 class Admitted:
-    """The largest group of matrices that a space admits, and why no larger one, as a phrase."""
+    """The largest group of matrices that a space admits, and why no larger one, as a phrase.
+
+    ``uses`` are the constants of the space by the side of products that their values stand on.
+    """
 
     group: Group
     why: str
+    uses: tuple[ConstantUse, ...] = field(default=(), compare=False)
 
 
 def admitted_by(editor: ProgramEditor, space: Space, rule: Callable[[Node], Rule]) -> Admitted:
@@ -45,6 +51,7 @@ def admitted_by(editor: ProgramEditor, space: Space, rule: Callable[[Node], Rule
     inside = {node for node in space.members if not editor.is_weight(node)}
     leaving = {(x.node, user) for x in space.exits for user in x.users}
     kept = {(entry.node, user) for entry in space.entries for user in entry.keep}
+    product = ""
     for node in inside:
         for user in node.users:
             if user.op != "call_function" or (node, user) in leaving or (node, user) in kept:
@@ -55,11 +62,19 @@ def admitted_by(editor: ProgramEditor, space: Space, rule: Callable[[Node], Rule
             if not isinstance(found, Multilinear):
                 return Admitted("orthogonal", f"{user.name} ({op_name(user)}) measures it")
             if any(sum(operand.node in inside for operand in term) > 1 for term in found.terms):
-                return Admitted("orthogonal", f"{user.name} ({op_name(user)}) multiplies two of its values")
+                product = product or f"{user.name} ({op_name(user)}) multiplies two of its values"
+                if space.online:
+                    return Admitted("orthogonal", product)
     for use in space.constants:
         if _uses(editor, space, use.node, rule) != {use.reads}:
             return Admitted("orthogonal", f"{editor.fqn(use.node)} is not used in one way alone")
-    return Admitted("invertible", "it is contracted with constants alone")
+    if not product:
+        return Admitted("invertible", "it is contracted with constants alone")
+    try:
+        uses = by_sides(editor, space)
+    except Unsided as error:
+        return Admitted("orthogonal", f"{product}, and {error}")
+    return Admitted("invertible", "queries take the inverse transposed of what keys take", uses)
 
 
 def _uses(editor: ProgramEditor, space: Space, constant: Node, rule: Callable[[Node], Rule]) -> set[bool | None]:

@@ -82,15 +82,27 @@ class Exit:
 
 @dataclass(frozen=True)
 class ConstantUse:
-    """A constant with an axis in the space: a reader, which contracts it, or a writer."""
+    """A constant with an axis in the space: a reader, which contracts it, or a writer.
+
+    Attributes:
+        node: the constant.
+        type: where the space's vectors lie in it.
+        swapped: its values stand in products with others of the space, and on the side that has the dual basis.
+    """
 
     node: Node
     type: AxisType
+    swapped: bool = False
 
     @property
     def reads(self) -> bool:
         """Return whether the constant contracts the space; otherwise it writes into it."""
         return self.type.reads
+
+    @property
+    def dual(self) -> bool:
+        """Return whether it takes R⁻ᵀ rather than R: what reads, where its values have the basis, not the dual."""
+        return self.reads != self.swapped
 
 
 @dataclass(frozen=True)

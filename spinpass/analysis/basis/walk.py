@@ -199,7 +199,7 @@ class Walk(NormGrowth):
         if self.editor.is_constant(node):
             return
         what = "a buffer that the program updates" if node in self.editor.mutated_buffers else "a program input"
-        if node not in self.cache or axis.pending is not None or not axis.layout.is_contiguous:
+        if node not in self.cache or axis.pending is not None or not self._may_be_carried(axis.layout):
             raise Barrier(what)
         self._carried[node, None] = axis.layout
         for _, kind, target, output in self.editor.output_values():
@@ -280,11 +280,15 @@ class Walk(NormGrowth):
                 if updated not in self.cache:
                     raise Barrier("state that the program updates")
                 self._demand(updated, axis)
-            elif self._is_cache(node) and axis.layout.is_contiguous:
+            elif self._is_cache(node) and self._may_be_carried(axis.layout):
                 self._carried[node, index] = axis.layout
             else:
                 raise Barrier("a program output")
             self._note_uncentred(node, axis, "is a program output")
+
+    def _may_be_carried(self, layout: Layout) -> bool:
+        """Return whether a cache may leave the program with the space's vectors where the layout says."""
+        return layout.is_contiguous
 
     def _is_cache(self, node: Node) -> bool:
         """Return whether the node is one of the values that a cache may hold, or a part or arrangement of them."""

@@ -73,12 +73,10 @@ def _check(session: Any, given: Mapping[str, Tensor], outputs: int, path: Path) 
 
 
 def _rotated(value: Any, carried: Carried | None, *, back: bool = False) -> Any:
-    """Return x R, or with ``back`` x Rᵀ, on the blocks of the carried axis; the dtype is kept."""
+    """Return x R, or with ``back`` x R⁻¹, of a cache; the dtype is kept."""
     if carried is None:
         return value
-    last = value.to(torch.float64).movedim(carried.dim, -1)
-    blocks = carried.rotation.apply(last.unflatten(-1, (-1, carried.rotation.size)), inverse=back)
-    return blocks.flatten(-2).movedim(-1, carried.dim).to(value.dtype)
+    return carried.applied(value, inverse=back).to(value.dtype)
 
 
 def _output(name: str, reference: Tensor, result: Tensor, dtype: torch.dtype) -> FileOutput:

@@ -57,7 +57,7 @@ def check_caches(components: Mapping[str, RotatedComponent]) -> None:
     found |= {f"{name} returns": _bases(c.record.outputs) for name, c in components.items() if c.returns_cache}
     for what, bases in found.items():
         first, expected = next(iter(found.items()))
-        differing = sorted(space for space, _, _ in bases ^ expected)
+        differing = sorted(space for space, *_ in bases ^ expected)
         if differing:
             raise ExportError(
                 f"the cache that {what} is not in the basis of the one that {first}: {differing[0]} differs; "
@@ -65,5 +65,5 @@ def check_caches(components: Mapping[str, RotatedComponent]) -> None:
             )
 
 
-def _bases(carried: Mapping[Any, Carried]) -> frozenset[tuple[str, str, int]]:
-    return frozenset((entry.space, entry.rotation.fingerprint(), entry.dim) for entry in carried.values())
+def _bases(carried: Mapping[Any, Carried]) -> frozenset[tuple[str, str, int, int | None]]:
+    return frozenset((entry.space, entry.rotation.fingerprint(), entry.dim, entry.heads) for entry in carried.values())

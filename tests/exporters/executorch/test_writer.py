@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from spinpass.runtime.executorch_session import PteMethod
 from spinpass.runtime.pte_decoder import PteDecoder
 from tests.support import decoders, folders, models
 from tests.support.decoders import made, snapshot, tokens
+from tests.support.kronecker import by_factors
 
 CONTEXT = 24
 TINY: dict[str, Any] = dict(num_hidden_layers=1, vocab_size=64, hidden_size=32, intermediate_size=64, head_dim=16,
@@ -85,6 +87,19 @@ def test_a_rotated_program_is_delegated_like_the_original(tmp_path: Path) -> Non
     (result,) = PteMethod(report.path).run([tokens()])
     assert (result - run(program, (tokens(),))[0]).abs().max() < 1e-4
     assert list(report.to_dict()["certificate"]) == [*plain.to_dict()["certificate"]]
+
+
+def test_kronecker_factors_are_delegated_like_hadamards_of_the_same_sizes(tmp_path: Path) -> None:
+    program = decoder()
+    config = spinpass.RotationConfig(form="online", verify=False)
+    asked = by_factors(program, config)
+    assert any(key.startswith("R1") for key in asked) and any(key.startswith("R4") for key in asked)
+    plain = executorch.export(spinpass.transform(program, config), tmp_path / "a")
+    changed = spinpass.transform(program, replace(config, matrices=asked))
+    report = executorch.export(changed, tmp_path / "b")
+    assert report.certificate is not None and report.certificate.ok and 0 < report.delegates <= plain.delegates
+    (result,) = PteMethod(report.path).run([tokens()])
+    assert (result - run(program, (tokens(),))[0]).abs().max() < 1e-4
 
 
 def test_the_portable_backend_delegates_nothing(tmp_path: Path) -> None:
