@@ -139,8 +139,7 @@ def _rounded(
     counts: dict[str, list[Tensor]] = {}
     weighed = {sites.fqns[site.weight.name] for site, how in sites.weights if how.fisher}
     if weighed:
-        steps = progress or (lambda done, total: None)
-        counts = token_counts(program, weighed, team.dealt(calibration), team, steps)
+        counts = token_counts(program, weighed, calibration, team, progress)
     calibrator = Calibrator(prepared, sites, store, team, counts)
     if calibration:
         reference = set(sites.roundings) if chosen.follows else None

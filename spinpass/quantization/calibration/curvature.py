@@ -48,11 +48,16 @@ class Drawn:
 
 
 def drawn_gradients(
-    program: ExportedProgram, named: NamedSites, inputs: Sequence[object], progress: Progress
+    program: ExportedProgram,
+    named: NamedSites,
+    inputs: Sequence[object],
+    progress: Progress,
+    places: Sequence[int] | None = None,
 ) -> Iterator[Drawn]:
     """Yield, input by input, what layers take and the gradients of the log-probability of labels drawn from it.
 
-    It takes, beside the program, the memory of one input's backward pass.
+    It takes, beside the program, the memory of one input's backward pass. With ``places`` of these inputs among those
+    of all ranks, what is drawn for one depends on its place alone.
 
     Raises:
         ConfigError: the inputs do not fit the program, or its first output is no logits.
@@ -60,6 +65,8 @@ def drawn_gradients(
     fixed = {name: t.detach() for name, t in constants(program).items() if isinstance(t, Tensor)}
     generator = torch.Generator("cpu").manual_seed(_SEED)  # the same draws on every device
     for done, values in enumerate(inputs):
+        if places is not None:
+            generator.manual_seed(places[done])
         kept = _Kept({s.operand.name for s, _ in named}, {s.linear.name for s, _ in named})
         predicted = log_probabilities(program, values, fixed, gradients=True, watch=kept)
         drawn = torch.multinomial(predicted.detach().exp().cpu(), 1, generator=generator).to(predicted.device)
@@ -79,11 +86,12 @@ def curvature(x: Tensor, gradient: Tensor) -> Tensor:
 
 
 def token_counts(
-    program: ExportedProgram, names: Collection[str], inputs: Sequence[object], team: Team, progress: Progress
+    program: ExportedProgram, names: Collection[str], inputs: Sequence[object], team: Team, progress: Progress | None
 ) -> dict[str, list[Tensor]]:
     """Return by name of a weight how much each token counts, for each input a tensor float32 (tokens,).
 
-    They are 1 on average over all inputs of the ``team``, of which ``inputs`` are those of this rank.
+    They are 1 on average over all inputs of the ``team``. Each rank calls this with all ``inputs``, and has the tensors
+    of those that are dealt to it.
 
     Args:
         program: of a language model, whose first output are logits (…, vocabulary). It is not changed.
@@ -102,7 +110,9 @@ def token_counts(
     if not named:
         return {}
     found: dict[str, list[Tensor]] = {fqn: [] for _, fqn in named}
-    for drawn in drawn_gradients(prepared, named, inputs, progress):
+    share, places = team.dealt(inputs), team.dealt(range(len(inputs)))
+    tick: Progress = progress or (lambda done, total: None)
+    for drawn in drawn_gradients(prepared, named, share, tick, places):
         for fqn, (x, gradient) in drawn.layers.items():
             tokens = x.shape[:-1].numel()
             c = torch.ones(tokens, device=x.device) if gradient is None else curvature(x, gradient)
