@@ -9,16 +9,17 @@ here: c is that of one draw, and few tokens have most of it, where the Hessian s
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import Node
 
-from spinpass.execution import constants, log_probabilities
+from spinpass.execution import constants, flat_inputs, log_probabilities
 from spinpass.graph import shape
 from spinpass.passes import open_program
 from spinpass.progress import Progress
@@ -29,35 +30,34 @@ from ..layers import WeightSite, weight_sites
 _SEED = 0
 _TINY = 1e-30
 _POWER = 0.5
+_Kept = TypeVar("_Kept")
 NamedSites = Sequence[tuple[WeightSite, str]]
 """Layers, and the names of their weights."""
 
 
-@dataclass(frozen=True)
-class Drawn:
-    """These are the values of one input that a backward pass leaves.
-
-    Args:
-        tokens: the number of predictions.
-        layers: by name of a weight, what the layer takes, (…, in), and the gradient of what it returns, None where no
-            prediction depends on it.
-    """
-
-    tokens: int
-    layers: Mapping[str, tuple[Tensor, Tensor | None]]
-
-
-def drawn_gradients(
+def draw_gradients(
     program: ExportedProgram,
     named: NamedSites,
     inputs: Sequence[object],
+    keep: Callable[[Tensor], _Kept],
+    receive: Callable[[str, _Kept, Tensor], None],
     progress: Progress,
     places: Sequence[int] | None = None,
-) -> Iterator[Drawn]:
-    """Yield, input by input, what layers take and the gradients of the log-probability of labels drawn from it.
+) -> Iterator[int]:
+    """Yield, input by input, the number of predictions, once their gradients have been received.
 
-    It takes, beside the program, the memory of one input's backward pass. With ``places`` of these inputs among those
-    of all ranks, what is drawn for one depends on its place alone.
+    It takes, beside the program, the memory of one input's backward pass, in which values are computed twice where that
+    is much (:mod:`spinpass.execution.recomputed`).
+
+    Args:
+        program: of a language model. It is not changed.
+        named: the layers.
+        inputs: of the program.
+        keep: is given what a layer takes, (…, in), and returns what is kept of it until there is a gradient.
+        receive: is given the name of a weight, what was kept, and the gradient of what the layer returns, (…, n), of
+            the log-probability of labels that are drawn from it; it is not called where no prediction depends on that.
+        progress: called with (inputs done, all inputs).
+        places: of the inputs among those of all ranks. What is drawn for one then depends on its place alone.
 
     Raises:
         ConfigError: the inputs do not fit the program, or its first output is no logits.
@@ -67,22 +67,22 @@ def drawn_gradients(
     for done, values in enumerate(inputs):
         if places is not None:
             generator.manual_seed(places[done])
-        kept = _Kept({s.operand.name for s, _ in named}, {s.linear.name for s, _ in named})
-        predicted = log_probabilities(program, values, fixed, gradients=True, watch=kept)
+        given = {name: keep(x) for name, x in flat_inputs(program, values).items() if isinstance(x, Tensor)}
+        watch = _Hooked(named, keep, receive, given)
+        predicted = log_probabilities(program, values, fixed, gradients=True, watch=watch)
         drawn = torch.multinomial(predicted.detach().exp().cpu(), 1, generator=generator).to(predicted.device)
         torch.autograd.backward(predicted.gather(1, drawn).sum())
-        layers = {fqn: (kept.taken[s.operand.name], kept.returned[s.linear.name].grad) for s, fqn in named}
-        yield Drawn(len(predicted), layers)
         progress(done + 1, len(inputs))
+        yield len(predicted)
 
 
-def curvature(x: Tensor, gradient: Tensor) -> Tensor:
-    """Return ‖g‖²/n of every token, float32 (tokens,), for x (…, in) and g (…, n). All tokens have the same where g is
-    laid out otherwise."""
-    tokens = x.shape[:-1].numel()
-    if gradient.shape[: x.ndim - 1] == x.shape[:-1]:
-        return gradient.float().reshape(tokens, -1).square().mean(1)
-    return gradient.float().square().mean().expand(tokens)
+def curvature(tokens: Sequence[int], gradient: Tensor) -> Tensor:
+    """Return ‖g‖²/n of every token, float32 (number of tokens,), for g (*tokens, n). All have the same where g is laid
+    out otherwise."""
+    squares = gradient.float().square()
+    if tuple(gradient.shape[: len(tokens)]) == tuple(tokens):
+        return squares.reshape(math.prod(tokens), -1).mean(1)
+    return squares.mean().expand(math.prod(tokens))
 
 
 def token_counts(
@@ -109,15 +109,19 @@ def token_counts(
     prepared = editor.finish()
     if not named:
         return {}
-    found: dict[str, list[Tensor]] = {fqn: [] for _, fqn in named}
     share, places = team.dealt(inputs), team.dealt(range(len(inputs)))
     tick: Progress = progress or (lambda done, total: None)
-    for drawn in drawn_gradients(prepared, named, share, tick, places):
-        for fqn, (x, gradient) in drawn.layers.items():
-            tokens = x.shape[:-1].numel()
-            c = torch.ones(tokens, device=x.device) if gradient is None else curvature(x, gradient)
-            found[fqn].append(c.pow(_POWER))
-    return {fqn: _of_mean_one(each, team) for fqn, each in found.items()}
+    found: dict[str, list[Tensor]] = {fqn: [] for _, fqn in named}
+    this: dict[str, Tensor] = {}
+
+    def receive(fqn: str, tokens: Sequence[int], gradient: Tensor) -> None:
+        this[fqn] = this.get(fqn, 0) + curvature(tokens, gradient)
+
+    for _ in draw_gradients(prepared, named, share, lambda x: x.shape[:-1], receive, tick, places):
+        for fqn, each in found.items():
+            if fqn in this:  # else no prediction depends on it, whatever the input
+                each.append(this.pop(fqn).pow(_POWER))
+    return {fqn: _of_mean_one(each, team) for fqn, each in found.items() if each}
 
 
 def _of_mean_one(each: Sequence[Tensor], team: Team) -> list[Tensor]:
@@ -131,21 +135,29 @@ def _number(each: Sequence[Tensor]) -> Tensor:
     return torch.tensor(float(sum(map(len, each))), dtype=torch.float64, device=each[0].device)
 
 
-class _Kept:
-    """A watch that keeps what layers take, and what they return with its gradient, once there is one."""
+class _Hooked(Generic[_Kept]):
+    """A watch that hands out the gradient of what each layer returns, once there is one."""
 
-    def __init__(self, operands: Collection[str], layers: Collection[str]) -> None:
-        self._operands, self._layers = operands, layers
-        self.taken: dict[str, Tensor] = {}
-        self.returned: dict[str, Tensor] = {}
+    def __init__(
+        self,
+        named: NamedSites,
+        keep: Callable[[Tensor], _Kept],
+        receive: Callable[[str, _Kept, Tensor], None],
+        given: Mapping[str, _Kept],
+    ) -> None:
+        self._layers = {site.linear.name: (site.operand.name, fqn) for site, fqn in named}
+        self._operands = {site.operand.name for site, _ in named}
+        self._keep, self._receive, self._kept = keep, receive, dict(given)
 
     def __call__(self, node: Node, result: Any) -> Any:
         if node.name in self._layers:
-            if result.requires_grad:
-                result.retain_grad()
-            else:
+            if not result.requires_grad:
                 result = result.detach().requires_grad_()
-            self.returned[node.name] = result
+            operand, fqn = self._layers[node.name]
+            result.register_hook(partial(self._hand_out, fqn, self._kept[operand]))
         if node.name in self._operands:
-            self.taken[node.name] = result.detach()
+            self._kept[node.name] = self._keep(result.detach())
         return result
+
+    def _hand_out(self, fqn: str, kept: _Kept, gradient: Tensor) -> None:
+        self._receive(fqn, kept, gradient)

@@ -24,7 +24,7 @@ from spinpass.progress import Progress
 from ..layers import WeightSite, weight_sites
 from ..rounding import Moments, rounded, rounded_by_gptq
 from ..scheme import WEIGHT_BITS, Weights
-from .curvature import NamedSites, curvature, drawn_gradients
+from .curvature import NamedSites, curvature, draw_gradients
 from .lockstep import OperandWatch, run_in_lockstep
 
 _TINY = 1e-30
@@ -134,11 +134,10 @@ def _weighted_moments(
     """By name of a weight, the mean of x xᵀ·‖g‖²/n over tokens, float32 (in, in)."""
     operands = {fqn: value(site.operand) for site, fqn in named}
     found = {fqn: torch.zeros(x.shape[-1], x.shape[-1], device=x.device) for fqn, x in operands.items()}
-    tokens = 0
-    for drawn in drawn_gradients(program, named, inputs, tick):
-        tokens += drawn.tokens
-        for fqn, (x, gradient) in drawn.layers.items():
-            if gradient is not None:  # else no prediction depends on it
-                rows = x.flatten(0, -2).float()
-                found[fqn] += rows.T @ (rows * curvature(x, gradient).unsqueeze(1))
+
+    def receive(fqn: str, x: Tensor, gradient: Tensor) -> None:
+        rows = x.flatten(0, -2).float()
+        found[fqn] += rows.T @ (rows * curvature(x.shape[:-1], gradient).unsqueeze(1))
+
+    tokens = sum(draw_gradients(program, named, inputs, lambda x: x, receive, tick))
     return {fqn: total / tokens for fqn, total in found.items()}

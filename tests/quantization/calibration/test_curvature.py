@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from spinpass.errors import ConfigError
+from spinpass.execution import recomputed
 from spinpass.execution.interpreter import run
 from spinpass.quantization import quantize
 from spinpass.quantization.calibration import curvature, token_counts
@@ -93,3 +94,28 @@ def test_only_what_is_asked_for_is_weighed() -> None:
     names = ["blocks.0.mlp.up.weight"]
     assert list(token_counts(program(), names, inputs(2), Team(), None)) == names
     assert token_counts(program(), [], inputs(2), Team(), None) == {}
+
+
+class TwoOutputs(nn.Module):
+    """What the second layer returns is no logit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(16, 8, bias=False), nn.Linear(16, 8, bias=False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.first(x), self.second(x)
+
+
+def test_a_layer_that_no_prediction_depends_on_is_rounded_as_without() -> None:
+    made = exported(TwoOutputs().eval(), (torch.randn(3, 5, 16),))
+    assert list(token_counts(made, ["first.weight", "second.weight"], [made.example_inputs[0]], Team(), None)) == ["first.weight"]
+
+
+def test_values_that_are_computed_twice_have_the_same_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [f"blocks.{k}.mlp.down.weight" for k in (0, 1)]
+    once = token_counts(program(), names, inputs(2), Team(), None)
+    monkeypatch.setattr(recomputed.first_output, "__kwdefaults__", {"most": 0, "watch": None})
+    twice = token_counts(program(), names, inputs(2), Team(), None)
+    for name in names:
+        torch.testing.assert_close(torch.cat(twice[name]), torch.cat(once[name]))
