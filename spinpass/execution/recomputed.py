@@ -23,20 +23,24 @@ from torch.utils.checkpoint import checkpoint
 from spinpass.errors import ConfigError
 from spinpass.graph import mutates, shape, value
 
-from .interpreter import Runner, constants, execute
+from .interpreter import Runner, Watch, constants, execute
 from .synthetic import Sizes, bound_sizes, concrete, user_inputs
 
 KEPT_BYTES = 1 << 30
 """How many bytes of values are kept for a backward pass. What has more is computed twice, a third more time."""
 
 
-def first_output(ep: ExportedProgram, values: Mapping[str, Any], *, most: int = KEPT_BYTES) -> Any:
+def first_output(
+    ep: ExportedProgram, values: Mapping[str, Any], *, most: int = KEPT_BYTES, watch: Watch | None = None
+) -> Any:
     """Return the first user output of ``ep``, with the gradients of what requires them.
 
     Args:
         ep: the program. One that writes in place is run plainly.
         values: the user inputs, and those constants that are replaced, by placeholder name.
         most: how many bytes of values may be kept for the backward pass; where there are more they are computed twice.
+        watch: called with every node that is run and its value, once more where that is computed twice; it returns the
+            value to go on with. Gradients go through the values of the first time.
 
     Raises:
         ProgramError: a node could not be run.
@@ -44,14 +48,14 @@ def first_output(ep: ExportedProgram, values: Mapping[str, Any], *, most: int = 
     wanted = main_output(ep)
     nodes = nodes_behind(wanted, ep.graph.nodes) if isinstance(wanted, Node) else []
     if not nodes or any(map(mutates, ep.graph.nodes)):
-        return execute(ep, {**fixed_constants(ep), **values}, gradients=True).outputs[0]
+        return execute(ep, {**fixed_constants(ep), **values}, gradients=True, watch=watch).outputs[0]
     known = {**fixed_constants(ep), **values}
     env = {node: known[node.name] for node in ep.graph.nodes if node.op == "placeholder" and node.name in known}
     cuts = _cuts(nodes, wanted, bound_sizes(user_inputs(ep), values), most)
     with torch.enable_grad():
         for start, end in pairwise([0, *cuts, len(nodes)]):
             living = _read_by(nodes[end:]) | {wanted}
-            env |= _advanced(ep, nodes[start:end], living, env, again=bool(cuts))
+            env |= _advanced(ep, nodes[start:end], living, env, again=bool(cuts), watch=watch)
             env = {node: found for node, found in env.items() if node in living}
     return env[wanted]
 
@@ -84,14 +88,20 @@ def _read_by(nodes: Sequence[Node]) -> set[Node]:
 
 
 def _advanced(
-    ep: ExportedProgram, stretch: Sequence[Node], living: Collection[Node], env: Mapping[Node, Any], *, again: bool
+    ep: ExportedProgram,
+    stretch: Sequence[Node],
+    living: Collection[Node],
+    env: Mapping[Node, Any],
+    *,
+    again: bool,
+    watch: Watch | None,
 ) -> dict[Node, Any]:
     """Run a stretch and return those of its values that live on; ``again``: keep no others for the backward pass."""
     taken = {node: env[node] for node in _read_by(stretch) if node in env}
     kept = [node for node in stretch if node in living]
 
     def run() -> list[Any]:
-        runner = Runner(ep.graph_module, float64=False)
+        runner = Runner(ep.graph_module, float64=False, watch=watch)
         runner.env = dict(taken)
         for node in stretch:
             runner.advance(node)

@@ -24,7 +24,7 @@ from spinpass.passes import open_program
 from spinpass.progress import Progress
 from spinpass.workers import Team
 
-from .calibration import Calibrator, allocated, run_in_lockstep
+from .calibration import Calibrator, allocated, run_in_lockstep, token_counts
 from .layers import ORIGIN, ChosenSites
 from .learned import learned
 from .packed import split_rows
@@ -136,7 +136,11 @@ def _rounded(
         reasons = dict.fromkeys(sites.kept.values()) or ["no linear layers"]
         raise ConfigError("there is nothing to quantize: " + "; ".join(reasons))
     prepared = editor.finish()
-    calibrator = Calibrator(prepared, sites, store, team)
+    counts: dict[str, list[Tensor]] = {}
+    weighed = {sites.fqns[site.weight.name] for site, how in sites.weights if how.fisher}
+    if weighed:
+        counts = token_counts(program, weighed, calibration, team, progress)
+    calibrator = Calibrator(prepared, sites, store, team, counts)
     if calibration:
         reference = set(sites.roundings) if chosen.follows else None
         run_in_lockstep(prepared, team.dealt(calibration), calibrator.watches(), reference, progress)

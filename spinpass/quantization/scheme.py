@@ -45,6 +45,8 @@ class Weights:
         sweeps: how many rounds of coordinate descent follow GPTQ.
         follow: let GPTQ aim at what the original program would return, instead of at what this weight would return
             behind the layers that are quantized already.
+        fisher: let tokens count in GPTQ by how much the predictions depend on them (:mod:`.calibration.curvature`). It
+            takes a backward pass of every calibration input.
         group_bits: the widths of the groups, in their order, where they differ within the weight (mixed rows). Groups
             beyond its end have ``bits``.
         scales: of which dtype scales are numbers, so that a file can store two bytes for each. XNNPACK reads those of
@@ -63,6 +65,7 @@ class Weights:
     damping: float = 0.01
     sweeps: int = 1
     follow: bool = False
+    fisher: bool = False
     group_bits: tuple[int, ...] | None = None
     scales: ScaleDtype = "float16"
 
@@ -78,8 +81,8 @@ class Weights:
             raise ConfigError(f"method {self.method!r} is not one of {', '.join(get_args(Method))}")
         if self.scales not in get_args(ScaleDtype):
             raise ConfigError(f"scales {self.scales!r} is not one of {', '.join(get_args(ScaleDtype))}")
-        unused = [name for name in ("act_order", "follow") if getattr(self, name)] if self.method == "rtn" else []
-        if unused:
+        unused = [name for name in ("act_order", "follow", "fisher") if getattr(self, name)]
+        if unused and self.method == "rtn":
             raise ConfigError(f"{unused[0]}=True is GPTQ's, and method='rtn' rounds without it: leave one of them out")
         if not self.damping > 0:
             raise ConfigError(f"damping {self.damping} is not above 0")
@@ -261,6 +264,8 @@ class QuantizationConfig:
                 found["learn"] = Learning(kinds, rounds=rounds)
             elif part in ("asym", "order"):
                 weights |= {"symmetric": False} if part == "asym" else {"act_order": True}
+            elif part == "fisher":
+                weights["fisher"] = True
             elif part == "bf16":
                 weights["scales"] = "bfloat16"
             elif match := re.fullmatch(r"a(\d+)(static|channel|asym)?", part):

@@ -47,6 +47,7 @@ def test_a_scheme_is_spelled_in_parts() -> None:
         ("w4-distill-distill2", "both say what is learned"),
         ("w4-asym-asym", "both say the same"),
         ("w4-rtn-order", "'order' in 'w4-rtn-order' is GPTQ's"),
+        ("w4-fisher-rtn", "'fisher' in 'w4-fisher-rtn' is GPTQ's"),
         ("a8-distill", "add a width such as w4"),
         ("w4-distill0", "no round of learning"),
         ("w4-rows", "name average_bits and a group_size"),
@@ -80,12 +81,13 @@ def test_what_calibration_changes() -> None:
     ("made", "why"),
     [
         (lambda: Weights(method="rtn", act_order=True), "act_order=True is GPTQ's"),
+        (lambda: Weights(method="rtn", fisher=True), "fisher=True is GPTQ's"),
         (lambda: Weights(method="rtn", follow=True), "follow=True is GPTQ's"),
         (lambda: Activations(8, calibration="minmax"), "calibration='minmax' is of ranges that are fixed before"),
         (lambda: Activations(8, static=True, percentile=99.0), "percentile=99.0 changes nothing"),
         (lambda: QuantizationConfig(None, average_bits=3.0), "3.0 bits on average are those of weights"),
     ],
-    ids=["act_order", "follow", "calibration", "percentile", "average_bits"],
+    ids=["act_order", "fisher", "follow", "calibration", "percentile", "average_bits"],
 )
 def test_settings_that_would_change_nothing(made: Callable[[], object], why: str) -> None:
     with pytest.raises(ConfigError, match=why):
@@ -101,6 +103,6 @@ def test_a_name_is_the_scheme_that_it_stands_for(name: str) -> None:
 
 def test_every_part_that_is_listed_is_understood() -> None:
     for part in PARTS:
-        alone = part.example in ("rows", "order", "asym", "bf16", "gptq", "distill", "learn")
+        alone = part.example in ("rows", "order", "fisher", "asym", "bf16", "gptq", "distill", "learn")
         given = {"rows": "w3.5g64-rows", "sinks": "kv4-sinks"}.get(part.example, f"w4-{part.example}" if alone else part.example)
         assert QuantizationConfig.parse(given) != QuantizationConfig(weights=None), part

@@ -2,6 +2,7 @@
 
 from .allocate import allocated
 from .calibrator import Calibrator
+from .curvature import token_counts
 from .lockstep import run_in_lockstep
 from .site_error import site_errors
 
@@ -10,4 +11,5 @@ __all__ = [
     "allocated",
     "run_in_lockstep",
     "site_errors",
+    "token_counts",
 ]

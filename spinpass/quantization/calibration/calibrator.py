@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
@@ -37,6 +38,7 @@ class Calibrator:
         sites: what is to be rounded.
         store: where the codes are kept, and found that another run has left; None keeps them in memory.
         team: the ranks that round together, each of which sees its share of the inputs.
+        counts: by parameter name, for each input how much its tokens count, (tokens,); those of others all count 1.
 
     Attributes:
         changed: by name of a placeholder, what computes the constant that it becomes.
@@ -47,6 +49,7 @@ class Calibrator:
     sites: ChosenSites
     store: CodesStore | None = None
     team: Team = field(default_factory=Team)
+    counts: Mapping[str, Sequence[Tensor]] = field(default_factory=dict)
     changed: dict[str, Callable[[], Tensor]] = field(default_factory=dict, init=False)
     done: dict[str, QuantizedWeight] = field(default_factory=dict, init=False)
 
@@ -83,8 +86,15 @@ class Calibrator:
             return operand, lambda *_: self._round(group, lambda: None)
         return (
             operand,
-            lambda values, originals: self._round(group, lambda: Moments.of(values, originals, self.team)),
+            lambda values, originals: self._round(
+                group, lambda: Moments.of(values, originals, self.team, self._counts(group))
+            ),
         )
+
+    def _counts(self, group: Sequence[_Site]) -> list[Tensor] | None:
+        """How much tokens count for weights that share their moments: the mean of what they do for each."""
+        each = [self.counts[fqn] for fqn in (self.sites.fqns[s.weight.name] for s, _ in group) if fqn in self.counts]
+        return [torch.stack(same).mean(0) for same in zip(*each, strict=True)] if each else None
 
     def rest(self, progress: Progress | None) -> None:
         """Round to nearest what no calibration input has reached, and the tables."""

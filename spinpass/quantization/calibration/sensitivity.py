@@ -11,14 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
-from torch.fx import Node
 
-from spinpass.execution import constants, log_probabilities
+from spinpass.execution import constants
 from spinpass.graph import value
 from spinpass.passes import open_program
 from spinpass.progress import Progress
@@ -26,11 +24,10 @@ from spinpass.progress import Progress
 from ..layers import WeightSite, weight_sites
 from ..rounding import Moments, rounded, rounded_by_gptq
 from ..scheme import WEIGHT_BITS, Weights
+from .curvature import NamedSites, curvature, draw_gradients
 from .lockstep import OperandWatch, run_in_lockstep
 
-_SEED = 0
 _TINY = 1e-30
-_Sites = Sequence[tuple[WeightSite, str]]
 
 
 @dataclass(frozen=True)
@@ -132,53 +129,15 @@ def _cost(off: Tensor, weighted: Tensor) -> float:
 
 
 def _weighted_moments(
-    program: ExportedProgram, named: _Sites, inputs: Sequence[object], tick: Progress
+    program: ExportedProgram, named: NamedSites, inputs: Sequence[object], tick: Progress
 ) -> dict[str, Tensor]:
     """By name of a weight, the mean of x xᵀ·‖g‖²/n over tokens, float32 (in, in)."""
-    fixed = {name: t.detach() for name, t in constants(program).items() if isinstance(t, Tensor)}
-    generator = torch.Generator("cpu").manual_seed(_SEED)  # the same draws on every device
     operands = {fqn: value(site.operand) for site, fqn in named}
     found = {fqn: torch.zeros(x.shape[-1], x.shape[-1], device=x.device) for fqn, x in operands.items()}
-    tokens = 0
-    for done, values in enumerate(inputs):
-        kept = _Kept({s.operand.name for s, _ in named}, {s.linear.name for s, _ in named})
-        predicted = log_probabilities(program, values, fixed, gradients=True, watch=kept)
-        tokens += len(predicted)
-        drawn = torch.multinomial(predicted.detach().exp().cpu(), 1, generator=generator).to(predicted.device)
-        torch.autograd.backward(predicted.gather(1, drawn).sum())
-        for site, fqn in named:
-            gradient = kept.returned[site.linear.name].grad
-            if gradient is not None:  # else no prediction depends on it
-                found[fqn] += _moments(kept.taken[site.operand.name], gradient)
-        tick(done + 1, len(inputs))
+
+    def receive(fqn: str, x: Tensor, gradient: Tensor) -> None:
+        rows = x.flatten(0, -2).float()
+        found[fqn] += rows.T @ (rows * curvature(x.shape[:-1], gradient).unsqueeze(1))
+
+    tokens = sum(draw_gradients(program, named, inputs, lambda x: x, receive, tick))
     return {fqn: total / tokens for fqn, total in found.items()}
-
-
-class _Kept:
-    """A watch that keeps what layers take, and what they return with its gradient, once there is one."""
-
-    def __init__(self, operands: Collection[str], layers: Collection[str]) -> None:
-        self._operands, self._layers = operands, layers
-        self.taken: dict[str, Tensor] = {}
-        self.returned: dict[str, Tensor] = {}
-
-    def __call__(self, node: Node, result: Any) -> Any:
-        if node.name in self._layers:
-            if result.requires_grad:
-                result.retain_grad()
-            else:
-                result = result.detach().requires_grad_()
-            self.returned[node.name] = result
-        if node.name in self._operands:
-            self.taken[node.name] = result.detach()
-        return result
-
-
-def _moments(x: Tensor, gradient: Tensor) -> Tensor:
-    """Σ x xᵀ·‖g‖²/n over tokens, for x (…, in) and g (…, n). All tokens count alike where g is laid out otherwise."""
-    rows = x.flatten(0, -2).float()
-    if gradient.shape[: x.ndim - 1] == x.shape[:-1]:
-        curvature = gradient.float().reshape(len(rows), -1).square().mean(1, keepdim=True)
-    else:
-        curvature = gradient.float().square().mean()
-    return rows.T @ (rows * curvature)

@@ -4,6 +4,8 @@ With X the layer's inputs in the original program and X̂ those behind the layer
 layer's weight should be is not W but what makes up best for their difference:
 
     min ‖X Wᵀ − X̂ Vᵀ‖²   at   V = W (XᵀX̂)(X̂ᵀX̂)⁻¹
+
+Tokens may count unlike: with D the diagonal matrix of their weights, XᵀX̂ is XᵀDX̂, and so on.
 """
 
 from __future__ import annotations
@@ -39,16 +41,24 @@ class Moments:
     _solvers: dict[float, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, compare=False)
 
     @classmethod
-    def of(cls, values: Sequence[Tensor], originals: Sequence[Tensor], team: Team | None = None) -> Moments:
+    def of(
+        cls,
+        values: Sequence[Tensor],
+        originals: Sequence[Tensor],
+        team: Team | None = None,
+        counts: Sequence[Tensor] | None = None,
+    ) -> Moments:
         """The moments of X̂ and X, both in tensors (…, in), pairwise of one shape. Where X̂ = X, one list is both.
 
-        Of a ``team`` each rank gives those that it has, and they are the moments of all.
+        Of a ``team`` each rank gives those that it has, and they are the moments of all. ``counts`` has a tensor
+        (tokens,) for each, of how much a token counts; None lets all count 1.
         """
         team = team or Team()
-        own = team.sum(_product(values, values))
+        own = team.sum(_product(values, values, counts))
         if originals is values:
             return cls(own, own, own)
-        return cls(own, team.sum(_product(originals, values)), team.sum(_product(originals, originals)))
+        cross, original = (_product(originals, other, counts) for other in (values, originals))
+        return cls(own, team.sum(cross), team.sum(original))
 
     def target(self, matrix: Tensor, damping: float) -> Tensor:
         """V (out, in) for W = ``matrix``, in its dtype, drawn to W by ``damping`` times the mean diagonal of X̂ᵀX̂."""
@@ -123,10 +133,13 @@ def _plus(matrix: Tensor, ridge: Tensor) -> Tensor:
     return made
 
 
-def _product(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
-    """Σ leftᵀ right over tokens."""
+def _product(left: Sequence[Tensor], right: Sequence[Tensor], counts: Sequence[Tensor] | None = None) -> Tensor:
+    """Σ leftᵀ right over tokens, each as often as it counts."""
     width = left[0].shape[-1]
     total = torch.zeros(width, width, dtype=torch.float64, device=left[0].device)
-    for a, b in zip(left, right):
-        total += a.reshape(-1, width).float().T @ b.reshape(-1, width).float()  # widened as it is added
+    for k, (a, b) in enumerate(zip(left, right)):
+        rows = b.reshape(-1, width).float()
+        if counts is not None:
+            rows = rows * counts[k].unsqueeze(1)
+        total += a.reshape(-1, width).float().T @ rows  # widened as it is added
     return total

@@ -43,7 +43,7 @@ def test_to_nearest_and_ranges_are_the_same_bit_for_bit(scheme: str, size: int) 
     assert all(same(each, alone) for each in found)
 
 
-@pytest.mark.parametrize(("scheme", "follow"), [("w4g16-gptq-head8-embed8", False), ("w3-asym-gptq-a8", True)])
+@pytest.mark.parametrize(("scheme", "follow"), [("w4g16-gptq-head8-embed8", False), ("w3-asym-gptq-a8", True), ("w3-gptq-fisher", True)])
 def test_gptq_has_the_same_codes_but_for_the_order_of_sums(scheme: str, follow: bool) -> None:
     shown, parsed = inputs(4), QuantizationConfig.parse(scheme)
     assert parsed.weights is not None
