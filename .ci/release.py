@@ -35,6 +35,7 @@ IMPORTS = {
     "datasets": ("datasets",),
     "demo": ("spinpass.cli.app", "spinpass.exporters.onnx", "spinpass.loading"),
     "dev": ("hypothesis", "mypy", "pytest", "xdist", "spinpass.cli.app"),
+    "notebooks": ("nbclient", "ipykernel", "onnxruntime", "spinpass.reporting"),
     "docs": ("mkdocs", "mkdocstrings", "material", "spinpass.cli.app"),
     "executorch": ("spinpass.exporters.executorch",),
     "genai": ("onnxruntime_genai",),

@@ -58,7 +58,7 @@ def test_every_extra_is_told_and_checked() -> None:
 def test_all_leaves_out_what_users_do_not_need() -> None:
     (wanted,) = EXTRAS["all"]
     held = set(wanted[len("spinpass[") : -1].split(","))
-    assert held == EXTRAS.keys() - {"all", "browser", "demo", "dev", "docs"}
+    assert held == EXTRAS.keys() - {"all", "browser", "demo", "dev", "docs", "notebooks"}
 
 
 def test_the_lowest_versions() -> None:

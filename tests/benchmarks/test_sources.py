@@ -70,8 +70,8 @@ def test_words_about_the_code_change_no_key(tree: Path) -> None:
 
 
 ZOO = {"analysis", "certificate", "execution", "graph", "operators", "passes", "planning", "rotations",
-       "config", "errors", "pipeline", "progress", "record", "values"}  # fmt: skip
-ACCURACY = ZOO | {"evaluation", "exporters", "formats", "learning", "loading", "quantization", "runtime", "tuning", "workers"}
+       "config", "errors", "pipeline", "progress", "record", "values", "version"}  # fmt: skip
+ACCURACY = ZOO | {"evaluation", "exporters", "formats", "learned", "learning", "loading", "quantization", "runtime", "tuning", "workers"}
 
 
 @pytest.mark.parametrize(("module", "parts"), [("benchmarks.zoo.measure", ZOO), ("benchmarks.grid", ACCURACY)])
