@@ -140,8 +140,8 @@ def _rounding_seconds(work: Workload, rates: Rates) -> float:
     searched = _SEARCHED * 4 / rates.copy  # for each weight
     if not work.tokens:
         return searched * work.values
-    allocates = scheme.average_bits is not None
-    run = 2 * work.linear_values * work.tokens / rates.gemm32 * (1 + 3 * allocates)
+    backwards = (scheme.average_bits is not None) + scheme.weighs_tokens  # a pass forward and back takes three runs
+    run = 2 * work.linear_values * work.tokens / rates.gemm32 * (1 + 3 * backwards)
     if scheme.weights.method != "gptq":
         return run + searched * work.values
     sweeps = 0.0
@@ -227,7 +227,8 @@ def _of_rounding(work: Workload) -> Iterator[float]:
     scheme = work.scheme
     assert scheme is not None and scheme.weights is not None
     yield _in_float64(work) if work.streams else 2 * _in_float64(work)
-    if scheme.average_bits is not None:  # at least: what lies between the layers for a backward pass comes on top
+    # at least: what lies between the layers for a backward pass comes on top
+    if scheme.average_bits is not None or scheme.weighs_tokens:
         yield _LOGITS * CALIBRATION_LENGTH / 2 * work.vocabulary
     gptq = scheme.weights.method == "gptq" and bool(work.tokens)
     for rows, columns in work.linears:

@@ -117,7 +117,8 @@ class Workload:
     @property
     def trains(self) -> bool:
         """Whether a step needs gradients of the whole model."""
-        return self.scheme is not None and (self.scheme.learn is not None or self.scheme.average_bits is not None)
+        asked = self.scheme
+        return asked is not None and (asked.learn is not None or asked.average_bits is not None or asked.weighs_tokens)
 
     @property
     def learns(self) -> bool:
@@ -139,7 +140,9 @@ class Workload:
         scheme, now = self.scheme, self
         if scheme is not None and scheme.weights is not None:
             if self.trains:
-                now = replace(now, scheme=replace(scheme, learn=None, average_bits=None, mixed_rows=False))
+                weights = replace(scheme.weights, fisher=False)
+                quick = replace(scheme, weights=weights, learn=None, average_bits=None, mixed_rows=False)
+                now = replace(now, scheme=quick)
                 yield "--recipe quick, which learns nothing", now
             for windows in _FEWER:
                 if 0 < windows * CALIBRATION_LENGTH < now.tokens:

@@ -312,6 +312,11 @@ class QuantizationConfig:
         """Whether any weight is aimed at what the original program returns."""
         return any(w.follow and w.method == "gptq" for w in self._layers())
 
+    @property
+    def weighs_tokens(self) -> bool:
+        """Whether any weight is rounded with tokens that count unlike, which takes a backward pass of each input."""
+        return any(w.fisher for w in self._layers())
+
     def _layers(self) -> list[Weights]:
         return [w for w in (self.weights, *self.overrides.values()) if w is not None]
 
