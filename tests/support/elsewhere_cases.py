@@ -173,7 +173,8 @@ SLOW = {
 """What takes long, or is near to another case."""
 
 
-def _sum_on_the_cpu(left: Any, right: Any) -> Tensor:
+def _sum_on_the_cpu(left: Any, right: Any, counts: Any = None) -> Tensor:
+    assert counts is None
     width = left[0].shape[-1]
     total = torch.zeros(width, width, dtype=torch.float64)
     for a, b in zip(left, right, strict=True):
