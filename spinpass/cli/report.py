@@ -70,7 +70,9 @@ def report_command(
     if out.is_dir():
         raise ConfigError(f"{out} is a folder; name a file in it, for example {out / 'report.html'}")
     if save is not None and save.suffix != ".json":
-        raise ConfigError(f"--save {save} is known as a report by its name: let that end in .json")
+        raise ConfigError(
+            f"--save {save} keeps the numbers, in a file whose name ends in .json; the page goes to --out FILE.html"
+        )
     if model.endswith(".json") or other is not None:
         _compare(ctx, model, other, out, screen)
         return

@@ -81,8 +81,8 @@ def quantize(
     team = team or Team()
     if chosen.needs_calibration and not calibration:
         raise ConfigError(
-            "GPTQ, static activations, learning and average_bits need calibration inputs: give some, or use "
-            "method='rtn'"
+            "GPTQ, static activations, learning and bits on average need calibration inputs: give some, or round to "
+            "nearest, 'rtn' in place of 'gptq'"
         )
     if calibration:
         check_shares(len(calibration), team)

@@ -35,7 +35,7 @@ PARTS: tuple[Part, ...] = (
          "how weights are rounded"),
     Part(r"bf16", "bf16", "scales are numbers of bfloat16 (the default: of float16)", "8da4w in ExecuTorch"),
     Part(r"order", "order", "GPTQ begins with the largest inputs", "the same"),
-    Part(r"fisher", "fisher", "GPTQ counts tokens by how much the predictions depend on them", "the same"),
+    Part(r"fisher", "fisher", "GPTQ weighs tokens by how much the predictions depend on them", "the same"),
     Part(r"a(\d+)(static|channel|asym)?", "a8", "inputs of linear layers in 8 or 4 bits, a range for each token",
          "8 bits: integer products; 4 bits: simulated", "the width of activations"),
     Part(r"a(\d+)(static|channel|asym)?", "a8asym", "the same with zero points", "8da4w in ExecuTorch",

@@ -17,7 +17,10 @@ Ended = subprocess.CompletedProcess[str]
 
 def environment(rank: int, size: int, port: int) -> dict[str, str]:
     found = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    return {name: str(value) for name, value in found.items()} | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return {name: str(value) for name, value in found.items()} | {
+        "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
+        "TORCH_CPP_LOG_LEVEL": "ERROR",  # a rank that ends first leaves a warning with the others, or not
+    }  # fmt: skip
 
 
 def free_port() -> int:

@@ -68,7 +68,7 @@ def test_a_budget_that_cannot_be_met_says_so() -> None:
         QuantizationConfig(average_bits=1.5)
     with pytest.raises(ConfigError, match="1 bits per weight are fewer than the least, 2"):
         allocate(layers(0), 1)
-    with pytest.raises(ConfigError, match="average_bits need calibration inputs"):
+    with pytest.raises(ConfigError, match="bits on average need calibration inputs"):
         quantize(program(), "w3.5-rtn")
     with pytest.raises(ConfigError, match="name both"):
         allocated(program(), QuantizationConfig(), inputs())

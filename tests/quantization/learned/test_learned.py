@@ -107,7 +107,7 @@ def test_a_scheme_can_ask_for_it() -> None:
 def test_refusals() -> None:
     with pytest.raises(ConfigError, match="learning needs calibration inputs"):
         learned(program(), made(), [])
-    with pytest.raises(ConfigError, match="learning and average_bits need calibration inputs"):
+    with pytest.raises(ConfigError, match="learning and bits on average need calibration inputs"):
         quantize(program(), "w4-rtn-distill")
     with pytest.raises(ConfigError, match="-1 rounds of learning"):
         Learning(rounds=-1)
