@@ -120,7 +120,7 @@ def test_two_reports_are_compared(folder: Path, tmp_path: Path) -> None:
     for arguments, reason in (
         (["report", str(paths[0])], "is the JSON of a report: name a second one to compare it with"),
         ([*common, "--scheme", "w4"], "two reports are compared as they are: leave out --scheme"),
-        ([*common, "--save", "both.txt"], "let that end in .json"),
+        ([*common, "--save", "both.txt"], "a file whose name ends in .json"),
         ([*common, "--save", "both.json"], "two reports are compared as they are: leave out --save"),
         ([*common, "--form", "online"], "two reports are compared as they are: leave out --form"),
         (["report", str(folder), str(paths[0])], "there is no file"),
