@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import Node
 
-from spinpass.execution import constants, flat_inputs, log_probabilities
+from spinpass.execution import flat_inputs, log_probabilities
 from spinpass.graph import shape
 from spinpass.passes import open_program
 from spinpass.progress import Progress
@@ -62,14 +62,13 @@ def draw_gradients(
     Raises:
         ConfigError: the inputs do not fit the program, or its first output is no logits.
     """
-    fixed = {name: t.detach() for name, t in constants(program).items() if isinstance(t, Tensor)}
     generator = torch.Generator("cpu").manual_seed(_SEED)  # the same draws on every device
     for done, values in enumerate(inputs):
         if places is not None:
             generator.manual_seed(places[done])
         given = {name: keep(x) for name, x in flat_inputs(program, values).items() if isinstance(x, Tensor)}
         watch = _Hooked(named, keep, receive, given)
-        predicted = log_probabilities(program, values, fixed, gradients=True, watch=watch)
+        predicted = log_probabilities(program, values, {}, gradients=True, watch=watch)
         drawn = torch.multinomial(predicted.detach().exp().cpu(), 1, generator=generator).to(predicted.device)
         torch.autograd.backward(predicted.gather(1, drawn).sum())
         progress(done + 1, len(inputs))
@@ -125,14 +124,10 @@ def token_counts(
 
 
 def _of_mean_one(each: Sequence[Tensor], team: Team) -> list[Tensor]:
-    sums = torch.stack([torch.stack([c.double().sum() for c in each]).sum(), _number(each)])
-    total, tokens = team.sum(sums).tolist()
+    of_all = torch.cat(list(each)).double()
+    total, tokens = team.sum(torch.stack([of_all.sum(), torch.ones_like(of_all).sum()])).tolist()
     mean = total / tokens
     return [c / mean if mean > _TINY else torch.ones_like(c) for c in each]
-
-
-def _number(each: Sequence[Tensor]) -> Tensor:
-    return torch.tensor(float(sum(map(len, each))), dtype=torch.float64, device=each[0].device)
 
 
 class _Hooked(Generic[_Kept]):
@@ -154,10 +149,7 @@ class _Hooked(Generic[_Kept]):
             if not result.requires_grad:
                 result = result.detach().requires_grad_()
             operand, fqn = self._layers[node.name]
-            result.register_hook(partial(self._hand_out, fqn, self._kept[operand]))
+            result.register_hook(partial(self._receive, fqn, self._kept[operand]))
         if node.name in self._operands:
             self._kept[node.name] = self._keep(result.detach())
         return result
-
-    def _hand_out(self, fqn: str, kept: _Kept, gradient: Tensor) -> None:
-        self._receive(fqn, kept, gradient)
