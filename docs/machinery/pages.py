@@ -62,10 +62,15 @@ def _command(name: str, command: Any, callback: Any) -> str:
         lines += ["| | |", "| --- | --- |"]
         lines += [f"| `{each.metavar or each.name.upper()}` | {_cell(each.help)} |" for each in arguments]
         lines.append("")
-    lines += ["| option | value | unless given | what it does |", "| --- | --- | --- | --- |"]
-    for each in options:
-        cells = _names(each), _values(each, kinds[each.name].annotation), _default(each), _cell(each.help)
-        lines.append(f"| {' | '.join(cells)} |")
+    boxes: dict[str | None, list[Any]] = {}  # those that --help shows, in its order
+    for each in sorted(options, key=lambda each: getattr(each, "rich_help_panel", None) is not None):
+        boxes.setdefault(getattr(each, "rich_help_panel", None), []).append(each)
+    for box, held in boxes.items():
+        lines += [f"| {box or 'option'} | value | unless given | what it does |", "| --- | --- | --- | --- |"]
+        for each in held:
+            cells = _names(each), _values(each, kinds[each.name].annotation), _default(each), _cell(each.help)
+            lines.append(f"| {' | '.join(cells)} |")
+        lines.append("")
     return "\n".join([*lines, ""])
 
 

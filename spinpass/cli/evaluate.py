@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from spinpass.evaluation import EvalRequest, RotateAs
+from spinpass.evaluation import EvalRequest, Perplexity, RotateAs
+from spinpass.formats import MANIFEST
 
 from .options import AsJson, CalibrationWindows, Dequantize, DeviceOption, Model, TrustRemoteCode, Verbose
 from .screen import screen_of
@@ -66,4 +67,7 @@ def evaluate_command(
     if as_json:
         screen.document({"model": model, "windows": windows, "length": length} | found.to_dict())
     else:
-        screen.show(comparison_table(found.main, found.files, windows, length))
+        scored = dataset or (str(text) if text is not None else "Python's help texts")
+        screen.show(comparison_table(found.main, found.files, scored, windows, length))
+        if isinstance(found.main, Perplexity) and not found.files and (Path(model) / MANIFEST).is_file():
+            screen.show(f"for the ratio to the model that it was made of: spinpass eval MODEL --file {model}")

@@ -19,49 +19,62 @@ from spinpass.planning import RotationPlan
 ALL = ",".join(ROLES)
 DEFAULT = ",".join(DEFAULT_ROLES)
 
+# the boxes that --help shows
+ROTATING, READING, ROUNDING = "Rotations", "Reading the model", "Quantization"
+LEARNING, WRITING = "Learning", "What is written"
+
 Rotations = Annotated[
     str,
     typer.Option(
         help="Rotations to make, separated by commas; in export, none writes the original, to compare with.",
         metavar=ALL,
+        rich_help_panel=ROTATING,
     ),
 ]
-KindOption = Annotated[Kind, typer.Option(help="Kind of the rotation matrices.")]
+KindOption = Annotated[Kind, typer.Option(help="Kind of the rotation matrices.", rich_help_panel=ROTATING)]
 BlockSize = Annotated[
     int | None,
     typer.Option(
         help="Rotate in diagonal blocks of this size, which must divide that of every space.",
         show_default="whole spaces",
+        rich_help_panel=ROTATING,
     ),
 ]
-Seed = Annotated[int, typer.Option(help="Seed for the random kinds.")]
+Seed = Annotated[int, typer.Option(help="Seed for the random kinds.", rich_help_panel=ROTATING)]
 TiedOption = Annotated[
     Tied,
     typer.Option(
         help="Keep a table that embedding and head share, or give the head one of its own (untie); auto unties where "
-        "that is cheap."
+        "that is cheap.",
+        rich_help_panel=ROTATING,
     ),
 ]
 FormOption = Annotated[
     Form,
     typer.Option(
         help="Place of R1: in the residual stream and folded into the weights (offline), or at the inputs of the "
-        "linear layers (online)."
+        "linear layers (online).",
+        rich_help_panel=ROTATING,
     ),
 ]
 CacheOption = Annotated[
     CacheBasis,
-    typer.Option(help="Let the KV cache be stored rotated, or leave out the rotations that need it (plain)."),
+    typer.Option(
+        help="Let the KV cache be stored rotated, or leave out the rotations that need it (plain).",
+        rich_help_panel=ROTATING,
+    ),
 ]
 Exclude = Annotated[
     list[str] | None,
     typer.Option(
-        help="Pattern of spaces or parameters to leave alone, for example R4:*; may be repeated.", metavar="PATTERN"
+        help="Pattern of spaces or parameters to leave alone, for example R4:*; may be repeated.",
+        metavar="PATTERN",
+        rich_help_panel=ROTATING,
     ),
 ]
 Dtype = Annotated[
     Literal["float32", "float16", "bfloat16", "auto"],
-    typer.Option(help="Dtype of the weights; auto takes the one they are stored in."),
+    typer.Option(help="Dtype of the weights; auto takes the one they are stored in.", rich_help_panel=READING),
 ]
 DeviceOption = Annotated[
     str,
@@ -69,9 +82,13 @@ DeviceOption = Annotated[
         "--device",
         help="Where weights are folded, rounded and run: cpu, cuda, or one of several, cuda:1.",
         metavar="cpu|cuda|cuda:N",
+        rich_help_panel=READING,
     ),
 ]
-NoCache = Annotated[bool, typer.Option("--no-cache", help="Export without a KV cache, for whole prompts alone.")]
+NoCache = Annotated[
+    bool,
+    typer.Option("--no-cache", help="Export without a KV cache, for whole prompts alone.", rich_help_panel=WRITING),
+]
 NoVerify = Annotated[bool, typer.Option("--no-verify", help="Do not certify the result.")]
 AllowPartial = Annotated[
     bool,
@@ -84,6 +101,7 @@ Matrices = Annotated[
     typer.Option(
         help="Learned matrices: a file of spinpass learn, or SpinQuant's R.bin; other rotations are as --kind says.",
         metavar="FILE",
+        rich_help_panel=ROTATING,
     ),
 ]
 PlanFile = Annotated[
@@ -93,13 +111,18 @@ PlanFile = Annotated[
         help="Plan to carry out, written by spinpass plan MODEL --save FILE; it stands in place of all options of "
         "rotations.",
         metavar="FILE",
+        rich_help_panel=ROTATING,
     ),
 ]
-To = Annotated[Target, typer.Option(help="Runtime that the folder is for, or gptq for a GPTQ checkpoint.")]
+To = Annotated[
+    Target, typer.Option(help="Runtime that the folder is for, or gptq for a GPTQ checkpoint.", rich_help_panel=WRITING)
+]
 Context = Annotated[
     int | None,
     typer.Option(
-        help="Tokens, prompt and answer, that the KV cache inside an ExecuTorch program holds.", show_default="1024"
+        help="Tokens, prompt and answer, that the KV cache inside an ExecuTorch program holds.",
+        show_default="1024",
+        rich_help_panel=WRITING,
     ),
 ]
 Dequantize = Annotated[
@@ -108,11 +131,16 @@ Dequantize = Annotated[
         "--dequantize",
         help="Where MODEL is quantized (GPTQ, compressed-tensors, FP8, MXFP4), take the values of its codes; it is "
         "refused otherwise.",
+        rich_help_panel=READING,
     ),
 ]
 TrustRemoteCode = Annotated[
     bool,
-    typer.Option("--trust-remote-code", help="Run the modelling code that comes with MODEL; none is run otherwise."),
+    typer.Option(
+        "--trust-remote-code",
+        help="Run the modelling code that comes with MODEL; none is run otherwise.",
+        rich_help_panel=READING,
+    ),
 ]
 Bits = Annotated[
     int | None,
@@ -120,21 +148,30 @@ Bits = Annotated[
         help="Bits of the weights, by a recipe: 16 keeps the values; 8, 4, 3, 2.",
         metavar="16|8|4|3|2",
         show_default="4, without --quantize or --int4",
+        rich_help_panel=ROUNDING,
     ),
 ]
 RecipeOption = Annotated[
     RecipeName,
-    typer.Option(help="The best measured for these bits, the same on less text, or rounding to nearest unrotated."),
+    typer.Option(
+        help="The best measured for these bits, the same on less text, or rounding to nearest unrotated.",
+        rich_help_panel=ROUNDING,
+    ),
 ]
 Keep = Annotated[
     list[str] | None,
-    typer.Option(help="Pattern of parameters whose layers stay in floats; may be repeated.", metavar="PATTERN"),
+    typer.Option(
+        help="Pattern of parameters whose layers stay in floats; may be repeated.",
+        metavar="PATTERN",
+        rich_help_panel=ROUNDING,
+    ),
 ]
 LayerScheme = Annotated[
     list[str] | None,
     typer.Option(
         help="Scheme of the weights of some layers, for example *.down_proj.*=w8; may be repeated.",
         metavar="PATTERN=SCHEME",
+        rich_help_panel=ROUNDING,
     ),
 ]
 LearnOption = Annotated[
@@ -144,23 +181,39 @@ LearnOption = Annotated[
         help="What is learned from the unrounded model once all is rounded: none; local, scales of weights and norms "
         "block by block, in little memory; or full, all together by what it predicts.",
         show_default="scales, by --bits 4, 3 or 2; full, with --minutes",
+        rich_help_panel=LEARNING,
     ),
 ]
 Minutes = Annotated[
     float | None,
-    typer.Option(help="Minutes that learning may take.", show_default="three rounds through the text"),
+    typer.Option(
+        help="Minutes that learning may take.", show_default="three rounds through the text", rich_help_panel=LEARNING
+    ),
 ]
 LearningSeed = Annotated[
-    int, typer.Option(help="Seed of the order in which learning goes through the text.", min=0)
+    int,
+    typer.Option(help="Seed of the order in which learning goes through the text.", min=0, rich_help_panel=LEARNING),
 ]
-Int4 = Annotated[bool, typer.Option("--int4", help="Pack the weights to 4 bits (MatMulNBits), without a scheme.")]
+Int4 = Annotated[
+    bool,
+    typer.Option(
+        "--int4", help="Pack the weights to 4 bits (MatMulNBits), without a scheme.", rich_help_panel=ROUNDING
+    ),
+]
 KvCache = Annotated[
     IntegerCache | None,
-    typer.Option(help="Keep keys and values as integers in ONNX Runtime, with scales from the calibration text."),
+    typer.Option(
+        help="Keep keys and values as integers in ONNX Runtime, with scales from the calibration text.",
+        rich_help_panel=ROUNDING,
+    ),
 ]
 NoFuse = Annotated[
     bool,
-    typer.Option("--no-fuse", help="Write standard ONNX operators only, instead of ONNX Runtime's own for attention."),
+    typer.Option(
+        "--no-fuse",
+        help="Write standard ONNX operators only, instead of ONNX Runtime's own for attention.",
+        rich_help_panel=WRITING,
+    ),
 ]
 LastLogits = Annotated[
     bool | None,
@@ -168,11 +221,16 @@ LastLogits = Annotated[
         "--last-logits/--all-logits",
         help="Compute the logits of a prompt's last token alone, so that it is read faster, or those of every token.",
         show_default="the last in ONNX, by a recipe of less than 16 bits",
+        rich_help_panel=WRITING,
     ),
 ]
 Compare = Annotated[
     bool,
-    typer.Option("--compare", help="Make the original by the same scheme as well, and keep which does better on text."),
+    typer.Option(
+        "--compare",
+        help="Make the original by the same scheme as well, and keep which does better on text.",
+        rich_help_panel=ROUNDING,
+    ),
 ]
 CalibrationText = Annotated[
     str | None,
@@ -182,6 +240,7 @@ CalibrationText = Annotated[
         "eval --dataset; or self, text that MODEL writes.",
         metavar="FILE|DATASET|self",
         show_default="text of this package",
+        rich_help_panel=ROUNDING,
     ),
 ]
 DecidingText = Annotated[
@@ -198,6 +257,7 @@ CalibrationWindows = Annotated[
         "--samples",
         help="Number of calibration windows, of 512 tokens each, or of --length where that is an option.",
         show_default="what the text holds, at most 16",
+        rich_help_panel=ROUNDING,
     ),
 ]
 Force = Annotated[

@@ -97,7 +97,7 @@ def report_command(
             save_report(found, save)
     if as_json:
         screen.document({"ok": True, "out": str(out)} | found.to_dict())
-    screen.show(files_table(out.parent, [out.name]))
+    screen.show(*(files_table(path.parent, [path.name]) for path in (out, save) if path is not None))
 
 
 def _compare(ctx: typer.Context, model: str, other: Path | None, out: Path, screen: Screen) -> None:

@@ -10,7 +10,17 @@ from rich.table import Table
 from rich.text import Text
 
 from spinpass.evaluation import Comparison, Perplexity
-from spinpass.folders import IMPORTED, MARGIN, ExportRequest, Forecast, Result, free_memory, own_memory, plural
+from spinpass.folders import (
+    IMPORTED,
+    MARGIN,
+    ExportRequest,
+    Forecast,
+    Result,
+    free_memory,
+    own_memory,
+    plural,
+    runtime_names,
+)
 from spinpass.loading import LoadingReport
 from spinpass.planning import RotationPlan, grouped_refusals, grouped_spaces, online_parts
 from spinpass.tuning import Tuned
@@ -115,10 +125,10 @@ def certificate_table(certificate: Mapping[str, Any], *, every_output: bool = Fa
 
 
 def comparison_table(
-    main: Perplexity | Comparison, files: Mapping[str, Comparison], windows: int, length: int
+    main: Perplexity | Comparison, files: Mapping[str, Comparison], text: str, windows: int, length: int
 ) -> Table:
-    """Perplexities with their standard errors, and how the models differ, a line for each."""
-    table = Table(title="Perplexity", title_justify="left", caption_justify="left")
+    """Perplexities with their standard errors, and how the models differ, a line for each. ``text``: what they read."""
+    table = Table(title=f"Perplexity on {text}", title_justify="left", caption_justify="left")
     table.caption = f"{windows} windows of {length} tokens; ± one standard error over windows, ratios paired"
     compared = dict(files) if isinstance(main, Perplexity) else {"after": main, **files}
     table.add_column("", overflow="fold")
@@ -159,9 +169,9 @@ def files_table(folder: Path, names: list[str]) -> Table:
 def trial_lines(trials: Iterable[Mapping[str, Any]]) -> list[str]:
     """What became of the folder in its runtimes, for people."""
     run = [trial for trial in trials if trial["error"] is not None]
-    names = ", ".join(dict.fromkeys(trial["runtime"] for trial in run))
     tokens, cases = sum(trial["tokens"] for trial in run), len(run)
-    found = [f"tried in {names}: {tokens} tokens in {plural(cases, 'case')}, as the program has them"] if run else []
+    what = f"{tokens} tokens in {plural(cases, 'case')}, as the program has them"
+    found = [f"tried in {runtime_names(run)}: {what}"] if run else []
     left = dict.fromkeys(f"{t['runtime']}, {t['case']}: {t['reason']}" for t in trials if t["reason"])
     return [*found, *(f"not compared: {each}" for each in left)]
 

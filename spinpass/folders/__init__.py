@@ -19,6 +19,7 @@ from .demo import (
     packaged_model,
 )
 from .forecast import MARGIN, Forecast, StepForecast
+from .judge import runtime_names
 from .layouts import CheckpointLayout, CheckpointReport, CheckpointRequest
 from .machine import IMPORTED, Rates, free_memory, own_memory
 from .making import carry_out, export
@@ -81,6 +82,7 @@ __all__ = [
     "recipe_of",
     "rotate_checkpoint",
     "rotated",
+    "runtime_names",
     "weight_count",
     "window_length",
     "write_folder",

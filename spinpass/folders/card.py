@@ -245,7 +245,8 @@ def card_lines(card: Mapping[str, Any] | str | None, compared: Mapping[str, Any]
         f"perplexity × {ratio}, the same likeliest token at {card['agreement']:.1%}, divergence {card['kl']:.4f} nats "
         f"({card['windows']} windows of {card['length']} tokens of Python's help, in "
         f"{card['runtime']})",
-        f"{card['bytes'] / 1e6:,.1f} MB, {card['bits_per_weight']:.2f} bits per weight{speeds}",
+        f"{card['bytes'] / 1e6:,.1f} MB, {card['bits_per_weight']:.2f} bits per weight, graph, scales and tables "
+        f"included{speeds}",
     ]
     if compared is None:
         return lines

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -51,6 +51,12 @@ class FolderTrial:
     def to_dict(self) -> dict[str, Any]:
         """Return what JSON can hold."""
         return asdict(self)
+
+
+def runtime_names(trials: Iterable[Mapping[str, Any]]) -> str:
+    """Return the runtimes of stored trials for people, each once."""
+    names = dict.fromkeys(trial["runtime"] for trial in trials)
+    return ", ".join(name.replace(", unrounded", " with its roundings left out") for name in names)
 
 
 class Judge:

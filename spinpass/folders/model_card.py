@@ -17,6 +17,7 @@ from spinpass.loading import LoadedModel, Papers, Source
 
 from .card import plural
 from .command import command_of
+from .judge import runtime_names
 
 _RUNTIMES = {
     "onnx": "ONNX Runtime",
@@ -161,7 +162,7 @@ def _measured(card: Mapping[str, Any] | str | None, compared: Mapping[str, Any] 
     yield f"| divergence of its predictions (KL) | {card['kl']:.4f} nats per token |"
     yield f"| the same likeliest token | {card['agreement']:.1%} |"
     yield f"| size | {card['bytes'] / 1e6:,.1f} MB |"
-    yield f"| bits per weight | {card['bits_per_weight']:.2f} |"
+    yield f"| bits per weight, graph, scales and tables included | {card['bits_per_weight']:.2f} |"
     if card["decode"] is not None:
         speeds = f"{card['decode']:.1f}, {card['prefill']:.0f} tokens/s"
         yield f"| decode, prefill | {speeds} on the machine that made it |"
@@ -183,7 +184,7 @@ def _proved(about: Mapping[str, Any], library: str) -> Iterator[str]:
         yield f"- the file: {proof['verdict'] if proof else 'not certified: ' + str(file.get('uncertified'))}"
     run = [trial for trial in about.get("trials", []) if trial["error"] is not None]
     if run:
-        names = ", ".join(dict.fromkeys(trial["runtime"] for trial in run))
+        names = runtime_names(run)
         tokens = sum(trial["tokens"] for trial in run)
         yield f"- the folder: {tokens} tokens in {plural(len(run), 'case')} are as the program has them ({names})"
     yield f"- `{MANIFEST}` holds the plan, the proofs, and the hash of every file: `spinpass inspect . --check`"

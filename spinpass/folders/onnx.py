@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     _Made = QuantizeReport | CacheReport
     _Step = Callable[[Path, Path], _Made]  # (source, destination)
 
-_AT_A_TIE = "it rounds activations, either way at a tie: it is judged by what it generates"
+_AT_A_TIE = "it rounds activations, and the last bit decides which way; what it generates was compared instead"
 _REPORTS = {"packed": "pack", "cache": "cache"}  # in spinpass.json: of which step
 
 
