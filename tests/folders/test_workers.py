@@ -114,7 +114,9 @@ def test_the_files_are_the_same_byte_for_byte(by_one: Path, by_two: Path, case: 
 
 KILLED = """
 import os, signal
+from spinpass import workers
 from spinpass.formats import KeptWork
+workers._SILENT = 20.0  # seconds; two minutes are waited for otherwise
 rounded, count = dealing.Dealer.rounded, [0]
 def killed(self, jobs, known):
     count[0] += 1
