@@ -83,11 +83,12 @@ class RotationConfig:
         overrides: settings per rotation or per space name.
         matrices: matrices of your own, per rotation or per space name: (n, n), float32 or float64; a vector x becomes
             x @ matrix. They are orthogonal, or invertible where the space admits that, as :func:`spinpass.plan` says.
-            A stack (heads, n, n) has one for each key/value head, where the plan says so. Of R3 they are the keys'. Of
-            ``gates`` they are a vector (n,) of scales of u, or one of integers, an order of channels. A
-            :class:`spinpass.Rotation`, for example of :meth:`spinpass.Rotation.from_factors`, is taken as it is. A
-            sequence of them, for a rotation, has one for each of its spaces, in the order in which the program computes
-            them (:func:`spinpass.formats.read_matrices`).
+            A stack (heads, n, n) has one for each key/value head, where the plan says so. Of R3 they are the keys', and
+            queries take the inverse transposed. Of ``gates`` they are a vector (n,) of scales of u, or one of integers,
+            an order of channels. A :class:`spinpass.Rotation`, for example of
+            :meth:`spinpass.Rotation.from_factors`, is taken as it is. A sequence of them, for a rotation, has one for
+            each of its spaces, in the order in which the program computes them
+            (:func:`spinpass.formats.read_matrices`).
         exclude: patterns of space names or of parameter names. A space that matches is not rotated.
         verify: whether to certify the result. None certifies as well; False does not.
 

@@ -1,4 +1,4 @@
-"""InsertRotations:  an entry x -> x R,  an exit x' -> x' R⁻¹.
+"""InsertRotations:  an entry x -> x R,  or x R⁻ᵀ on the dual side of products;  an exit x' -> x' R⁻¹.
 
 What could not be folded stands in the graph as Hadamard operators, or as products with stored factors where the
 rotation is none of them.
@@ -20,7 +20,7 @@ from spinpass.rotations import Rotation, hadamard
 
 from .site_pass import SitePass
 
-_INVERSE = "_inverse"
+_INVERSE, _DUAL = "_inverse", "_dual"
 
 
 def insert_rotations(editor: ProgramEditor, space: Space, rotation: Rotation, origin: str) -> Space:
@@ -35,7 +35,7 @@ def insert_rotations(editor: ProgramEditor, space: Space, rotation: Rotation, or
                 torch.ops.aten.mean.dim, rotated, [entry.layout.dims[0]], True, after=rotated, origin=origin
             )
             rotated = editor.call(torch.ops.aten.sub.Tensor, rotated, mean, after=mean, origin=origin)
-        rotated = rotate_value(editor, rotated, entry.layout, rotation, stored, origin)
+        rotated = rotate_value(editor, rotated, entry.layout, rotation, stored, origin, dual=entry.dual)
         editor.replace(node, rotated, users)
     for leaving in space.exits:
         node = editor.current(leaving.node)
@@ -52,8 +52,9 @@ def rotate_value(
     stored: dict[str, Node],
     origin: str,
     inverse: bool = False,
+    dual: bool = False,
 ) -> Node:
-    """Insert nodes that compute ``x R`` (``x R⁻¹`` with ``inverse``) along the layout's one axis; return the last.
+    """Insert nodes that compute ``x R`` (``x R⁻¹``, ``x R⁻ᵀ``) along the layout's one axis; return the last.
 
     Args:
         editor: the program.
@@ -63,12 +64,15 @@ def rotate_value(
         stored: the constants of this rotation by what they are, to be made once for all values of a space.
         origin: the name of the space.
         inverse: insert the inverse.
+        dual: insert the inverse transposed, which is R itself where R is orthogonal.
     """
     dim, rank = layout.dims[0], len(shape(node))
     if dim != rank - 1:
         node = editor.call(torch.ops.aten.transpose.int, node, dim, rank - 1, after=node, origin=origin)
-    apply = _hadamard if rotation.is_structured else _product
-    node = apply(editor, node, layout, rotation, stored, origin, inverse)
+    if rotation.is_structured:
+        node = _hadamard(editor, node, layout, rotation, stored, origin, inverse)
+    else:
+        node = _product(editor, node, layout, rotation, stored, origin, inverse, dual)
     if dim != rank - 1:
         node = editor.call(torch.ops.aten.transpose.int, node, dim, rank - 1, after=node, origin=origin)
     return node
@@ -115,13 +119,14 @@ def _product(
     stored: dict[str, Node],
     origin: str,
     inverse: bool,
+    dual: bool,
 ) -> Node:
-    """x -> x·(I ⊗ F1 ⊗ F2 …):  insert a stored matrix, or its inverse, factor by factor along the last axis.
+    """x -> x·(I ⊗ F1 ⊗ F2 …):  insert a stored matrix, its inverse or its dual, factor by factor along the last axis.
 
     The last factor is multiplied from the right, the others, transposed, from the left, so that no axis is moved.
     """
     chain = _Chain(editor, node, origin)
-    factors = rotation.operands(inverse=inverse)
+    factors = rotation.operands(inverse=inverse, dual=dual)
     dtype = value(node).dtype
     compute = hadamard.precision_of(value(node)) if rotation.factors else dtype
     if compute != dtype:
@@ -134,7 +139,7 @@ def _product(
         if len(view) > 1:
             chain.call(torch.ops.aten.unflatten.int, -1, view)
         operand = _factor(
-            editor, factor if behind == 1 else factor.t(), stored, rotation, origin, place, inverse, chain
+            editor, factor if behind == 1 else factor.t(), stored, rotation, origin, place, inverse, dual, chain
         )
         chain.multiply(operand, left=behind > 1)
         if len(view) > 1:
@@ -153,17 +158,19 @@ def stored_factors(editor: ProgramEditor, rotation: Rotation, space: str) -> dic
     """Return the constants that stand for the factors of a space's Kronecker product, by the name of the parameter.
 
     Each with the number of the factor, and whether it is the inverse, and whether it is transposed, because all but
-    the last are multiplied from the left. They are found where the space's products read them.
+    the last are multiplied from the left, and the dual of a factor is its inverse transposed. They are found where the
+    space's products read them.
     """
     found: dict[str, tuple[int, bool, bool]] = {}
     for node in editor.nodes:
         if op_name(node) != "aten::matmul" or node.meta.get("custom", {}).get("spinpass_origin") != space:
             continue
         for stored in filter(editor.is_stored, node.all_input_nodes):
-            told = re.search(rf"\.factor(\d+)({_INVERSE})?(_\d+)?$", editor.fqn(stored))
+            told = re.search(rf"\.factor(\d+)({_INVERSE}|{_DUAL})?(_\d+)?$", editor.fqn(stored))
             if told is not None:
                 place = int(told[1]) - 1
-                found[editor.fqn(stored)] = (place, told[2] is not None, place < len(rotation.factors) - 1)
+                turned = (place < len(rotation.factors) - 1) != (told[2] == _DUAL)
+                found[editor.fqn(stored)] = (place, told[2] is not None, turned)
     return found
 
 
@@ -175,18 +182,19 @@ def _factor(
     origin: str,
     place: int,
     inverse: bool,
+    dual: bool,
     chain: _Chain,
 ) -> Node:
     """Return the stored factor (f, f) in the dtype of the values, made once for a space."""
     held = value(chain.last)
-    inverted = inverse and bool(rotation.factors)
-    key = f"factor {place} {held.dtype} {'inverse' if inverted else ''}"
-    turned = inverse and not inverted  # the transpose of the one that is stored
+    form = _DUAL if dual and rotation.factors else _INVERSE if inverse and rotation.factors else ""
+    key = f"factor {place} {held.dtype} {form}"
+    turned = inverse and not form  # the transpose of the one that is stored
     matrix = (factor.t() if turned else factor).contiguous().to(held.device)
     if key not in stored:
         name = "matrix" if not rotation.factors else f"factor{place + 1}"
         stored[key] = editor.add_constant(
-            f"spinpass.{_identifier(origin)}.{name}{_INVERSE if inverted else ''}",
+            f"spinpass.{_identifier(origin)}.{name}{form}",
             matrix.to(held.dtype),
             steps=[lambda _: matrix],
         )
@@ -227,6 +235,9 @@ def _broken(editor: ProgramEditor, space: Space, rotation: Rotation, changes: Ch
     else:
         products = [n for n in changes.made if op_name(n) == "aten::matmul"]
         inverses, each = sum(_is_inverse(editor, n) for n in products), len(rotation.operands())
+        duals, due_duals = sum(_reads(editor, n, _DUAL) for n in products), sum(e.dual for e in space.entries)
+        if rotation.factors and duals != each * due_duals:
+            return f"{duals} products with dual factors were inserted, not {each} for each of {due_duals} entries"
         if inverses % each or len(products) % each:
             return f"{len(products)} products with factors were inserted, of {each} to a rotation"
         made = ((len(products) - inverses) // each, inverses // each)
@@ -247,7 +258,13 @@ def _broken(editor: ProgramEditor, space: Space, rotation: Rotation, changes: Ch
 def _is_inverse(editor: ProgramEditor, product: Node) -> bool:
     """Return whether a product is with the inverse: a stored factor of it, or the transpose of an orthogonal one."""
     stored = [n for n in product.all_input_nodes if editor.is_stored(n)]
-    return not stored or any(editor.fqn(n).endswith(_INVERSE) for n in stored)
+    return not stored or _reads(editor, product, _INVERSE)
+
+
+def _reads(editor: ProgramEditor, product: Node, form: str) -> bool:
+    """Return whether a product is with a stored factor of that form."""
+    stored = (editor.fqn(n) for n in product.all_input_nodes if editor.is_stored(n))
+    return any(re.search(rf"{form}(_\d+)?$", name) for name in stored)
 
 
 INSERT_ROTATIONS = SitePass(

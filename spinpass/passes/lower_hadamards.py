@@ -5,6 +5,8 @@
 The Kronecker factors of :func:`spinpass.rotations.hadamard.kronecker_factors` become parameters of the program. Every
 factor is one ``aten::linear``, which is what the delegates of ExecuTorch and OpenVINO take; axes are split and joined
 without mentioning the others, so dynamic shapes stay dynamic.
+
+    copy(empty_like(x), y) -> y,  for the same runtimes:  products with stored factors keep the strides of x by it
 """
 
 from __future__ import annotations
@@ -30,14 +32,14 @@ def lower_hadamards(program: ExportedProgram) -> ExportedProgram:
     """Return a program without ``spinpass::hadamard`` that computes what ``program`` does, to float rounding.
 
     Half-precision Hadamards are computed in float32 and rounded once, as by the operator. Signature, dynamic shapes and
-    the record (:mod:`spinpass.record`) are kept. The program given is not changed, and it is what is returned where it
-    has no Hadamards.
+    the record (:mod:`spinpass.record`) are kept. Copies that only keep strides give way as well. The program given is
+    not changed, and it is what is returned where it has neither.
 
     Raises:
         ProgramError, QuantizedWeightError: as :class:`spinpass.graph.editor.ProgramEditor`.
         ExportError: a Hadamard runs along an axis of dynamic size.
     """
-    if not any(map(_is_hadamard, program.graph.nodes)):
+    if not any(_is_hadamard(node) or _keeps_strides(node) for node in program.graph.nodes):
         return program
     editor = ProgramEditor(program)
     replace_hadamards(editor)
@@ -50,6 +52,8 @@ def lower_hadamards(program: ExportedProgram) -> ExportedProgram:
 def replace_hadamards(editor: ProgramEditor) -> None:
     """Put linear layers in place of every Hadamard, as :func:`lower_hadamards`, which says what is raised."""
     factors: dict[tuple[int, bool, torch.dtype], Node] = {}
+    for node in [n for n in editor.nodes if _keeps_strides(n)]:
+        put_in_place(editor, node, arguments(node)["src"])
     for node in [n for n in editor.nodes if _is_hadamard(n)]:
         put_in_place(editor, node, _lowered(editor, node, factors))
 
@@ -63,6 +67,15 @@ def put_in_place(editor: ProgramEditor, node: Node, by: Node) -> None:
 
 def _is_hadamard(node: Node) -> bool:
     return op_name(node) == HADAMARD
+
+
+def _keeps_strides(node: Node) -> bool:
+    """Return whether a node is a copy of a value, equal but for its strides: those of a value that is not read."""
+    if op_name(node) != "aten::copy":
+        return False
+    into, source = arguments(node)["self"], arguments(node)["src"]
+    same = value(into).dtype == value(source).dtype and tuple(shape(into)) == tuple(shape(source))
+    return op_name(into) == "aten::empty_like" and same
 
 
 def _lowered(editor: ProgramEditor, node: Node, factors: dict[tuple[int, bool, torch.dtype], Node]) -> Node:

@@ -34,7 +34,8 @@ TransformLocation = Literal["input", "q_attn", "k_cache"]
 LOCATIONS: tuple[TransformLocation, ...] = get_args(TransformLocation)
 _WEIGHT = ".weight"
 _TRANSPOSES = ("aten::t", "aten::transpose", "aten::numpy_T")
-_MATRICES = re.compile(r"spinpass\..*\.(matrix|signs)")  # constants of rotations by no plain Hadamard
+_MATRICES = re.compile(r"spinpass\..*\.(matrix|signs|factor\d+)(_inverse|_dual)?(_\d+)?")
+"""The names of constants of rotations by no plain Hadamard."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,14 @@ class OnlineTransform:
 def online_transforms(program: ExportedProgram) -> tuple[OnlineTransform, ...]:
     """Return the online Hadamards of a rotated program by the modules they belong to, in the order of the graph.
 
-    Raises ConfigError, with the reason, where one of them has no place in a module.
+    Raises ConfigError, with the reason, where one of them has no place in a module, or is no plain Hadamard.
     """
+    stored = next((name for name in (*program.state_dict, *program.constants) if _MATRICES.fullmatch(name)), None)
+    if stored is not None:
+        raise ConfigError(
+            f"{stored} is of a rotation that stays online and is no plain Hadamard, and a layout declares those alone: "
+            "leave out its matrix and its kind, or its rotation"
+        )
     editor = ProgramEditor(program)
     places = _Places.of(editor)
     found: list[OnlineTransform] = []

@@ -141,7 +141,8 @@ class Planner:
             self._refuse(Refusal(name, f"it takes {what} of yours, from `matrices`: {admitted.why}"))
             return None
         rotation = self.only[name].rotation if self.only is not None else self._rotation(name, space.width, place)
-        space = replace(space, constants=admitted.uses or space.constants)
+        sides = admitted.sides
+        space = replace(space, constants=sides.constants or space.constants, entries=sides.entries or space.entries)
         heads = self._heads(candidate)
         each: tuple[Space, ...] = (space,)
         if candidate.gate:

@@ -195,8 +195,8 @@ class Rotation:
         """Whether it has no form for graphs, so that it takes a place where everything folds into constants."""
         return self.kind in ("blocks", "permutation")
 
-    def operands(self, *, inverse: bool = False) -> list[Tensor]:
-        """The factors of what row vectors are multiplied by from the right: those of R, or of R⁻¹; float64.
+    def operands(self, *, inverse: bool = False, dual: bool = False) -> list[Tensor]:
+        """The factors of what row vectors are multiplied by from the right: those of R, R⁻¹ or R⁻ᵀ; float64.
 
         Of kinds without structure it is one dense block; Hadamards have operators of their own.
 
@@ -205,7 +205,7 @@ class Rotation:
         if self.is_offline:
             raise ConfigError(f"{self} has no factors that a graph could multiply by")
         if self.factors:
-            return kronecker.right_operands(self.factors, inverse=inverse, dual=False)
+            return kronecker.right_operands(self.factors, inverse=inverse, dual=dual)
         block = self.matrix()[: self.order, : self.order].contiguous()
         return [block.t() if inverse else block]
 

@@ -157,9 +157,9 @@ def recorded_with(change: Callable[[record.Carried], record.Carried | None]) -> 
 
 def transposed_online(real: Any) -> Any:
     def rotate(
-        editor: Any, node: Any, layout: Any, rotation: Any, stored: Any, origin: str, inverse: bool = False
+        editor: Any, node: Any, layout: Any, rotation: Any, stored: Any, origin: str, inverse: bool = False, **side: Any
     ) -> Any:
-        return real(editor, node, layout, rotation, stored, origin, not inverse)
+        return real(editor, node, layout, rotation, stored, origin, not inverse, **side)
 
     return rotate
 

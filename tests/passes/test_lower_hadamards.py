@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -15,6 +17,7 @@ from spinpass.operators import hadamard as library
 from spinpass.passes.lower_hadamards import lower_hadamards
 from spinpass.rotations import hadamard
 from tests.support import models
+from tests.support.kronecker import by_factors
 from tests.support.programs import program
 
 
@@ -55,6 +58,29 @@ def test_values_are_those_of_the_op(order: int, size: int, transpose: bool) -> N
     torch.testing.assert_close(result, hadamard.hadamard_transform(x, order, transpose=transpose), rtol=0, atol=1e-13)
     assert library.HADAMARD not in names(lowered)
     assert names(lowered).count("aten::linear") == len(hadamard.kronecker_factors(order))
+
+
+@pytest.mark.parametrize("how", ["plain", "cache"])
+def test_copies_that_keep_strides_give_way(how: str) -> None:
+    """Products with factors on queries and keys, which lie transposed."""
+    before = program("llama", how)
+    config = spinpass.RotationConfig(rotations="R3", verify=False)
+    rotated = spinpass.transform(before, replace(config, matrices=by_factors(before, config)))
+    lowered = lower_hadamards(rotated)
+    assert names(rotated).count("aten::copy") == names(lowered).count("aten::copy") + 4 == 4
+    assert not {"aten::empty_like", "aten::empty_permuted"} & {*names(lowered), *names(lowered.run_decompositions())}
+    assert spinpass.verify(before, lowered).ok and record.read(lowered) == record.read(rotated)
+
+
+class Copied(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        kept = torch.empty_like(x).copy_(x.float())  # of another dtype: more than strides
+        return kept.transpose(1, 2).contiguous().view(2, -1) + torch.zeros_like(x).copy_(x).sum()
+
+
+def test_a_copy_into_another_dtype_stays() -> None:
+    ep = torch.export.export(Copied(), (torch.randn(2, 3, 4, dtype=torch.float64),)).run_decompositions({})
+    assert names(lower_hadamards(ep)).count("aten::copy") == names(ep).count("aten::copy") == 2
 
 
 def test_half_precision_is_computed_in_float32_and_rounded_once() -> None:

@@ -15,6 +15,7 @@ from spinpass.passes import OnlineTransform, online_transforms, with_online_tran
 from spinpass.passes.online_transforms import transform_places
 from spinpass.rotations import Rotation
 from tests.support import programs
+from tests.support.kronecker import by_factors
 
 ONLINE = spinpass.RotationConfig(rotations=("R3", "R4"))
 
@@ -83,3 +84,13 @@ def test_any_orthogonal_matrix_may_stand_there() -> None:
     both = [there, replace(there, location="k_cache")]
     assert verify(program, with_online_transforms(program, both)).ok, "scores are what they were"
     assert not verify(program, with_online_transforms(program, [there])).ok
+
+
+@pytest.mark.parametrize("how", ["factors", "random-hadamard", "random-matrix"])
+def test_what_is_no_plain_hadamard_is_refused(how: str) -> None:
+    program = programs.program("llama", "hf", torch.float32)
+    config = spinpass.RotationConfig(rotations="R3", verify=False)
+    drawn = {"matrices": by_factors(program, config)} if how == "factors" else {"kind": how}
+    made = spinpass.transform(program, replace(config, **drawn))  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="stays online and is no plain Hadamard, and a layout declares those alone"):
+        online_transforms(made)

@@ -162,8 +162,8 @@ def past(real: Any) -> Any:
 
 
 def inverted(real: Any) -> Any:
-    def rotate_value(*args: Any, inverse: bool = False) -> Any:
-        return real(*args, inverse=not inverse)
+    def rotate_value(*args: Any, inverse: bool = False, dual: bool = False) -> Any:
+        return real(*args, inverse=not inverse, dual=dual)
 
     return rotate_value
 

@@ -4,7 +4,8 @@
 
 An invertible matrix passes where values of the space are moved, added, multiplied by what is none of it, and contracted
 with constants, which take the other basis. A norm's statistic needs an orthogonal one. So does a product of two
-computed values of the space, such as queries with keys, unless all of it folds and one of them takes the dual basis.
+computed values of the space, such as queries with keys, unless one of them takes the dual basis, where it is made of
+weights or, behind a barrier such as RoPE, where it enters.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from torch.fx import Node
 from spinpass.graph import ProgramEditor, op_name
 
 from ..ops.rules import Concatenate, Ignored, Movement, Multilinear, Rule, Several, Zeros
-from .sides import Unsided, by_sides
-from .space import ConstantUse, Space
+from .sides import Sides, Unsided, by_sides
+from .space import Space
 
 Group = Literal["orthogonal", "invertible", "diagonal", "permutation"]
 """The last two are those of gates: a scale for each channel and an order of them, or the order alone."""
@@ -30,12 +31,13 @@ _PASSED = (Movement, Concatenate, Ignored, Zeros, Several)
 class Admitted:
     """The largest group of matrices that a space admits, and why no larger one, as a phrase.
 
-    ``uses`` are the constants of the space by the side of products that their values stand on.
+    ``sides`` are the constants and entries of the space by the side of products that their values stand on. They are
+    none where no two of its values are multiplied.
     """
 
     group: Group
     why: str
-    uses: tuple[ConstantUse, ...] = field(default=(), compare=False)
+    sides: Sides = field(default=Sides(), compare=False)
 
 
 def admitted_by(editor: ProgramEditor, space: Space, rule: Callable[[Node], Rule]) -> Admitted:
@@ -63,7 +65,7 @@ def admitted_by(editor: ProgramEditor, space: Space, rule: Callable[[Node], Rule
                 return Admitted("orthogonal", f"{user.name} ({op_name(user)}) measures it")
             if any(sum(operand.node in inside for operand in term) > 1 for term in found.terms):
                 product = product or f"{user.name} ({op_name(user)}) multiplies two of its values"
-                if space.online:
+                if space.exits:
                     return Admitted("orthogonal", product)
     for use in space.constants:
         if _uses(editor, space, use.node, rule) != {use.reads}:
@@ -71,10 +73,10 @@ def admitted_by(editor: ProgramEditor, space: Space, rule: Callable[[Node], Rule
     if not product:
         return Admitted("invertible", "it is contracted with constants alone")
     try:
-        uses = by_sides(editor, space)
+        sides = by_sides(editor, space)
     except Unsided as error:
         return Admitted("orthogonal", f"{product}, and {error}")
-    return Admitted("invertible", "queries take the inverse transposed of what keys take", uses)
+    return Admitted("invertible", "queries take the inverse transposed of what keys take", sides)
 
 
 def _uses(editor: ProgramEditor, space: Space, constant: Node, rule: Callable[[Node], Rule]) -> set[bool | None]:

@@ -4,11 +4,14 @@ Where a product contracts two values of a space, one is in the basis A and the o
 adds up or passes through a product stays on its side. So a walk that stops in front of such products finds one side,
 and walks from what it met there find the other. Where a side meets itself, as in x xᵀ, only orthogonal matrices do,
 which are their own dual.
+
+A value that enters behind a barrier, such as a query behind RoPE, takes the matrix of its side where it enters.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from torch.fx import Node
 
@@ -16,15 +19,28 @@ from spinpass.graph import Layout, LayoutError, ProgramEditor
 
 from ..ops.rules import Multilinear, Operand
 from .heads import HeadWalk
-from .space import AxisType, ConstantUse, Space
+from .space import AxisType, ConstantUse, Entry, Space
 
 
 class Unsided(Exception):
     """Something would have to be on both sides: the reason, as a phrase."""
 
 
+@dataclass(frozen=True)
+class Sides:
+    """A space told apart by the side of products that its values stand on.
+
+    Attributes:
+        constants: those of the space, each with its side.
+        entries: likewise.
+    """
+
+    constants: tuple[ConstantUse, ...] = ()
+    entries: tuple[Entry, ...] = ()
+
+
 class SideWalk(HeadWalk):
-    """A walk within an offline space that stops where two computed values are contracted.
+    """A walk within a space that stops where two computed values are contracted.
 
     Attributes:
         met: what stands on the other side of those products, and where its vectors lie.
@@ -48,15 +64,15 @@ class SideWalk(HeadWalk):
         """Do nothing: the walk that has found the space did, and this one leaves out what that has reached."""
 
 
-def by_sides(editor: ProgramEditor, space: Space) -> tuple[ConstantUse, ...]:
-    """Return the constants of a space by the side of their values: the seed's is the dual one, that of caches is not.
+def by_sides(editor: ProgramEditor, space: Space) -> Sides:
+    """Tell a space apart by the sides of its values: the seed's is the dual one, that of caches is not.
 
     Args:
         editor: the program.
-        space: of it, offline, from a walk.
+        space: of it, from a walk.
 
     Raises:
-        Unsided: a value would have to be on both.
+        Unsided: a value would have to be on both, or a walk of one side meets what the walk of the space did not.
     """
     found: dict[bool, list[Space]] = {True: [], False: []}
     todo = [(space.seed, space.members[space.seed][0].layout, True)]
@@ -68,12 +84,18 @@ def by_sides(editor: ProgramEditor, space: Space) -> tuple[ConstantUse, ...]:
             raise Unsided(f"{node.name} would be on both sides of a product")
         walk = SideWalk(editor, space)
         part = walk.grow(node, layout)
-        if not part.is_offline:
-            raise Unsided(f"its sides cannot be told apart at {part.online[0].node.name}")
+        stranger = next((edge for edge in part.online if edge not in space.entries), None)
+        if stranger is not None:
+            raise Unsided(f"its sides cannot be told apart at {stranger.node.name}")
         found[side].append(part)
         todo += [(other, where, not side) for other, where in walk.met.items()]
     if any(part.carried for part in found[True]):
         raise Unsided("a cache would be in the dual basis")
+    return Sides(_constants(editor, space, found), _entries(editor, space, found))
+
+
+def _constants(editor: ProgramEditor, space: Space, found: Mapping[bool, Sequence[Space]]) -> tuple[ConstantUse, ...]:
+    """Return the constants of a space, each with its side. Raises Unsided where one is not all of the two together."""
     uses = {
         (use.node, use.type.layout): replace(use, swapped=side)
         for side, parts in found.items()
@@ -90,7 +112,29 @@ def by_sides(editor: ProgramEditor, space: Space) -> tuple[ConstantUse, ...]:
     return tuple(uses.values())
 
 
-def _overlap(node: Node, layout: Layout, parts: list[Space]) -> bool:
+def _entries(editor: ProgramEditor, space: Space, found: Mapping[bool, Sequence[Space]]) -> tuple[Entry, ...]:
+    """Return the entries of a space, each with its side; none where there are none.
+
+    Raises Unsided: one is on no side or on both, or a value or a cache of the space was reached from neither.
+    """
+    if not space.entries:
+        return ()
+    sides = {side: [each for part in parts for each in part.entries] for side, parts in found.items()}
+    for entry in space.entries:
+        if (entry in sides[True]) == (entry in sides[False]):
+            raise Unsided(f"{entry.node.name} would be on both sides of a product")
+    reached = {node for parts in found.values() for part in parts for node in part.members}
+    for node in space.members:
+        if node not in reached and not editor.is_weight(node):
+            raise Unsided(f"{node.name} is on no side of a product")
+    carried = [edge for part in found[False] for edge in part.carried]
+    for edge in (*carried, *space.carried):
+        if edge not in carried or edge not in space.carried:
+            raise Unsided(f"the cache at {edge.node.name} is on no side of a product")
+    return tuple(replace(entry, dual=entry in sides[True]) for entry in space.entries)
+
+
+def _overlap(node: Node, layout: Layout, parts: Sequence[Space]) -> bool:
     return any(axis.layout.overlaps(layout) for part in parts for axis in part.members.get(node, ()))
 
 

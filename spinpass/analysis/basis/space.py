@@ -54,6 +54,8 @@ class Entry:
         keep: the users that read it in the original basis; all others read it in the space's basis.
         why: what does not commute with a rotation, as a phrase.
         centre: the value has to be centred as well.
+        dual: the value stands in products with others of the space, and on the side that has the dual basis: it takes
+            R⁻ᵀ rather than R.
     """
 
     node: Node
@@ -61,6 +63,7 @@ class Entry:
     keep: tuple[Node, ...]
     why: str
     centre: bool = False
+    dual: bool = False
 
 
 @dataclass(frozen=True)

@@ -93,7 +93,7 @@ def test_kronecker_factors_are_delegated_like_hadamards_of_the_same_sizes(tmp_pa
     program = decoder()
     config = spinpass.RotationConfig(form="online", verify=False)
     asked = by_factors(program, config)
-    assert any(key.startswith("R1") for key in asked) and any(key.startswith("R4") for key in asked)
+    assert {key.partition(":")[0] for key in asked} >= {"R1", "R3", "R4"}
     plain = executorch.export(spinpass.transform(program, config), tmp_path / "a")
     changed = spinpass.transform(program, replace(config, matrices=asked))
     report = executorch.export(changed, tmp_path / "b")
