@@ -8,11 +8,12 @@ what the exporters take: a program, its integers, and a plan with matrices.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from torch.export import ExportedProgram
 
 from spinpass import record
@@ -126,7 +127,7 @@ def learn(
     bases: Learning | None = None,
     training: Sequence[object] | None = None,
     held_out: Sequence[object] | None = None,
-    checkpoint: Path | None = None,
+    checkpoint: str | Path | None = None,
     team: Team | None = None,
     steps: Steps | None = None,
 ) -> Learned:
@@ -146,19 +147,29 @@ def learn(
         steps: told what begins.
 
     Raises:
-        ConfigError: a value out of range, nothing that can be learned, or too few inputs.
+        ConfigError: a value out of range or of another type, nothing that can be learned, or too few inputs.
+        ExportError: the checkpoint cannot be written.
         LearningError: the loss became no number.
         ProgramError, QuantizedWeightError, RefusedError, VerificationError: as :func:`spinpass.rotate`.
     """
+    due = {"settings": (settings, Learning), "bases": (bases, Learning), "config": (config, RotationConfig)}
+    for what, (given, kind) in due.items():
+        if given is not None and not isinstance(given, kind):
+            raise ConfigError(f"{what} is a {type(given).__name__}, not a spinpass.{kind.__name__}")
     asked = settings or _DEFAULT
     check_kinds(asked.kinds)
-    calibration = list(calibration)
+    calibration = _listed("calibration", calibration)
     if not calibration:
         raise ConfigError("learning needs calibration inputs; give some")
+    training = None if training is None else _listed("training", training)
+    held_out = None if held_out is None else _listed("held_out", held_out)
     chosen = QuantizationConfig.parse(scheme) if isinstance(scheme, str) else scheme
+    if not isinstance(chosen, QuantizationConfig):
+        raise ConfigError(f"scheme={scheme!r} is neither a scheme such as 'w4-asym-gptq-a8' nor a QuantizationConfig")
     config, steps = config or RotationConfig(form="online"), steps or Silent()
     shown = calibration if training is None else training
-    files = (None, None) if checkpoint is None else (checkpoint / "bases.pt", checkpoint / "numbers.pt")
+    folder = None if checkpoint is None else Path(checkpoint)
+    files = (None, None) if folder is None else (folder / "bases.pt", folder / "numbers.pt")
     course: LearningRecord | None = None
     if TRANSFORMS in asked.kinds:
         config, course = with_learned_bases(
@@ -186,6 +197,13 @@ def learn(
         **options,
     )
     return Learned(found.program, made, config, found.plan, course)
+
+
+def _listed(what: str, given: Sequence[object]) -> list[object]:
+    """Return inputs as a list, which may be gone through twice. Raises ConfigError: they are no sequence of inputs."""
+    if not isinstance(given, Iterable) or isinstance(given, (str, bytes, Mapping, Tensor)):
+        raise ConfigError(f"{what} is a {type(given).__name__}, not a sequence of inputs of the program")
+    return list(given)
 
 
 def with_learned_bases(

@@ -96,6 +96,8 @@ class Between(nn.Module):
         g, u = self.g(x), (self.g if self.how == "one weight" else self.u)(x)
         if self.how == "vector inside":
             g = torch.tanh(torch.sigmoid(g) + self.c)
+        if self.how == "cast":
+            g = g.to(torch.float64)  # exported with an assertion that reads it, too
         if self.how == "softmax":
             g = torch.softmax(g, -1)
         h = nn.functional.silu(g) * u
@@ -114,7 +116,7 @@ def between(how: str) -> ExportedProgram:
 
 @pytest.mark.parametrize(
     ("how", "admits"),
-    [("plain", "diagonal"), ("squared", "permutation"), ("sum", "permutation"), ("one weight", "permutation"), ("vector inside", ""), ("softmax", ""),
+    [("plain", "diagonal"), ("cast", "diagonal"), ("squared", "permutation"), ("sum", "permutation"), ("one weight", "permutation"), ("vector inside", ""), ("softmax", ""),
      ("operand out", ""), ("result out", "")],
 )  # fmt: skip
 def test_what_passes_is_what_the_operators_let_pass(how: str, admits: str) -> None:
@@ -135,12 +137,16 @@ def test_what_passes_is_what_the_operators_let_pass(how: str, admits: str) -> No
 
 def test_refusals() -> None:
     before = program("llama")
-    with pytest.raises(ConfigError, match=r"the matrix is 8×8, the space has size 80"):
+    with pytest.raises(ConfigError, match=r"8 numbers are given, the space has size 80; give another one in `matrices`"):
         spinpass.transform(before, given(SCALES[:8]))
     with pytest.raises(ConfigError, match="does not pass channels that are computed one by one; give a scale for each"):
         spinpass.transform(before, given(torch.linalg.qr(torch.randn(80, 80, dtype=torch.float64)).Q))
     with pytest.raises(ConfigError, match="diagonal.80. can be folded and not run, and here .* needs it online"):
         spinpass.transform(before, RotationConfig(matrices={"R4": SCALES}))
+    half = program("llama", dtype=torch.float16)
+    for scale in (1e5, 1e-6):  # its inverse is as far away
+        with pytest.raises(ConfigError, match=r"has values up to 1\.0e\+0[56], and torch.float16 ends at 6\.6e\+04"):
+            spinpass.transform(half, given(torch.full((models.FFN,), scale)))
     for wrong, why in ((torch.tensor([0, 0, 1]), "each of 0 … 2 once"), (torch.zeros(0, dtype=torch.int64), "once"),
                        (torch.ones(3).bool(), "an order of channels is an int64 tensor")):  # fmt: skip
         with pytest.raises(ConfigError, match=why):

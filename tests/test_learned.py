@@ -12,8 +12,9 @@ from torch import nn
 import spinpass
 from spinpass import RotationConfig
 from spinpass.certificate.programs import synthetic_inputs
-from spinpass.errors import ConfigError, LearningError
+from spinpass.errors import ConfigError, ExportError, LearningError
 from spinpass.execution import execute, flat_inputs, run
+from spinpass.graph import with_other_values
 from spinpass.learned import basis_of, factored, learn
 from spinpass.learning import Learning, Lesson, checkpoint, values
 from spinpass.learning.descent import Descent
@@ -139,6 +140,34 @@ def test_float64_programs_and_schemes_without_weights_learn_bases() -> None:
     assert found.bases is None and found.numbers is not None and {*found.numbers.kinds, *found.numbers.dropped} == {"clips"}
 
 
+def test_a_checkpoint_that_cannot_be_written_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options: dict[str, Any] = {"config": ONLINE, "settings": Learning(("transforms",)), "training": inputs(3)}
+    (tmp_path / "file").write_text("")
+    (tmp_path / "taken" / "bases.pt").mkdir(parents=True)
+    for place in (tmp_path / "file", tmp_path / "taken", str(tmp_path / "file" / "deep")):
+        with pytest.raises(ExportError, match=r"learning cannot be saved at .*bases.pt: .*run it again"):
+            learn(outlying(), "w4-rtn-a4", inputs(2), checkpoint=place, **options)
+
+    def full(content: object, path: Path) -> None:
+        path.write_bytes(b"a part")
+        raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(ExportError, match="file write failed; free the disk"):
+        learn(outlying(), "w4-rtn-a4", inputs(2), checkpoint=tmp_path / "here", **options)
+    assert not list((tmp_path / "here").iterdir()), "nothing is left half written"
+
+
+def test_a_model_that_differs_in_its_last_row_alone_is_another_one() -> None:
+    one, windows = plain(), inputs(2)
+    name = next(name for name, t in one.state_dict.items() if t.ndim == 2)
+    changed = one.state_dict[name].detach().clone()
+    changed[-1, -1] += 1
+    other = with_other_values(one, {name: changed})
+    assert Lesson(one, one, windows, windows).described == Lesson(plain(), one, windows, windows).described
+    assert Lesson(one, one, windows, windows).described != Lesson(other, one, windows, windows).described
+
+
 class Pair(nn.Module):
     """Two layers whose names differ in a dot and an underscore."""
 
@@ -212,9 +241,18 @@ def test_refusals() -> None:
         learn(outlying(), "w4-rtn-a4", inputs(1), config=ONLINE)
     with pytest.raises(ConfigError, match="no basis is better than another here"):
         learn(outlying(), "w4-gptq", inputs(4), config=ONLINE)
-    for wrong in ({"batch": "2"}, {"rounds": 1.5}, {"seed": None}, {"kinds": "scales"}):
-        with pytest.raises(ConfigError):
-            Learning(**wrong)
+    for wrong in ({"batch": "2"}, {"rounds": 1.5}, {"seed": None}, {"kinds": "scales"}, {"minutes": "3"}, {"rate": None},
+                  {"minutes": True}, {"rate": "fast"}, {"seed": 2**70}, {"seed": -(2**70)}):  # fmt: skip
+        with pytest.raises(ConfigError, match=next(iter(wrong))):
+            Learning(**wrong)  # type: ignore[arg-type]
+    windows, plan = inputs(2), spinpass.plan(outlying(), ONLINE)
+    for given, what in (({"settings": "scales"}, "settings is a str, not a spinpass.Learning"),
+                        ({"config": plan}, "config is a RotationPlan, not a spinpass.RotationConfig"),
+                        ({"training": 3}, "training is a int, not a sequence"), ({"held_out": windows[0][0]}, "held_out is a"),
+                        ({"scheme": None}, "scheme=None is neither"), ({"calibration": "text"}, "calibration is a str")):  # fmt: skip
+        asked: dict[str, Any] = {"scheme": "w4-rtn-a4", "calibration": windows, "config": ONLINE} | given
+        with pytest.raises(ConfigError, match=what):
+            learn(outlying(), **asked)
     with pytest.raises(ConfigError, match="learning needs calibration inputs"):
         learn(outlying(), "w4-rtn", [])
     with pytest.raises(ConfigError, match="'matrix' is nothing that can be learned"):

@@ -79,6 +79,8 @@ def learn_command(
     settings = Learning(("transforms",), (phase,), rounds=rounds, minutes=minutes, seed=learning_seed)
     if out.suffix != ".json":
         raise ConfigError(f"{out} does not end in .json, as a file of matrices does")
+    if out.is_dir():
+        raise ConfigError(f"{out} is a folder, and a file of matrices is written: choose another name")
     check_writable(out.parent)
     check_space(out.parent, _BYTES)
     known = Known.of(model, dequantize=dequantize, trust_remote_code=trust_remote_code)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from spinpass.errors import ExportError, first_line
 
 SAVED_EVERY = 300.0
 """Seconds between two times that a run is saved."""
@@ -51,13 +54,13 @@ class Checkpoint:
         return self.writes and time.monotonic() - self._last >= SAVED_EVERY
 
     def save(self, state: dict[str, Any]) -> None:
-        """Save a state of this run."""
+        """Save a state of this run. Raises ExportError: it cannot be written; what was saved before is still there."""
         if self.writes:
             _write(self.path, state | {"run": self.run})
             self._last = time.monotonic()
 
     def remember(self, moves: Sequence[Tensor], name: str) -> None:
-        """Keep moves beside the run."""
+        """Keep moves beside the run. Raises ExportError as :meth:`save`."""
         if self.writes:
             _write(self._beside(name), [move.detach() for move in moves])
 
@@ -79,8 +82,31 @@ def _on_host(content: Any) -> Any:
     return [_on_host(each) for each in content] if isinstance(content, (list, tuple)) else content
 
 
+def make_folder(path: Path) -> None:
+    """Make the folder that a file is to lie in. Raises ExportError: it cannot be made."""
+    with _told(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+
 def _write(path: Path, content: object) -> None:
     """Write a file that is there whole or not at all."""
     staging = path.with_name(path.name + ".new")
-    torch.save(_on_host(content), staging)
-    os.replace(staging, path)
+    with _told(path):
+        try:
+            torch.save(_on_host(content), staging)
+            os.replace(staging, path)
+        finally:
+            staging.unlink(missing_ok=True)
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """Say in an ExportError what the operating system, or torch in its place, has against writing a file."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        why = getattr(error, "strerror", None) or first_line(error)
+        raise ExportError(
+            f"learning cannot be saved at {path}: {why}; free the disk, or name another place, and run it again: it "
+            "goes on from what was saved before"
+        ) from error

@@ -17,7 +17,7 @@ from spinpass.progress import Tick
 
 from .divergence import divergence
 
-_PIECE = 4096  # values of a constant's first row
+_ROWS, _PIECE = 16, 256  # rows of a constant, spread over it, and values of each
 _HELD_OUT = 16  # one input of so many decides whether what was learned is kept
 
 
@@ -48,7 +48,7 @@ class Lesson:
             for name, tensor in program.state_dict.items():
                 digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
                 if not isinstance(tensor, Handle):  # reading one may cost all that it is computed of
-                    digest.update(_bytes(tensor[:1].flatten()[:_PIECE] if tensor.ndim else tensor))
+                    digest.update(_bytes(_piece(tensor) if tensor.ndim else tensor))
         return digest.hexdigest()
 
     def loss(self, inputs: object, constants: Mapping[str, Tensor], *, gradients: bool = True) -> Tensor:
@@ -65,6 +65,13 @@ class Lesson:
             total += float(self.loss(each, constants, gradients=False))
             tick()
         return total / len(self.held_out)
+
+
+def _piece(tensor: Tensor) -> Tensor:
+    """Return some values of a constant: of its first row, its last one, and some between."""
+    count = min(_ROWS, len(tensor))
+    rows = [tensor[(len(tensor) - 1) * k // max(1, count - 1)].reshape(-1) for k in range(count)]
+    return torch.cat([torch.cat([row[:_PIECE], row[-_PIECE:]]) for row in rows]) if rows else tensor
 
 
 def _bytes(tensor: Tensor) -> bytes:

@@ -10,6 +10,7 @@ from spinpass.errors import ConfigError
 
 Phase = Literal["local", "full"]
 PHASES: tuple[Phase, ...] = get_args(Phase)
+_SEEDS = 2**62  # on either side of 0: torch takes seeds of 64 bits, and each round of a run has one of its own
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,11 @@ class Learning:
             number = getattr(self, what)
             if not isinstance(number, int) or isinstance(number, bool):
                 raise ConfigError(f"{what}={number!r} is not an integer")
+        for what, real in (("rate", self.rate), ("minutes", 1.0 if self.minutes is None else self.minutes)):
+            if not isinstance(real, (int, float)) or isinstance(real, bool):
+                raise ConfigError(f"{what}={real!r} is not a number")
+        if not -_SEEDS <= self.seed < _SEEDS:
+            raise ConfigError(f"seed={self.seed} is too large: choose one of at most 62 bits")
         for what, given in (("kinds", self.kinds), ("phases", self.phases)):
             if not given or len(set(given)) != len(given):
                 raise ConfigError(f"{what}={given!r}: name at least one, and each once")

@@ -24,7 +24,7 @@ from spinpass.errors import ConfigError
 from spinpass.progress import Progress, Tick
 from spinpass.workers import Team
 
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, make_folder
 from .descent import Descent
 from .lesson import Lesson
 from .local import Blocks
@@ -68,6 +68,7 @@ def taught(
 
     Raises:
         ConfigError: there is nothing to learn, or no window, or there are more ranks than windows to a step.
+        ExportError: the checkpoint cannot be written.
         LearningError: the loss became no number.
     """
     team = team or Team()
@@ -81,7 +82,7 @@ def taught(
             "with fewer ranks"
         )
     if checkpoint is not None:
-        checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(checkpoint)
     rates = {kind: settings.rate * rates[kind] for kind in kinds_of(parts)}
     with _file(checkpoint) as path:
         about = f"{settings} {len(lesson.shown)} {len(lesson.held_out)} {_shapes(parts)} {lesson.described} {run}"

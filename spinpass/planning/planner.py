@@ -206,9 +206,10 @@ class Planner:
                 f"share one: {found}; give one of size {candidate.space.width}"
             )
         if found.whole.width != rotation.size:
+            given = rotation.size // rotation.order
             raise ConfigError(
-                f"{name}: there are matrices for {rotation.size // rotation.order} heads, and {len(found.parts)} "
-                "key/value heads: give one for each"
+                f"{name}: there are matrices for {given} head{'s' * (given != 1)}, and {len(found.parts)} key/value "
+                "heads: give one for each"
             )
         return found.parts, found.whole
 
@@ -248,14 +249,14 @@ class Planner:
 
     def _rotation(self, name: str, size: int, place: int) -> Rotation:
         matrix = self.config.matrix(name, place)
+        if matrix is not None:
+            try:
+                return _of_size(rotation_by(matrix, name), size)
+            except ConfigError as error:
+                raise ConfigError(
+                    f"{name}: {error}; give another one in `matrices`, or leave the space out with `exclude`"
+                ) from error
         try:
-            if matrix is not None:
-                rotation = rotation_by(matrix, name)
-                if rotation.is_by_heads and rotation.order != size:
-                    raise ConfigError(f"the matrices of heads are of size {rotation.order}, the space has size {size}")
-                if rotation.size != size and not rotation.is_by_heads:
-                    raise ConfigError(f"the matrix is {rotation.size}×{rotation.size}, the space has size {size}")
-                return rotation
             chosen = self.config.settings(name)
             assert chosen.kind is not None and chosen.seed is not None
             return Rotation.create(chosen.kind, size, block_size=chosen.block_size, seed=chosen.seed, identity=name)
@@ -274,6 +275,18 @@ class Planner:
             unique, k = f"{name}#{k}", k + 1
         self._names_seen.add(unique)  # accepted or not: a space left out must not pass its name on
         return unique
+
+
+def _of_size(rotation: Rotation, size: int) -> Rotation:
+    """Return a rotation of the user's. Raises ConfigError: it is of another size than the space."""
+    if rotation.is_by_heads:
+        if rotation.order != size:
+            raise ConfigError(f"the matrices of heads are of size {rotation.order}, the space has size {size}")
+    elif rotation.size != size:
+        vector = f"{rotation.size} numbers are given"
+        what = vector if rotation.is_offline else f"the matrix is {rotation.size}×{rotation.size}"
+        raise ConfigError(f"{what}, the space has size {size}")
+    return rotation
 
 
 def _check_replayed(planned: PlannedSpace, candidate: Candidate) -> None:
@@ -321,8 +334,13 @@ def _check_admitted(name: str, rotation: Rotation, admitted: Admitted, space: Sp
             f"{name}: the matrix is not orthogonal, and here only orthogonal ones change nothing: {admitted.why}; give "
             "an orthogonal one, or leave the space out with `exclude`"
         )
-    values = [value(node).dtype for node in space.members]
-    dtype = min((d for d in values if d in BOUNDS), key=lambda d: d.itemsize, default=torch.float64)
+    values = {value(node).dtype for node in space.members} & BOUNDS.keys()
+    dtype = min(values, key=lambda d: (d.itemsize, torch.finfo(d).max), default=torch.float64)
+    if not rotation.largest <= torch.finfo(dtype).max:
+        raise ConfigError(
+            f"{name}: the matrix or its inverse has values up to {rotation.largest:.1e}, and {dtype} ends at "
+            f"{torch.finfo(dtype).max:.1e}: give one whose scale is nearer to 1"
+        )
     if not rotation.condition * torch.finfo(dtype).eps <= BOUNDS[dtype]:  # what is folded is stored in it
         raise ConfigError(
             f"{name}: the matrix has a condition number of {rotation.condition:.1e}, by which rounding of {dtype} "

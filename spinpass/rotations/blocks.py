@@ -8,7 +8,6 @@ Blocks of one row are a diagonal: a scale for each channel.
 from __future__ import annotations
 
 import contextlib
-import math
 
 import torch
 from torch import Tensor
@@ -16,7 +15,7 @@ from torch import Tensor
 from spinpass.errors import ConfigError
 
 from . import hadamard
-from .kronecker import condition_of, non_orthogonality
+from .kronecker import condition_of, has_inverse, in_float64, non_orthogonality
 
 _ORTHOGONAL = 1e-12  # max |A Aᵀ − I| of a block that is orthogonal to float64
 _INDEX = (torch.int64, torch.int32)
@@ -31,14 +30,10 @@ def checked_blocks(blocks: Tensor) -> Tensor:
     if wrong or (blocks.dim() == 3 and blocks.shape[1] != blocks.shape[2]):
         found = tuple(blocks.shape) if isinstance(blocks, Tensor) else type(blocks).__name__
         raise ConfigError(f"matrices for each head are (heads, n, n), and scales (n,); got {found}")
-    if blocks.dtype not in (torch.float32, torch.float64):
-        raise ConfigError(f"matrices for each head and scales must be float32 or float64, got {blocks.dtype}")
-    if blocks.layout != torch.strided or blocks.is_meta:
-        raise ConfigError("matrices for each head and scales must be a plain tensor with its values")
-    exact = blocks.detach().to(device="cpu", dtype=torch.float64, copy=True).contiguous()
+    exact = in_float64(blocks, "a tensor of matrices for each head, or of scales,")
     exact = exact.view(-1, 1, 1) if exact.dim() == 1 else exact
     for place, block in enumerate(exact):
-        if not bool(block.isfinite().all()) or not math.isfinite(condition_of([block])):
+        if not has_inverse(block):
             what = f"scale {place + 1}" if exact.shape[1] == 1 else f"the matrix of head {place + 1}"
             raise ConfigError(f"{what} has no inverse, or values that are no numbers")
     return exact
@@ -46,8 +41,10 @@ def checked_blocks(blocks: Tensor) -> Tensor:
 
 def checked_order(order: Tensor) -> Tensor:
     """Return a permutation as int64 (n,) on the CPU. Raises ConfigError: it is none, or of another dtype."""
-    if not isinstance(order, Tensor) or order.dim() != 1 or order.dtype not in _INDEX or order.is_meta:
+    plain = isinstance(order, Tensor) and order.layout == torch.strided and not order.is_meta
+    if not plain or order.dim() != 1 or order.dtype not in _INDEX:
         found = f"{order.dtype} {tuple(order.shape)}" if isinstance(order, Tensor) else type(order).__name__
+        found += "" if plain else " without plain values"
         raise ConfigError(f"an order of channels is an int64 tensor (n,), got {found}")
     exact = order.detach().to(device="cpu", dtype=torch.int64, copy=True).contiguous()
     if not len(exact) or not torch.equal(exact.sort().values, torch.arange(len(exact), device="cpu")):

@@ -35,15 +35,28 @@ def checked_factors(factors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         if not isinstance(given, Tensor) or given.dim() != 2 or given.shape[0] != given.shape[1] or not len(given):
             found = tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__
             raise ConfigError(f"factor {number} must be a square matrix that is not empty, got {found}")
-        if given.dtype not in (torch.float32, torch.float64):
-            raise ConfigError(f"factor {number} must be float32 or float64, got {given.dtype}")
-        if given.layout != torch.strided or given.is_meta:
-            raise ConfigError(f"factor {number} must be a plain tensor with its values")
-        exact = given.detach().to(device="cpu", dtype=torch.float64, copy=True).contiguous()
-        if not bool(exact.isfinite().all()) or not math.isfinite(_condition(exact)):
+        exact = in_float64(given, f"factor {number}")
+        if not has_inverse(exact):
             raise ConfigError(f"factor {number} has no inverse, or values that are no numbers")
         made.append(exact)
     return tuple(made)
+
+
+def in_float64(given: Tensor, what: str) -> Tensor:
+    """Return a copy of a tensor of the user's, float64 on the CPU, contiguous and without gradients.
+
+    Raises ConfigError: it is not float32 or float64, or holds no plain values, as a sparse one, or one on ``meta``.
+    """
+    if given.dtype not in ORTHOGONAL_WITHIN:
+        raise ConfigError(f"{what} must be float32 or float64, got {given.dtype}")
+    if given.layout != torch.strided or given.is_meta:
+        raise ConfigError(f"{what} must be a plain tensor with its values, got one of {given.layout} on {given.device}")
+    return given.detach().to(device="cpu", dtype=torch.float64, copy=True).contiguous()
+
+
+def has_inverse(matrix: Tensor) -> bool:
+    """Whether a square matrix has finite values, and so has its inverse."""
+    return bool(matrix.isfinite().all()) and math.isfinite(_condition(matrix))
 
 
 def condition_of(factors: Sequence[Tensor]) -> float:

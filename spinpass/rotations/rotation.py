@@ -108,14 +108,12 @@ class Rotation:
         What rounding left of non-orthogonality is removed in float64, so that the transpose is the inverse to 1e-15.
 
         Raises:
-            ConfigError: the matrix is not square, has another dtype, or is not orthogonal, which is to say that
-                max |M Mᵀ - I| is above 1e-4 for float32 or 1e-8 for float64.
+            ConfigError: the matrix is not square, has another dtype or no plain values, or is not orthogonal, which is
+                to say that max |M Mᵀ - I| is above 1e-4 for float32 or 1e-8 for float64.
         """
         if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1] or not len(matrix):
             raise ConfigError(f"a rotation matrix must be square and not empty, got shape {tuple(matrix.shape)}")
-        if matrix.dtype not in kronecker.ORTHOGONAL_WITHIN:
-            raise ConfigError(f"a rotation matrix must be float32 or float64, got {matrix.dtype}")
-        exact = matrix.detach().to(device="cpu", dtype=torch.float64, copy=True)
+        exact = kronecker.in_float64(matrix, "a rotation matrix")
         error, bound = kronecker.non_orthogonality(exact), kronecker.ORTHOGONAL_WITHIN[matrix.dtype]
         if not error <= bound:
             raise ConfigError(f"the matrix is not orthogonal: max |M Mᵀ - I| is {error:.1e}, above {bound:.0e}")
@@ -179,6 +177,15 @@ class Rotation:
         if self.is_orthogonal:
             return 1.0
         return blocks.block_condition(self._given) if self.kind == "blocks" else kronecker.condition_of(self.factors)
+
+    @cached_property
+    def largest(self) -> float:
+        """The largest magnitude of an element of R or of its inverse; 1 of a rotation, whose elements are no larger."""
+        if self.is_orthogonal:
+            return 1.0
+        parts = [self._given] if self.kind == "blocks" else self.factors
+        sizes = ([float(each.abs().max()) for each in (part, torch.linalg.inv(part))] for part in parts)
+        return max(map(math.prod, zip(*sizes, strict=True)))
 
     @property
     def _given(self) -> Tensor:
@@ -347,10 +354,13 @@ def rotation_by(matrix: Tensor | Rotation, identity: str = "") -> Rotation:
     try:
         return Rotation.from_matrix(matrix, identity)
     except ConfigError as error:
-        try:
-            return Rotation.from_factors([matrix], identity)
-        except ConfigError:
-            raise error from None
+        if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1] or not len(matrix):
+            raise
+        if not kronecker.has_inverse(kronecker.in_float64(matrix, "a rotation matrix")):
+            raise ConfigError(
+                "the matrix has no inverse, or values that are no numbers: give an invertible one"
+            ) from error
+        return Rotation.from_factors([matrix], identity)
 
 
 def _check_tensors(rotation: Rotation) -> None:

@@ -46,7 +46,9 @@ def test_matrices_are_learned_and_exported(tmp_path: Path) -> None:
 
 def test_what_cannot_be_learned_is_refused(tmp_path: Path) -> None:
     model, here = folders.model_folder(tmp_path / "model"), tmp_path / "bases.json"
+    (tmp_path / "folder.json").mkdir()
     for options, why in (
+        ((tmp_path / "folder.json", "--quantize", SCHEME), "folder.json is a folder"),
         ((here, "--quantize", SCHEME, "--rotations", "none"), "nothing is learned without a rotation"),
         ((tmp_path / "bases.bin", "--quantize", SCHEME), "does not end in .json"),
         ((here, "--quantize", "w4a"), "is not a part of a scheme"),

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from spinpass.errors import ConfigError
 from spinpass.rotations import rotation as rotation_module
-from spinpass.rotations.rotation import Rotation
+from spinpass.rotations.rotation import Rotation, rotation_by
 
 DRAWN = ("hadamard", "random-hadamard", "random-matrix")
 
@@ -183,11 +183,38 @@ def test_from_matrix_leaves_its_argument_alone() -> None:
         (torch.eye(2).double() * (1 + 1e-7), r"is 2\.0e-07, above 1e-08"),
         (torch.full((2, 2), torch.nan), "is nan, above 1e-04"),
         (torch.ones(0, 0), r"got shape \(0, 0\)"),
+        (torch.eye(2, device="meta"), "a plain tensor with its values, got one of torch.strided on meta"),
+        (torch.eye(2).to_sparse(), "a plain tensor with its values, got one of torch.sparse_coo on cpu"),
     ],
 )
 def test_unfit_matrices_are_refused(matrix: torch.Tensor, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Rotation.from_matrix(matrix)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (torch.ones(3, 3), "the matrix has no inverse, or values that are no numbers"),
+        (torch.full((3, 3), torch.nan), "the matrix has no inverse, or values that are no numbers"),
+        (torch.eye(3, device="meta"), "a plain tensor with its values"),
+        (torch.eye(3).to_sparse(), "a plain tensor with its values"),
+        (torch.ones(3).to_sparse(), "a plain tensor with its values"),
+        (torch.arange(3).to_sparse(), "an order of channels is an int64 tensor .* without plain values"),
+        (torch.arange(3, device="meta"), "an order of channels is an int64 tensor .* without plain values"),
+        (torch.ones(2, 3), "must be square"),
+    ],
+)
+def test_what_is_no_change_of_basis_is_told_what_it_lacks(given: torch.Tensor, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        rotation_by(given)
+
+
+def test_the_largest_element_of_a_change_of_basis_or_its_inverse() -> None:
+    assert Rotation.create("hadamard", 8).largest == 1
+    assert Rotation.from_blocks(torch.tensor([1e5, 1.0])).largest == pytest.approx(1e5)
+    assert Rotation.from_blocks(torch.tensor([1e-6, 1.0])).largest == pytest.approx(1e6)
+    assert Rotation.from_factors([10 * torch.eye(2), 10 * torch.eye(3)]).largest == pytest.approx(100)
 
 
 @pytest.mark.parametrize(

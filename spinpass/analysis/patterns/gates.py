@@ -18,7 +18,7 @@ from ..basis.group import admitted_by
 from ..basis.growth import Barrier
 from ..basis.space import AxisType, ConstantUse, Space
 from ..basis.walk import Walk
-from ..ops.rules import Movement, Multilinear
+from ..ops.rules import Ignored, Movement, Multilinear
 from ..ops.table import rule_of
 from .linear import Linear, root_of, whole_axis
 
@@ -61,11 +61,12 @@ def find_gate(editor: ProgramEditor, linear: Linear) -> Gate | str:
             return f"{operand.name} is not what a linear layer writes"
         if outside:
             return f"{outside[0].name} reads {operand.name} as it is"
-    past = [user for node in inside - {result} for user in node.users if user not in inside and user not in out.members]
+    around = [user for node in inside - {result} for user in node.users if user not in inside | out.members.keys()]
+    past = [user for user in around if not isinstance(rule_of(user), Ignored)]
     if past or out.exits or out.carried or any(e.node not in inside or e.keep for e in out.entries):
         return f"{past[0].name if past else result.name} is read elsewhere, too"
     if not out.readers or any(space.scales or space.shifts or space.centrings for space in (*into, out)):
-        return "a norm is taken of it"
+        return "a norm is taken of it, or it is scaled channel by channel"
     linear_in = [space for space in into if _is_linear_in(result, {leaving.node for leaving in space.exits}, inside)]
     scaled = [space for space in linear_in if all(_admits_scales(editor, each) for each in (space, out))]
     return Gate(_together(result, [*into, out]), _together(result, [scaled[-1], out]) if scaled else None, (*into, out))

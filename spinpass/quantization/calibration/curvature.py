@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import Node
 
+from spinpass.errors import ConfigError
 from spinpass.execution import flat_inputs, log_probabilities
 from spinpass.graph import shape
 from spinpass.passes import open_program
@@ -60,7 +61,8 @@ def draw_gradients(
         places: of the inputs among those of all ranks. What is drawn for one then depends on its place alone.
 
     Raises:
-        ConfigError: the inputs do not fit the program, or its first output is no logits.
+        ConfigError: the inputs do not fit the program, its first output is no logits, or depends on none of the layers,
+            or is no number.
     """
     generator = torch.Generator("cpu").manual_seed(_SEED)  # the same draws on every device
     for done, values in enumerate(inputs):
@@ -69,10 +71,26 @@ def draw_gradients(
         given = {name: keep(x) for name, x in flat_inputs(program, values).items() if isinstance(x, Tensor)}
         watch = _Hooked(named, keep, receive, given)
         predicted = log_probabilities(program, values, {}, gradients=True, watch=watch)
+        _check_predicted(predicted, done)
         drawn = torch.multinomial(predicted.detach().exp().cpu(), 1, generator=generator).to(predicted.device)
         torch.autograd.backward(predicted.gather(1, drawn).sum())
         progress(done + 1, len(inputs))
         yield len(predicted)
+
+
+def _check_predicted(predicted: Tensor, place: int) -> None:
+    """Raise ConfigError where log-probabilities have no gradients, or are no numbers."""
+    without = "leave out what needs gradients ('fisher', or bits on average)"
+    if not predicted.requires_grad:
+        raise ConfigError(
+            "no prediction depends on what a layer that is rounded returns: the first output of the program has to be "
+            f"the logits of the whole model; export it so, or {without}"
+        )
+    if bool(predicted.isnan().any()):
+        raise ConfigError(
+            f"what the program predicts for input {place + 1} is no number: see whether its weights are, and whether "
+            f"they overflow its dtype; or {without}"
+        )
 
 
 def curvature(tokens: Sequence[int], gradient: Tensor) -> Tensor:
@@ -127,7 +145,7 @@ def _of_mean_one(each: Sequence[Tensor], team: Team) -> list[Tensor]:
     of_all = torch.cat(list(each)).double()
     total, tokens = team.sum(torch.stack([of_all.sum(), torch.ones_like(of_all).sum()])).tolist()
     mean = total / tokens
-    return [c / mean if mean > _TINY else torch.ones_like(c) for c in each]
+    return [c / mean if _TINY < mean < math.inf else torch.ones_like(c) for c in each]
 
 
 class _Hooked(Generic[_Kept]):

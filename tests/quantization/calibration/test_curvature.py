@@ -119,3 +119,43 @@ def test_values_that_are_computed_twice_have_the_same_gradients(monkeypatch: pyt
     twice = token_counts(program(), names, inputs(2), Team(), None)
     for name in names:
         torch.testing.assert_close(torch.cat(twice[name]), torch.cat(once[name]))
+
+
+class Unheard(nn.Module):
+    """A layer behind which no gradient comes."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.how, self.up, self.head = how, nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, KINDS)
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.up(x)
+        if self.how == "detached":
+            y = y.detach()
+        if self.how == "not a number":
+            y = y / 0 * 0
+        made = self.head(x + y)
+        return (self.head(x), made) if self.how == "another output" else made
+
+
+@pytest.mark.parametrize(
+    ("how", "why"),
+    [
+        ("detached", "no prediction depends on what a layer that is rounded returns: .*'fisher'"),
+        ("another output", "no prediction depends on what a layer that is rounded returns: .*'fisher'"),
+        ("not a number", "what the program predicts for input 1 is no number"),
+    ],
+)
+def test_predictions_that_tell_nothing_of_a_layer_are_refused(how: str, why: str) -> None:
+    _, texts = silenced()
+    made = exported(Unheard(how).eval(), texts[0])
+    with pytest.raises(ConfigError, match=why):
+        quantize(made, "w4-gptq-fisher", texts)
+
+
+def test_tokens_of_a_layer_whose_gradients_overflow_count_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, texts = silenced()
+    monkeypatch.setattr(curvature, "curvature", lambda tokens, g: torch.full(tokens, torch.inf).flatten())
+    counts = token_counts(made, [NAME], texts, Team(), None)[NAME]
+    assert all(torch.equal(each, torch.ones(TOKENS)) for each in counts)
