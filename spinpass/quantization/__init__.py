@@ -17,11 +17,12 @@ from .packed import (
 from .quantizer import check_shares, quantize
 from .report import CodesStore, QuantizationReport, Quantized, QuantizedWeight, matrices_of
 from .rounding import Codes
-from .scheme import GROUP_SIZES, WEIGHT_BITS, Activations, Cache, QuantizationConfig, Weights
+from .scheme import FINE, GROUP_SIZES, WEIGHT_BITS, Activations, Cache, QuantizationConfig, Weights
 from .spelling import ALIASES, PARTS
 
 __all__ = [
     "ALIASES",
+    "FINE",
     "GROUP_SIZES",
     "LEARNABLE",
     "PARTS",

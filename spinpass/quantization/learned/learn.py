@@ -42,12 +42,12 @@ from ..packed import (
 )
 from ..report import Quantized, QuantizedWeight
 from ..rounding import Coded
+from ..scheme import FINE
 from .clips import LearnedClip
 from .gains import LearnedVector
 from .weights import LearnedWeight, rests_of
 
 _ROUNDING = "spinpass::round_tokens"
-_FINE = 8  # bits, at which there is nothing to win
 
 
 def learned(
@@ -219,7 +219,7 @@ def _with_clips(program: ExportedProgram) -> tuple[ExportedProgram, dict[str, Le
     """round_tokens(x, …, c) -> round_tokens_within(x, …, c'), c' a constant that learns, by name of the node."""
     editor = ProgramEditor(program)
     found: dict[str, LearnedClip] = {}
-    for node in [n for n in editor.nodes if op_name(n) == _ROUNDING and arguments(n)["bits"] < _FINE]:
+    for node in [n for n in editor.nodes if op_name(n) == _ROUNDING and arguments(n)["bits"] < FINE]:
         given = arguments(node)
         device = device_of(program)
         share = editor.add_constant(

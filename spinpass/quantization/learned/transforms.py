@@ -10,7 +10,6 @@ passed straight through. Sources: SpinQuant, Liu et al., arXiv 2405.16406, secti
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from spinpass.graph import Layout
 from spinpass.learning import LearningPart
-from spinpass.rotations import Rotation
+from spinpass.rotations import Rotation, hadamard
 
 from ..kinds import TRANSFORM
 from ..rounding import rounded
@@ -69,7 +68,7 @@ class LearnedTransform:
     def apply(self, x: Tensor, dim: int, *, dual: bool) -> Tensor:
         """x M along an axis, or x M⁻ᵀ."""
         turns = [torch.linalg.inv(turn).t() if dual else turn for turn in self.turns()]
-        return multiplied(x, turns, dim)
+        return hadamard.multiply(x, [turn.t() for turn in turns], dim=dim)
 
     def factor(self, place: int, *, inverse: bool) -> Tensor:
         """F M of one factor, or its inverse, float32 (f, f)."""
@@ -158,21 +157,6 @@ class _RoundedTo(torch.autograd.Function):
     def backward(ctx: object, gradient: Tensor) -> tuple[Tensor, None, None]:
         del ctx
         return gradient, None, None
-
-
-def multiplied(x: Tensor, factors: Sequence[Tensor], dim: int) -> Tensor:
-    """``x (I ⊗ F1 ⊗ F2 …)`` along an axis, with the gradients of x and of the factors."""
-    moved = x.movedim(dim, -1)
-    rows, behind = math.prod(moved.shape), 1
-    found = moved
-    for factor in reversed(factors):
-        size = len(factor)
-        if behind == 1:
-            found = moved.reshape(rows // size, size) @ factor
-        else:
-            found = torch.matmul(factor.t(), found.reshape(rows // (size * behind), size, behind))
-        behind *= size
-    return found.reshape(moved.shape).movedim(-1, dim)
 
 
 def _nearest_rotation(matrix: Tensor) -> Tensor:
