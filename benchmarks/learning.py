@@ -35,6 +35,7 @@ SCHEMES = ("w4-asym-gptq-a8-kv4", "a4-kv4", "w4-asym-gptq-a4-kv4")
 HADAMARD, DISTILLED, LEARNED = "Hadamard", "distilled", "learned"
 _LENGTH, _POSITIONS = 512, 512
 _WINDOWS = recipe_of("auto", 4, "onnx").windows  # as many as exports have, and so as many decide what is kept
+_OF_WEIGHTS = ("scales", "zeros", "offsets", "latents")
 _BASES = Learning(("transforms",), ("local",))
 
 
@@ -88,7 +89,7 @@ def main(
 def _settings(variant: str, asked: Learning, scheme: str) -> Learning | None:
     """What is learned; None where nothing is, or a scheme has no scales to distill."""
     rounds_weights = QuantizationConfig.parse(scheme).weights is not None
-    kinds = asked.kinds if rounds_weights else tuple(k for k in asked.kinds if k in ("transforms", "gains", "clips"))
+    kinds = asked.kinds if rounds_weights else tuple(k for k in asked.kinds if k not in _OF_WEIGHTS)
     if variant == HADAMARD or (variant == DISTILLED and not rounds_weights):
         return None
     if variant == DISTILLED:

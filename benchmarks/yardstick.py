@@ -67,7 +67,7 @@ class Row:
 def main(
     spread: Annotated[float, typer.Option(help="Of the off-grid weights; 1 keeps those of the file.")] = SPREADS[-1],
     gguf: Annotated[Path | None, typer.Option(help="The model, of the Llama family; the demo's if none.")] = None,
-    rows: Annotated[str, typer.Option(help="BITS/RECIPE/OPTIONS, by commas: 4,4/plain,4//--learn full")] = ",".join(ROWS),
+    rows: Annotated[str, typer.Option(help="BITS/RECIPE/OPTIONS, by commas: 4,4//--learn full")] = ",".join(ROWS),
     kinds: Annotated[str, typer.Option(help="Kinds of llama.cpp, separated by commas.")] = ",".join(KINDS),
     python: Annotated[str, typer.Option(help="Interpreter that has llama-cpp-python.")] = "",
     text: Annotated[list[str] | None, typer.Option(help="NAME=FILE to score on as well; may be repeated.")] = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,13 @@ from spinpass import RotationConfig
 from spinpass.certificate.programs import synthetic_inputs
 from spinpass.errors import ConfigError, LearningError
 from spinpass.execution import execute, flat_inputs, run
-from spinpass.learned import basis_of, factored, learn
+from spinpass.learned import bases_of, learn
 from spinpass.learning import Learning, Lesson, checkpoint, values
 from spinpass.learning.descent import Descent
-from spinpass.quantization import Basis, QuantizationConfig, Weights, pack, quantize
+from spinpass.quantization import Basis, QuantizationConfig, Weights, begun_basis, pack, quantize, roles_of_bases
 from spinpass.quantization.learned.bases import _Student
-from spinpass.quantization.learned.transforms import FoldedConstant, LearnedFactor
+from spinpass.quantization.learned.folded import FoldedConstant
+from spinpass.quantization.learned.transforms import LearnedFactor
 from tests.support.decoders import relative_error
 from tests.support.programs import program as decoder
 from tests.support.quantizable import inputs, outlying
@@ -29,30 +31,46 @@ ONLINE = RotationConfig(form="online")
 PLAIN = QuantizationConfig(weights=Weights(8, method="rtn", clip=False))
 
 
-def bases(plan: spinpass.RotationPlan) -> list[Basis]:
-    return [basis_of(space) for space in plan.spaces]
+TRANSFORMS = ("transforms",)
+ALL = ("gates", "stacks", "transforms")
 
 
-def begun(program: Any, config: RotationConfig) -> spinpass.Rotated:
-    plan = spinpass.plan(program, config)
-    made = {s.name: each for s in plan.spaces for each in (factored(s),) if each is not None}
-    return spinpass.rotate(program, RotationConfig(form=config.form, matrices=made, verify=False))
+def begun(
+    program: Any, config: RotationConfig, kinds: tuple[str, ...] = TRANSFORMS
+) -> tuple[spinpass.Rotated, list[Basis]]:
+    wider = replace(config, rotations=(*config.rotations, *roles_of_bases(kinds)), verify=False)
+    plan = spinpass.plan(program, wider)
+    made = {s.name: each for s in (*plan.spaces, *plan.offers) for each in (begun_basis(s, kinds),) if each is not None}
+    rotated = spinpass.rotate(program, replace(wider, matrices={name: start for name, (_, start) in made.items()}))
+    return rotated, bases_of(rotated.plan, {name: kind for name, (kind, _) in made.items()})
 
 
-@pytest.mark.parametrize("form", ["online", "offline"])
-@pytest.mark.parametrize("name", ["llama", "llama_bias", "qwen3", "gpt2", "phi3", "olmo2"])
-def test_the_student_computes_what_its_matrices_make_of_the_program(name: str, form: Any) -> None:
-    program = decoder(name, dtype=torch.float32)
-    rotated = begun(program, RotationConfig(form=form))
-    student = _Student(rotated.program, bases(rotated.plan), PLAIN)
+def shaken(student: _Student, spread: float = 0.03) -> None:
     torch.manual_seed(0)
     with torch.no_grad():
-        for transform in student.transforms.values():
-            transform.moves["transforms"].normal_(0, 0.03)
+        for change in student.changes.values():
+            for move in change.moves.values():
+                move.normal_(0, spread)
+
+
+CASES = [
+    *((name, form, TRANSFORMS) for name in ("llama", "llama_bias", "qwen3", "gpt2", "phi3", "olmo2") for form in ("online", "offline")),
+    *((name, "online", ALL) for name in ("llama_bias", "phi3", "gpt2")),
+    ("llama", "online", ("gates",)), ("llama", "offline", ("stacks",)), ("phi3", "offline", ("gates", "transforms")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "form", "kinds"), CASES, ids=str)
+def test_the_student_computes_what_its_matrices_make_of_the_program(name: str, form: Any, kinds: Any) -> None:
+    program = decoder(name, dtype=torch.float32)
+    rotated, bases = begun(program, RotationConfig(form=form), kinds)
+    student = _Student(rotated.program, bases, PLAIN)
+    shaken(student)
+    with torch.no_grad():
         found = {**values(student.parts)}
-    matrices = {space: transform.learned() for space, transform in student.transforms.items()}
+    matrices = {space: change.learned() for space, change in student.changes.items()}
     assert not all(rotation.is_orthogonal for rotation in matrices.values())
-    config = RotationConfig(form=form, matrices=matrices)
+    config = replace(rotated.plan.config, matrices=matrices)
     after = quantize(spinpass.transform(program, config), PLAIN).program
     given = flat_inputs(program, program.example_inputs)
     wanted, got = run(after, given), list(execute(student.program, {**given, **found}).outputs)
@@ -66,11 +84,11 @@ def test_the_student_computes_what_its_matrices_make_of_the_program(name: str, f
 
 def test_gradients_reach_every_matrix() -> None:
     program = decoder("llama", dtype=torch.float32)
-    rotated = begun(program, ONLINE)
-    student = _Student(rotated.program, bases(rotated.plan), QuantizationConfig.parse("w4-rtn-a4-kv4"))
+    rotated, bases = begun(program, ONLINE)
+    student = _Student(rotated.program, bases, QuantizationConfig.parse("w4-rtn-a4-kv4"))
     lesson = Lesson(student.program, program, [program.example_inputs], [program.example_inputs])
     torch.autograd.backward(lesson.loss(program.example_inputs, values(student.parts)))
-    for space, transform in student.transforms.items():
+    for space, transform in student.changes.items():
         grad = transform.moves["transforms"].grad
         assert grad is not None and bool(grad.isfinite().all()) and float(grad.abs().max()) > 0, space
 
@@ -78,13 +96,10 @@ def test_gradients_reach_every_matrix() -> None:
 @pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3", "olmo2", "phi3", "gemma2", "falcon", "gpt_neox"])
 def test_learned_matrices_are_exact_before_anything_is_rounded(name: str) -> None:
     program = decoder(name)
-    rotated = begun(program, ONLINE)
-    student = _Student(rotated.program, bases(rotated.plan), PLAIN)
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for transform in student.transforms.values():
-            transform.moves["transforms"].normal_(0, 0.03)
-    matrices = {space: transform.learned() for space, transform in student.transforms.items()}
+    rotated, bases = begun(program, ONLINE)
+    student = _Student(rotated.program, bases, PLAIN)
+    shaken(student)
+    matrices = {space: transform.learned() for space, transform in student.changes.items()}
     found = spinpass.rotate(program, RotationConfig(form="online", matrices=matrices))
     assert found.certificate is not None and found.certificate.ok
 
@@ -160,14 +175,11 @@ class Pair(nn.Module):
 def test_factors_of_names_that_look_alike_are_told_apart() -> None:
     ids = torch.randint(0, 96, (2, 7))
     program = torch.export.export(Pair().eval(), (ids,))
-    rotated = begun(program, ONLINE)
-    student = _Student(rotated.program, bases(rotated.plan), PLAIN)
+    rotated, bases = begun(program, ONLINE)
+    student = _Student(rotated.program, bases, PLAIN)
     factors = [part.places for part in student.parts if isinstance(part, LearnedFactor)]
     assert len(factors) == len(set(factors)) > 2
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for transform in student.transforms.values():
-            transform.moves["transforms"].normal_(0, 0.05)
+    shaken(student, 0.05)
     for part in student.parts:
         if isinstance(part, FoldedConstant):
             object.__setattr__(part, "scheme", None)
