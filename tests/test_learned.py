@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,9 @@ from spinpass.quantization import Basis, QuantizationConfig, Weights, begun_basi
 from spinpass.quantization.learned.bases import _Student
 from spinpass.quantization.learned.folded import FoldedConstant
 from spinpass.quantization.learned.transforms import LearnedFactor
-from tests.support.decoders import relative_error
+from tests.support.decoders import HEAD, HEADS, Decoder, made, relative_error
 from tests.support.programs import program as decoder
-from tests.support.quantizable import inputs, outlying
+from tests.support.quantizable import export, inputs, outlying
 from tests.support.quantizable import program as plain
 
 ONLINE = RotationConfig(form="online")
@@ -93,15 +94,34 @@ def test_gradients_reach_every_matrix() -> None:
         assert grad is not None and bool(grad.isfinite().all()) and float(grad.abs().max()) > 0, space
 
 
+@pytest.mark.parametrize("kinds", [TRANSFORMS, ALL], ids=["transforms", "all"])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3", "olmo2", "phi3", "gemma2", "falcon", "gpt_neox"])
-def test_learned_matrices_are_exact_before_anything_is_rounded(name: str) -> None:
+def test_learned_matrices_are_exact_before_anything_is_rounded(name: str, kinds: Any) -> None:
     program = decoder(name)
-    rotated, bases = begun(program, ONLINE)
+    rotated, bases = begun(program, ONLINE, kinds)
     student = _Student(rotated.program, bases, PLAIN)
     shaken(student)
-    matrices = {space: transform.learned() for space, transform in student.changes.items()}
-    found = spinpass.rotate(program, RotationConfig(form="online", matrices=matrices))
+    matrices = {space: change.learned() for space, change in student.changes.items()}
+    found = spinpass.rotate(program, replace(rotated.plan.config, matrices=matrices, verify=True))
     assert found.certificate is not None and found.certificate.ok
+    given = synthetic_inputs(program, seed=3)
+    assert relative_error(run(program, given), run(found.program, given)) < 1e-9
+
+
+@pytest.mark.parametrize("kinds", [ALL, ("gates", "stacks")], ids=str)
+def test_what_is_learned_begins_where_nothing_is(kinds: Any) -> None:
+    program = decoder("llama", dtype=torch.float32)
+    rotated, bases = begun(program, ONLINE, kinds)
+    student = _Student(rotated.program, bases, QuantizationConfig.parse("a4-kv4"))
+    given = flat_inputs(program, program.example_inputs)
+    for name, tensor in spinpass.transform(program, ONLINE).state_dict.items():
+        torch.testing.assert_close(rotated.program.state_dict[name], tensor)
+    with torch.no_grad():
+        begins = list(execute(student.program, {**given, **values(student.parts)}).outputs)
+    assert relative_error(list(execute(student.program, given).outputs), begins) < 1e-5
+    assert {basis.kind for basis in bases} == {*kinds, *(() if "transforms" in kinds else (None,))}
+    assert sum(s.flops for s in rotated.plan.spaces if s.role in ("R2", "gates")) == 0
+    assert rotated.plan.flops == spinpass.plan(program, ONLINE).flops
 
 
 @pytest.mark.parametrize("phases", [("local",), ("full",)], ids=str)
@@ -150,6 +170,37 @@ def test_float64_programs_and_schemes_without_weights_learn_bases() -> None:
     assert found.bases is not None and found.numbers is None
     found = learn(outlying(), "a4-kv4", inputs(4), config=ONLINE, settings=Learning(("clips",), rate=20))
     assert found.bases is None and found.numbers is not None and {*found.numbers.kinds, *found.numbers.dropped} == {"clips"}
+
+
+def spread_out(what: str) -> Any:
+    """A decoder with a channel of u, or half a value head, far above the others, which the next layer takes back."""
+    model: Any = made(Decoder(layers=2, kv=HEADS), dtype=torch.float32)
+    with torch.no_grad():
+        for block in model.blocks:
+            into, out = (block.mlp.up, block.mlp.down) if what == "gates" else (block.attn.v, block.attn.o)
+            spread = torch.ones(into.out_features)
+            spread[slice(3, 4) if what == "gates" else slice(0, HEAD // 2)] = 30.0
+            into.weight *= spread[:, None]
+            out.weight /= spread
+    return export(model)
+
+
+@pytest.mark.parametrize(("kind", "scheme", "rotation"), [("gates", "w4-rtn-a4", "R1"), ("stacks", "a8-kv4", "R2")])
+def test_what_folds_learns_where_channels_or_heads_differ(kind: str, scheme: str, rotation: Any) -> None:
+    program, shown = spread_out(kind), inputs(24)
+    config = RotationConfig(rotations=(rotation,), verify=False)
+    settings = Learning((kind,), rounds=4, rate=5)
+    found = learn(program, scheme, inputs(2), config=config, settings=settings, training=shown, held_out=shown)
+    assert found.bases is not None and found.bases.kinds == (kind,)
+    assert found.bases.after < 0.8 * found.bases.before
+    role = "gates" if kind == "gates" else "R2"
+    spaces = [space for space in found.plan.spaces if space.role == role]
+    assert spaces and all(space.rotation == found.config.matrices[space.name] and not space.flops for space in spaces)
+    assert spinpass.verify(program, found.program).ok
+    again = spinpass.RotationPlan.from_dict(json.loads(json.dumps(found.plan.to_dict())))
+    assert again.spaces == found.plan.spaces
+    alike = spinpass.transform(program, plan=again)
+    assert all(torch.equal(tensor, alike.state_dict[name]) for name, tensor in found.program.state_dict.items())
 
 
 class Pair(nn.Module):
