@@ -57,7 +57,7 @@ def main(
     schemes: Annotated[str, typer.Option(help="Separated by commas.")] = ",".join(SCHEMES),
     kinds: Annotated[str, typer.Option(help="What is learned, separated by commas.")] = "transforms,scales,offsets",
     rounds: Annotated[int, typer.Option(help="Rounds through the text.")] = 1,
-    minutes: Annotated[float | None, typer.Option(help="Minutes that learning the numbers may take.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="Minutes that learning the bases may take, and the numbers.")] = None,
     seeds: Annotated[int, typer.Option(help="Seeds of what is learned.")] = 1,
     text: Annotated[list[str] | None, typer.Option(help="NAME=FILE to score on as well; may be repeated.")] = None,
     windows: Annotated[int, typer.Option(help="Windows of each text, of 512 tokens.")] = 8,
@@ -109,7 +109,7 @@ def _made(floats: Floats, scheme: str, settings: Learning | None, steps: Steps) 
         tick = steps.start(f"quantize {scheme}")
         quantized, records = quantize(transform(program, config), scheme, calibration, progress=tick), []
     else:
-        bases = replace(_BASES, seed=settings.seed)
+        bases = replace(_BASES, seed=settings.seed, minutes=settings.minutes)
         found = learn(program, scheme, calibration, config=config, settings=settings, bases=bases, **options)
         quantized, records = found.quantized, [found.bases, found.numbers]
     minutes = (time.process_time() - began) / 60
