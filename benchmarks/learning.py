@@ -57,7 +57,7 @@ def main(
     schemes: Annotated[str, typer.Option(help="Separated by commas.")] = ",".join(SCHEMES),
     kinds: Annotated[str, typer.Option(help="What is learned, separated by commas.")] = "transforms,scales,offsets",
     rounds: Annotated[int, typer.Option(help="Rounds through the text.")] = 1,
-    minutes: Annotated[float | None, typer.Option(help="Minutes that learning the bases may take, and the numbers.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="Minutes for the bases, and for the numbers.")] = None,
     seeds: Annotated[int, typer.Option(help="Seeds of what is learned.")] = 1,
     text: Annotated[list[str] | None, typer.Option(help="NAME=FILE to score on as well; may be repeated.")] = None,
     windows: Annotated[int, typer.Option(help="Windows of each text, of 512 tokens.")] = 8,
