@@ -214,11 +214,15 @@ def with_learned_bases(
     found = {place.name: begun_basis(place, settings.kinds) for place in places}
     begun = {name: each for name, each in found.items() if each is not None}
     if found and not begun:
-        raise ConfigError("none of the rotations can be learned: " + "; ".join(str(r) for r in plain.refusals))
+        why = "".join(f"; {refusal}" for refusal in plain.refusals)
+        raise ConfigError(
+            f"no space of this program takes {' or '.join(kinds_of_bases(settings.kinds))}: choose other rotations, or "
+            f"other kinds{why}"
+        )
     starts = {name: rotation for name, (_, rotation) in begun.items()}
     rotated = rotate(program, replace(wider, matrices={**config.matrices, **starts}))
     kinds = {name: kind for name, (kind, _) in begun.items()}
-    bases = bases_of(rotated.plan, kinds)
+    bases = planned_bases(rotated.plan, kinds)
     options: dict[str, Any] = {"held_out": held_out, "checkpoint": checkpoint, "team": team}
     options["progress"] = steps.start("learn bases")
     learned, course = learned_bases(program, rotated.program, bases, scheme, inputs, settings, **options)
@@ -227,7 +231,7 @@ def with_learned_bases(
     return config, course
 
 
-def bases_of(plan: RotationPlan, kinds: Mapping[str, str]) -> list[Basis]:
+def planned_bases(plan: RotationPlan, kinds: Mapping[str, str]) -> list[Basis]:
     """Return the changes of basis of a plan in the order in which they are folded, each with what is learned of it.
 
     ``kinds`` has the kinds by the names of spaces; others stay as they are.

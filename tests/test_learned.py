@@ -16,10 +16,11 @@ from spinpass import RotationConfig
 from spinpass.certificate.programs import synthetic_inputs
 from spinpass.errors import ConfigError, LearningError
 from spinpass.execution import execute, flat_inputs, run
-from spinpass.learned import bases_of, learn
-from spinpass.learning import Learning, Lesson, checkpoint, values
+from spinpass.learned import learn, planned_bases, with_learned_bases
+from spinpass.learning import Learning, LearningRecord, Lesson, checkpoint, values
 from spinpass.learning.descent import Descent
 from spinpass.quantization import Basis, QuantizationConfig, Weights, begun_basis, pack, quantize, roles_of_bases
+from spinpass.quantization.learned import bases as learned_bases_module
 from spinpass.quantization.learned.bases import _Student
 from spinpass.quantization.learned.folded import FoldedConstant
 from spinpass.quantization.learned.transforms import LearnedFactor
@@ -43,7 +44,7 @@ def begun(
     plan = spinpass.plan(program, wider)
     made = {s.name: each for s in (*plan.spaces, *plan.offers) for each in (begun_basis(s, kinds),) if each is not None}
     rotated = spinpass.rotate(program, replace(wider, matrices={name: start for name, (_, start) in made.items()}))
-    return rotated, bases_of(rotated.plan, {name: kind for name, (kind, _) in made.items()})
+    return rotated, planned_bases(rotated.plan, {name: kind for name, (kind, _) in made.items()})
 
 
 def shaken(student: _Student, spread: float = 0.03) -> None:
@@ -203,6 +204,33 @@ def test_what_folds_learns_where_channels_or_heads_differ(kind: str, scheme: str
     assert all(torch.equal(tensor, alike.state_dict[name]) for name, tensor in found.program.state_dict.items())
 
 
+def test_a_kind_that_was_dropped_leaves_no_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+    record = LearningRecord(2.0, 1.0, 1, ("stacks",), ("gates",))
+    monkeypatch.setattr(learned_bases_module, "taught", lambda *given, **options: record)
+    program = decoder("llama", dtype=torch.float32)
+    settings, scheme = Learning(("stacks", "gates")), QuantizationConfig.parse("a8-kv4")
+    found, _ = with_learned_bases(program, ONLINE, scheme, [program.example_inputs] * 2, settings)
+    assert found.matrices and {name.split(":")[0] for name in found.matrices} == {"R2"}
+    assert found.rotations == ONLINE.rotations
+    monkeypatch.setattr(learned_bases_module, "taught", lambda *given, **options: replace(record, after=3.0))
+    found, _ = with_learned_bases(program, ONLINE, scheme, [program.example_inputs] * 2, settings)
+    assert found == ONLINE
+
+
+@pytest.mark.parametrize("kinds", [TRANSFORMS, ("stacks",)], ids=str)
+def test_what_lies_on_top_of_a_learned_matrix_stays_there(kinds: Any) -> None:
+    program = decoder("llama", dtype=torch.float32)
+    rotated, bases = begun(program, RotationConfig(rotations=("R2", "heads")), kinds)
+    student = _Student(rotated.program, bases, PLAIN)
+    shaken(student, 0.1)
+    for part in student.parts:
+        if isinstance(part, FoldedConstant):
+            object.__setattr__(part, "scheme", None)
+    given = flat_inputs(program, program.example_inputs)
+    exact = list(execute(student.program, {**given, **values(student.parts)}).outputs)
+    assert relative_error(run(program, given), exact) < 1e-4
+
+
 class Pair(nn.Module):
     """Two layers whose names differ in a dot and an underscore."""
 
@@ -284,4 +312,8 @@ def test_refusals() -> None:
         learn(outlying(), "w8-rtn-a8static", inputs(2), settings=Learning(("transforms",)))
     with pytest.raises(ConfigError, match="transforms are learned before anything is rounded"):
         quantize(outlying(), QuantizationConfig(learn=Learning(("transforms",))), inputs(2))
+    with pytest.raises(ConfigError, match="gates and stacks are learned before anything is rounded"):
+        quantize(outlying(), QuantizationConfig(learn=Learning(("scales", "gates", "stacks"))), inputs(2))
+    with pytest.raises(ConfigError, match="no space of this program takes stacks: choose other rotations"):
+        learn(outlying(), "a4-kv4", inputs(4), config=RotationConfig(rotations=("R1",)), settings=Learning(("stacks",)))
     assert issubclass(LearningError, spinpass.SpinpassError)

@@ -28,11 +28,13 @@ from ..kinds import LEARNABLE, kinds_of_bases
 from ..layers import ChosenSites
 from ..packed import training  # noqa: F401  (registers the gradients of roundings)
 from ..scheme import QuantizationConfig, Weights
-from . import gates, stacks, transforms
-from .changes import BasisKind, LearnedChange, Place
+from .changes import BasisKind, LearnedChange, LearningPlace
 from .folded import FoldedConstant, without_upper
+from .gates import GATES
+from .stacks import STACKS
+from .transforms import TRANSFORMS
 
-_KINDS: Mapping[str, BasisKind] = {each.kind.name: each for each in (gates.KIND, stacks.KIND, transforms.KIND)}
+_KINDS: Mapping[str, BasisKind] = {each.kind.name: each for each in (GATES, STACKS, TRANSFORMS)}
 """By name, the first that goes somewhere first."""
 
 _Begun = list[tuple[Rotation, LearnedChange | None, Layout, bool]]
@@ -57,7 +59,7 @@ class Basis:
     kind: str | None
 
 
-def begun_basis(place: Place, kinds: Collection[str]) -> tuple[str, Rotation] | None:
+def begun_basis(place: LearningPlace, kinds: Collection[str]) -> tuple[str, Rotation] | None:
     """Return by which of some kinds a space learns, and with what it begins; None where it does not."""
     for name, each in _KINDS.items():
         found = each.begin(place) if name in kinds else None

@@ -18,7 +18,7 @@ from spinpass.rotations import Rotation
 from ..kinds import Learnable
 
 
-class Place(Protocol):
+class LearningPlace(Protocol):
     """A space that a change of basis could be learned in, as plans have them.
 
     Attributes:
@@ -76,6 +76,6 @@ class BasisKind:
     """
 
     kind: Learnable
-    begin: Callable[[Place], Rotation | None]
+    begin: Callable[[LearningPlace], Rotation | None]
     part: Callable[[Rotation, bool, torch.device], LearnedChange]
     roles: tuple[Role, ...] = ()

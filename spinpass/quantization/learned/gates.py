@@ -20,7 +20,7 @@ from spinpass.learning import LearningPart
 from spinpass.rotations import Rotation, multiply_blocks
 
 from ..kinds import GATE
-from .changes import BasisKind, Place
+from .changes import BasisKind, LearningPlace
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +63,7 @@ class LearnedGate:
         return Rotation.from_blocks(self.start.given.flatten() * moved, self.start.identity)
 
 
-def scaled(place: Place) -> Rotation | None:
+def scaled(place: LearningPlace) -> Rotation | None:
     """Return ones, or the scales that were given, where a space takes a scale for each channel."""
     if place.group != "diagonal":
         return None
@@ -77,4 +77,4 @@ def _part(start: Rotation, orthogonal: bool, device: torch.device) -> LearnedGat
     return LearnedGate(start, device)
 
 
-KIND = BasisKind(GATE, scaled, _part, roles=("gates",))
+GATES = BasisKind(GATE, scaled, _part, roles=("gates",))

@@ -20,7 +20,7 @@ from spinpass.learning import LearningPart
 from spinpass.rotations import Rotation, multiply_blocks
 
 from ..kinds import STACK
-from .changes import BasisKind, Place
+from .changes import BasisKind, LearningPlace
 from .transforms import nearest_rotation, turned
 
 
@@ -65,7 +65,7 @@ class LearnedStack:
         return Rotation.from_blocks(nearest_rotation(made) if self.orthogonal else made, self.start.identity)
 
 
-def stacked(place: Place) -> Rotation | None:
+def for_each_head(place: LearningPlace) -> Rotation | None:
     """Return a space's matrix once for each head, or the matrices that were given; None where heads share one."""
     rotation = place.rotation
     if rotation is None or rotation.is_by_heads:
@@ -75,4 +75,4 @@ def stacked(place: Place) -> Rotation | None:
     return Rotation.from_blocks(rotation.matrix().expand(place.heads, -1, -1), place.name)
 
 
-KIND = BasisKind(STACK, stacked, LearnedStack)
+STACKS = BasisKind(STACK, for_each_head, LearnedStack)

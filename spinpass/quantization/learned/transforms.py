@@ -25,7 +25,7 @@ from spinpass.passes import stored_factors
 from spinpass.rotations import Rotation, hadamard
 
 from ..kinds import TRANSFORM
-from .changes import BasisKind, Place
+from .changes import BasisKind, LearningPlace
 
 _DENSE = 1024  # coordinates of a space, above which a matrix without structure is not learned
 
@@ -116,7 +116,7 @@ class LearnedFactor:
         return (found.t() if self.transposed else found).contiguous().to(self.dtype)
 
 
-def factored(place: Place) -> Rotation | None:
+def factored(place: LearningPlace) -> Rotation | None:
     """Return a space's rotation in factors, where it has such and they are few enough to be learned."""
     rotation = place.rotation
     if rotation is None or rotation.is_offline:
@@ -150,4 +150,4 @@ def nearest_rotation(matrix: Tensor) -> Tensor:
     return found
 
 
-KIND = BasisKind(TRANSFORM, factored, LearnedTransform)
+TRANSFORMS = BasisKind(TRANSFORM, factored, LearnedTransform)
