@@ -17,7 +17,7 @@ from spinpass.certificate.programs import synthetic_inputs
 from spinpass.errors import ConfigError, LearningError
 from spinpass.execution import execute, flat_inputs, run
 from spinpass.learned import learn, planned_bases, with_learned_bases
-from spinpass.learning import Learning, LearningRecord, Lesson, checkpoint, values
+from spinpass.learning import Learning, LearningRecord, Lesson, checkpoint, places_of, values
 from spinpass.learning.descent import Descent
 from spinpass.quantization import Basis, QuantizationConfig, Weights, begun_basis, pack, quantize, roles_of_bases
 from spinpass.quantization.learned import bases as learned_bases_module
@@ -119,6 +119,10 @@ def test_what_is_learned_begins_where_nothing_is(kinds: Any) -> None:
         torch.testing.assert_close(rotated.program.state_dict[name], tensor)
     with torch.no_grad():
         begins = list(execute(student.program, {**given, **values(student.parts)}).outputs)
+        stored = {**rotated.program.state_dict}
+        places = places_of(student.program)
+        made_of = values([part for part in student.parts if isinstance(part, FoldedConstant)])
+    assert all(torch.equal(made_of[places[name]], stored[name]) for name in stored if places[name] in made_of)
     assert relative_error(list(execute(student.program, given).outputs), begins) < 1e-5
     assert {basis.kind for basis in bases} == {*kinds, *(() if "transforms" in kinds else (None,))}
     assert sum(s.flops for s in rotated.plan.spaces if s.role in ("R2", "gates")) == 0

@@ -178,7 +178,8 @@ def _folded(
         used = tuple(places[name] for name in each if name in places)
         if used and (learns or nearest):
             tensor = state[each[0]]
-            stored, folds = without_upper(tensor.read() if isinstance(tensor, Handle) else tensor.detach(), own)
+            whole = tensor.read() if isinstance(tensor, Handle) else tensor.detach()
+            stored, folds, rest = without_upper(whole, own)
             plain = replace(scheme, clip=False, group_bits=None) if scheme is not None and nearest else None
-            found.append(FoldedConstant(stored, folds, used, tensor.dtype, dim, plain))
+            found.append(FoldedConstant(stored, folds, used, tensor.dtype, dim, plain, rest))
     return found

@@ -3,7 +3,8 @@
     W -> W M⁻ᵀ  where it reads the space,   W -> W M  where it writes into it
 
 Where one change lies on top of another, M is between the two: W B -> W M⁻ᵀ B. The upper one is undone once, and
-multiplied by again at each step.
+multiplied by again at each step. What that rounds away is added, so that moves of zero leave every bit as it was: at 4
+bits of everything a relative 3e-7 of the weights moved the divergence by a percent.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ class FoldedConstant:
         dtype: that it is stored in.
         dim: the axis that its layer contracts.
         scheme: how it is rounded; None leaves it in floats.
+        rest: what ``stored`` lacks after all changes have been multiplied by, float32; None for nothing.
     """
 
     stored: Tensor
@@ -45,6 +47,7 @@ class FoldedConstant:
     dtype: torch.dtype
     dim: int = -1
     scheme: Weights | None = None
+    rest: Tensor | None = None
     moves: Mapping[str, Tensor] = field(default_factory=dict, init=False)
 
     @property
@@ -54,18 +57,26 @@ class FoldedConstant:
 
     def value(self) -> Tensor:
         """Return the constant as it is stored."""
-        found = self.stored.float()
-        for change, layout, reads in self.folds:
-            found = layout.apply(found, lambda x, dim, c=change, r=reads: c.apply(x, dim, dual=r))  # type: ignore[misc]
+        found = taken_up(self.stored, self.folds)
+        if self.rest is not None:
+            found = found + self.rest
         if self.scheme is not None:
             found = _RoundedTo.apply(found, self.dim, self.scheme)  # type: ignore[no-untyped-call]
         return found.to(self.dtype)
 
 
+def taken_up(stored: Tensor, folds: Sequence[TakenUp]) -> Tensor:
+    """Return a constant, float32, that has taken up changes of basis."""
+    found = stored.float()
+    for change, layout, reads in folds:
+        found = layout.apply(found, lambda x, dim, c=change, r=reads: c.apply(x, dim, dual=r))  # type: ignore[misc]
+    return found
+
+
 def without_upper(
     stored: Tensor, begun: Sequence[tuple[Rotation, LearnedChange | None, Layout, bool]]
-) -> tuple[Tensor, list[TakenUp]]:
-    """Return what a constant takes up, and the constant without what lies on top of a change that learns.
+) -> tuple[Tensor, list[TakenUp], Tensor | None]:
+    """Return a constant without what lies on top of a change that learns, what it takes up, and its ``rest``.
 
     Args:
         stored: with all changes folded in, in this order.
@@ -85,14 +96,16 @@ def without_upper(
         if on_top or change is not None:
             below.append(layout)
     if not upper:
-        return stored, folds
+        return stored, folds, None
     found = stored.double()
     for start, layout, reads in reversed(upper):
         found = layout.apply(
             found,
             lambda x, dim, s=start, r=reads: s.apply(x, dim, inverse=True, dual=r),  # type: ignore[misc]
         )
-    return found.float(), folds
+    lower = found.float()
+    with torch.no_grad():
+        return lower, folds, stored.float() - taken_up(lower, folds)
 
 
 class _RoundedTo(torch.autograd.Function):
