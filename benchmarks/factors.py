@@ -21,8 +21,8 @@ import typer
 import spinpass
 from spinpass import Rotation, RotationConfig
 from spinpass.exporters import onnx
-from spinpass.learned import factored
 from spinpass.loading import load_model
+from spinpass.quantization import begun_basis
 from spinpass.runtime import OrtDecoder
 
 sys.path[:0] = [str(Path(__file__).parents[1])]
@@ -51,7 +51,8 @@ def main(
         loaded = load_model(model or str(model_folder(folder / "model", "llama", **_SHAPE)))
         plain = RotationConfig(form="online", rotations=("R1", "R4"), verify=False)
         plan = spinpass.plan(loaded.program, plain)
-        matrices = {space.name: _near(begin) for space in plan.spaces if (begin := factored(space)) is not None}
+        begun = {space.name: begun_basis(space, ("transforms",)) for space in plan.spaces}
+        matrices = {name: _near(each[1]) for name, each in begun.items() if each is not None}
         decoders = {}
         for name, given in (("hadamard", {}), ("kronecker", matrices)):
             config = RotationConfig(form="online", rotations=("R1", "R4"), verify=False, matrices=given)

@@ -22,20 +22,21 @@ import torch
 import typer
 from rich.table import Table
 
-from benchmarks.offgrid import SPREADS, packaged_gguf, write
-from benchmarks.texts import scored_texts
+from benchmarks.floats import Floats, off_the_grid, scored_floats
+from benchmarks.offgrid import SPREADS
 from spinpass import Learning, RotationConfig, evaluation, learn, transform
 from spinpass.cli.screen import Screen
-from spinpass.evaluation import SHIPPED_TEXT, ProgramScorer, calibration_inputs, learning_text, token_ids
-from spinpass.loading import LoadedModel, load_model
+from spinpass.evaluation import SHIPPED_TEXT, ProgramScorer, calibration_inputs, learning_text
+from spinpass.folders import recipe_of
 from spinpass.progress import Steps
 from spinpass.quantization import QuantizationConfig, quantize
 
 SCHEMES = ("w4-asym-gptq-a8-kv4", "a4-kv4", "w4-asym-gptq-a4-kv4")
 HADAMARD, DISTILLED, LEARNED = "Hadamard", "distilled", "learned"
 _LENGTH, _POSITIONS = 512, 512
+_WINDOWS = recipe_of("auto", 4, "onnx").windows  # as many as exports have, and so as many decide what is kept
+_OF_WEIGHTS = ("scales", "zeros", "offsets", "latents")
 _BASES = Learning(("transforms",), ("local",))
-Windows = list[list[int]]
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def main(
     schemes: Annotated[str, typer.Option(help="Separated by commas.")] = ",".join(SCHEMES),
     kinds: Annotated[str, typer.Option(help="What is learned, separated by commas.")] = "transforms,scales,offsets",
     rounds: Annotated[int, typer.Option(help="Rounds through the text.")] = 1,
-    minutes: Annotated[float | None, typer.Option(help="Minutes that learning the numbers may take.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="Minutes for the bases, and for the numbers.")] = None,
     seeds: Annotated[int, typer.Option(help="Seeds of what is learned.")] = 1,
     text: Annotated[list[str] | None, typer.Option(help="NAME=FILE to score on as well; may be repeated.")] = None,
     windows: Annotated[int, typer.Option(help="Windows of each text, of 512 tokens.")] = 8,
@@ -68,26 +69,17 @@ def main(
     screen = Screen(as_json=as_json)
     asked = Learning(tuple(kinds.split(",")), rounds=rounds, minutes=minutes)
     with screen.steps() as steps:
-        if model is None:
-            model = str(out / f"model-{spread}.gguf")
-            steps.start("rescale")
-            write(gguf or packaged_gguf(), Path(model), spread)
-        else:
-            spread = 1.0
-        loaded = load_model(model, cache=False, progress=steps.begin)
-        assert loaded.companions is not None
-        tokenize = token_ids(loaded.companions.tokenizer)
-        cut = {n: evaluation.windows(tokenize(t), _LENGTH, windows) for n, t in scored_texts(text or ()).items()}
-        scorer = ProgramScorer(loaded.program)
-        floats = {n: evaluation.perplexity(scorer, w, steps.start(f"score float, {n}")) for n, w in cut.items()}
+        spread = spread if model is None else 1.0
+        model = model or off_the_grid(out, gguf, spread, steps)
+        floats = scored_floats(model, text or (), _LENGTH, windows, steps)
         rows: list[dict[str, Any]] = []
         for scheme in schemes.split(","):
             before: Trained | None = None
             for variant in (HADAMARD, DISTILLED, *(f"{LEARNED}, seed {seed}" for seed in range(seeds))):
                 settings = _settings(variant, asked, scheme)
                 if settings is not None or variant == HADAMARD:
-                    made = _made(loaded, scheme, settings, cut, steps)
-                    rows.append({"scheme": scheme, "variant": variant, **_row(made, floats, before)})
+                    made = _made(floats, scheme, settings, steps)
+                    rows.append({"scheme": scheme, "variant": variant, **_row(made, floats.losses, before)})
                     before = before if variant.startswith(LEARNED) else made
     if as_json:
         screen.document({"model": model, "spread": spread, "windows": windows, "rows": rows})
@@ -97,7 +89,7 @@ def main(
 def _settings(variant: str, asked: Learning, scheme: str) -> Learning | None:
     """What is learned; None where nothing is, or a scheme has no scales to distill."""
     rounds_weights = QuantizationConfig.parse(scheme).weights is not None
-    kinds = asked.kinds if rounds_weights else tuple(k for k in asked.kinds if k in ("transforms", "gains", "clips"))
+    kinds = asked.kinds if rounds_weights else tuple(k for k in asked.kinds if k not in _OF_WEIGHTS)
     if variant == HADAMARD or (variant == DISTILLED and not rounds_weights):
         return None
     if variant == DISTILLED:
@@ -105,14 +97,11 @@ def _settings(variant: str, asked: Learning, scheme: str) -> Learning | None:
     return Learning(kinds, asked.phases, rounds=asked.rounds, minutes=asked.minutes, seed=int(variant.split()[-1]))
 
 
-def _made(
-    loaded: LoadedModel, scheme: str, settings: Learning | None, cut: Mapping[str, Windows], steps: Steps
-) -> Trained:
+def _made(floats: Floats, scheme: str, settings: Learning | None, steps: Steps) -> Trained:
     """Rotate, learn, round and score."""
     began = time.process_time()
-    assert loaded.companions is not None
-    tokenize, program = token_ids(loaded.companions.tokenizer), loaded.program
-    calibration = calibration_inputs(program, tokenize, SHIPPED_TEXT, _LENGTH, 16)
+    tokenize, program = floats.tokenize, floats.loaded.program
+    calibration = calibration_inputs(program, tokenize, SHIPPED_TEXT, _LENGTH, _WINDOWS)
     read = learning_text(program, tokenize, SHIPPED_TEXT, settings, len(calibration), _POSITIONS)
     options: dict[str, Any] = {"training": read.shown, "held_out": read.held_out, "steps": steps}
     config = RotationConfig(form="online", verify=False)
@@ -120,12 +109,12 @@ def _made(
         tick = steps.start(f"quantize {scheme}")
         quantized, records = quantize(transform(program, config), scheme, calibration, progress=tick), []
     else:
-        bases = replace(_BASES, seed=settings.seed)
+        bases = replace(_BASES, seed=settings.seed, minutes=settings.minutes)
         found = learn(program, scheme, calibration, config=config, settings=settings, bases=bases, **options)
         quantized, records = found.quantized, [found.bases, found.numbers]
     minutes = (time.process_time() - began) / 60
     scorer = ProgramScorer(quantized.program)
-    losses = {n: evaluation.perplexity(scorer, w, steps.start(f"score {scheme}, {n}")) for n, w in cut.items()}
+    losses = {n: evaluation.perplexity(scorer, w, steps.start(f"score {scheme}, {n}")) for n, w in floats.cut.items()}
     said = [each.summary for each in records if each is not None]
     return Trained(losses, said, minutes)
 

@@ -29,21 +29,18 @@ import torch
 import typer
 from rich.table import Table
 
+from benchmarks.floats import Windows, off_the_grid, scored_floats
 from benchmarks.imports import ROOT
 from benchmarks.llama_cpp import Worker
-from benchmarks.offgrid import SPREADS, packaged_gguf, write
-from benchmarks.texts import scored_texts
+from benchmarks.offgrid import SPREADS
 from spinpass import evaluation
 from spinpass.cli.screen import Screen
-from spinpass.evaluation import ProgramScorer, token_ids
 from spinpass.folders import MEASURED, measured, recipe_of, weight_count
-from spinpass.loading import load_model
 from spinpass.progress import Steps
 from spinpass.runtime import OrtDecoder
 
 ROWS = ("4", "4/plain", "8", "3", "2")
 KINDS = ("Q4_0", "Q4_K_M", "Q8_0")
-Windows = list[list[int]]
 
 
 @dataclass(frozen=True)
@@ -70,7 +67,7 @@ class Row:
 def main(
     spread: Annotated[float, typer.Option(help="Of the off-grid weights; 1 keeps those of the file.")] = SPREADS[-1],
     gguf: Annotated[Path | None, typer.Option(help="The model, of the Llama family; the demo's if none.")] = None,
-    rows: Annotated[str, typer.Option(help="BITS, BITS/RECIPE or BITS/RECIPE/OPTIONS, by commas: 4,4//--learn full")] = ",".join(ROWS),
+    rows: Annotated[str, typer.Option(help="BITS/RECIPE/OPTIONS, by commas: 4,4//--learn full")] = ",".join(ROWS),
     kinds: Annotated[str, typer.Option(help="Kinds of llama.cpp, separated by commas.")] = ",".join(KINDS),
     python: Annotated[str, typer.Option(help="Interpreter that has llama-cpp-python.")] = "",
     text: Annotated[list[str] | None, typer.Option(help="NAME=FILE to score on as well; may be repeated.")] = None,
@@ -85,17 +82,10 @@ def main(
     screen = Screen(as_json=as_json)
     worker = Worker(python) if python else None
     with screen.steps() as steps:
-        source = out / f"model-{spread}.gguf"
-        steps.start("rescale")
-        write(gguf or packaged_gguf(), source, spread)
-        loaded = load_model(str(source), cache=False, progress=steps.begin)
-        assert loaded.companions is not None
-        tokenize = token_ids(loaded.companions.tokenizer)
-        cut = {name: evaluation.windows(tokenize(t), length, windows) for name, t in scored_texts(text or ()).items()}
-        scorer = ProgramScorer(loaded.program)
-        reference = {n: evaluation.perplexity(scorer, w, steps.start(f"score float, {n}")) for n, w in cut.items()}
-        weights = weight_count(loaded.program)
-        del loaded, scorer
+        source = Path(off_the_grid(out, gguf, spread, steps))
+        floats = scored_floats(str(source), text or (), length, windows, steps)
+        cut, reference, weights = floats.cut, floats.losses, weight_count(floats.loaded.program)
+        del floats  # its program takes memory that the exports need
         found = [_ours(row.strip(), source, out, cut, steps) for row in rows.split(",") if row.strip()]
         if worker is not None:
             found += [_llama(kind.strip(), source, worker, cut, steps) for kind in kinds.split(",") if kind.strip()]

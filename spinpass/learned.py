@@ -21,27 +21,26 @@ from spinpass.config import RotationConfig
 from spinpass.errors import ConfigError
 from spinpass.learning import Learning, LearningRecord
 from spinpass.pipeline import plan, rotate
-from spinpass.planning import PlannedSpace, RotationPlan
+from spinpass.planning import OfferedSpace, PlannedSpace, RotationPlan
 from spinpass.progress import Silent, Steps
 from spinpass.quantization import (
     Basis,
     QuantizationConfig,
     Quantized,
+    begun_basis,
     check_kinds,
+    kinds_of_bases,
     learned_bases,
     quantize,
+    roles_of_bases,
 )
-from spinpass.rotations import Rotation, hadamard
 from spinpass.values import Fields, check_told, notebook_lines, notebook_parts, titled
 from spinpass.workers import Team
 
-TRANSFORMS = "transforms"
-"""The kind of moves that is learned before anything is rounded."""
-
 _VERSION = 1
-_DENSE = 1024  # coordinates of a space, above which a matrix without structure is not learned
 _OF_WEIGHTS = ("scales", "zeros", "offsets", "latents")
-_DEFAULT = Learning((TRANSFORMS, "scales", "offsets"))
+_DEFAULT = Learning(("transforms", "scales", "offsets"))
+_BENEATH = "gates"  # what is folded into the same channels lies on top of them
 
 
 @dataclass(frozen=True, repr=False)
@@ -140,6 +139,7 @@ def learn(
         config: what is rotated; R1 online by default, which admits any invertible matrix.
         settings: what is learned, and for how long; by default changes of basis, then scales and roundings.
         bases: how changes of basis are learned where that is not as ``settings`` have it, for example block by block.
+            Which kinds of them are is for ``settings`` to say.
         training: inputs to learn from; those of the calibration by default. Shorter ones need less memory.
         held_out: inputs of another text, which decide what is kept. None holds out one of sixteen.
         checkpoint: a folder in which the run is saved now and then, and from which it goes on, to the same result.
@@ -171,13 +171,14 @@ def learn(
     folder = None if checkpoint is None else Path(checkpoint)
     files = (None, None) if folder is None else (folder / "bases.pt", folder / "numbers.pt")
     course: LearningRecord | None = None
-    if TRANSFORMS in asked.kinds:
+    kinds = kinds_of_bases(asked.kinds)
+    if kinds:
         config, course = with_learned_bases(
             program,
             config,
             chosen,
             shown,
-            bases or asked,
+            replace(bases or asked, kinds=kinds),
             held_out=held_out,
             checkpoint=files[0],
             team=team,
@@ -186,7 +187,7 @@ def learn(
     steps.begin("rotate")
     found = rotate(program, config)
     without = chosen.weights is None and chosen.head is None and chosen.embedding is None
-    rest = tuple(k for k in asked.kinds if k != TRANSFORMS and not (without and k in _OF_WEIGHTS))
+    rest = tuple(k for k in asked.kinds if k not in kinds and not (without and k in _OF_WEIGHTS))
     options: dict[str, Any] = {"training": training, "held_out": held_out, "checkpoint": files[1], "team": team}
     made = quantize(
         found.program,
@@ -218,39 +219,48 @@ def with_learned_bases(
     team: Team | None = None,
     steps: Steps | None = None,
 ) -> tuple[RotationConfig, LearningRecord]:
-    """Return a configuration with the matrices that were learned for a scheme, and how that went. See :func:`learn`."""
+    """Return a configuration with the matrices that were learned for a scheme, and how that went. See :func:`learn`.
+
+    A space is learned by the first kind of ``settings`` that goes there: scales of gates, a matrix for each head, then
+    factors.
+    """
     steps = steps or Silent()
     steps.begin("plan")
-    plain = plan(program, replace(config, verify=False))
-    begun = {space.name: begin for space in plain.spaces for begin in (factored(space),) if begin is not None}
-    if plain.spaces and not begun:
-        raise ConfigError("none of the rotations can be learned: " + "; ".join(str(r) for r in plain.refusals))
-    rotated = rotate(program, replace(config, verify=False, matrices={**config.matrices, **begun}))
-    bases = [basis_of(space) for space in rotated.plan.spaces if space.name in begun]
+    wider = replace(config, verify=False, rotations=(*config.rotations, *roles_of_bases(settings.kinds)))
+    plain = plan(program, wider)
+    places: tuple[PlannedSpace | OfferedSpace, ...] = (*plain.spaces, *plain.offers)
+    found = {place.name: begun_basis(place, settings.kinds) for place in places}
+    begun = {name: each for name, each in found.items() if each is not None}
+    if found and not begun:
+        why = "".join(f"; {refusal}" for refusal in plain.refusals)
+        raise ConfigError(
+            f"no space of this program takes {' or '.join(kinds_of_bases(settings.kinds))}: choose other rotations, or "
+            f"other kinds{why}"
+        )
+    starts = {name: rotation for name, (_, rotation) in begun.items()}
+    rotated = rotate(program, replace(wider, matrices={**config.matrices, **starts}))
+    kinds = {name: kind for name, (kind, _) in begun.items()}
+    bases = planned_bases(rotated.plan, kinds)
     options: dict[str, Any] = {"held_out": held_out, "checkpoint": checkpoint, "team": team}
     options["progress"] = steps.start("learn bases")
-    found, course = learned_bases(program, rotated.program, bases, scheme, inputs, settings, **options)
-    return replace(config, matrices={**config.matrices, **found}), course
+    learned, course = learned_bases(program, rotated.program, bases, scheme, inputs, settings, **options)
+    roles: Any = {space.role for space in rotated.plan.spaces if space.name in learned}
+    config = replace(config, rotations=(*config.rotations, *roles), matrices={**config.matrices, **learned})
+    return config, course
 
 
-def basis_of(space: PlannedSpace) -> Basis:
-    """Return what is learned of a space, and the constants that take it up."""
-    folds = [(fold.constant, fold.layout, fold.dual) for fold in space.folds]
-    return Basis(space.name, space.rotation, space.group == "orthogonal", folds)
+def planned_bases(plan: RotationPlan, kinds: Mapping[str, str]) -> list[Basis]:
+    """Return the changes of basis of a plan in the order in which they are folded, each with what is learned of it.
 
-
-def factored(space: PlannedSpace) -> Rotation | None:
-    """Return a space's rotation in factors, where it has such and they are few enough to be learned."""
-    rotation = space.rotation
-    if rotation.is_offline:
-        return None  # it stays what was given
-    if rotation.kind == "hadamard":
-        sizes = hadamard.kronecker_factors(rotation.order)
-        factors = [matrix / len(matrix) ** 0.5 for matrix in hadamard.factor_matrices(rotation.order)]
-        if max(sizes) <= _DENSE:
-            return Rotation.from_factors(factors, space.name, size=rotation.size)
-    if rotation.factors:
-        return rotation
-    if rotation.size > _DENSE:
-        return None
-    return Rotation.from_factors([rotation.matrix()], space.name)
+    ``kinds`` has the kinds by the names of spaces; others stay as they are.
+    """
+    return [
+        Basis(
+            space.name,
+            space.rotation,
+            space.group == "orthogonal",
+            [(fold.constant, fold.layout, fold.dual) for fold in space.folds],
+            kinds.get(space.name),
+        )
+        for space in sorted(plan.spaces, key=lambda space: space.role != _BENEATH)
+    ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,45 +17,63 @@ from spinpass.certificate.programs import synthetic_inputs
 from spinpass.errors import ConfigError, ExportError, LearningError
 from spinpass.execution import execute, flat_inputs, run
 from spinpass.graph import with_other_values
-from spinpass.learned import basis_of, factored, learn
-from spinpass.learning import Learning, Lesson, checkpoint, values
+from spinpass.learned import learn, planned_bases, with_learned_bases
+from spinpass.learning import Learning, LearningRecord, Lesson, checkpoint, places_of, values
 from spinpass.learning.descent import Descent
-from spinpass.quantization import Basis, QuantizationConfig, Weights, pack, quantize
+from spinpass.quantization import Basis, QuantizationConfig, Weights, begun_basis, pack, quantize, roles_of_bases
+from spinpass.quantization.learned import bases as learned_bases_module
 from spinpass.quantization.learned.bases import _Student
-from spinpass.quantization.learned.transforms import FoldedConstant, LearnedFactor
-from tests.support.decoders import relative_error
+from spinpass.quantization.learned.folded import FoldedConstant
+from spinpass.quantization.learned.transforms import LearnedFactor
+from tests.support.decoders import HEAD, HEADS, Decoder, made, relative_error
 from tests.support.programs import program as decoder
-from tests.support.quantizable import inputs, outlying
+from tests.support.quantizable import export, inputs, outlying
 from tests.support.quantizable import program as plain
 
 ONLINE = RotationConfig(form="online")
 PLAIN = QuantizationConfig(weights=Weights(8, method="rtn", clip=False))
 
 
-def bases(plan: spinpass.RotationPlan) -> list[Basis]:
-    return [basis_of(space) for space in plan.spaces]
+TRANSFORMS = ("transforms",)
+ALL = ("gates", "stacks", "transforms")
 
 
-def begun(program: Any, config: RotationConfig) -> spinpass.Rotated:
-    plan = spinpass.plan(program, config)
-    made = {s.name: each for s in plan.spaces for each in (factored(s),) if each is not None}
-    return spinpass.rotate(program, RotationConfig(form=config.form, matrices=made, verify=False))
+def begun(
+    program: Any, config: RotationConfig, kinds: tuple[str, ...] = TRANSFORMS
+) -> tuple[spinpass.Rotated, list[Basis]]:
+    wider = replace(config, rotations=(*config.rotations, *roles_of_bases(kinds)), verify=False)
+    plan = spinpass.plan(program, wider)
+    made = {s.name: each for s in (*plan.spaces, *plan.offers) for each in (begun_basis(s, kinds),) if each is not None}
+    rotated = spinpass.rotate(program, replace(wider, matrices={name: start for name, (_, start) in made.items()}))
+    return rotated, planned_bases(rotated.plan, {name: kind for name, (kind, _) in made.items()})
 
 
-@pytest.mark.parametrize("form", ["online", "offline"])
-@pytest.mark.parametrize("name", ["llama", "llama_bias", "qwen3", "gpt2", "phi3", "olmo2"])
-def test_the_student_computes_what_its_matrices_make_of_the_program(name: str, form: Any) -> None:
-    program = decoder(name, dtype=torch.float32)
-    rotated = begun(program, RotationConfig(form=form))
-    student = _Student(rotated.program, bases(rotated.plan), PLAIN)
+def shaken(student: _Student, spread: float = 0.03) -> None:
     torch.manual_seed(0)
     with torch.no_grad():
-        for transform in student.transforms.values():
-            transform.moves["transforms"].normal_(0, 0.03)
+        for change in student.changes.values():
+            for move in change.moves.values():
+                move.normal_(0, spread)
+
+
+CASES = [
+    *((name, form, TRANSFORMS) for name in ("llama", "llama_bias", "qwen3", "gpt2", "phi3", "olmo2") for form in ("online", "offline")),
+    *((name, "online", ALL) for name in ("llama_bias", "phi3", "gpt2")),
+    ("llama", "online", ("gates",)), ("llama", "offline", ("stacks",)), ("phi3", "offline", ("gates", "transforms")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "form", "kinds"), CASES, ids=str)
+def test_the_student_computes_what_its_matrices_make_of_the_program(name: str, form: Any, kinds: Any) -> None:
+    program = decoder(name, dtype=torch.float32)
+    rotated, bases = begun(program, RotationConfig(form=form), kinds)
+    student = _Student(rotated.program, bases, PLAIN)
+    shaken(student)
+    with torch.no_grad():
         found = {**values(student.parts)}
-    matrices = {space: transform.learned() for space, transform in student.transforms.items()}
+    matrices = {space: change.learned() for space, change in student.changes.items()}
     assert not all(rotation.is_orthogonal for rotation in matrices.values())
-    config = RotationConfig(form=form, matrices=matrices)
+    config = replace(rotated.plan.config, matrices=matrices)
     after = quantize(spinpass.transform(program, config), PLAIN).program
     given = flat_inputs(program, program.example_inputs)
     wanted, got = run(after, given), list(execute(student.program, {**given, **found}).outputs)
@@ -67,29 +87,49 @@ def test_the_student_computes_what_its_matrices_make_of_the_program(name: str, f
 
 def test_gradients_reach_every_matrix() -> None:
     program = decoder("llama", dtype=torch.float32)
-    rotated = begun(program, ONLINE)
-    student = _Student(rotated.program, bases(rotated.plan), QuantizationConfig.parse("w4-rtn-a4-kv4"))
+    rotated, bases = begun(program, ONLINE)
+    student = _Student(rotated.program, bases, QuantizationConfig.parse("w4-rtn-a4-kv4"))
     lesson = Lesson(student.program, program, [program.example_inputs], [program.example_inputs])
     torch.autograd.backward(lesson.loss(program.example_inputs, values(student.parts)))
-    for space, transform in student.transforms.items():
+    for space, transform in student.changes.items():
         grad = transform.moves["transforms"].grad
         assert grad is not None and bool(grad.isfinite().all()) and float(grad.abs().max()) > 0, space
 
 
+@pytest.mark.parametrize("kinds", [TRANSFORMS, ALL], ids=["transforms", "all"])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3", "olmo2", "phi3", "gemma2", "falcon", "gpt_neox"])
-def test_learned_matrices_are_exact_before_anything_is_rounded(name: str) -> None:
+def test_learned_matrices_are_exact_before_anything_is_rounded(name: str, kinds: Any) -> None:
     program = decoder(name)
-    rotated = begun(program, ONLINE)
-    student = _Student(rotated.program, bases(rotated.plan), PLAIN)
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for transform in student.transforms.values():
-            transform.moves["transforms"].normal_(0, 0.03)
-    matrices = {space: transform.learned() for space, transform in student.transforms.items()}
+    rotated, bases = begun(program, ONLINE, kinds)
+    student = _Student(rotated.program, bases, PLAIN)
+    shaken(student)
+    matrices = {space: change.learned() for space, change in student.changes.items()}
     free = {space for space, rotation in matrices.items() if not rotation.is_orthogonal}
     assert any(space.startswith("R3") for space in free), "queries and keys behind RoPE are free as well"
-    found = spinpass.rotate(program, RotationConfig(form="online", matrices=matrices))
+    found = spinpass.rotate(program, replace(rotated.plan.config, matrices=matrices, verify=True))
     assert found.certificate is not None and found.certificate.ok
+    given = synthetic_inputs(program, seed=3)
+    assert relative_error(run(program, given), run(found.program, given)) < 1e-9
+
+
+@pytest.mark.parametrize("kinds", [ALL, ("gates", "stacks")], ids=str)
+def test_what_is_learned_begins_where_nothing_is(kinds: Any) -> None:
+    program = decoder("llama", dtype=torch.float32)
+    rotated, bases = begun(program, ONLINE, kinds)
+    student = _Student(rotated.program, bases, QuantizationConfig.parse("a4-kv4"))
+    given = flat_inputs(program, program.example_inputs)
+    for name, tensor in spinpass.transform(program, ONLINE).state_dict.items():
+        torch.testing.assert_close(rotated.program.state_dict[name], tensor)
+    with torch.no_grad():
+        begins = list(execute(student.program, {**given, **values(student.parts)}).outputs)
+        stored = {**rotated.program.state_dict}
+        places = places_of(student.program)
+        made_of = values([part for part in student.parts if isinstance(part, FoldedConstant)])
+    assert all(torch.equal(made_of[places[name]], stored[name]) for name in stored if places[name] in made_of)
+    assert relative_error(list(execute(student.program, given).outputs), begins) < 1e-5
+    assert {basis.kind for basis in bases} == {*kinds, *(() if "transforms" in kinds else (None,))}
+    assert sum(s.flops for s in rotated.plan.spaces if s.role in ("R2", "gates")) == 0
+    assert rotated.plan.flops == spinpass.plan(program, ONLINE).flops
 
 
 @pytest.mark.parametrize("phases", [("local",), ("full",)], ids=str)
@@ -168,6 +208,64 @@ def test_a_model_that_differs_in_its_last_row_alone_is_another_one() -> None:
     assert Lesson(one, one, windows, windows).described != Lesson(other, one, windows, windows).described
 
 
+def spread_out(what: str) -> Any:
+    """A decoder with a channel of u, or half a value head, far above the others, which the next layer takes back."""
+    model: Any = made(Decoder(layers=2, kv=HEADS), dtype=torch.float32)
+    with torch.no_grad():
+        for block in model.blocks:
+            into, out = (block.mlp.up, block.mlp.down) if what == "gates" else (block.attn.v, block.attn.o)
+            spread = torch.ones(into.out_features)
+            spread[slice(3, 4) if what == "gates" else slice(0, HEAD // 2)] = 30.0
+            into.weight *= spread[:, None]
+            out.weight /= spread
+    return export(model)
+
+
+@pytest.mark.parametrize(("kind", "scheme", "rotation"), [("gates", "w4-rtn-a4", "R1"), ("stacks", "a8-kv4", "R2")])
+def test_what_folds_learns_where_channels_or_heads_differ(kind: str, scheme: str, rotation: Any) -> None:
+    program, shown = spread_out(kind), inputs(24)
+    config = RotationConfig(rotations=(rotation,), verify=False)
+    settings = Learning((kind,), rounds=4, rate=5)
+    found = learn(program, scheme, inputs(2), config=config, settings=settings, training=shown, held_out=shown)
+    assert found.bases is not None and found.bases.kinds == (kind,)
+    assert found.bases.after < 0.8 * found.bases.before
+    role = "gates" if kind == "gates" else "R2"
+    spaces = [space for space in found.plan.spaces if space.role == role]
+    assert spaces and all(space.rotation == found.config.matrices[space.name] and not space.flops for space in spaces)
+    assert spinpass.verify(program, found.program).ok
+    again = spinpass.RotationPlan.from_dict(json.loads(json.dumps(found.plan.to_dict())))
+    assert again.spaces == found.plan.spaces
+    alike = spinpass.transform(program, plan=again)
+    assert all(torch.equal(tensor, alike.state_dict[name]) for name, tensor in found.program.state_dict.items())
+
+
+def test_a_kind_that_was_dropped_leaves_no_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+    record = LearningRecord(2.0, 1.0, 1, ("stacks",), ("gates",))
+    monkeypatch.setattr(learned_bases_module, "taught", lambda *given, **options: record)
+    program = decoder("llama", dtype=torch.float32)
+    settings, scheme = Learning(("stacks", "gates")), QuantizationConfig.parse("a8-kv4")
+    found, _ = with_learned_bases(program, ONLINE, scheme, [program.example_inputs] * 2, settings)
+    assert found.matrices and {name.split(":")[0] for name in found.matrices} == {"R2"}
+    assert found.rotations == ONLINE.rotations
+    monkeypatch.setattr(learned_bases_module, "taught", lambda *given, **options: replace(record, after=3.0))
+    found, _ = with_learned_bases(program, ONLINE, scheme, [program.example_inputs] * 2, settings)
+    assert found == ONLINE
+
+
+@pytest.mark.parametrize("kinds", [TRANSFORMS, ("stacks",)], ids=str)
+def test_what_lies_on_top_of_a_learned_matrix_stays_there(kinds: Any) -> None:
+    program = decoder("llama", dtype=torch.float32)
+    rotated, bases = begun(program, RotationConfig(rotations=("R2", "heads")), kinds)
+    student = _Student(rotated.program, bases, PLAIN)
+    shaken(student, 0.1)
+    for part in student.parts:
+        if isinstance(part, FoldedConstant):
+            object.__setattr__(part, "scheme", None)
+    given = flat_inputs(program, program.example_inputs)
+    exact = list(execute(student.program, {**given, **values(student.parts)}).outputs)
+    assert relative_error(run(program, given), exact) < 1e-4
+
+
 class Pair(nn.Module):
     """Two layers whose names differ in a dot and an underscore."""
 
@@ -191,14 +289,11 @@ class Pair(nn.Module):
 def test_factors_of_names_that_look_alike_are_told_apart() -> None:
     ids = torch.randint(0, 96, (2, 7))
     program = torch.export.export(Pair().eval(), (ids,))
-    rotated = begun(program, ONLINE)
-    student = _Student(rotated.program, bases(rotated.plan), PLAIN)
+    rotated, bases = begun(program, ONLINE)
+    student = _Student(rotated.program, bases, PLAIN)
     factors = [part.places for part in student.parts if isinstance(part, LearnedFactor)]
     assert len(factors) == len(set(factors)) > 2
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for transform in student.transforms.values():
-            transform.moves["transforms"].normal_(0, 0.05)
+    shaken(student, 0.05)
     for part in student.parts:
         if isinstance(part, FoldedConstant):
             object.__setattr__(part, "scheme", None)
@@ -261,4 +356,8 @@ def test_refusals() -> None:
         learn(outlying(), "w8-rtn-a8static", inputs(2), settings=Learning(("transforms",)))
     with pytest.raises(ConfigError, match="transforms are learned before anything is rounded"):
         quantize(outlying(), QuantizationConfig(learn=Learning(("transforms",))), inputs(2))
+    with pytest.raises(ConfigError, match="gates and stacks are learned before anything is rounded"):
+        quantize(outlying(), QuantizationConfig(learn=Learning(("scales", "gates", "stacks"))), inputs(2))
+    with pytest.raises(ConfigError, match="no space of this program takes stacks: choose other rotations"):
+        learn(outlying(), "a4-kv4", inputs(4), config=RotationConfig(rotations=("R1",)), settings=Learning(("stacks",)))
     assert issubclass(LearningError, spinpass.SpinpassError)

@@ -16,7 +16,7 @@ from spinpass.graph import named_device, on_device
 from spinpass.learned import with_learned_bases
 from spinpass.learning import Learning, Phase
 from spinpass.loading import load_model
-from spinpass.quantization import QuantizationConfig
+from spinpass.quantization import LEARNABLE, QuantizationConfig, check_kinds, kinds_of_bases
 from spinpass.rotations import Rotation
 
 from .options import (
@@ -46,6 +46,12 @@ def learn_command(
     out: Annotated[Path, typer.Argument(metavar="OUT.json", help="File to write the matrices to.")],
     quantize: Annotated[str, typer.Option(help="Scheme to learn them for, for example w4-asym-gptq-a4-kv4.")],
     config: RotationConfig | None = None,
+    kinds: Annotated[
+        str,
+        typer.Option(
+            help=f"Kinds of matrices to learn, by commas, of {', '.join(kinds_of_bases(LEARNABLE))}.", metavar="KINDS"
+        ),
+    ] = "transforms",
     phase: Annotated[
         Phase, typer.Option(help="Learn block by block, in little memory, or by what the whole model predicts.")
     ] = "local",
@@ -66,8 +72,9 @@ def learn_command(
     """Learn, for a scheme, the matrices of the rotations that MODEL admits, and write them for --matrices.
 
     Online rotations become any invertible matrix in the factors of the Hadamard that they begin at,
-    at its cost; those that are folded through norms stay orthogonal. They are
-    kept where they help on the text that decides. A run that was stopped goes on.
+    at its cost; those that are folded through norms stay orthogonal. With stacks each value head
+    has a matrix of its own, with gates each channel of the gated product a scale; both are
+    folded. A kind is kept where it helps on the text that decides. A run that was stopped goes on.
 
     Example: spinpass learn ./model bases.json --quantize w4-asym-gptq-a4-kv4 --form online
     """
@@ -76,7 +83,15 @@ def learn_command(
     if config is None:
         raise ConfigError("nothing is learned without a rotation; choose from " + ALL)
     scheme = QuantizationConfig.parse(quantize)
-    settings = Learning(("transforms",), (phase,), rounds=rounds, minutes=minutes, seed=learning_seed)
+    chosen = tuple(kind.strip() for kind in kinds.split(","))
+    check_kinds(chosen)
+    other = [kind for kind in chosen if kind not in kinds_of_bases(chosen)]
+    if other:
+        raise ConfigError(
+            f"{' and '.join(other)} are learned of what is rounded: spinpass learn finds matrices "
+            f"({', '.join(kinds_of_bases(LEARNABLE))}); take spinpass tune --learn {','.join(other)}"
+        )
+    settings = Learning(chosen, (phase,), rounds=rounds, minutes=minutes, seed=learning_seed)
     if out.suffix != ".json":
         raise ConfigError(f"{out} does not end in .json, as a file of matrices does")
     if out.is_dir():
@@ -125,5 +140,6 @@ def learn_command(
     if not record.kept:
         screen.show(f"{out} was not written: Hadamards round this model as well, for {quantize}")
         raise typer.Exit(1)
-    after = f"next: spinpass export {model} OUT --form {config.form} --quantize {quantize} --matrices {out}"
+    roles = "" if found.rotations == config.rotations else f" --rotations {','.join(found.rotations)}"
+    after = f"next: spinpass export {model} OUT{roles} --form {config.form} --quantize {quantize} --matrices {out}"
     screen.show(files_table(out.parent, [out.name]), after)

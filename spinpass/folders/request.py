@@ -15,7 +15,7 @@ from spinpass.graph import HOST, Device, named_device
 from spinpass.learning import Learning
 from spinpass.loading import check_dtype
 from spinpass.planning import RotationPlan
-from spinpass.quantization import QuantizationConfig, Weights
+from spinpass.quantization import FINE, QuantizationConfig, Weights
 
 from .gptq import WEIGHTS_ONLY, check_offline, check_weights_alone
 from .recipes import DEFAULT_BITS, LearnName, RecipeName, bases_of, learning_of, recipe_of
@@ -25,7 +25,6 @@ IntegerCache = Literal["int8", "int4"]
 
 
 _DEFAULT = RotationConfig()
-_FEW = 8  # bits, below which the ranges of what is computed are narrow
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
 
 
@@ -277,7 +276,7 @@ class ExportRequest:
             return None
         if self.plan is not None:  # which has its matrices
             return None
-        few = [each for each in (scheme.activations, scheme.cache) if each is not None and each.bits < _FEW]
+        few = [each for each in (scheme.activations, scheme.cache) if each is not None and each.bits < FINE]
         if not few or (scheme.activations is not None and scheme.activations.static):
             return None
         return bases_of(self.minutes, self.learning_seed)

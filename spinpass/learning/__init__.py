@@ -2,7 +2,7 @@
 
 from .divergence import divergence
 from .lesson import Lesson, parted
-from .moves import LearningPart, values
+from .moves import LearningPart, places_of, values
 from .record import LearningRecord
 from .settings import PHASES, Learning, Phase
 from .teach import taught
@@ -16,6 +16,7 @@ __all__ = [
     "Phase",
     "divergence",
     "parted",
+    "places_of",
     "taught",
     "values",
 ]

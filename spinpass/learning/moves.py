@@ -14,6 +14,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.export import ExportedProgram
 
 
 class LearningPart(Protocol):
@@ -44,6 +45,12 @@ class LearningPart(Protocol):
 def values(parts: Sequence[LearningPart]) -> dict[str, Tensor]:
     """The constants of all parts by placeholder name."""
     return {place: made for part in parts for made in (part.value(),) for place in part.places}
+
+
+def places_of(program: ExportedProgram) -> dict[str, str]:
+    """The placeholders that stand for a program's constants, by the names of these."""
+    specs = program.graph_signature.input_specs
+    return {spec.target: spec.arg.name for spec in specs if spec.target is not None}
 
 
 def kinds_of(parts: Sequence[LearningPart]) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from spinpass.errors import ConfigError
 from spinpass.rotations import GIVEN_KINDS, Rotation, rotation_by
 from spinpass.values import Fields, check_told, columns, notebook_table, titled
 
-from .planned import PlannedSpace
+from .planned import OfferedSpace, PlannedSpace
 from .summary import grouped_refusals, grouped_spaces, online_parts
 
 _VERSION = 1
@@ -32,12 +32,14 @@ class RotationPlan:
         refusals: what is left alone, and why.
         parameters: the shape of every parameter of the program that it was made for, by name; empty where it is not
             known. The plan fits any program with the same ones, whatever their values.
+        offers: spaces that take a matrix of yours and nothing else; empty in a plan that was read from a document.
     """
 
     config: RotationConfig
     spaces: tuple[PlannedSpace, ...]
     refusals: tuple[Refusal, ...] = ()
     parameters: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    offers: tuple[OfferedSpace, ...] = field(default=(), compare=False)
 
     @property
     def flops(self) -> int:

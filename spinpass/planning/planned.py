@@ -149,6 +149,25 @@ class PlannedSpace:
 
 
 @dataclass(frozen=True)
+class OfferedSpace:
+    """A space that takes a matrix of the user's and nothing else, and for which there is none.
+
+    Attributes:
+        name: what the space is called, by which it takes one from ``matrices``.
+        size: how many coordinates it has.
+        group: the matrices that it admits.
+        heads: how many it takes.
+        rotation: None.
+    """
+
+    name: str
+    size: int
+    group: Group
+    heads: int = 1
+    rotation: Rotation | None = None
+
+
+@dataclass(frozen=True)
 class Site:
     """A decision with the graph nodes it is about."""
 

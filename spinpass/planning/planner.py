@@ -36,7 +36,7 @@ from .candidates import Candidate, Candidates
 from .claims import Claims
 from .names import common_name, parameter_names
 from .plan import RotationPlan
-from .planned import Fold, OnlinePart, PlannedSpace, Site, UntieRequest
+from .planned import Fold, OfferedSpace, OnlinePart, PlannedSpace, Site, UntieRequest
 
 
 class Planner:
@@ -75,6 +75,7 @@ class Planner:
         self.only = None if only is None else {s.name: s for s in only.spaces}
         self.planned: list[PlannedSpace] = []
         self.refusals: list[Refusal] = [] if only is None else list(only.refusals)
+        self.offers: list[OfferedSpace] = []
         self.carried: list[tuple[PlannedSpace, CacheEdge]] = []
         self._claims = Claims()
         self._tokens = tokens_per_call(editor.user_inputs())
@@ -117,7 +118,7 @@ class Planner:
     def plan(self) -> RotationPlan:
         """Return the decisions so far, in the order of the rotations."""
         spaces = sorted(self.planned, key=lambda s: ROLES.index(s.role))
-        return RotationPlan(self.config, tuple(spaces), tuple(self.refusals), self._parameters)
+        return RotationPlan(self.config, tuple(spaces), tuple(self.refusals), self._parameters, tuple(self.offers))
 
     # -- one candidate -------------------------------------------------------------------------------------------------
 
@@ -139,6 +140,7 @@ class Planner:
         if candidate.gate and self.only is None and self.config.matrix(name, place) is None:
             what = _SCALES_AND_ORDERS if admitted.group == "diagonal" else _ORDERS
             self._refuse(Refusal(name, f"it takes {what} of yours, from `matrices`: {admitted.why}"))
+            self.offers.append(OfferedSpace(name, space.width, admitted.group))
             return None
         rotation = self.only[name].rotation if self.only is not None else self._rotation(name, space.width, place)
         sides = admitted.sides

@@ -1,9 +1,9 @@
 """Quantization of exported programs: weights, activations and KV caches, as constants and nodes of the graph."""
 
 from .calibration import site_errors
-from .kinds import LEARNABLE, Learnable, check_kinds
+from .kinds import LEARNABLE, Learnable, check_kinds, kinds_of_bases
 from .layers import WeightSite, cache_sites, unrounded_operands, weight_sites
-from .learned import Basis, learned, learned_bases
+from .learned import Basis, begun_basis, learned, learned_bases, roles_of_bases
 from .packed import (
     Packed,
     Trainable,
@@ -17,11 +17,12 @@ from .packed import (
 from .quantizer import check_shares, quantize
 from .report import CodesStore, QuantizationReport, Quantized, QuantizedWeight, matrices_of
 from .rounding import Codes
-from .scheme import GROUP_SIZES, WEIGHT_BITS, Activations, Cache, QuantizationConfig, Weights
+from .scheme import FINE, GROUP_SIZES, WEIGHT_BITS, Activations, Cache, QuantizationConfig, Weights
 from .spelling import ALIASES, PARTS
 
 __all__ = [
     "ALIASES",
+    "FINE",
     "GROUP_SIZES",
     "LEARNABLE",
     "PARTS",
@@ -40,17 +41,20 @@ __all__ = [
     "Trainable",
     "WeightSite",
     "Weights",
+    "begun_basis",
     "cache_sites",
     "check_kinds",
     "check_shares",
     "decode_scales",
     "double_quantize_program",
+    "kinds_of_bases",
     "learned",
     "learned_bases",
     "matrices_of",
     "pack",
     "quantize",
     "rewritten",
+    "roles_of_bases",
     "site_errors",
     "unpack",
     "unrounded_operands",

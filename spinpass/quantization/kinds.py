@@ -17,11 +17,13 @@ class Learnable:
         name: as it is asked for.
         rate: of Adam. Three times as much fits the text that is learned from and loses on any other.
         meaning: what it moves, for people.
+        of_bases: it is a change of basis, which is learned before anything is rounded.
     """
 
     name: str
     rate: float
     meaning: str
+    of_bases: bool = False
 
 
 SCALE = Learnable("scales", 1e-3, "the scale of every group of a weight: s·e^θ")
@@ -32,11 +34,21 @@ OFFSET = Learnable(
 LATENT = Learnable("latents", 2e-3, "the same, by a move of low rank in place of one for each weight: round(q + A·B)")
 GAIN = Learnable("gains", 1e-3, "the scales of norms and other vectors of floats: g·(1 + γ)")
 CLIP = Learnable("clips", 2e-3, "the share of a token's range that activations and caches cover: c·e^κ")
+TRANSFORM = Learnable(
+    "transforms", 2e-3, "the factors of changes of basis, before anything is rounded: F·(I + E)", of_bases=True
+)
+STACK = Learnable("stacks", 2e-3, "a matrix for each head of values, or of queries and keys: S·(I + E)", of_bases=True)
+GATE = Learnable("gates", 1e-2, "a scale for each channel of u in act(g)·u: e^δ", of_bases=True)
 
-TRANSFORM = Learnable("transforms", 2e-3, "the factors of changes of basis, before anything is rounded: F·(I + E)")
-
-LEARNABLE: Mapping[str, Learnable] = {kind.name: kind for kind in (SCALE, ZERO, OFFSET, LATENT, GAIN, CLIP, TRANSFORM)}
+LEARNABLE: Mapping[str, Learnable] = {
+    kind.name: kind for kind in (SCALE, ZERO, OFFSET, LATENT, GAIN, CLIP, TRANSFORM, STACK, GATE)
+}
 """All kinds by name."""
+
+
+def kinds_of_bases(names: Collection[str]) -> tuple[str, ...]:
+    """Return those of some kinds that are learned before anything is rounded."""
+    return tuple(name for name in names if LEARNABLE[name].of_bases)
 
 
 def check_kinds(names: Collection[str]) -> None:

@@ -21,7 +21,8 @@ Calibration = Literal["mse", "percentile", "minmax"]
 ScaleDtype = Literal["float16", "bfloat16"]
 MASSIVE = 8.0
 """Times the median of all tokens' largest values, above which a token is massive."""
-_EXACT = 8  # bits that massive tokens have
+FINE = 8
+"""Bits at which there is nothing to win by ranges, or by what values are rounded to; massive tokens have as many."""
 WEIGHT_BITS = (2, 3, 4, 8)
 """The widths that codes of weights may have."""
 GROUP_SIZES = (16, 32, 64, 128, 256)
@@ -284,7 +285,7 @@ class QuantizationConfig:
         if (weights or "learn" in found) and "bits" not in weights:
             raise ConfigError(f"{text!r} says how to round weights but not to how many bits: add a width such as w4")
         if sinks:
-            few = {key: found[key] for key in ("activations", "cache") if key in found and found[key].bits < _EXACT}
+            few = {key: found[key] for key in ("activations", "cache") if key in found and found[key].bits < FINE}
             if not few or any(getattr(each, "static", False) for each in few.values()):
                 raise ConfigError(
                     f"'sinks' in {text!r} is of a4 and kv4, with ranges of tokens: add one, or leave it out"
@@ -304,7 +305,7 @@ class QuantizationConfig:
     def uses_calibration(self) -> bool:
         """Whether calibration inputs change what :func:`~spinpass.quantization.quantize` does: where it needs them, and
         for clipped ranges of 4 bits."""
-        clipped = [each for each in (self.activations, self.cache) if each is not None and each.bits < 8]
+        clipped = [each for each in (self.activations, self.cache) if each is not None and each.bits < FINE]
         return self.needs_calibration or any(each.clip is None for each in clipped)
 
     @property

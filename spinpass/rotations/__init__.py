@@ -1,6 +1,7 @@
 """A rotation as a value, and the Hadamard matrices behind it. The package knows no graph."""
 
 from . import hadamard
+from .blocks import multiply_blocks
 from .hadamard import is_order, largest_order
 from .rotation import GIVEN_KINDS, Rotation, rotation_by
 
@@ -10,5 +11,6 @@ __all__ = [
     "hadamard",
     "is_order",
     "largest_order",
+    "multiply_blocks",
     "rotation_by",
 ]

@@ -63,11 +63,18 @@ def blocks_are_orthogonal(blocks: Tensor) -> bool:
 
 
 def multiply_blocks(
-    x: Tensor, blocks: Tensor, dim: int, *, inverse: bool, dual: bool, compute: torch.dtype | None
+    x: Tensor,
+    blocks: Tensor,
+    dim: int,
+    *,
+    inverse: bool = False,
+    dual: bool = False,
+    compute: torch.dtype | None = None,
 ) -> Tensor:
     """``x A`` along ``dim``, with ``inverse`` ``x A⁻¹``, with ``dual`` ``x A⁻ᵀ``, with both ``x Aᵀ``.
 
-    The result and the temporaries are as for :func:`spinpass.rotations.hadamard.multiply`.
+    ``blocks`` are (count, n, n), and the size of ``dim`` is a multiple of count · n. The result is as for
+    :func:`spinpass.rotations.hadamard.multiply`, differentiable with respect to x and the blocks.
     """
     right = torch.linalg.inv(blocks) if inverse != dual else blocks
     right = (right.mT if dual else right).to(x.device, hadamard.precision_of(x, compute))

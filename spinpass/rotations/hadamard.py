@@ -140,7 +140,8 @@ def multiply(
 
     ``left`` are F1ᵀ, F2ᵀ, ... in the precision of the arithmetic (:func:`precision_of`). The product of their sizes
     divides the size of ``dim``. ``before`` and ``after`` have one element for each of ``dim``; None stands for ones.
-    The result and the temporaries are as for :func:`hadamard_transform`.
+    The result and the temporaries are as for :func:`hadamard_transform`, and it is differentiable with respect to the
+    factors as well.
     """
     dim %= x.dim()
     precision, device = precision_of(x, compute), x.device
@@ -154,7 +155,7 @@ def multiply(
 
     has_autocast = torch.amp.is_autocast_available(device.type)
     with torch.autocast(device.type, enabled=False) if has_autocast else contextlib.nullcontext():
-        return _in_chunks(source, product, precision).view(x.shape)
+        return _in_chunks(source, product, precision, learns=_learns(source, *left)).view(x.shape)
 
 
 def precision_of(x: Tensor, compute: torch.dtype | None = None) -> torch.dtype:
@@ -174,11 +175,21 @@ def check(x: Tensor, order: int, dim: int = -1) -> None:
 # The product with the factors.
 
 
-def _in_chunks(source: Tensor, product: Callable[[Tensor], Tensor], precision: torch.dtype) -> Tensor:
-    """``product`` of ``source`` (before, size, after), a chunk of the first and last axes at a time."""
+def _learns(*tensors: Tensor) -> bool:
+    """Whether a gradient is asked for."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def _in_chunks(
+    source: Tensor, product: Callable[[Tensor], Tensor], precision: torch.dtype, *, learns: bool
+) -> Tensor:
+    """``product`` of ``source`` (before, size, after), a chunk of the first and last axes at a time.
+
+    What ``learns`` is done at once, because chunks that are written into one tensor are copied for each gradient.
+    """
     before, size, after = source.shape
     chunk = _CHUNK_BYTES.get(source.device.type, _CHUNK_BYTES_ELSEWHERE) // precision.itemsize
-    if source.numel() <= chunk or (source.requires_grad and torch.is_grad_enabled()):
+    if source.numel() <= chunk or learns:
         return product(source).to(source.dtype)
     columns = min(after, max(1, chunk // size))
     rows = max(1, chunk // (size * columns))

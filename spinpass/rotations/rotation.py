@@ -168,7 +168,7 @@ class Rotation:
     def is_orthogonal(self) -> bool:
         """Whether the inverse is the transpose, so that it may pass norms, and products of two of its vectors."""
         if self.kind == "blocks":
-            return blocks.blocks_are_orthogonal(self._given)
+            return blocks.blocks_are_orthogonal(self.given)
         return self.kind != "kronecker" or kronecker.are_orthogonal(self.factors)
 
     @cached_property
@@ -176,20 +176,21 @@ class Rotation:
         """The condition number in the 2-norm: by how much more than itself rounding may be felt."""
         if self.is_orthogonal:
             return 1.0
-        return blocks.block_condition(self._given) if self.kind == "blocks" else kronecker.condition_of(self.factors)
+        return blocks.block_condition(self.given) if self.kind == "blocks" else kronecker.condition_of(self.factors)
 
     @cached_property
     def largest(self) -> float:
         """The largest magnitude of an element of R or of its inverse; 1 of a rotation, whose elements are no larger."""
         if self.is_orthogonal:
             return 1.0
-        parts = [self._given] if self.kind == "blocks" else self.factors
+        parts = [self.given] if self.kind == "blocks" else self.factors
         sizes = ([float(each.abs().max()) for each in (part, torch.linalg.inv(part))] for part in parts)
         return max(map(math.prod, zip(*sizes, strict=True)))
 
     @property
-    def _given(self) -> Tensor:
-        assert self.matrix_ is not None  # checked where it was made
+    def given(self) -> Tensor:
+        """What ``matrix_`` is where there is one: a matrix, the blocks (count, n, n), or an order of channels."""
+        assert self.matrix_ is not None, self.kind  # checked where it was made
         return self.matrix_
 
     @property
@@ -287,9 +288,9 @@ class Rotation:
                 x, [factor.t().to(x.device, precision).contiguous() for factor in right], dim=dim, compute=compute
             )
         if self.kind == "blocks":
-            return blocks.multiply_blocks(x, self._given, dim, inverse=inverse, dual=dual, compute=compute)
+            return blocks.multiply_blocks(x, self.given, dim, inverse=inverse, dual=dual, compute=compute)
         if self.kind == "permutation":
-            return blocks.take_order(x, self._given, dim, inverse=inverse)
+            return blocks.take_order(x, self.given, dim, inverse=inverse)
         block = self.matrix_ if self.matrix_ is not None else _haar(self.order, self.seed, self.identity)
         block = block.to(x.device, hadamard.precision_of(x, compute))
         return hadamard.multiply(x, [block if inverse else block.t()], dim=dim, compute=compute)

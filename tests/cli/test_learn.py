@@ -16,9 +16,9 @@ from tests.support.commands import document, run
 SCHEME = "w4-asym-rtn-a4-kv4"
 
 
-def text(tmp_path: Path, name: str = "text.txt") -> Path:
+def text(tmp_path: Path, name: str = "text.txt", words: int = 6000) -> Path:
     file = tmp_path / name
-    file.write_text(" ".join(folders.WORDS[(i * i + i // 7 + len(name)) % len(folders.WORDS)] for i in range(6000)))
+    file.write_text(" ".join(folders.WORDS[(i * i + i // 7 + len(name)) % len(folders.WORDS)] for i in range(words)))
     return file
 
 
@@ -44,6 +44,21 @@ def test_matrices_are_learned_and_exported(tmp_path: Path) -> None:
     assert planned.exit_code == 0 and "kronecker" in planned.stdout and "invertible" in planned.stdout
 
 
+def test_matrices_for_heads_and_scales_of_gates_are_learned_and_exported(tmp_path: Path) -> None:
+    model, out = folders.model_folder(tmp_path / "model"), tmp_path / "bases.json"
+    asked = ("learn", model, out, "--quantize", SCHEME, "--form", "online", "--kinds", "stacks, gates")
+    made = run(*asked, "--calibration", text(tmp_path, words=800), "--text", text(tmp_path, "other.txt", 1500), "--phase", "full")
+    assert made.exit_code == 0, made.stderr
+    kinds = {space.split(":")[0]: str(each) for space, each in read_matrices(out).items()}
+    assert kinds == {"R2": "2 matrices(12)", "gates": "diagonal(80)"}
+    rotations = "R1,R2,R3,R4,latent,gates"
+    assert f"OUT --rotations {rotations} --form" in " ".join(made.stdout.split())
+    planned = run("plan", model, "--form", "online", "--matrices", out, "--rotations", rotations)
+    assert planned.exit_code == 0 and "diagonal(80)" in planned.stdout, planned.stderr
+    refused = run("plan", model, "--form", "online", "--matrices", out)
+    assert refused.exit_code == 2 and "gates is not among the rotations" in " ".join(refused.stderr.split())
+
+
 def test_what_cannot_be_learned_is_refused(tmp_path: Path) -> None:
     model, here = folders.model_folder(tmp_path / "model"), tmp_path / "bases.json"
     (tmp_path / "folder.json").mkdir()
@@ -53,6 +68,8 @@ def test_what_cannot_be_learned_is_refused(tmp_path: Path) -> None:
         ((tmp_path / "bases.bin", "--quantize", SCHEME), "does not end in .json"),
         ((here, "--quantize", "w4a"), "is not a part of a scheme"),
         ((here, "--quantize", SCHEME, "--rounds", 0), "0 rounds of learning"),
+        ((here, "--quantize", SCHEME, "--kinds", "gate"), "'gate' is nothing that can be learned; the nearest is 'gates'"),
+        ((here, "--quantize", SCHEME, "--kinds", "gates,scales"), "scales are learned of what is rounded"),
         ((here, "--quantize", "w8-rtn-a8static", "--calibration", text(tmp_path)), "learn bases with ranges per token"),
         ((here, "--quantize", SCHEME, "--calibration", tmp_path / "no.txt"), "no.txt"),
         ((here, "--quantize", SCHEME, "--calibration", text(tmp_path), "--text", text(tmp_path)), "name two of them"),

@@ -163,6 +163,22 @@ def test_gradients_flow(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.autograd.gradcheck(lambda t: hadamard.hadamard_transform(t, 12, signs=torch.ones(24)), (x,))
 
 
+def test_factors_have_gradients_and_are_multiplied_by_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(hadamard._CHUNK_BYTES, "cpu", 64)
+    multiply, calls = hadamard._multiply, []
+    monkeypatch.setattr(hadamard, "_multiply", lambda *given: calls.append(1) or multiply(*given))
+    x = torch.randn(5, 12, 2, dtype=torch.float64)
+    factors = [torch.randn(f, f, dtype=torch.float64, requires_grad=True) for f in (3, 4)]
+    found = hadamard.multiply(x, [factor.t() for factor in factors], dim=1)
+    assert len(calls) == 1
+    with torch.no_grad():
+        again = hadamard.multiply(x, [factor.t() for factor in factors], dim=1)
+    assert len(calls) > 2
+    torch.testing.assert_close(again, found.detach())
+    torch.testing.assert_close(again, torch.einsum("bnc,nm->bmc", x, torch.kron(*factors).detach()))
+    assert torch.autograd.gradcheck(lambda a, b: hadamard.multiply(x, [a.t(), b.t()], dim=1), factors)
+
+
 @pytest.fixture
 def no_factors(monkeypatch: pytest.MonkeyPatch) -> dict[object, tuple[Tensor, ...]]:
     empty: dict[object, tuple[Tensor, ...]] = {}

@@ -19,7 +19,7 @@ from spinpass.progress import Progress
 
 from ..layers import WeightSite, weight_sites
 from ..rounding import rounded, static_range, token_clip
-from ..scheme import Activations, QuantizationConfig, Weights
+from ..scheme import FINE, Activations, QuantizationConfig, Weights
 from .lockstep import OperandWatch, run_in_lockstep
 
 _TINY = 1e-30
@@ -94,8 +94,8 @@ def _rounding(values: list[Tensor], scheme: Activations | None) -> Callable[[Ten
         return lambda x: x
     if not scheme.static:
         clip = scheme.clip
-        if clip is None:  # as `quantize` chooses it; at 8 bits there is nothing to win
-            clip = token_clip(values, scheme.bits, scheme.is_symmetric) if scheme.bits < 8 else 1.0
+        if clip is None:  # as `quantize` chooses it
+            clip = token_clip(values, scheme.bits, scheme.is_symmetric) if scheme.bits < FINE else 1.0
         return lambda x: operators.round_tokens(x, scheme.bits, scheme.is_symmetric, clip)
     found = static_range(values, scheme)
     return lambda x: operators.round_rows(x, found.scale, found.zero, found.limit, scheme.bits)

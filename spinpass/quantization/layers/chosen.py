@@ -18,11 +18,9 @@ from spinpass import operators  # noqa: F401  (registers torch.ops.spinpass)
 from spinpass.graph import ProgramEditor, value
 
 from ..report import EXCLUDED, NOT_ASKED
-from ..scheme import Activations, Cache, QuantizationConfig, Weights
+from ..scheme import FINE, Activations, Cache, QuantizationConfig, Weights
 from .products import ORIGIN
 from .sites import WeightSite, cache_sites, table_sites, weight_sites
-
-_EXACT = 8  # bits that massive tokens have
 
 
 class ChosenSites:
@@ -119,13 +117,13 @@ class ChosenSites:
         if scheme.massive is not None:
             near = self._ordinary(node, scheme.massive)
         made = self._call("round_tokens", node, bits, symmetric, 1.0 if clip is None else clip, after=near)
-        if clip is None and bits < _EXACT:  # at 8 bits there is nothing to win
+        if clip is None and bits < FINE:
             self.clipped[made.name] = node.name
         if near is None:
             return made
         if made.name in self.clipped:
             self.beside[made.name] = near.name
-        exact = self._call("round_tokens", node, _EXACT, symmetric, 1.0, after=made)
+        exact = self._call("round_tokens", node, FINE, symmetric, 1.0, after=made)
         where = torch.ops.aten.where.self
         return self.editor.call(where, near, made, exact, after=exact, origin=ORIGIN)
 

@@ -8,7 +8,7 @@ is folded into weights costs nothing at all.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,21 +16,28 @@ from typing import Any
 from torch import Tensor
 from torch.export import ExportedProgram
 
+from spinpass.config import Role
 from spinpass.errors import ConfigError
 from spinpass.graph import Handle, Layout, ProgramEditor, device_of, storage_key
-from spinpass.learning import Learning, LearningPart, LearningRecord, Lesson, parted, taught
-from spinpass.passes import stored_factors
+from spinpass.learning import Learning, LearningPart, LearningRecord, Lesson, parted, places_of, taught
 from spinpass.progress import Progress
 from spinpass.rotations import Rotation
 from spinpass.workers import Team
 
-from ..kinds import LEARNABLE, TRANSFORM
+from ..kinds import LEARNABLE, kinds_of_bases
 from ..layers import ChosenSites
 from ..packed import training  # noqa: F401  (registers the gradients of roundings)
 from ..scheme import QuantizationConfig, Weights
-from .transforms import FoldedConstant, LearnedFactor, LearnedTransform
+from .changes import BasisKind, LearnedChange, LearningPlace
+from .folded import FoldedConstant, without_upper
+from .gates import GATES
+from .stacks import STACKS
+from .transforms import TRANSFORMS
 
-_Folds = list[tuple[LearnedTransform, Layout, bool]]
+_KINDS: Mapping[str, BasisKind] = {each.kind.name: each for each in (GATES, STACKS, TRANSFORMS)}
+"""By name, the first that goes somewhere first."""
+
+_Begun = list[tuple[Rotation, LearnedChange | None, Layout, bool]]
 
 
 @dataclass(frozen=True)
@@ -39,15 +46,31 @@ class Basis:
 
     Args:
         space: its name.
-        rotation: with factors.
+        rotation: what it begins with.
         orthogonal: only rotations are admitted.
         folds: of every constant that has taken it up, its name, where the vectors lie, and whether it reads them.
+        kind: of what is learned of it; None for one that stays as it is, which others may lie below.
     """
 
     space: str
     rotation: Rotation
     orthogonal: bool
     folds: Sequence[tuple[str, Layout, bool]]
+    kind: str | None
+
+
+def begun_basis(place: LearningPlace, kinds: Collection[str]) -> tuple[str, Rotation] | None:
+    """Return by which of some kinds a space learns, and with what it begins; None where it does not."""
+    for name, each in _KINDS.items():
+        found = each.begin(place) if name in kinds else None
+        if found is not None:
+            return name, found
+    return None
+
+
+def roles_of_bases(kinds: Collection[str]) -> tuple[Role, ...]:
+    """Return the rotations that a program has to be asked for, so that some kinds have places."""
+    return tuple(role for name, each in _KINDS.items() if name in kinds for role in each.roles)
 
 
 def learned_bases(
@@ -68,15 +91,17 @@ def learned_bases(
     Args:
         original: whose predictions are aimed at.
         rotated: what was made of it with the ``bases``, in floats.
-        bases: what is learned. Those whose constants the program does not have under their names stay as they are.
+        bases: its changes of basis, in the order in which they were folded. Those whose constants the program does not
+            have under their names stay as they are.
         config: what will be rounded. Weights that GPTQ will round stay in floats while bases are learned: what it
             makes up for is another error than that of rounding to nearest, and learning from the latter does harm
             (measured). Others are rounded to nearest in the range of all their values.
         inputs, settings, held_out, checkpoint, team, progress: as for :func:`.learn.learned`; of the kinds, only
-            ``transforms`` counts.
+            those of bases count.
 
     Returns:
-        By name of a space the changes of basis that help on the inputs held out, none where none does; and the course.
+        By name of a space the changes of basis of the kinds that help on the inputs held out, none where none does; and
+        the course.
 
     Raises:
         ConfigError: nothing of these can be learned, or there are no inputs, or they do not fit.
@@ -87,13 +112,14 @@ def learned_bases(
     made = _Student(rotated, bases, config)
     shown, judged = parted(inputs) if held_out is None else (list(inputs), list(held_out))
     teacher = original if settings.phases == ("full",) else rotated
-    rates = {TRANSFORM.name: LEARNABLE[TRANSFORM.name].rate}
+    kinds = kinds_of_bases(settings.kinds)
+    rates = {kind: LEARNABLE[kind].rate for kind in kinds}
     options: dict[str, Any] = {"checkpoint": checkpoint, "team": team, "progress": progress}
     run = " ".join([repr(replace(config, learn=None)), *(basis.rotation.fingerprint() for basis in bases)])
-    asked = replace(settings, kinds=(TRANSFORM.name,))
-    course = taught(Lesson(made.program, teacher, shown, judged), made.parts, asked, rates, run=run, **options)
-    learned = {space: transform.learned() for space, transform in made.transforms.items()} if course.kept else {}
-    return learned, course
+    lesson = Lesson(made.program, teacher, shown, judged)
+    course = taught(lesson, made.parts, replace(settings, kinds=kinds), rates, run=run, **options)
+    kept = {space: each for space, each in made.changes.items() if course.kept and {*each.moves} <= {*course.kinds}}
+    return {space: each.learned() for space, each in kept.items()}, course
 
 
 class _Student:
@@ -108,40 +134,36 @@ class _Student:
         if not (sites.activations or sites.caches or nearest):
             raise ConfigError(
                 "no basis is better than another here: neither activations nor caches are rounded, and GPTQ's weights "
-                "stay in floats while bases are learned; leave transforms out"
+                "stay in floats while bases are learned; leave changes of basis out"
             )
         if sites.static:
             raise ConfigError("static ranges are not known before the weights are: learn bases with ranges per token")
         self.program = editor.finish()
         state, device = rotated.state_dict, device_of(rotated)
-        self.transforms = {
-            basis.space: LearnedTransform(basis.rotation, basis.orthogonal, device)
+        self.changes = {
+            basis.space: _KINDS[basis.kind].part(basis.rotation, basis.orthogonal, device)
             for basis in bases
-            if basis.rotation.factors and all(name in state for name, _, _ in basis.folds)
+            if basis.kind is not None and all(name in state for name, _, _ in basis.folds)
         }
-        if not self.transforms:
+        if not self.changes:
             raise ConfigError("no change of basis of this program can be learned: rotate it, and give it factors")
-        places = {spec.target: spec.arg.name for spec in self.program.graph_signature.input_specs}
-        folds: dict[str, _Folds] = {}
+        begun: dict[str, _Begun] = {}
         for basis in bases:
-            if basis.space in self.transforms:
-                for name, layout, reads in basis.folds:
-                    folds.setdefault(name, []).append((self.transforms[basis.space], layout, reads))
-        folded = _folded(state, folds, schemes, places)
-        factors = [
-            LearnedFactor(self.transforms[basis.space], *how, state[name].dtype, (places[name],))
-            for basis in bases
-            if basis.space in self.transforms
-            for name, how in stored_factors(editor, basis.rotation, basis.space).items()
+            for name, layout, reads in basis.folds:
+                entry = (basis.rotation, self.changes.get(basis.space), layout, reads)
+                begun.setdefault(name, []).append(entry)
+        inserted = [
+            part for space, change in self.changes.items() for part in change.inserted(editor, space, self.program)
         ]
-        self.parts: list[LearningPart] = [*self.transforms.values(), *factors, *folded]
+        folded = _folded(state, begun, schemes, places_of(self.program))
+        self.parts: list[LearningPart] = [*self.changes.values(), *inserted, *folded]
 
 
 def _folded(
     state: Mapping[str, Tensor],
-    folds: Mapping[str, _Folds],
+    begun: Mapping[str, _Begun],
     schemes: Mapping[str, tuple[int, Weights]],
-    places: Mapping[str | None, str],
+    places: Mapping[str, str],
 ) -> list[FoldedConstant]:
     """The constants that are folded or rounded, each once for all of its names."""
     names: dict[Any, list[str]] = {}
@@ -149,13 +171,15 @@ def _folded(
         names.setdefault(storage_key(tensor), []).append(name)
     found: list[FoldedConstant] = []
     for each in names.values():
-        own = next((folds[name] for name in each if name in folds), [])
+        own = next((begun[name] for name in each if name in begun), [])
+        learns = any(change is not None for _, change, _, _ in own)
         dim, scheme = next((schemes[name] for name in each if name in schemes), (-1, None))
+        nearest = scheme is not None and scheme.method == "rtn"
         used = tuple(places[name] for name in each if name in places)
-        if used and (own or (scheme is not None and scheme.method == "rtn")):
+        if used and (learns or nearest):
             tensor = state[each[0]]
-            stored = tensor.read() if isinstance(tensor, Handle) else tensor.detach()
-            nearest = scheme is not None and scheme.method == "rtn"
+            whole = tensor.read() if isinstance(tensor, Handle) else tensor.detach()
+            stored, folds, rest = without_upper(whole, own)
             plain = replace(scheme, clip=False, group_bits=None) if scheme is not None and nearest else None
-            found.append(FoldedConstant(stored, own, used, dim, plain))
+            found.append(FoldedConstant(stored, folds, used, tensor.dtype, dim, plain, rest))
     return found

@@ -30,11 +30,11 @@ from spinpass.graph import (
     storage_key,
     with_other_values,
 )
-from spinpass.learning import Learning, LearningPart, Lesson, parted, taught
+from spinpass.learning import Learning, LearningPart, Lesson, parted, places_of, taught
 from spinpass.progress import Progress
 from spinpass.workers import Team
 
-from ..kinds import CLIP, GAIN, LATENT, LEARNABLE, OFFSET, TRANSFORM, check_kinds
+from ..kinds import CLIP, GAIN, LATENT, LEARNABLE, OFFSET, check_kinds, kinds_of_bases
 from ..layers import ORIGIN
 from ..packed import (
     source_of,
@@ -42,12 +42,12 @@ from ..packed import (
 )
 from ..report import Quantized, QuantizedWeight
 from ..rounding import Coded
+from ..scheme import FINE
 from .clips import LearnedClip
 from .gains import LearnedVector
 from .weights import LearnedWeight, rests_of
 
 _ROUNDING = "spinpass::round_tokens"
-_FINE = 8  # bits, at which there is nothing to win
 
 
 def learned(
@@ -87,8 +87,11 @@ def learned(
     """
     settings = settings or Learning()
     check_kinds(settings.kinds)
-    if TRANSFORM.name in settings.kinds:
-        raise ConfigError("transforms are learned before anything is rounded: use spinpass.learn, or leave them out")
+    early = kinds_of_bases(settings.kinds)
+    if early:
+        raise ConfigError(
+            f"{' and '.join(early)} are learned before anything is rounded: use spinpass.learn, or leave them out"
+        )
     if not inputs:
         raise ConfigError("learning needs calibration inputs; give some")
     report = quantized.report
@@ -157,7 +160,7 @@ def _weight(
     names: Sequence[str],
     kinds: Sequence[str],
 ) -> LearnedWeight:
-    stored, places = program.state_dict[names[0]], _places(program)
+    stored, places = program.state_dict[names[0]], places_of(program)
     there = replace(weight, codes=weight.codes.on(stored.device))
     rests = _rests(original, program, there, names) if {OFFSET.name, LATENT.name} & set(kinds) else None
     return LearnedWeight(there, tuple(places[name] for name in names), stored.shape, stored.dtype, kinds, rests)
@@ -180,10 +183,6 @@ def _rests(
     return None
 
 
-def _places(program: ExportedProgram) -> dict[str, str]:
-    return {spec.target: spec.arg.name for spec in program.graph_signature.input_specs if spec.target is not None}
-
-
 def _names(program: ExportedProgram, weights: Iterable[str]) -> dict[str, list[str]]:
     """By name of a rounded weight all names under which the program has it."""
     at: dict[tuple[Any, ...], list[str]] = {}
@@ -196,7 +195,7 @@ def _vectors(program: ExportedProgram, rounded: Mapping[str, Sequence[str]]) -> 
     """The parameters of floats with one axis that are read, by name."""
     taken = {name for names in rounded.values() for name in names}
     read = {node.name for node in program.graph.nodes if node.op == "placeholder" and node.users}
-    places = _places(program)
+    places = places_of(program)
     found: dict[str, LearnedVector] = {}
     for name, tensor in program.state_dict.items():
         is_vector = tensor.ndim == 1 and tensor.is_floating_point() and name in program.graph_signature.parameters
@@ -219,7 +218,7 @@ def _with_clips(program: ExportedProgram) -> tuple[ExportedProgram, dict[str, Le
     """round_tokens(x, …, c) -> round_tokens_within(x, …, c'), c' a constant that learns, by name of the node."""
     editor = ProgramEditor(program)
     found: dict[str, LearnedClip] = {}
-    for node in [n for n in editor.nodes if op_name(n) == _ROUNDING and arguments(n)["bits"] < _FINE]:
+    for node in [n for n in editor.nodes if op_name(n) == _ROUNDING and arguments(n)["bits"] < FINE]:
         given = arguments(node)
         device = device_of(program)
         share = editor.add_constant(

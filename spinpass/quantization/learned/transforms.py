@@ -1,29 +1,33 @@
-"""A change of basis that learns, and the weights that take it up.
+"""A change of basis that learns, factor by factor of a Kronecker product, and the factors that a graph runs it by.
 
     x' = x F M,   M = I + E for any invertible matrix,   M = (I − S)⁻¹ (I + S), S = E − Eᵀ, for a rotation (Cayley)
 
-factor by factor of a Kronecker product, F being where it begins. A weight W that was folded with F becomes W M⁻ᵀ where
-it reads the space and W M where it writes into it, and may be rounded to nearest anew at every step, with gradients
-passed straight through. Sources: SpinQuant, Liu et al., arXiv 2405.16406, section 3.2; FlatQuant, Sun et al., arXiv
-2410.09426.
+F being where it begins. For M = I + E, with G the gradient of what became of a constant X and Y that of X:
+
+    dE = Σ Xᵀ G over what writes into the space  −  M⁻ᵀ Σ Gᵀ Y over what reads it,  which takes Y = X M⁻ᵀ
+
+and a skew S has the gradient of (I − S)⁻¹ (I + S) minus its transpose. Sources: SpinQuant, Liu et al., arXiv
+2405.16406, section 3.2; FlatQuant, Sun et al., arXiv 2410.09426.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.export import ExportedProgram
 
-from spinpass.graph import Layout
-from spinpass.learning import LearningPart
-from spinpass.rotations import Rotation
+from spinpass.graph import ProgramEditor
+from spinpass.learning import LearningPart, places_of
+from spinpass.passes import stored_factors
+from spinpass.rotations import Rotation, hadamard
 
 from ..kinds import TRANSFORM
-from ..rounding import rounded
-from ..scheme import Weights
+from .changes import BasisKind, LearningPlace
+
+_DENSE = 1024  # coordinates of a space, above which a matrix without structure is not learned
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,20 +60,14 @@ class LearnedTransform:
         """Return M of every factor, float32 (f, f)."""
         sizes = [len(factor) for factor in self.start.factors]
         parts = torch.split(self.moves[TRANSFORM.name], [size * size for size in sizes])
-        return [self._turn(part.view(size, size)) for part, size in zip(parts, sizes, strict=True)]
-
-    def _turn(self, move: Tensor) -> Tensor:
-        eye = torch.eye(len(move), dtype=move.dtype, device=move.device)
-        if not self.orthogonal:
-            return eye + move
-        skew = move - move.t()
-        found: Tensor = torch.linalg.solve(eye - skew, eye + skew)
-        return found
+        return [
+            turned(part.view(size, size), orthogonal=self.orthogonal) for part, size in zip(parts, sizes, strict=True)
+        ]
 
     def apply(self, x: Tensor, dim: int, *, dual: bool) -> Tensor:
         """x M along an axis, or x M⁻ᵀ."""
         turns = [torch.linalg.inv(turn).t() if dual else turn for turn in self.turns()]
-        return multiplied(x, turns, dim)
+        return hadamard.multiply(x, [turn.t() for turn in turns], dim=dim)
 
     def factor(self, place: int, *, inverse: bool) -> Tensor:
         """F M of one factor, or its inverse, float32 (f, f)."""
@@ -77,13 +75,21 @@ class LearnedTransform:
         found = start @ self.turns()[place]
         return torch.linalg.inv(found) if inverse else found
 
+    def inserted(self, editor: ProgramEditor, space: str, program: ExportedProgram) -> list[LearnedFactor]:
+        """Return the factors that are stored in a graph."""
+        state, places = program.state_dict, places_of(program)
+        return [
+            LearnedFactor(self, *how, state[name].dtype, (places[name],))
+            for name, how in stored_factors(editor, self.start, space).items()
+        ]
+
     def learned(self) -> Rotation:
         """Return what it has become, with factors in float64."""
         with torch.no_grad():
             turns = [turn.double().cpu() for turn in self.turns()]
         factors = [factor @ turn for factor, turn in zip(self.start.factors, turns, strict=True)]
         if self.orthogonal:
-            factors = [_nearest_rotation(factor) for factor in factors]
+            factors = [nearest_rotation(factor) for factor in factors]
         return Rotation.from_factors(factors, self.start.identity, size=self.start.size)
 
 
@@ -110,73 +116,38 @@ class LearnedFactor:
         return (found.t() if self.transposed else found).contiguous().to(self.dtype)
 
 
-@dataclass(frozen=True, eq=False)
-class FoldedConstant:
-    """A constant that takes up changes of basis, and is rounded to nearest where there is a scheme for it.
-
-    Args:
-        stored: with what all of them begin with folded in.
-        folds: the changes of basis, each with where its vectors lie, and whether the constant reads them.
-        places: the placeholders of the constant.
-        dim: the axis that its layer contracts.
-        scheme: how it is rounded; None leaves it in floats.
-    """
-
-    stored: Tensor
-    folds: Sequence[tuple[LearnedTransform, Layout, bool]]
-    places: tuple[str, ...]
-    dim: int = -1
-    scheme: Weights | None = None
-    moves: Mapping[str, Tensor] = field(default_factory=dict, init=False)
-
-    @property
-    def depends(self) -> tuple[LearningPart, ...]:
-        """The changes of basis that it takes up."""
-        return tuple(dict.fromkeys(transform for transform, _, _ in self.folds))
-
-    def value(self) -> Tensor:
-        """Return the constant as it is stored."""
-        found = self.stored.float()
-        for transform, layout, reads in self.folds:
-            found = layout.apply(found, lambda x, dim, t=transform, r=reads: t.apply(x, dim, dual=r))  # type: ignore[misc]
-        if self.scheme is not None:
-            found = _RoundedTo.apply(found, self.dim, self.scheme)  # type: ignore[no-untyped-call]
-        return found.to(self.stored.dtype)
+def factored(place: LearningPlace) -> Rotation | None:
+    """Return a space's rotation in factors, where it has such and they are few enough to be learned."""
+    rotation = place.rotation
+    if rotation is None or rotation.is_offline:
+        return None  # it stays what was given
+    if rotation.kind == "hadamard":
+        sizes = hadamard.kronecker_factors(rotation.order)
+        factors = [matrix / len(matrix) ** 0.5 for matrix in hadamard.factor_matrices(rotation.order)]
+        if max(sizes) <= _DENSE:
+            return Rotation.from_factors(factors, place.name, size=rotation.size)
+    if rotation.factors:
+        return rotation
+    if rotation.size > _DENSE:
+        return None
+    return Rotation.from_factors([rotation.matrix()], place.name)
 
 
-class _RoundedTo(torch.autograd.Function):
-    """Rounding of a matrix to nearest, with the gradient straight through."""
-
-    @staticmethod
-    def forward(ctx: object, whole: Tensor, dim: int, scheme: Weights) -> Tensor:
-        del ctx
-        moved = whole.movedim(dim, -1)
-        codes = rounded(moved.reshape(-1, moved.shape[-1]), scheme)
-        return codes.dequantized().view(moved.shape).movedim(-1, dim).contiguous()
-
-    @staticmethod
-    def backward(ctx: object, gradient: Tensor) -> tuple[Tensor, None, None]:
-        del ctx
-        return gradient, None, None
+def turned(move: Tensor, *, orthogonal: bool) -> Tensor:
+    """Return M of moves E (…, n, n): I + E, or the rotation of its skew part."""
+    eye = torch.eye(move.shape[-1], dtype=move.dtype, device=move.device)
+    if not orthogonal:
+        return eye + move
+    skew = move - move.mT
+    found: Tensor = torch.linalg.solve(eye - skew, eye + skew)
+    return found
 
 
-def multiplied(x: Tensor, factors: Sequence[Tensor], dim: int) -> Tensor:
-    """``x (I ⊗ F1 ⊗ F2 …)`` along an axis, with the gradients of x and of the factors."""
-    moved = x.movedim(dim, -1)
-    rows, behind = math.prod(moved.shape), 1
-    found = moved
-    for factor in reversed(factors):
-        size = len(factor)
-        if behind == 1:
-            found = moved.reshape(rows // size, size) @ factor
-        else:
-            found = torch.matmul(factor.t(), found.reshape(rows // (size * behind), size, behind))
-        behind *= size
-    return found.reshape(moved.shape).movedim(-1, dim)
-
-
-def _nearest_rotation(matrix: Tensor) -> Tensor:
-    """U Vᵀ of U Σ Vᵀ, which takes away what rounding has left."""
+def nearest_rotation(matrix: Tensor) -> Tensor:
+    """Return U Vᵀ of U Σ Vᵀ (…, n, n), which takes away what rounding has left."""
     u, _, v = torch.linalg.svd(matrix)
     found: Tensor = u @ v
     return found
+
+
+TRANSFORMS = BasisKind(TRANSFORM, factored, LearnedTransform)

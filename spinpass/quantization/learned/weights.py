@@ -25,10 +25,10 @@ from spinpass.learning import LearningPart
 from ..kinds import LATENT, OFFSET, SCALE, ZERO
 from ..report import QuantizedWeight
 from ..rounding import Codes, laid_out
+from ..scheme import FINE
 
 _STEPS, _REST = 256, 0.4  # of r in a step of the grid, and the most of it: moves of 0.1 are noise
 _RANK = 8  # of a move of low rank
-_FINE = 8  # bits of codes whose steps are too small to gain by what they are rounded to
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +56,7 @@ class LearnedWeight:
     def __post_init__(self) -> None:
         codes = self.weight.codes
         sizes = {SCALE.name: codes.scales.shape}
-        if codes.bits < _FINE:
+        if codes.bits < FINE:
             sizes[OFFSET.name] = codes.q.shape
             sizes[LATENT.name] = torch.Size([_RANK * sum(codes.q.shape)])
         if not codes.symmetric:
