@@ -27,7 +27,7 @@ from tests.support.programs import program
 
 EXACT = 1e-9
 R3 = RotationConfig(rotations="R3")
-PROGRAMS = [("llama", "plain"), ("llama", "cache"), ("qwen3", "cache"), ("phi3", "plain"), ("gemma2", "cache"),
+PROGRAMS = [("llama", "plain"), ("llama", "cache"), ("qwen3", "cache"), ("phi3", "plain"),
             ("gpt_neox", "static_decode")]  # fmt: skip
 
 
