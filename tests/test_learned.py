@@ -156,6 +156,16 @@ def test_a_checkpoint_that_cannot_be_written_is_told_of(tmp_path: Path, monkeypa
     assert not list((tmp_path / "here").iterdir()), "nothing is left half written"
 
 
+def test_windows_held_out_whose_predictions_are_no_numbers_judge_nothing() -> None:
+    one, shown = plain(), [(torch.full((2, 5), 3),)] * 3
+    name = next(name for name, t in one.state_dict.items() if t.ndim == 2)  # the table
+    changed = one.state_dict[name].detach().clone()
+    changed[7] = torch.nan
+    asked = Learning(("scales",))
+    with pytest.raises(LearningError, match="windows held out is no number before anything is learned"):
+        learn(with_other_values(one, {name: changed}), "w4-rtn", shown, held_out=[(torch.full((2, 5), 7),)], settings=asked)
+
+
 def test_a_model_that_differs_in_its_last_row_alone_is_another_one() -> None:
     one, windows = plain(), inputs(2)
     name = next(name for name, t in one.state_dict.items() if t.ndim == 2)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +21,7 @@ from typing import Any
 
 import torch
 
-from spinpass.errors import ConfigError
+from spinpass.errors import ConfigError, LearningError
 from spinpass.progress import Progress, Tick
 from spinpass.workers import Team
 
@@ -129,6 +130,11 @@ class _Course:
         began = time.monotonic()
         if self.state["before"] is None:
             self.state["before"] = self._judged()
+            if math.isnan(self.state["before"]):
+                raise LearningError(
+                    "the divergence on the windows held out is no number before anything is learned: see whether the "
+                    "program returns numbers for them, or hold out others"
+                )
         self._judging = time.monotonic() - began
         if "local" in self.settings.phases and self.state["phase"] == "local":
             if "block" in found:
@@ -236,6 +242,7 @@ class _Course:
     def _check(self) -> bool:
         """Judge what was learned so far and remember the best; return whether it has got worse for too long."""
         found = self._judged()
+        found = math.inf if math.isnan(found) else found  # worse than any other
         self.state["checks"].append((self.state["steps"], found))
         best = min((each for _, each in self.state["checks"]), default=found)
         if found <= best and found < self.state["before"]:
