@@ -218,19 +218,25 @@ def with_learned_bases(
     team: Team | None = None,
     steps: Steps | None = None,
 ) -> tuple[RotationConfig, LearningRecord]:
-    """Return a configuration with the matrices that were learned for a scheme, and how that went. See :func:`learn`."""
+    """Return a configuration with the matrices that were learned for a scheme, and how that went. See :func:`learn`.
+
+    Matrices of the user's that were not learned from are in it by the names of their spaces, as what was learned is.
+    """
     steps = steps or Silent()
     steps.begin("plan")
     plain = plan(program, replace(config, verify=False))
     begun = {space.name: begin for space in plain.spaces for begin in (factored(space),) if begin is not None}
     if plain.spaces and not begun:
-        raise ConfigError("none of the rotations can be learned: " + "; ".join(str(r) for r in plain.refusals))
+        each = {s.role: f"{s.name} ({s.rotation}) has no factors of at most {_DENSE} rows" for s in plain.spaces}
+        reasons = "; ".join([*each.values(), *map(str, plain.refusals)])
+        raise ConfigError(f"none of the rotations can be learned: {reasons}")
     rotated = rotate(program, replace(config, verify=False, matrices={**config.matrices, **begun}))
     bases = [basis_of(space) for space in rotated.plan.spaces if space.name in begun]
     options: dict[str, Any] = {"held_out": held_out, "checkpoint": checkpoint, "team": team}
     options["progress"] = steps.start("learn bases")
     found, course = learned_bases(program, rotated.program, bases, scheme, inputs, settings, **options)
-    return replace(config, matrices={**config.matrices, **found}), course
+    given = {s.name: s.rotation for s in plain.spaces if config.matrix(s.name) is not None}
+    return replace(config, matrices={**config.matrices, **given, **found}), course
 
 
 def basis_of(space: PlannedSpace) -> Basis:

@@ -15,8 +15,8 @@ from spinpass.certificate.programs import synthetic_inputs
 from spinpass.errors import ConfigError, ExportError, LearningError
 from spinpass.execution import execute, flat_inputs, run
 from spinpass.graph import with_other_values
-from spinpass.learned import basis_of, factored, learn
-from spinpass.learning import Learning, Lesson, checkpoint, values
+from spinpass.learned import basis_of, factored, learn, with_learned_bases
+from spinpass.learning import Learning, Lesson, checkpoint, forget, values
 from spinpass.learning.descent import Descent
 from spinpass.quantization import Basis, QuantizationConfig, Weights, pack, quantize
 from spinpass.quantization.learned.bases import _Student
@@ -154,6 +154,31 @@ def test_a_checkpoint_that_cannot_be_written_is_told_of(tmp_path: Path, monkeypa
     with pytest.raises(ExportError, match="file write failed; free the disk"):
         learn(outlying(), "w4-rtn-a4", inputs(2), checkpoint=tmp_path / "here", **options)
     assert not list((tmp_path / "here").iterdir()), "nothing is left half written"
+
+
+def test_matrices_that_are_too_large_to_learn_stay_beside_what_was_learned(monkeypatch: pytest.MonkeyPatch) -> None:
+    program = decoder("llama", dtype=torch.float32)
+    size = next(s.size for s in spinpass.plan(program, RotationConfig(form="offline")).spaces if s.role == "R1")
+    monkeypatch.setattr("spinpass.learned.factored", lambda space: None if space.role == "R1" else factored(space))
+    mine = torch.linalg.qr(torch.randn(size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))).Q
+    config = RotationConfig(("R1", "R4"), form="offline", matrices={"R1": (mine,)})
+    shown = [synthetic_inputs(program, seed=seed) for seed in range(2)]
+    scheme = QuantizationConfig.parse("w4-rtn-a4")
+    found, _ = with_learned_bases(program, config, scheme, shown, Learning(("transforms",)), held_out=shown)
+    kept = [each for name, each in found.matrices.items() if name.startswith("R1:")]
+    assert kept == [spinpass.Rotation.from_matrix(mine)], "a file of named matrices holds them, too"
+    alone = RotationConfig("R1", form="offline", matrices={"R1": (mine,)})  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"none of the rotations can be learned: R1:.* \(learned\(\d+\)\) has no factors"):
+        with_learned_bases(program, alone, scheme, shown, Learning(("transforms",)), held_out=shown)
+
+
+def test_what_a_run_has_saved_is_forgotten_and_nothing_else(tmp_path: Path) -> None:
+    names = ["b*.learning.pt", "b*.learning.best", "bases.learning.pt", "b*.learning.md"]
+    for name in names:
+        (tmp_path / name).write_text("")
+    forget(tmp_path / "b*.learning.pt")
+    forget(tmp_path / "b*.learning.pt")
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(names[2:])
 
 
 def test_windows_held_out_whose_predictions_are_no_numbers_judge_nothing() -> None:
