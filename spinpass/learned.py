@@ -31,6 +31,7 @@ from spinpass.quantization import (
     check_kinds,
     kinds_of_bases,
     learned_bases,
+    needs_of_bases,
     quantize,
     roles_of_bases,
 )
@@ -40,6 +41,7 @@ from spinpass.workers import Team
 _VERSION = 1
 _OF_WEIGHTS = ("scales", "zeros", "offsets", "latents")
 _DEFAULT = Learning(("transforms", "scales", "offsets"))
+_TURNED = "R3"  # any invertible matrix may be given; learned free of the rotations, it rounded worse (DESIGN)
 _BENEATH = "gates"  # what is folded into the same channels lies on top of them
 
 
@@ -222,7 +224,8 @@ def with_learned_bases(
     """Return a configuration with the matrices that were learned for a scheme, and how that went. See :func:`learn`.
 
     A space is learned by the first kind of ``settings`` that goes there: scales of gates, a matrix for each head, then
-    factors.
+    factors. Matrices of the user's that were not learned from are in it by the names of their spaces, as what was
+    learned is.
     """
     steps = steps or Silent()
     steps.begin("plan")
@@ -232,11 +235,8 @@ def with_learned_bases(
     found = {place.name: begun_basis(place, settings.kinds) for place in places}
     begun = {name: each for name, each in found.items() if each is not None}
     if found and not begun:
-        why = "".join(f"; {refusal}" for refusal in plain.refusals)
-        raise ConfigError(
-            f"no space of this program takes {' or '.join(kinds_of_bases(settings.kinds))}: choose other rotations, or "
-            f"other kinds{why}"
-        )
+        each = {s.role: f"{s.name} ({s.rotation}) has no {needs_of_bases(settings.kinds)}" for s in plain.spaces}
+        raise ConfigError(f"no basis of it can be learned: {'; '.join([*each.values(), *map(str, plain.refusals)])}")
     starts = {name: rotation for name, (_, rotation) in begun.items()}
     rotated = rotate(program, replace(wider, matrices={**config.matrices, **starts}))
     kinds = {name: kind for name, (kind, _) in begun.items()}
@@ -245,8 +245,9 @@ def with_learned_bases(
     options["progress"] = steps.start("learn bases")
     learned, course = learned_bases(program, rotated.program, bases, scheme, inputs, settings, **options)
     roles: Any = {space.role for space in rotated.plan.spaces if space.name in learned}
-    config = replace(config, rotations=(*config.rotations, *roles), matrices={**config.matrices, **learned})
-    return config, course
+    given = {space.name: space.rotation for space in plain.spaces if config.matrix(space.name) is not None}
+    matrices = {**config.matrices, **given, **learned}
+    return replace(config, rotations=(*config.rotations, *roles), matrices=matrices), course
 
 
 def planned_bases(plan: RotationPlan, kinds: Mapping[str, str]) -> list[Basis]:
@@ -258,7 +259,7 @@ def planned_bases(plan: RotationPlan, kinds: Mapping[str, str]) -> list[Basis]:
         Basis(
             space.name,
             space.rotation,
-            space.group == "orthogonal",
+            space.group == "orthogonal" or space.role == _TURNED,
             [(fold.constant, fold.layout, fold.dual) for fold in space.folds],
             kinds.get(space.name),
         )

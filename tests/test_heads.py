@@ -169,6 +169,32 @@ def test_heads_that_are_mixed_share_one_matrix(how: str, why: str) -> None:
         raise ConfigError(f"no space of this program: {found.plan.refusals}")
 
 
+class Narrow(nn.Module):
+    """An attention of four heads of one channel each, whose views drop that axis."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.e, self.o, self.h = nn.Embedding(40, 8), nn.Linear(4, 8), nn.Linear(8, 40)
+        self.q, self.k, self.v = (nn.Linear(8, 4) for _ in range(3))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.e(ids)
+        q, k, v = (each(x).unflatten(-1, (4, 1)).transpose(1, 2) for each in (self.q, self.k, self.v))
+        k, v = (t[:, :, None].expand(-1, -1, 1, -1, -1).flatten(1, 2) for t in (k, v))
+        made = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.h(x + self.o(made.transpose(1, 2).flatten(2)))  # type: ignore[no-any-return]
+
+
+def test_heads_of_one_channel_are_left_alone() -> None:
+    ids = torch.randint(0, 40, (2, 6), generator=torch.Generator().manual_seed(0))
+    before = torch.export.export(Narrow().double().eval(), (ids,))
+    found = spinpass.rotate(before)
+    assert found.certificate is not None and found.certificate.ok
+    assert {s.role for s in found.plan.spaces} == {"R1"}
+    assert any("one channel" in r.why for r in found.plan.refusals), str(found.plan)
+
+
 def test_refusals() -> None:
     before = program("llama")
     size = 16

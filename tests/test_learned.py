@@ -18,13 +18,14 @@ from spinpass.errors import ConfigError, ExportError, LearningError
 from spinpass.execution import execute, flat_inputs, run
 from spinpass.graph import with_other_values
 from spinpass.learned import learn, planned_bases, with_learned_bases
-from spinpass.learning import Learning, LearningRecord, Lesson, checkpoint, places_of, values
+from spinpass.learning import Learning, LearningRecord, Lesson, checkpoint, forget, places_of, values
 from spinpass.learning.descent import Descent
 from spinpass.quantization import Basis, QuantizationConfig, Weights, begun_basis, pack, quantize, roles_of_bases
 from spinpass.quantization.learned import bases as learned_bases_module
 from spinpass.quantization.learned.bases import _Student
 from spinpass.quantization.learned.folded import FoldedConstant
-from spinpass.quantization.learned.transforms import LearnedFactor
+from spinpass.quantization.learned.transforms import TRANSFORMS as TRANSFORMS_KIND
+from spinpass.quantization.learned.transforms import LearnedFactor, factored
 from tests.support.decoders import HEAD, HEADS, Decoder, made, relative_error
 from tests.support.programs import program as decoder
 from tests.support.quantizable import export, inputs, outlying
@@ -105,7 +106,7 @@ def test_learned_matrices_are_exact_before_anything_is_rounded(name: str, kinds:
     shaken(student)
     matrices = {space: change.learned() for space, change in student.changes.items()}
     free = {space for space, rotation in matrices.items() if not rotation.is_orthogonal}
-    assert any(space.startswith("R3") for space in free), "queries and keys behind RoPE are free as well"
+    assert free and not any(space.startswith("R3") for space in free), "queries and keys learn rotations"
     found = spinpass.rotate(program, replace(rotated.plan.config, matrices=matrices, verify=True))
     assert found.certificate is not None and found.certificate.ok
     given = synthetic_inputs(program, seed=3)
@@ -196,6 +197,42 @@ def test_a_checkpoint_that_cannot_be_written_is_told_of(tmp_path: Path, monkeypa
     with pytest.raises(ExportError, match="file write failed; free the disk"):
         learn(outlying(), "w4-rtn-a4", inputs(2), checkpoint=tmp_path / "here", **options)
     assert not list((tmp_path / "here").iterdir()), "nothing is left half written"
+
+
+def test_matrices_that_are_too_large_to_learn_stay_beside_what_was_learned(monkeypatch: pytest.MonkeyPatch) -> None:
+    program = decoder("llama", dtype=torch.float32)
+    size = next(s.size for s in spinpass.plan(program, RotationConfig(form="offline")).spaces if s.role == "R1")
+    kept_out = replace(TRANSFORMS_KIND, begin=lambda place: None if place.role == "R1" else factored(place))
+    monkeypatch.setitem(learned_bases_module._KINDS, "transforms", kept_out)
+    mine = torch.linalg.qr(torch.randn(size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))).Q
+    config = RotationConfig(("R1", "R4"), form="offline", matrices={"R1": (mine,)})
+    shown = [synthetic_inputs(program, seed=seed) for seed in range(2)]
+    scheme = QuantizationConfig.parse("w4-rtn-a4")
+    found, _ = with_learned_bases(program, config, scheme, shown, Learning(("transforms",)), held_out=shown)
+    kept = [each for name, each in found.matrices.items() if name.startswith("R1:")]
+    assert kept == [spinpass.Rotation.from_matrix(mine)], "a file of named matrices holds them, too"
+    alone = RotationConfig("R1", form="offline", matrices={"R1": (mine,)})  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"no basis of it can be learned: R1:.* \(learned\(\d+\)\) has no factors"):
+        with_learned_bases(program, alone, scheme, shown, Learning(("transforms",)), held_out=shown)
+
+
+def test_what_a_run_has_saved_is_forgotten_and_nothing_else(tmp_path: Path) -> None:
+    names = ["b*.learning.pt", "b*.learning.best", "bases.learning.pt", "b*.learning.md"]
+    for name in names:
+        (tmp_path / name).write_text("")
+    forget(tmp_path / "b*.learning.pt")
+    forget(tmp_path / "b*.learning.pt")
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(names[2:])
+
+
+def test_windows_held_out_whose_predictions_are_no_numbers_judge_nothing() -> None:
+    one, shown = plain(), [(torch.full((2, 5), 3),)] * 3
+    name = next(name for name, t in one.state_dict.items() if t.ndim == 2)  # the table
+    changed = one.state_dict[name].detach().clone()
+    changed[7] = torch.nan
+    asked = Learning(("scales",))
+    with pytest.raises(LearningError, match="windows held out is no number before anything is learned"):
+        learn(with_other_values(one, {name: changed}), "w4-rtn", shown, held_out=[(torch.full((2, 5), 7),)], settings=asked)
 
 
 def test_a_model_that_differs_in_its_last_row_alone_is_another_one() -> None:

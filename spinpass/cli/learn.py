@@ -14,7 +14,7 @@ from spinpass.folders import Known, check_space, check_writable, window_length
 from spinpass.formats import write_matrices
 from spinpass.graph import named_device, on_device
 from spinpass.learned import with_learned_bases
-from spinpass.learning import Learning, Phase
+from spinpass.learning import Learning, Phase, forget
 from spinpass.loading import load_model
 from spinpass.quantization import LEARNABLE, QuantizationConfig, check_kinds, kinds_of_bases
 from spinpass.rotations import Rotation
@@ -96,6 +96,7 @@ def learn_command(
         raise ConfigError(f"{out} does not end in .json, as a file of matrices does")
     if out.is_dir():
         raise ConfigError(f"{out} is a folder, and a file of matrices is written: choose another name")
+    saved = out.with_suffix(".learning.pt")
     check_writable(out.parent)
     check_space(out.parent, _BYTES)
     known = Known.of(model, dequantize=dequantize, trust_remote_code=trust_remote_code)
@@ -123,7 +124,7 @@ def learn_command(
             read.shown,
             settings,
             held_out=read.held_out,
-            checkpoint=out.with_suffix(".learning.pt"),
+            checkpoint=saved,
             steps=steps,
         )
     matrices = {name: each for name, each in found.matrices.items() if isinstance(each, Rotation)}
@@ -131,8 +132,7 @@ def learn_command(
     about = {"model": model, "scheme": quantize, "config": config.to_dict(), "learning": record.to_dict()}
     if record.kept:
         write_matrices(out, matrices, about)
-    for file in out.parent.glob(f"{out.stem}.learning.*"):
-        file.unlink()
+    forget(saved)
     if as_json:
         told = {"ok": record.kept, "out": str(out), "spaces": sorted(matrices), "seconds": steps.seconds}
         screen.document(told | about)

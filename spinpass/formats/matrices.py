@@ -25,10 +25,11 @@ import torch
 from torch import Tensor
 
 from spinpass.config import ROLES, Matrix
-from spinpass.errors import ConfigError, DamageError, first_line
+from spinpass.errors import ConfigError, DamageError
 from spinpass.rotations import Rotation
 
 from .archives import check_archive
+from .documents import read_object
 from .staging import staged
 
 
@@ -84,10 +85,7 @@ def read_matrices(path: str | Path) -> Mapping[str, Matrix | tuple[Matrix, ...]]
 
 def _learned(path: Path) -> dict[str, Rotation]:
     """Return what :func:`write_matrices` has written."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise DamageError(f"{path} is damaged: {first_line(error)}") from error
+    content = read_object(path)
     held = content.get("matrices")
     if content.get("spinpass") != "matrices" or not isinstance(held, dict) or not held:
         raise ConfigError(f"{path} holds no matrices of spinpass learn")
@@ -104,8 +102,9 @@ def _stored(path: Path) -> dict[str, Tensor]:
     try:
         held = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of torch, pickle and zip: no common base below Exception
-        raise DamageError(
-            f"{path} holds no matrices that can be read without running code ({first_line(error)}); it is not read"
+        raise DamageError(  # what torch says of it is to run the code
+            f"{path} holds no matrices that can be read without running code: it is damaged, or neither JSON of "
+            "spinpass learn nor a dict of tensors that torch.save has written; it is not read"
         ) from error
     if not isinstance(held, dict) or not all(isinstance(m, Tensor) for m in held.values()):
         raise ConfigError(f"{path} holds no matrices by name, as SpinQuant's R.bin does")

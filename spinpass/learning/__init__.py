@@ -1,5 +1,6 @@
 """Learning: constants of a program as functions of moves, and one loss by which another program teaches it."""
 
+from .checkpoint import forget
 from .divergence import divergence
 from .lesson import Lesson, parted
 from .moves import LearningPart, places_of, values
@@ -15,6 +16,7 @@ __all__ = [
     "Lesson",
     "Phase",
     "divergence",
+    "forget",
     "parted",
     "places_of",
     "taught",

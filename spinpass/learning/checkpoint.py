@@ -17,6 +17,8 @@ from spinpass.errors import ExportError, first_line
 
 SAVED_EVERY = 300.0
 """Seconds between two times that a run is saved."""
+BEST = "best"
+"""The name of the moves that :meth:`Checkpoint.remember` keeps beside a run."""
 
 
 @dataclass
@@ -80,6 +82,12 @@ def _on_host(content: Any) -> Any:
     if isinstance(content, dict):
         return {name: _on_host(each) for name, each in content.items()}
     return [_on_host(each) for each in content] if isinstance(content, (list, tuple)) else content
+
+
+def forget(path: Path) -> None:
+    """Delete what runs have saved at ``path``, where there is any; what else has a name like it stays."""
+    for each in (path, path.with_suffix(f".{BEST}")):
+        each.unlink(missing_ok=True)
 
 
 def make_folder(path: Path) -> None:

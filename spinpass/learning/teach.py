@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,11 +21,11 @@ from typing import Any
 
 import torch
 
-from spinpass.errors import ConfigError
+from spinpass.errors import ConfigError, LearningError
 from spinpass.progress import Progress, Tick
 from spinpass.workers import Team
 
-from .checkpoint import Checkpoint, make_folder
+from .checkpoint import BEST, Checkpoint, make_folder
 from .descent import Descent
 from .lesson import Lesson
 from .local import Blocks
@@ -35,7 +36,6 @@ from .settings import Learning
 _CHECKS = 6  # of the held-out windows on the way
 _PATIENCE = 3  # of them in a row that are worse than the best end it
 _TIMED = 3  # steps tell how long one takes
-_BEST = "best"
 
 
 def taught(
@@ -128,7 +128,12 @@ class _Course:
         self._tick, self._total = self._counter(), self._expected(None)
         began = time.monotonic()
         if self.state["before"] is None:
-            self.state["before"] = self._judged()
+            self.state["before"] = before = self._judged()
+            if math.isnan(before):
+                raise LearningError(
+                    "the divergence on the windows held out is no number before anything is learned: see whether the "
+                    "program returns numbers for them, or hold out others"
+                )
         self._judging = time.monotonic() - began
         if "local" in self.settings.phases and self.state["phase"] == "local":
             if "block" in found:
@@ -236,10 +241,11 @@ class _Course:
     def _check(self) -> bool:
         """Judge what was learned so far and remember the best; return whether it has got worse for too long."""
         found = self._judged()
+        found = math.inf if math.isnan(found) else found  # worse than any other
         self.state["checks"].append((self.state["steps"], found))
         best = min((each for _, each in self.state["checks"]), default=found)
         if found <= best and found < self.state["before"]:
-            self.saved.remember(all_moves(self.parts), _BEST)
+            self.saved.remember(all_moves(self.parts), BEST)
         latest = [each for _, each in self.state["checks"][-_PATIENCE:]]
         return len(latest) == _PATIENCE and min(latest) > best
 
@@ -252,7 +258,7 @@ class _Course:
         if after < before:
             if checks[-1][1] != after:
                 self.team.gathered(None)  # it is there
-                set_moves(all_moves(self.parts), self.saved.recalled(_BEST))
+                set_moves(all_moves(self.parts), self.saved.recalled(BEST))
             for kind in kinds if len(kinds) > 1 else ():
                 with without(self.parts, kind):
                     found = self._judged()

@@ -3,7 +3,7 @@
 from .calibration import site_errors
 from .kinds import LEARNABLE, Learnable, check_kinds, kinds_of_bases
 from .layers import WeightSite, cache_sites, unrounded_operands, weight_sites
-from .learned import Basis, begun_basis, learned, learned_bases, roles_of_bases
+from .learned import Basis, begun_basis, learned, learned_bases, needs_of_bases, roles_of_bases
 from .packed import (
     Packed,
     Trainable,
@@ -51,6 +51,7 @@ __all__ = [
     "learned",
     "learned_bases",
     "matrices_of",
+    "needs_of_bases",
     "pack",
     "quantize",
     "rewritten",

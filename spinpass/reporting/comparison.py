@@ -63,7 +63,13 @@ class SavedReport:
         """
         if not path.is_file():
             raise ConfigError(f"there is no file {path}: name what spinpass report --save wrote")
-        found = Fields.of(read_object(path), DOCUMENT, LAYOUT)
+        try:
+            return cls._of(Fields.of(read_object(path), DOCUMENT, LAYOUT), path)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from error
+
+    @classmethod
+    def _of(cls, found: Fields, path: Path) -> SavedReport:
         origin, config = found.inner("origin"), found.inner("plan").plain("config")
         about = {name: origin.text(name) for name in ("date", "command")} | {"model": found.text("model")}
         about |= {key: str(value) for key, value in config.items()}

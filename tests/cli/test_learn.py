@@ -26,11 +26,12 @@ def test_matrices_are_learned_and_exported(tmp_path: Path) -> None:
     model, out = folders.model_folder(tmp_path / "model"), tmp_path / "bases.json"
     asked = ("learn", model, out, "--quantize", SCHEME, "--form", "online", "--calibration", text(tmp_path), "--rounds", 3)
     asked = (*asked, "--text", text(tmp_path, "other.txt"))
+    (tmp_path / "bases.learning.md").write_text("notes")
     made = run(*asked, "--json")
     assert made.exit_code == 0, made.stderr
     told = document(made)
     assert told["learning"]["kinds"] == ["transforms"] and told["learning"]["after"] < told["learning"]["before"]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["bases.json", "model", "other.txt", "text.txt"], "nothing else is left"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bases.json", "bases.learning.md", "model", "other.txt", "text.txt"], "nothing else is left"
     matrices = read_matrices(out)
     assert sorted(matrices) == told["spaces"] and all(isinstance(each, Rotation) for each in matrices.values())
     assert json.loads(out.read_text())["about"]["scheme"] == SCHEME

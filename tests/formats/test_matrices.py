@@ -181,6 +181,16 @@ def test_damaged_files_and_code(tmp_path: Path, capsys: pytest.CaptureFixture[st
         read_matrices(path)
 
 
+def test_what_cannot_be_read_is_told_without_the_advice_to_run_it(tmp_path: Path) -> None:
+    (tmp_path / "R.bin").write_text("some text")
+    with pytest.raises(DamageError, match="R.bin holds no matrices that can be read without running code: it is damaged") as told:
+        read_matrices(tmp_path / "R.bin")
+    assert "weights_only" not in str(told.value)
+    (tmp_path / "bases.json").write_text('{"spinpass": ' + "[" * 100_000)
+    with pytest.raises(DamageError, match="bases.json is nested too deeply"):
+        read_matrices(tmp_path / "bases.json")
+
+
 @pytest.mark.parametrize("matrix", [torch.eye(4).to_sparse(), torch.empty(4, 4, device="meta")], ids=["sparse", "meta"])
 def test_tensors_without_values_of_their_own_are_refused(tmp_path: Path, matrix: torch.Tensor) -> None:
     torch.save({"R1": matrix}, tmp_path / "R.bin")

@@ -99,7 +99,7 @@ def broken(change: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda d: d.update(spinpass="plan"), "this is no report of spinpass, but says that it is 'plan'"),
+        (lambda d: d.update(spinpass="plan"), "a.json: this is no report of spinpass, but says that it is 'plan'"),
         (lambda d: d.update(version=2), "the report is of version 2, and this one reads 1: update spinpass"),
         (lambda d: d["origin"].pop("text"), "report.origin has no 'text'"),
         (

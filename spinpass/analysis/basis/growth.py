@@ -66,6 +66,8 @@ class Growth:
         """
         if node in self.kept:
             raise Barrier(self.kept[node])
+        if not axis.layout.dims:  # a view has dropped it, and without an axis no two demands are ever the same
+            raise Barrier(f"what {node.name} holds is one channel, which no rotation changes")
         sizes = shape(node)
         if any(d >= len(sizes) or sizes[d] != size for d, size in zip(axis.layout.dims, axis.layout.sizes)):
             raise Barrier(f"{node.name} has no axis that could hold {axis.layout}")

@@ -1,6 +1,6 @@
 """What a quantized program learns, a module for each thing that does: weights, vectors of floats, ranges."""
 
-from .bases import Basis, begun_basis, learned_bases, roles_of_bases
+from .bases import Basis, begun_basis, learned_bases, needs_of_bases, roles_of_bases
 from .learn import learned
 
-__all__ = ["Basis", "begun_basis", "learned", "learned_bases", "roles_of_bases"]
+__all__ = ["Basis", "begun_basis", "learned", "learned_bases", "needs_of_bases", "roles_of_bases"]

@@ -68,6 +68,11 @@ def begun_basis(place: LearningPlace, kinds: Collection[str]) -> tuple[str, Rota
     return None
 
 
+def needs_of_bases(kinds: Collection[str]) -> str:
+    """Return what some kinds go to, as a phrase."""
+    return " or ".join(each.needs for name, each in _KINDS.items() if name in kinds)
+
+
 def roles_of_bases(kinds: Collection[str]) -> tuple[Role, ...]:
     """Return the rotations that a program has to be asked for, so that some kinds have places."""
     return tuple(role for name, each in _KINDS.items() if name in kinds for role in each.roles)

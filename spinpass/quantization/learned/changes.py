@@ -72,10 +72,12 @@ class BasisKind:
         begin: gives what it begins with in a place, which changes nothing of how that is rounded; None where it does
             not go.
         part: makes the moves, of the beginning, of whether only rotations are admitted, and for a device.
+        needs: what a place has that it goes to, as a phrase.
         roles: rotations that a program has to be asked for beside its own, for places of this kind.
     """
 
     kind: Learnable
     begin: Callable[[LearningPlace], Rotation | None]
     part: Callable[[Rotation, bool, torch.device], LearnedChange]
+    needs: str
     roles: tuple[Role, ...] = ()

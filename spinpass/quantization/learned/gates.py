@@ -77,4 +77,4 @@ def _part(start: Rotation, orthogonal: bool, device: torch.device) -> LearnedGat
     return LearnedGate(start, device)
 
 
-GATES = BasisKind(GATE, scaled, _part, roles=("gates",))
+GATES = BasisKind(GATE, scaled, _part, "a gate act(g)·u", roles=("gates",))

@@ -75,4 +75,4 @@ def for_each_head(place: LearningPlace) -> Rotation | None:
     return Rotation.from_blocks(rotation.matrix().expand(place.heads, -1, -1), place.name)
 
 
-STACKS = BasisKind(STACK, for_each_head, LearnedStack)
+STACKS = BasisKind(STACK, for_each_head, LearnedStack, "heads that take a matrix each, folded into weights")

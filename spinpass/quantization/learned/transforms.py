@@ -150,4 +150,4 @@ def nearest_rotation(matrix: Tensor) -> Tensor:
     return found
 
 
-TRANSFORMS = BasisKind(TRANSFORM, factored, LearnedTransform)
+TRANSFORMS = BasisKind(TRANSFORM, factored, LearnedTransform, f"factors of at most {_DENSE} rows")
