@@ -395,6 +395,6 @@ def test_refusals() -> None:
         quantize(outlying(), QuantizationConfig(learn=Learning(("transforms",))), inputs(2))
     with pytest.raises(ConfigError, match="gates and stacks are learned before anything is rounded"):
         quantize(outlying(), QuantizationConfig(learn=Learning(("scales", "gates", "stacks"))), inputs(2))
-    with pytest.raises(ConfigError, match="no space of this program takes stacks: choose other rotations"):
+    with pytest.raises(ConfigError, match="has no heads that take a matrix each"):
         learn(outlying(), "a4-kv4", inputs(4), config=RotationConfig(rotations=("R1",)), settings=Learning(("stacks",)))
     assert issubclass(LearningError, spinpass.SpinpassError)
