@@ -73,7 +73,7 @@ lint: $(READY)
 	$(BIN)/mypy
 
 test: $(READY)
-	$(BIN)/python -m pytest -n $(WORKERS) $(TESTS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(TESTS)
 
 # A cap in pip's own configuration would make it older than the newest; one in PIP_CONSTRAINT is meant. CUDA is torch's to pin,
 # and builds for CPU have none of it. What is printed last is held back by what another package asks for.

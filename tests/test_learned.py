@@ -151,6 +151,7 @@ def test_a_program_learns_its_bases_and_its_numbers(phases: Any, tmp_path: Path)
 
 def test_a_run_that_was_stopped_goes_on_to_the_same_matrices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint, "SAVED_EVERY", 0.0)
+    monkeypatch.setattr(checkpoint, "_SHARE", 0)
     options: dict[str, Any] = {"config": ONLINE, "settings": Learning(("transforms",), ("local",), rounds=2, rate=5)}
     options["training"] = inputs(20)
     whole = learn(outlying(), "w4-rtn-a4", inputs(2), **options)
@@ -350,6 +351,7 @@ def test_nothing_is_left_in_the_programs() -> None:
 
 def test_minutes_are_counted_anew_in_a_run_that_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint, "SAVED_EVERY", 0.0)
+    monkeypatch.setattr(checkpoint, "_SHARE", 0)
     settings = Learning(("transforms",), rounds=8, minutes=1.0)
     real, taken = Descent.step, []
 

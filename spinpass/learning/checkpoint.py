@@ -15,8 +15,9 @@ from torch import Tensor
 
 from spinpass.errors import ExportError, first_line
 
-SAVED_EVERY = 300.0
-"""Seconds between two times that a run is saved."""
+SAVED_EVERY = 20.0
+"""Seconds between two times that a run is saved, or more where saving takes long."""
+_SHARE = 50  # times as long as saving took is learned before the next
 BEST = "best"
 """The name of the moves that :meth:`Checkpoint.remember` keeps beside a run."""
 
@@ -35,6 +36,7 @@ class Checkpoint:
     run: str
     writes: bool = True
     _last: float = field(default_factory=time.monotonic, init=False)
+    _took: float = field(default=0.0, init=False)
 
     def load(self) -> dict[str, Any] | None:
         """Return what was saved of this very run; None where there is nothing that can be read."""
@@ -53,13 +55,15 @@ class Checkpoint:
     @property
     def is_due(self) -> bool:
         """Whether it is time to save."""
-        return self.writes and time.monotonic() - self._last >= SAVED_EVERY
+        return self.writes and time.monotonic() - self._last >= max(SAVED_EVERY, _SHARE * self._took)
 
     def save(self, state: dict[str, Any]) -> None:
         """Save a state of this run. Raises ExportError: it cannot be written; what was saved before is still there."""
         if self.writes:
+            began = time.monotonic()
             _write(self.path, state | {"run": self.run})
             self._last = time.monotonic()
+            self._took = self._last - began
 
     def remember(self, moves: Sequence[Tensor], name: str) -> None:
         """Keep moves beside the run. Raises ExportError as :meth:`save`."""

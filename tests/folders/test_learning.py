@@ -16,6 +16,7 @@ from spinpass.evaluation import read_text, windows, windows_between
 from spinpass.folders import ExportRequest, export
 from tests.support import folders
 from tests.support.commands import run
+from tests.support.sweeps import quick
 
 
 def text(tmp_path: Path) -> Path:
@@ -24,7 +25,7 @@ def text(tmp_path: Path) -> Path:
     return file
 
 
-@pytest.mark.parametrize("how", ["local", "full"])
+@pytest.mark.parametrize("how", quick(["local", "full"], only=["full"]))
 def test_a_folder_learns_and_says_so(how: str, tmp_path: Path) -> None:
     model = folders.model_folder(tmp_path / "model")
     asked = ["--bits", 4, "--recipe", "quick", "--samples", 2, "--calibration", text(tmp_path)]

@@ -261,10 +261,10 @@ def test_a_folder_is_made_again_by_its_own_settings(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        (("--recipe", "plain"), {"rotations": "none", "quantize": recipe_of("plain", 4, "onnx").scheme}),
-        (("--int4", "--rotations", "none"), {"rotations": "none", "int4": True}),
-        (("--bits", 16), {"rotations": "R1,R2,R3,R4,latent", "form": "auto", "bits": 16}),
-        (("--recipe", "quick", "--samples", 1), {"rotations": "R1,R2,R4,latent", "form": "online", "samples": 1}),
+        pytest.param(("--recipe", "plain"), {"rotations": "none", "quantize": recipe_of("plain", 4, "onnx").scheme}, marks=pytest.mark.slow),
+        pytest.param(("--int4", "--rotations", "none"), {"rotations": "none", "int4": True}, marks=pytest.mark.slow),
+        pytest.param(("--bits", 16), {"rotations": "R1,R2,R3,R4,latent", "form": "auto", "bits": 16}, marks=pytest.mark.slow),
+        pytest.param(("--recipe", "quick", "--samples", 1), {"rotations": "R1,R2,R4,latent", "form": "online", "samples": 1}, marks=pytest.mark.slow),
         (("--int4", "--rotations", "R2"), {"rotations": "R2", "int4": True}),
         (("--quantize", "w8-gptq-a8"), {"rotations": "R1,R2", "form": "online", "quantize": "w8-gptq-a8", "samples": 2}),
         (("--recipe", "plain", "--kv-cache", "int8"), {"rotations": "none", "samples": 2, "kv-cache": "int8"}),

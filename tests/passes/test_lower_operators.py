@@ -25,7 +25,6 @@ from spinpass.quantization import pack, quantize
 from tests.support import quantizable
 from tests.support.decoders import tokens
 from tests.support.programs import program
-from tests.support.sweeps import quick
 
 COMPILER = shutil.which("g++") or shutil.which("clang++")
 
@@ -204,7 +203,8 @@ def test_an_operator_in_a_branch_is_refused() -> None:
 
 
 @pytest.mark.skipif(COMPILER is None, reason="AOTInductor needs a C++ compiler, and neither g++ nor clang++ is here")
-@pytest.mark.parametrize("how", quick(["rotated", "packed"], only=["packed"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["rotated", "packed"])
 def test_aoti_packages_run_where_spinpass_was_never_imported(how: str, tmp_path: Path) -> None:
     source = spinpass.transform(quantizable.program()) if how == "rotated" else pack(quantized("w4g16-rtn-a8")).program
     package = torch._inductor.aoti_compile_and_package(spinpass.lower(source), package_path=str(tmp_path / "model.pt2"))

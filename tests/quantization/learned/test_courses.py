@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -45,6 +46,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_result(
     phases: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(checkpoint, "SAVED_EVERY", 0.0)
+    monkeypatch.setattr(checkpoint, "_SHARE", 0)
     settings = Learning(ALL, phases, rounds=2, rate=10)
     whole = learned(program(), made(), inputs(17), settings)
     file, done = tmp_path / "run.pt", []
@@ -65,6 +67,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_result(
 
 def test_what_another_run_has_saved_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint, "SAVED_EVERY", 0.0)
+    monkeypatch.setattr(checkpoint, "_SHARE", 0)
     file = tmp_path / "run.pt"
     learned(program(), made(), inputs(17), Learning(rate=10), checkpoint=file)
     for settings, damage in ((Learning(rate=20), False), (Learning(rate=10, seed=1), False), (Learning(rate=10), True)):
@@ -72,6 +75,27 @@ def test_what_another_run_has_saved_is_not_used(tmp_path: Path, monkeypatch: pyt
             file.write_bytes(file.read_bytes()[:1000])
         found = learned(program(), made(), inputs(17), settings, checkpoint=file)
         assert same(found, learned(program(), made(), inputs(17), settings))
+    edited = torch.load(file, weights_only=True)
+    torch.save(edited | {"moves": edited["moves"][:1]}, file)
+    assert same(learned(program(), made(), inputs(17), Learning(rate=10), checkpoint=file), found)
+
+
+def test_a_run_is_saved_soon_and_in_a_small_part_of_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+
+    def write(path: Path, content: object) -> None:
+        now[0] += 2  # seconds, for many moves
+
+    monkeypatch.setattr(checkpoint, "_write", write)
+    monkeypatch.setattr(checkpoint, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    run = checkpoint.Checkpoint(tmp_path / "run.pt", "a run")
+    due = []
+    while now[0] < 400:
+        now[0] += 1
+        if run.is_due:
+            due.append(now[0])
+            run.save({})
+    assert due == [20, 122, 224, 326]
 
 
 def test_seeds_draw_other_orders_and_the_same_seed_the_same() -> None:
