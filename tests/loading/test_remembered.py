@@ -29,9 +29,9 @@ def test_a_trace_is_taken_again_with_other_weights() -> None:
 
 def test_what_differs_is_traced() -> None:
     remembered = Remembered(export_decoder)
-    for name in ("llama", "llama_tied", "qwen3"):
+    for name in ("llama", "llama_tied"):
         model: Any = models.build(name)
         remembered(model)
         remembered(model, one_by_one=True)
         remembered(model.double())
-    assert remembered.count == 9
+    assert remembered.count == 6

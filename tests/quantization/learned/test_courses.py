@@ -89,7 +89,7 @@ def test_a_run_is_saved_soon_and_in_a_small_part_of_the_time(tmp_path: Path, mon
     monkeypatch.setattr(checkpoint, "_write", write)
     monkeypatch.setattr(checkpoint, "time", SimpleNamespace(monotonic=lambda: now[0]))
     run = checkpoint.Checkpoint(tmp_path / "run.pt", "a run")
-    due = []
+    run._last, due = 0.0, []
     while now[0] < 400:
         now[0] += 1
         if run.is_due:
