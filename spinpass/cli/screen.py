@@ -70,7 +70,8 @@ class Screen:
                 yield steps
             finally:
                 steps.close()
-        self.note("  ".join(f"{name} {seconds:.1f} s" for name, seconds in steps.seconds.items()))
+        taken = {name: seconds for name, seconds in steps.seconds.items() if not name.endswith(":")}  # a heading
+        self.note("  ".join(f"{name} {seconds:.1f} s" for name, seconds in taken.items()))
 
     def event(self, about: Mapping[str, Any]) -> None:
         """Write one JSON object as a line of stderr."""
