@@ -27,7 +27,15 @@ from spinpass.learning import Learning
 from spinpass.pipeline import rotate
 from spinpass.planning import PlannedSpace, RotationPlan
 from spinpass.progress import Silent, Steps
-from spinpass.quantization import QuantizationConfig, Quantized, kinds_of_bases, learned, quantize, site_errors
+from spinpass.quantization import (
+    QuantizationConfig,
+    Quantized,
+    check_kinds,
+    kinds_of_bases,
+    learned,
+    quantize,
+    site_errors,
+)
 
 _JUDGED_ON = 2  # calibration windows that spaces are judged on
 _NOTHING = "none"
@@ -250,6 +258,7 @@ class _Tuning:
         """Learn on what was chosen, and score, unless windows held out of the calibration are against it already."""
         (rotated, made), plan = self.made[chosen.name], chosen.plan
         name = f"{chosen.name}, learning {' and '.join(settings.kinds)}"
+        check_kinds(settings.kinds)
         if kinds_of_bases(settings.kinds):
             if chosen.plan is None:
                 return

@@ -190,7 +190,8 @@ def test_matrices_of_the_user() -> None:
     ("matrix", "text"),
     [
         (torch.eye(24, dtype=torch.float64), r"R1:residual.*24×24.*size 48"),
-        (torch.ones(48, 48, dtype=torch.float64), "orthogonal"),
+        (torch.ones(48, 48, dtype=torch.float64), "has no inverse"),
+        (torch.diag(torch.arange(1.0, 49.0, dtype=torch.float64)), "orthogonal"),
         (torch.eye(48, dtype=torch.int64), "int64"),
         (torch.full((48,), 2.0, dtype=torch.float64), "R1:residual"),
     ],

@@ -68,7 +68,7 @@ def scaled(place: LearningPlace) -> Rotation | None:
     if place.group != "diagonal":
         return None
     if place.rotation is None:
-        return Rotation.from_blocks(torch.ones(place.size, dtype=torch.float64), place.name)
+        return Rotation.from_blocks(torch.ones(place.size, dtype=torch.float64, device="cpu"), place.name)
     return place.rotation if place.rotation.kind == "blocks" else None
 
 
