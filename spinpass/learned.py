@@ -19,7 +19,7 @@ from torch.export import ExportedProgram
 from spinpass import record
 from spinpass.config import RotationConfig
 from spinpass.errors import ConfigError
-from spinpass.learning import Learning, LearningRecord
+from spinpass.learning import Learning, LearningRecord, Lesson
 from spinpass.pipeline import plan, rotate
 from spinpass.planning import OfferedSpace, PlannedSpace, RotationPlan
 from spinpass.progress import Silent, Steps
@@ -27,6 +27,8 @@ from spinpass.quantization import (
     Basis,
     QuantizationConfig,
     Quantized,
+    balanced_bases,
+    balancing_begins,
     begun_basis,
     check_kinds,
     kinds_of_bases,
@@ -41,7 +43,10 @@ from spinpass.workers import Team
 _VERSION = 1
 _OF_WEIGHTS = ("scales", "zeros", "offsets", "latents")
 _DEFAULT = Learning(("transforms", "scales", "offsets"))
-_TURNED = "R3"  # any invertible matrix may be given; learned free of the rotations, it rounded worse (DESIGN)
+BALANCE = "balance"
+"""What :func:`balance` is called among the kinds that ``spinpass learn`` takes: a closed form, without steps."""
+
+_TURNED = "R3"  # any invertible matrix may be given; learned free from the Hadamard on, it rounded worse (DESIGN)
 _BENEATH = "gates"  # what is folded into the same channels lies on top of them
 
 
@@ -250,6 +255,81 @@ def with_learned_bases(
     return replace(config, rotations=(*config.rotations, *roles), matrices=matrices), course
 
 
+def balance(
+    program: ExportedProgram,
+    config: RotationConfig,
+    scheme: QuantizationConfig,
+    inputs: Sequence[Any],
+    held_out: Sequence[Any] | None,
+    steps: Steps | None = None,
+) -> tuple[RotationConfig, LearningRecord]:
+    """Return a configuration with the matrices in which the keys of a cache round best, if other inputs confirm it.
+
+    See :mod:`spinpass.quantization.learned.balance` for the mathematics. The weights stay in floats meanwhile.
+
+    Args:
+        program: as exported. It is not changed.
+        config: what is rotated.
+        scheme: by which caches are rounded.
+        inputs: of the program, to take second moments on.
+        held_out: other inputs, on which the predictions must come nearer to the program's own, in KL divergence. None
+            holds out one of sixteen.
+        steps: told what begins.
+
+    Raises ConfigError: the scheme rounds no cache, there are less than two inputs, or no queries and keys are rotated
+    as the program runs.
+    """
+    steps = steps or Silent()
+    rounding = replace(scheme, weights=None, head=None, embedding=None, overrides={}, average_bits=None, learn=None)
+    if scheme.cache is None:
+        raise ConfigError(f"{BALANCE} is of the keys of a cache, which the scheme does not round: add kv4 to it")
+    if held_out is None:
+        count = max(1, len(inputs) // 16)
+        inputs, held_out = inputs[:-count], inputs[-count:]
+    if not inputs or not held_out:
+        raise ConfigError(f"{BALANCE} takes some inputs to learn from and others to decide: give two or more")
+    found = with_balanced_caches(program, config, inputs, steps)
+    if found is config:
+        raise ConfigError(
+            f"no queries and keys of this program can be balanced: they are not rotated as it runs ({_TURNED}), or not "
+            "by Hadamards, or by matrices of yours"
+        )
+    told = []
+    for each in (config, found):
+        rounded = quantize(rotate(program, replace(each, verify=False)).program, rounding, inputs).program
+        steps.begin("judge the cache")
+        told.append(Lesson(rounded, program, inputs, held_out).judged({}, lambda: None))
+    before, after = told
+    kept, dropped = ((BALANCE,), ()) if after < before else ((), (BALANCE,))
+    return (found if kept else config), LearningRecord(before, after if kept else before, len(held_out), kept, dropped)
+
+
+def with_balanced_caches(
+    program: ExportedProgram, config: RotationConfig, inputs: Sequence[Any], steps: Steps | None = None
+) -> RotationConfig:
+    """Return a configuration with the matrices in which the keys of a cache round best, given what queries look at.
+
+    It is a closed form of second moments (:mod:`spinpass.quantization.learned.balance`), for queries and keys that are
+    rotated as the program runs. Where there are none, or the configuration has matrices of theirs, it is as it was.
+
+    Args:
+        program: as exported. It is not changed.
+        config: what is rotated.
+        inputs: of the program, to take the moments on.
+        steps: told what begins.
+    """
+    steps = steps or Silent()
+    plain = plan(program, replace(config, verify=False))
+    turned = (space for space in plain.spaces if space.role == _TURNED and space.online)
+    places = (space for space in turned if config.matrix(space.name) is None)
+    begun = {place.name: start for place in places for start in (balancing_begins(place),) if start is not None}
+    if not begun:
+        return config
+    rotated = rotate(program, replace(config, verify=False, matrices={**config.matrices, **begun}))
+    found = balanced_bases(rotated.program, begun, inputs, steps.start("balance queries and keys"))
+    return replace(config, matrices={**config.matrices, **found})
+
+
 def planned_bases(plan: RotationPlan, kinds: Mapping[str, str]) -> list[Basis]:
     """Return the changes of basis of a plan in the order in which they are folded, each with what is learned of it.
 
@@ -259,7 +339,7 @@ def planned_bases(plan: RotationPlan, kinds: Mapping[str, str]) -> list[Basis]:
         Basis(
             space.name,
             space.rotation,
-            space.group == "orthogonal" or space.role == _TURNED,
+            space.group == "orthogonal" or (space.role == _TURNED and space.rotation.is_orthogonal),
             [(fold.constant, fold.layout, fold.dual) for fold in space.folds],
             kinds.get(space.name),
         )

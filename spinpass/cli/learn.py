@@ -13,7 +13,7 @@ from spinpass.evaluation import SHIPPED_TEXT, learning_text, token_ids
 from spinpass.folders import Known, check_space, check_writable, window_length
 from spinpass.formats import write_matrices
 from spinpass.graph import named_device, on_device
-from spinpass.learned import with_learned_bases
+from spinpass.learned import BALANCE, balance, with_learned_bases
 from spinpass.learning import Learning, Phase, forget
 from spinpass.loading import load_model
 from spinpass.quantization import LEARNABLE, QuantizationConfig, check_kinds, kinds_of_bases
@@ -49,7 +49,9 @@ def learn_command(
     kinds: Annotated[
         str,
         typer.Option(
-            help=f"Kinds of matrices to learn, by commas, of {', '.join(kinds_of_bases(LEARNABLE))}.", metavar="KINDS"
+            help=f"Kinds of matrices to learn, by commas, of {', '.join(kinds_of_bases(LEARNABLE))}; and {BALANCE}, a "
+            "closed form for queries and keys, which comes first.",
+            metavar="KINDS",
         ),
     ] = "transforms",
     phase: Annotated[
@@ -83,7 +85,8 @@ def learn_command(
     if config is None:
         raise ConfigError("nothing is learned without a rotation; choose from " + ALL)
     scheme = QuantizationConfig.parse(quantize)
-    chosen = tuple(kind.strip() for kind in kinds.split(","))
+    named = tuple(kind.strip() for kind in kinds.split(","))
+    chosen = tuple(kind for kind in named if kind != BALANCE)
     check_kinds(chosen)
     other = [kind for kind in chosen if kind not in kinds_of_bases(chosen)]
     if other:
@@ -91,7 +94,9 @@ def learn_command(
             f"{' and '.join(other)} are learned of what is rounded: spinpass learn finds matrices "
             f"({', '.join(kinds_of_bases(LEARNABLE))}); take spinpass tune --learn {','.join(other)}"
         )
-    settings = Learning(chosen, (phase,), rounds=rounds, minutes=minutes, seed=learning_seed)
+    if BALANCE in named and scheme.cache is None:
+        raise ConfigError(f"{BALANCE} is of the keys of a cache, which {quantize} does not round: add kv4 to it")
+    settings = Learning(chosen or ("transforms",), (phase,), rounds=rounds, minutes=minutes, seed=learning_seed)
     if out.suffix != ".json":
         raise ConfigError(f"{out} does not end in .json, as a file of matrices does")
     if out.is_dir():
@@ -117,27 +122,28 @@ def learn_command(
         tokenize, program = token_ids(loaded.companions.tokenizer), on_device(loaded.program, there)
         longest = window_length(loaded.companions)
         read = learning_text(program, tokenize, calibration, settings, 1, longest, judge=text)
-        found, record = with_learned_bases(
-            program,
-            config,
-            scheme,
-            read.shown,
-            settings,
-            held_out=read.held_out,
-            checkpoint=saved,
-            steps=steps,
-        )
+        found, records = config, []
+        if BALANCE in named:
+            found, record = balance(program, found, scheme, read.shown, read.held_out, steps)
+            records.append(record)
+        if chosen:
+            found, record = with_learned_bases(
+                program, found, scheme, read.shown, settings, held_out=read.held_out, checkpoint=saved, steps=steps
+            )
+            records.append(record)
     matrices = {name: each for name, each in found.matrices.items() if isinstance(each, Rotation)}
     show_loading(screen, loaded.report)
-    about = {"model": model, "scheme": quantize, "config": config.to_dict(), "learning": record.to_dict()}
-    if record.kept:
+    courses = [each.to_dict() for each in records]
+    about = {"model": model, "scheme": quantize, "config": config.to_dict(), "learning": courses}
+    kept = any(record.kept for record in records)
+    if kept:
         write_matrices(out, matrices, about)
     forget(saved)
     if as_json:
-        told = {"ok": record.kept, "out": str(out), "spaces": sorted(matrices), "seconds": steps.seconds}
+        told = {"ok": kept, "out": str(out), "spaces": sorted(matrices), "seconds": steps.seconds}
         screen.document(told | about)
-    screen.show(record.summary)
-    if not record.kept:
+    screen.show(*(record.summary for record in records))
+    if not kept:
         screen.show(f"{out} was not written: Hadamards round this model as well, for {quantize}")
         raise typer.Exit(1)
     roles = "" if found.rotations == config.rotations else f" --rotations {','.join(found.rotations)}"

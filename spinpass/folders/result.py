@@ -20,7 +20,7 @@ from spinpass.certificate import Certificate
 from spinpass.config import Matrix, RotationConfig
 from spinpass.errors import ConfigError
 from spinpass.evaluation import CALIBRATION_LENGTH, LearningText, calibration_inputs, learning_text, token_ids
-from spinpass.graph import spooled
+from spinpass.graph import arguments, spooled
 from spinpass.learning import LearningRecord
 from spinpass.loading import Companions, LoadedModel
 from spinpass.pipeline import rotate
@@ -59,6 +59,13 @@ class Result:
         """Whether the program rounds more than constants: which way a value at a tie goes is then open."""
         made = self.quantization
         return made is not None and bool(made.activations or made.caches)
+
+    @property
+    def rounds_coarsely(self) -> bool:
+        """Whether a value is rounded to less than 8 bits as the program runs."""
+        made = self.quantization
+        names = set() if made is None else {*made.activations, *made.caches}
+        return any(arguments(node).get("bits", 8) < 8 for node in self.program.graph.nodes if node.name in names)
 
     @property
     def exportable(self) -> ExportedProgram | Quantized:

@@ -3,7 +3,16 @@
 from .calibration import site_errors
 from .kinds import LEARNABLE, Learnable, check_kinds, kinds_of_bases
 from .layers import WeightSite, cache_sites, unrounded_operands, weight_sites
-from .learned import Basis, begun_basis, learned, learned_bases, needs_of_bases, roles_of_bases
+from .learned import (
+    Basis,
+    balanced_bases,
+    balancing_begins,
+    begun_basis,
+    learned,
+    learned_bases,
+    needs_of_bases,
+    roles_of_bases,
+)
 from .packed import (
     Packed,
     Trainable,
@@ -41,6 +50,8 @@ __all__ = [
     "Trainable",
     "WeightSite",
     "Weights",
+    "balanced_bases",
+    "balancing_begins",
     "begun_basis",
     "cache_sites",
     "check_kinds",

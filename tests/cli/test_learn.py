@@ -30,7 +30,8 @@ def test_matrices_are_learned_and_exported(tmp_path: Path) -> None:
     made = run(*asked, "--json")
     assert made.exit_code == 0, made.stderr
     told = document(made)
-    assert told["learning"]["kinds"] == ["transforms"] and told["learning"]["after"] < told["learning"]["before"]
+    (learning,) = told["learning"]
+    assert learning["kinds"] == ["transforms"] and learning["after"] < learning["before"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bases.json", "bases.learning.md", "model", "other.txt", "text.txt"], "nothing else is left"
     matrices = read_matrices(out)
     assert sorted(matrices) == told["spaces"] and all(isinstance(each, Rotation) for each in matrices.values())
@@ -90,3 +91,21 @@ def test_matrices_of_another_model_and_damaged_files_are_refused(tmp_path: Path)
         file.write_text(content)
         with pytest.raises(error, match="bases.json"):
             read_matrices(file)
+
+
+def test_queries_and_keys_are_balanced_before_anything_is_learned(tmp_path: Path) -> None:
+    model, out = folders.model_folder(tmp_path / "model"), tmp_path / "bases.json"
+    asked = ("learn", model, out, "--rotations", "R2,R3", "--calibration", text(tmp_path, words=800), "--text", text(tmp_path, "other.txt", 1500))
+    made = run(*asked, "--quantize", "kv4", "--kinds", "balance", "--json")
+    told = document(made)
+    (course,) = told["learning"]
+    assert made.exit_code == (0 if course["kept"] else 1) and course["kinds"] + course["dropped"] == ["balance"]
+    assert course["kept"] is (course["after"] < course["before"]) is out.exists()
+    if out.exists():
+        assert {name.partition(":")[0] for name in read_matrices(out)} == {"R3"}
+    for options, why in (
+        (("--quantize", "w4-rtn"), "balance is of the keys of a cache, which w4-rtn does not round: add kv4"),
+        (("--quantize", "kv4", "--rotations", "R2"), "no queries and keys of this program can be balanced"),
+    ):
+        refused = run(*asked, *options, "--kinds", "balance")
+        assert refused.exit_code == 2 and why in " ".join(refused.stderr.split()), refused.stderr
