@@ -185,8 +185,12 @@ class RotationConfig:
                 )
         for name, keyed in (("overrides", self.overrides), ("matrices", self.matrices)):
             for key in keyed:
-                if key.split(":")[0] not in self.rotations:
-                    raise ConfigError(f"{name} has {key!r}, and {key.split(':')[0]} is not among the rotations")
+                role = key.split(":")[0]
+                if role not in self.rotations:
+                    raise ConfigError(
+                        f"{name} has {key!r}, and {role} is not among the rotations: ask for it as well "
+                        f"({','.join([*self.rotations, role])})"
+                    )
                 if ":" in key and not fnmatch.filter(spaces, key):
                     raise ConfigError(
                         f"{name} has {key!r}, which is no space of this program{nearest_name(key, spaces)}"
