@@ -1,6 +1,6 @@
 """What learning is worth: ``python -m benchmarks.learning``.
 
-    off-grid weights  ->  Hadamards  |  and scales distilled  |  and all that is learned  ->  perplexity ÷ float, paired
+    off-grid weights  ->  Hadamards  |  keys balanced  |  scales distilled  |  all that learns  ->  perplexity ÷ float
 
 The weights are those of :mod:`benchmarks.offgrid`. Rounded programs are simulated, as their kernels would compute, so
 that schemes without kernels can be told apart; what files of recipes do in ONNX Runtime is the yardstick's to say
@@ -28,11 +28,13 @@ from spinpass import Learning, RotationConfig, evaluation, learn, transform
 from spinpass.cli.screen import Screen
 from spinpass.evaluation import SHIPPED_TEXT, ProgramScorer, calibration_inputs, learning_text
 from spinpass.folders import recipe_of
+from spinpass.learned import balance
+from spinpass.learning import LearningRecord
 from spinpass.progress import Steps
 from spinpass.quantization import QuantizationConfig, quantize
 
 SCHEMES = ("w4-asym-gptq-a8-kv4", "a4-kv4", "w4-asym-gptq-a4-kv4")
-HADAMARD, DISTILLED, LEARNED = "Hadamard", "distilled", "learned"
+HADAMARD, BALANCED, DISTILLED, LEARNED = "Hadamard", "balanced", "distilled", "learned"
 _LENGTH, _POSITIONS = 512, 512
 _WINDOWS = recipe_of("auto", 4, "onnx").windows  # as many as exports have, and so as many decide what is kept
 _OF_WEIGHTS = ("scales", "zeros", "offsets", "latents")
@@ -75,10 +77,12 @@ def main(
         rows: list[dict[str, Any]] = []
         for scheme in schemes.split(","):
             before: Trained | None = None
-            for variant in (HADAMARD, DISTILLED, *(f"{LEARNED}, seed {seed}" for seed in range(seeds))):
+            has_cache = QuantizationConfig.parse(scheme).cache is not None
+            bare = (HADAMARD, BALANCED) if has_cache else (HADAMARD,)
+            for variant in (*bare, DISTILLED, *(f"{LEARNED}, seed {seed}" for seed in range(seeds))):
                 settings = _settings(variant, asked, scheme)
-                if settings is not None or variant == HADAMARD:
-                    made = _made(floats, scheme, settings, steps)
+                if settings is not None or variant in bare:
+                    made = _made(floats, scheme, settings, steps, balanced=variant == BALANCED)
                     rows.append({"scheme": scheme, "variant": variant, **_row(made, floats.losses, before)})
                     before = before if variant.startswith(LEARNED) else made
     if as_json:
@@ -90,14 +94,14 @@ def _settings(variant: str, asked: Learning, scheme: str) -> Learning | None:
     """What is learned; None where nothing is, or a scheme has no scales to distill."""
     rounds_weights = QuantizationConfig.parse(scheme).weights is not None
     kinds = asked.kinds if rounds_weights else tuple(k for k in asked.kinds if k not in _OF_WEIGHTS)
-    if variant == HADAMARD or (variant == DISTILLED and not rounds_weights):
+    if variant in (HADAMARD, BALANCED) or (variant == DISTILLED and not rounds_weights):
         return None
     if variant == DISTILLED:
         return Learning()
     return Learning(kinds, asked.phases, rounds=asked.rounds, minutes=asked.minutes, seed=int(variant.split()[-1]))
 
 
-def _made(floats: Floats, scheme: str, settings: Learning | None, steps: Steps) -> Trained:
+def _made(floats: Floats, scheme: str, settings: Learning | None, steps: Steps, *, balanced: bool) -> Trained:
     """Rotate, learn, round and score."""
     began = time.process_time()
     tokenize, program = floats.tokenize, floats.loaded.program
@@ -105,9 +109,13 @@ def _made(floats: Floats, scheme: str, settings: Learning | None, steps: Steps) 
     read = learning_text(program, tokenize, SHIPPED_TEXT, settings, len(calibration), _POSITIONS)
     options: dict[str, Any] = {"training": read.shown, "held_out": read.held_out, "steps": steps}
     config = RotationConfig(form="online", verify=False)
+    records: list[LearningRecord | None] = []
+    if balanced:
+        config, record = balance(program, config, QuantizationConfig.parse(scheme), read.shown, read.held_out, steps)
+        records.append(record)
     if settings is None:
         tick = steps.start(f"quantize {scheme}")
-        quantized, records = quantize(transform(program, config), scheme, calibration, progress=tick), []
+        quantized = quantize(transform(program, config), scheme, calibration, progress=tick)
     else:
         bases = replace(_BASES, seed=settings.seed, minutes=settings.minutes)
         found = learn(program, scheme, calibration, config=config, settings=settings, bases=bases, **options)
