@@ -37,7 +37,6 @@ SCHEMES = ("w4-asym-gptq-a8-kv4", "a4-kv4", "w4-asym-gptq-a4-kv4")
 HADAMARD, BALANCED, DISTILLED, LEARNED = "Hadamard", "balanced", "distilled", "learned"
 _LENGTH, _POSITIONS = 512, 512
 _WINDOWS = recipe_of("auto", 4, "onnx").windows  # as many as exports have, and so as many decide what is kept
-_OF_WEIGHTS = ("scales", "zeros", "offsets", "latents")
 _BASES = Learning(("transforms",), ("local",))
 
 
@@ -93,12 +92,11 @@ def main(
 def _settings(variant: str, asked: Learning, scheme: str) -> Learning | None:
     """What is learned; None where nothing is, or a scheme has no scales to distill."""
     rounds_weights = QuantizationConfig.parse(scheme).weights is not None
-    kinds = asked.kinds if rounds_weights else tuple(k for k in asked.kinds if k not in _OF_WEIGHTS)
     if variant in (HADAMARD, BALANCED) or (variant == DISTILLED and not rounds_weights):
         return None
     if variant == DISTILLED:
         return Learning()
-    return Learning(kinds, asked.phases, rounds=asked.rounds, minutes=asked.minutes, seed=int(variant.split()[-1]))
+    return replace(asked, seed=int(variant.split()[-1]))
 
 
 def _made(floats: Floats, scheme: str, settings: Learning | None, steps: Steps, *, balanced: bool) -> Trained:

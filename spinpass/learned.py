@@ -19,7 +19,7 @@ from torch.export import ExportedProgram
 from spinpass import record
 from spinpass.config import RotationConfig
 from spinpass.errors import ConfigError
-from spinpass.learning import Learning, LearningRecord, Lesson
+from spinpass.learning import Learning, LearningRecord, Lesson, parted
 from spinpass.pipeline import plan, rotate
 from spinpass.planning import OfferedSpace, PlannedSpace, RotationPlan
 from spinpass.progress import Silent, Steps
@@ -255,6 +255,12 @@ def with_learned_bases(
     return replace(config, rotations=(*config.rotations, *roles), matrices=matrices), course
 
 
+def check_balancing(scheme: QuantizationConfig, told: str) -> None:
+    """Raise ConfigError where a scheme, which the message calls as ``told``, rounds no cache to balance keys for."""
+    if scheme.cache is None:
+        raise ConfigError(f"{BALANCE} is of the keys of a cache, which {told} does not round: add kv4 to it")
+
+
 def balance(
     program: ExportedProgram,
     config: RotationConfig,
@@ -280,15 +286,12 @@ def balance(
     as the program runs.
     """
     steps = steps or Silent()
-    rounding = replace(scheme, weights=None, head=None, embedding=None, overrides={}, average_bits=None, learn=None)
-    if scheme.cache is None:
-        raise ConfigError(f"{BALANCE} is of the keys of a cache, which the scheme does not round: add kv4 to it")
-    if held_out is None:
-        count = max(1, len(inputs) // 16)
-        inputs, held_out = inputs[:-count], inputs[-count:]
-    if not inputs or not held_out:
+    check_balancing(scheme, "the scheme")
+    if not (len(inputs) > 1 if held_out is None else inputs and held_out):
         raise ConfigError(f"{BALANCE} takes some inputs to learn from and others to decide: give two or more")
-    found = with_balanced_caches(program, config, inputs, steps)
+    rounding = replace(scheme, weights=None, head=None, embedding=None, overrides={}, average_bits=None, learn=None)
+    shown, judged = parted(inputs) if held_out is None else (inputs, held_out)
+    found = with_balanced_caches(program, config, shown, steps)
     if found is config:
         raise ConfigError(
             f"no queries and keys of this program can be balanced: they are not rotated as it runs ({_TURNED}), or not "
@@ -296,12 +299,12 @@ def balance(
         )
     told = []
     for each in (config, found):
-        rounded = quantize(rotate(program, replace(each, verify=False)).program, rounding, inputs).program
         steps.begin("judge the cache")
-        told.append(Lesson(rounded, program, inputs, held_out).judged({}, lambda: None))
+        rounded = quantize(rotate(program, replace(each, verify=False)).program, rounding, shown).program
+        told.append(Lesson(rounded, program, shown, judged).judged({}, lambda: None))
     before, after = told
     kept, dropped = ((BALANCE,), ()) if after < before else ((), (BALANCE,))
-    return (found if kept else config), LearningRecord(before, after if kept else before, len(held_out), kept, dropped)
+    return (found if kept else config), LearningRecord(before, after if kept else before, len(judged), kept, dropped)
 
 
 def with_balanced_caches(

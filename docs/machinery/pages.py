@@ -62,8 +62,8 @@ def _command(name: str, command: Any, callback: Any) -> str:
         lines += ["| | |", "| --- | --- |"]
         lines += [f"| `{each.metavar or each.name.upper()}` | {_cell(each.help)} |" for each in arguments]
         lines.append("")
-    boxes: dict[str | None, list[Any]] = {}  # those that --help shows, in its order
-    for each in sorted(options, key=lambda each: getattr(each, "rich_help_panel", None) is not None):
+    boxes: dict[str | None, list[Any]] = {None: []}  # those that --help shows, in its order
+    for each in options:
         boxes.setdefault(getattr(each, "rich_help_panel", None), []).append(each)
     for box, held in boxes.items():
         lines += [f"| {box or 'option'} | value | unless given | what it does |", "| --- | --- | --- | --- |"]

@@ -13,7 +13,7 @@ from spinpass.evaluation import SHIPPED_TEXT, learning_text, token_ids
 from spinpass.folders import Known, check_space, check_writable, window_length
 from spinpass.formats import write_matrices
 from spinpass.graph import named_device, on_device
-from spinpass.learned import BALANCE, balance, with_learned_bases
+from spinpass.learned import BALANCE, balance, check_balancing, with_learned_bases
 from spinpass.learning import Learning, Phase, forget
 from spinpass.loading import load_model
 from spinpass.quantization import LEARNABLE, QuantizationConfig, check_kinds, kinds_of_bases
@@ -94,8 +94,8 @@ def learn_command(
             f"{' and '.join(other)} are learned of what is rounded: spinpass learn finds matrices "
             f"({', '.join(kinds_of_bases(LEARNABLE))}); take spinpass tune --learn {','.join(other)}"
         )
-    if BALANCE in named and scheme.cache is None:
-        raise ConfigError(f"{BALANCE} is of the keys of a cache, which {quantize} does not round: add kv4 to it")
+    if BALANCE in named:
+        check_balancing(scheme, quantize)
     settings = Learning(chosen or ("transforms",), (phase,), rounds=rounds, minutes=minutes, seed=learning_seed)
     if out.suffix != ".json":
         raise ConfigError(f"{out} does not end in .json, as a file of matrices does")

@@ -26,7 +26,7 @@ from spinpass.loading import Companions, LoadedModel
 from spinpass.pipeline import rotate
 from spinpass.planning import RotationPlan
 from spinpass.progress import Progress, Steps
-from spinpass.quantization import CodesStore, QuantizationConfig, QuantizationReport, Quantized, quantize
+from spinpass.quantization import FINE, CodesStore, QuantizationConfig, QuantizationReport, Quantized, quantize
 from spinpass.rotations import Rotation
 from spinpass.version import __version__
 from spinpass.workers import Team
@@ -65,7 +65,7 @@ class Result:
         """Whether a value is rounded to less than 8 bits as the program runs."""
         made = self.quantization
         names = set() if made is None else {*made.activations, *made.caches}
-        return any(arguments(node).get("bits", 8) < 8 for node in self.program.graph.nodes if node.name in names)
+        return any(arguments(node).get("bits", FINE) < FINE for node in self.program.graph.nodes if node.name in names)
 
     @property
     def exportable(self) -> ExportedProgram | Quantized:

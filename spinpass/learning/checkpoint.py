@@ -68,15 +68,12 @@ class Checkpoint:
     def remember(self, moves: Sequence[Tensor], name: str) -> None:
         """Keep moves beside the run. Raises ExportError as :meth:`save`."""
         if self.writes:
-            _write(self._beside(name), [move.detach() for move in moves])
+            _write(_beside(self.path, name), [move.detach() for move in moves])
 
     def recalled(self, name: str) -> list[Tensor]:
         """Return what :meth:`remember` has kept."""
-        found: list[Tensor] = torch.load(self._beside(name), map_location="cpu", weights_only=True)
+        found: list[Tensor] = torch.load(_beside(self.path, name), map_location="cpu", weights_only=True)
         return found
-
-    def _beside(self, name: str) -> Path:
-        return self.path.with_suffix(f".{name}")
 
 
 def _on_host(content: Any) -> Any:
@@ -90,8 +87,12 @@ def _on_host(content: Any) -> Any:
 
 def forget(path: Path) -> None:
     """Delete what runs have saved at ``path``, where there is any; what else has a name like it stays."""
-    for each in (path, path.with_suffix(f".{BEST}")):
+    for each in (path, _beside(path, BEST)):
         each.unlink(missing_ok=True)
+
+
+def _beside(path: Path, name: str) -> Path:
+    return path.with_suffix(f".{name}")
 
 
 def make_folder(path: Path) -> None:

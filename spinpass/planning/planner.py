@@ -263,8 +263,9 @@ class Planner:
             assert chosen.kind is not None and chosen.seed is not None
             return Rotation.create(chosen.kind, size, block_size=chosen.block_size, seed=chosen.seed, identity=name)
         except ConfigError as error:
-            ways = "give this space settings of its own in `overrides`" if matrix is None else "give another matrix"
-            raise ConfigError(f"{name}: {error}; {ways}, or leave it out with `exclude`") from error
+            raise ConfigError(
+                f"{name}: {error}; give this space settings of its own in `overrides`, or leave it out with `exclude`"
+            ) from error
 
     def _flops(self, node: Node, rotation: Rotation) -> int:
         """Return the floating-point operations per token of rotating the value online."""

@@ -32,7 +32,7 @@ def checked_factors(factors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         raise ConfigError("a Kronecker product needs at least one factor, in a list")
     made: list[Tensor] = []
     for number, given in enumerate(factors, 1):
-        if not isinstance(given, Tensor) or given.dim() != 2 or given.shape[0] != given.shape[1] or not len(given):
+        if not isinstance(given, Tensor) or not is_square(given):
             found = tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__
             raise ConfigError(f"factor {number} must be a square matrix that is not empty, got {found}")
         exact = in_float64(given, f"factor {number}")
@@ -52,6 +52,11 @@ def in_float64(given: Tensor, what: str) -> Tensor:
     if given.layout != torch.strided or given.is_meta:
         raise ConfigError(f"{what} must be a plain tensor with its values, got one of {given.layout} on {given.device}")
     return given.detach().to(device="cpu", dtype=torch.float64, copy=True).contiguous()
+
+
+def is_square(matrix: Tensor) -> bool:
+    """Whether a tensor is a square matrix that is not empty."""
+    return matrix.dim() == 2 and matrix.shape[0] == matrix.shape[1] and len(matrix) > 0
 
 
 def has_inverse(matrix: Tensor) -> bool:

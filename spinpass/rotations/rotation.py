@@ -111,7 +111,7 @@ class Rotation:
             ConfigError: the matrix is not square, has another dtype or no plain values, or is not orthogonal, which is
                 to say that max |M Mᵀ - I| is above 1e-4 for float32 or 1e-8 for float64.
         """
-        if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1] or not len(matrix):
+        if not kronecker.is_square(matrix):
             raise ConfigError(f"a rotation matrix must be square and not empty, got shape {tuple(matrix.shape)}")
         exact = kronecker.in_float64(matrix, "a rotation matrix")
         error, bound = kronecker.non_orthogonality(exact), kronecker.ORTHOGONAL_WITHIN[matrix.dtype]
@@ -355,7 +355,7 @@ def rotation_by(matrix: Tensor | Rotation, identity: str = "") -> Rotation:
     try:
         return Rotation.from_matrix(matrix, identity)
     except ConfigError as error:
-        if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1] or not len(matrix):
+        if not kronecker.is_square(matrix):
             raise
         if not kronecker.has_inverse(kronecker.in_float64(matrix, "a rotation matrix")):
             raise ConfigError(

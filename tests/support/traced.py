@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from spinpass.graph import with_other_values
+from spinpass.graph import storage_key, with_other_values
 
 _HELD = 24  # programs of tiny models
 
@@ -32,7 +32,8 @@ class Remembered:
             return self.traced(model, **options)
         told = {name: value for name, value in model.config.to_dict().items() if name != "_name_or_path"}
         parts = tuple((name, str(tensor.dtype), tuple(tensor.shape)) for name, tensor in held.items())
-        tied = tuple(sorted(map(len, _by_storage(held).values())))
+        first: dict[Hashable, str] = {}
+        tied = tuple(first.setdefault(storage_key(tensor), name) for name, tensor in held.items())
         how = (getattr(model.config, "_attn_implementation", ""), options.get("one_by_one", False))
         key = (type(model), json.dumps(told, sort_keys=True, default=str), parts, tied, how)
         if key not in self._programs:
@@ -43,10 +44,3 @@ class Remembered:
         self._programs.move_to_end(key)
         found = self._programs[key]
         return with_other_values(found, {name: held[name].detach() for name in found.state_dict if name in held})
-
-
-def _by_storage(held: dict[str, Tensor]) -> dict[int, list[str]]:
-    found: dict[int, list[str]] = {}
-    for name, tensor in held.items():
-        found.setdefault(tensor.data_ptr(), []).append(name)
-    return found

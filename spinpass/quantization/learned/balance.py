@@ -55,7 +55,7 @@ def balanced_bases(
         program: rotated by ``begun``. It is not changed.
         begun: what :func:`balancing_begins` returned, by the names of spaces.
         inputs: of the program, whose second moments count.
-        progress: told the nodes that were run.
+        progress: told the inputs that were run.
 
     A space whose values on one side are all zero, or no numbers, or that has one side only, is left out.
     """
