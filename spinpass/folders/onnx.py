@@ -21,7 +21,7 @@ from spinpass.workers import Team
 
 from .card import Card, score_share, scored_card
 from .companions import Written, write_companions
-from .judge import COARSE_TIE_BOUND, KERNEL_BOUND, TIE_BOUND, FolderTrial
+from .judge import KERNEL_BOUND, TIE_BOUND, FolderTrial
 from .result import Result, window_length
 from .room import no_room
 from .trial import try_folder, try_unrounded, unjudged
@@ -321,7 +321,7 @@ def _tried(
     """
     program, why = expected.program, expected.why
     rounding = onnx.kernel_rounding(folder)
-    ties = (COARSE_TIE_BOUND if result.rounds_coarsely else TIE_BOUND) if result.rounds_activations else None
+    ties = TIE_BOUND if result.rounds_activations else None
     exact: list[FolderTrial] = []
     if rounding and not why:
         copy = onnx.unrounded_copy(folder, folder / f"{PREFIX}unrounded.onnx")

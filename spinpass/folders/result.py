@@ -20,13 +20,13 @@ from spinpass.certificate import Certificate
 from spinpass.config import Matrix, RotationConfig
 from spinpass.errors import ConfigError
 from spinpass.evaluation import CALIBRATION_LENGTH, LearningText, calibration_inputs, learning_text, token_ids
-from spinpass.graph import arguments, spooled
+from spinpass.graph import spooled
 from spinpass.learning import LearningRecord
 from spinpass.loading import Companions, LoadedModel
 from spinpass.pipeline import rotate
 from spinpass.planning import RotationPlan
 from spinpass.progress import Progress, Steps
-from spinpass.quantization import FINE, CodesStore, QuantizationConfig, QuantizationReport, Quantized, quantize
+from spinpass.quantization import CodesStore, QuantizationConfig, QuantizationReport, Quantized, quantize
 from spinpass.rotations import Rotation
 from spinpass.version import __version__
 from spinpass.workers import Team
@@ -59,13 +59,6 @@ class Result:
         """Whether the program rounds more than constants: which way a value at a tie goes is then open."""
         made = self.quantization
         return made is not None and bool(made.activations or made.caches)
-
-    @property
-    def rounds_coarsely(self) -> bool:
-        """Whether a value is rounded to less than 8 bits as the program runs."""
-        made = self.quantization
-        names = set() if made is None else {*made.activations, *made.caches}
-        return any(arguments(node).get("bits", FINE) < FINE for node in self.program.graph.nodes if node.name in names)
 
     @property
     def exportable(self) -> ExportedProgram | Quantized:

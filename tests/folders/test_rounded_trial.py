@@ -14,12 +14,10 @@ from spinpass.errors import VerificationError
 from spinpass.evaluation import ProgramScorer
 from spinpass.exporters import onnx as exporter
 from spinpass.folders import export, judge
-from spinpass.folders.result import Result
 from spinpass.loading import load_model
 from spinpass.quantization import quantize
 from spinpass.runtime import Answer
 from tests.support.folders import WORDS, model_folder
-from tests.support.programs import program
 from tests.support.sweeps import quick
 
 Change = Callable[[onnx.ModelProto], None]
@@ -135,11 +133,3 @@ def test_ties_are_allowed_what_rounding_does_to_the_program_itself(source: Path,
     else:
         trial = judging("here", "a text", answer)
         assert trial.error is not None and trial.bound is not None and 1e-12 < trial.error <= trial.bound < 1e-3
-
-
-@pytest.mark.parametrize(("scheme", "coarse"), [("w8-rtn-a8", False), ("w4-rtn-a8", False), ("a8-kv4", True), ("a4", True)])
-def test_ties_of_coarse_steps_are_allowed_for(scheme: str, coarse: bool) -> None:
-    """Activations and caches of 4 bits are as far off at one tie as sixteen values of 8 bits."""
-    made = quantize(program("llama"), scheme)
-    found = Result(made.program, quantization=made.report)
-    assert found.rounds_activations and found.rounds_coarsely is coarse and not Result(made.program).rounds_coarsely

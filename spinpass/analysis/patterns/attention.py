@@ -48,6 +48,7 @@ class Attention:
         query: q.
         query_layout: the axis along which q is contracted with k.
         key: k.
+        key_layout: the axis along which k is contracted with q: not the last one where kᵀ is an operand.
         value: v.
         value_layout: the axis of v that passes to the result.
     """
@@ -56,6 +57,7 @@ class Attention:
     query: Node
     query_layout: Layout
     key: Node
+    key_layout: Layout
     value: Node
     value_layout: Layout
 
@@ -89,6 +91,7 @@ def _fused(node: Node) -> Attention | None:
         query,
         Layout.full(len(shape(query)) - 1, q_size),
         args["key"],
+        Layout.full(len(shape(args["key"])) - 1, q_size),
         value,
         Layout.full(len(shape(value)) - 1, v_size),
     )
@@ -99,11 +102,14 @@ def _spelled_out(editor: ProgramEditor, softmax: Node) -> Attention | None:
     if scores is None or weighted is None:
         return None
     (query, key), (value, weights) = scores.operands, weighted.operands
-    contracted = _static(query, set(key.labels) - set(scores.out))
+    contracted = [
+        _static(one, set(other.labels) - set(scores.out)) for one, other in ((query, key), (key, query))
+    ]
     passed = _static(value, set(weighted.out) - set(weights.labels))
-    if not contracted or not passed:
+    if not all(contracted) or not passed:
         return None
-    return Attention(softmax, query.node, contracted[0], key.node, value.node, passed[-1])
+    of_query, of_key = (layouts[0] for layouts in contracted)
+    return Attention(softmax, query.node, of_query, key.node, of_key, value.node, passed[-1])
 
 
 def _static(operand: Operand, names: Collection[Label | None]) -> list[Layout]:

@@ -97,31 +97,38 @@ def cache_sites(editor: ProgramEditor) -> list[Node]:
     """
     found: dict[Node, None] = {}
     for attention in find_attention(editor):
-        for operand, axis in ((attention.key, None), (attention.value, attention.value_layout)):
-            if axis is not None and axis.dims != (len(shape(operand)) - 1,):
-                continue
-            found[_before_repetition(editor, operand)] = None
+        for operand, layout in ((attention.key, attention.key_layout), (attention.value, attention.value_layout)):
+            site = _before_repetition(editor, operand, layout)
+            if site is not None:
+                found[site] = None
     return list(found)
 
 
-def _before_repetition(editor: ProgramEditor, node: Node) -> Node:
-    """The node behind all movements and concatenations with earlier tokens that keep the last axis whole."""
-    width = shape(node)[-1:]
-    while node.op == "call_function":
+def _before_repetition(editor: ProgramEditor, node: Node, layout: Layout) -> Node | None:
+    """The first node with whole vectors on its last axis, behind all movements and concatenations with earlier tokens.
+
+    ``layout`` is where they lie in ``node``: a key in a spelled-out product is transposed. None where none has them so.
+    """
+    found: Node | None = None
+    while layout.is_contiguous and layout.count == 1 and not editor.is_constant(node):
+        if layout.dims == (len(shape(node)) - 1,):
+            found = node
+        if node.op != "call_function":
+            break
         rule = rule_of(node)
         if isinstance(rule, Movement):
-            source = rule.source
-        elif isinstance(rule, Concatenate) and rule.dim != len(shape(node)) - 1:
+            try:
+                node, layout = rule.source, rule.backward(layout)
+            except LayoutError:
+                break
+        elif isinstance(rule, Concatenate) and rule.dim not in layout.dims:
             fresh = [s for s in rule.sources if s.op != "placeholder"]
             if len(fresh) != 1:
                 break
-            source = fresh[0]
+            node = fresh[0]
         else:
             break
-        if shape(source)[-1:] != width or editor.is_constant(source):
-            break
-        node = source
-    return node
+    return found
 
 
 def _stored(editor: ProgramEditor, node: Node, dim: int) -> tuple[Node, int] | None:
