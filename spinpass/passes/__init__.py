@@ -19,6 +19,7 @@ from .online_transforms import (
     with_online_transforms,
 )
 from .own_constants import give_own_constants
+from .repeat_heads import repeat_heads
 from .return_states import return_states
 from .runner import PassRunner
 from .site_pass import SitePass
@@ -42,6 +43,7 @@ __all__ = [
     "lower_hadamards",
     "online_transforms",
     "open_program",
+    "repeat_heads",
     "return_states",
     "stored_factors",
     "transform_places",

@@ -87,6 +87,17 @@ def _per_head(heads: int, size: int) -> Tensor:
     return torch.eye(size) + 0.1 * torch.randn(heads, size, size, generator=generator)
 
 
+def test_heads_of_keys_that_several_queries_read_are_repeated(tmp_path: Path) -> None:
+    class Grouped(nn.Module):
+        def forward(self, q: Tensor, k: Tensor) -> Tensor:
+            return nn.functional.scaled_dot_product_attention(q, k, k, is_causal=True, enable_gqa=True)
+
+    given = torch.randn(2, 6, 5, 4), torch.randn(2, 2, 5, 4)
+    ep = torch.export.export(Grouped(), given, dynamic_shapes=({2: Dim("n", max=64)}, {2: Dim("n", max=64)}))
+    certificate = exporter.export(ep, tmp_path).certificate
+    assert certificate is not None and certificate.ok
+
+
 def test_greedy_tokens_are_those_of_the_model(written: exporter.OpenVINOReport) -> None:
     model = CompiledModel(written.path, threads=1)
     prompts = [[5, 17, 3, 80], [44], list(range(10, 30))]

@@ -20,7 +20,7 @@ from spinpass.certificate import FileCertificate, FileComparison, of_draws
 from spinpass.errors import ConfigError, ExportError, ProgramError
 from spinpass.formats import xml_path
 from spinpass.graph import op_name, shape, value
-from spinpass.passes import lower_hadamards
+from spinpass.passes import lower_hadamards, repeat_heads
 from spinpass.quantization import Quantized, QuantizedWeight
 from spinpass.runtime import CompiledModel, import_openvino, openvino_reason
 
@@ -90,7 +90,7 @@ def export(
     clock = Clock(progress)
     clock.start("translate")
     names = renamed(signature_names(ep), input_names, output_names)
-    lowered = lower_hadamards(ep)
+    lowered = repeat_heads(lower_hadamards(ep))
     _refuse_operators(lowered)
     model = _convert(openvino, lowered)
     _close_finitely(openvino, model)

@@ -7,7 +7,7 @@ from typing import Any
 from torch.export import ExportedProgram
 from transformers.exporters.exporter_openvino import OpenVINOExporter
 
-from spinpass.passes import lower_hadamards
+from spinpass.passes import lower_hadamards, repeat_heads
 
 from .mixin import RotationMixin
 from .quantizers import calibrated
@@ -20,7 +20,7 @@ class RotatedOpenVINOExporter(OpenVINOExporter, RotationMixin):
 
     def lowered(self, program: ExportedProgram) -> ExportedProgram:
         """Return the program with Hadamards as matrix products."""
-        return lower_hadamards(program)
+        return repeat_heads(lower_hadamards(program))
 
     def export_program(self, model: Any, sample_inputs: Any, config: Any) -> tuple[Any, Any]:
         """Export as transformers does; the quantizer's samples hold the cache in the rotated basis."""
