@@ -1,6 +1,6 @@
 """What learning is worth: ``python -m benchmarks.learning``.
 
-    off-grid weights  ->  Hadamards  |  keys balanced  |  scales distilled  |  all that learns  ->  perplexity ÷ float
+    off-grid weights  ->  Hadamards  |  balanced  |  and scales distilled  |  all that learns  ->  perplexity ÷ float
 
 The weights are those of :mod:`benchmarks.offgrid`. Rounded programs are simulated, as their kernels would compute, so
 that schemes without kernels can be told apart; what files of recipes do in ONNX Runtime is the yardstick's to say
@@ -34,10 +34,20 @@ from spinpass.progress import Steps
 from spinpass.quantization import QuantizationConfig, quantize
 
 SCHEMES = ("w4-asym-gptq-a8-kv4", "a4-kv4", "w4-asym-gptq-a4-kv4")
-HADAMARD, BALANCED, DISTILLED, LEARNED = "Hadamard", "balanced", "distilled", "learned"
+HADAMARD, BALANCED, BOTH, DISTILLED, LEARNED = "Hadamard", "balanced", "balanced, distilled", "distilled", "learned"
 _LENGTH, _POSITIONS = 512, 512
 _WINDOWS = recipe_of("auto", 4, "onnx").windows  # as many as exports have, and so as many decide what is kept
 _BASES = Learning(("transforms",), ("local",))
+_CONFIG = RotationConfig(form="online", verify=False)
+
+
+@dataclass(frozen=True)
+class Balanced:
+    """What keys and channels are balanced by, what was said of it, and its CPU time."""
+
+    config: RotationConfig
+    record: LearningRecord
+    minutes: float
 
 
 @dataclass(frozen=True)
@@ -76,12 +86,16 @@ def main(
         rows: list[dict[str, Any]] = []
         for scheme in schemes.split(","):
             before: Trained | None = None
-            has_cache = QuantizationConfig.parse(scheme).cache is not None
-            bare = (HADAMARD, BALANCED) if has_cache else (HADAMARD,)
-            for variant in (*bare, DISTILLED, *(f"{LEARNED}, seed {seed}" for seed in range(seeds))):
+            bare = (HADAMARD, BALANCED) if _balances(scheme) else (HADAMARD,)
+            both = (BOTH,) if _balances(scheme) else ()
+            balanced: Balanced | None = None
+            for variant in (*bare, *both, DISTILLED, *(f"{LEARNED}, seed {seed}" for seed in range(seeds))):
                 settings = _settings(variant, asked, scheme)
+                if variant == BALANCED:
+                    balanced = _balanced(floats, scheme, steps)
                 if settings is not None or variant in bare:
-                    made = _made(floats, scheme, settings, steps, balanced=variant == BALANCED)
+                    begun = balanced if variant in (BALANCED, BOTH) else None
+                    made = _made(floats, scheme, settings, steps, begun)
                     rows.append({"scheme": scheme, "variant": variant, **_row(made, floats.losses, before)})
                     before = before if variant.startswith(LEARNED) else made
     if as_json:
@@ -89,36 +103,48 @@ def main(
     screen.show(_table(rows, f"spread {spread}; {windows} windows of {_LENGTH} tokens of each text; simulated"))
 
 
+def _balances(scheme: str) -> bool:
+    """Whether a scheme rounds what can be balanced."""
+    config = QuantizationConfig.parse(scheme)
+    return config.cache is not None or config.activations is not None
+
+
 def _settings(variant: str, asked: Learning, scheme: str) -> Learning | None:
     """What is learned; None where nothing is, or a scheme has no scales to distill."""
     rounds_weights = QuantizationConfig.parse(scheme).weights is not None
-    if variant in (HADAMARD, BALANCED) or (variant == DISTILLED and not rounds_weights):
+    if variant in (HADAMARD, BALANCED) or (variant in (BOTH, DISTILLED) and not rounds_weights):
         return None
-    if variant == DISTILLED:
+    if variant in (BOTH, DISTILLED):
         return Learning()
     return replace(asked, seed=int(variant.split()[-1]))
 
 
-def _made(floats: Floats, scheme: str, settings: Learning | None, steps: Steps, *, balanced: bool) -> Trained:
+def _balanced(floats: Floats, scheme: str, steps: Steps) -> Balanced:
+    """What keys and channels are balanced by, for several variants."""
+    began = time.process_time()
+    read = learning_text(floats.loaded.program, floats.tokenize, SHIPPED_TEXT, None, _WINDOWS, _POSITIONS)
+    parsed = QuantizationConfig.parse(scheme)
+    config, record = balance(floats.loaded.program, _CONFIG, parsed, read.shown, read.held_out, steps)
+    return Balanced(config, record, (time.process_time() - began) / 60)
+
+
+def _made(floats: Floats, scheme: str, settings: Learning | None, steps: Steps, begun: Balanced | None) -> Trained:
     """Rotate, learn, round and score."""
     began = time.process_time()
     tokenize, program = floats.tokenize, floats.loaded.program
     calibration = calibration_inputs(program, tokenize, SHIPPED_TEXT, _LENGTH, _WINDOWS)
     read = learning_text(program, tokenize, SHIPPED_TEXT, settings, len(calibration), _POSITIONS)
     options: dict[str, Any] = {"training": read.shown, "held_out": read.held_out, "steps": steps}
-    config = RotationConfig(form="online", verify=False)
-    records: list[LearningRecord | None] = []
-    if balanced:
-        config, record = balance(program, config, QuantizationConfig.parse(scheme), read.shown, read.held_out, steps)
-        records.append(record)
+    config = _CONFIG if begun is None else begun.config
+    records: list[LearningRecord | None] = [] if begun is None else [begun.record]
     if settings is None:
         tick = steps.start(f"quantize {scheme}")
         quantized = quantize(transform(program, config), scheme, calibration, progress=tick)
     else:
         bases = replace(_BASES, seed=settings.seed, minutes=settings.minutes)
         found = learn(program, scheme, calibration, config=config, settings=settings, bases=bases, **options)
-        quantized, records = found.quantized, [found.bases, found.numbers]
-    minutes = (time.process_time() - began) / 60
+        quantized, records = found.quantized, [*records, found.bases, found.numbers]
+    minutes = (time.process_time() - began) / 60 + (0 if begun is None else begun.minutes)
     scorer = ProgramScorer(quantized.program)
     losses = {n: evaluation.perplexity(scorer, w, steps.start(f"score {scheme}, {n}")) for n, w in floats.cut.items()}
     said = [each.summary for each in records if each is not None]

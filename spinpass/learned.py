@@ -8,7 +8,7 @@ what the exporters take: a program, its integers, and a plan with matrices.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,13 +30,16 @@ from spinpass.quantization import (
     balanced_bases,
     balancing_begins,
     begun_basis,
+    channel_scales,
     check_kinds,
     kinds_of_bases,
     learned_bases,
     needs_of_bases,
     quantize,
     roles_of_bases,
+    takes_scales,
 )
+from spinpass.rotations import Rotation
 from spinpass.values import Fields, check_told, notebook_lines, notebook_parts, titled
 from spinpass.workers import Team
 
@@ -46,6 +49,7 @@ _DEFAULT = Learning(("transforms", "scales", "offsets"))
 BALANCE = "balance"
 """What :func:`balance` is called among the kinds that ``spinpass learn`` takes: a closed form, without steps."""
 
+_DRAWN = 32  # inputs that gradients are taken on, at most: of each channel it is one number that they have to tell
 _TURNED = "R3"  # any invertible matrix may be given; learned free from the Hadamard on, it rounded worse (DESIGN)
 _BENEATH = "gates"  # what is folded into the same channels lies on top of them
 
@@ -256,9 +260,11 @@ def with_learned_bases(
 
 
 def check_balancing(scheme: QuantizationConfig, told: str) -> None:
-    """Raise ConfigError where a scheme, which the message calls as ``told``, rounds no cache to balance keys for."""
-    if scheme.cache is None:
-        raise ConfigError(f"{BALANCE} is of the keys of a cache, which {told} does not round: add kv4 to it")
+    """Raise ConfigError where a scheme, which the message calls as ``told``, rounds nothing that can be balanced."""
+    if scheme.cache is None and scheme.activations is None:
+        raise ConfigError(
+            f"{BALANCE} is of the keys of a cache and of activations, and {told} rounds neither: add kv4, or a8 or a4"
+        )
 
 
 def balance(
@@ -269,45 +275,57 @@ def balance(
     held_out: Sequence[Any] | None,
     steps: Steps | None = None,
 ) -> tuple[RotationConfig, LearningRecord]:
-    """Return a configuration with the matrices in which the keys of a cache round best, if other inputs confirm it.
+    """Return a configuration with the matrices in which keys and activations round best, if other inputs confirm it.
 
-    See :mod:`spinpass.quantization.learned.balance` for the mathematics. The weights stay in floats meanwhile.
+    It is two closed forms: of the keys of a cache (:mod:`spinpass.quantization.learned.balance`), and of the channels
+    that are rounded in front of linear layers (:mod:`spinpass.quantization.learned.levels`).
 
     Args:
         program: as exported. It is not changed.
         config: what is rotated.
-        scheme: by which caches are rounded.
+        scheme: by which caches and activations are rounded. Weights are rounded to nearest meanwhile.
         inputs: of the program, to take second moments on.
         held_out: other inputs, on which the predictions must come nearer to the program's own, in KL divergence. None
-            holds out one of sixteen.
+            holds out one of sixteen. Keys and channels are kept or dropped each for itself.
         steps: told what begins.
 
-    Raises ConfigError: the scheme rounds no cache, there are less than two inputs, or no queries and keys are rotated
-    as the program runs.
+    Raises ConfigError: the scheme rounds neither caches nor activations, there are less than two inputs, or nothing is
+    rotated as the program runs that could be balanced.
     """
     steps = steps or Silent()
     check_balancing(scheme, "the scheme")
     if not (len(inputs) > 1 if held_out is None else inputs and held_out):
         raise ConfigError(f"{BALANCE} takes some inputs to learn from and others to decide: give two or more")
-    rounding = replace(scheme, weights=None, head=None, embedding=None, overrides={}, average_bits=None, learn=None)
+    nearest = None if scheme.weights is None else replace(scheme.weights, method="rtn", clip=False)
+    rounding = replace(scheme, weights=nearest, head=None, embedding=None, overrides={}, average_bits=None, learn=None)
     shown, judged = parted(inputs) if held_out is None else (inputs, held_out)
-    found = with_balanced_caches(program, config, shown, steps)
-    if found is config:
-        raise ConfigError(
-            f"no queries and keys of this program can be balanced: they are not rotated as it runs ({_TURNED}), or not "
-            "by Hadamards, or by matrices of yours"
-        )
-    told = []
-    for each in (config, found):
-        steps.begin("judge the cache")
+
+    def divergence(each: RotationConfig) -> float:
+        steps.begin("judge what is balanced")
         rounded = quantize(rotate(program, replace(each, verify=False)).program, rounding, shown).program
-        told.append(Lesson(rounded, program, shown, judged).judged({}, lambda: None))
-    before, after = told
-    kept, dropped = ((BALANCE,), ()) if after < before else ((), (BALANCE,))
-    return (found if kept else config), LearningRecord(before, after if kept else before, len(judged), kept, dropped)
+        return Lesson(rounded, program, shown, judged).judged({}, lambda: None)
+
+    before: float | None = None
+    best, kept, dropped = (config, 0.0), list[str](), list[str]()
+    for name, applies, balanced in _PARTS:
+        found = balanced(program, best[0], shown, steps) if applies(scheme) else best[0]
+        if found is best[0]:
+            continue
+        if before is None:
+            before = divergence(config)
+            best = (config, before)
+        after = divergence(found)
+        (kept if after < best[1] else dropped).append(name)
+        best = (found, after) if after < best[1] else best
+    if before is None:
+        raise ConfigError(
+            "nothing of this program can be balanced: what is rounded is not rotated as it runs (keys by R3, "
+            "activations by R1 with --form online, or R4), or not by Hadamards, or by matrices of yours"
+        )
+    return best[0], LearningRecord(before, best[1], len(judged), tuple(kept), tuple(dropped))
 
 
-def with_balanced_caches(
+def with_balanced_keys(
     program: ExportedProgram, config: RotationConfig, inputs: Sequence[Any], steps: Steps | None = None
 ) -> RotationConfig:
     """Return a configuration with the matrices in which the keys of a cache round best, given what queries look at.
@@ -321,16 +339,54 @@ def with_balanced_caches(
         inputs: of the program, to take the moments on.
         steps: told what begins.
     """
-    steps = steps or Silent()
-    plain = plan(program, replace(config, verify=False))
-    turned = (space for space in plain.spaces if space.role == _TURNED and space.online)
-    places = (space for space in turned if config.matrix(space.name) is None)
+    places = (place for place in _turned(program, config) if place.role == _TURNED)
     begun = {place.name: start for place in places for start in (balancing_begins(place),) if start is not None}
+    return _balanced(program, config, begun, inputs, balanced_bases, "balance keys", steps)
+
+
+def with_balanced_channels(
+    program: ExportedProgram, config: RotationConfig, inputs: Sequence[Any], steps: Steps | None = None
+) -> RotationConfig:
+    """Return a configuration with the scales in front of Hadamards in which activations round best.
+
+    It is a closed form of values and gradients (:mod:`spinpass.quantization.learned.levels`), for what is rotated in
+    front of linear layers as the program runs. Where there is none, or the configuration has matrices of theirs, it is
+    as it was. The arguments are those of :func:`with_balanced_keys`.
+    """
+    places = (place for place in _turned(program, config) if place.role != _TURNED and takes_scales(place))
+    begun = {place.name: place.rotation for place in places}
+    inputs = inputs[:: -(-len(inputs) // _DRAWN)] if inputs else inputs
+    return _balanced(program, config, begun, inputs, channel_scales, "balance channels", steps)
+
+
+_PARTS: tuple[tuple[str, Callable[[QuantizationConfig], bool], Callable[..., RotationConfig]], ...] = (
+    ("balanced keys", lambda scheme: scheme.cache is not None, with_balanced_keys),
+    ("balanced channels", lambda scheme: scheme.activations is not None, with_balanced_channels),
+)
+"""What is balanced: what a record calls it, for which schemes, and how."""
+
+
+def _turned(program: ExportedProgram, config: RotationConfig) -> list[PlannedSpace]:
+    """The spaces that a Hadamard of no matrix of the user's turns as the program runs."""
+    spaces = plan(program, replace(config, verify=False)).spaces
+    return [space for space in spaces if space.online and config.matrix(space.name) is None]
+
+
+def _balanced(
+    program: ExportedProgram,
+    config: RotationConfig,
+    begun: Mapping[str, Rotation],
+    inputs: Sequence[Any],
+    find: Callable[..., Mapping[str, Rotation]],
+    what: str,
+    steps: Steps | None,
+) -> RotationConfig:
+    """The configuration with what is found in a program that is rotated by what was begun."""
     if not begun:
         return config
     rotated = rotate(program, replace(config, verify=False, matrices={**config.matrices, **begun}))
-    found = balanced_bases(rotated.program, begun, inputs, steps.start("balance queries and keys"))
-    return replace(config, matrices={**config.matrices, **found})
+    found = find(rotated.program, begun, inputs, (steps or Silent()).start(what))
+    return replace(config, matrices={**config.matrices, **found}) if found else config
 
 
 def planned_bases(plan: RotationPlan, kinds: Mapping[str, str]) -> list[Basis]:

@@ -47,14 +47,24 @@ def matrices(plan: spinpass.RotationPlan) -> dict[str, Rotation]:
     return {s.name: Rotation.from_factors(factors(s.size, seed), s.name) for seed, s in enumerate(spaces)}
 
 
+def scales(plan: spinpass.RotationPlan) -> dict[str, Rotation]:
+    """Scales of both signs in front of the Hadamards, of queries and keys as well."""
+    found = {}
+    for seed, space in enumerate(s for s in plan.spaces if s.group == "invertible"):
+        drawn = torch.randn(space.size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        found[space.name] = Rotation.from_scales((0.4 * drawn).exp().clamp(0.4, 3) * drawn.sign(), space.name)
+    return found
+
+
 def config(**settings: Any) -> RotationConfig:
     return RotationConfig(**{"form": "online", "verify": False, **settings})
 
 
+@pytest.mark.parametrize("given", [matrices, scales])
 @pytest.mark.parametrize("name", models.DECODERS)
-def test_every_decoder_keeps_its_function(name: str) -> None:
+def test_every_decoder_keeps_its_function(name: str, given: Any) -> None:
     before = program(name)
-    asked = matrices(spinpass.plan(before, config()))
+    asked = given(spinpass.plan(before, config()))
     assert any(key.startswith("R1") for key in asked) and any(key.startswith("R3") for key in asked)
     found = spinpass.rotate(before, config(matrices=asked, verify=None))
     inputs = synthetic_inputs(before, seed=3)
@@ -156,10 +166,11 @@ def test_what_a_product_of_factors_computes(of: tuple[int, ...], blocks: int) ->
         Rotation.from_dict(rotation.to_dict() | {"factors": ["AAAA"]})
 
 
+@pytest.mark.parametrize("given", [matrices, scales])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_runtimes_without_operators_of_spinpass_get_products(dtype: torch.dtype) -> None:
+def test_runtimes_without_operators_of_spinpass_get_products(dtype: torch.dtype, given: Any) -> None:
     before: ExportedProgram = program("llama", dtype=dtype)
-    asked = matrices(spinpass.plan(before, config()))
+    asked = given(spinpass.plan(before, config()))
     after = lower(spinpass.transform(before, config(matrices=asked, verify=None)))
     assert not [node for node in after.graph.nodes if str(node.target).startswith("spinpass.")]
     inputs = synthetic_inputs(before, seed=3)
@@ -172,13 +183,27 @@ def test_onnx_runtime_computes_what_the_program_does(tmp_path: Path) -> None:
     before: ExportedProgram = program("llama", "cache", dtype=torch.float32)
     asked = matrices(spinpass.plan(before, config()))
     products = []
-    for given in (asked, {}):
+    for place, given in enumerate((asked, scales(spinpass.plan(before, config())), {})):
         after = spinpass.transform(before, config(matrices=given, verify=None))
-        report = export(after, tmp_path / f"{len(given)}.onnx", fuse=False)
+        report = export(after, tmp_path / f"{place}.onnx", fuse=False)
         assert report.certificate is not None and report.certificate.ok
         model = onnx.inliner.inline_local_functions(onnx.load(report.path))
         products.append(sum(node.op_type == "MatMul" for node in model.graph.node))
-    assert products[0] == products[1]
+    assert products[0] == products[1] == products[2]
+
+
+def test_scales_behind_a_norm_are_the_norms_own_in_onnx(tmp_path: Path) -> None:
+    """So they take no time: a norm is multiplied by a vector in any case."""
+    before: ExportedProgram = program("llama", "cache", dtype=torch.float32)
+    asked = {n: each for n, each in scales(spinpass.plan(before, config())).items() if n.startswith("R1")}
+    counts = []
+    for given in (asked, {}):
+        after = spinpass.transform(before, config(matrices=given, verify=None))
+        report = export(after, tmp_path / f"{len(given)}.onnx", fuse=True)
+        assert report.certificate is not None and report.certificate.ok
+        model = onnx.load(report.path)
+        counts.append(sum(node.op_type == "Mul" for node in model.graph.node))
+    assert asked and counts[0] == counts[1]
 
 
 class Hidden(nn.Module):

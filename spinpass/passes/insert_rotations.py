@@ -16,7 +16,7 @@ from torch.fx import Node
 from spinpass.analysis import Space
 from spinpass.graph import Changes, Layout, ProgramEditor, arguments, op_name, same_strides, shape, value
 from spinpass.operators import HADAMARD
-from spinpass.rotations import Rotation, hadamard
+from spinpass.rotations import SCALED, Rotation, hadamard
 
 from .site_pass import SitePass
 
@@ -70,7 +70,7 @@ def rotate_value(
     if dim != rank - 1:
         node = editor.call(torch.ops.aten.transpose.int, node, dim, rank - 1, after=node, origin=origin)
     if rotation.is_structured:
-        node = _hadamard(editor, node, layout, rotation, stored, origin, inverse)
+        node = _hadamard(editor, node, layout, rotation, stored, origin, inverse, dual)
     else:
         node = _product(editor, node, layout, rotation, stored, origin, inverse, dual)
     if dim != rank - 1:
@@ -86,28 +86,50 @@ def _hadamard(
     stored: dict[str, Node],
     origin: str,
     inverse: bool,
+    dual: bool,
 ) -> Node:
-    """x -> x·diag(s)·H,  or  x -> x·Hᵀ·diag(s):  insert a structured rotation, or its inverse, along the last axis."""
-    signs = _signs(editor, node, layout, rotation, stored, origin)
-    if signs is not None and not inverse:
-        node = editor.call(torch.ops.aten.mul.Tensor, node, signs, after=node, origin=origin)
-    node = editor.call(torch.ops.spinpass.hadamard.default, node, rotation.order, inverse, after=node, origin=origin)
-    if signs is not None and inverse:
-        node = editor.call(torch.ops.aten.mul.Tensor, node, signs, after=node, origin=origin)
-    return node
+    """x -> x·diag(d)·H,  or  x -> x·Hᵀ·diag(1/d):  insert a structured rotation, its inverse or dual, on the last axis.
+
+    Scales are multiplied in the precision of the arithmetic, since what has folded into the weights is their exact
+    inverse; signs change no precision.
+    """
+    diagonal = rotation.diagonal(dual=dual != inverse)
+    hadamards = (torch.ops.spinpass.hadamard.default, rotation.order, inverse)
+    chain = _Chain(editor, node, origin)
+    if diagonal is None:
+        chain.call(*hadamards)
+        return chain.last
+    dtype = value(node).dtype
+    compute = hadamard.precision_of(value(node)) if diagonal.is_floating_point() else dtype
+    if compute != dtype:
+        chain.call(torch.ops.aten.to.dtype, compute)
+    vector = _vector(editor, chain.last, layout, diagonal, stored, origin, dual=dual != inverse)
+    scaled = (torch.ops.aten.mul.Tensor, vector)
+    for call in (hadamards, scaled) if inverse else (scaled, hadamards):
+        chain.call(*call)
+    if compute != dtype:
+        chain.call(torch.ops.aten.to.dtype, dtype)
+    return chain.last
 
 
-def _signs(
-    editor: ProgramEditor, node: Node, layout: Layout, rotation: Rotation, stored: dict[str, Node], origin: str
-) -> Node | None:
-    """Return the stored signs (channels,) in the dtype of the value, or None where the rotation has none."""
-    signs = rotation.signs()
-    if signs is None:
-        return None
-    key = f"signs {value(node).dtype} {layout.count}"  # one space may have values of several types and head counts
+def _vector(
+    editor: ProgramEditor,
+    node: Node,
+    layout: Layout,
+    diagonal: Tensor,
+    stored: dict[str, Node],
+    origin: str,
+    *,
+    dual: bool,
+) -> Node:
+    """Return stored signs or scales (channels,) in the dtype of the value, made once for a space."""
+    what = f"scales{_DUAL if dual else ''}" if diagonal.is_floating_point() else "signs"
+    key = f"{what} {value(node).dtype} {layout.count}"  # a space may have values of several types and head counts
     if key not in stored:
-        tensor = signs.to(value(node).device, value(node).dtype).repeat(layout.count)
-        stored[key] = editor.add_constant(f"spinpass.{_identifier(origin)}.signs", tensor)
+        exact = diagonal.to(value(node).device, torch.float64).repeat(layout.count)
+        stored[key] = editor.add_constant(
+            f"spinpass.{_identifier(origin)}.{what}", exact.to(value(node).dtype), steps=[lambda _: exact]
+        )
     return stored[key]
 
 
@@ -230,6 +252,10 @@ def _broken(editor: ProgramEditor, space: Space, rotation: Rotation, changes: Ch
     if rotation.is_structured:
         hadamards = [arguments(n) for n in changes.made if op_name(n) == HADAMARD]
         made = (sum(not h["transpose"] for h in hadamards), sum(h["transpose"] for h in hadamards))
+        duals = sum(_reads(editor, n, f"scales{_DUAL}") for n in changes.made if op_name(n) == "aten::mul")
+        due_duals = len(space.exits) + sum(e.dual for e in space.entries)
+        if rotation.kind == SCALED and duals != due_duals:
+            return f"{duals} values were scaled by the inverse, not {due_duals}"
         if any(h["order"] != rotation.order for h in hadamards):
             return f"a Hadamard of another order than {rotation.order} was inserted"
     else:

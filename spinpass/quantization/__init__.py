@@ -8,10 +8,12 @@ from .learned import (
     balanced_bases,
     balancing_begins,
     begun_basis,
+    channel_scales,
     learned,
     learned_bases,
     needs_of_bases,
     roles_of_bases,
+    takes_scales,
 )
 from .packed import (
     Packed,
@@ -54,6 +56,7 @@ __all__ = [
     "balancing_begins",
     "begun_basis",
     "cache_sites",
+    "channel_scales",
     "check_kinds",
     "check_shares",
     "decode_scales",
@@ -68,6 +71,7 @@ __all__ = [
     "rewritten",
     "roles_of_bases",
     "site_errors",
+    "takes_scales",
     "unpack",
     "unrounded_operands",
     "weight_name",

@@ -3,10 +3,11 @@
 from . import hadamard
 from .blocks import multiply_blocks
 from .hadamard import is_order, largest_order
-from .rotation import GIVEN_KINDS, Rotation, rotation_by
+from .rotation import GIVEN_KINDS, SCALED, Rotation, rotation_by
 
 __all__ = [
     "GIVEN_KINDS",
+    "SCALED",
     "Rotation",
     "hadamard",
     "is_order",

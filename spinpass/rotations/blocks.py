@@ -39,6 +39,17 @@ def checked_blocks(blocks: Tensor) -> Tensor:
     return exact
 
 
+def checked_scales(scales: Tensor) -> Tensor:
+    """Return scales (n,) as float64 on the CPU.
+
+    Raises ConfigError: they have another shape, are not float32 or float64, or one is 0 or no number.
+    """
+    if not isinstance(scales, Tensor) or scales.dim() != 1:
+        found = tuple(scales.shape) if isinstance(scales, Tensor) else type(scales).__name__
+        raise ConfigError(f"scales are a vector (n,), one for each channel; got {found}")
+    return checked_blocks(scales).flatten()
+
+
 def checked_order(order: Tensor) -> Tensor:
     """Return a permutation as int64 (n,) on the CPU. Raises ConfigError: it is none, or of another dtype."""
     plain = isinstance(order, Tensor) and order.layout == torch.strided and not order.is_meta

@@ -47,12 +47,14 @@ def fields_of(data: Mapping[str, Any]) -> Described:
 
 def _matrix(raw: bytes, kind: str, size: int, order: int) -> Tensor:
     """Return the one tensor of a rotation of a kind that has one. Raises ConfigError: it does not fit, or is wrong."""
-    row = {"blocks": order, "permutation": 1}.get(kind, size)
+    row = {"blocks": order, "permutation": 1, "scaled-hadamard": 1}.get(kind, size)
     if len(raw) != 8 * size * row or size < 1 or order < 1 or size % order:
         raise ConfigError(f"the matrix of a rotation of size {size} takes {8 * size * row} bytes, got {len(raw)}")
     values = _from_bytes(raw)
     if kind == "blocks":
         return blocks.checked_blocks(values.view(-1, order, order))
+    if kind == "scaled-hadamard":
+        return blocks.checked_scales(values)
     if kind == "permutation":
         return blocks.checked_order(values.nan_to_num(-1).to(torch.int64))
     matrix = values.view(size, size)

@@ -99,10 +99,10 @@ def hadamard_transform(
     *,
     transpose: bool = False,
     dim: int = -1,
-    signs: Tensor | None = None,
+    diagonal: Tensor | None = None,
     compute: torch.dtype | None = None,
 ) -> Tensor:
-    """``x R`` along ``dim`` for the orthogonal ``R = diag(signs) · (I ⊗ H) / √order``, or its inverse ``x Rᵀ``.
+    """``x R`` along ``dim`` for ``R = diag(diagonal) · (I ⊗ H) / √order``, or ``x Rᵀ``, its inverse if it is of signs.
 
     Args:
         x: float16, bfloat16, float32 or float64, of any shape and strides. The size of ``dim`` is a multiple of
@@ -110,7 +110,7 @@ def hadamard_transform(
         order: a Hadamard order, see :func:`is_order`.
         transpose: multiply by Rᵀ.
         dim: the axis that is transformed.
-        signs: ±1, one per element of ``dim``. None stands for ones.
+        diagonal: ±1 or scales, one per element of ``dim``. None stands for ones.
         compute: float32 or float64, the precision of the arithmetic. None takes that of ``x``, and float32 for float16
             and bfloat16. Autocast has no influence. The result is rounded to the dtype of ``x`` once, at the end.
 
@@ -123,7 +123,7 @@ def hadamard_transform(
     """
     check(x, order, dim)
     left = _scaled_factors(order, precision_of(x, compute), x, transpose)
-    before, after = (None, signs) if transpose else (signs, None)
+    before, after = (None, diagonal) if transpose else (diagonal, None)
     return multiply(x, left, dim=dim, before=before, after=after, compute=compute)
 
 

@@ -18,17 +18,19 @@ from spinpass.errors import ConfigError
 from . import blocks, encoding, hadamard, kronecker
 
 HADAMARD_KINDS = ("hadamard", "random-hadamard")
-GIVEN_KINDS = ("learned", "kronecker", "blocks", "permutation")
+SCALED = "scaled-hadamard"
+GIVEN_KINDS = ("learned", "kronecker", SCALED, "blocks", "permutation")
 """They stand for the matrices that the user brings."""
 
 KINDS = (*HADAMARD_KINDS, "random-matrix", *GIVEN_KINDS)
+_STRUCTURED = (*HADAMARD_KINDS, SCALED)
 
 
 @dataclass(frozen=True, eq=False)
 class Rotation:
     """A matrix R of shape (size, size) that is block-diagonal with blocks of ``order`` rows.
 
-    It is orthogonal, but for ``kronecker`` and ``blocks``, which take any invertible matrices.
+    It is orthogonal, but for ``kronecker`` and ``blocks``, which take any invertible matrices, and ``scaled-hadamard``.
 
     =================  ========================================================================================
     kind               R
@@ -38,13 +40,14 @@ class Rotation:
     random-matrix      I ⊗ Q, Q of shape (order, order) uniformly distributed (Haar), drawn from (seed, identity)
     learned            the user's orthogonal matrix, whose ``order`` equals its ``size``
     kronecker          I ⊗ (F1 ⊗ F2 ⊗ …), the user's invertible factors, whose sizes multiply to ``order``
+    scaled-hadamard    diag(d) · (I ⊗ H/√order), the user's scales d, none of them 0
     blocks             diag(A1, A2, …), the user's invertible matrices, one for each head; or a scale for each channel
     permutation        the user's order of channels: channel j of x R is channel ``order[j]`` of x
     =================  ========================================================================================
 
-    Make one with :meth:`create`, :meth:`from_matrix`, :meth:`from_factors`, :meth:`from_blocks` or
-    :meth:`from_permutation`. Two rotations are equal when they are the
-    same matrix by construction, which is when their :meth:`fingerprint` is equal.
+    Make one with :meth:`create`, :meth:`from_matrix`, :meth:`from_factors`, :meth:`from_scales`, :meth:`from_blocks` or
+    :meth:`from_permutation`. Two rotations are equal when they are the same matrix by construction, which is when their
+    :meth:`fingerprint` is equal.
 
     Args:
         kind: of the table.
@@ -52,8 +55,8 @@ class Rotation:
         order: of the blocks, which divides the size.
         seed: of the random kinds.
         identity: the name of what is rotated, so that the same space of two programs gets the same rotation.
-        matrix_: of a learned rotation float64 (size, size), of blocks float64 (size / order, order, order), of a
-            permutation int64 (size,), else None.
+        matrix_: of a learned rotation float64 (size, size), of blocks float64 (size / order, order, order), of scales
+            float64 (size,), of a permutation int64 (size,), else None.
         factors: of a Kronecker product, float64 (f, f) each, else empty.
 
     Raises:
@@ -75,7 +78,7 @@ class Rotation:
             raise ConfigError(f"a rotation needs a positive size, got {self.size}")
         if self.order < 1 or self.size % self.order:
             raise ConfigError(f"block size {self.order} does not divide the size {self.size}")
-        if self.kind in HADAMARD_KINDS and not hadamard.is_order(self.order):
+        if self.kind in _STRUCTURED and not hadamard.is_order(self.order):
             raise ConfigError(f"no Hadamard matrix of order {self.order} can be built")
         _check_tensors(self)
 
@@ -138,6 +141,21 @@ class Rotation:
         return cls("kronecker", order if size is None else size, order, identity=identity, factors=exact)
 
     @classmethod
+    def from_scales(cls, scales: Tensor, identity: str = "", *, block_size: int | None = None) -> Rotation:
+        """The change of basis ``x' = x diag(scales) (I ⊗ H/√order)``: channels are scaled, then a Hadamard mixes them.
+
+        Args:
+            scales: float32 or float64 (n,), one for each channel, none of them 0.
+            identity: the name of what is changed.
+            block_size: of the Hadamard's blocks, as for :meth:`create`.
+
+        Raises ConfigError: they have another shape or dtype, one is 0 or no number, or the block size does not fit.
+        """
+        exact = blocks.checked_scales(scales)
+        like = cls.create("hadamard", len(exact), block_size=block_size)
+        return cls(SCALED, len(exact), like.order, identity=identity, matrix_=exact)
+
+    @classmethod
     def from_blocks(cls, matrices: Tensor, identity: str = "") -> Rotation:
         """The change of basis of each part of a vector by a matrix of its own: of each head, or of each channel.
 
@@ -169,6 +187,8 @@ class Rotation:
         """Whether the inverse is the transpose, so that it may pass norms, and products of two of its vectors."""
         if self.kind == "blocks":
             return blocks.blocks_are_orthogonal(self.given)
+        if self.kind == SCALED:
+            return bool((self.given.abs() == 1).all())
         return self.kind != "kronecker" or kronecker.are_orthogonal(self.factors)
 
     @cached_property
@@ -176,6 +196,8 @@ class Rotation:
         """The condition number in the 2-norm: by how much more than itself rounding may be felt."""
         if self.is_orthogonal:
             return 1.0
+        if self.kind == SCALED:
+            return float(self.given.abs().max() / self.given.abs().min())
         return blocks.block_condition(self.given) if self.kind == "blocks" else kronecker.condition_of(self.factors)
 
     @cached_property
@@ -183,13 +205,15 @@ class Rotation:
         """The largest magnitude of an element of R or of its inverse; 1 of a rotation, whose elements are no larger."""
         if self.is_orthogonal:
             return 1.0
+        if self.kind == SCALED:
+            return float(torch.cat([self.given, 1 / self.given]).abs().max())  # before they are spread, that is
         parts = [self.given] if self.kind == "blocks" else self.factors
         sizes = ([float(each.abs().max()) for each in (part, torch.linalg.inv(part))] for part in parts)
         return max(map(math.prod, zip(*sizes, strict=True)))
 
     @property
     def given(self) -> Tensor:
-        """What ``matrix_`` is where there is one: a matrix, the blocks (count, n, n), or an order of channels."""
+        """What ``matrix_`` is where there is one: a matrix, blocks (count, n, n), scales, or an order of channels."""
         assert self.matrix_ is not None, self.kind  # checked where it was made
         return self.matrix_
 
@@ -220,19 +244,24 @@ class Rotation:
     @property
     def is_structured(self) -> bool:
         """Whether it is applied through the factors of a Hadamard matrix, never as a dense block."""
-        return self.kind in HADAMARD_KINDS
+        return self.kind in _STRUCTURED
 
     @property
     def flops(self) -> int:
         """The multiplications and additions that rotate one vector. Sign flips are not counted."""
         if self.is_structured:
-            return self.size // self.order * hadamard.flops(self.order)
+            return self.size // self.order * hadamard.flops(self.order) + self.size * (self.kind == SCALED)
         if self.factors:
             return 2 * self.size * sum(map(len, self.factors))
         return 2 * self.size * self.order
 
-    def signs(self) -> Tensor | None:
-        """The ±1 of ``diag(signs)``, int8 (size,), or None where all are +1."""
+    def diagonal(self, *, dual: bool = False) -> Tensor | None:
+        """What a Hadamard of R⁻ᵀ, if ``dual``, or of R has before it: signs int8 (size,), or scales float64 (size,).
+
+        None where all are 1.
+        """
+        if self.kind == SCALED:
+            return 1 / self.given if dual else self.given
         if self.kind != "random-hadamard":
             return None
         return torch.tensor(self._signs, dtype=torch.int8, device="cpu")
@@ -278,9 +307,11 @@ class Rotation:
         if x.dim() == 0 or x.shape[dim] % self.size:
             raise ConfigError(f"axis {dim} of a tensor of shape {tuple(x.shape)} holds no vectors of size {self.size}")
         if self.is_structured:
-            signs = self.signs()
-            signs = None if signs is None else signs.repeat(x.shape[dim] // self.size)
-            return hadamard.hadamard_transform(x, self.order, transpose=inverse, dim=dim, signs=signs, compute=compute)
+            diagonal = self.diagonal(dual=dual != inverse)
+            diagonal = None if diagonal is None else diagonal.repeat(x.shape[dim] // self.size)
+            return hadamard.hadamard_transform(
+                x, self.order, transpose=inverse, dim=dim, diagonal=diagonal, compute=compute
+            )
         if self.factors:
             precision = hadamard.precision_of(x, compute)
             right = kronecker.right_operands(self.factors, inverse=inverse, dual=dual)
@@ -377,6 +408,7 @@ def _check_tensors(rotation: Rotation) -> None:
         "learned": (torch.float64, (rotation.size, rotation.size)),
         "blocks": (torch.float64, (rotation.size // rotation.order, rotation.order, rotation.order)),
         "permutation": (torch.int64, (rotation.size,)),
+        SCALED: (torch.float64, (rotation.size,)),
     }.get(rotation.kind)
     if due is None:
         if rotation.matrix_ is not None:
@@ -385,7 +417,7 @@ def _check_tensors(rotation: Rotation) -> None:
     if rotation.matrix_ is None:
         raise ConfigError(f"a {rotation.kind!r} rotation needs its matrix: use Rotation.from_matrix")
     found = (rotation.matrix_.dtype, tuple(rotation.matrix_.shape))
-    if found != due or (rotation.kind != "blocks" and rotation.order != rotation.size):
+    if found != due or (rotation.kind not in ("blocks", SCALED) and rotation.order != rotation.size):
         raise ConfigError(
             f"a {rotation.kind!r} rotation needs a {due[0]} matrix of size {list(due[1])}, got {found[0]} "
             f"{list(found[1])}"

@@ -111,7 +111,7 @@ def test_any_axis_shape_and_chunk(
     signs = torch.randint(0, 2, (blocks * order,)) * 2 - 1 if signed else None
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(hadamard._CHUNK_BYTES, "cpu", chunk * 8)
-        result = hadamard.hadamard_transform(x, order, transpose=transpose, dim=dim, signs=signs)
+        result = hadamard.hadamard_transform(x, order, transpose=transpose, dim=dim, diagonal=signs)
     assert result.is_contiguous() and result.shape == x.shape
     last, diagonal = x.movedim(dim, -1), torch.ones(()) if signs is None else signs
     expected = reference(last, order, True) * diagonal if transpose else reference(last * diagonal, order)
@@ -160,7 +160,7 @@ def test_gradients_flow(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(hadamard._CHUNK_BYTES, "cpu", chunk)
     x = torch.randn(3, 24, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda t: hadamard.hadamard_transform(t, 12), (x,))
-    assert torch.autograd.gradcheck(lambda t: hadamard.hadamard_transform(t, 12, signs=torch.ones(24)), (x,))
+    assert torch.autograd.gradcheck(lambda t: hadamard.hadamard_transform(t, 12, diagonal=torch.ones(24)), (x,))
 
 
 def test_factors_have_gradients_and_are_multiplied_by_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,6 +49,44 @@ def test_apply_is_the_product_with_the_matrix(
     assert torch.allclose(rotation.apply(result, dim - len(shape), inverse=True), x, atol=1e-12)
 
 
+def scaled(size: int, block_size: int | None = None) -> Rotation:
+    drawn = torch.randn(size, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    return Rotation.from_scales(drawn.sign() * drawn.exp(), "space", block_size=block_size)
+
+
+@pytest.mark.parametrize("rotation", [scaled(24), scaled(96, 24), scaled(148, 4)], ids=str)
+@pytest.mark.parametrize("dim", [-1, 0])
+def test_scales_stand_in_front_of_a_hadamard(rotation: Rotation, dim: int) -> None:
+    plain = Rotation.create("hadamard", rotation.size, block_size=rotation.order).matrix()
+    dense = rotation.given[:, None] * plain
+    assert torch.equal(rotation.matrix(), dense) and not rotation.is_orthogonal
+    x = torch.randn(3, 2 * rotation.size, dtype=torch.float64).movedim(-1, dim)
+    rows = x.movedim(dim, -1).unflatten(-1, (2, -1))
+    for inverse, dual, right in (
+        (False, False, dense),
+        (True, False, torch.linalg.inv(dense)),
+        (False, True, torch.linalg.inv(dense).t()),
+        (True, True, dense.t()),
+    ):
+        found = rotation.apply(x, dim, inverse=inverse, dual=dual).movedim(dim, -1)
+        torch.testing.assert_close(found, (rows @ right).flatten(-2), atol=1e-12, rtol=1e-12)
+    values = rotation.given.abs()
+    assert rotation.condition == pytest.approx(float(values.max() / values.min()))
+    assert rotation.largest == float(max(values.max(), 1 / values.min()))
+    assert rotation.flops == Rotation.create("hadamard", rotation.size, block_size=rotation.order).flops + rotation.size
+    assert Rotation.from_scales(rotation.given.sign(), block_size=rotation.order).is_orthogonal
+
+
+@pytest.mark.parametrize(
+    "scales", [torch.ones(2, 2), torch.ones(4).int(), torch.tensor([1.0, 0.0]), torch.tensor([1.0, torch.nan]), "no"]
+)
+def test_scales_are_a_vector_of_numbers_that_are_not_zero(scales: Any) -> None:
+    with pytest.raises(ConfigError, match="scale"):
+        Rotation.from_scales(scales)
+    with pytest.raises(ConfigError, match="takes 32 bytes"):
+        Rotation.from_dict(scaled(4).to_dict() | {"matrix": "AAAA"})
+
+
 @pytest.mark.parametrize("rotation", [*one_of_each(576), *one_of_each(96, 24)], ids=str)
 def test_matrix_is_orthogonal_and_block_diagonal(rotation: Rotation) -> None:
     dense, n = rotation.matrix(), rotation.size
@@ -70,15 +108,15 @@ def test_half_precision_is_computed_in_float32_and_rounded_once(rotation: Rotati
 
 def test_signs_are_the_diagonal_of_a_random_hadamard() -> None:
     plain, random = Rotation.create("hadamard", 96), Rotation.create("random-hadamard", 96, seed=3)
-    signs = random.signs()
-    assert plain.signs() is None and signs is not None
+    signs = random.diagonal()
+    assert plain.diagonal() is None and signs is not None
     assert signs.dtype == torch.int8 and set(signs.tolist()) == {-1, 1}
     assert torch.equal(random.matrix(), signs[:, None] * plain.matrix())
-    assert abs(int(Rotation.create("random-hadamard", 4096).signs().sum())) < 4 * 64  # type: ignore[union-attr]
+    assert abs(int(Rotation.create("random-hadamard", 4096).diagonal().sum())) < 4 * 64  # type: ignore[union-attr]
 
 
 def test_signs_are_the_same_on_every_machine_and_version() -> None:
-    signs = Rotation.create("random-hadamard", 12, seed=7, identity="layers.0").signs()
+    signs = Rotation.create("random-hadamard", 12, seed=7, identity="layers.0").diagonal()
     assert signs is not None
     assert signs.tolist() == PINNED_SIGNS
 
@@ -118,6 +156,7 @@ def test_block_size_chooses_the_order() -> None:
         (Rotation.create("hadamard", 4304), "hadamard(269 blocks of 16)"),
         (Rotation.create("random-matrix", 8, block_size=4, seed=2), "random-matrix(2 blocks of 4, seed 2)"),
         (Rotation.from_matrix(torch.eye(3)), "learned(3)"),
+        (Rotation.from_scales(torch.ones(576)), "scaled-hadamard(576)"),
     ],
 )
 def test_text(rotation: Rotation, text: str) -> None:
@@ -132,7 +171,7 @@ def test_flops_and_structure() -> None:
     assert [r.is_structured for r in one_of_each(24)] == [True, True, False, False]
 
 
-@pytest.mark.parametrize("rotation", [*one_of_each(60), *one_of_each(96, 24)], ids=str)
+@pytest.mark.parametrize("rotation", [*one_of_each(60), *one_of_each(96, 24), scaled(60), scaled(96, 24)], ids=str)
 def test_dictionaries_pickles_and_copies_lose_nothing(rotation: Rotation) -> None:
     through_json = Rotation.from_dict(json.loads(json.dumps(rotation.to_dict())))
     for other in (through_json, pickle.loads(pickle.dumps(rotation)), copy.deepcopy(rotation)):

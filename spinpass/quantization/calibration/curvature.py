@@ -20,7 +20,7 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 
 from spinpass.errors import ConfigError
-from spinpass.execution import flat_inputs, log_probabilities
+from spinpass.execution import Watch, flat_inputs, log_probabilities
 from spinpass.graph import shape
 from spinpass.passes import open_program
 from spinpass.progress import Progress
@@ -64,12 +64,34 @@ def draw_gradients(
         ConfigError: the inputs do not fit the program, its first output is no logits, or depends on none of the layers,
             or is no number.
     """
+
+    def watching(given: Mapping[str, Any]) -> Watch:
+        return _Hooked(named, keep, receive, {n: keep(x) for n, x in given.items() if isinstance(x, Tensor)})
+
+    yield from each_backward(program, inputs, watching, progress, places)
+
+
+def each_backward(
+    program: ExportedProgram,
+    inputs: Sequence[object],
+    watching: Callable[[Mapping[str, Any]], Watch],
+    progress: Progress,
+    places: Sequence[int] | None = None,
+) -> Iterator[int]:
+    """Yield, input by input, the number of predictions, once the log-probability of labels drawn from them went back.
+
+    Args:
+        program, inputs, progress, places: as for :func:`draw_gradients`.
+        watching: is given the flat inputs of a run, by name, and returns what watches it: that hooks the values whose
+            gradients it wants, after it has had them require gradients where they do not.
+
+    Raises ConfigError as :func:`draw_gradients`.
+    """
     generator = torch.Generator("cpu").manual_seed(_SEED)  # the same draws on every device
     for done, values in enumerate(inputs):
         if places is not None:
             generator.manual_seed(places[done])
-        given = {name: keep(x) for name, x in flat_inputs(program, values).items() if isinstance(x, Tensor)}
-        watch = _Hooked(named, keep, receive, given)
+        watch = watching(flat_inputs(program, values))
         predicted = log_probabilities(program, values, {}, gradients=True, watch=watch)
         _check_predicted(predicted, done)
         drawn = torch.multinomial(predicted.detach().exp().cpu(), 1, generator=generator).to(predicted.device)

@@ -22,7 +22,7 @@ from torch.export import ExportedProgram
 from spinpass.graph import ProgramEditor
 from spinpass.learning import LearningPart, places_of
 from spinpass.passes import stored_factors
-from spinpass.rotations import Rotation, hadamard
+from spinpass.rotations import SCALED, Rotation, hadamard
 
 from ..kinds import TRANSFORM
 from .changes import BasisKind, LearningPlace
@@ -119,7 +119,7 @@ class LearnedFactor:
 def factored(place: LearningPlace) -> Rotation | None:
     """Return a space's rotation in factors, where it has such and they are few enough to be learned."""
     rotation = place.rotation
-    if rotation is None or rotation.is_offline:
+    if rotation is None or rotation.is_offline or rotation.kind == SCALED:
         return None  # it stays what was given
     if rotation.kind == "hadamard":
         sizes = hadamard.kronecker_factors(rotation.order)

@@ -13,7 +13,8 @@ from spinpass.certificate.programs import synthetic_inputs
 from spinpass.errors import ConfigError
 from spinpass.evaluation import ProgramScorer, compare
 from spinpass.execution import run
-from spinpass.learned import balance, with_balanced_caches
+from spinpass.graph import with_other_values
+from spinpass.learned import balance, with_balanced_keys
 from spinpass.quantization import QuantizationConfig, quantize
 from spinpass.quantization.learned.balance import balanced
 from tests.support.decoders import HEAD, Decoder, made, relative_error
@@ -60,7 +61,7 @@ def test_the_closed_form_is_the_minimum(seed: int) -> None:
 def test_the_function_stays(name: str) -> None:
     program = decoder(name)
     before = {n: t.clone() for n, t in program.state_dict.items()}
-    config = with_balanced_caches(program, CACHES, [synthetic_inputs(program, seed=s) for s in range(2)])
+    config = with_balanced_keys(program, CACHES, [synthetic_inputs(program, seed=s) for s in range(2)])
     assert {name.partition(":")[0] for name in config.matrices} == {"R3"} and len(config.matrices) == 2
     assert not any(rotation.is_orthogonal for rotation in config.matrices.values())  # type: ignore[union-attr]
     found = spinpass.rotate(program, config)
@@ -74,14 +75,13 @@ def test_what_is_given_or_cannot_be_balanced_stays() -> None:
     shown: list[Any] = [synthetic_inputs(decoder("llama"), seed=0)]
     own = RotationConfig(("R2", "R3"), matrices={"R3": torch.eye(int(spinpass.plan(decoder("llama"), CACHES).spaces[-1].size)).double()})
     for config in (own, RotationConfig(("R1", "R2"))):
-        assert with_balanced_caches(decoder("llama"), config, shown) is config
+        assert with_balanced_keys(decoder("llama"), config, shown) is config
     for nothing in ("gpt2", "bloom"):  # queries and keys meet without RoPE, so that they fold, or not at all
-        assert with_balanced_caches(decoder(nothing), CACHES, [synthetic_inputs(decoder(nothing), seed=0)]) is CACHES
-    zero = decoder("llama")
-    for name, tensor in zero.state_dict.items():
-        if "k_proj" in name:
-            tensor.data.zero_()
-    assert not with_balanced_caches(zero, CACHES, [synthetic_inputs(zero, seed=0)]).matrices
+        assert with_balanced_keys(decoder(nothing), CACHES, [synthetic_inputs(decoder(nothing), seed=0)]) is CACHES
+    whole = decoder("llama")
+    zeros = {n: torch.zeros_like(t) for n, t in whole.state_dict.items() if "k_proj" in n}
+    zero = with_other_values(whole, zeros)
+    assert not with_balanced_keys(zero, CACHES, [synthetic_inputs(zero, seed=0)]).matrices
 
 
 def test_keys_of_few_directions_round_better() -> None:
@@ -96,7 +96,7 @@ def test_keys_of_few_directions_round_better() -> None:
     windows = [torch.randint(0, 30, (24,), generator=torch.Generator().manual_seed(s)).tolist() for s in range(6)]
     shown = [synthetic_inputs(program, seed=s) for s in range(4)]
     scorer, losses = ProgramScorer(program), []
-    for config in (CACHES, with_balanced_caches(program, CACHES, shown)):
+    for config in (CACHES, with_balanced_keys(program, CACHES, shown)):
         rounded = quantize(spinpass.transform(program, config), "kv4").program
         losses.append(compare(scorer, ProgramScorer(rounded), windows).divergence)
     assert losses[1] < 0.8 * losses[0]
@@ -110,5 +110,7 @@ def test_it_is_kept_where_other_inputs_confirm_it() -> None:
     assert course.inputs == 1 and course.kept is bool(found.matrices) is (course.after < course.before or course.kept)
     with pytest.raises(ConfigError, match="two or more"):
         balance(program, CACHES, scheme, shown[:1], None)
-    with pytest.raises(ConfigError, match="the scheme does not round"):
-        balance(program, CACHES, QuantizationConfig.parse("w4-rtn-a8"), shown, None)
+    with pytest.raises(ConfigError, match="the scheme rounds neither"):
+        balance(program, CACHES, QuantizationConfig.parse("w4-rtn"), shown, None)
+    with pytest.raises(ConfigError, match="nothing of this program can be balanced"):
+        balance(program, RotationConfig("R2"), scheme, shown, None)

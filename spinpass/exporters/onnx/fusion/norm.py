@@ -3,11 +3,14 @@
     w · (x · Reciprocal(Sqrt(ReduceMean(Pow(x, 2), -1) + ε)))   ->   SimplifiedLayerNormalization(x, w)
     SimplifiedLayerNormalization(a + b, w)                       ->   SkipSimplifiedLayerNormalization(a, b, w), a + b
 
-A norm without a scale (the pass folds scales into the layers behind) gets ones. The sum stays a result of the fused
-node, because the residual stream goes on from it. Norms in half precision compute between casts and stay as they are.
+A norm without a scale (the pass folds scales into the layers behind) gets ones; one with several, such as those in
+front of a Hadamard, their product. The sum stays a result of the fused node, because the residual stream goes on from
+it. Norms in half precision compute between casts and stay as they are.
 """
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 import onnx_ir as ir
@@ -26,11 +29,13 @@ def fuse_norms(graph: ir.Graph, builder: Builder) -> int:
         if matched is None:
             continue
         x, epsilon = matched
-        result, scale = _scaled(node.outputs[0])
+        result, scales = _scaled(node.outputs[0])
         size = static(x, -1)
         assert size is not None  # by _normalized
         made = builder.at(node)
-        weight = scale if scale is not None else made.constant(np.ones(size, np.float32))
+        arrays = [array for array in map(constant, scales) if array is not None]
+        one = scales[0] if len(scales) == 1 else None
+        weight = one if one is not None else made.constant(math.prod(arrays, start=np.ones(size, np.float32)))
         y = made.add(NORM, [x, weight], x, axis=-1, epsilon=epsilon, stash_type=1)
         ir.convenience.replace_all_uses_with(result, y, replace_graph_outputs=True)
         count += 1
@@ -102,16 +107,19 @@ def _is_mean_square(mean: ir.Value, x: ir.Value) -> bool:
     return square is not None and square.inputs[0] is x and square.inputs[1] is x
 
 
-def _scaled(value: ir.Value) -> tuple[ir.Value, ir.Value | None]:
-    """Return the product of the normalized value with a constant vector, if that is all that becomes of it."""
-    users = list(value.consumers())
-    if len(users) != 1 or users[0].op_type != "Mul" or users[0].domain != "" or value.is_graph_output():
-        return value, None
-    scale = next((v for v in users[0].inputs if v is not None and v is not value), None)
-    array = constant(scale)
-    if scale is None or array is None or array.shape != (static(value, -1),) or scale.dtype != value.dtype:
-        return value, None
-    return users[0].outputs[0], scale
+def _scaled(value: ir.Value) -> tuple[ir.Value, list[ir.Value]]:
+    """Return the product of the normalized value with constant vectors, if that is all that becomes of it, and them."""
+    scales: list[ir.Value] = []
+    while True:
+        users = list(value.consumers())
+        if len(users) != 1 or users[0].op_type != "Mul" or users[0].domain != "" or value.is_graph_output():
+            return value, scales
+        scale = next((v for v in users[0].inputs if v is not None and v is not value), None)
+        array = constant(scale)
+        if scale is None or array is None or array.shape != (static(value, -1),) or scale.dtype != value.dtype:
+            return value, scales
+        value = users[0].outputs[0]
+        scales.append(scale)
 
 
 def _same(a: ir.Value, b: ir.Value) -> bool:
