@@ -8,6 +8,7 @@ what the exporters take: a program, its integers, and a plan with matrices.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -275,6 +276,24 @@ def balance(
     held_out: Sequence[Any] | None,
     steps: Steps | None = None,
 ) -> tuple[RotationConfig, LearningRecord]:
+    """Return what :func:`balanced_where_it_helps` does. Raises ConfigError as that does, and where it returns None."""
+    found = balanced_where_it_helps(program, config, scheme, inputs, held_out, steps)
+    if found is None:
+        raise ConfigError(
+            "nothing of this program can be balanced: what is rounded is not rotated as it runs (keys by R3, "
+            "activations by R1 with --form online, or R4), or not by Hadamards, or by matrices of yours"
+        )
+    return found
+
+
+def balanced_where_it_helps(
+    program: ExportedProgram,
+    config: RotationConfig,
+    scheme: QuantizationConfig,
+    inputs: Sequence[Any],
+    held_out: Sequence[Any] | None,
+    steps: Steps | None = None,
+) -> tuple[RotationConfig, LearningRecord] | None:
     """Return a configuration with the matrices in which keys and activations round best, if other inputs confirm it.
 
     It is two closed forms: of the keys of a cache (:mod:`spinpass.quantization.learned.balance`), and of the channels
@@ -289,8 +308,9 @@ def balance(
             holds out one of sixteen. Keys and channels are kept or dropped each for itself.
         steps: told what begins.
 
-    Raises ConfigError: the scheme rounds neither caches nor activations, there are less than two inputs, or nothing is
-    rotated as the program runs that could be balanced.
+    Returns None where nothing is rotated as the program runs that could be balanced.
+
+    Raises ConfigError: the scheme rounds neither caches nor activations, or there are less than two inputs.
     """
     steps = steps or Silent()
     check_balancing(scheme, "the scheme")
@@ -305,24 +325,20 @@ def balance(
         rounded = quantize(rotate(program, replace(each, verify=False)).program, rounding, shown).program
         return Lesson(rounded, program, shown, judged).judged({}, lambda: None)
 
-    before: float | None = None
-    best, kept, dropped = (config, 0.0), list[str](), list[str]()
+    before, after = math.inf, math.inf
+    kept, dropped = list[str](), list[str]()
     for name, applies, balanced in _PARTS:
-        found = balanced(program, best[0], shown, steps) if applies(scheme) else best[0]
-        if found is best[0]:
+        found = balanced(program, config, shown, steps) if applies(scheme) else config
+        if found is config:
             continue
-        if before is None:
-            before = divergence(config)
-            best = (config, before)
-        after = divergence(found)
-        (kept if after < best[1] else dropped).append(name)
-        best = (found, after) if after < best[1] else best
-    if before is None:
-        raise ConfigError(
-            "nothing of this program can be balanced: what is rounded is not rotated as it runs (keys by R3, "
-            "activations by R1 with --form online, or R4), or not by Hadamards, or by matrices of yours"
-        )
-    return best[0], LearningRecord(before, best[1], len(judged), tuple(kept), tuple(dropped))
+        if not (kept or dropped):
+            before = after = divergence(config)
+        tried = divergence(found)
+        (kept if tried < after else dropped).append(name)
+        config, after = (found, tried) if tried < after else (config, after)
+    if not (kept or dropped):
+        return None
+    return config, LearningRecord(before, after, len(judged), tuple(kept), tuple(dropped))
 
 
 def with_balanced_keys(

@@ -47,13 +47,14 @@ def learn_command(
     quantize: Annotated[str, typer.Option(help="Scheme to learn them for, for example w4-asym-gptq-a4-kv4.")],
     config: RotationConfig | None = None,
     kinds: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help=f"Kinds of matrices to learn, by commas, of {', '.join(kinds_of_bases(LEARNABLE))}; and {BALANCE}, a "
-            "closed form for queries and keys, which comes first.",
+            help=f"Kinds of matrices, by commas: {BALANCE}, a closed form for keys and for channels in front of linear "
+            f"layers, which comes first; and {', '.join(kinds_of_bases(LEARNABLE))}, which learn by steps.",
             metavar="KINDS",
+            show_default=f"{BALANCE}; transforms where neither activations nor a cache are rounded",
         ),
-    ] = "transforms",
+    ] = None,
     phase: Annotated[
         Phase, typer.Option(help="Learn block by block, in little memory, or by what the whole model predicts.")
     ] = "local",
@@ -73,10 +74,13 @@ def learn_command(
 ) -> None:
     """Learn, for a scheme, the matrices of the rotations that MODEL admits, and write them for --matrices.
 
-    Online rotations become any invertible matrix in the factors of the Hadamard that they begin at,
-    at its cost; those that are folded through norms stay orthogonal. With stacks each value head
-    has a matrix of its own, with gates each channel of the gated product a scale; both are
-    folded. A kind is kept where it helps on the text that decides. A run that was stopped goes on.
+    Balanced, keys have the basis in which a cache of them rounds best, and channels in front of
+    online Hadamards the scales in which activations do. With transforms, online rotations become
+    any invertible matrix in the factors of the Hadamard that they begin at, at its cost; those that
+    are folded through norms stay orthogonal. With stacks each value head has a matrix of its own,
+    with gates each channel of the gated product a scale; both are folded.
+
+    A kind is kept where it helps on the text that decides. A run of steps that was stopped goes on.
 
     Example: spinpass learn ./model bases.json --quantize w4-asym-gptq-a4-kv4 --form online
     """
@@ -85,6 +89,8 @@ def learn_command(
     if config is None:
         raise ConfigError("nothing is learned without a rotation; choose from " + ALL)
     scheme = QuantizationConfig.parse(quantize)
+    balances = scheme.activations is not None or scheme.cache is not None
+    kinds = kinds or (BALANCE if balances else "transforms")
     named = tuple(kind.strip() for kind in kinds.split(","))
     chosen = tuple(kind for kind in named if kind != BALANCE)
     check_kinds(chosen)

@@ -25,7 +25,7 @@ from spinpass.evaluation import (
 )
 from spinpass.formats import Draft, KeptWork, drafted
 from spinpass.graph import HOST, Device, on_device
-from spinpass.learned import with_learned_bases
+from spinpass.learned import balanced_where_it_helps, with_learned_bases
 from spinpass.learning import Learning, LearningRecord
 from spinpass.loading import LoadedModel, check_program_options, load_model
 from spinpass.passes import last_token
@@ -268,13 +268,16 @@ class _Run:
     def _based(
         self, loaded: LoadedModel, program: ExportedProgram, learning: Learning, text: Path | None
     ) -> tuple[RotationConfig | None, LearningRecord]:
-        """Return what is rotated, with the changes of basis that were learned for the scheme."""
+        """Return what is rotated, with changes of basis for the scheme: balanced, and where none can be, learned."""
         asked, scheme = self.request, self.request.scheme
         assert asked.config is not None and scheme is not None and text is not None
         if loaded.companions is None or loaded.companions.tokenizer is None:
             raise ConfigError(f"{loaded.source.location} has no tokenizer to read {text} with: leave --learn out")
         tokenize, longest = token_ids(loaded.companions.tokenizer), window_length(loaded.companions)
         read = learning_text(program, tokenize, text, learning, 1, longest)
+        found = balanced_where_it_helps(program, asked.config, scheme, read.shown, read.held_out, self.steps)
+        if found is not None:
+            return found
         self.draft.work.mkdir(exist_ok=True)
         options: dict[str, Any] = {"team": self.team, "checkpoint": self.draft.work / "bases.pt"}
         options |= {"held_out": read.held_out, "steps": self.steps}

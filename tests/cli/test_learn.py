@@ -25,7 +25,7 @@ def text(tmp_path: Path, name: str = "text.txt", words: int = 6000) -> Path:
 def test_matrices_are_learned_and_exported(tmp_path: Path) -> None:
     model, out = folders.model_folder(tmp_path / "model"), tmp_path / "bases.json"
     asked = ("learn", model, out, "--quantize", SCHEME, "--form", "online", "--calibration", text(tmp_path), "--rounds", 3)
-    asked = (*asked, "--text", text(tmp_path, "other.txt"))
+    asked = (*asked, "--kinds", "transforms", "--text", text(tmp_path, "other.txt"))
     (tmp_path / "bases.learning.md").write_text("notes")
     made = run(*asked, "--json")
     assert made.exit_code == 0, made.stderr
@@ -72,7 +72,7 @@ def test_what_cannot_be_learned_is_refused(tmp_path: Path) -> None:
         ((here, "--quantize", SCHEME, "--rounds", 0), "0 rounds of learning"),
         ((here, "--quantize", SCHEME, "--kinds", "gate"), "'gate' is nothing that can be learned; the nearest is 'gates'"),
         ((here, "--quantize", SCHEME, "--kinds", "gates,scales"), "scales are learned of what is rounded"),
-        ((here, "--quantize", "w8-rtn-a8static", "--calibration", text(tmp_path)), "learn bases with ranges per token"),
+        ((here, "--quantize", "w8-rtn-a8static", "--kinds", "transforms", "--calibration", text(tmp_path)), "learn bases with ranges per token"),
         ((here, "--quantize", SCHEME, "--calibration", tmp_path / "no.txt"), "no.txt"),
         ((here, "--quantize", SCHEME, "--calibration", text(tmp_path), "--text", text(tmp_path)), "name two of them"),
     ):
@@ -93,19 +93,35 @@ def test_matrices_of_another_model_and_damaged_files_are_refused(tmp_path: Path)
             read_matrices(file)
 
 
+def test_keys_and_channels_are_balanced_where_nothing_else_is_asked_for(tmp_path: Path) -> None:
+    model, out = folders.model_folder(tmp_path / "model"), tmp_path / "bases.json"
+    asked = ("learn", model, out, "--form", "online", "--calibration", text(tmp_path, words=800), "--text", text(tmp_path, "other.txt", 1500))
+    made = run(*asked, "--quantize", SCHEME, "--json")
+    (course,) = document(made)["learning"]
+    assert sorted([*course["kinds"], *course["dropped"]]) == ["balanced channels", "balanced keys"]
+    assert course["kept"] is (course["after"] < course["before"]) is out.exists() is (made.exit_code == 0)
+    channels = {n: m for n, m in read_matrices(out).items() if not n.startswith("R3")} if out.exists() else {}
+    assert ("balanced channels" in course["kinds"]) is bool(channels)
+    assert all(str(each).startswith("scaled-hadamard") for each in channels.values())
+    if out.exists():
+        options = ("--form", "online", "--matrices", out, "--quantize", SCHEME)
+        exported = run("export", model, tmp_path / "folder", *options)
+        assert exported.exit_code == 0, exported.stderr
+
+
 def test_queries_and_keys_are_balanced_before_anything_is_learned(tmp_path: Path) -> None:
     model, out = folders.model_folder(tmp_path / "model"), tmp_path / "bases.json"
     asked = ("learn", model, out, "--rotations", "R2,R3", "--calibration", text(tmp_path, words=800), "--text", text(tmp_path, "other.txt", 1500))
     made = run(*asked, "--quantize", "kv4", "--kinds", "balance", "--json")
     told = document(made)
     (course,) = told["learning"]
-    assert made.exit_code == (0 if course["kept"] else 1) and course["kinds"] + course["dropped"] == ["balance"]
+    assert made.exit_code == (0 if course["kept"] else 1) and course["kinds"] + course["dropped"] == ["balanced keys"]
     assert course["kept"] is (course["after"] < course["before"]) is out.exists()
     if out.exists():
         assert {name.partition(":")[0] for name in read_matrices(out)} == {"R3"}
     for options, why in (
-        (("--quantize", "w4-rtn"), "balance is of the keys of a cache, which w4-rtn does not round: add kv4"),
-        (("--quantize", "kv4", "--rotations", "R2"), "no queries and keys of this program can be balanced"),
+        (("--quantize", "w4-rtn"), "balance is of the keys of a cache and of activations, and w4-rtn rounds neither: add kv4"),
+        (("--quantize", "kv4", "--rotations", "R2"), "nothing of this program can be balanced"),
     ):
         refused = run(*asked, *options, "--kinds", "balance")
         assert refused.exit_code == 2 and why in " ".join(refused.stderr.split()), refused.stderr
