@@ -126,7 +126,7 @@ def _usage(error: Any) -> str:
     if hasattr(error, "possibilities"):
         said = f"there is no option {error.option_name}{did_you_mean(error.option_name, error.possibilities or ())}"
     else:
-        said = _one_line(error.format_message()).rstrip(".")
+        said = _one_line(error.format_message()).rstrip(".").replace("Value error, ", "")  # the name of a class
     return f"{said}{'' if said.endswith('?') else ';'} see {' '.join(['spinpass', *command, '--help'])}"
 
 

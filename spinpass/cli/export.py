@@ -134,7 +134,8 @@ def _left_lines(result: Result) -> list[str]:
     """Which layers a scheme was meant for and could not round, by reason; and by what those of experts were."""
     if result.quantization is None:
         return []
-    kept = [f"{count} layers stay in floats: {why}" for why, count in result.quantization.obstacles.items()]
+    counted = result.quantization.obstacles.items()
+    kept = [f"{n} layer{'s' * (n != 1)} stay{'s' * (n == 1)} in floats: {why}" for why, n in counted]
     return [*kept, *filter(None, [result.quantization.experts])]
 
 

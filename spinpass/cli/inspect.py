@@ -111,6 +111,9 @@ def _facts(manifest: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
                          for w in made["weights"].values())  # fmt: skip
         yield "weights", "; ".join(f"{count} of {what}" for what, count in layers.most_common()) or "float"
         yield "rounded", f"{len(made['activations'])} inputs of layers, {len(made['caches'])} keys and values"
+    cache = manifest.get("cache")
+    if cache:
+        yield "cache", f"keys and values are integers of {cache['bits']} bits"
     for name, file in manifest.get("source", {}).get("files", {}).items():
         yield f"made of {name}", f"{file['bytes']:,} bytes, sha256 {file['sha256'][:16]}…"
     for name, file in manifest.get("files", {}).items():

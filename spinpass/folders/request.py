@@ -301,7 +301,19 @@ class ExportRequest:
                 "times slower than with -a8"
             )
         rotation = self.config
-        if scheme is not None and rotation is not None and rotation.form == "auto" and "R1" in rotation.rotations:
+        if self.plan is not None or (rotation is not None and (rotation.matrices or rotation.overrides)):
+            found.append(
+                "no recipe.yaml is written: a plan, matrices and settings of single spaces are files and values of "
+                "yours; keep them beside the folder"
+            )
+        recipe = None if self.bits is None else recipe_of(self.recipe, self.bits, self.to).config
+        own = rotation is not None and recipe is not None and self.plan is None
+        if own and rotation is not None and recipe is not None and rotation.form == "auto" != recipe.form:
+            found.append(
+                f"the recipe has --form {recipe.form}, and your options of rotations take its place with form auto: "
+                f"add --form {recipe.form} to keep it"
+            )
+        elif scheme is not None and rotation is not None and rotation.form == "auto" and "R1" in rotation.rotations:
             found.append(
                 "form auto folds R1 into the weights where it can, norm scales included; --form online costs two "
                 "Hadamards per layer and usually loses less under quantization (spinpass tune measures it)"

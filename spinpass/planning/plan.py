@@ -200,9 +200,7 @@ def _short(names: tuple[str, ...]) -> str:
 
 
 def _online_text(space: PlannedSpace) -> str:
-    parts = (
-        [f"{len(space.online)} Hadamard{'s' * (len(space.online) != 1)}: {space.online[0].why}"] if space.online else []
-    )
+    parts = [online_parts([space])] if space.online else []
     parts += [f"cache: {', '.join(space.cache)}"] if space.cache else []
     return "; ".join(parts + list(space.notes)) or "none"
 

@@ -59,4 +59,7 @@ def online_parts(spaces: Sequence[PlannedSpace]) -> str:
     parts = [part for space in spaces for part in space.online]
     if not parts:
         return "nothing"
-    return f"{len(parts)} Hadamard{'s' * (len(parts) != 1)}: {parts[0].why}"
+    one, several = ("Hadamard", "Hadamards")
+    if not all(space.rotation.is_structured for space in spaces if space.online):
+        one, several = ("change of basis", "changes of basis")
+    return f"{len(parts)} {one if len(parts) == 1 else several}: {parts[0].why}"

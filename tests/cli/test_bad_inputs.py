@@ -156,7 +156,7 @@ VALUES = [
     ("plan {pt2} --rotations none", 2, "a plan needs a rotation; choose from R1"),
     ("rotate {pt2} {out}.pt2 --rotations none", 2, "rotate needs a rotation; choose from R1"),
     ("report {model} -o {out} --rotations none", 2, "a report needs a rotation; choose from R1"),
-    ("plan {pt2} --kind fourier", 2, "'fourier' is not one of"),
+    ("plan {pt2} --kind fourier", 2, "for '--kind': 'fourier' is not one of"),
     ("plan {pt2} --form inline", 2, "'inline' is not one of"),
     ("plan {pt2} --tied maybe", 2, "'maybe' is not one of"),
     ("plan {pt2} --cache lost", 2, "'lost' is not one of"),

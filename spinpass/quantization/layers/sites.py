@@ -58,7 +58,7 @@ def weight_sites(editor: ProgramEditor) -> tuple[list[WeightSite], dict[str, str
         elif stored is None:
             left[linear.node.name] = "its weight is computed from several constants"
         elif editor.fqn(stored[0]).startswith(_OWN):
-            left[linear.node.name] = "it is a rotation"
+            left[linear.node.name] = "a factor of a rotation"
         else:
             head = linear.node not in leading
             picked, ends = _is_picked_from(linear.node), _ends(linear.node)
