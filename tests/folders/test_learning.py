@@ -48,6 +48,23 @@ def test_a_folder_learns_and_says_so(how: str, tmp_path: Path) -> None:
     assert yaml.safe_load((tmp_path / how / "recipe.yaml").read_text())["learn"] == how
 
 
+def test_keys_and_channels_are_balanced_before_they_have_four_bits(tmp_path: Path) -> None:
+    model, out = folders.model_folder(tmp_path / "model"), tmp_path / "out"
+    scheme, found = "w4-asym-rtn-a4-kv4", {}
+    asked = ("--quantize", scheme, "--form", "online", "--calibration", text(tmp_path), "--samples", 2)
+    made = run("export", model, out, *asked, "--learn", "full", "--minutes", 0.02)
+    assert made.exit_code == 0, made.stderr
+    told = json.loads((out / "spinpass.json").read_text())
+    bases = told["learned_bases"]
+    assert sorted([*bases["kinds"], *bases["dropped"]]) == ["balanced channels", "balanced keys"]
+    for space in told["plan"]["spaces"]:
+        found.setdefault(space["rotation"], set()).add(space["matrix"].partition("(")[0])
+    scaled = "scaled-hadamard" if "balanced channels" in bases["kinds"] else "hadamard"
+    assert found["R1"] == found["R4"] == {scaled}
+    assert found["R3"] == {"kronecker" if "balanced keys" in bases["kinds"] else "hadamard"}
+    assert yaml.safe_load((out / "recipe.yaml").read_text())["learn"] == "full"
+
+
 def test_minutes_ask_for_it_and_bound_it(tmp_path: Path) -> None:
     model = folders.model_folder(tmp_path / "model")
     options: dict[str, Any] = {"bits": 4, "calibration": text(tmp_path), "calibration_windows": 2, "minutes": 0.02}
