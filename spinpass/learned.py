@@ -9,7 +9,7 @@ what the exporters take: a program, its integers, and a plan with matrices.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from spinpass import record
-from spinpass.config import RotationConfig
+from spinpass.config import Role, RotationConfig
 from spinpass.errors import ConfigError
 from spinpass.learning import Learning, LearningRecord, Lesson, parted
 from spinpass.pipeline import plan, rotate
@@ -52,7 +52,7 @@ BALANCE = "balance"
 
 _DRAWN = 32  # inputs that gradients are taken on, at most: of each channel it is one number that they have to tell
 _TURNED = "R3"  # any invertible matrix may be given; learned free from the Hadamard on, it rounded worse (DESIGN)
-_BENEATH = "gates"  # what is folded into the same channels lies on top of them
+_BENEATH: Role = "gates"  # what is folded into the same channels lies on top of them
 
 
 @dataclass(frozen=True, repr=False)
@@ -367,12 +367,34 @@ def with_balanced_channels(
 
     It is a closed form of values and gradients (:mod:`spinpass.quantization.learned.levels`), for what is rotated in
     front of linear layers as the program runs. Where there is none, or the configuration has matrices of theirs, it is
-    as it was. The arguments are those of :func:`with_balanced_keys`.
+    as it was. Scales of act(g) · u go to the space that folds them into u, by the rotation ``gates``. The arguments are
+    those of :func:`with_balanced_keys`.
     """
     places = (place for place in _turned(program, config) if place.role != _TURNED and takes_scales(place))
     begun = {place.name: place.rotation for place in places}
     inputs = inputs[:: -(-len(inputs) // _DRAWN)] if inputs else inputs
-    return _balanced(program, config, begun, inputs, channel_scales, "balance channels", steps)
+    found = _balanced(program, config, begun, inputs, channel_scales, "balance channels", steps)
+    return config if found is config else _folded_beneath(program, found, begun)
+
+
+def _folded_beneath(program: ExportedProgram, config: RotationConfig, scaled: Collection[str]) -> RotationConfig:
+    """The configuration with those of the scales folded that a gate takes in front of the same layer."""
+    wider = replace(config, verify=False, rotations=(*config.rotations, _BENEATH))
+    offers = {_place(each.name): each.name for each in plan(program, wider).offers if each.group == "diagonal"}
+    matrices = dict(config.matrices)
+    for name in scaled:
+        gate, rotation = offers.get(_place(name)), matrices.get(name)
+        if gate is not None and isinstance(rotation, Rotation) and name.startswith("R4:"):
+            del matrices[name]
+            matrices[gate] = Rotation.from_blocks(rotation.given, gate)
+    if matrices.keys() == config.matrices.keys():
+        return config
+    return replace(config, matrices=matrices, rotations=wider.rotations)
+
+
+def _place(space: str) -> str:
+    """Where a space lies: its name without that of its rotation."""
+    return space.partition(":")[2]
 
 
 _PARTS: tuple[tuple[str, Callable[[QuantizationConfig], bool], Callable[..., RotationConfig]], ...] = (

@@ -102,9 +102,11 @@ def test_keys_and_channels_are_balanced_where_nothing_else_is_asked_for(tmp_path
     assert course["kept"] is (course["after"] < course["before"]) is out.exists() is (made.exit_code == 0)
     channels = {n: m for n, m in read_matrices(out).items() if not n.startswith("R3")} if out.exists() else {}
     assert ("balanced channels" in course["kinds"]) is bool(channels)
-    assert all(str(each).startswith("scaled-hadamard") for each in channels.values())
+    for name, each in channels.items():
+        assert str(each).startswith("diagonal" if name.startswith("gates") else "scaled-hadamard")
     if out.exists():
-        options = ("--form", "online", "--matrices", out, "--quantize", SCHEME)
+        options = (("--rotations", "R1,R2,R3,R4,latent,gates") if channels else ())
+        options = (*options, "--form", "online", "--matrices", out, "--quantize", SCHEME)
         exported = run("export", model, tmp_path / "folder", *options)
         assert exported.exit_code == 0, exported.stderr
 

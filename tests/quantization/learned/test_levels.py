@@ -96,9 +96,14 @@ def test_the_function_stays(name: str) -> None:
     program = decoder(name)
     before = {n: t.clone() for n, t in program.state_dict.items()}
     config = with_balanced_channels(program, ONLINE, [synthetic_inputs(program, seed=s) for s in range(2)])
-    assert {name.partition(":")[0] for name in config.matrices} <= {"R1", "R4", "heads"} and config.matrices
-    assert all(isinstance(each, Rotation) and each.kind == "scaled-hadamard" for each in config.matrices.values())
+    gated = name not in ("gpt_neox", "gpt2")
+    assert {name.partition(":")[0] for name in config.matrices} == {"R1", "gates" if gated else "R4"}
+    for key, each in config.matrices.items():
+        assert isinstance(each, Rotation) and each.kind == ("blocks" if key.startswith("gates") else "scaled-hadamard")
     found = spinpass.rotate(program, config)
+    flops = [spinpass.plan(program, each).flops for each in (config, ONLINE)]
+    widths = sum(each.size for each in config.matrices.values() if each.kind == "scaled-hadamard")  # type: ignore[union-attr]
+    assert flops[0] == flops[1] + widths, "what is folded costs nothing"
     assert found.certificate is not None and found.certificate.ok
     given = synthetic_inputs(program, seed=3)
     assert relative_error(run(program, given), run(found.program, given)) < 1e-9
@@ -117,7 +122,7 @@ def test_what_is_given_or_takes_no_scales_stays() -> None:
     whole = decoder("llama")
     zeros = {n: torch.zeros_like(t) for n, t in whole.state_dict.items() if "down_proj" in n}
     zero = with_other_values(whole, zeros)
-    assert not any(n.startswith("R4") for n in with_balanced_channels(zero, ONLINE, shown).matrices)
+    assert not any(n.startswith(("R4", "gates")) for n in with_balanced_channels(zero, ONLINE, shown).matrices)
 
 
 def unbalanced() -> Any:
