@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from spinpass.config import RotationConfig
+from spinpass.config import DEFAULT_ROLES, RotationConfig
 from spinpass.errors import ConfigError
 from spinpass.evaluation import SHIPPED_TEXT, learning_text, token_ids
 from spinpass.folders import Known, check_space, check_writable, window_length
@@ -152,6 +152,6 @@ def learn_command(
     if not kept:
         screen.show(f"{out} was not written: Hadamards round this model as well, for {quantize}")
         raise typer.Exit(1)
-    roles = "" if found.rotations == config.rotations else f" --rotations {','.join(found.rotations)}"
+    roles = "" if config.rotations == DEFAULT_ROLES else f" --rotations {','.join(found.rotations)}"
     after = f"next: spinpass export {model} OUT{roles} --form {config.form} --quantize {quantize} --matrices {out}"
     screen.show(files_table(out.parent, [out.name]), after)

@@ -331,6 +331,10 @@ def configuration(
             raise ConfigError(f"--rotations none rotates nothing: leave out {', '.join(unused)}")
         return None
     chosen: Any = tuple(name.strip() for name in rotations.split(","))
+    given_matrices = {} if matrices is None else read_matrices(matrices)
+    if chosen == DEFAULT_ROLES:  # a rotation that takes matrices alone is asked for by giving them
+        named = dict.fromkeys(name.partition(":")[0] for name in given_matrices)
+        chosen += tuple(role for role in named if role in ROLES and role not in chosen)
     return RotationConfig(
         rotations=chosen,
         kind=kind,
@@ -340,7 +344,7 @@ def configuration(
         form=form,
         cache=cache,
         exclude=tuple(exclude or ()),
-        matrices={} if matrices is None else read_matrices(matrices),
+        matrices=given_matrices,
     )
 
 
