@@ -43,7 +43,7 @@ IMPORTS = {
     "onnx": ("spinpass.exporters.onnx", "onnxruntime"),
     "openvino": ("spinpass.exporters.openvino",),
     "optimum": ("optimum.commands.register.register_spinpass",),
-    "report": ("spinpass.reporting", "matplotlib"),
+    "report": ("spinpass.reporting", "rich"),
     "torchao": ("torchao",),
     "transformers": ("spinpass.exporters.transformers", "spinpass.loading"),
 }
