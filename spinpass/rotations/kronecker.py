@@ -92,3 +92,12 @@ def right_operands(factors: Sequence[Tensor], *, inverse: bool, dual: bool) -> l
 def _condition(matrix: Tensor) -> float:
     values = torch.linalg.svdvals(matrix)
     return float(values[0] / values[-1]) if float(values[-1]) > 0 else math.inf
+
+
+def nearest_orthogonal(matrix: Tensor) -> Tensor:
+    """Newton-Schulz steps M <- M (3 I - Mᵀ M) / 2, each of which squares the error, for as long as it gets smaller."""
+    last = math.inf
+    while (error := non_orthogonality(matrix)) < last / 2:
+        matrix = 1.5 * matrix - 0.5 * matrix @ (matrix.t() @ matrix)
+        last = error
+    return matrix.contiguous()

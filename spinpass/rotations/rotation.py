@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from spinpass.errors import ConfigError
 
-from . import blocks, encoding, hadamard, kronecker
+from . import blocks, drawn, encoding, hadamard, kronecker
 
 HADAMARD_KINDS = ("hadamard", "random-hadamard")
 SCALED = "scaled-hadamard"
@@ -120,7 +120,7 @@ class Rotation:
         error, bound = kronecker.non_orthogonality(exact), kronecker.ORTHOGONAL_WITHIN[matrix.dtype]
         if not error <= bound:
             raise ConfigError(f"the matrix is not orthogonal: max |M Mᵀ - I| is {error:.1e}, above {bound:.0e}")
-        return cls("learned", len(exact), len(exact), identity=identity, matrix_=_nearest_orthogonal(exact))
+        return cls("learned", len(exact), len(exact), identity=identity, matrix_=kronecker.nearest_orthogonal(exact))
 
     @classmethod
     def from_factors(cls, factors: Sequence[Tensor], identity: str = "", *, size: int | None = None) -> Rotation:
@@ -185,31 +185,17 @@ class Rotation:
     @cached_property
     def is_orthogonal(self) -> bool:
         """Whether the inverse is the transpose, so that it may pass norms, and products of two of its vectors."""
-        if self.kind == "blocks":
-            return blocks.blocks_are_orthogonal(self.given)
-        if self.kind == SCALED:
-            return bool((self.given.abs() == 1).all())
-        return self.kind != "kronecker" or kronecker.are_orthogonal(self.factors)
+        return _is_orthogonal(self)
 
     @cached_property
     def condition(self) -> float:
         """The condition number in the 2-norm: by how much more than itself rounding may be felt."""
-        if self.is_orthogonal:
-            return 1.0
-        if self.kind == SCALED:
-            return float(self.given.abs().max() / self.given.abs().min())
-        return blocks.block_condition(self.given) if self.kind == "blocks" else kronecker.condition_of(self.factors)
+        return 1.0 if self.is_orthogonal else _condition(self)
 
     @cached_property
     def largest(self) -> float:
         """The largest magnitude of an element of R or of its inverse; 1 of a rotation, whose elements are no larger."""
-        if self.is_orthogonal:
-            return 1.0
-        if self.kind == SCALED:
-            return float(torch.cat([self.given, 1 / self.given]).abs().max())  # before they are spread, that is
-        parts = [self.given] if self.kind == "blocks" else self.factors
-        sizes = ([float(each.abs().max()) for each in (part, torch.linalg.inv(part))] for part in parts)
-        return max(map(math.prod, zip(*sizes, strict=True)))
+        return 1.0 if self.is_orthogonal else _largest(self)
 
     @property
     def given(self) -> Tensor:
@@ -264,13 +250,7 @@ class Rotation:
             return 1 / self.given if dual else self.given
         if self.kind != "random-hadamard":
             return None
-        return torch.tensor(self._signs, dtype=torch.int8, device="cpu")
-
-    @cached_property
-    def _signs(self) -> tuple[int, ...]:
-        # One bit each; kept as integers, since a tensor made under a tracing mode would be fake and must not be kept.
-        stream = _random_bytes(-(-self.size // 8), self.seed, self.identity)
-        return tuple(1 - 2 * (stream[i >> 3] >> (i & 7) & 1) for i in range(self.size))
+        return torch.tensor(drawn.signs(self.size, self.seed, self.identity), dtype=torch.int8, device="cpu")
 
     def matrix(self, dtype: torch.dtype = torch.float64) -> Tensor:
         """R as a dense matrix (size, size). Prefer :meth:`apply`, which does not form it, where that will do."""
@@ -322,7 +302,7 @@ class Rotation:
             return blocks.multiply_blocks(x, self.given, dim, inverse=inverse, dual=dual, compute=compute)
         if self.kind == "permutation":
             return blocks.take_order(x, self.given, dim, inverse=inverse)
-        block = self.matrix_ if self.matrix_ is not None else _haar(self.order, self.seed, self.identity)
+        block = self.matrix_ if self.matrix_ is not None else drawn.haar_matrix(self.order, self.seed, self.identity)
         block = block.to(x.device, hadamard.precision_of(x, compute))
         return hadamard.multiply(x, [block if inverse else block.t()], dim=dim, compute=compute)
 
@@ -367,6 +347,28 @@ class Rotation:
             return f"diagonal({self.size})" if self.order == 1 else f"{self.size // self.order} matrices({self.order})"
         shape = f"{self.size}" if self.order == self.size else f"{self.size // self.order} blocks of {self.order}"
         return f"{self.kind}({shape}, seed {self.seed})" if self.kind.startswith("random") else f"{self.kind}({shape})"
+
+
+def _is_orthogonal(rotation: Rotation) -> bool:
+    if rotation.kind == "blocks":
+        return blocks.blocks_are_orthogonal(rotation.given)
+    if rotation.kind == SCALED:
+        return bool((rotation.given.abs() == 1).all())
+    return rotation.kind != "kronecker" or kronecker.are_orthogonal(rotation.factors)
+
+
+def _condition(rotation: Rotation) -> float:
+    if rotation.kind == SCALED:
+        return float(rotation.given.abs().max() / rotation.given.abs().min())
+    return kronecker.condition_of(rotation.factors) if rotation.factors else blocks.block_condition(rotation.given)
+
+
+def _largest(rotation: Rotation) -> float:
+    if rotation.kind == SCALED:  # before they are spread, that is
+        return float(torch.cat([rotation.given, 1 / rotation.given]).abs().max())
+    parts = rotation.factors or [rotation.given]
+    sizes = ([float(each.abs().max()) for each in (part, torch.linalg.inv(part))] for part in parts)
+    return max(map(math.prod, zip(*sizes, strict=True)))
 
 
 def rotation_by(matrix: Tensor | Rotation, identity: str = "") -> Rotation:
@@ -422,33 +424,3 @@ def _check_tensors(rotation: Rotation) -> None:
             f"a {rotation.kind!r} rotation needs a {due[0]} matrix of size {list(due[1])}, got {found[0]} "
             f"{list(found[1])}"
         )
-
-
-@lru_cache(maxsize=4)
-def _haar(order: int, seed: int, identity: str) -> Tensor:
-    """A uniformly distributed orthogonal matrix (order, order), float64.
-
-    Q of the QR decomposition of a Gaussian matrix, with the signs of R's diagonal taken out (F. Mezzadri, Notices of
-    the AMS 54, 2007); Gaussians by Box and Muller, two uniform variables each.
-    """
-    with torch.inference_mode(False):  # kept for later callers, who may want gradients
-        words = torch.frombuffer(_random_bytes(16 * order * order, seed, identity), dtype=torch.int64)
-        first, second = ((words >> 11 & (1 << 53) - 1).double() + 0.5).mul_(2.0**-53).view(2, order, order)
-        q, r = torch.linalg.qr((-2 * first.log()).sqrt() * (2 * math.pi * second).cos())
-        haar: Tensor = q * r.diagonal().sign()
-    return haar
-
-
-def _random_bytes(count: int, seed: int, identity: str) -> bytearray:
-    """So many bytes that depend on seed and identity only, not on the machine or the version of torch."""
-    key = hashlib.sha256(f"{seed}\0{identity}".encode()).digest()
-    return bytearray(hashlib.shake_256(key).digest(count))
-
-
-def _nearest_orthogonal(matrix: Tensor) -> Tensor:
-    """Newton-Schulz steps M <- M (3 I - Mᵀ M) / 2, each of which squares the error, for as long as it gets smaller."""
-    last = math.inf
-    while (error := kronecker.non_orthogonality(matrix)) < last / 2:
-        matrix = 1.5 * matrix - 0.5 * matrix @ (matrix.t() @ matrix)
-        last = error
-    return matrix.contiguous()

@@ -333,7 +333,7 @@ def test_what_inference_mode_built_can_be_differentiated_later(kind: str) -> Non
 
 def test_rotating_never_builds_the_dense_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Rotation, "matrix", None)
-    monkeypatch.setattr(rotation_module, "_haar", None)
+    monkeypatch.setattr(rotation_module.drawn, "haar_matrix", None)
     x = torch.randn(2, 28672)
     rotation = Rotation.create("random-hadamard", 28672)
     assert torch.allclose(rotation.apply(rotation.apply(x), inverse=True), x, atol=1e-5)
