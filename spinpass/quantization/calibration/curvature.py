@@ -102,7 +102,7 @@ def each_backward(
 
 def _check_predicted(predicted: Tensor, place: int) -> None:
     """Raise ConfigError where log-probabilities have no gradients, or are no numbers."""
-    without = "leave out what needs gradients ('fisher', or bits on average)"
+    without = "leave out what needs gradients ('fisher', balance, or bits on average)"
     if not predicted.requires_grad:
         raise ConfigError(
             "no prediction depends on what a layer that is rounded returns: the first output of the program has to be "
