@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import importlib
 import json
 import math
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch.export import ExportedProgram
 import spinpass
 from spinpass import Rotation, RotationConfig, record
 from spinpass.certificate.programs import run, synthetic_inputs
-from spinpass.errors import ConfigError
+from spinpass.errors import ConfigError, InvariantError, VerificationError
 from spinpass.execution import into_basis
 from spinpass.exporters.onnx import export
 from spinpass.passes import lower
@@ -252,3 +253,22 @@ def test_what_is_stored_in_two_bytes_takes_less(dtype: torch.dtype) -> None:
     spread = torch.diag(torch.logspace(0, -2, models.FFN, dtype=torch.float64))
     with pytest.raises(ConfigError, match=f"condition number of 1.0e\\+02, by which rounding of {dtype} grows"):
         spinpass.transform(program("llama", dtype=dtype), config(matrices={"R4": spread}))
+
+
+@pytest.mark.parametrize("broken", ["the same scales on both sides", "no scales"])
+def test_scales_on_the_wrong_side_are_caught(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the pass itself, which counts them, and where it does not count by the certificate."""
+    before = program("llama")
+    asked = {n: each for n, each in scales(spinpass.plan(before, config())).items() if n.startswith("R3")}
+    real = Rotation.diagonal
+    wrong = {"the same scales on both sides": lambda self, *, dual=False: real(self), "no scales": lambda self, *, dual=False: None}
+    with monkeypatch.context() as patched:
+        patched.setattr(Rotation, "diagonal", wrong[broken])
+        with pytest.raises((InvariantError, VerificationError)):
+            spinpass.rotate(before, config(matrices=asked, verify=None))
+    inserting = importlib.import_module("spinpass.passes.insert_rotations")
+    insert = inserting.rotate_value
+    with monkeypatch.context() as patched:
+        patched.setattr(inserting, "rotate_value", lambda *a, dual=False, **k: insert(*a, **k))
+        with pytest.raises(InvariantError, match="values were scaled by the inverse"):
+            spinpass.rotate(before, config(matrices=asked, verify=None))
