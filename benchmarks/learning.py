@@ -28,7 +28,7 @@ from spinpass import Learning, RotationConfig, evaluation, learn, transform
 from spinpass.cli.screen import Screen
 from spinpass.evaluation import SHIPPED_TEXT, ProgramScorer, calibration_inputs, learning_text
 from spinpass.folders import recipe_of
-from spinpass.learned import balance
+from spinpass.learned import balance, balances
 from spinpass.learning import LearningRecord
 from spinpass.progress import Steps
 from spinpass.quantization import QuantizationConfig, quantize
@@ -86,8 +86,8 @@ def main(
         rows: list[dict[str, Any]] = []
         for scheme in schemes.split(","):
             before: Trained | None = None
-            bare = (HADAMARD, BALANCED) if _balances(scheme) else (HADAMARD,)
-            both = (BOTH,) if _balances(scheme) else ()
+            rounds = balances(QuantizationConfig.parse(scheme))
+            bare, both = ((HADAMARD, BALANCED), (BOTH,)) if rounds else ((HADAMARD,), ())
             balanced: Balanced | None = None
             for variant in (*bare, *both, DISTILLED, *(f"{LEARNED}, seed {seed}" for seed in range(seeds))):
                 settings = _settings(variant, asked, scheme)
@@ -101,12 +101,6 @@ def main(
     if as_json:
         screen.document({"model": model, "spread": spread, "windows": windows, "rows": rows})
     screen.show(_table(rows, f"spread {spread}; {windows} windows of {_LENGTH} tokens of each text; simulated"))
-
-
-def _balances(scheme: str) -> bool:
-    """Whether a scheme rounds what can be balanced."""
-    config = QuantizationConfig.parse(scheme)
-    return config.cache is not None or config.activations is not None
 
 
 def _settings(variant: str, asked: Learning, scheme: str) -> Learning | None:

@@ -55,6 +55,10 @@ _TURNED = "R3"  # any invertible matrix may be given; learned free from the Hada
 _BENEATH: Role = "gates"  # what is folded into the same channels lies on top of them
 
 
+class NothingToBalance(ConfigError):
+    """Nothing that is rounded is rotated as the program runs, by a Hadamard that other matrices may stand for."""
+
+
 @dataclass(frozen=True, repr=False)
 class Learned:
     """What :func:`learn` returns. A notebook shows what was learned and the plan.
@@ -260,9 +264,14 @@ def with_learned_bases(
     return replace(config, rotations=(*config.rotations, *roles), matrices=matrices), course
 
 
+def balances(scheme: QuantizationConfig) -> bool:
+    """Whether a scheme rounds what :func:`balance` is of: a cache, or activations."""
+    return any(applies(scheme) for _, applies, _ in _PARTS)
+
+
 def check_balancing(scheme: QuantizationConfig, told: str) -> None:
     """Raise ConfigError where a scheme, which the message calls as ``told``, rounds nothing that can be balanced."""
-    if scheme.cache is None and scheme.activations is None:
+    if not balances(scheme):
         raise ConfigError(
             f"{BALANCE} is of the keys of a cache and of activations, and {told} rounds neither: add kv4, or a8 or a4"
         )
@@ -276,24 +285,6 @@ def balance(
     held_out: Sequence[Any] | None,
     steps: Steps | None = None,
 ) -> tuple[RotationConfig, LearningRecord]:
-    """Return what :func:`balanced_where_it_helps` does. Raises ConfigError as that does, and where it returns None."""
-    found = balanced_where_it_helps(program, config, scheme, inputs, held_out, steps)
-    if found is None:
-        raise ConfigError(
-            "nothing of this program can be balanced: what is rounded is not rotated as it runs (keys by R3, "
-            "activations by R1 with --form online, or R4), or not by Hadamards, or by matrices of yours"
-        )
-    return found
-
-
-def balanced_where_it_helps(
-    program: ExportedProgram,
-    config: RotationConfig,
-    scheme: QuantizationConfig,
-    inputs: Sequence[Any],
-    held_out: Sequence[Any] | None,
-    steps: Steps | None = None,
-) -> tuple[RotationConfig, LearningRecord] | None:
     """Return a configuration with the matrices in which keys and activations round best, if other inputs confirm it.
 
     It is two closed forms: of the keys of a cache (:mod:`spinpass.quantization.learned.balance`), and of the channels
@@ -308,9 +299,9 @@ def balanced_where_it_helps(
             holds out one of sixteen. Keys and channels are kept or dropped each for itself.
         steps: told what begins.
 
-    Returns None where nothing is rotated as the program runs that could be balanced.
-
-    Raises ConfigError: the scheme rounds neither caches nor activations, or there are less than two inputs.
+    Raises:
+        ConfigError: the scheme rounds neither caches nor activations, or there are less than two inputs.
+        NothingToBalance: nothing is rotated as the program runs that could be balanced; a ConfigError as well.
     """
     steps = steps or Silent()
     check_balancing(scheme, "the scheme")
@@ -337,7 +328,10 @@ def balanced_where_it_helps(
         (kept if tried < after else dropped).append(name)
         config, after = (found, tried) if tried < after else (config, after)
     if not (kept or dropped):
-        return None
+        raise NothingToBalance(
+            "nothing of this program can be balanced: what is rounded is not rotated as it runs (keys by R3, "
+            "activations by R1 with --form online, or R4), or not by Hadamards, or by matrices of yours"
+        )
     return config, LearningRecord(before, after, len(judged), tuple(kept), tuple(dropped))
 
 
@@ -355,7 +349,7 @@ def with_balanced_keys(
         inputs: of the program, to take the moments on.
         steps: told what begins.
     """
-    places = (place for place in _turned(program, config) if place.role == _TURNED)
+    places = (place for place in _turned(_wider(program, config), config) if place.role == _TURNED)
     begun = {place.name: start for place in places for start in (balancing_begins(place),) if start is not None}
     return _balanced(program, config, begun, inputs, balanced_bases, "balance keys", steps)
 
@@ -370,17 +364,17 @@ def with_balanced_channels(
     as it was. Scales of act(g) · u go to the space that folds them into u, by the rotation ``gates``. The arguments are
     those of :func:`with_balanced_keys`.
     """
-    places = (place for place in _turned(program, config) if place.role != _TURNED and takes_scales(place))
+    planned = _wider(program, config)
+    places = (place for place in _turned(planned, config) if place.role != _TURNED and takes_scales(place))
     begun = {place.name: place.rotation for place in places}
     inputs = inputs[:: -(-len(inputs) // _DRAWN)] if inputs else inputs
     found = _balanced(program, config, begun, inputs, channel_scales, "balance channels", steps)
-    return config if found is config else _folded_beneath(program, found, begun)
+    return config if found is config else _folded_beneath(planned, found, begun)
 
 
-def _folded_beneath(program: ExportedProgram, config: RotationConfig, scaled: Collection[str]) -> RotationConfig:
+def _folded_beneath(planned: RotationPlan, config: RotationConfig, scaled: Collection[str]) -> RotationConfig:
     """The configuration with those of the scales folded that a gate takes in front of the same layer."""
-    wider = replace(config, verify=False, rotations=(*config.rotations, _BENEATH))
-    offers = {_place(each.name): each.name for each in plan(program, wider).offers if each.group == "diagonal"}
+    offers = {_place(each.name): each.name for each in planned.offers if each.group == "diagonal"}
     matrices = dict(config.matrices)
     for name in scaled:
         gate, rotation = offers.get(_place(name)), matrices.get(name)
@@ -389,7 +383,7 @@ def _folded_beneath(program: ExportedProgram, config: RotationConfig, scaled: Co
             matrices[gate] = Rotation.from_blocks(rotation.given, gate)
     if matrices.keys() == config.matrices.keys():
         return config
-    return replace(config, matrices=matrices, rotations=wider.rotations)
+    return replace(config, matrices=matrices, rotations=(*config.rotations, _BENEATH))
 
 
 def _place(space: str) -> str:
@@ -404,10 +398,14 @@ _PARTS: tuple[tuple[str, Callable[[QuantizationConfig], bool], Callable[..., Rot
 """What is balanced: what a record calls it, for which schemes, and how."""
 
 
-def _turned(program: ExportedProgram, config: RotationConfig) -> list[PlannedSpace]:
-    """The spaces that a Hadamard of no matrix of the user's turns as the program runs."""
-    spaces = plan(program, replace(config, verify=False)).spaces
-    return [space for space in spaces if space.online and config.matrix(space.name) is None]
+def _wider(program: ExportedProgram, config: RotationConfig) -> RotationPlan:
+    """The plan, which also offers the places beneath spaces that take scales."""
+    return plan(program, replace(config, verify=False, rotations=(*config.rotations, _BENEATH)))
+
+
+def _turned(planned: RotationPlan, config: RotationConfig) -> list[PlannedSpace]:
+    """The spaces that no matrix of the user's turns as the program runs."""
+    return [space for space in planned.spaces if space.online and config.matrix(space.name) is None]
 
 
 def _balanced(

@@ -13,7 +13,7 @@ from spinpass.evaluation import SHIPPED_TEXT, learning_text, token_ids
 from spinpass.folders import Known, check_space, check_writable, window_length
 from spinpass.formats import write_matrices
 from spinpass.graph import named_device, on_device
-from spinpass.learned import BALANCE, balance, check_balancing, with_learned_bases
+from spinpass.learned import BALANCE, balance, balances, check_balancing, with_learned_bases
 from spinpass.learning import Learning, Phase, forget
 from spinpass.loading import load_model
 from spinpass.quantization import LEARNABLE, QuantizationConfig, check_kinds, kinds_of_bases
@@ -89,8 +89,7 @@ def learn_command(
     if config is None:
         raise ConfigError("nothing is learned without a rotation; choose from " + ALL)
     scheme = QuantizationConfig.parse(quantize)
-    balances = scheme.activations is not None or scheme.cache is not None
-    kinds = kinds or (BALANCE if balances else "transforms")
+    kinds = kinds or (BALANCE if balances(scheme) else "transforms")
     named = tuple(kind.strip() for kind in kinds.split(","))
     chosen = tuple(kind for kind in named if kind != BALANCE)
     check_kinds(chosen)

@@ -5,6 +5,7 @@ model  ->  program  ->  rotated  ->  rounded  ->  a folder that was run and scor
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +26,7 @@ from spinpass.evaluation import (
 )
 from spinpass.formats import Draft, KeptWork, drafted
 from spinpass.graph import HOST, Device, on_device
-from spinpass.learned import balanced_where_it_helps, with_learned_bases
+from spinpass.learned import NothingToBalance, balance, with_learned_bases
 from spinpass.learning import Learning, LearningRecord
 from spinpass.loading import LoadedModel, check_program_options, load_model
 from spinpass.passes import last_token
@@ -275,9 +276,8 @@ class _Run:
             raise ConfigError(f"{loaded.source.location} has no tokenizer to read {text} with: leave --learn out")
         tokenize, longest = token_ids(loaded.companions.tokenizer), window_length(loaded.companions)
         read = learning_text(program, tokenize, text, learning, 1, longest)
-        found = balanced_where_it_helps(program, asked.config, scheme, read.shown, read.held_out, self.steps)
-        if found is not None:
-            return found
+        with contextlib.suppress(NothingToBalance):
+            return balance(program, asked.config, scheme, read.shown, read.held_out, self.steps)
         self.draft.work.mkdir(exist_ok=True)
         options: dict[str, Any] = {"team": self.team, "checkpoint": self.draft.work / "bases.pt"}
         options |= {"held_out": read.held_out, "steps": self.steps}

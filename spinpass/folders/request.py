@@ -306,9 +306,10 @@ class ExportRequest:
                 "no recipe.yaml is written: a plan, matrices and settings of single spaces are files and values of "
                 "yours; keep them beside the folder"
             )
-        recipe = None if self.bits is None else recipe_of(self.recipe, self.bits, self.to).config
-        own = rotation is not None and recipe is not None and self.plan is None
-        if own and rotation is not None and recipe is not None and rotation.form == "auto" != recipe.form:
+        recipe: RotationConfig | None = None
+        if self.bits is not None and self.plan is None:
+            recipe = recipe_of(self.recipe, self.bits, self.to).config
+        if rotation is not None and recipe is not None and rotation.form == "auto" != recipe.form:
             found.append(
                 f"the recipe has --form {recipe.form}, and your options of rotations take its place with form auto: "
                 f"add --form {recipe.form} to keep it"

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
+from spinpass import RotationConfig, transform
+from spinpass.evaluation import ProgramScorer, compare
 from spinpass.execution.interpreter import run
+from spinpass.quantization import quantize
 from tests.support.decoders import SEQ, VOCAB, Decoder, exported, made, with_outliers
 
 ROWS = 64  # of the table of Layers
@@ -51,6 +55,14 @@ def inputs(count: int = 4) -> list[tuple[Tensor]]:
 
 def nodes(ep: ExportedProgram, name: str) -> list[torch.fx.Node]:
     return [n for n in ep.graph.nodes if str(n.target).startswith(f"spinpass.{name}")]
+
+
+def divergences(ep: ExportedProgram, configs: Sequence[RotationConfig], scheme: str) -> list[float]:
+    """How far a scheme takes predictions off in each basis, in nats per token of six windows."""
+    windows = [torch.randint(0, 30, (24,), generator=torch.Generator().manual_seed(s)).tolist() for s in range(6)]
+    scorer = ProgramScorer(ep)
+    rounded = (quantize(transform(ep, config), scheme).program for config in configs)
+    return [compare(scorer, ProgramScorer(each), windows).divergence for each in rounded]
 
 
 def error(before: ExportedProgram, after: ExportedProgram) -> float:

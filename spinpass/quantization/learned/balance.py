@@ -29,7 +29,7 @@ from spinpass.rotations import Rotation
 from .changes import LearningPlace
 
 _DENSE = 256  # coordinates, above which a matrix without structure costs more than it saves
-_FLOOR = 1e-3  # of the mean moment, added to each: what the inputs do not show may come
+FLOOR = 1e-3  # of the mean moment, added to each: what the inputs do not show may come
 
 
 def balancing_begins(place: LearningPlace) -> Rotation | None:
@@ -77,7 +77,7 @@ def balanced_bases(
     found: dict[str, Rotation] = {}
     for space, start in begun.items():
         keys, queries = moments.get((space, False)), moments.get((space, True))
-        if keys is not None and queries is not None and all(_has_values(each) for each in (keys, queries)):
+        if keys is not None and queries is not None and all(has_values(each) for each in (keys, queries)):
             found[space] = Rotation.from_factors([balanced(keys.cpu(), queries.cpu()) @ start.matrix()], space)
     return found
 
@@ -97,11 +97,12 @@ def balanced(keys: Tensor, queries: Tensor) -> Tensor:
 
 def _raised(moment: Tensor) -> Tensor:
     eye = torch.eye(len(moment), dtype=torch.float64, device="cpu")
-    return moment + _FLOOR * float(moment.trace()) / len(moment) * eye
+    return moment + FLOOR * float(moment.trace()) / len(moment) * eye
 
 
-def _has_values(moment: Tensor) -> bool:
-    return bool(moment.isfinite().all()) and float(moment.trace()) > 0
+def has_values(moment: Tensor) -> bool:
+    """Whether a second moment, or the diagonal of one, is all numbers and not all zero."""
+    return bool(moment.isfinite().all()) and bool(moment.any())
 
 
 def _sides(editor: ProgramEditor, begun: Mapping[str, Rotation]) -> dict[str, list[tuple[str, bool]]]:

@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import Node
@@ -29,9 +30,9 @@ from spinpass.progress import Progress
 from spinpass.rotations import Rotation
 
 from ..calibration import each_backward
+from .balance import FLOOR, has_values
 from .changes import LearningPlace
 
-_FLOOR = 1e-3  # of the mean over channels, added to each: what the inputs do not show may come
 _WIDEST = 12.0  # the largest scale by the least: what a certificate in bfloat16 allows a matrix to magnify rounding by
 
 
@@ -67,19 +68,14 @@ def channel_scales(
         space = node.meta.get("custom", {}).get("spinpass_origin")
         if op_name(node) == HADAMARD and space in begun and not arguments(node)["transpose"]:
             sites[node.name] = space
-    moments: dict[str, list[Tensor]] = {}
+    moments: dict[str, Tensor] = {}
 
     def receive(name: str, turned: Tensor, gradient: Tensor) -> None:
         # the Hadamard is orthogonal, so the value and the gradient in front of it are those behind it, turned back
         rotation = begun[sites[name]]
         x, g = (rotation.apply(each.double(), inverse=True).reshape(-1, rotation.size) for each in (turned, gradient))
         x, g = x.square(), g.square()
-        of_space = moments.setdefault(sites[name], [])
-        for place, found in enumerate((g.sum(1) @ x, x.sum(1) @ g)):
-            if len(of_space) < 2:
-                of_space.append(found)
-            else:
-                of_space[place] += found
+        moments[sites[name]] = moments.get(sites[name], 0) + torch.stack((g.sum(1) @ x, x.sum(1) @ g))
 
     def watch(node: Node, value: Any) -> Any:
         if node.name in sites:
@@ -90,20 +86,16 @@ def channel_scales(
     for _ in each_backward(program, inputs, lambda _: watch, progress or (lambda done, total: None)):
         pass
     return {
-        space: Rotation.from_scales(levelled(*(each.cpu() for each in both)), space, block_size=begun[space].order)
+        space: Rotation.from_scales(levelled(*both.cpu()), space, block_size=begun[space].order)
         for space, both in moments.items()
-        if _have_values(both)
+        if all(map(has_values, both))
     }
 
 
 def levelled(values: Tensor, gradients: Tensor) -> Tensor:
     """Return d (n,) of the weighted squares of values and of gradients, float64 (n,): their mean logarithm is 0."""
-    raised = [each + _FLOOR * each.mean() for each in (gradients, values)]
+    raised = [each + FLOOR * each.mean() for each in (gradients, values)]
     found = (raised[0].log() - raised[1].log()) / 4
     found = found - found.mean()
     half = math.log(_WIDEST) / 2
     return found.clamp(-half, half).exp()
-
-
-def _have_values(moments: Sequence[Tensor]) -> bool:
-    return all(bool(each.isfinite().all()) and float(each.sum()) > 0 for each in moments)

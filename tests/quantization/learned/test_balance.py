@@ -11,15 +11,14 @@ import spinpass
 from spinpass import RotationConfig
 from spinpass.certificate.programs import synthetic_inputs
 from spinpass.errors import ConfigError
-from spinpass.evaluation import ProgramScorer, compare
 from spinpass.execution import run
 from spinpass.graph import with_other_values
 from spinpass.learned import balance, with_balanced_keys
-from spinpass.quantization import QuantizationConfig, quantize
+from spinpass.quantization import QuantizationConfig
 from spinpass.quantization.learned.balance import balanced
 from tests.support.decoders import HEAD, Decoder, made, relative_error
 from tests.support.programs import program as decoder
-from tests.support.quantizable import export
+from tests.support.quantizable import divergences, export
 
 CACHES = RotationConfig(("R2", "R3"))
 
@@ -93,12 +92,8 @@ def test_keys_of_few_directions_round_better() -> None:
             block.attn.q.weight.view(-1, HEAD, block.attn.q.in_features)[:, HEAD // 4 : HEAD // 2] /= 4
             block.attn.q.weight.view(-1, HEAD, block.attn.q.in_features)[:, 3 * HEAD // 4 :] /= 4
     program = export(model)
-    windows = [torch.randint(0, 30, (24,), generator=torch.Generator().manual_seed(s)).tolist() for s in range(6)]
     shown = [synthetic_inputs(program, seed=s) for s in range(4)]
-    scorer, losses = ProgramScorer(program), []
-    for config in (CACHES, with_balanced_keys(program, CACHES, shown)):
-        rounded = quantize(spinpass.transform(program, config), "kv4").program
-        losses.append(compare(scorer, ProgramScorer(rounded), windows).divergence)
+    losses = divergences(program, (CACHES, with_balanced_keys(program, CACHES, shown)), "kv4")
     assert losses[1] < 0.8 * losses[0]
 
 

@@ -11,16 +11,15 @@ from torch import nn
 import spinpass
 from spinpass import RotationConfig
 from spinpass.certificate.programs import synthetic_inputs
-from spinpass.evaluation import ProgramScorer, compare
 from spinpass.execution import run
 from spinpass.graph import with_other_values
 from spinpass.learned import balance, with_balanced_channels
-from spinpass.quantization import QuantizationConfig, channel_scales, quantize
+from spinpass.quantization import QuantizationConfig, channel_scales
 from spinpass.quantization.learned.levels import levelled
 from spinpass.rotations import Rotation
 from tests.support.decoders import Decoder, made, relative_error
 from tests.support.programs import program as decoder
-from tests.support.quantizable import export
+from tests.support.quantizable import divergences, export
 
 ONLINE = RotationConfig(form="online")
 
@@ -138,12 +137,8 @@ def unbalanced() -> Any:
 
 def test_channels_round_better_and_are_kept_where_other_inputs_confirm_it() -> None:
     program = export(unbalanced())
-    windows = [torch.randint(0, 30, (24,), generator=torch.Generator().manual_seed(s)).tolist() for s in range(6)]
     shown = [synthetic_inputs(program, seed=s) for s in range(4)]
-    scorer, losses = ProgramScorer(program), []
-    for config in (ONLINE, with_balanced_channels(program, ONLINE, shown)):
-        rounded = quantize(spinpass.transform(program, config), "a4").program
-        losses.append(compare(scorer, ProgramScorer(rounded), windows).divergence)
+    losses = divergences(program, (ONLINE, with_balanced_channels(program, ONLINE, shown)), "a4")
     assert losses[1] < 0.8 * losses[0]
     found, course = balance(program, ONLINE, QuantizationConfig.parse("a4"), shown[:3], shown[3:])
     assert course.kinds == ("balanced channels",) and course.kept and not course.dropped
