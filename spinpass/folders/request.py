@@ -309,12 +309,13 @@ class ExportRequest:
         recipe: RotationConfig | None = None
         if self.bits is not None and self.plan is None:
             recipe = recipe_of(self.recipe, self.bits, self.to).config
-        if rotation is not None and recipe is not None and rotation.form == "auto" != recipe.form:
+        offline = rotation is not None and rotation.form == "auto" and "R1" in rotation.rotations
+        if offline and recipe is not None and recipe.form != "auto":
             found.append(
                 f"the recipe has --form {recipe.form}, and your options of rotations take its place with form auto: "
                 f"add --form {recipe.form} to keep it"
             )
-        elif scheme is not None and rotation is not None and rotation.form == "auto" and "R1" in rotation.rotations:
+        elif offline and scheme is not None:
             found.append(
                 "form auto folds R1 into the weights where it can, norm scales included; --form online costs two "
                 "Hadamards per layer and usually loses less under quantization (spinpass tune measures it)"

@@ -95,8 +95,9 @@ def test_external_data_outside_the_folder(tmp_path: Path, where: str) -> None:
         [], {"files": []}, {"files": {"model.pte": {}}}, {"files": {"model.pte": {"bytes": "5", "sha256": 0}}},
         {"record": [1]}, {"record": {"rotations": []}}, {"versions": []}, {"onnx": 3},
         {"onnx": {"certificate": [1]}}, {"quantization": {"weights": 1}}, {"record": {"certificate": {"ok": 1}}},
+        {"cache": 4}, {"cache": {"scales": 1}},
     ],
-    ids=range(11),
+    ids=range(13),
 )  # fmt: skip
 def test_manifests_of_other_kinds(tmp_path: Path, about: Any) -> None:
     folder = folder_of(tmp_path / "out")
@@ -130,3 +131,9 @@ def test_messages_and_the_name_of_the_folder_too(tmp_path: Path) -> None:
         result = run(*command)
         assert result.exit_code in (1, 2) and r"\x1b" in result.stderr
         assert not controls(result.stdout) | controls(result.stderr)
+
+
+def test_an_integer_cache_is_named(tmp_path: Path) -> None:
+    shown = run("inspect", folder_of(tmp_path / "out", cache={"bits": 4}))
+    assert "keys and values are integers of 4 bits" in shown.stdout, shown.stderr
+    assert "integers of" not in run("inspect", folder_of(tmp_path / "other")).stdout

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import spinpass
 from spinpass import RotationConfig
@@ -84,3 +85,8 @@ def test_export_says_what_to_know_of_a_combination() -> None:
     assert "--form online" in notes(config=rotated, quantize="w4-rtn-a8")
     assert "no bfloat16 kernels" in notes(config=None, dtype="bfloat16")
     assert not notes(config=online, quantize="w4-rtn-a8") and not notes(config=rotated)
+
+    alone, own = RotationConfig(rotations="R2,R4"), RotationConfig(matrices={"R1": torch.eye(8)})
+    assert "the recipe has --form online" in notes(config=RotationConfig(kind="random-hadamard"), bits=4)
+    assert not notes(config=alone, bits=4) and not notes(config=online, bits=4) and not notes(config=alone, quantize="w4-rtn-a8")
+    assert "no recipe.yaml is written" in notes(config=own) and "no recipe.yaml" not in notes(config=online, bits=4)

@@ -29,6 +29,7 @@ from tests.support.decoders import (
     made,
     outcome,
 )
+from tests.support.kronecker import by_factors
 
 
 @cache
@@ -150,6 +151,14 @@ def test_overrides_reach_their_spaces() -> None:
     assert orders["R4:blocks.0.mlp.down"] == ("hadamard", 8)
     assert orders["R4:blocks.1.mlp.down"] == ("random-hadamard", 4)
     assert orders["R1:residual"] == ("hadamard", 24)
+
+
+def test_a_summary_tells_factors_from_hadamards() -> None:
+    """What is not structured is a change of basis; the number is that of its places, one or several."""
+    config = RotationConfig(rotations="R1,R4", form="online")
+    plain, factors = (planned(rotations="R1,R4", form="online", matrices=m) for m in ({}, by_factors(program(), config)))
+    assert "1 Hadamard:" in str(plain) and "basis" not in str(plain)
+    assert "1 change of basis:" in str(factors) and "Hadamard:" not in str(factors)
 
 
 @pytest.mark.parametrize(
